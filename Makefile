@@ -1,0 +1,43 @@
+# Each target shows the plain pip and python lines that it runs; they can as well be typed by hand.
+# Another interpreter: make demo PYTHON=python3.12. Another environment: make test VENV=/some/where.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2-135m
+PROMPT ?= Explain in three sentences why the sky is blue.
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+demo: $(VENV)/.installed ## install, fetch a small model (98 MB, once) and let it answer a question
+	$(BIN)/ruvllm pull $(MODEL)
+	$(BIN)/ruvllm generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 120
+
+test: $(VENV)/.installed-test ## install with the test extra and run the whole suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-test ## lint and type check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the environment and what the tools left behind (not the model cache)
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+# Editable installs follow the sources; only changed metadata asks for a new one.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ruvllm needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": name another with PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)

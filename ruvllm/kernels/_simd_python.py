@@ -1,0 +1,104 @@
+"""The vectors of _simd as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means."""
+
+from typing import Any
+
+import numpy as np
+
+LANES = 16
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    return a * b + c
+
+
+fmax, fmin = np.fmax, np.fmin
+
+
+def splat(x: Any) -> Any:
+    return np.full(LANES, x, np.int32 if isinstance(x, int | np.integer) else np.float32)
+
+
+def f32_zero() -> Any:
+    return np.zeros(LANES, np.float32)
+
+
+def hsum(v: Any) -> Any:
+    while len(v) > 1:
+        v = v[: len(v) // 2] + v[len(v) // 2 :]
+    return v[0]
+
+
+def hmax(v: Any) -> Any:
+    return np.fmax.reduce(v)
+
+
+def lane(v: Any, i: int) -> Any:
+    return v[i]
+
+
+def _load(array: Any, index: int) -> Any:
+    return array.reshape(-1)[index : index + LANES].copy()
+
+
+def _store(array: Any, index: int, value: Any) -> None:
+    array.reshape(-1)[index : index + LANES] = value
+
+
+f32_load = i32_load = _load
+f32_store = i32_store = _store
+
+
+def f32_store_first(array: Any, index: int, value: Any, count: int) -> None:
+    count = max(0, min(count, LANES))
+    array.reshape(-1)[index : index + count] = value[:count]
+
+
+def f32_load_first(array: Any, index: int, count: int) -> Any:
+    count = max(0, min(count, LANES))
+    v = f32_zero()
+    v[:count] = array.reshape(-1)[index : index + count]
+    return v
+
+
+def first_lanes(value: Any, count: int, other: Any) -> Any:
+    return np.where(np.arange(LANES) < count, value, np.float32(other))
+
+
+def f16_load(array: Any, index: int) -> Any:
+    return _load(array, index).view(np.float16).astype(np.float32)
+
+
+def bf16_load(array: Any, index: int) -> Any:
+    return (_load(array, index).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f16_store(array: Any, index: int, value: Any) -> None:
+    _store(array, index, value.astype(np.float16).view(np.uint16))
+
+
+def f16_to_f32(x: Any) -> Any:
+    return np.float32(np.uint16(x).view(np.float16))
+
+
+def f32_to_f16(x: Any) -> Any:
+    return np.float16(x).view(np.uint16)
+
+
+def round_to_i32(v: Any) -> Any:
+    return np.rint(v).astype(np.int32)
+
+
+def to_f32(v: Any) -> Any:
+    return v.astype(np.float32)
+
+
+def power_of_two(v: Any) -> Any:
+    return ((v + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def nan_or_zero_below(x: Any, limit: Any, y: Any) -> Any:
+    return np.where(np.isnan(x), x, np.where(x < limit, np.float32(0), y))
+
+
+def prefetch(array: Any, index: int) -> None:
+    """A hint to the hardware: nothing to do here."""

@@ -1,0 +1,35 @@
+"""KernelSpec: one record per kernel that drives its tests, its benchmarks, its docs and its roofline."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What a kernel computes, what it costs and how to try it.
+
+    ``example(rng, **sizes)`` returns the keyword arguments of ``function`` (without ``out``); ``reference``
+    takes the same arguments and returns the answer in float64. ``flops`` and ``bytes`` take the sizes and count
+    the arithmetic and the compulsory memory traffic of one call. ``tolerance`` bounds the normalised mean
+    squared error sum((y - r)^2) / sum(r^2) against the reference.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    compiled: tuple[Any, ...]
+    reference: Callable[..., Any]
+    formula: str
+    example: Callable[..., dict[str, Any]]
+    flops: Callable[..., float]
+    bytes: Callable[..., float]
+    sizes: tuple[dict[str, int], ...]
+    tolerance: float = 1e-10
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the sizes, in the order of the first example."""
+        return tuple(self.sizes[0])
+
+    def __repr__(self) -> str:
+        return f"KernelSpec({self.name}: {self.formula}; axes {', '.join(self.axes)})"

@@ -1,0 +1,117 @@
+"""The command line: `ruvllm COMMAND`, also `python -m ruvllm COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+
+from ruvllm.cli._parser import parse, take_last
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 after an error, 130 after Ctrl-C, 141 into a closed pipe.
+
+    An error is one line on stderr; `--debug` shows its trace. Only what argparse answers itself (help, version, a
+    command line it cannot read) raises SystemExit.
+    """
+    args = parse(argv)
+    debug = getattr(args, "debug", False)
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="ruvllm: %(levelname)s: %(message)s")
+    logging.getLogger("numba").setLevel(logging.WARNING)  # its debug log is the compiler's, page after page
+    try:
+        _COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ruvllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"ruvllm: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, on one line; an error that was not foreseen is named by its type too."""
+    from ruvllm.errors import RuvllmError, printable
+
+    if isinstance(error, RuvllmError | ValueError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
+    return printable(text.replace("\n", " "), limit=4096)
+
+
+def _drop_stdout() -> None:
+    """Let the interpreter's last flush of stdout go nowhere, so that it does not complain of the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from ruvllm.checkpoint.hub import pull
+    from ruvllm.cli._tables import show_known_models
+
+    if not args.operands:
+        show_known_models()
+    for name in args.operands:
+        print(pull(name, verify=args.verify))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from ruvllm.cli._talk import generate
+
+    generate(args)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from ruvllm.cli._talk import chat
+
+    chat(args)
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    from ruvllm.cli._talk import perplexity
+
+    perplexity(args)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from ruvllm.cli._tables import show_info
+
+    show_info(take_last(args))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from ruvllm.cli._tables import show_memory
+
+    show_memory(args.operands)
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    if args.operands:
+        raise ValueError(f"unexpected argument {args.operands[0]!r}")
+    import ruvllm
+
+    ruvllm.warmup(progress=True)
+
+
+_COMMANDS = {
+    "pull": _pull,
+    "generate": _generate,
+    "chat": _chat,
+    "perplexity": _perplexity,
+    "info": _info,
+    "memory": _memory,
+    "warmup": _warmup,
+}

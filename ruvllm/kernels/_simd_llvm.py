@@ -149,6 +149,16 @@ def splat(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def splat_at(typingctx: Any, array: Any, index: Any) -> Any:
+    """All lanes equal to the float32 array[index]: one broadcast load, without Python's wraparound of indices."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _splat(builder, builder.load(_pointer(context, builder, sig.args[0], *args)), LANES)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
 def f32_zero(typingctx: Any) -> Any:
     """Sixteen zeros."""
     return f32x16(), lambda context, builder, sig, args: _constant(f32x16, 0.0)
@@ -276,13 +286,15 @@ def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def first_lanes(typingctx: Any, value: Any, count: Any, other: Any) -> Any:
-    """``value`` in the first ``count`` lanes, the scalar ``other`` in the rest."""
+def lanes_between(typingctx: Any, value: Any, first: Any, end: Any, other: Any) -> Any:
+    """``value`` in lanes first <= i < end, the scalar ``other`` in the rest; the bounds may lie outside 0..16."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(_first_lanes(builder, args[1]), args[0], _splat(builder, args[2], LANES))
+        value, first, end, other = args
+        inside = builder.and_(_first_lanes(builder, end), builder.not_(_first_lanes(builder, first)))
+        return builder.select(inside, value, _splat(builder, other, LANES))
 
-    return f32x16(f32x16, types.intp, types.float32), codegen
+    return f32x16(f32x16, types.intp, types.intp, types.float32), codegen
 
 
 # --- 16-bit floats (NumPy has no bfloat16, Numba no float16: both travel as uint16) ---------------------------
@@ -297,40 +309,43 @@ def _load_halves(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return value
 
 
-@intrinsic
-def f16_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen IEEE half floats (uint16 array) widened to float32, exactly."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        halves = builder.bitcast(_load_halves(context, builder, sig, args), ir.VectorType(ir.HalfType(), LANES))
-        return builder.fpext(halves, f32x16.llvm)
-
-    return f32x16(array, types.intp), codegen
+def _read_f32(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, sig.args[0], *args)
+    value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+    value.align = 4
+    return value
 
 
-@intrinsic
-def bf16_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen bfloat16 (uint16 array) widened to float32: they are its upper half."""
+def _read_f16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    halves = builder.bitcast(_load_halves(context, builder, sig, args), ir.VectorType(ir.HalfType(), LANES))
+    return builder.fpext(halves, f32x16.llvm)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = builder.zext(_load_halves(context, builder, sig, args), i32x16.llvm)
-        return builder.bitcast(builder.shl(wide, _constant(i32x16, 16)), f32x16.llvm)
 
-    return f32x16(array, types.intp), codegen
+def _read_bf16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    wide = builder.zext(_load_halves(context, builder, sig, args), i32x16.llvm)
+    return builder.bitcast(builder.shl(wide, _constant(i32x16, 16)), f32x16.llvm)
 
 
 @intrinsic
-def f16_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """Round 16 float32 to IEEE half floats (nearest even) and store them as uint16."""
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen weights as float32, by the array's type: float32, uint16 (IEEE half) or int16 (bfloat16)."""
+    readers = {types.float32: _read_f32, types.uint16: _read_f16, types.int16: _read_bf16}
+    return f32x16(array, types.intp), readers[array.dtype]
+
+
+@intrinsic
+def store_scalar(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = value for a float32 array, or rounded to IEEE half (nearest even) for a uint16 one."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
-        halves = builder.fptrunc(args[2], ir.VectorType(ir.HalfType(), LANES))
-        instruction = builder.store(builder.bitcast(halves, _HALVES), builder.bitcast(pointer, _HALVES.as_pointer()))
-        instruction.align = 2
+        value = args[2]
+        if sig.args[0].dtype == types.uint16:
+            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        builder.store(value, pointer)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, f32x16), codegen
+    return types.void(array, types.intp, types.float32), codegen
 
 
 @intrinsic

@@ -18,6 +18,10 @@ def splat(x: Any) -> Any:
     return np.full(LANES, x, np.int32 if isinstance(x, int | np.integer) else np.float32)
 
 
+def splat_at(array: Any, index: int) -> Any:
+    return splat(array.reshape(-1)[index])
+
+
 def f32_zero() -> Any:
     return np.zeros(LANES, np.float32)
 
@@ -60,20 +64,22 @@ def f32_load_first(array: Any, index: int, count: int) -> Any:
     return v
 
 
-def first_lanes(value: Any, count: int, other: Any) -> Any:
-    return np.where(np.arange(LANES) < count, value, np.float32(other))
+def lanes_between(value: Any, first: int, end: int, other: Any) -> Any:
+    i = np.arange(LANES)
+    return np.where((i >= first) & (i < end), value, np.float32(other))
 
 
-def f16_load(array: Any, index: int) -> Any:
-    return _load(array, index).view(np.float16).astype(np.float32)
+def load(array: Any, index: int) -> Any:
+    v = _load(array, index)
+    if v.dtype == np.uint16:
+        return v.view(np.float16).astype(np.float32)
+    if v.dtype == np.int16:
+        return (v.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return v
 
 
-def bf16_load(array: Any, index: int) -> Any:
-    return (_load(array, index).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def f16_store(array: Any, index: int, value: Any) -> None:
-    _store(array, index, value.astype(np.float16).view(np.uint16))
+def store_scalar(array: Any, index: int, value: Any) -> None:
+    array.reshape(-1)[index] = np.float16(value).view(np.uint16) if array.dtype == np.uint16 else value
 
 
 def f16_to_f32(x: Any) -> Any:

@@ -1,0 +1,195 @@
+"""Attention of new tokens over a KV cache: append, then one pass of online softmax (flash attention).
+
+Cache of one layer: keys (KV, B, D, 16), in blocks of 16 positions whose positions are the lanes, so that the
+scores of 16 positions are one panel product without sums across lanes; values (KV, S, DV) by position, DV = D
+rounded up to 16, so that the weighted sum of values is a panel product too. Both are float32 or IEEE half bits.
+
+Softmax is computed while reading: per query the largest score so far m, the sum l of e^(score - m) and the sum of
+weighted values are rescaled when m grows (Milakov & Gimelshein 2018; Dao et al. 2022). A query sees positions
+max(0, p - window + 1) .. p, by loop bounds; nothing outside them is read.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._math import exp
+from ruvllm.kernels._simd import (
+    f32_load,
+    f32_store,
+    f32_zero,
+    fmax,
+    hmax,
+    hsum,
+    lane,
+    lanes_between,
+    splat,
+    store_scalar,
+)
+from ruvllm.kernels._tile import LANES, TILE, put, tile_times_panel, token_times_panel
+
+CHUNK = 256  # positions per step of the online softmax: scores, keys and values of a chunk stay in the caches
+NO_WINDOW = 1 << 62
+_NEGATIVE_INFINITY = np.float32(-np.inf)
+
+
+def scratch_size(head_dim: int) -> int:
+    """Floats of scratch that one thread needs: scores, weighted sums, and (m, l) of six queries."""
+    return TILE * (CHUNK + padded(head_dim)) + 2 * LANES
+
+
+def padded(head_dim: int) -> int:
+    """head_dim rounded up to whole vectors: the row length of the value cache."""
+    return (head_dim + LANES - 1) // LANES * LANES
+
+
+@kernel
+def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
+    """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
+    tokens, _, dim = k.shape
+    keys_flat, values_flat = keys.reshape(-1), values.reshape(-1)
+    for head in range(lo, hi):
+        for t in range(tokens):
+            position = positions[t]
+            block, j = position // LANES, position % LANES
+            ki = (head * keys.shape[1] + block) * dim * LANES + j
+            vi = (head * values.shape[1] + position) * values.shape[2]
+            for d in range(dim):
+                store_scalar(keys_flat, ki + d * LANES, k[t, head, d])
+                store_scalar(values_flat, vi + d, v[t, head, d])
+
+
+@kernel
+def attend_units(
+    q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, lo: Any, hi: Any
+) -> None:
+    """Attention of q (T, H, D) into out (T, H, D), for the units lo:hi.
+
+    A unit is one head and a tile of up to six tokens: unit = head * ceil(T / 6) + tile. positions (T,) must be
+    appended already. scratch: (scratch_size(D),) float32, this thread's own.
+    """
+    tokens, heads, dim = q.shape
+    wide = values.shape[2]
+    group = heads // keys.shape[0]
+    tiles = (tokens + TILE - 1) // TILE
+    q_flat, out_flat = q.reshape(-1), out.reshape(-1)
+    keys_flat, values_flat = keys.reshape(-1), values.reshape(-1)
+    sums = TILE * CHUNK
+    state = sums + TILE * wide
+    for unit in range(lo, hi):
+        head, t0 = unit // tiles, unit % tiles * TILE
+        rows = min(TILE, tokens - t0)
+        kv = head // group
+        k_base = kv * keys.shape[1] * dim * LANES
+        v_base = kv * values.shape[1] * wide
+        qi = (t0 * heads + head) * dim
+        for r in range(rows):
+            scratch[state + r] = _NEGATIVE_INFINITY
+            scratch[state + LANES + r] = 0
+        for i in range(sums, state, LANES):
+            f32_store(scratch, i, f32_zero())
+        first, end = _span(positions, t0, rows, window)
+        for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
+            # Whole blocks of keys: scores of positions outside a query's span are masked below.
+            start = max(first, chunk) // LANES * LANES
+            stop = min(end, chunk + CHUNK)
+            for s in range(start, stop, LANES):
+                ki = k_base + s * dim
+                if rows == TILE:
+                    tile_times_panel(
+                        keys_flat, ki, LANES, q_flat, qi, heads * dim, dim, scratch, s - chunk, CHUNK, LANES, False
+                    )
+                else:
+                    for r in range(rows):
+                        at = qi + r * heads * dim
+                        token_times_panel(
+                            keys_flat, ki, LANES, q_flat, at, dim, scratch, r * CHUNK + s - chunk, LANES, False
+                        )
+            for r in range(rows):
+                last = positions[t0 + r]
+                a = max(0, last - window + 1)
+                _softmax_step(scratch, r, start - chunk, stop - chunk, a - chunk, last + 1 - chunk, scale, wide)
+            for d in range(0, wide, LANES):
+                vi = v_base + start * wide + d
+                if rows == TILE:
+                    tile_times_panel(
+                        values_flat, vi, wide, scratch, start - chunk, CHUNK, stop - start,
+                        scratch, sums + d, wide, LANES, True,
+                    )  # fmt: skip
+                else:
+                    for r in range(rows):
+                        token_times_panel(
+                            values_flat, vi, wide, scratch, r * CHUNK + start - chunk, stop - start,
+                            scratch, sums + r * wide + d, LANES, True,
+                        )  # fmt: skip
+        for r in range(rows):
+            inverse = np.float32(1) / scratch[state + LANES + r]
+            oi = qi + r * heads * dim
+            for d in range(0, dim, LANES):
+                put(out_flat, oi + d, f32_load(scratch, sums + r * wide + d) * splat(inverse), dim - d, False)
+
+
+@inline_kernel
+def _span(positions: Any, t0: Any, rows: Any, window: Any) -> Any:
+    """First position and end of the positions that any of the tile's queries sees."""
+    first, end = positions[t0], positions[t0]
+    for r in range(rows):
+        first, end = min(first, positions[t0 + r]), max(end, positions[t0 + r])
+    return max(0, first - window + 1), end + 1
+
+
+@inline_kernel
+def _softmax_step(
+    scratch: Any, row: Any, start: Any, stop: Any, first: Any, end: Any, scale: Any, wide: Any
+) -> None:
+    """Turn scores start:stop of a row into weights e^(scale * score - m); weights outside first:end are 0.
+
+    Where m grew, the row's l and weighted sums are rescaled by e^(old m - new m).
+    """
+    base = row * CHUNK
+    sums = TILE * CHUNK + row * wide
+    state = TILE * (CHUNK + wide) + row
+    factor = splat(scale)
+    largest = splat(_NEGATIVE_INFINITY)
+    for i in range(start, stop, LANES):
+        scores = f32_load(scratch, base + i) * factor
+        largest = fmax(largest, lanes_between(scores, first - i, end - i, _NEGATIVE_INFINITY))
+    old = scratch[state]
+    new = fmax(old, hmax(largest))
+    if new == _NEGATIVE_INFINITY:  # nothing of this chunk is visible to this query
+        for i in range(start, stop, LANES):
+            f32_store(scratch, base + i, f32_zero())
+        return
+    total = f32_zero()
+    for i in range(start, stop, LANES):
+        weights = exp(f32_load(scratch, base + i) * factor - splat(new))
+        weights = lanes_between(weights, first - i, end - i, np.float32(0))
+        f32_store(scratch, base + i, weights)
+        total = total + weights
+    shrink = exp(splat(old - new))
+    scratch[state] = new
+    scratch[state + LANES] = scratch[state + LANES] * lane(shrink, 0) + hsum(total)
+    for i in range(sums, sums + wide, LANES):
+        f32_store(scratch, i, f32_load(scratch, i) * shrink)
+
+
+@parallel_kernel
+def attend_parallel(
+    q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, threads: Any
+) -> None:
+    """attend_units with the units split over threads; scratch (threads, scratch_size(D))."""
+    units = q.shape[1] * ((q.shape[0] + TILE - 1) // TILE)
+    for t in prange(threads):
+        attend_units(
+            q, keys, values, positions, window, scale, out, scratch[t], units * t // threads, units * (t + 1) // threads
+        )
+
+
+@parallel_kernel
+def kv_append_parallel(k: Any, v: Any, keys: Any, values: Any, positions: Any, threads: Any) -> None:
+    """kv_append_heads with the kv heads split over threads."""
+    heads = keys.shape[0]
+    for t in prange(threads):
+        kv_append_heads(k, v, keys, values, positions, heads * t // threads, heads * (t + 1) // threads)

@@ -1,0 +1,92 @@
+"""Matrix times packed weights: the x16 layout that every linear layer uses, whatever its precision.
+
+A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector,
+so y = W x is ``acc += splat(x[k]) * panel[k]``: weights stream in order, nothing is summed across lanes, and the
+same panel serves one token (decode) and tiles of 6 tokens (prefill), whose 6 x 16 sums stay in registers.
+Rows past N are zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._simd import f32_to_f16
+from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
+
+_K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
+
+
+def panel_count(rows: int) -> int:
+    """Number of 16-row panels that hold ``rows`` rows."""
+    return (rows + LANES - 1) // LANES
+
+
+@kernel
+def panels_matmul(w: Any, x: Any, out: Any, rows: Any, lo: Any, hi: Any) -> None:
+    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi.
+
+    w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
+    """
+    tokens, columns = x.shape
+    panels, xs, outs = w.reshape(-1), x.reshape(-1), out.reshape(-1)
+    tiled = tokens - tokens % TILE
+    for p in range(lo, hi):
+        wi, column, count = p * columns * LANES, p * LANES, rows - p * LANES
+        for k in range(0, columns, _K_BLOCK):
+            k_count = min(_K_BLOCK, columns - k)
+            for t in range(0, tiled, TILE):
+                xi, oi = t * columns + k, t * rows + column
+                tile_times_panel(panels, wi + k * LANES, LANES, xs, xi, columns, k_count, outs, oi, rows, count, k > 0)
+        for t in range(tiled, tokens):
+            token_times_panel(panels, wi, LANES, xs, t * columns, columns, outs, t * rows + column, count, False)
+
+
+@parallel_kernel
+def panels_matmul_parallel(w: Any, x: Any, out: Any, rows: Any, threads: Any) -> None:
+    """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
+    panels = w.shape[0]
+    for t in prange(threads):
+        panels_matmul(w, x, out, rows, panels * t // threads, panels * (t + 1) // threads)
+
+
+@kernel
+def pack_panels(rows: Any, panels: Any, lo: Any, hi: Any) -> None:
+    """panels[p, k, j] = rows[16 p + j, k] for panels lo:hi; rows past the end are zero. Both of one dtype."""
+    count, columns = rows.shape
+    for p in range(lo, hi):
+        first = p * LANES
+        if first + LANES <= count:
+            for k in range(columns):
+                for j in range(LANES):
+                    panels[p, k, j] = rows[first + j, k]
+        else:
+            for k in range(columns):
+                for j in range(LANES):
+                    panels[p, k, j] = rows[first + j, k] if first + j < count else 0
+
+
+@parallel_kernel
+def pack_panels_parallel(rows: Any, panels: Any, threads: Any) -> None:
+    """pack_panels with the panels split over threads."""
+    count = panels.shape[0]
+    for t in prange(threads):
+        pack_panels(rows, panels, count * t // threads, count * (t + 1) // threads)
+
+
+@kernel
+def halve(x: Any, out: Any) -> None:
+    """out (n,) uint16 = x (n,) float32 rounded to IEEE half floats, nearest even."""
+    for i in range(x.shape[0]):
+        out[i] = f32_to_f16(x[i])
+
+
+def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
+    """Row ``row`` of the packed matrix as (K,) float32: an embedding look-up in a tied head."""
+    values = panels[row // LANES, :, row % LANES]
+    if values.dtype == np.uint16:
+        return values.view(np.float16).astype(np.float32)
+    if values.dtype == np.int16:
+        return (values.astype(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(values)

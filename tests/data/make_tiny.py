@@ -98,7 +98,7 @@ CASES = [
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Wide random weights: matrices with 2.4 / sqrt(inputs), embeddings 0.35, norms around 1, biases 0.5."""
+    """Wide random weights: matrices with 1.7 / sqrt(inputs), embeddings 0.35, norms around 1, biases 0.5."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
@@ -108,7 +108,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
         elif "embed_tokens" in name:
             value = 0.35 * noise
         else:
-            value = 2.4 / parameter.shape[1] ** 0.5 * noise
+            value = 1.7 / parameter.shape[1] ** 0.5 * noise
         parameter.data.copy_(value)
 
 
@@ -117,8 +117,7 @@ def make(case: Case, seed: int) -> None:
     directory = OUT / case.name
     shutil.rmtree(directory, ignore_errors=True)
     generator = torch.Generator().manual_seed(seed)
-    case.config._attn_implementation = "eager"
-    model = case.model(case.config).eval()
+    model = case.model(case.config)
     randomise(model, generator)
     model.to(case.dtype)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=case.config.eos_token_id)
@@ -128,8 +127,10 @@ def make(case: Case, seed: int) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if k not in case.patch or v is not None}, indent=1))
 
     ids = torch.randint(3, case.config.vocab_size, (1, case.tokens), generator=generator)
+    # Read back rather than `model.float()`, which would keep the rotary frequencies rounded to 16 bits.
+    model = case.model.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        logits = model.float()(ids).logits[0]
+        logits = model.eval()(ids).logits[0]
     np.savez_compressed(directory / "logits.npz", ids=ids[0].numpy(), logits=logits.numpy())
     for file in directory.iterdir():
         file.chmod(0o644)

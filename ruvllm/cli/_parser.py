@@ -121,7 +121,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
-    def add(name: str, operands: str, summary: str, description: str, *parents: argparse.ArgumentParser) -> Parser:
+    def add(name: str, operands: str, summary: str, description: str, *parents: Parser) -> Parser:
         command: Parser = commands.add_parser(
             name,
             usage=f"ruvllm {name} [options] {operands}".rstrip(),
@@ -157,18 +157,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def _common() -> argparse.ArgumentParser:
+def _common() -> Parser:
     """Options of every command, before or after its name."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="log more, and show the trace of an error"
     )
     return parser
 
 
-def _loading(context: int | None = None) -> argparse.ArgumentParser:
+def _loading(context: int | None = None) -> Parser:
     """Options that say how a model is loaded."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the model, as an option")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
@@ -183,9 +183,9 @@ def _loading(context: int | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling(max_tokens: int, temperature: float) -> argparse.ArgumentParser:
+def _sampling(max_tokens: int, temperature: float) -> Parser:
     """Options that say how tokens are chosen."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "-n", "--max-tokens", "--n-predict", "--max-new-tokens", dest="max_tokens", type=int, default=max_tokens,
@@ -207,9 +207,9 @@ def _sampling(max_tokens: int, temperature: float) -> argparse.ArgumentParser:
     return parser
 
 
-def _answering() -> argparse.ArgumentParser:
+def _answering() -> Parser:
     """Options that say how a conversation is framed and shown."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--system", "--system-prompt", dest="system", metavar="TEXT", help="the system message")
     parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times")
     return parser

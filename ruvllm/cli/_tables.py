@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ruvllm.model.config import ModelConfig
 
 # Instruction sets that our kernels gain from, in LLVM's names.
@@ -24,12 +22,16 @@ _PACKAGES = ("ruvllm", "numpy", "numba", "llvmlite", "tokenizers")
 KV_TOKENS = 1000
 
 
-def console(stderr: bool = False) -> Console:
-    """A rich console: no colours unless on a terminal (or where NO_COLOR is set), no wrapping in a pipe."""
+def show(content: Any, stderr: bool = False, **options: Any) -> None:
+    """Print a table or text: colours on a terminal alone (NO_COLOR unset), no wrapping in a pipe."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+    # Captured first: rich itself would end the program where the reader of a pipe has gone.
+    with console.capture() as rendered:
+        console.print(content, **options)
+    print(rendered.get(), end="", file=stream, flush=True)
 
 
 def package_version(name: str) -> str:
@@ -71,19 +73,18 @@ def show_memory(names: list[str]) -> None:
             size(KV_TOKENS * estimate.kv_bytes_per_token_fp16),
             size(KV_TOKENS * estimate.kv_bytes_per_token_fp32),
         )
-    console().print(table)
+    show(table)
 
 
 def _config_of(name: str) -> ModelConfig:
-    from ruvllm.checkpoint.hub import MODELS
-    from ruvllm.checkpoint.loader import open_checkpoint
+    from ruvllm.checkpoint.hub import MODELS, resolve
     from ruvllm.model.config import PRESETS
 
     if name not in MODELS and not Path(name).expanduser().exists():
         raise FileNotFoundError(
             f"no configuration or file called {name!r}: known configurations are {', '.join(PRESETS)}"
         )
-    from ruvllm.checkpoint.hub import resolve
+    from ruvllm.checkpoint.loader import open_checkpoint
 
     return open_checkpoint(resolve(name)).config
 
@@ -93,9 +94,8 @@ def show_info(model: str | None) -> None:
     sections = {"versions": _versions(), "machine": _machine(), "threads": _threads(), "files": _files()}
     if model is not None:
         sections = {"model": _model(model)} | sections
-    output = console()
     for title, rows in sections.items():
-        output.print(_pairs(title, rows))
+        show(_pairs(title, rows))
 
 
 def _pairs(title: str, rows: dict[str, str]) -> Any:
@@ -142,22 +142,10 @@ def _cpu_name() -> str:
 
 
 def _threads() -> dict[str, str]:
-    import numba
+    from numba.np.ufunc.parallel import get_num_threads, threading_layer
 
-    return {"kernels use": str(numba.get_num_threads()), "threading layer": _threading_layer()}
-
-
-def _threading_layer() -> str:
-    import numba
-    import numpy as np
-
-    from ruvllm.kernels import rms_norm
-
-    rms_norm(np.ones((4096, 64), np.float32), np.ones(64, np.float32))  # numba decides at the first parallel call
-    try:
-        return str(numba.threading_layer())
-    except ValueError:
-        return f"{numba.config.THREADING_LAYER} (not started)"
+    threads = get_num_threads()  # also starts the threading layer, which until then has no name
+    return {"kernels use": str(threads), "threading layer": threading_layer()}
 
 
 def _files() -> dict[str, str]:
@@ -215,4 +203,4 @@ def show_known_models() -> None:
         table.add_column(heading)
     for name, model in MODELS.items():
         table.add_row(name, size(model.size), model.license, model.description, "yes" if name in cached else "no")
-    console().print(table)
+    show(table)

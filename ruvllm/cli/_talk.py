@@ -1,0 +1,162 @@
+"""Commands that load a model and let it speak: generate, chat, perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ruvllm.cli._parser import DEFAULT_MODEL, read_text, take_last, take_model
+from ruvllm.cli._tables import show
+from ruvllm.errors import ContextFullError
+
+if TYPE_CHECKING:
+    from ruvllm.llm import LLM, Generation
+
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+_CHAT_HELP = """\
+/help   this list
+/reset  forget the conversation
+/exit   leave (also Ctrl-D)
+Ctrl-C  end the answer"""
+
+Message = dict[str, str]
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer one prompt, or continue it with --raw."""
+    model = take_model(args)
+    operand = take_last(args)
+    if operand is not None and args.prompt is not None:
+        raise ValueError("prompt given twice: as an argument and as --prompt")
+    prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt")
+    if args.raw and args.system is not None:
+        raise ValueError("--system needs the chat template that --raw leaves out")
+    llm = _load(args, model)
+    if args.raw or llm.tokenizer.chat_template is None:
+        if args.system is not None:
+            raise ValueError(f"{model} has no chat template, so it knows no --system message")
+        _answer(llm, prompt, args)
+    else:
+        _answer(llm, [*_system(args), {"role": "user", "content": prompt}], args)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Answer message after message, each in the light of those before."""
+    model = take_model(args, DEFAULT_MODEL)
+    if (operand := take_last(args)) is not None:
+        raise ValueError(f"unexpected argument {operand!r}")
+    interactive = sys.stdin.isatty()
+    llm = _load(args, model)
+    if interactive:
+        _enable_line_editing()
+        _note(f"{llm.config.name or model}: /help lists the commands, Ctrl-D leaves")
+    messages = _system(args)
+    while (line := _next_line(interactive)) is not None:
+        text = line.strip()
+        if text.startswith("/"):
+            if text in ("/exit", "/quit", "/bye"):
+                break
+            if text == "/reset":
+                messages = _system(args)
+                _note("a new conversation")
+            else:
+                _note(_CHAT_HELP if text == "/help" else f"no command {text!r}\n{_CHAT_HELP}")
+        elif text:
+            _turn(llm, messages, text, args, interactive)
+
+
+def _turn(llm: LLM, messages: list[Message], text: str, args: argparse.Namespace, interactive: bool) -> None:
+    """Answer one message and add both to the conversation; what did not fit leaves it as it was."""
+    pieces: list[str] = []
+    try:
+        _answer(llm, [*messages, {"role": "user", "content": text}], args, pieces)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print()
+        _note("interrupted")
+    except ContextFullError as error:
+        if not interactive:
+            raise
+        _note(f"{error}\nthe message was not taken in: /reset starts a new conversation")
+        return
+    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    """Print the perplexity of a text."""
+    file = args.file
+    if file is None:
+        file = args.operands.pop() if args.operands else None
+    model = take_model(args, DEFAULT_MODEL)
+    if (operand := take_last(args)) is not None:
+        raise ValueError(f"unexpected argument {operand!r}")
+    text = read_text(None, file, "text")
+    llm = _load(args, model)
+    print(llm.perplexity(text, context=args.context))
+
+
+def _load(args: argparse.Namespace, model: str) -> LLM:
+    import ruvllm
+
+    return ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+
+
+def _system(args: argparse.Namespace) -> list[Message]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _answer(
+    llm: LLM, prompt: str | list[Message], args: argparse.Namespace, pieces: list[str] | None = None
+) -> Generation:
+    """Stream an answer to stdout (and into `pieces`), then show its times on stderr."""
+    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    stream = llm.stream(prompt, **options)
+    for piece in stream:
+        if pieces is not None:
+            pieces.append(piece)
+        print(piece, end="", flush=True)
+    print(flush=True)
+    result = stream.result
+    if not args.quiet:
+        _note(summary(result))
+    return result
+
+
+def summary(result: Generation) -> str:
+    """One line: the time to the first token, the speed after it, and why the answer ended."""
+    times = result.timings
+    return (
+        f"[{times.prompt_tokens} prompt tokens, first token after {times.prompt_seconds:.2f} s; "
+        f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s; ended by {result.finish_reason}]"
+    )
+
+
+def _note(text: str) -> None:
+    """A remark beside the answer: on stderr, so that stdout holds the model's words alone."""
+    show(text, stderr=True, style="dim", markup=False, soft_wrap=True)
+
+
+def _next_line(interactive: bool) -> str | None:
+    """The next line typed or piped; None at the end."""
+    if not interactive:
+        return sys.stdin.readline() or None
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            _note("Ctrl-D or /exit leaves")
+
+
+def _enable_line_editing() -> None:
+    """Arrow keys and history at the prompt, where the platform has readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.set_auto_history(True)

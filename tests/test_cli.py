@@ -1,0 +1,384 @@
+"""The command line: what it passes to the library, what it prints where, and its exit codes."""
+
+import io
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import ruvllm
+from ruvllm.checkpoint import hub
+from ruvllm.cli import main
+from ruvllm.errors import ContextFullError, DownloadError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class FakeStream:
+    """What `llm.stream` returns: pieces of text, then the result."""
+
+    def __init__(self, pieces, error=None):
+        self.pieces = pieces
+        self.error = error
+        self.result = SimpleNamespace(
+            text="".join(pieces),
+            ids=[1] * len(pieces),
+            finish_reason="stop",
+            timings=SimpleNamespace(
+                prompt_tokens=7, prompt_seconds=0.25, tokens=2, seconds=1.0, tokens_per_second=12.5
+            ),
+        )
+
+    def __iter__(self):
+        yield from self.pieces
+        if self.error is not None:
+            raise self.error
+
+
+class FakeLLM:
+    """Records what it is asked and answers from a script; the last answer serves ever after."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(name="fake")
+        self.tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+        self.loaded = None
+        self.asked = []
+        self.answers = [FakeStream(["Hello", " world é"])]
+
+    def load(self, model, **options):
+        self.loaded = (model, options)
+        return self
+
+    def stream(self, prompt, **options):
+        self.asked.append((prompt, options))
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def perplexity(self, text, **options):
+        self.asked.append((text, options))
+        return 12.345678
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    fake = FakeLLM()
+    monkeypatch.setattr(ruvllm, "load", fake.load, raising=False)
+    return fake
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Type the given lines at a terminal; an exception in their place is raised there."""
+
+    def type_lines(*lines):
+        script = iter(lines)
+
+        def answer(prompt):
+            line = next(script, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", answer)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+
+    return type_lines
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    def pipe(text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+    return pipe
+
+
+def run(*argv):
+    """A command in a process of its own, as a user starts it, its output in pipes."""
+    return subprocess.run(
+        [sys.executable, "-m", "ruvllm", *argv], capture_output=True, text=True, encoding="utf-8", cwd=ROOT, timeout=120
+    )
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_generate_prints_the_answer_alone_on_stdout(llm, capsys):
+    assert main(["generate", "m.gguf", "Hi there"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello world é\n"
+    assert "7 prompt tokens, first token after 0.25 s; 2 tokens, 12.5 tokens/s" in err
+    assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True})
+    assert llm.asked == [(user("Hi there"), {"max_tokens": 256, "temperature": 0.0})]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["m.gguf", "-n", "5", "Hi there"],
+        ["-n", "5", "m.gguf", "Hi there"],
+        ["m.gguf", "Hi there", "--n-predict", "5"],
+        ["-m", "m.gguf", "Hi there", "-n", "5"],
+        ["-m", "m.gguf", "-p", "Hi there", "--max-new-tokens", "5"],
+        ["--model", "m.gguf", "--max-tokens=5", "--prompt", "Hi there"],
+    ],
+)
+def test_operands_may_stand_before_between_and_after_options(llm, argv):
+    assert main(["generate", *argv]) == 0
+    assert llm.loaded[0] == "m.gguf"
+    prompt, options = llm.asked[0]
+    assert prompt == user("Hi there")
+    assert options["max_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "-n 9 --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 -s 4 --stop A --stop B".split(),
+        "--max-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 4 "
+        "--stop A --stop B".split(),
+    ],
+)
+def test_sampling_options_in_both_spellings(llm, argv):
+    assert main(["generate", "m", "x", *argv]) == 0
+    assert llm.asked[0][1] == {
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "seed": 4,
+        "stop": ["A", "B"],
+    }
+
+
+def test_loading_options(llm):
+    assert main(["generate", "m", "x", "-t", "1", "--weights", "f16", "--no-mmap"]) == 0
+    assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False}
+
+
+def test_raw_and_models_without_a_template_get_plain_text(llm):
+    main(["generate", "m", "x", "--raw"])
+    main(["generate", "m", "x", "--system", "Be brief."])
+    llm.tokenizer.chat_template = None
+    main(["generate", "m", "x"])
+    assert [prompt for prompt, _ in llm.asked] == ["x", [{"role": "system", "content": "Be brief."}, *user("x")], "x"]
+
+
+def test_quiet_prints_no_times(llm, capsys):
+    main(["generate", "m", "x", "-q"])
+    assert capsys.readouterr() == ("Hello world é\n", "")
+
+
+@pytest.mark.parametrize("argv", [["m", "-"], ["m"], ["m", "-f", "-"], ["-m", "m", "-p", "-"]])
+def test_prompt_from_stdin(llm, piped, argv):
+    piped("from a\npipe ü")
+    assert main(["generate", *argv]) == 0
+    assert llm.asked[0][0] == user("from a\npipe ü")
+
+
+def test_prompt_from_a_file(llm, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("from a file ü", encoding="utf-8")
+    assert main(["generate", "m", "--file", str(file)]) == 0
+    assert llm.asked[0][0] == user("from a file ü")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate"], "which model?"),
+        (["generate", "m", "a", "b"], "unexpected argument 'b'"),
+        (["generate", "m", "a", "-p", "b"], "prompt given twice"),
+        (["generate", "m", "a", "-f", "b"], "prompt given twice"),
+        (["generate", "m", "-f", "no/such/file"], "no/such/file: No such file"),
+        (["generate", "m", "a", "--raw", "--system", "s"], "--raw"),
+        (["chat", "m", "a"], "unexpected argument 'a'"),
+        (["perplexity", "m", "a", "b"], "unexpected argument"),
+        (["memory", "gpt-17"], "no configuration or file called 'gpt-17': known configurations are llama2-7b"),
+        (["warmup", "x"], "unexpected argument 'x'"),
+        (["pull", "no-such-model"], "no model called 'no-such-model': known names are smollm2-135m"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ruvllm: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert llm.asked == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "COMMAND"),
+        (["generatee"], "invalid choice: 'generatee'"),
+        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp for generate"),
+        (["generate", "m", "x", "-n", "many"], "invalid int value: 'many'"),
+        (["generate", "m", "x", "--weights", "f64"], "invalid choice: 'f64'"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_one_line_too(capsys, argv, said):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ruvllm: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_no_prompt_at_a_terminal_does_not_wait_for_one(llm, typed, capsys):
+    typed()
+    assert main(["generate", "m"]) == 2
+    assert "no prompt: give one" in capsys.readouterr().err
+
+
+def test_foreseen_errors_show_no_type_unforeseen_ones_do(llm, capsys, monkeypatch):
+    llm.answers = [FakeStream([], DownloadError("no room"))]
+    assert main(["generate", "m", "x"]) == 2
+    assert capsys.readouterr().err == "ruvllm: error: no room\n"
+    llm.answers = [FakeStream([], TypeError("two\nlines"))]
+    assert main(["generate", "m", "x"]) == 2
+    assert capsys.readouterr().err == "ruvllm: error: TypeError: two lines (--debug shows where)\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "generate", "m", "x"], ["generate", "m", "x", "--debug"]])
+def test_debug_shows_the_trace(llm, capsys, argv):
+    llm.answers = [FakeStream([], ValueError("odd"))]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("ruvllm: error: odd\n")
+
+
+def test_interrupt_exits_with_130(llm, capsys):
+    llm.answers = [FakeStream(["Hel"], KeyboardInterrupt())]
+    assert main(["generate", "m", "x"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_chat_keeps_the_conversation_and_resets_it(llm, typed, capsys):
+    llm.answers = [FakeStream(["one"]), FakeStream(["two"]), FakeStream(["three"])]
+    typed("first", "  ", "second", "/reset", "third", "/exit", "never")
+    assert main(["chat", "m", "--system", "S"]) == 0
+    system = [{"role": "system", "content": "S"}]
+    second = [*system, *user("first"), {"role": "assistant", "content": "one"}, *user("second")]
+    assert [prompt for prompt, _ in llm.asked] == [[*system, *user("first")], second, [*system, *user("third")]]
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_chat_interrupt_ends_the_answer_and_keeps_what_was_said(llm, typed, capsys):
+    llm.answers = [FakeStream(["half an"], KeyboardInterrupt()), FakeStream(["whole"])]
+    typed("first", KeyboardInterrupt(), "second")
+    assert main(["chat", "m"]) == 0
+    assert llm.asked[1][0] == [*user("first"), {"role": "assistant", "content": "half an"}, *user("second")]
+    out, err = capsys.readouterr()
+    assert out == "half an\nwhole\n"
+    assert "Ctrl-D or /exit leaves" in err
+
+
+def test_chat_message_that_does_not_fit_leaves_the_conversation_as_it_was(llm, typed, capsys):
+    llm.answers = [FakeStream([], ContextFullError("9 tokens, room for 8")), FakeStream(["fits"])]
+    typed("long", "short")
+    assert main(["chat", "m"]) == 0
+    assert llm.asked[1][0] == user("short")
+    assert "room for 8" in capsys.readouterr().err
+
+
+def test_chat_commands(llm, typed, capsys):
+    typed("/help", "/nonsense", "/exit")
+    assert main(["chat", "m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "/reset" in err
+    assert "no command '/nonsense'" in err
+    assert llm.asked == []
+
+
+def test_chat_from_a_pipe(llm, piped, capsys):
+    piped("first\n\nsecond")
+    assert main(["chat", "-q"]) == 0
+    assert llm.loaded[0] == "smollm2-135m"
+    assert [prompt[-1]["content"] for prompt, _ in llm.asked] == ["first", "second"]
+    assert capsys.readouterr() == ("Hello world é\nHello world é\n", "")
+
+
+def test_memory_table_has_the_known_figures(capsys):
+    assert main(["memory"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    # Parameters: the models' published sizes. FP16: two bytes each. INT4: 4.5 bits a weight.
+    assert rows["LLaMA2-7B"][1:5] == ["6.74", "B", "13.48", "GB"]
+    assert rows["LLaMA2-13B"][1:5] == ["13.02", "B", "26.03", "GB"]
+    assert rows["LLaMA3-8B"][1:5] == ["8.03", "B", "16.06", "GB"]
+    assert rows["Mistral-7B"][1:5] == ["7.24", "B", "14.48", "GB"]
+    assert float(rows["LLaMA2-7B"][7]) == pytest.approx(6.738 * 4.5 / 8, abs=0.01)
+    # 2 · 32 layers · 8 heads · 128 · 2 bytes · 1000 tokens
+    assert rows["LLaMA3-8B"][9:11] == ["131.1", "MB"]
+
+
+def test_memory_of_one_configuration(capsys):
+    assert main(["memory", "Mistral-7B"]) == 0
+    out = capsys.readouterr().out
+    assert "Mistral-7B" in out
+    assert "LLaMA" not in out
+
+
+def test_pull_lists_and_fetches(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RUVLLM_CACHE", str(tmp_path))
+    assert main(["pull"]) == 0
+    assert "smollm2-135m" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(hub, "pull", lambda name, **options: asked.append((name, options)) or tmp_path / name)
+    assert main(["pull", "a", "--verify", "b"]) == 0
+    assert asked == [("a", {"verify": True}), ("b", {"verify": True})]
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}\n{tmp_path / 'b'}\n"
+
+
+def test_perplexity_takes_the_text_last(llm, tmp_path, capsys):
+    file = tmp_path / "t.txt"
+    file.write_text("some text", encoding="utf-8")
+    for argv in ([str(file)], ["m.gguf", str(file)], ["-m", "m.gguf", "-f", str(file), "-c", "64"]):
+        assert main(["perplexity", *argv]) == 0
+    assert [options["context"] for _, options in llm.asked] == [512, 512, 64]
+    assert {text for text, _ in llm.asked} == {"some text"}
+    assert llm.loaded[0] == "m.gguf"
+    assert capsys.readouterr().out.count("12.34") == 3
+
+
+@pytest.mark.parametrize("command", ["pull", "generate", "chat", "info", "perplexity", "memory", "warmup"])
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: ruvllm {command} [options]" in capsys.readouterr().out
+
+
+def test_piped_output_has_no_colours_and_fits_no_terminal():
+    result = run("memory")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    assert "..." not in result.stdout
+
+
+def test_closed_pipe_is_quiet():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ruvllm", "memory"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_help_and_memory_load_no_compiler():
+    code = "import sys; from ruvllm.cli import main; main(['memory']); sys.exit('numba' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert result.returncode == 0

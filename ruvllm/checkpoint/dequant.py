@@ -1,0 +1,284 @@
+"""Storage types -> float32: one decoder a type, equal bit for bit to ggml's reference dequantisation.
+
+A quantised row is a chain of blocks, each with its own 16-bit scale ``d`` (and minimum ``m``), n = 32 or 256 elements:
+
+    Q4_0  w = d (q - 8)       Q5_0  w = d (q - 16)      Q8_0  w = d q
+    Q4_1  w = d q + m         Q5_1  w = d q + m
+    Q4_K  w = (d s) q - (dmin z)    Q5_K  the same with 5 bits    s, z: 6-bit scale and minimum of each 32 elements
+    Q6_K  w = (d s) (q - 32)                                      s: int8 scale of each 16 elements
+
+Products and sums are rounded in that order and never fused, as in the reference. Source: ggml-quants.c of ggml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ruvllm.checkpoint.storage import BLOCKS, row_bytes
+from ruvllm.kernels._jit import kernel
+
+Array = np.ndarray[Any, Any]
+
+# Byte positions of the 16-bit float scales in a block.
+SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+_CHECKED_BLOCKS = 1 << 20  # blocks whose scales are looked at together: bounds the temporary array
+
+
+@kernel(strict=True)
+def half(low: Any, high: Any) -> Any:
+    """The float32 value of the 16-bit float with these two bytes, subnormal numbers included."""
+    sign = np.uint32(high & 0x80) << np.uint32(24)
+    exponent = np.uint32(high & 0x7C) >> np.uint32(2)
+    mantissa = (np.uint32(high & 0x03) << np.uint32(8)) | np.uint32(low)
+    if exponent == 0:  # by arithmetic: right even where the processor flushes subnormal float32 to zero
+        value = np.float32(mantissa) * np.float32(2.0**-24)
+        return -value if sign else value
+    exponent = np.uint32(255) if exponent == 31 else np.uint32(exponent + np.uint32(112))
+    return np.uint32(sign | (exponent << np.uint32(23)) | (mantissa << np.uint32(13))).view(np.float32)
+
+
+@kernel(strict=True)
+def q4_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q4_0: 16-bit d; 16 bytes, low halves for elements 0-15, high halves for 16-31."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 32):
+            x = raw[i, b * 18 : b * 18 + 18]
+            y = out[i, b * 32 : b * 32 + 32]
+            d = half(x[0], x[1])
+            for j in range(16):
+                y[j] = d * np.float32(np.int32(x[2 + j] & 15) - np.int32(8))
+                y[16 + j] = d * np.float32(np.int32(x[2 + j] >> 4) - np.int32(8))
+
+
+@kernel(strict=True)
+def q4_1_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q4_1: 16-bit d and m, then as in Q4_0."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 32):
+            x = raw[i, b * 20 : b * 20 + 20]
+            y = out[i, b * 32 : b * 32 + 32]
+            d = half(x[0], x[1])
+            m = half(x[2], x[3])
+            for j in range(16):
+                y[j] = d * np.float32(x[4 + j] & 15) + m
+                y[16 + j] = d * np.float32(x[4 + j] >> 4) + m
+
+
+@kernel(strict=True)
+def q5_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q5_0: 16-bit d; 32 fifth bits; then as in Q4_0."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 32):
+            x = raw[i, b * 22 : b * 22 + 22]
+            y = out[i, b * 32 : b * 32 + 32]
+            d = half(x[0], x[1])
+            for j in range(16):
+                low = np.int32(x[6 + j] & 15) | (np.int32((x[2 + j // 8] >> (j % 8)) & 1) << 4)
+                high = np.int32(x[6 + j] >> 4) | (np.int32((x[4 + j // 8] >> (j % 8)) & 1) << 4)
+                y[j] = d * np.float32(np.int32(low - 16))
+                y[16 + j] = d * np.float32(np.int32(high - 16))
+
+
+@kernel(strict=True)
+def q5_1_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q5_1: 16-bit d and m; 32 fifth bits; then as in Q4_0."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 32):
+            x = raw[i, b * 24 : b * 24 + 24]
+            y = out[i, b * 32 : b * 32 + 32]
+            d = half(x[0], x[1])
+            m = half(x[2], x[3])
+            for j in range(16):
+                low = np.int32(x[8 + j] & 15) | (np.int32((x[4 + j // 8] >> (j % 8)) & 1) << 4)
+                high = np.int32(x[8 + j] >> 4) | (np.int32((x[6 + j // 8] >> (j % 8)) & 1) << 4)
+                y[j] = d * np.float32(np.int32(low)) + m
+                y[16 + j] = d * np.float32(np.int32(high)) + m
+
+
+@kernel(strict=True)
+def q8_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q8_0: 16-bit d; 32 signed bytes."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 32):
+            x = raw[i, b * 34 : b * 34 + 34]
+            y = out[i, b * 32 : b * 32 + 32]
+            d = half(x[0], x[1])
+            for j in range(32):
+                y[j] = d * np.float32(np.int8(x[2 + j]))
+
+
+@kernel(strict=True)
+def scale_and_minimum(packed: Any, j: Any) -> Any:
+    """The j-th (0-7) of eight 6-bit scales and eight 6-bit minimums packed in 12 bytes, as float32."""
+    if j < 4:
+        s = packed[j] & 63
+        z = packed[j + 4] & 63
+    else:
+        s = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4)
+        z = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
+    return np.float32(s), np.float32(z)
+
+
+@kernel(strict=True)
+def q4_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q4_K: 16-bit d, dmin; 12 bytes of scales; 4 x 32 bytes, low halves before high halves."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 256):
+            x = raw[i, b * 144 : b * 144 + 144]
+            d = half(x[0], x[1])
+            dmin = half(x[2], x[3])
+            for g in range(8):
+                s, z = scale_and_minimum(x[4:16], g)
+                ds = d * s
+                dz = dmin * z
+                q = x[16 + g // 2 * 32 : 48 + g // 2 * 32]
+                y = out[i, b * 256 + g * 32 : b * 256 + g * 32 + 32]
+                shift = np.uint32(4 * (g % 2))
+                for j in range(32):
+                    y[j] = ds * np.float32(np.int32((np.uint32(q[j]) >> shift) & 15)) - dz
+
+
+@kernel(strict=True)
+def q5_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q5_K: as Q4_K, with 32 bytes of fifth bits (bit g of byte j for element j of group g) before q."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 256):
+            x = raw[i, b * 176 : b * 176 + 176]
+            d = half(x[0], x[1])
+            dmin = half(x[2], x[3])
+            fifth = x[16:48]
+            for g in range(8):
+                s, z = scale_and_minimum(x[4:16], g)
+                ds = d * s
+                dz = dmin * z
+                q = x[48 + g // 2 * 32 : 80 + g // 2 * 32]
+                y = out[i, b * 256 + g * 32 : b * 256 + g * 32 + 32]
+                shift = np.uint32(4 * (g % 2))
+                for j in range(32):
+                    bits = (np.uint32(q[j]) >> shift) & 15 | ((np.uint32(fifth[j]) >> np.uint32(g)) & 1) << 4
+                    y[j] = ds * np.float32(np.int32(bits)) - dz
+
+
+@kernel(strict=True)
+def q6_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q6_K: two halves of 128 elements, low 4 bits in 64 bytes and high 2 in 32 each; int8 scales; d."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 256):
+            x = raw[i, b * 210 : b * 210 + 210]
+            d = half(x[208], x[209])
+            for g in range(8):  # 32 elements with the same shifts
+                low = x[g // 4 * 64 + g % 2 * 32 : g // 4 * 64 + g % 2 * 32 + 32]
+                high = x[128 + g // 4 * 32 : 160 + g // 4 * 32]
+                low_shift = np.uint32(g % 4 // 2 * 4)
+                high_shift = np.uint32(g % 4 * 2)
+                y = out[i, b * 256 + g * 32 : b * 256 + g * 32 + 32]
+                for part in range(2):
+                    ds = d * np.float32(np.int8(x[192 + 2 * g + part]))
+                    for j in range(16 * part, 16 * part + 16):
+                        bits = (np.uint32(low[j]) >> low_shift) & 15 | ((np.uint32(high[j]) >> high_shift) & 3) << 4
+                        y[j] = ds * np.float32(np.int32(bits) - np.int32(32))
+
+
+def _f64_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+    with np.errstate(over="ignore"):  # beyond float32's range: infinity
+        out[lo:hi] = raw[lo:hi].view("<f8")
+
+
+def _f32_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+    out[lo:hi] = raw[lo:hi].view("<f4")
+
+
+def _f16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+    out[lo:hi] = raw[lo:hi].view("<f2")
+
+
+def _bf16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+    bits = out[lo:hi].view(np.uint32)
+    bits[...] = raw[lo:hi].view("<u2")  # a bfloat16 is the high half of a float32
+    bits <<= 16
+
+
+# type -> decoder(raw, out, lo, hi); NumPy's own conversions are as fast where there are no blocks
+ROW_DECODERS: dict[str, Callable[[Array, Array, int, int], None]] = {
+    "F64": _f64_rows,
+    "F32": _f32_rows,
+    "F16": _f16_rows,
+    "BF16": _bf16_rows,
+    "Q4_0": q4_0_rows,
+    "Q4_1": q4_1_rows,
+    "Q5_0": q5_0_rows,
+    "Q5_1": q5_1_rows,
+    "Q8_0": q8_0_rows,
+    "Q4_K": q4_k_rows,
+    "Q5_K": q5_k_rows,
+    "Q6_K": q6_k_rows,
+}
+
+
+def dequantize_rows(dtype: str, raw: Array, columns: int, out: Array) -> Array:
+    """out[i, :] = the float32 values of row i; bit-equal to ggml's reference.
+
+    Args:
+        dtype: a storage type, a key of ``ROW_DECODERS``.
+        raw: (n, bytes per row) uint8, each row contiguous.
+        columns: K, elements per row: a multiple of the type's block length.
+        out: (n, K) float32, C-contiguous.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: an argument of another type, shape or layout, by name.
+    """
+    if dtype not in ROW_DECODERS:
+        raise ValueError(f"dtype must be one of {', '.join(ROW_DECODERS)}, not {dtype!r}")
+    per_block = BLOCKS[dtype][0]
+    if columns < 0 or columns % per_block:
+        raise ValueError(f"columns must be a multiple of {per_block} for {dtype}, not {columns}")
+    if raw.dtype != np.uint8:
+        raise TypeError(f"raw must be uint8, not {raw.dtype}")
+    if out.dtype != np.float32:
+        raise TypeError(f"out must be float32, not {out.dtype}")
+    if raw.ndim != 2 or raw.shape[1] != row_bytes(dtype, columns) or not raw.flags.c_contiguous:
+        raise ValueError(f"raw must be contiguous (n, {row_bytes(dtype, columns)}), not {raw.shape}")
+    if out.shape != (raw.shape[0], columns) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out must be writeable, C-contiguous ({raw.shape[0]}, {columns}), not {out.shape}")
+    if raw.flags.writeable:  # files are read-only arrays: one compiled version serves both
+        raw = raw.view()
+        raw.flags.writeable = False
+    ROW_DECODERS[dtype](raw, out, 0, raw.shape[0])
+    return out
+
+
+def first_bad_scale(dtype: str, raw: Array) -> tuple[int, int, float] | None:
+    """(row, block, value) of the first scale that is NaN or infinite; None when all are finite.
+
+    Args:
+        dtype: a storage type; those without block scales have nothing to find.
+        raw: (n, bytes per row) uint8, C-contiguous.
+    """
+    if dtype not in SCALE_OFFSETS or raw.size == 0:
+        return None
+    block_bytes = BLOCKS[dtype][1]
+    halves = raw.reshape(-1, block_bytes).view("<u2")  # (blocks, block_bytes / 2)
+    for start in range(0, len(halves), _CHECKED_BLOCKS):
+        for at in SCALE_OFFSETS[dtype]:
+            scales = halves[start : start + _CHECKED_BLOCKS, at // 2]
+            bad = (scales & 0x7C00) == 0x7C00  # an exponent of ones: infinity or NaN
+            if bad.any():
+                block = int(bad.argmax())
+                row, column = divmod(start + block, raw.shape[1] // block_bytes)
+                return row, column, float(scales[block].view(np.float16))
+    return None

@@ -125,9 +125,7 @@ def _lay_out(
     return {tensor.info.name: tensor.info for tensor in placed}
 
 
-def _describe(
-    reader: HeaderReader, header: TensorHeader, data_start: int, alignment: int, size: int
-) -> TensorInfo:
+def _describe(reader: HeaderReader, header: TensorHeader, data_start: int, alignment: int, size: int) -> TensorInfo:
     """Type, shape and size of one tensor, its own numbers checked against each other and the file."""
     field = f"tensor {header.name!r}"
     elements = 1

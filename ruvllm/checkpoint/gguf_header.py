@@ -8,6 +8,7 @@ documentation, versions 2 and 3.
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +50,16 @@ UINT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a metadata value lies: its type, first byte, end; for arrays the element type and count."""
+    """Where a metadata value lies: its type, first byte, end; for arrays the element type and count.
+
+    ``ends`` holds the end of each string, counted from ``start``, so that decoding need not walk them again.
+    """
 
     type: int
     start: int
     end: int
     count: int | None = None  # None: not an array
+    ends: array[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +144,8 @@ class HeaderReader:
         """The value: bool, int, float, str, list of str, or a NumPy array of numbers (a copy)."""
         field = f"metadata {key!r}"
         raw = self._at(entry.start, entry.end - entry.start, field)
-        if entry.type == _STRING:
-            strings = self._decode_strings(bytes(raw), 1 if entry.count is None else entry.count, entry.start, field)
+        if entry.ends is not None:
+            strings = self._decode_strings(bytes(raw), entry.ends, entry.start, field)
             return strings[0] if entry.count is None else strings
         kind, scalar = _SCALARS[entry.type]
         if entry.type == _BOOL:
@@ -203,7 +208,8 @@ class HeaderReader:
         if kind == _ARRAY:
             return self._array(position, field)
         if kind == _STRING:
-            return Entry(kind, position, self._skip_strings(position, 1, field))
+            ends = self._walk_strings(position, 1, field)
+            return Entry(kind, position, position + ends[-1], ends=ends)
         if kind not in _SCALARS:
             raise self.error(f"{field} type", kind, "a value type from 0 to 12", position - 4)
         size = _SCALARS[kind][1].size
@@ -223,40 +229,42 @@ class HeaderReader:
             left = self._source.size - start
             raise self.error(f"{field} length", f"{count} elements", f"what {left} bytes can hold", position + 4)
         if kind == _STRING:
-            return Entry(kind, start, self._skip_strings(start, count, field), count)
+            ends = self._walk_strings(start, count, field)
+            return Entry(kind, start, start + (ends[-1] if count else 0), count, ends)
         self._require(start, count * smallest, field)
         return Entry(kind, start, start + count * smallest, count)
 
-    def _skip_strings(self, position: int, count: int, field: str) -> int:
-        """The position behind ``count`` strings. Vocabularies have 10^5 of them, so this loop is kept lean."""
+    def _walk_strings(self, start: int, count: int, field: str) -> array[int]:
+        """Where each of ``count`` strings ends, counted from ``start``. A vocabulary has 10^5 of them: a lean loop."""
         self._strings += count
         if self._strings > MAX_STRINGS:
-            raise self.error(f"{field} length", f"{self._strings} strings", f"at most {MAX_STRINGS}", position)
+            raise self.error(f"{field} length", f"{self._strings} strings", f"at most {MAX_STRINGS}", start)
         length_at = _U64.unpack_from
-        done = 0
-        while done < count:
-            self._at(position, 8, f"{field} string {done} length")
+        ends = array("Q")
+        position = start
+        while len(ends) < count:
+            self._at(position, 8, f"{field} string {len(ends)} length")
             view, base = self._view, self._base
             last = min(len(view), self._limit - base) - 8
             at = position - base
-            while done < count and at <= last:
+            for _ in range(count - len(ends)):
+                if at > last:
+                    break
                 (length,) = length_at(view, at)
                 at += 8 + length
-                done += 1
-            if at + base > self._limit:
-                self._require(position := at - length + base, length, f"{field} string {done - 1}")
+                if at + base > self._limit:
+                    self._require(at + base - length, length, f"{field} string {len(ends)}")
+                ends.append(at + base - start)
             position = at + base
-        return position
+        return ends
 
-    def _decode_strings(self, raw: bytes, count: int, start: int, field: str) -> list[str]:
-        length_at = _U64.unpack_from
+    def _decode_strings(self, raw: bytes, ends: array[int], start: int, field: str) -> list[str]:
         strings: list[str] = []
-        position = 0
-        for index in range(count):
-            (length,) = length_at(raw, position)
-            position += 8 + length
-            try:
-                strings.append(raw[position - length : position].decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise self._not_utf8(f"{field} string {index}", raw, position - length + error.start, start) from None
+        begin = 0
+        try:
+            for end in ends:
+                strings.append(raw[begin + 8 : end].decode("utf-8"))
+                begin = end
+        except UnicodeDecodeError as error:
+            raise self._not_utf8(f"{field} string {len(strings)}", raw, begin + 8 + error.start, start) from None
         return strings

@@ -12,7 +12,10 @@ import ruvllm
 from ruvllm.checkpoint import hub
 from ruvllm.cli import main
 from ruvllm.errors import ContextFullError, DownloadError
+from ruvllm.llm import Generation, Timings
+from ruvllm.model.perplexity import Perplexity
 
+DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -22,17 +25,16 @@ class FakeStream:
     def __init__(self, pieces, error=None):
         self.pieces = pieces
         self.error = error
-        self.result = SimpleNamespace(
-            text="".join(pieces),
-            ids=[1] * len(pieces),
+        self.result = Generation(
+            text="",
             finish_reason="stop",
-            timings=SimpleNamespace(
-                prompt_tokens=7, prompt_seconds=0.25, tokens=2, seconds=1.0, tokens_per_second=12.5
-            ),
+            timings=Timings(prompt_tokens=7, prompt_seconds=0.25, tokens=26, seconds=2.0),
         )
 
     def __iter__(self):
-        yield from self.pieces
+        for piece in self.pieces:
+            self.result.text += piece
+            yield piece
         if self.error is not None:
             raise self.error
 
@@ -41,7 +43,7 @@ class FakeLLM:
     """Records what it is asked and answers from a script; the last answer serves ever after."""
 
     def __init__(self):
-        self.config = SimpleNamespace(name="fake")
+        self.config = SimpleNamespace(name="fake", max_position_embeddings=10000)
         self.tokenizer = SimpleNamespace(chat_template="{{ messages }}")
         self.loaded = None
         self.asked = []
@@ -51,13 +53,20 @@ class FakeLLM:
         self.loaded = (model, options)
         return self
 
+    def new_cache(self, max_tokens):
+        return f"a cache of {max_tokens} tokens"
+
     def stream(self, prompt, **options):
         self.asked.append((prompt, options))
-        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(self.answers[0], Exception):
+            raise self.answers.pop(0)
+        if len(self.answers) > 1:
+            return self.answers.pop(0)
+        return FakeStream(self.answers[0].pieces, self.answers[0].error)
 
     def perplexity(self, text, **options):
         self.asked.append((text, options))
-        return 12.345678
+        return Perplexity(12.345678, 0.5, 2.5, 100, 2, options["context"], 1.25)
 
 
 @pytest.fixture
@@ -109,9 +118,9 @@ def test_generate_prints_the_answer_alone_on_stdout(llm, capsys):
     assert main(["generate", "m.gguf", "Hi there"]) == 0
     out, err = capsys.readouterr()
     assert out == "Hello world é\n"
-    assert "7 prompt tokens, first token after 0.25 s; 2 tokens, 12.5 tokens/s" in err
+    assert "7 prompt tokens, first token after 0.25 s; 26 tokens, 12.5 tokens/s; reached its end" in err
     assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True})
-    assert llm.asked == [(user("Hi there"), {"max_tokens": 256, "temperature": 0.0})]
+    assert llm.asked == [(user("Hi there"), DEFAULTS)]
 
 
 @pytest.mark.parametrize(
@@ -152,12 +161,23 @@ def test_sampling_options_in_both_spellings(llm, argv):
         "repetition_penalty": 1.2,
         "seed": 4,
         "stop": ["A", "B"],
+        "cache": None,
     }
 
 
 def test_loading_options(llm):
     assert main(["generate", "m", "x", "-t", "1", "--weights", "f16", "--no-mmap"]) == 0
     assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False}
+
+
+def test_context_and_unlimited_answers_get_a_cache(llm, capsys):
+    main(["generate", "m", "x", "-c", "64"])
+    main(["generate", "m", "x", "-n", "-1"])
+    assert [options["cache"] for _, options in llm.asked] == ["a cache of 64 tokens", "a cache of 8192 tokens"]
+    assert [options["max_tokens"] for _, options in llm.asked] == [256, None]
+    capsys.readouterr()
+    assert main(["generate", "m", "x", "-c", "10001"]) == 2
+    assert "expected 1 to 10000 tokens" in capsys.readouterr().err
 
 
 def test_raw_and_models_without_a_template_get_plain_text(llm):
@@ -272,6 +292,14 @@ def test_chat_keeps_the_conversation_and_resets_it(llm, typed, capsys):
     second = [*system, *user("first"), {"role": "assistant", "content": "one"}, *user("second")]
     assert [prompt for prompt, _ in llm.asked] == [[*system, *user("first")], second, [*system, *user("third")]]
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens"}
+
+
+def test_chat_needs_a_template(llm, typed, capsys):
+    llm.tokenizer.chat_template = None
+    typed("first")
+    assert main(["chat", "m"]) == 2
+    assert "m has no chat template" in capsys.readouterr().err
 
 
 def test_chat_interrupt_ends_the_answer_and_keeps_what_was_said(llm, typed, capsys):
@@ -285,7 +313,7 @@ def test_chat_interrupt_ends_the_answer_and_keeps_what_was_said(llm, typed, caps
 
 
 def test_chat_message_that_does_not_fit_leaves_the_conversation_as_it_was(llm, typed, capsys):
-    llm.answers = [FakeStream([], ContextFullError("9 tokens, room for 8")), FakeStream(["fits"])]
+    llm.answers = [ContextFullError("9 tokens, room for 8"), FakeStream(["fits"])]
     typed("long", "short")
     assert main(["chat", "m"]) == 0
     assert llm.asked[1][0] == user("short")
@@ -349,7 +377,7 @@ def test_perplexity_takes_the_text_last(llm, tmp_path, capsys):
     assert [options["context"] for _, options in llm.asked] == [512, 512, 64]
     assert {text for text, _ in llm.asked} == {"some text"}
     assert llm.loaded[0] == "m.gguf"
-    assert capsys.readouterr().out.count("12.34") == 3
+    assert capsys.readouterr().out.count("perplexity 12.3457 +/- 0.5000") == 3
 
 
 @pytest.mark.parametrize("command", ["pull", "generate", "chat", "info", "perplexity", "memory", "warmup"])

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         _COMMANDS[args.command](args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("ruvllm: interrupted", file=sys.stderr)
+        print("\nruvllm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _drop_stdout()

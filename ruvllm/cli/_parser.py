@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import NoReturn
 
+import ruvllm
+
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "int8", "int4")
 
@@ -97,18 +99,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-class _Version(argparse.Action):
-    """Print the version; looked up only when asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
-        from ruvllm.cli._tables import package_version
-
-        print(f"ruvllm {package_version('ruvllm')}")
-        parser.exit()
-
-
 def build_parser() -> Parser:
-    """The parser of the whole command line; it imports nothing of the library."""
+    """The parser of the whole command line; it loads nothing of the library."""
     common = _common()
     parser = Parser(
         prog="ruvllm",
@@ -118,7 +110,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         parents=[common],
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"ruvllm {ruvllm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
     def add(name: str, operands: str, summary: str, description: str, *parents: Parser) -> Parser:
@@ -137,8 +129,8 @@ def build_parser() -> Parser:
     pull = add("pull", "[NAME ...]", "fetch a model into the cache", _PULL)
     pull.add_argument("--verify", action="store_true", help="compare every byte of a cached file with its checksum")
 
-    sampling = _sampling(max_tokens=256, temperature=0.0)
-    generate = add("generate", "MODEL [PROMPT | -]", "answer one prompt", _GENERATE, _loading(), sampling, _answering())
+    loading, sampling = _loading(said="as the answer needs"), _sampling(max_tokens=256, temperature=0.0)
+    generate = add("generate", "MODEL [PROMPT | -]", "answer one prompt", _GENERATE, loading, sampling, _answering())
     generate.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
     generate.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as plain text")
@@ -166,7 +158,7 @@ def _common() -> Parser:
     return parser
 
 
-def _loading(context: int | None = None) -> Parser:
+def _loading(context: int | None = None, said: str = "the model's, at most 8192") -> Parser:
     """Options that say how a model is loaded."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("model")
@@ -174,7 +166,7 @@ def _loading(context: int | None = None) -> Parser:
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
     group.add_argument(
         "-c", "--ctx-size", "--context", dest="context", type=int, default=context, metavar="N",
-        help=f"context length in tokens (default: {context or 'what the model was trained for, as memory allows'})",
+        help=f"context length in tokens (default: {context or said})",
     )  # fmt: skip
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
@@ -189,7 +181,7 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "-n", "--max-tokens", "--n-predict", "--max-new-tokens", dest="max_tokens", type=int, default=max_tokens,
-        metavar="N", help="stop after N tokens (default: %(default)s)",
+        metavar="N", help="at most N tokens, -1 for no limit but the context (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--temp", "--temperature", dest="temperature", type=float, default=temperature, metavar="T",
@@ -202,7 +194,9 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
         "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", type=float, metavar="R",
         help="above 1 makes tokens that already occurred less likely",
     )  # fmt: skip
-    group.add_argument("-s", "--seed", type=int, metavar="N", help="same seed, same answer")
+    group.add_argument(
+        "-s", "--seed", type=int, metavar="N", help="same seed, same answer (default: a new one each time)"
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer at this text; may be repeated")
     return parser
 

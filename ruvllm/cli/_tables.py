@@ -18,7 +18,7 @@ _FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "avxvnni", "amx-int8",
     "neon", "dotprod", "i8mm", "fullfp16", "bf16", "sve",
 )  # fmt: skip
-_PACKAGES = ("ruvllm", "numpy", "numba", "llvmlite", "tokenizers")
+_PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers")
 KV_TOKENS = 1000
 
 
@@ -34,7 +34,7 @@ def show(content: Any, stderr: bool = False, **options: Any) -> None:
     print(rendered.get(), end="", file=stream, flush=True)
 
 
-def package_version(name: str) -> str:
+def _package_version(name: str) -> str:
     """Version of an installed package."""
     try:
         return installed_version(name)
@@ -111,7 +111,9 @@ def _pairs(title: str, rows: dict[str, str]) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES}
+    import ruvllm
+
+    return {"ruvllm": ruvllm.__version__, "python": platform.python_version()} | {name: _package_version(name) for name in _PACKAGES}
 
 
 def _machine() -> dict[str, str]:

@@ -11,9 +11,12 @@ from ruvllm.cli._tables import show
 from ruvllm.errors import ContextFullError
 
 if TYPE_CHECKING:
-    from ruvllm.llm import LLM, Generation
+    from ruvllm.llm import LLM, Generation, Stream
+    from ruvllm.model.kv_cache import KVCache
 
-_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+# Without -c a conversation gets at most this: the caches of models with a very long context exceed the memory.
+_CHAT_CONTEXT = 8192
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 _CHAT_HELP = """\
 /help   this list
 /reset  forget the conversation
@@ -36,9 +39,12 @@ def generate(args: argparse.Namespace) -> None:
     if args.raw or llm.tokenizer.chat_template is None:
         if args.system is not None:
             raise ValueError(f"{model} has no chat template, so it knows no --system message")
-        _answer(llm, prompt, args)
+        request: str | list[Message] = prompt
     else:
-        _answer(llm, [*_system(args), {"role": "user", "content": prompt}], args)
+        request = [*_system(args), {"role": "user", "content": prompt}]
+    # Without a limit of tokens the facade makes a cache as long as the prompt and the answer.
+    cache = None if args.context is None and args.max_tokens >= 0 else _cache(llm, args)
+    _show_answer(llm.stream(request, cache=cache, **_options(args)), args)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -48,6 +54,9 @@ def chat(args: argparse.Namespace) -> None:
         raise ValueError(f"unexpected argument {operand!r}")
     interactive = sys.stdin.isatty()
     llm = _load(args, model)
+    if llm.tokenizer.chat_template is None:
+        raise ValueError(f"{model} has no chat template; continue a text with: ruvllm generate {model} --raw")
+    cache = _cache(llm, args)
     if interactive:
         _enable_line_editing()
         _note(f"{llm.config.name or model}: /help lists the commands, Ctrl-D leaves")
@@ -63,25 +72,29 @@ def chat(args: argparse.Namespace) -> None:
             else:
                 _note(_CHAT_HELP if text == "/help" else f"no command {text!r}\n{_CHAT_HELP}")
         elif text:
-            _turn(llm, messages, text, args, interactive)
+            _turn(llm, messages, text, cache, args, interactive)
 
 
-def _turn(llm: LLM, messages: list[Message], text: str, args: argparse.Namespace, interactive: bool) -> None:
+def _turn(
+    llm: LLM, messages: list[Message], text: str, cache: KVCache, args: argparse.Namespace, interactive: bool
+) -> None:
     """Answer one message and add both to the conversation; what did not fit leaves it as it was."""
-    pieces: list[str] = []
+    question = {"role": "user", "content": text}
     try:
-        _answer(llm, [*messages, {"role": "user", "content": text}], args, pieces)
-    except KeyboardInterrupt:
-        if not interactive:
-            raise
-        print()
-        _note("interrupted")
+        stream = llm.stream([*messages, question], cache=cache, **_options(args))
     except ContextFullError as error:
         if not interactive:
             raise
-        _note(f"{error}\nthe message was not taken in: /reset starts a new conversation")
+        _note(f"{error}\nthe message was not taken in; /reset starts a new conversation")
         return
-    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
+    try:
+        _show_answer(stream, args)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print(flush=True)
+        _note("interrupted")
+    messages += [question, {"role": "assistant", "content": stream.result.text}]
 
 
 def perplexity(args: argparse.Namespace) -> None:
@@ -107,29 +120,38 @@ def _system(args: argparse.Namespace) -> list[Message]:
     return [] if args.system is None else [{"role": "system", "content": args.system}]
 
 
-def _answer(
-    llm: LLM, prompt: str | list[Message], args: argparse.Namespace, pieces: list[str] | None = None
-) -> Generation:
-    """Stream an answer to stdout (and into `pieces`), then show its times on stderr."""
-    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
-    stream = llm.stream(prompt, **options)
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given, as `LLM.stream` takes them."""
+    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    return given | {"seed": args.seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
+
+
+def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
+    """A KV cache of --context tokens."""
+    limit = llm.config.max_position_embeddings
+    context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context
+    if not 1 <= context <= limit:
+        raise ValueError(f"context: expected 1 to {limit} tokens, which the model was made for, found {context}")
+    return llm.new_cache(context)
+
+
+def _show_answer(stream: Stream, args: argparse.Namespace) -> None:
+    """Print an answer to stdout as it comes, then its times to stderr."""
     for piece in stream:
-        if pieces is not None:
-            pieces.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
-    result = stream.result
     if not args.quiet:
-        _note(summary(result))
-    return result
+        _note(summary(stream.result))
 
 
 def summary(result: Generation) -> str:
     """One line: the time to the first token, the speed after it, and why the answer ended."""
     times = result.timings
+    reused = f" ({times.reused_tokens} of them from before)" if times.reused_tokens else ""
+    ended = "stopped at the token limit" if result.finish_reason == "length" else "reached its end"
     return (
-        f"[{times.prompt_tokens} prompt tokens, first token after {times.prompt_seconds:.2f} s; "
-        f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s; ended by {result.finish_reason}]"
+        f"[{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s; "
+        f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s; {ended}]"
     )
 
 

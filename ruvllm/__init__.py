@@ -1,1 +1,71 @@
-"""ruvllm: LLM inference kernels in readable Python, compiled by Numba, and the models made of them."""
+"""ruvllm: LLM inference kernels in readable Python, compiled by Numba, and the models made of them.
+
+    import ruvllm
+    llm = ruvllm.load("smollm2-135m")
+    print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]))
+
+Importing compiles nothing and loads nothing large: each name is fetched when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ruvllm.checkpoint.hub import pull
+    from ruvllm.errors import (
+        ContextFullError,
+        DownloadError,
+        InsufficientMemoryError,
+        ModelFormatError,
+        RuvllmError,
+    )
+    from ruvllm.llm import LLM, Generation
+    from ruvllm.loading import load, warmup
+    from ruvllm.model import KVCache, Llama, ModelConfig
+
+_HOMES = {
+    "load": "ruvllm.loading",
+    "warmup": "ruvllm.loading",
+    "LLM": "ruvllm.llm",
+    "Generation": "ruvllm.llm",
+    "pull": "ruvllm.checkpoint.hub",
+    "KVCache": "ruvllm.model",
+    "Llama": "ruvllm.model",
+    "ModelConfig": "ruvllm.model",
+    "RuvllmError": "ruvllm.errors",
+    "ModelFormatError": "ruvllm.errors",
+    "ContextFullError": "ruvllm.errors",
+    "DownloadError": "ruvllm.errors",
+    "InsufficientMemoryError": "ruvllm.errors",
+}
+_PACKAGES = ("kernels", "model", "checkpoint")
+
+__all__ = [
+    "LLM",
+    "ContextFullError",
+    "DownloadError",
+    "Generation",
+    "InsufficientMemoryError",
+    "KVCache",
+    "Llama",
+    "ModelConfig",
+    "ModelFormatError",
+    "RuvllmError",
+    "load",
+    "pull",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"ruvllm.{name}")
+    raise AttributeError(f"module 'ruvllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_PACKAGES])

@@ -9,6 +9,7 @@ runs old machine code, and it unpickles whatever it finds. Here
   two processes may compile at once, and a truncated or damaged entry is compiled again.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -25,6 +26,7 @@ import numba
 from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 from ruvllm.paths import cache_directory
@@ -63,6 +65,29 @@ def kernel_cache_directory() -> Path | None:
         return None
     _drop_old_generations(root, keep=directory)
     return directory
+
+
+def _warm_marker() -> Path | None:
+    """The empty file that says that all kernels were compiled for this CPU."""
+    directory = kernel_cache_directory()
+    if directory is None:
+        return None
+    target = f"{cpu_target.target_context.codegen().magic_tuple()}{config.THREADING_LAYER}"
+    return directory / f"warm-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
+
+
+def is_warm() -> bool:
+    """Whether every kernel that generation needs has been compiled into the cache before."""
+    marker = _warm_marker()
+    return marker is not None and marker.exists()
+
+
+def mark_warm() -> None:
+    """Note that every kernel has been compiled; without a cache directory nothing is noted."""
+    marker = _warm_marker()
+    if marker is not None:
+        with contextlib.suppress(OSError):
+            marker.touch()
 
 
 def _require_private(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from ruvllm.kernels import _check
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp
 from ruvllm.kernels._simd import (
@@ -28,6 +29,7 @@ from ruvllm.kernels._simd import (
     splat,
     store_scalar,
 )
+from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, put, tile_times_panel, token_times_panel
 
 CHUNK = 256  # positions per step of the online softmax: scores, keys and values of a chunk stay in the caches
@@ -187,9 +189,60 @@ def attend_parallel(
         )
 
 
-@parallel_kernel
-def kv_append_parallel(k: Any, v: Any, keys: Any, values: Any, positions: Any, threads: Any) -> None:
-    """kv_append_heads with the kv heads split over threads."""
-    heads = keys.shape[0]
-    for t in prange(threads):
-        kv_append_heads(k, v, keys, values, positions, heads * t // threads, heads * (t + 1) // threads)
+def kv_append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
+    """Store keys and values of new tokens in the cache of one layer.
+
+    Args:
+        k, v: (T, KV, D) float32.
+        keys: (KV, B, D, 16) float32 or uint16 (IEEE half bits); position p is lane p % 16 of block p // 16.
+        values: (KV, 16 B, DV) of the same dtype, DV = D rounded up to a multiple of 16.
+        positions: (T,) integers from 0 to 16 B - 1.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape, or a position is outside the cache.
+    """
+    k, v = _check.float32("k", k, ndim=3), _check.float32("v", v, ndim=3)
+    positions = _check.integers("positions", positions)
+    _require_cache(keys, values, k.shape[2])
+    if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
+        raise ValueError(f"k {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
+    if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
+        found = f"{positions.min()} to {positions.max()}"
+        raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
+    kv_append_heads(k, v, keys, values, positions, 0, keys.shape[0])
+
+
+def cached_attention(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    positions: np.ndarray,
+    window: int | None,
+    scale: float,
+    out: np.ndarray,
+    scratch: np.ndarray,
+) -> np.ndarray:
+    """out (T, H, D) = softmax(scale q k^T) v over the positions that each query sees in the cache of one layer.
+
+    For callers that own their buffers (``model.Attention``): sizes are theirs to guarantee.
+    scratch: (threads at the most, scratch_size(D)) float32.
+    """
+    tokens, heads, dim = q.shape
+    reach = NO_WINDOW if window is None else window
+    work = int(tokens * heads * dim * min(int(positions[-1]) + 1, reach))
+    units = heads * ((tokens + TILE - 1) // TILE)
+    threads = min(threads_for(work, PARALLEL_MACS, units), len(scratch))
+    if threads == 1:
+        attend_units(q, keys, values, positions, reach, np.float32(scale), out, scratch[0], 0, units)
+    else:
+        launch(attend_parallel, q, keys, values, positions, reach, np.float32(scale), out, scratch, threads)
+    return out
+
+
+def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
+    for name, array in (("keys", keys), ("values", values)):
+        if array.dtype not in (np.float32, np.uint16) or not array.flags.c_contiguous or not array.flags.writeable:
+            raise TypeError(f"{name}: expected a writable C-contiguous float32 or uint16 array, found {array.dtype}")
+    wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None
+    if keys.ndim != 4 or keys.shape[2:] != (dim, LANES) or values.shape != wanted or keys.dtype != values.dtype:
+        raise ValueError(f"keys {keys.shape} and values {values.shape} are no cache for head_dim {dim}")

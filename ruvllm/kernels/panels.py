@@ -13,6 +13,7 @@ from numba import prange
 
 from ruvllm.kernels._jit import kernel, parallel_kernel
 from ruvllm.kernels._simd import f32_to_f16
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
 
 _K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
@@ -90,3 +91,21 @@ def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
     if values.dtype == np.int16:
         return (values.astype(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.ascontiguousarray(values)
+
+
+def linear_panels(w: np.ndarray, x: np.ndarray, rows: int, out: np.ndarray) -> np.ndarray:
+    """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16).
+
+    For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
+    """
+    threads = threads_for(x.shape[0] * w.size, PARALLEL_MACS, w.shape[0])
+    if threads == 1:
+        panels_matmul(w, x, out, rows, 0, w.shape[0])
+    else:
+        launch(panels_matmul_parallel, w, x, out, rows, threads)
+    return out
+
+
+def pack(rows: np.ndarray, panels: np.ndarray) -> None:
+    """Write rows (n, K) into panels (ceil(n/16), K, 16) of the same dtype."""
+    launch(pack_panels_parallel, rows, panels, threads_for(panels.size, PARALLEL_ELEMENTS, panels.shape[0]))

@@ -1,0 +1,318 @@
+"""Attention over plain arrays: one query over cached rows (decode), or many queries at once (prefill)."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._math import exp
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._simd import (
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_zero,
+    fma,
+    fmax,
+    hmax,
+    hsum,
+    lanes_between,
+    splat,
+    splat_at,
+)
+from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
+from ruvllm.kernels._tile import LANES, put
+from ruvllm.kernels.cached_attention import cached_attention, kv_append_heads, padded, scratch_size
+
+_NEGATIVE_INFINITY = np.float32(-np.inf)
+
+
+@kernel
+def attend_one_heads(
+    q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, out: Any, scores: Any, lo: Any, hi: Any
+) -> None:
+    """Attention of one token, q and out (H, D), for query heads lo:hi.
+
+    k, v (blocks, block_size, KV, D): row s of the sequence is row s % block_size of block table[s // block_size].
+    scores: (H, length + 16) float32 of scratch.
+    """
+    heads, dim = q.shape
+    size, kv_heads = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    wide = scores.shape[1]
+    queries, keys, values = q.reshape(-1), k.reshape(-1), v.reshape(-1)
+    outs, weights = out.reshape(-1), scores.reshape(-1)
+    row_step = kv_heads * dim
+    for head in range(lo, hi):
+        qi, base, offset = head * dim, head * wide, head // group * dim
+        for s in range(length):
+            at = (table[s // size] * size + s % size) * row_step + offset
+            total = f32_zero()
+            for d in range(0, dim - LANES + 1, LANES):
+                total = fma(f32_load(queries, qi + d), f32_load(keys, at + d), total)
+            rest = dim % LANES
+            if rest:
+                d = dim - rest
+                total = fma(f32_load_first(queries, qi + d, rest), f32_load_first(keys, at + d, rest), total)
+            weights[base + s] = hsum(total) * scale
+        largest = splat(_NEGATIVE_INFINITY)
+        for s in range(0, length, LANES):
+            largest = fmax(largest, lanes_between(f32_load(weights, base + s), 0, length - s, _NEGATIVE_INFINITY))
+        top = splat(hmax(largest))
+        sums = f32_zero()
+        for s in range(0, length, LANES):
+            e = lanes_between(exp(f32_load(weights, base + s) - top), 0, length - s, np.float32(0))
+            f32_store(weights, base + s, e)
+            sums = sums + e
+        inverse = splat(np.float32(1) / hsum(sums))
+        for d in range(0, dim, LANES):
+            count = dim - d
+            a, b = f32_zero(), f32_zero()
+            for s in range(length):
+                at = (table[s // size] * size + s % size) * row_step + offset + d
+                row = f32_load(values, at) if count >= LANES else f32_load_first(values, at, count)
+                if s % 2:
+                    b = fma(splat_at(weights, base + s), row, b)
+                else:
+                    a = fma(splat_at(weights, base + s), row, a)
+            put(outs, qi + d, (a + b) * inverse, count, False)
+
+
+@parallel_kernel
+def attend_one_parallel(
+    q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, out: Any, scores: Any, threads: Any
+) -> None:
+    """attend_one_heads with the heads split over threads."""
+    heads = q.shape[0]
+    for t in prange(threads):
+        attend_one_heads(q, k, v, table, length, scale, out, scores, heads * t // threads, heads * (t + 1) // threads)
+
+
+def paged_attention(
+    q: np.ndarray,
+    k_pool: np.ndarray,
+    v_pool: np.ndarray,
+    block_table: np.ndarray,
+    length: int,
+    scale: float | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """softmax(scale q k^T) v of one token over keys and values that lie in blocks of a shared pool.
+
+    Args:
+        q: (H, D) float32.
+        k_pool, v_pool: (blocks, block_size, KV, D) float32, H a multiple of KV: head h uses kv head h // (H / KV).
+        block_table: integers; position s is row s % block_size of block block_table[s // block_size].
+        length: positions to attend to, >= 1.
+        scale: 1 / sqrt(D) if None.
+        out: (H, D) float32 to write into.
+
+    Raises:
+        TypeError: not float32, or a table that holds no integers.
+        ValueError: shapes do not match, or the table is too short or points outside the pool.
+
+    Source: Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
+    """
+    q = _check.float32("q", q, ndim=2)
+    k = _check.float32("k_pool", k_pool, ndim=4)
+    v = _check.float32("v_pool", v_pool, shape=k.shape)
+    heads, dim = q.shape
+    if k.shape[3] != dim or not k.shape[2] or heads % k.shape[2]:
+        raise ValueError(f"q: {heads} heads of {dim} do not fit k_pool of {k.shape[2]} kv heads of {k.shape[3]}")
+    table = _check.integers("block_table", block_table)
+    size = k.shape[1]
+    used = -(-length // size) if size else 0
+    if length < 1 or used > len(table):
+        raise ValueError(f"length: expected 1 to {len(table) * size}, found {length}")
+    if table[:used].min() < 0 or table[:used].max() >= len(k):
+        raise ValueError(f"block_table: expected blocks 0 to {len(k) - 1}, found {table[:used].tolist()}")
+    out = _check.output("out", out, q.shape)
+    scale32 = np.float32(dim**-0.5 if scale is None else scale)
+    scores = np.empty((heads, length + LANES), np.float32)
+    threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, heads)
+    if threads == 1:
+        attend_one_heads(q, k, v, table, length, scale32, out, scores, 0, heads)
+    else:
+        launch(attend_one_parallel, q, k, v, table, length, scale32, out, scores, threads)
+    return out
+
+
+def grouped_query_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """softmax(scale q k^T) v of one token: query head h attends with kv head h // (H / KV).
+
+    Args:
+        q: (H, D) float32.
+        k, v: (S, KV, D) float32, S >= 1, H a multiple of KV.
+        scale: 1 / sqrt(D) if None.
+        out: (H, D) float32 to write into.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+
+    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
+    """
+    k = _check.float32("k", k, ndim=3)
+    v = _check.float32("v", v, shape=k.shape)
+    return paged_attention(q, k[None], v[None], np.zeros(1, np.int64), len(k), scale, out)
+
+
+def multi_query_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """softmax(scale q k^T) v of one token whose heads share one kv head: q (H, D), k and v (S, D); see GQA.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+
+    Source: Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need".
+    """
+    k = _check.float32("k", k, ndim=2)
+    v = _check.float32("v", v, shape=k.shape)
+    return grouped_query_attention(q, k[:, None], v[:, None], scale, out)
+
+
+def softmax_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """softmax(scale q k^T) v of one query and one head: q (D,), k and v (S, D), result (D,); scale 1/sqrt(D) if None.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need".
+    """
+    q = _check.float32("q", q, ndim=1)
+    out = _check.output("out", out, q.shape)
+    multi_query_attention(q[None], k, v, scale, out[None])
+    return out
+
+
+def flash_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """softmax(scale q k^T + mask) v for many queries, without storing the (T, S) scores.
+
+    Args:
+        q: (..., T, H, D) float32.
+        k, v: (..., S, KV, D) float32 with the same leading dimensions, H a multiple of KV.
+        causal: query t stands at position S - T + t and sees no later one (needs S >= T); else every position.
+        window: with causal, a query sees only the ``window`` latest positions up to its own.
+        scale: 1 / sqrt(D) if None.
+        out: (..., T, H, D) float32 to write into; not one of the inputs.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match, S < T with causal, a window < 1 or without causal.
+
+    Source: Dao et al. 2022, "FlashAttention"; the window is Mistral's (Jiang et al. 2023).
+    """
+    q = _check.float32("q", q)
+    if q.ndim < 3:
+        raise ValueError(f"q: expected (..., T, H, D), found shape {q.shape}")
+    k = _check.float32("k", k, shape=(*q.shape[:-3], None, None, q.shape[-1]))
+    v = _check.float32("v", v, shape=k.shape)
+    out = _check.output("out", out, q.shape)
+    tokens, heads, dim = q.shape[-3:]
+    length, kv_heads = k.shape[-3:-1]
+    if not kv_heads or heads % kv_heads or not length:
+        raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
+    if causal and length < tokens:
+        raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"window: expected a positive integer with causal=True, found {window!r}")
+    if not q.size:
+        return out
+    blocks = -(-length // LANES)
+    keys = aligned_empty((kv_heads, blocks, dim, LANES))
+    values = aligned_empty((kv_heads, blocks * LANES, padded(dim)))
+    keys[:, -1] = 0  # lanes past the last position are read, and masked
+    values[:, :, dim:] = 0
+    scratch = aligned_empty((num_threads(), scratch_size(dim)))
+    positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
+    every = np.arange(length)
+    scale = dim**-0.5 if scale is None else scale
+    for qs, ks, vs, outs in zip(
+        q.reshape(-1, tokens, heads, dim), k.reshape(-1, length, kv_heads, dim), v.reshape(-1, length, kv_heads, dim),
+        out.reshape(-1, tokens, heads, dim), strict=True,
+    ):  # fmt: skip
+        kv_append_heads(ks, vs, keys, values, every, 0, kv_heads)
+        cached_attention(qs, keys, values, positions, window, scale, outs, scratch)
+    return out
+
+
+def _one_token(rng: Any, heads: int, kv_heads: int, length: int, dim: int) -> dict[str, Any]:
+    return {
+        "q": rng.standard_normal((heads, dim), np.float32),
+        "k": rng.standard_normal((length, kv_heads, dim), np.float32),
+        "v": rng.standard_normal((length, kv_heads, dim), np.float32),
+    }
+
+
+def _many_tokens(rng: Any, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    return {
+        "q": rng.standard_normal((tokens, heads, dim), np.float32),
+        "k": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+        "v": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+    }
+
+
+SPECS = [
+    KernelSpec(
+        name="softmax_attention",
+        function=softmax_attention,
+        compiled=(attend_one_heads,),
+        reference=reference.softmax_attention,
+        formula="softmax(q k^T / sqrt(D)) v, one query, one head",
+        example=lambda rng, length, dim: {
+            "q": rng.standard_normal(dim, np.float32),
+            "k": rng.standard_normal((length, dim), np.float32),
+            "v": rng.standard_normal((length, dim), np.float32),
+        },
+        flops=lambda length, dim: 4.0 * length * dim,
+        bytes=lambda length, dim: 8.0 * length * dim,
+        sizes=({"length": 128, "dim": 64}, {"length": 512, "dim": 64}, {"length": 512, "dim": 128}),
+    ),
+    KernelSpec(
+        name="grouped_query_attention",
+        function=grouped_query_attention,
+        compiled=(attend_one_heads, attend_one_parallel),
+        reference=reference.grouped_query_attention,
+        formula="softmax(q k^T / sqrt(D)) v, one token, H / KV query heads per kv head",
+        example=_one_token,
+        flops=lambda heads, kv_heads, length, dim: 4.0 * heads * length * dim,
+        bytes=lambda heads, kv_heads, length, dim: 8.0 * kv_heads * length * dim,
+        sizes=(
+            {"heads": 16, "kv_heads": 4, "length": 128, "dim": 128},
+            {"heads": 16, "kv_heads": 2, "length": 512, "dim": 128},
+            {"heads": 32, "kv_heads": 4, "length": 512, "dim": 128},
+        ),
+    ),
+    KernelSpec(
+        name="flash_attention",
+        function=flash_attention,
+        compiled=(),
+        reference=reference.flash_attention,
+        formula="softmax(q k^T / sqrt(D), causal) v, many queries",
+        example=_many_tokens,
+        flops=lambda tokens, heads, kv_heads, dim: 2.0 * tokens * (tokens + 1) * heads * dim,
+        bytes=lambda tokens, heads, kv_heads, dim: 8.0 * tokens * (heads + kv_heads) * dim,
+        sizes=(
+            {"tokens": 128, "heads": 32, "kv_heads": 8, "dim": 128},
+            {"tokens": 512, "heads": 9, "kv_heads": 3, "dim": 64},
+        ),
+    ),
+]

@@ -1,0 +1,242 @@
+"""Float32 products of plain arrays: matrix-vector and matrix-matrix."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_zero, fma, hsum
+from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.panels import linear_panels, pack, panel_count
+
+
+@kernel
+def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """out[i] = sum_k a[i, k] x[k] for rows lo:hi: four rows at a time share each load of x."""
+    columns = a.shape[1]
+    flat = a.reshape(-1)
+    whole = columns - columns % LANES
+    rest = columns - whole
+    for i in range(lo, hi):
+        if i + 4 <= hi and (i - lo) % 4 == 0:
+            r0 = i * columns
+            r1, r2, r3 = r0 + columns, r0 + 2 * columns, r0 + 3 * columns
+            s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+            for k in range(0, whole, LANES):
+                v = f32_load(x, k)
+                s0 = fma(f32_load(flat, r0 + k), v, s0)
+                s1 = fma(f32_load(flat, r1 + k), v, s1)
+                s2 = fma(f32_load(flat, r2 + k), v, s2)
+                s3 = fma(f32_load(flat, r3 + k), v, s3)
+            if rest:
+                v = f32_load_first(x, whole, rest)
+                s0 = fma(f32_load_first(flat, r0 + whole, rest), v, s0)
+                s1 = fma(f32_load_first(flat, r1 + whole, rest), v, s1)
+                s2 = fma(f32_load_first(flat, r2 + whole, rest), v, s2)
+                s3 = fma(f32_load_first(flat, r3 + whole, rest), v, s3)
+            out[i], out[i + 1], out[i + 2], out[i + 3] = hsum(s0), hsum(s1), hsum(s2), hsum(s3)
+        elif i >= hi - (hi - lo) % 4:
+            s0 = f32_zero()
+            for k in range(0, whole, LANES):
+                s0 = fma(f32_load(flat, i * columns + k), f32_load(x, k), s0)
+            if rest:
+                s0 = fma(f32_load_first(flat, i * columns + whole, rest), f32_load_first(x, whole, rest), s0)
+            out[i] = hsum(s0)
+
+
+@parallel_kernel
+def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
+    """gemv_rows with the rows split over threads."""
+    rows = a.shape[0]
+    for t in prange(threads):
+        gemv_rows(a, x, out, rows * t // threads, rows * (t + 1) // threads)
+
+
+@kernel
+def pack_columns(b: Any, panels: Any, lo: Any, hi: Any) -> None:
+    """panels[p, k, j] = b[k, 16 p + j] for panels lo:hi: the panels of B^T from B (K, N), zero past N."""
+    inner, columns = b.shape
+    flat, packed = b.reshape(-1), panels.reshape(-1)
+    for p in range(lo, hi):
+        count = columns - p * LANES
+        for k in range(inner):
+            at = k * columns + p * LANES
+            row = f32_load(flat, at) if count >= LANES else f32_load_first(flat, at, count)
+            f32_store(packed, (p * inner + k) * LANES, row)
+
+
+@parallel_kernel
+def pack_columns_parallel(b: Any, panels: Any, threads: Any) -> None:
+    """pack_columns with the panels split over threads."""
+    count = panels.shape[0]
+    for t in prange(threads):
+        pack_columns(b, panels, count * t // threads, count * (t + 1) // threads)
+
+
+def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """y = A x.
+
+    Args:
+        a: (M, K) float32, row-major.
+        x: (K,) float32.
+        out: (M,) float32 to write into; not x.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+    """
+    a = _check.float32("a", a, ndim=2)
+    x = _check.float32("x", x, shape=(a.shape[1],))
+    out = _check.output("out", out, (a.shape[0],))
+    threads = threads_for(a.size, PARALLEL_MACS, a.shape[0])
+    if threads == 1:
+        gemv_rows(a, x, out, 0, a.shape[0])
+    else:
+        launch(gemv_parallel, a, x, out, threads)
+    return out
+
+
+def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """C = A B.
+
+    Args:
+        a: (..., M, K) float32: leading dimensions are stacked rows of one product.
+        b: (K, N) float32.
+        out: (..., M, N) float32 to write into; not an input.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+    """
+    a = _rows("a", a)
+    b = _check.float32("b", b, shape=(a.shape[-1], None))
+    out = _check.output("out", out, (*a.shape[:-1], b.shape[1]))
+    if out.size and a.shape[-1]:
+        panels = aligned_empty((panel_count(b.shape[1]), b.shape[0], LANES))
+        launch(pack_columns_parallel, b, panels, threads_for(b.size, PARALLEL_ELEMENTS, len(panels)))
+        _times_panels(a, panels, out)
+    else:
+        out[...] = 0
+    return out
+
+
+def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """C = A B^T: a linear layer with weights b.
+
+    Args:
+        a: (..., M, K) float32: leading dimensions are stacked rows of one product.
+        b: (N, K) float32.
+        out: (..., M, N) float32 to write into; not an input.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+    """
+    a = _rows("a", a)
+    b = _check.float32("b", b, shape=(None, a.shape[-1]))
+    out = _check.output("out", out, (*a.shape[:-1], b.shape[0]))
+    if out.size and a.shape[-1]:
+        panels = aligned_empty((panel_count(b.shape[0]), b.shape[1], LANES))
+        pack(b, panels)
+        _times_panels(a, panels, out)
+    else:
+        out[...] = 0
+    return out
+
+
+def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """C[i] = A[i] B[i] for each i of the leading dimensions.
+
+    Args:
+        a: (..., M, K) float32.
+        b: (..., K, N) float32 with the same leading dimensions.
+        out: (..., M, N) float32 to write into; not an input.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: shapes do not match.
+    """
+    a = _rows("a", a)
+    b = _check.float32("b", b, shape=(*a.shape[:-2], a.shape[-1], None))
+    out = _check.output("out", out, (*a.shape[:-1], b.shape[-1]))
+    stacks = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
+    for left, right, product in zip(*stacks, strict=True):
+        gemm(left, right, product)
+    return out
+
+
+def _rows(name: str, a: Any) -> np.ndarray:
+    a = _check.float32(name, a)
+    if a.ndim < 2:
+        raise ValueError(f"{name}: expected (..., M, K), found shape {a.shape}")
+    return a
+
+
+def _times_panels(a: np.ndarray, panels: np.ndarray, out: np.ndarray) -> None:
+    linear_panels(panels, a.reshape(-1, a.shape[-1]), out.shape[-1], out.reshape(-1, out.shape[-1]))
+
+
+def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:
+    return {"a": rng.standard_normal((m, k), np.float32), "b": rng.standard_normal((k, n), np.float32)}
+
+
+SPECS = [
+    KernelSpec(
+        name="gemv",
+        function=gemv,
+        compiled=(gemv_rows, gemv_parallel),
+        reference=reference.gemv,
+        formula="A x",
+        example=lambda rng, m, k: {
+            "a": rng.standard_normal((m, k), np.float32),
+            "x": rng.standard_normal(k, np.float32),
+        },
+        flops=lambda m, k: 2.0 * m * k,
+        bytes=lambda m, k: 4.0 * (m * k + m + k),
+        sizes=({"m": 256, "k": 256}, {"m": 1024, "k": 1024}, {"m": 4096, "k": 4096}),
+    ),
+    KernelSpec(
+        name="gemm",
+        function=gemm,
+        compiled=(pack_columns, pack_columns_parallel),
+        reference=reference.gemm,
+        formula="A B",
+        example=_matrices,
+        flops=lambda m, n, k: 2.0 * m * n * k,
+        bytes=lambda m, n, k: 4.0 * (m * k + k * n + m * n),
+        sizes=tuple({"m": n, "n": n, "k": n} for n in (128, 256, 512)),
+    ),
+    KernelSpec(
+        name="gemm_nt",
+        function=gemm_nt,
+        compiled=(),
+        reference=reference.gemm_nt,
+        formula="A B^T",
+        example=lambda rng, m, n, k: {
+            "a": rng.standard_normal((m, k), np.float32),
+            "b": rng.standard_normal((n, k), np.float32),
+        },
+        flops=lambda m, n, k: 2.0 * m * n * k,
+        bytes=lambda m, n, k: 4.0 * (m * k + k * n + m * n),
+        sizes=({"m": 4, "n": 576, "k": 576}, {"m": 64, "n": 1536, "k": 576}),
+    ),
+    KernelSpec(
+        name="batched_gemm",
+        function=batched_gemm,
+        compiled=(),
+        reference=reference.batched_gemm,
+        formula="A[i] B[i]",
+        example=lambda rng, batch, m, n, k: {
+            "a": rng.standard_normal((batch, m, k), np.float32),
+            "b": rng.standard_normal((batch, k, n), np.float32),
+        },
+        flops=lambda batch, m, n, k: 2.0 * batch * m * n * k,
+        bytes=lambda batch, m, n, k: 4.0 * batch * (m * k + k * n + m * n),
+        sizes=({"batch": 4, "m": 64, "n": 64, "k": 64},),
+    ),
+]

@@ -1,0 +1,247 @@
+"""LLM: a model with its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ruvllm.errors import ContextFullError
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.generate import Sampling, Token, generate
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.llama import Llama
+from ruvllm.model.perplexity import Perplexity, perplexity
+
+Message = dict[str, str]
+Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass
+class Timings:
+    """What a generation took, in seconds of wall time.
+
+    prompt_seconds is the time to the first token; tokens_per_second counts the tokens after it.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, found in the cache
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0  # from the first token to the last
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding; 0 where fewer than two tokens were made."""
+        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else 0.0
+
+
+@dataclass
+class Generation:
+    """A finished answer.
+
+    finish_reason: "stop" (end-of-text token or a stop string) or "length" (max_tokens or context full).
+    logprobs: one entry per id, when asked for: (log-probability, the likeliest alternatives as (id, logprob)).
+    """
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    timings: Timings = field(default_factory=Timings)
+    logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream:
+    """Iterate over pieces of the answer as they come; ``result`` is the Generation so far."""
+
+    def __init__(self, llm: LLM, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...]) -> None:
+        self.result = Generation(timings=timings)
+        self._pieces = self._run(llm, tokens, stop)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self, llm: LLM, tokens: Iterator[Token], stop: tuple[str, ...]) -> Iterator[str]:
+        result, timings = self.result, self.result.timings
+        decoder = llm.tokenizer.stream_decoder()
+        ends = set(llm.tokenizer.eos_ids)
+        held = ""  # decoded text that may turn out to begin a stop string
+        started = time.perf_counter()
+        first = started
+        result.finish_reason = "length"
+        try:
+            for token in tokens:
+                now = time.perf_counter()
+                if not timings.tokens:
+                    timings.prompt_seconds, first = now - started, now
+                timings.tokens += 1
+                timings.seconds = now - first
+                if token.id in ends:
+                    result.finish_reason = "stop"
+                    break
+                result.ids.append(token.id)
+                if token.logprob is not None:
+                    result.logprobs = result.logprobs or []
+                    result.logprobs.append((token.logprob, token.top_logprobs))
+                held += decoder.push(token.id)
+                cut = min((i for i in map(held.find, stop) if i >= 0), default=-1)
+                if cut >= 0:
+                    result.finish_reason = "stop"
+                    held = held[:cut]
+                    break
+                ready = len(held) - _may_begin_stop(held, stop)
+                if ready:
+                    piece, held = held[:ready], held[ready:]
+                    result.text += piece
+                    yield piece
+            else:
+                held += decoder.finish()
+        except ContextFullError:
+            if not timings.tokens:
+                raise
+            held += decoder.finish()
+        if held:
+            result.text += held
+            yield held
+
+
+def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of ``text`` that is the beginning of a stop string."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-n:]) for s in stop):
+            return n
+    return 0
+
+
+class LLM:
+    """A model and its tokenizer, made by ``ruvllm.load``.
+
+    Several threads may use one LLM at once; each generation has a KV cache of its own unless one is given.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Any, path: Path) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.path = path
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and variants of the model."""
+        return self.model.config
+
+    def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
+        """An empty KV cache with room for ``max_tokens`` (the model's context length if None)."""
+        return self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
+
+    def logits(
+        self, ids: Sequence[int] | np.ndarray, cache: KVCache | None = None, last_only: bool = False
+    ) -> np.ndarray:
+        """Logits of the next token after each of ``ids`` (T,): float32 (T, V), or (V,) after the last one only.
+
+        With ``cache``, ids follow what it holds, and are appended to it.
+
+        Raises:
+            ValueError: no ids, or one outside the vocabulary.
+            ContextFullError: they do not fit; the cache stays as it was.
+        """
+        return self.model.forward(ids, self.new_cache(max(1, len(ids))) if cache is None else cache, last_only)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: int = 0,
+        cache: KVCache | None = None,
+    ) -> Stream:
+        """Pieces of the continuation of ``prompt`` as they are made.
+
+        Args:
+            prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which go through the model's
+                own template.
+            max_tokens: how many tokens at the most; None: until the model ends or its context is full.
+            temperature: 0 takes the most likely token each time.
+            top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
+            stop: strings that end the text; they are not part of it.
+            logprobs: how many alternatives to report at each token (0: no log-probabilities).
+            cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
+
+        Raises:
+            ValueError: an option outside its range, or an empty prompt.
+            ContextFullError: the prompt does not fit.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise ValueError(f"stop: expected non-empty strings, found {stop!r}")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
+        if not isinstance(logprobs, int) or not 0 <= logprobs <= self.config.vocab_size:
+            raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
+        ids = self._ids(prompt)
+        limit = self.config.max_position_embeddings
+        if len(ids) > limit:
+            raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
+        if cache is None:
+            cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)))
+        held = cache.keep_common_prefix(ids)
+        cache.require_room(len(ids) - held)
+        tokens = generate(
+            self.model, cache, ids[held:], sampling, cache.max_tokens if max_tokens is None else max_tokens, logprobs
+        )
+        return Stream(self, Timings(prompt_tokens=len(ids), reused_tokens=held), tokens, stop)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """The answer to a conversation, through the model's own chat template; options as in ``stream``."""
+        return self.generate(list(messages), **options)
+
+    def perplexity(self, text: str | Sequence[int] | np.ndarray, context: int = 512) -> Perplexity:
+        """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol."""
+        add_bos = bool(getattr(self.tokenizer, "add_bos", False))
+        if isinstance(text, str):
+            ids = np.array(self.tokenizer.encode(text, add_special=False, parse_special=False), np.int64)
+            nbytes: int | None = len(text.encode())
+        else:
+            ids, nbytes = np.asarray(text), None
+        return perplexity(self.model, ids, context, bos=self.tokenizer.bos_id if add_bos else None, nbytes=nbytes)
+
+    def _ids(self, prompt: Prompt) -> np.ndarray:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, parse_special=True)
+        elif len(prompt) and isinstance(prompt[0], dict):
+            from ruvllm.checkpoint.chat import encode_chat
+
+            ids = encode_chat(self.tokenizer, prompt)
+        else:
+            ids = prompt
+        if not len(ids):
+            raise ValueError("prompt: expected some text or token ids, found none")
+        return np.asarray(ids, np.int64)
+
+    def __repr__(self) -> str:
+        return f"LLM({self.path.name}: {self.model!r})"

@@ -1,0 +1,92 @@
+"""KVCache: keys and values of one sequence, in buffers of a fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.errors import ContextFullError
+from ruvllm.kernels._memory import aligned_zeros
+from ruvllm.kernels.cached_attention import LANES, padded
+from ruvllm.model.config import ModelConfig
+
+DTYPES = {"f32": np.float32, "f16": np.uint16}
+
+
+class KVCache:
+    """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
+
+    keys (L, KV, B, D, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.cached_attention``. Memory that was
+    never written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two
+    threads may use two caches of one model, but not one cache.
+    """
+
+    def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
+        if kv not in DTYPES:
+            raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
+        if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
+        blocks = (int(max_tokens) + LANES - 1) // LANES
+        layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.config = config
+        self.max_tokens = int(max_tokens)
+        self.length = 0
+        self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
+        self.dtype = kv
+        self.buffers: Any = None  # of the model that fills this cache (layer.Buffers)
+        self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
+        self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def room(self) -> int:
+        """Positions that are still free."""
+        return self.max_tokens - self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, whether filled or not."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def require_room(self, tokens: int) -> None:
+        """Raise ContextFullError unless ``tokens`` more fit; nothing is changed."""
+        if tokens > self.room:
+            raise ContextFullError(
+                f"context full: {tokens} more tokens do not fit, {self.length} of {self.max_tokens} are taken"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, found {length}")
+        self.length = length
+
+    def keep_common_prefix(self, ids: np.ndarray) -> int:
+        """Forget what differs from ``ids`` and return how many leading tokens of ``ids`` are held.
+
+        At least one token of ``ids`` is left to be computed, so that there are logits after the last.
+        """
+        n = min(self.length, len(ids) - 1)
+        different = np.flatnonzero(self.ids[:n] != ids[:n])
+        self.truncate(int(different[0]) if len(different) else max(n, 0))
+        return self.length
+
+    def clear(self) -> None:
+        """Forget everything; the buffers stay."""
+        self.length = 0
+
+    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of layer i as float32 (T, KV, D), in the order of positions: for looking at, a copy."""
+        keys, values = self.keys[i], self.values[i]
+        if self.dtype == "f16":
+            keys, values = keys.view(np.float16), values.view(np.float16)
+        heads, blocks, dim, _ = keys.shape
+        k = keys.transpose(1, 3, 0, 2).reshape(blocks * LANES, heads, dim)[: self.length]
+        v = values.transpose(1, 0, 2)[: self.length, :, :dim]
+        return k.astype(np.float32), v.astype(np.float32)
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.length} of {self.max_tokens} tokens, {self.dtype}, {self.nbytes / 1e6:.1f} MB)"

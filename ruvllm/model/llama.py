@@ -1,0 +1,186 @@
+"""Llama: token ids to logits. Mistral is a configuration with a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+import ruvllm.kernels as K
+from ruvllm.kernels._threads import limited_to, physical_cores
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.layer import Buffers, TransformerLayer
+from ruvllm.model.linear import LAYOUTS, Linear, WeightTensor, layout_for
+from ruvllm.model.random_weights import RandomWeights
+
+PREFILL_TOKENS = 128  # tokens per forward pass: Ctrl-C is seen between passes
+WEIGHTS = ("auto", *LAYOUTS)
+
+
+class Weights(Protocol):
+    """Named tensors: a ``checkpoint.Checkpoint`` or ``RandomWeights``."""
+
+    def tensor(self, name: str) -> WeightTensor:
+        """The tensor of a canonical name."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+class Llama:
+    """A LLaMA or Mistral model: embedding, layers, norm, head.
+
+    Args:
+        config: sizes and variants.
+        weights: where the tensors come from; None makes random ones from ``seed``.
+        layout: "auto" keeps 16-bit floats as they are and widens the rest; "f32", "f16", "bf16" convert.
+        threads: None uses the physical cores that this process may run on.
+        progress: called with the number of weights read, as they are.
+
+    Raises:
+        ValueError: unknown layout, or threads < 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights | None = None,
+        layout: str = "auto",
+        threads: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        if layout not in WEIGHTS:
+            raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {layout!r}")
+        self.config = config
+        self.threads = _checked_threads(threads)
+        source: Weights = RandomWeights(config, seed) if weights is None else weights
+
+        def linear(name: str) -> Linear:
+            tensor = source.tensor(name)
+            bias = f"{name}_bias"
+            loaded = Linear.load(
+                tensor, layout_for(layout, tensor.dtype), source.tensor(bias) if bias in source else None
+            )
+            if progress:
+                progress(tensor.shape[0] * tensor.shape[1])
+            return loaded
+
+        def vector(name: str) -> np.ndarray:
+            return np.array(source.tensor(name).float32().reshape(-1))
+
+        with limited_to(self.threads):
+            self.embed = linear("embed")
+            self.layers = [TransformerLayer.load(config, linear, vector, i) for i in range(config.num_hidden_layers)]
+            self.norm = vector("norm")
+            self.head = self.embed if config.tie_word_embeddings else linear("head")
+        self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
+
+    def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
+        """A KV cache with room for ``max_tokens`` positions."""
+        return KVCache(self.config, max_tokens, kv)
+
+    def forward(
+        self, ids: Iterable[int] | np.ndarray, cache: KVCache, last_only: bool = False, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits of the next token after each of ``ids``, which are appended to the cache.
+
+        Args:
+            ids: (T,) token ids.
+            cache: keys and values of what came before; grows by T.
+            last_only: only the logits after the last token.
+            out: float32 (T, V), or (V,) with last_only, to write into.
+
+        Returns:
+            float32 (T, V), or (V,) with last_only.
+
+        Raises:
+            TypeError: ids are no integers.
+            ValueError: no ids, or an id outside the vocabulary.
+            ContextFullError: they do not fit into the cache, which stays as it was.
+        """
+        ids = self._checked(ids)
+        cache.require_room(len(ids))
+        V = self.config.vocab_size
+        logits = K._check.output("out", out, (V,) if last_only else (len(ids), V))
+        before = cache.length
+        try:
+            with limited_to(self.threads):
+                for lo in range(0, len(ids), PREFILL_TOKENS):
+                    part = ids[lo : lo + PREFILL_TOKENS]
+                    x = self._hidden(part, cache)
+                    if not last_only:
+                        self.head(x, out=logits[lo : lo + len(part)])
+                    elif lo + len(part) == len(ids):
+                        self.head(x[-1:], out=logits[None])
+        except BaseException:  # Ctrl-C between two kernels: the tokens count as not taken
+            cache.truncate(before)
+            raise
+        return logits
+
+    def _hidden(self, ids: np.ndarray, cache: KVCache) -> np.ndarray:
+        """The normalised hidden states (T, E) after the last layer; the tokens go into the cache."""
+        start, end = cache.length, cache.length + len(ids)
+        cos, sin = self.rope_tables(end)
+        step = self._buffers(cache, len(ids)).step(np.arange(start, end), cos[start:end], sin[start:end])
+        for t, token in enumerate(ids):
+            step.x[t] = self.embed.row(token)
+        for i, layer in enumerate(self.layers):
+            layer(step, cache, i)
+        cache.ids[start:end] = ids
+        cache.length = end
+        return K.rms_norm(step.x, self.norm, self.config.rms_norm_eps, out=step.h)
+
+    def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""
+        if len(self._rope_tables[0]) < length:
+            rope = self.config.rope
+            self._rope_tables = K.rope_tables(
+                np.arange(max(length, 1024, 2 * len(self._rope_tables[0]))), self.config.head_dim, theta=rope.theta,
+                scaling=rope.scaling, factor=rope.factor, low_freq_factor=rope.low_freq_factor,
+                high_freq_factor=rope.high_freq_factor, original_max_position=rope.original_max_position,
+                factors=rope.factors,
+            )  # fmt: skip
+        return self._rope_tables
+
+    def _buffers(self, cache: KVCache, tokens: int) -> Buffers:
+        """Buffers that belong to the cache, so that two caches never share one."""
+        held: Any = cache.buffers
+        if held is None or held.tokens < tokens:
+            held = cache.buffers = Buffers(self.config, 1 if tokens == 1 else PREFILL_TOKENS, self.threads)
+        return held
+
+    def _checked(self, ids: Any) -> np.ndarray:
+        ids = K._check.integers("ids", ids if hasattr(ids, "__len__") else list(ids))
+        if not len(ids):
+            raise ValueError("ids: expected at least one token id, found none")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
+            raise ValueError(f"ids: expected token ids from 0 to {self.config.vocab_size - 1}, found {wrong}")
+        return ids
+
+    def linears(self) -> dict[str, Linear]:
+        """Every matrix by its canonical name; a tied head appears once, as ``embed``."""
+        found = {"embed": self.embed}
+        for i, layer in enumerate(self.layers):
+            found |= {f"layers.{i}.{name}": linear for name, linear in layer.linears().items()}
+        return found if self.head is self.embed else found | {"head": self.head}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights in memory."""
+        vectors = self.norm.nbytes + sum(layer.attn_norm.nbytes + layer.mlp_norm.nbytes for layer in self.layers)
+        return vectors + sum(linear.nbytes for linear in self.linears().values())
+
+    def __repr__(self) -> str:
+        return f"Llama({self.config.name or 'random'}, {len(self.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return physical_cores()
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads: expected a positive integer, found {threads!r}")
+    return threads

@@ -1,0 +1,58 @@
+"""Random weights of any configuration: models for tests, benchmarks and experiments without a file."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from ruvllm.model.config import ModelConfig
+
+_BLOCK = 256  # rows that one generator makes
+
+
+class RandomTensor:
+    """Normally distributed rows that depend on seed, name and row alone: any range can be read at any time."""
+
+    dtype = "F32"
+
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int) -> None:
+        self.name = name
+        self.shape = shape
+        self._seed = (seed, zlib.crc32(name.encode()))
+
+    def float32(self, lo: int = 0, hi: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows lo:hi of a matrix with deviation 1/sqrt(columns); a norm's vector is near one, a bias near zero."""
+        if len(self.shape) == 1:
+            noise = np.random.default_rng(self._seed).standard_normal(self.shape, np.float32) * np.float32(0.1)
+            values = noise if self.name.endswith("bias") else noise + np.float32(1)
+        else:
+            hi = self.shape[0] if hi is None else hi
+            first = lo // _BLOCK
+            values = np.concatenate([self._rows(block) for block in range(first, -(-hi // _BLOCK))])
+            values = values[lo - first * _BLOCK : hi - first * _BLOCK]
+        if out is None:
+            return values
+        out[...] = values
+        return out
+
+    def _rows(self, block: int) -> np.ndarray:
+        columns = self.shape[1]
+        noise = np.random.default_rng((*self._seed, block)).standard_normal((_BLOCK, columns), np.float32)
+        return noise * np.float32(columns**-0.5)
+
+
+class RandomWeights:
+    """Every tensor of a configuration, random."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self.config = config
+        self._shapes = config.tensor_shapes()
+        self._seed = seed
+
+    def tensor(self, name: str) -> RandomTensor:
+        """The tensor of a canonical name; KeyError if the configuration has none such."""
+        return RandomTensor(name, self._shapes[name], self._seed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes

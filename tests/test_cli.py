@@ -10,9 +10,10 @@ import pytest
 
 import ruvllm
 from ruvllm.checkpoint import hub
-from ruvllm.cli import main
+from ruvllm.cli import _parser, main
 from ruvllm.errors import ContextFullError, DownloadError
 from ruvllm.llm import Generation, Timings
+from ruvllm.model import llama
 from ruvllm.model.perplexity import Perplexity
 
 DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None}
@@ -168,6 +169,10 @@ def test_sampling_options_in_both_spellings(llm, argv):
 def test_loading_options(llm):
     assert main(["generate", "m", "x", "-t", "1", "--weights", "f16", "--no-mmap"]) == 0
     assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False}
+
+
+def test_weights_on_offer_are_those_of_the_models():
+    assert _parser.WEIGHTS == llama.WEIGHTS
 
 
 def test_context_and_unlimited_answers_get_a_cache(llm, capsys):

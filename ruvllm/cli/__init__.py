@@ -102,8 +102,11 @@ def _warmup(args: argparse.Namespace) -> None:
     if args.operands:
         raise ValueError(f"unexpected argument {args.operands[0]!r}")
     import ruvllm
+    from ruvllm.kernels._cache import kernel_cache_directory
 
     ruvllm.warmup(progress=True)
+    directory = kernel_cache_directory()
+    print("nothing was kept: there is no private cache directory" if directory is None else directory)
 
 
 _COMMANDS = {

@@ -9,7 +9,7 @@ from typing import NoReturn
 import ruvllm
 
 DEFAULT_MODEL = "smollm2-135m"
-WEIGHTS = ("auto", "f32", "f16", "int8", "int4")
+WEIGHTS = ("auto", "f32", "f16", "bf16")  # as in model.llama, which takes the compiler to import
 
 _EXAMPLES = """\
 examples:

@@ -113,7 +113,9 @@ def _pairs(title: str, rows: dict[str, str]) -> Any:
 def _versions() -> dict[str, str]:
     import ruvllm
 
-    return {"ruvllm": ruvllm.__version__, "python": platform.python_version()} | {name: _package_version(name) for name in _PACKAGES}
+    return {"ruvllm": ruvllm.__version__, "python": platform.python_version()} | {
+        name: _package_version(name) for name in _PACKAGES
+    }
 
 
 def _machine() -> dict[str, str]:

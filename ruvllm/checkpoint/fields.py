@@ -18,12 +18,20 @@ class Fields:
         path: the file, for error messages.
         values: its keys and values; None as a value (JSON's null) counts as absent.
         prefix: put before each key in error messages (for a nested object).
+        offsets: position in the file of a key's value, where that is known.
     """
 
-    def __init__(self, path: str | os.PathLike[str], values: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        values: Mapping[str, Any],
+        prefix: str = "",
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
         self.path = path
         self.values = values
         self.prefix = prefix
+        self.offsets = offsets or {}
 
     def __contains__(self, key: str) -> bool:
         """Whether the key is there at all, null included."""
@@ -56,7 +64,9 @@ class Fields:
 
     def error(self, key: str, found: object, expected: str) -> ModelFormatError:
         """An error that speaks of `key`."""
-        return ModelFormatError(self.path, field=self.prefix + key, found=found, expected=expected)
+        return ModelFormatError(
+            self.path, field=self.prefix + key, found=found, expected=expected, offset=self.offsets.get(key)
+        )
 
 
 def _as_float(value: int) -> float | int:

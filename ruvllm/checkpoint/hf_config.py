@@ -6,13 +6,10 @@ library does not do (another architecture, rotary scaling, activation, a quantis
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.checkpoint.source import Source
-from ruvllm.errors import ModelFormatError
+from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
@@ -24,7 +21,7 @@ _KEYS = {
     "rope.original_max_position": "original_max_position_embeddings",
 }
 
-_MAX_JSON_BYTES = 1 << 24
+_MAX_JSON_BYTES = 1 << 20
 
 
 def config_from_directory(directory: Path) -> ModelConfig:
@@ -33,7 +30,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     Raises: ModelFormatError naming the file, the key, what it holds and what was expected.
     """
     path = directory / "config.json"
-    keys = Fields(path, read_json_object(path))
+    keys = Fields(path, read_json_object(path, _MAX_JSON_BYTES))
     model_type = _model_type(keys)
     llama = model_type == "llama"
     _check_supported(keys)
@@ -75,27 +72,6 @@ def config_from_directory(directory: Path) -> ModelConfig:
         )
     except ConfigError as error:
         raise keys.error(_KEYS.get(error.field, error.field), error.found, error.expected) from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most 16 MiB.
-
-    Raises: FileNotFoundError; ModelFormatError for anything that is not a regular file holding one JSON object.
-    """
-    with Source(path, mmap=False) as source:
-        if source.size > _MAX_JSON_BYTES:
-            expected = f"at most {_MAX_JSON_BYTES} bytes"
-            raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
-        raw = source.read(0, source.size).tobytes()
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ModelFormatError(path, field="encoding", found=error.reason, expected="UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(path, field="JSON", found=error, expected="one JSON object") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(path, field="JSON", found=type(value).__name__, expected="one JSON object")
-    return value
 
 
 def _model_type(keys: Fields) -> str:
@@ -186,7 +162,7 @@ def _end_tokens(directory: Path, config: Fields) -> tuple[int, ...]:
     path = directory / "generation_config.json"
     sources = [config]
     if path.exists():  # older checkpoints have none
-        sources.insert(0, Fields(path, read_json_object(path)))
+        sources.insert(0, Fields(path, read_json_object(path, _MAX_JSON_BYTES)))
     for keys in sources:
         value = keys.values.get("eos_token_id")
         if value is None:

@@ -39,7 +39,7 @@ class Case:
     """One checkpoint: how to make its model, how to save it, how long a text to run."""
 
     name: str
-    model: type
+    model: Any  # the class
     config: Any
     tokens: int
     dtype: torch.dtype = torch.float32

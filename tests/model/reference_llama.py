@@ -17,7 +17,8 @@ def reference_logits(checkpoint: Any, ids: ArrayLike) -> Array:
     config: ModelConfig = checkpoint.config
 
     def weight(name: str) -> Array:
-        return np.asarray(checkpoint.tensor(name).float32(), dtype=np.float64)
+        tensor = checkpoint.tensor(name)
+        return np.asarray(tensor.float32(), dtype=np.float64).reshape(tensor.shape)
 
     def linear(x: Array, name: str) -> Array:
         y = x @ weight(name).T

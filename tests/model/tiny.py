@@ -73,13 +73,18 @@ def write_gguf(case: str, path: Path, dtype: str = "F32") -> Path:
         writer.add_sliding_window(config["sliding_window"])
     _add_rope(writer, config, head_dim)
     _add_vocabulary(writer, config["vocab_size"])
+    end_ids = config["eos_token_id"]
+    if isinstance(end_ids, list):
+        writer.add_eot_token_id(end_ids[1])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, array in weights(case).items():
         if ".q_proj." in name:
             array = interleave(array, heads)
         elif ".k_proj." in name:
             array = interleave(array, kv_heads)
-        _add_tensor(writer, names.get_name(name, (".weight", ".bias")), array, dtype)
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        assert gguf_name is not None
+        _add_tensor(writer, gguf_name, array, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,201 @@
+"""Opens a model on disk, a GGUF file or a Hugging Face directory, as one thing: a configuration and named tensors.
+
+Both kinds of file come out alike: canonical names, q and k rows in half-split order, every tensor that the
+configuration calls for present in its right shape, and none besides. Nothing large is read on opening.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Literal, Self
+
+from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.checkpoint.gguf_config import config_from_gguf
+from ruvllm.checkpoint.hf_config import config_from_directory
+from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, HF_MODEL, gguf_name, half_split_rows, hf_name
+from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
+from ruvllm.checkpoint.storage import BLOCKS
+from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.errors import ModelFormatError
+from ruvllm.model.config import ModelConfig
+
+# Tables that old checkpoints carry along; the rotary embedding is computed from the configuration instead.
+_HF_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_COMPARED_ROWS = 1024  # of embedding and head at a time
+
+
+class Checkpoint:
+    """A model on disk. Made by `open_checkpoint`; a context manager.
+
+    Attributes:
+        path: the GGUF file or the directory.
+        format: "gguf" or "huggingface".
+        config: the model's configuration.
+        weight_dtypes: how many tensors there are of each storage type, most frequent first.
+        tokenizer_source: what `load_tokenizer` takes: the open GGUFFile, or the directory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: Literal["gguf", "huggingface"],
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        files: GGUFFile | SafetensorsFile | SafetensorsIndex,
+    ) -> None:
+        self.path = path
+        self.format = format
+        self.config = config
+        self.weight_dtypes: dict[str, int] = dict(Counter(t.dtype for t in tensors.values()).most_common())
+        self.tokenizer_source: GGUFFile | Path = files if isinstance(files, GGUFFile) else path
+        self._tensors = tensors
+        self._files = files
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a canonical name (`embed`, `layers.0.q`, ...). Raises KeyError if the model has none."""
+        return self._tensors[name]
+
+    def names(self) -> tuple[str, ...]:
+        """All canonical names, embedding first, in the order in which a token meets them."""
+        return tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Let go of the files; arrays taken from mapped files stay valid."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
+    """Open a `.gguf` file or a Hugging Face directory (config.json and safetensors).
+
+    Args:
+        path: the file or directory.
+        mmap: map the files (nothing is copied; a file that shrinks meanwhile ends the process), or read tensors
+            when they are asked for.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ModelFormatError: it is not a model that this library can run, with path, field, found and expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_directory(path, mmap)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such model file or directory", str(path))
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        raise ModelFormatError(
+            path,
+            field="model",
+            found="weights alone",
+            expected=f"the directory that also holds config.json: {path.parent}",
+        )
+    if path.suffix in _PICKLES:
+        raise ModelFormatError(
+            path, field="model", found="a pickle, which can run code", expected="a .gguf file or safetensors"
+        )
+    return _open_gguf(path, mmap)
+
+
+def _open_gguf(path: Path, mmap: bool) -> Checkpoint:
+    file = GGUFFile(path, mmap=mmap)
+    try:
+        config = config_from_gguf(file)
+        tensors = _collect(path, config, gguf_name, file.tensor, file.tensors, {GGUF_ROPE_FACTORS})
+        _deinterleave(config, tensors)
+        return Checkpoint(path, "gguf", config, tensors, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open_directory(path: Path, mmap: bool) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        others = sorted(entry.name for entry in path.glob("*.gguf"))
+        found = f"no config.json, but {others[0]}: open that" if others else "no config.json"
+        raise ModelFormatError(path, field="directory", found=found, expected="a Hugging Face model or a .gguf file")
+    config = config_from_directory(path)
+    files = open_safetensors(path, mmap=mmap)
+    try:
+        ignored = {name for name in files.tensors if _HF_IGNORED.search(name)}
+        if config.tie_word_embeddings and HF_MODEL["head"] in files.tensors:
+            # transformers ties the two only if they are equal.
+            if _equal(files.tensor(HF_MODEL["embed"]), files.tensor(HF_MODEL["head"])):
+                ignored.add(HF_MODEL["head"])
+            else:
+                config = dataclasses.replace(config, tie_word_embeddings=False)
+        tensors = _collect(path, config, hf_name, files.tensor, files.tensors, ignored)
+        return Checkpoint(path, "huggingface", config, tensors, files)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _collect(
+    path: Path,
+    config: ModelConfig,
+    stored_name: Callable[[str], str],
+    tensor: Callable[[str], Tensor],
+    stored: Collection[str],
+    ignored: Collection[str],
+) -> dict[str, Tensor]:
+    """All tensors of the model by canonical name. Raises ModelFormatError if one is missing, misshapen or too many."""
+    tensors: dict[str, Tensor] = {}
+    expected_names = set(ignored)
+    for name, shape in config.tensor_shapes().items():
+        file_name = stored_name(name)
+        if file_name not in stored:
+            raise ModelFormatError(
+                path, field=f"tensor {file_name!r}", found="no such tensor", expected=f"shape {shape}"
+            )
+        found = tensor(file_name)
+        if found.shape != shape:
+            raise ModelFormatError(path, field=f"tensor {file_name!r} shape", found=found.shape, expected=shape)
+        if len(shape) == 1 and BLOCKS[found.dtype][0] != 1:
+            raise ModelFormatError(
+                path, field=f"tensor {file_name!r} type", found=found.dtype, expected="a vector in F32, F16 or BF16"
+            )
+        expected_names.add(file_name)
+        tensors[name] = found
+    for file_name in stored:
+        if file_name not in expected_names:
+            expected = f"only the tensors of a {config.num_hidden_layers}-layer model of this configuration"
+            raise ModelFormatError(path, field=f"tensor {file_name!r}", found="an unknown tensor", expected=expected)
+    return tensors
+
+
+def _deinterleave(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Put the rows of every q and k, and the elements of their biases, into half-split order."""
+    orders = {
+        "q": half_split_rows(config.num_attention_heads, config.head_dim),
+        "k": half_split_rows(config.num_key_value_heads, config.head_dim),
+    }
+    for name, tensor in tensors.items():
+        order = orders.get(name.rpartition(".")[2].removesuffix("_bias"))
+        if order is not None:
+            tensors[name] = tensor.permuted(order)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices hold the same bytes."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    for lo in range(0, a.rows, _COMPARED_ROWS):
+        hi = min(lo + _COMPARED_ROWS, a.rows)
+        if a.raw(lo, hi).tobytes() != b.raw(lo, hi).tobytes():
+            return False
+    return True

@@ -4,8 +4,17 @@ from typing import Any
 
 import numpy as np
 
+_FLOAT32 = np.dtype(np.float32)  # one object for every native float32 array, so that "is" is enough to know it
+_ndarray = np.ndarray
 
-def float32(name: str, array: Any, ndim: int | None = None, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
+
+def float32(
+    name: str,
+    array: Any,
+    ndim: int | None = None,
+    shape: tuple[int | None, ...] | None = None,
+    min_ndim: int = 0,
+) -> np.ndarray:
     """``array`` as a C-contiguous float32 NumPy array that compiled code may read.
 
     A float32 array is taken as it is; other strides or byte order, and tensors of other libraries that NumPy can
@@ -15,17 +24,27 @@ def float32(name: str, array: Any, ndim: int | None = None, shape: tuple[int | N
         TypeError: it is no array, or not of float32.
         ValueError: wrong number of dimensions or wrong sizes.
     """
-    if type(array) is not np.ndarray:
-        array = _as_numpy(name, array)
-    if array.dtype != np.float32:
-        raise TypeError(f"{name}: expected float32, found {array.dtype}")
+    if type(array) is not _ndarray or array.dtype is not _FLOAT32 or not array.flags.carray:
+        array = _converted(name, array)
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, found shape {array.shape}")
-    if shape is not None:
+    if array.ndim < min_ndim:
+        raise ValueError(f"{name}: expected at least {min_ndim} dimensions, found shape {array.shape}")
+    if shape is not None and array.shape != shape:
         _require_shape(name, array, shape)
-    if not (array.flags.c_contiguous and array.dtype.isnative and array.flags.aligned):
-        array = np.ascontiguousarray(array, np.float32)
     return array
+
+
+def rows(array: np.ndarray) -> np.ndarray:
+    """(..., n) as (rows, n), a view: what row-range bodies take."""
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
+
+
+def positive(name: str, value: float) -> float:
+    """``value`` as a float. Raises ValueError unless it is finite and > 0."""
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, found {value}")
+    return float(value)
 
 
 def integers(name: str, array: Any, ndim: int = 1) -> np.ndarray:
@@ -47,13 +66,31 @@ def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
     """
     if out is None:
         return np.empty(shape, np.float32)
-    if type(out) is not np.ndarray or out.dtype != np.float32 or not out.dtype.isnative:
+    if type(out) is not _ndarray or out.dtype != _FLOAT32:
         raise TypeError(f"{name}: expected a float32 NumPy array, found {getattr(out, 'dtype', type(out).__name__)}")
     if out.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, found {out.shape}")
-    if not out.flags.c_contiguous or not out.flags.writeable or not out.flags.aligned:
+    if not out.flags.carray:  # C-contiguous, aligned, writable
         raise ValueError(f"{name}: must be C-contiguous, aligned and writable")
     return out
+
+
+class _Readable:
+    """A read-only array shown to NumPy as a writable one: compiled code, which only reads it, needs no second type."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._keep = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _converted(name: str, array: Any) -> np.ndarray:
+    """The same float32 numbers C-contiguous, aligned, native and writable; a view where they already are."""
+    if type(array) is not _ndarray:
+        array = _as_numpy(name, array)
+    if array.dtype.type is not np.float32:
+        raise TypeError(f"{name}: expected float32, found {array.dtype}")
+    array = np.require(array, _FLOAT32, ("C", "A"))
+    return array if array.flags.writeable else np.asarray(_Readable(array))
 
 
 def _require_shape(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:
@@ -63,6 +100,8 @@ def _require_shape(name: str, array: np.ndarray, shape: tuple[int | None, ...]) 
 
 
 def _as_numpy(name: str, array: Any) -> np.ndarray:
+    if isinstance(array, _ndarray):  # a memory map, or another subclass
+        return np.asarray(array)
     if hasattr(array, "__dlpack__"):
         return np.from_dlpack(array)
     if hasattr(array, "__array__") or isinstance(array, list | tuple):

@@ -422,6 +422,28 @@ def nan_or_zero_below(typingctx: Any, x: Any, limit: Any, y: Any) -> Any:
     return f32x16(f32x16, types.float32, f32x16), codegen
 
 
+# --- lane order: pairs that lie next to each other in memory ----------------------------------------------------
+
+
+def _two_vector_shuffle(name: str, order: list[int], doc: str) -> Any:
+    """An intrinsic that picks 16 of the 32 lanes of a, b."""
+
+    def pick(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.shuffle_vector(*args, ir.Constant(i32x16.llvm, [_I32(i) for i in order]))
+
+        return f32x16(f32x16, f32x16), codegen
+
+    pick.__name__, pick.__doc__ = name, doc
+    return intrinsic(pick)
+
+
+evens = _two_vector_shuffle("evens", list(range(0, 32, 2)), "a0 a2 … a14 b0 b2 … b14")
+odds = _two_vector_shuffle("odds", list(range(1, 32, 2)), "a1 a3 … a15 b1 b3 … b15")
+zip_low = _two_vector_shuffle("zip_low", [i // 2 + i % 2 * 16 for i in range(16)], "a0 b0 a1 b1 … a7 b7")
+zip_high = _two_vector_shuffle("zip_high", [i // 2 + i % 2 * 16 for i in range(16, 32)], "a8 b8 … a15 b15")
+
+
 @intrinsic
 def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of an element to be read soon; any index is safe."""

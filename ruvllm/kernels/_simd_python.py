@@ -106,5 +106,21 @@ def nan_or_zero_below(x: Any, limit: Any, y: Any) -> Any:
     return np.where(np.isnan(x), x, np.where(x < limit, np.float32(0), y))
 
 
+def evens(a: Any, b: Any) -> Any:
+    return np.concatenate((a, b))[0::2]
+
+
+def odds(a: Any, b: Any) -> Any:
+    return np.concatenate((a, b))[1::2]
+
+
+def zip_low(a: Any, b: Any) -> Any:
+    return np.stack((a, b), 1).reshape(-1)[:LANES]
+
+
+def zip_high(a: Any, b: Any) -> Any:
+    return np.stack((a, b), 1).reshape(-1)[LANES:]
+
+
 def prefetch(array: Any, index: int) -> None:
     """A hint to the hardware: nothing to do here."""

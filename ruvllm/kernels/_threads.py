@@ -1,16 +1,91 @@
 """How many threads a call may use, and from how much work on more than one thread pays."""
 
+import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numba
+from numba.core import config
 
 # Work per call below which one thread is as fast: a parallel launch costs a few microseconds (omp, tbb).
 PARALLEL_ELEMENTS = 32768  # elements streamed by a kernel that does little arithmetic on each
 PARALLEL_MACS = 262144  # multiply-adds
 
-_local = threading.local()
+_one_at_a_time = threading.Lock()
+_pool_started = False  # numba's threads run in this process
+_forked = False  # this is a forked child of a process whose threads were running: they do not exist here
 
 
 def num_threads() -> int:
-    """Threads that numba will use for a parallel call made now from this Python thread."""
+    """Threads that numba will use for a parallel call made now from this Python thread.
+
+    1 in a forked child of a process that had started its threads: OpenMP would end such a child, so kernels run
+    there on the calling thread alone.
+    """
+    global _pool_started
+    if _forked:
+        return 1
+    _pool_started = True
     return int(numba.get_num_threads())
+
+
+def threads_for(work: int, threshold: int, pieces: int) -> int:
+    """Threads that ``pieces`` independent pieces of together ``work`` units should be split over."""
+    if work < threshold or pieces < 2:
+        return 1
+    return min(num_threads(), pieces)
+
+
+@contextmanager
+def limited_to(threads: int) -> Iterator[None]:
+    """Parallel calls of this Python thread use at most ``threads`` threads inside the block."""
+    before = int(numba.get_num_threads())
+    numba.set_num_threads(min(threads, int(config.NUMBA_NUM_THREADS)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on, at most numba's pool (NUMBA_NUM_THREADS).
+
+    A thread without a core of its own makes all others wait for it, so logical (hyper-threading) cores do not count.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import psutil
+
+        cores = psutil.cpu_count(logical=False) or allowed
+    except ImportError:  # kernels need numpy and numba alone
+        cores = allowed
+    return max(1, min(cores, allowed, int(config.NUMBA_NUM_THREADS)))
+
+
+def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
+    """Call a parallel kernel, one at a time under numba's workqueue layer, which aborts on concurrent calls."""
+    if _workqueue():
+        with _one_at_a_time:
+            kernel(*arguments)
+    else:
+        kernel(*arguments)
+
+
+def _workqueue() -> bool:
+    """Whether the threading layer is, or may turn out to be, the workqueue."""
+    try:
+        return bool(numba.threading_layer() == "workqueue")
+    except ValueError:  # not chosen yet: the first parallel call chooses
+        return True
+
+
+def _after_fork() -> None:
+    global _forked, _one_at_a_time
+    _forked = _forked or _pool_started
+    _one_at_a_time = threading.Lock()  # the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
@@ -598,16 +600,60 @@ def test_a_fifo_is_not_waited_for(edited, name):
     directory = edited()
     (directory / name).unlink()
     os.mkfifo(directory / name)
-    with pytest.raises(ModelFormatError):
-        open_checkpoint(directory)
+    for path in (directory, directory / name):
+        with pytest.raises(ModelFormatError):
+            open_checkpoint(path)
+
+
+# ---- damage of any kind --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A GGUF file and a directory to be damaged."""
+    root = tmp_path_factory.mktemp("victims")
+    return (
+        tiny.write_gguf("attention_bias", root / "model.gguf"),
+        shutil.copytree(tiny.directory("llama3_scaled_gqa"), root / "directory"),
+    )
+
+
+@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=300)
+def test_a_damaged_gguf_header_is_an_error_or_another_model(victims, edits):
+    pristine = victims[0].read_bytes()
+    damaged = bytearray(pristine)
+    header = pristine.index(b"token_embd.weight") + 2000  # metadata and most tensor descriptions
+    for place, value in edits:
+        damaged[int(place * header)] = value
+    path = victims[0].with_name("damaged.gguf")
+    path.write_bytes(damaged)
+    try:
+        open_checkpoint(path, mmap=False).close()
+    except ModelFormatError as error:
+        assert "\n" not in str(error)
+
+
+@given(place=st.floats(0, 1, exclude_max=True), text=st.text(alphabet='0123456789-+.eE"{}[]:, truefalsn\\', max_size=6))
+@settings(max_examples=300)
+def test_a_damaged_config_is_an_error_or_another_model(victims, place, text):
+    pristine = (tiny.directory("llama3_scaled_gqa") / "config.json").read_text()
+    at = int(place * len(pristine))
+    (victims[1] / "config.json").write_text(pristine[:at] + text + pristine[at + len(text) :])
+    try:
+        open_checkpoint(victims[1]).close()
+    except ModelFormatError as error:
+        assert "\n" not in str(error)
 
 
 def test_failing_to_open_leaves_no_file_open(rewritten, edited):
     paths = [rewritten({"llama.block_count": 3}), edited(num_hidden_layers=3)]
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    for path in paths * 5:
+    errors = []  # kept, with the frames that they hold: nothing is left to the garbage collector
+    for path in paths:
         for mmap in (True, False):
-            with pytest.raises(ModelFormatError):
+            with pytest.raises(ModelFormatError) as caught:
                 open_checkpoint(path, mmap=mmap)
+            errors.append(caught.value)
     after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     assert after == before

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 _FLOAT32 = np.dtype(np.float32)  # one object for every native float32 array, so that "is" is enough to know it
+_INT64 = np.dtype(np.int64)
 _ndarray = np.ndarray
 
 
@@ -49,12 +50,14 @@ def positive(name: str, value: float) -> float:
 
 def integers(name: str, array: Any, ndim: int = 1) -> np.ndarray:
     """``array`` as a C-contiguous int64 array. Raises TypeError for anything but integers, ValueError for shape."""
+    if type(array) is _ndarray and array.dtype is _INT64 and array.flags.carray and array.ndim == ndim:
+        return array
     found = np.asarray(array)
     if found.dtype.kind not in "iu" and found.size:
         raise TypeError(f"{name}: expected integers, found {found.dtype}")
     if found.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, found shape {found.shape}")
-    return np.ascontiguousarray(found, np.int64)
+    return np.require(found, _INT64, ("C", "A", "W"))
 
 
 def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numba
 from numba.core import config
+from numba.np.ufunc.parallel import threading_layer
 
 # Work per call below which one thread is as fast: a parallel launch costs a few microseconds (omp, tbb).
 PARALLEL_ELEMENTS = 32768  # elements streamed by a kernel that does little arithmetic on each
@@ -42,7 +43,7 @@ def threads_for(work: int, threshold: int, pieces: int) -> int:
 def limited_to(threads: int) -> Iterator[None]:
     """Parallel calls of this Python thread use at most ``threads`` threads inside the block."""
     before = int(numba.get_num_threads())
-    numba.set_num_threads(min(threads, int(config.NUMBA_NUM_THREADS)))
+    numba.set_num_threads(min(threads, int(getattr(config, "NUMBA_NUM_THREADS", 1))))
     try:
         yield
     finally:
@@ -61,7 +62,7 @@ def physical_cores() -> int:
         cores = psutil.cpu_count(logical=False) or allowed
     except ImportError:  # kernels need numpy and numba alone
         cores = allowed
-    return max(1, min(cores, allowed, int(config.NUMBA_NUM_THREADS)))
+    return max(1, min(cores, allowed, int(getattr(config, "NUMBA_NUM_THREADS", 1))))
 
 
 def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
@@ -76,7 +77,7 @@ def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
 def _workqueue() -> bool:
     """Whether the threading layer is, or may turn out to be, the workqueue."""
     try:
-        return bool(numba.threading_layer() == "workqueue")
+        return bool(threading_layer() == "workqueue")
     except ValueError:  # not chosen yet: the first parallel call chooses
         return True
 

@@ -26,11 +26,12 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
-from ruvllm.kernels.rope_tables import rope_inv_freq, rope_tables
+from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
 
 _FORWARD, _BACKWARD = np.float32(1), np.float32(-1)
 _PI = np.pi
 _ONE_OVER_PI = 1 / np.pi
+
 
 @inline_kernel
 def rotate_half_split(x: Any, start: Any, cos: Any, sin: Any, angle: Any, half: Any, sign: Any, out: Any) -> None:

@@ -11,6 +11,10 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
 
+def sub_exact(a: Any, b: Any) -> Any:
+    return a - b
+
+
 fmax, fmin = np.fmax, np.fmin
 
 
@@ -124,3 +128,47 @@ def zip_high(a: Any, b: Any) -> Any:
 
 def prefetch(array: Any, index: int) -> None:
     """A hint to the hardware: nothing to do here."""
+
+
+def u8_load(array: Any, index: int) -> Any:
+    return array.reshape(-1)[index : index + 64].copy()
+
+
+def quad_at(array: Any, index: int) -> Any:
+    return array.reshape(-1)[index : index + 4].astype(np.int32)
+
+
+def low_nibbles(v: Any) -> Any:
+    return v & np.uint8(15)
+
+
+def high_nibbles(v: Any) -> Any:
+    return v >> np.uint8(4)
+
+
+def dot_begin() -> Any:
+    return np.zeros(LANES, np.int32)
+
+
+def dot_add(acc: Any, w: Any, quad: Any) -> Any:
+    return acc + w.reshape(LANES, 4).astype(np.int32) @ quad
+
+
+def dot_end(acc: Any) -> Any:
+    return acc
+
+
+def sdot_begin(total: Any) -> Any:
+    return np.zeros(LANES, np.int32)
+
+
+def sdot_add(acc: Any, w: Any, quad: Any) -> Any:
+    return acc + w.view(np.int8).reshape(LANES, 4).astype(np.int32) @ quad
+
+
+def i8_store(array: Any, index: int, value: Any) -> None:
+    array.reshape(-1)[index : index + LANES] = value.astype(np.int8)
+
+
+def i32_hsum(v: Any) -> Any:
+    return v.sum(dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Normalisation: RMSNorm and LayerNorm over the last axis."""
+"""Normalisation over the last axis: RMSNorm, LayerNorm, and the root mean square itself."""
 
 from typing import Any
 
@@ -6,26 +6,81 @@ import numpy as np
 from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import (
+    LANES,
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_store_first,
+    f32_zero,
+    fma,
+    hsum,
+    lanes_between,
+    splat,
+    sub_exact,
+)
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, num_threads
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+
+# --- sums of one row: four running sums, because each waits for the one before it ---------------------------------
+
+
+@inline_kernel
+def sum_of(x: Any, start: Any, n: Any) -> Any:
+    """The sum of n elements from the flat index ``start``."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    whole = n - n % (4 * LANES)
+    for i in range(start, start + whole, 4 * LANES):
+        s0 = s0 + f32_load(x, i)
+        s1 = s1 + f32_load(x, i + LANES)
+        s2 = s2 + f32_load(x, i + 2 * LANES)
+        s3 = s3 + f32_load(x, i + 3 * LANES)
+    for i in range(whole, n, LANES):
+        s0 = s0 + f32_load_first(x, start + i, n - i)
+    return hsum((s0 + s1) + (s2 + s3))
+
+
+@inline_kernel
+def sum_of_squares(x: Any, start: Any, n: Any) -> Any:
+    """The sum of the squares of n elements from the flat index ``start``."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    whole = n - n % (4 * LANES)
+    for i in range(start, start + whole, 4 * LANES):
+        a, b = f32_load(x, i), f32_load(x, i + LANES)
+        c, d = f32_load(x, i + 2 * LANES), f32_load(x, i + 3 * LANES)
+        s0 = fma(a, a, s0)
+        s1 = fma(b, b, s1)
+        s2 = fma(c, c, s2)
+        s3 = fma(d, d, s3)
+    for i in range(whole, n, LANES):
+        a = f32_load_first(x, start + i, n - i)
+        s0 = fma(a, a, s0)
+    return hsum((s0 + s1) + (s2 + s3))
+
+
+# --- RMSNorm ------------------------------------------------------------------------------------------------------
 
 
 @kernel
 def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,)."""
+    """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,); eps float32."""
     n = x.shape[1]
+    whole = n - n % LANES
+    rest = n - whole
     for row in range(lo, hi):
-        squares = np.float32(0)
-        for i in range(n):
-            squares += x[row, i] * x[row, i]
-        scale = np.float32(1) / np.sqrt(squares / np.float32(n) + eps)
-        for i in range(n):
-            out[row, i] = x[row, i] * scale * weight[i]
+        at = row * n
+        scale = splat(np.float32(1) / np.sqrt(sum_of_squares(x, at, n) / np.float32(n) + eps))
+        for i in range(0, whole, LANES):
+            f32_store(out, at + i, f32_load(x, at + i) * scale * f32_load(weight, i))
+        if rest:
+            y = f32_load_first(x, at + whole, rest) * scale * f32_load_first(weight, whole, rest)
+            f32_store_first(out, at + whole, y, rest)
 
 
 @parallel_kernel
 def rms_norm_parallel(x: Any, weight: Any, eps: Any, out: Any, threads: Any) -> None:
+    """rms_norm_rows with the rows split over threads."""
     rows = x.shape[0]
     for t in prange(threads):
         rms_norm_rows(x, weight, eps, out, rows * t // threads, rows * (t + 1) // threads)
@@ -37,7 +92,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     Args:
         x: (..., n) float32.
         weight: (n,) float32.
-        eps: added to the mean square, > 0 keeps a zero row finite.
+        eps: added to the mean square, >= 0; > 0 keeps a zero row finite.
         out: (..., n) float32 to write into; may be ``x`` itself.
 
     Returns:
@@ -49,17 +104,152 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    x = _check.float32("x", x)
-    weight = _check.float32("weight", weight, shape=(x.shape[-1] if x.ndim else None,))
+    x = _check.float32("x", x, min_ndim=1)
+    weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape)
     if x.size:
-        rows = x.reshape(-1, x.shape[-1])
-        if x.size < PARALLEL_ELEMENTS:
-            rms_norm_rows(rows, weight, np.float32(eps), out.reshape(rows.shape), 0, rows.shape[0])
+        rows, to = _check.rows(x), _check.rows(out)
+        count = rows.shape[0]
+        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
+        if threads == 1:
+            rms_norm_rows(rows, weight, np.float32(eps), to, 0, count)
         else:
-            rms_norm_parallel(rows, weight, np.float32(eps), out.reshape(rows.shape), num_threads())
+            launch(rms_norm_parallel, rows, weight, np.float32(eps), to, threads)
     return out
 
+
+# --- root mean square ---------------------------------------------------------------------------------------------
+
+
+@kernel
+def rms_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of rms. x (rows, n); out (rows,)."""
+    n = x.shape[1]
+    for row in range(lo, hi):
+        out[row] = np.sqrt(sum_of_squares(x, row * n, n) / np.float32(n))
+
+
+def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """y = sqrt(mean(x^2)), over the last axis.
+
+    Args:
+        x: (..., n) float32, n >= 1.
+        out: (...) float32 to write into.
+
+    Returns:
+        (...) float32, an array of no dimension for one row.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: ``x`` has no last axis or an empty one, or ``out`` does not match.
+    """
+    x = _check.float32("x", x, min_ndim=1)
+    if not x.shape[-1]:
+        raise ValueError(f"x: the mean over an empty last axis is undefined, found shape {x.shape}")
+    out = _check.output("out", out, x.shape[:-1])
+    rms_rows(_check.rows(x), out.reshape(-1), 0, out.size)
+    return out
+
+
+# --- LayerNorm ----------------------------------------------------------------------------------------------------
+
+
+@kernel(strict=True)
+def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias; eps float32.
+
+    E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so the deviations d = x - mean are
+    squared instead. The float32 mean is off by a rounding of that large number; sum(d), which would be 0, says by
+    how much, and both results are corrected by it. (Hence strict: (x - mean) - error must not become
+    x - (mean + error), and numba's fastmath would put its flags on sub_exact as well.)
+    """
+    n = x.shape[1]
+    whole = n - n % LANES
+    rest = n - whole
+    per_n = np.float32(1) / np.float32(n)
+    for row in range(lo, hi):
+        at = row * n
+        mean = splat(sum_of(x, at, n) * per_n)
+        s0, s1, q0, q1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        pairs = n - n % (2 * LANES)
+        for i in range(at, at + pairs, 2 * LANES):
+            d0 = sub_exact(f32_load(x, i), mean)
+            d1 = sub_exact(f32_load(x, i + LANES), mean)
+            s0 = s0 + d0
+            s1 = s1 + d1
+            q0 = fma(d0, d0, q0)
+            q1 = fma(d1, d1, q1)
+        for i in range(pairs, n, LANES):
+            d = sub_exact(f32_load_first(x, at + i, n - i), mean)
+            d = lanes_between(d, 0, n - i, np.float32(0))
+            s0 = s0 + d
+            q0 = fma(d, d, q0)
+        error = hsum(s0 + s1) * per_n
+        variance = max(hsum(q0 + q1) * per_n - error * error, np.float32(0))
+        scale = splat(np.float32(1) / np.sqrt(variance + eps))
+        correction = splat(error)
+        for i in range(0, whole, LANES):
+            d = sub_exact(sub_exact(f32_load(x, at + i), mean), correction)
+            y = d * scale * f32_load(weight, i)
+            f32_store(out, at + i, y + f32_load(bias, i) if with_bias else y)
+        if rest:
+            d = sub_exact(sub_exact(f32_load_first(x, at + whole, rest), mean), correction)
+            y = d * scale * f32_load_first(weight, whole, rest)
+            y = y + f32_load_first(bias, whole, rest) if with_bias else y
+            f32_store_first(out, at + whole, y, rest)
+
+
+@parallel_kernel
+def layer_norm_parallel(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, threads: Any) -> None:
+    """layer_norm_rows with the rows split over threads."""
+    rows = x.shape[0]
+    for t in prange(threads):
+        lo, hi = rows * t // threads, rows * (t + 1) // threads
+        layer_norm_rows(x, weight, bias, with_bias, eps, out, lo, hi)
+
+
+def layer_norm(
+    x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np.ndarray | None = None
+) -> np.ndarray:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last axis.
+
+    Args:
+        x: (..., n) float32.
+        weight: (n,) float32.
+        bias: (n,) float32, or None for none.
+        eps: added to the variance (mean of squared deviations), >= 0; > 0 keeps a constant row finite.
+        out: (..., n) float32 to write into; may be ``x`` itself.
+
+    Returns:
+        (..., n) float32, accurate where the mean is thousands of times the deviation.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
+    "Algorithms for Computing the Sample Variance".
+    """
+    x = _check.float32("x", x, min_ndim=1)
+    weight = _check.float32("weight", weight, shape=x.shape[-1:])
+    with_bias = bias is not None
+    bias = _check.float32("bias", bias, shape=x.shape[-1:]) if with_bias else weight
+    out = _check.output("out", out, x.shape)
+    if x.size:
+        rows, to = _check.rows(x), _check.rows(out)
+        count = rows.shape[0]
+        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
+        if threads == 1:
+            layer_norm_rows(rows, weight, bias, with_bias, np.float32(eps), to, 0, count)
+        else:
+            launch(layer_norm_parallel, rows, weight, bias, with_bias, np.float32(eps), to, threads)
+    return out
+
+
+_SIZES = (
+    *({"rows": 1, "n": n} for n in (768, 1024, 2048, 4096, 8192)),
+    {"rows": 64, "n": 4096},
+)
 
 SPECS = [
     KernelSpec(
@@ -75,6 +265,33 @@ SPECS = [
         },
         flops=lambda rows, n: 4.0 * rows * n,
         bytes=lambda rows, n: 4.0 * (2 * rows * n + n),
+        sizes=_SIZES,
+    ),
+    KernelSpec(
+        name="layer_norm",
+        function=layer_norm,
+        compiled=(layer_norm_rows, layer_norm_parallel),
+        reference=reference.layer_norm,
+        formula="(x - mean(x)) / sqrt(var(x) + eps) * weight + bias",
+        example=lambda rng, rows, n: {
+            "x": rng.standard_normal((rows, n), np.float32),
+            "weight": rng.standard_normal(n, np.float32),
+            "bias": rng.standard_normal(n, np.float32),
+            "eps": 1e-5,
+        },
+        flops=lambda rows, n: 8.0 * rows * n,
+        bytes=lambda rows, n: 4.0 * (2 * rows * n + 2 * n),
+        sizes=_SIZES,
+    ),
+    KernelSpec(
+        name="rms",
+        function=rms,
+        compiled=(rms_rows,),
+        reference=reference.rms,
+        formula="sqrt(mean(x^2))",
+        example=lambda rng, rows, n: {"x": rng.standard_normal((rows, n), np.float32)},
+        flops=lambda rows, n: 2.0 * rows * n,
+        bytes=lambda rows, n: 4.0 * rows * n,
         sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
     ),
 ]

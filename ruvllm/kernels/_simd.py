@@ -18,4 +18,5 @@ from ruvllm.kernels._jit import DISABLE_JIT
 if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels._simd_python import *  # noqa: F403
 else:
+    from ruvllm.kernels._dot_llvm import *  # noqa: F403
     from ruvllm.kernels._simd_llvm import *  # noqa: F403

@@ -1,0 +1,269 @@
+"""Integer matmul: weights in 4 or 8 bits, activations rounded to 8 bits on the fly, integer dot products.
+
+Weights W (N, K) lie in panels of 16 rows, like float weights (see panels.py), in groups of 32 columns. Within a group
+column k belongs to quad k // 4: a vector of 64 bytes holds one quad of 16 rows, so that one integer dot-product
+instruction serves 16 rows with four activations in a broadcast.
+
+    w = scale (code - zero)      symmetric        or      w = scale code + min
+    y[r] = sum over groups g of  scale[r, g] xs[g] sum(code xq)  +  min[r, g] xs[g] sum(xq)
+
+- ``INT4``: codes 0..15, (P, G, 4, 64) bytes; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
+- ``INT8``: signed codes, (P, G, 8, 64) bytes, one quad a line; zero is 0.
+
+scales and mins are IEEE half bits (P, G, 16); where mins is empty, min = -zero scale.
+Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, sums (T, G) int32 = sum(xq), totals = xs sums.
+Integer sums are exact, so all instruction sets give the same bits.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import (
+    dot_add,
+    dot_begin,
+    dot_end,
+    f32_load,
+    f32_load_first,
+    f32_zero,
+    fma,
+    fmax,
+    high_nibbles,
+    hmax,
+    hsum,
+    i8_store,
+    i32_hsum,
+    load,
+    low_nibbles,
+    quad_at,
+    round_to_i32,
+    sdot_add,
+    sdot_begin,
+    splat,
+    splat_at,
+    to_f32,
+    u8_load,
+)
+from ruvllm.kernels._tile import LANES, TILE, put
+
+GROUP = 32
+INT4, INT8 = 0, 1
+_MINUS_ZERO_CODE = np.float32(-8)  # a symmetric 4-bit weight is scale (code - 8)
+_LINE = 64  # bytes of one line: 16 rows x 4 columns
+
+
+@kernel
+def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: Any, hi: Any) -> None:
+    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
+
+    xq (T, 32 G); xs, sums, totals (T, G). A NaN or infinity makes its group's scale NaN, so that it is not lost.
+    """
+    columns = x.shape[1]
+    groups = xs.shape[1]
+    flat, codes = x.reshape(-1), xq.reshape(-1)
+    for t in range(lo, hi):
+        for g in range(groups):
+            at, left = t * columns + g * GROUP, columns - g * GROUP
+            if left >= GROUP:
+                a, b = f32_load(flat, at), f32_load(flat, at + LANES)
+            else:
+                a = f32_load_first(flat, at, left)
+                b = f32_load_first(flat, at + LANES, left - LANES) if left > LANES else f32_zero()
+            zero = f32_zero()
+            largest = hmax(fmax(fmax(a, zero - a), fmax(b, zero - b)))
+            not_finite = hsum((a + b) * zero)
+            inverse = splat(np.float32(127) / largest if largest > np.float32(0) else np.float32(0))
+            qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
+            at = (t * groups + g) * GROUP
+            i8_store(codes, at, qa)
+            i8_store(codes, at + LANES, qb)
+            xs[t, g] = largest / np.float32(127) + not_finite
+            sums[t, g] = i32_hsum(qa + qb)
+            totals[t, g] = xs[t, g] * np.float32(sums[t, g])
+
+
+@inline_kernel
+def _token_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, p: Any, t: Any, groups: Any) -> Any:
+    """The 16 outputs of panel p for token t."""
+    has_mins = mins.size > 0
+    acc = f32_zero()
+    for g in range(groups):
+        at, xi = p * groups + g, t * groups + g
+        s = dot_begin()
+        for j in range(4):
+            v = u8_load(codes, (at * 4 + j) * _LINE)
+            s = dot_add(s, low_nibbles(v), quad_at(xq, xi * GROUP + 4 * j))
+            s = dot_add(s, high_nibbles(v), quad_at(xq, xi * GROUP + 4 * j + 16))
+        scale = load(scales, at * LANES)
+        low = load(mins, at * LANES) if has_mins else scale * splat(_MINUS_ZERO_CODE)
+        acc = fma(low, splat_at(totals, xi), acc)
+        acc = fma(to_f32(dot_end(s)), scale * splat_at(xs, xi), acc)
+    return acc
+
+
+@inline_kernel
+def _token_int8(
+    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, p: Any, t: Any, groups: Any
+) -> Any:
+    has_mins = mins.size > 0
+    acc = f32_zero()
+    for g in range(groups):
+        at, xi = p * groups + g, t * groups + g
+        s = sdot_begin(sums[xi])
+        for j in range(8):
+            s = sdot_add(s, u8_load(codes, (at * 8 + j) * _LINE), quad_at(xq, xi * GROUP + 4 * j))
+        scale = load(scales, at * LANES)
+        if has_mins:
+            acc = fma(load(mins, at * LANES), splat_at(totals, xi), acc)
+        acc = fma(to_f32(s), scale * splat_at(xs, xi), acc)
+    return acc
+
+
+@inline_kernel
+def _scaled(sums: Any, scale: Any, low: Any, xs: Any, totals: Any, xi: Any, acc: Any) -> Any:
+    """acc + scale xs sums + min totals, of one group and token."""
+    return fma(to_f32(sums), scale * splat_at(xs, xi), fma(low, splat_at(totals, xi), acc))
+
+
+@inline_kernel
+def _tile_int4(
+    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, p: Any, t: Any, groups: Any,
+    out: Any, oi: Any, rows: Any, count: Any,
+) -> None:  # fmt: skip
+    """The outputs of panel p for six tokens t .. t+5: each line of codes is loaded and unpacked once."""
+    has_mins = mins.size > 0
+    a0, a1, a2, a3, a4, a5 = f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    step = groups * GROUP
+    for g in range(groups):
+        at, xi = p * groups + g, t * groups + g
+        s0, s1, s2, s3, s4, s5 = dot_begin(), dot_begin(), dot_begin(), dot_begin(), dot_begin(), dot_begin()
+        for j in range(4):
+            v = u8_load(codes, (at * 4 + j) * _LINE)
+            w, q = low_nibbles(v), xi * GROUP + 4 * j
+            s0 = dot_add(s0, w, quad_at(xq, q))
+            s1 = dot_add(s1, w, quad_at(xq, q + step))
+            s2 = dot_add(s2, w, quad_at(xq, q + 2 * step))
+            s3 = dot_add(s3, w, quad_at(xq, q + 3 * step))
+            s4 = dot_add(s4, w, quad_at(xq, q + 4 * step))
+            s5 = dot_add(s5, w, quad_at(xq, q + 5 * step))
+            w, q = high_nibbles(v), q + 16
+            s0 = dot_add(s0, w, quad_at(xq, q))
+            s1 = dot_add(s1, w, quad_at(xq, q + step))
+            s2 = dot_add(s2, w, quad_at(xq, q + 2 * step))
+            s3 = dot_add(s3, w, quad_at(xq, q + 3 * step))
+            s4 = dot_add(s4, w, quad_at(xq, q + 4 * step))
+            s5 = dot_add(s5, w, quad_at(xq, q + 5 * step))
+        scale = load(scales, at * LANES)
+        low = load(mins, at * LANES) if has_mins else scale * splat(_MINUS_ZERO_CODE)
+        a0 = _scaled(dot_end(s0), scale, low, xs, totals, xi, a0)
+        a1 = _scaled(dot_end(s1), scale, low, xs, totals, xi + groups, a1)
+        a2 = _scaled(dot_end(s2), scale, low, xs, totals, xi + 2 * groups, a2)
+        a3 = _scaled(dot_end(s3), scale, low, xs, totals, xi + 3 * groups, a3)
+        a4 = _scaled(dot_end(s4), scale, low, xs, totals, xi + 4 * groups, a4)
+        a5 = _scaled(dot_end(s5), scale, low, xs, totals, xi + 5 * groups, a5)
+    put(out, oi, a0, count, False)
+    put(out, oi + rows, a1, count, False)
+    put(out, oi + 2 * rows, a2, count, False)
+    put(out, oi + 3 * rows, a3, count, False)
+    put(out, oi + 4 * rows, a4, count, False)
+    put(out, oi + 5 * rows, a5, count, False)
+
+
+@inline_kernel
+def _tile_int8(
+    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, p: Any, t: Any, groups: Any,
+    out: Any, oi: Any, rows: Any, count: Any,
+) -> None:  # fmt: skip
+    has_mins = mins.size > 0
+    a0, a1, a2, a3, a4, a5 = f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    step = groups * GROUP
+    for g in range(groups):
+        at, xi = p * groups + g, t * groups + g
+        s0, s1, s2 = sdot_begin(sums[xi]), sdot_begin(sums[xi + groups]), sdot_begin(sums[xi + 2 * groups])
+        s3, s4 = sdot_begin(sums[xi + 3 * groups]), sdot_begin(sums[xi + 4 * groups])
+        s5 = sdot_begin(sums[xi + 5 * groups])
+        for j in range(8):
+            w, q = u8_load(codes, (at * 8 + j) * _LINE), xi * GROUP + 4 * j
+            s0 = sdot_add(s0, w, quad_at(xq, q))
+            s1 = sdot_add(s1, w, quad_at(xq, q + step))
+            s2 = sdot_add(s2, w, quad_at(xq, q + 2 * step))
+            s3 = sdot_add(s3, w, quad_at(xq, q + 3 * step))
+            s4 = sdot_add(s4, w, quad_at(xq, q + 4 * step))
+            s5 = sdot_add(s5, w, quad_at(xq, q + 5 * step))
+        scale = load(scales, at * LANES)
+        low = load(mins, at * LANES) if has_mins else f32_zero()
+        a0 = _scaled(s0, scale, low, xs, totals, xi, a0)
+        a1 = _scaled(s1, scale, low, xs, totals, xi + groups, a1)
+        a2 = _scaled(s2, scale, low, xs, totals, xi + 2 * groups, a2)
+        a3 = _scaled(s3, scale, low, xs, totals, xi + 3 * groups, a3)
+        a4 = _scaled(s4, scale, low, xs, totals, xi + 4 * groups, a4)
+        a5 = _scaled(s5, scale, low, xs, totals, xi + 5 * groups, a5)
+    put(out, oi, a0, count, False)
+    put(out, oi + rows, a1, count, False)
+    put(out, oi + 2 * rows, a2, count, False)
+    put(out, oi + 3 * rows, a3, count, False)
+    put(out, oi + 4 * rows, a4, count, False)
+    put(out, oi + 5 * rows, a5, count, False)
+
+
+@kernel
+def quant_matmul(
+    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
+) -> None:
+    """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
+    tokens, rows = out.shape
+    groups = scales.shape[1]
+    c, sc, mn, o = codes.reshape(-1), scales.reshape(-1), mins.reshape(-1), out.reshape(-1)
+    q, qs, qt, qn = xq.reshape(-1), xs.reshape(-1), totals.reshape(-1), sums.reshape(-1)
+    tiled = tokens - tokens % TILE
+    for p in range(lo, hi):
+        count = rows - p * LANES
+        if kind == INT4:
+            for t in range(0, tiled, TILE):
+                _tile_int4(c, sc, mn, q, qs, qt, p, t, groups, o, t * rows + p * LANES, rows, count)
+            for t in range(tiled, tokens):
+                put(o, t * rows + p * LANES, _token_int4(c, sc, mn, q, qs, qt, p, t, groups), count, False)
+        else:
+            for t in range(0, tiled, TILE):
+                _tile_int8(c, sc, mn, q, qs, qn, qt, p, t, groups, o, t * rows + p * LANES, rows, count)
+            for t in range(tiled, tokens):
+                put(o, t * rows + p * LANES, _token_int8(c, sc, mn, q, qs, qn, qt, p, t, groups), count, False)
+
+
+@parallel_kernel
+def quant_matmul_parallel(
+    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, threads: Any
+) -> None:
+    """quant_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
+    panels = scales.shape[0]
+    for t in prange(threads):
+        lo, hi = panels * t // threads, panels * (t + 1) // threads
+        quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
+
+
+@kernel
+def pack_int4(codes: Any, panels: Any, lo: Any, hi: Any) -> None:
+    """Row-major codes (n, 32 G) of 0..15 into panels (P, G, 4, 64) for panels lo:hi; rows past n are code 8."""
+    count = codes.shape[0]
+    for p in range(lo, hi):
+        for g in range(panels.shape[1]):
+            for j in range(4):
+                for i in range(64):
+                    row, k = p * LANES + i // 4, g * GROUP + 4 * j + i % 4
+                    low = codes[row, k] if row < count else np.uint8(8)
+                    high = codes[row, k + 16] if row < count else np.uint8(8)
+                    panels[p, g, j, i] = low | (high << np.uint8(4))
+
+
+@kernel
+def pack_int8(codes: Any, panels: Any, lo: Any, hi: Any) -> None:
+    """Row-major codes (n, 32 G), int8 bits as uint8, into panels (P, G, 8, 64); rows past n are 0."""
+    count = codes.shape[0]
+    for p in range(lo, hi):
+        for g in range(panels.shape[1]):
+            for j in range(8):
+                for i in range(64):
+                    row, k = p * LANES + i // 4, g * GROUP + 4 * j + i % 4
+                    panels[p, g, j, i] = codes[row, k] if row < count else np.uint8(0)

@@ -192,7 +192,7 @@ def q6_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 def _f64_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
-    with np.errstate(over="ignore"):  # beyond float32's range: infinity
+    with np.errstate(all="ignore"):  # beyond float32's range: infinity or zero; NaN stays NaN
         out[lo:hi] = raw[lo:hi].view("<f8")
 
 
@@ -201,7 +201,8 @@ def _f32_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
 
 
 def _f16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
-    out[lo:hi] = raw[lo:hi].view("<f2")
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        out[lo:hi] = raw[lo:hi].view("<f2")
 
 
 def _bf16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:

@@ -20,8 +20,8 @@ from ruvllm.errors import ModelFormatError
 # A header as long as its file allows would let a sparse file cost gigabytes and minutes. The largest published
 # vocabularies (262 144 tokens, 515 000 merges) need 16 MB and 800 000 strings.
 MAX_HEADER_BYTES = 100_000_000
-MAX_STRINGS = 1 << 21
-MAX_ENTRIES = 1 << 16
+MAX_STRINGS = 1 << 20
+MAX_ENTRIES = 1 << 15
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last of them zero
 

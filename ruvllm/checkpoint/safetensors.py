@@ -26,8 +26,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The format allows 100 MB, which Python would need several seconds and a gigabyte to parse; 30 000 tensors, more than
 # any published file has, need 4 MB.
-MAX_HEADER_BYTES = 10_000_000
-_MAX_INDEX_BYTES = 10_000_000
+MAX_HEADER_BYTES = 6_000_000
+_MAX_INDEX_BYTES = 6_000_000
 _MAX_AXES = 8
 _MAX_SHARDS = 1000
 _MAX_SIZE = (1 << 63) - 1

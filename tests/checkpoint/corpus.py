@@ -20,6 +20,9 @@ U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 HUGE = 1 << 63
 
 
+Tensors = dict[str, tuple[str, tuple[int, ...], np.ndarray]]  # name -> (type, row-major shape, bytes)
+
+
 @dataclass(frozen=True)
 class Hostile:
     """One bad file: the table's row, a name, the bytes, and what the one-line error must say."""
@@ -100,10 +103,8 @@ def gguf(
     return header + bytes(-len(header) % alignment) + data
 
 
-def tensors_and_data(
-    tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]], alignment: int = 32
-) -> tuple[list[bytes], bytes]:
-    """Descriptions and data section of name -> (type, row-major shape, bytes)."""
+def tensors_and_data(tensors: Tensors, alignment: int = 32) -> tuple[list[bytes], bytes]:
+    """Descriptions and data section."""
     data = b""
     descriptions = []
     for name, (kind, shape, raw) in tensors.items():
@@ -135,9 +136,9 @@ SCALARS: dict[str, tuple[int, bytes, Any]] = {
 }
 
 
-def gguf_tensors() -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
+def gguf_tensors() -> Tensors:
     """Name -> (type, shape, bytes): each readable type, one to four axes, row lengths that are no power of two."""
-    tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]] = {}
+    tensors: Tensors = {}
     for i, kind in enumerate(GGUF_CODES):
         columns = BLOCKS[kind][0] * 3 if BLOCKS[kind][0] > 1 else 7
         tensors[f"matrix.{kind}"] = (kind, (3, columns), random_rows(kind, 3, columns, i))
@@ -266,10 +267,10 @@ def st_entry(kind: Any, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
     return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
 
 
-def safetensors_tensors() -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
+def safetensors_tensors() -> Tensors:
     """Name -> (type, shape, bytes): the readable types, none to three axes, and one without elements."""
     shapes: dict[str, tuple[int, ...]] = {"F64": (3, 5), "F32": (2, 3, 4), "F16": (7,), "BF16": (5, 1)}
-    tensors = {
+    tensors: Tensors = {
         f"t.{kind}": (kind, shape, random_rows(kind, int(np.prod(shape[:-1])), shape[-1], i))
         for i, (kind, shape) in enumerate(shapes.items())
     }
@@ -278,7 +279,7 @@ def safetensors_tensors() -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
     return tensors
 
 
-def valid_safetensors(tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]] | None = None) -> bytes:
+def valid_safetensors(tensors: Tensors | None = None) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "note": "naïve"}}
     data = b""
     for name, (kind, shape, raw) in (safetensors_tensors() if tensors is None else tensors).items():

@@ -46,6 +46,11 @@ def log_softmax(x: Any) -> np.ndarray:
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
 
 
+def argmax(x: Any) -> np.ndarray:
+    """Index of the first maximum over the last axis."""
+    return np.argmax(_f64(x), axis=-1)
+
+
 def silu_mul(gate: Any, up: Any) -> np.ndarray:
     """gate * sigmoid(gate) * up."""
     gate, up = _f64(gate, up)

@@ -1,0 +1,279 @@
+"""What scores say: argmax, the k largest, and log-probabilities."""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import inline_kernel, kernel
+from ruvllm.kernels._math import exp
+from ruvllm.kernels._simd import (
+    LANES,
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_store_first,
+    f32_zero,
+    fmax,
+    hmax,
+    hsum,
+    lanes_between,
+    nan_or_zero_below,
+    splat,
+    sub_exact,
+)
+from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels.activation import maximum
+
+_BLOCK = 256  # elements whose maximum is looked at before any of them alone
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_MINUS_INFINITY = np.float32(-np.inf)
+
+# --- greedy -------------------------------------------------------------------------------------------------------
+
+
+@inline_kernel
+def maximum_or_nan(x: Any, start: Any, n: Any) -> Any:
+    """The largest of n elements from the flat index ``start``, or NaN if one is NaN (``maximum`` ignores NaN)."""
+    m0, m1 = splat(_MINUS_INFINITY), splat(_MINUS_INFINITY)
+    nans0, nans1 = f32_zero(), f32_zero()
+    whole = n - n % (2 * LANES)
+    for i in range(start, start + whole, 2 * LANES):
+        a, b = f32_load(x, i), f32_load(x, i + LANES)
+        m0, m1 = fmax(m0, a), fmax(m1, b)
+        nans0 = nans0 + nan_or_zero_below(a, _ZERO, f32_zero())
+        nans1 = nans1 + nan_or_zero_below(b, _ZERO, f32_zero())
+    for i in range(whole, n, LANES):
+        a = f32_load_first(x, start + i, n - i)
+        m0 = fmax(m0, lanes_between(a, 0, n - i, _MINUS_INFINITY))
+        nans0 = nans0 + nan_or_zero_below(a, _ZERO, f32_zero())
+    return hmax(fmax(m0, m1)) + hsum(nans0 + nans1)
+
+
+@kernel
+def argmax_index(x: Any) -> Any:
+    """Index of the first maximum of x (n,), n >= 1, or -1 where x holds NaN."""
+    n = x.size
+    best, best_block = _MINUS_INFINITY, 0
+    for block in range(0, n, _BLOCK):
+        top = maximum_or_nan(x, block, min(_BLOCK, n - block))
+        if np.isnan(top):
+            return -1
+        if top > best:
+            best, best_block = top, block
+    index = best_block
+    while x[index] != best:
+        index += 1
+    return index
+
+
+def argmax(x: Any) -> int:
+    """The index of the largest element of x (n,) float32; of equal ones the first.
+
+    Raises:
+        TypeError: ``x`` is not a float32 array.
+        ValueError: ``x`` is empty, not one-dimensional, or holds NaN.
+    """
+    return largest(vector("x", x), "x")
+
+
+def vector(name: str, x: Any) -> np.ndarray:
+    """``x`` checked: float32, one-dimensional, not empty."""
+    x = _check.float32(name, x, ndim=1)
+    if not x.size:
+        raise ValueError(f"{name}: expected at least one element, found none")
+    return x
+
+
+def largest(x: np.ndarray, name: str) -> int:
+    """argmax of a checked vector. Raises ValueError, naming it, where it holds NaN."""
+    index = int(argmax_index(x))
+    if index < 0:
+        raise ValueError(f"{name}: holds NaN at index {int(np.flatnonzero(np.isnan(x))[0])}")
+    return index
+
+
+# --- the k largest ------------------------------------------------------------------------------------------------
+
+
+@inline_kernel
+def sift_down(values: Any, ids: Any, root: Any, size: Any) -> None:
+    """Let the entry at ``root`` of the heap sink until no child is worse: smaller, or equal with the larger id."""
+    value, index = values[root], ids[root]
+    while 2 * root + 1 < size:
+        child = 2 * root + 1
+        other = child + 1
+        if other < size and (
+            values[other] < values[child] or (values[other] == values[child] and ids[other] > ids[child])
+        ):
+            child = other
+        if value < values[child] or (value == values[child] and index > ids[child]):
+            break
+        values[root], ids[root] = values[child], ids[child]
+        root = child
+    values[root], ids[root] = value, index
+
+
+@kernel
+def top_kselect(x: Any, values: Any, ids: Any) -> None:
+    """The k largest of x (n,) in falling order, k <= n; of equal ones the first. values (k,) float32, ids (k,) int64.
+
+    The best so far form a heap with the worst on top, and whole blocks that do not beat it are passed over.
+    """
+    n, k = x.size, values.size
+    for i in range(k):
+        values[i] = x[i]
+        ids[i] = i
+    for root in range(k // 2 - 1, -1, -1):
+        sift_down(values, ids, root, k)
+    for block in range(k, n, _BLOCK):
+        count = min(_BLOCK, n - block)
+        if maximum(x, block, count) > values[0]:
+            for i in range(block, block + count):
+                if x[i] > values[0]:
+                    values[0], ids[0] = x[i], i
+                    sift_down(values, ids, 0, k)
+    for size in range(k - 1, 0, -1):  # the worst of what is left goes to the end
+        values[0], values[size] = values[size], values[0]
+        ids[0], ids[size] = ids[size], ids[0]
+        sift_down(values, ids, 0, size)
+
+
+def top_k(x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest elements of x (n,) float32 in falling order, of equal ones the first.
+
+    Returns:
+        (values (k,) float32, indices (k,) int64).
+
+    Raises:
+        TypeError: ``x`` is not a float32 array.
+        ValueError: ``x`` holds NaN, or k is not in 1..n.
+    """
+    x = vector("x", x)
+    if not 1 <= k <= x.size:
+        raise ValueError(f"k: expected 1 to {x.size}, found {k}")
+    largest(x, "x")
+    return select(x, k)
+
+
+def select(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """top_k of a checked vector."""
+    values, ids = np.empty(k, np.float32), np.empty(k, np.int64)
+    top_kselect(x, values, ids)
+    return values, ids
+
+
+# --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+@inline_kernel
+def scaled_exp(x: Any, at: Any, count: Any, shift: Any, scale: Any) -> Any:
+    """exp((x - shift) * scale) of up to 16 elements; lanes past ``count`` are 0."""
+    v = f32_load(x, at) if count >= LANES else f32_load_first(x, at, count)
+    return lanes_between(exp((v - splat(shift)) * splat(scale)), 0, count, _ZERO)
+
+
+@inline_kernel
+def exp_sum(x: Any, start: Any, n: Any, shift: Any, scale: Any) -> Any:
+    """The sum of exp((x - shift) * scale) over n elements from the flat index ``start``, blocks added in float64."""
+    total = 0.0
+    for i in range(0, n, LANES):
+        total += np.float64(hsum(scaled_exp(x, start + i, n - i, shift, scale)))
+    return total
+
+
+@kernel(strict=True)
+def log_softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of log_softmax. x, out (rows, n). Strict, so that x - max is rounded before the log is taken off."""
+    n = x.shape[1]
+    for row in range(lo, hi):
+        at = row * n
+        top = maximum(x, at, n)
+        shift = splat(top)
+        log_sum = splat(np.float32(np.log(exp_sum(x, at, n, top, _ONE))))
+        for i in range(0, n - LANES + 1, LANES):
+            f32_store(out, at + i, sub_exact(sub_exact(f32_load(x, at + i), shift), log_sum))
+        rest = n % LANES
+        if rest:
+            i = at + n - rest
+            f32_store_first(out, i, sub_exact(sub_exact(f32_load_first(x, i, rest), shift), log_sum), rest)
+
+
+def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """y = x - max(x) - log(sum(exp(x - max(x)))), over the last axis: the logarithm of softmax(x).
+
+    Args:
+        x: (..., n) float32; -inf stays -inf.
+        out: (..., n) float32 to write into; may be ``x`` itself.
+
+    Returns:
+        (..., n) float32. A row of nothing but -inf, or with NaN or +inf in it, becomes NaN.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: ``x`` has no dimension, or ``out`` does not match.
+    """
+    x = _check.float32("x", x, min_ndim=1)
+    out = _check.output("out", out, x.shape)
+    if x.size:
+        rows = _check.rows(x)
+        log_softmax_rows(rows, _check.rows(out), 0, rows.shape[0])
+    return out
+
+
+@kernel
+def log_sum_exp(x: Any) -> Any:
+    """log(sum(exp(x))) of x (n,), n >= 1, as float64."""
+    top = maximum(x, 0, x.size)
+    return np.float64(top) + np.log(exp_sum(x, 0, x.size, top, _ONE))
+
+
+def top_logprobs(logits: Any, n: int) -> list[tuple[int, float]]:
+    """The n likeliest tokens (all, if there are fewer) and the logarithms of their probabilities, likeliest first.
+
+    Args:
+        logits: (V,) float32.
+        n: how many, >= 0.
+
+    Raises:
+        TypeError: ``logits`` is not a float32 array.
+        ValueError: ``logits`` is empty or holds NaN, or n is negative.
+    """
+    logits = vector("logits", logits)
+    if n < 0:
+        raise ValueError(f"n: expected a number >= 0, found {n}")
+    largest(logits, "logits")
+    if not n:
+        return []
+    values, ids = select(logits, min(n, logits.size))
+    logprobs = values - log_sum_exp(logits)
+    return [(int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)]
+
+
+_SIZES = ({"n": 32000}, {"n": 49152}, {"n": 128256})
+
+SPECS = [
+    KernelSpec(
+        name="argmax",
+        function=argmax,
+        compiled=(argmax_index,),
+        reference=reference.argmax,
+        formula="first i with x[i] = max(x)",
+        example=lambda rng, n: {"x": rng.standard_normal(n, np.float32)},
+        flops=lambda n: float(n),
+        bytes=lambda n: 4.0 * n,
+        sizes=_SIZES,
+        tolerance=0.0,
+    ),
+    KernelSpec(
+        name="log_softmax",
+        function=log_softmax,
+        compiled=(log_softmax_rows,),
+        reference=reference.log_softmax,
+        formula="x - max(x) - log(sum(exp(x - max(x))))",
+        example=lambda rng, rows, n: {"x": 4 * rng.standard_normal((rows, n), np.float32)},
+        flops=lambda rows, n: 5.0 * rows * n,
+        bytes=lambda rows, n: 8.0 * rows * n,
+        sizes=({"rows": 1, "n": 49152}, {"rows": 4, "n": 32000}),
+    ),
+]

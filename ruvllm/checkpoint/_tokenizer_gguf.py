@@ -1,0 +1,255 @@
+"""A tokenizer from GGUF metadata: `tokenizer.ggml.*` as an engine of the `tokenizers` library.
+
+Model "gpt2" is byte-level BPE with its merges in the file and its pre-tokenizer given by name; model "llama" is
+SentencePiece BPE, whose merges follow from the pieces' scores. Source of the names, of what each of them splits, and
+of what holds where the file says nothing: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular
+expression, the model's own is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ruvllm.checkpoint._spm import merges_from_scores
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
+from ruvllm.errors import ModelFormatError
+
+PREFIX = "tokenizer.ggml."
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CJK = "一-龥"
+
+# Each name's regular expressions, applied one after the other: what one matches, and what lies between, is split by
+# the next.
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_CJK}ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        f"[{_CJK}぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+        r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    ),
+    "tekken": (_CASED % ("", "") + r"\p{N}" + _REST,),
+    "gpt-4o": (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"\p{N}{1,3}" + _REST,),
+    "seed-coder": (_LLAMA3.replace("{1,3}", "").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),),
+}
+
+_SAME_AS = {
+    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
+    "qwen2": ("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"),
+    "gpt-4o": ("llama4",),
+}
+PRE_TOKENIZERS = {name: name for name in _SPLITS} | {same: name for name, all_ in _SAME_AS.items() for same in all_}
+
+# A word that is a token as a whole is taken as that token, whatever the merges would make of it.
+_WHOLE_WORDS = frozenset({"llama-bpe", "tekken"}) | (frozenset(_SAME_AS["llama-bpe"]) - {"dbrx", "smaug-bpe"})
+_ADD_BOS = _WHOLE_WORDS
+
+# Tokens that end a turn or a text, in files that name only one of them.
+_END_OF_TURN = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+})  # fmt: skip
+
+_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabulary:
+    """The tokenizer that a GGUF file's metadata describes. Raises: ModelFormatError naming the key at fault."""
+    keys = Fields(path, metadata)
+    model = keys.require(PREFIX + "model", str)
+    if model not in ("gpt2", "llama"):
+        raise keys.error(PREFIX + "model", repr(model), "a tokenizer of kind 'gpt2' or 'llama'")
+    pieces = keys.require(PREFIX + "tokens", list)
+    ids = _ids_of(keys, pieces)
+    kinds = _kinds(keys, len(pieces))
+    named = {name: _named_id(keys, name, pieces, model) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    ends = _end_ids(pieces, kinds, named)
+    for i in (*ends, *(i for i, kind in enumerate(kinds) if kind == Kind.USER_DEFINED)):
+        if i in ends or looks_like_control(pieces[i]):
+            kinds[i] = Kind.CONTROL
+    if model == "gpt2":
+        engine, add_bos = _byte_level_engine(keys, ids)
+    else:
+        engine, add_bos = _sentencepiece_engine(keys, pieces, ids, kinds, named["unknown"]), True
+    _add_special(engine, pieces, kinds)
+    prefix = _surrounding(keys, "bos", add_bos, named["bos"])
+    space = model == "llama" and keys.default(PREFIX + "add_space_prefix", bool, True)
+    return Vocabulary(
+        engine=engine,
+        pieces=pieces,
+        kinds=bytes(kinds),
+        byte_level=model == "gpt2",
+        space_prefix="each" if space else "never",
+        prefix=prefix,
+        suffix=_surrounding(keys, "eos", False, named["eos"]),
+        bos_id=named["bos"],
+        eos_ids=ends,
+        names={_NAMED[name]: pieces[i] for name, i in named.items() if i is not None and name in _NAMED},
+        chat_template=keys.get("tokenizer.chat_template", str),
+    )
+
+
+def looks_like_control(piece: str) -> bool:
+    """Whether a token that its file calls user-defined is one that ought to be a control token (many files err)."""
+    return (piece.startswith(("<|", "<｜")) and piece.endswith(("|>", "｜>"))) or piece in _END_OF_TURN
+
+
+def _ids_of(keys: Fields, pieces: list[Any]) -> dict[str, int]:
+    """Piece to id; pieces that are empty have no text and are left out."""
+    key = PREFIX + "tokens"
+    if not pieces or not all(isinstance(piece, str) for piece in pieces):
+        raise keys.error(key, f"{len(pieces)} values", "an array of strings")
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    if len(ids) != len(pieces) and len(ids) - ("" in ids) != len(pieces) - pieces.count(""):
+        second = next(piece for i, piece in enumerate(pieces) if piece and ids[piece] != i)
+        raise keys.error(key, f"{second!r} twice", "each token once")
+    ids.pop("", None)
+    return ids
+
+
+def _numbers(keys: Fields, key: str, count: int) -> np.ndarray | None:
+    values = keys.values.get(key)
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise keys.error(key, type(values).__name__, "an array of numbers")
+    if len(array) != count:
+        raise keys.error(key, f"{len(array)} values", f"{count}, one for each token")
+    return array
+
+
+def _kinds(keys: Fields, count: int) -> bytearray:
+    types = _numbers(keys, PREFIX + "token_type", count)
+    if types is None:
+        return bytearray([Kind.NORMAL]) * count
+    known = np.isin(types, [kind.value for kind in Kind])
+    return bytearray(np.where(known, types, Kind.NORMAL).astype(np.uint8).tobytes())  # llama.cpp: others are undefined
+
+
+def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | None:
+    """The id that the file gives for one of the named tokens; LLaMA's own where a SentencePiece file gives none."""
+    key = f"{PREFIX}{name}_token_id"
+    found = keys.get(key, int)
+    if found is None:
+        default = {"bos": 1, "eos": 2, "unknown": 0}.get(name) if model == "llama" else None
+        return default if default is not None and default < len(pieces) else None
+    if not 0 <= found < len(pieces):
+        raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
+    return found
+
+
+def _end_ids(pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
+    """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
+    given = [i for i in (named["eos"], named["eot"], named["eom"]) if i is not None]
+    added = (Kind.CONTROL, Kind.USER_DEFINED)
+    spelt = [i for i, kind in enumerate(kinds) if kind in added and pieces[i] in _END_OF_TURN]
+    if {"<|return|>", "<|call|>"} <= {pieces[i] for i in spelt}:  # there <|end|> only ends one message of several
+        spelt = [i for i in spelt if pieces[i] != "<|end|>"]
+    return tuple(dict.fromkeys(given + spelt))
+
+
+def _surrounding(keys: Fields, name: str, default: bool, token: int | None) -> tuple[int, ...]:
+    key = f"{PREFIX}add_{name}_token"
+    if not keys.default(key, bool, default):
+        return ()
+    if token is None:
+        if key in keys:
+            raise keys.error(f"{PREFIX}{name}_token_id", "no such key", f"an id, since {key} is true")
+        return ()
+    return (token,)
+
+
+def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
+    """The engine of a "gpt2" vocabulary, and whether a BOS token goes before text unless the file says otherwise."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    pre = keys.default(PREFIX + "pre", str, "default")
+    if pre not in PRE_TOKENIZERS:
+        raise keys.error(PREFIX + "pre", repr(pre), f"one of {', '.join(sorted(_SPLITS))}")
+    key = PREFIX + "merges"
+    merges = [tuple(merge.split(" ")) for merge in keys.require(key, list)]
+    wrong = next((merge for merge in merges if len(merge) != 2), None)
+    if wrong is not None:
+        raise keys.error(key, repr(" ".join(wrong)), "two tokens and one space")
+    try:
+        model = models.BPE(vocab=ids, merges=merges, ignore_merges=pre in _WHOLE_WORDS)
+    except Exception as error:  # the library raises nothing more specific for a token that is not in the vocabulary
+        raise keys.error(key, error, "merges of tokens") from None
+    engine = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in _SPLITS[PRE_TOKENIZERS[pre]]]
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return engine, pre in _ADD_BOS
+
+
+def _sentencepiece_engine(
+    keys: Fields, pieces: list[str], ids: dict[str, int], kinds: bytearray, unknown: int | None
+) -> Any:
+    from tokenizers import Tokenizer, models, normalizers
+
+    scores = _numbers(keys, PREFIX + "scores", len(pieces))
+    if scores is None or not np.isfinite(scores).all():
+        found = "no such key" if scores is None else "a score that is not finite"
+        raise keys.error(PREFIX + "scores", found, "a finite number for each token")
+    _check_byte_pieces(keys, pieces, kinds)
+    # As SentencePiece does it: pieces of control tokens cannot join to one.
+    in_text = (Kind.NORMAL, Kind.UNUSED)
+    scored = [(p, s) for p, s, kind in zip(pieces, scores.tolist(), kinds, strict=True) if kind in in_text and p]
+    merges = merges_from_scores(str(keys.path), scored)
+    engine = Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=merges,
+            byte_fallback=True,
+            unk_token=None if unknown is None else pieces[unknown],
+            fuse_unk=True,
+        )
+    )
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    if keys.default(PREFIX + "add_space_prefix", bool, True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+    engine.normalizer = normalizers.Sequence(spaces)
+    return engine
+
+
+def _check_byte_pieces(keys: Fields, pieces: list[str], kinds: bytearray) -> None:
+    names = {f"<0x{byte:02X}>" for byte in range(256)}
+    wrong = next((pieces[i] for i, kind in enumerate(kinds) if kind == Kind.BYTE and pieces[i] not in names), None)
+    if wrong is not None:
+        raise ModelFormatError(
+            keys.path, field=PREFIX + "tokens", found=repr(wrong), expected="a byte as <0x00>..<0xFF>"
+        )
+
+
+def _add_special(engine: Any, pieces: list[str], kinds: bytearray) -> None:
+    from tokenizers import AddedToken
+
+    def of(*wanted: Kind, special: bool) -> list[Any]:
+        return [
+            AddedToken(pieces[i], normalized=False, special=special)
+            for i, kind in enumerate(kinds)
+            if kind in wanted and pieces[i]
+        ]
+
+    engine.add_special_tokens(of(Kind.CONTROL, Kind.UNKNOWN, special=True))
+    engine.add_tokens(of(Kind.USER_DEFINED, special=False))

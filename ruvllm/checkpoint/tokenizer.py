@@ -1,0 +1,301 @@
+"""Text to token ids and back: one Tokenizer for BPE and SentencePiece vocabularies, from GGUF or Hugging Face files.
+
+Splitting and merging are done by the `tokenizers` library. What is decided here is what surrounds them: which control
+tokens are read from text, which ids are put round it, and how ids become bytes again, all at once or one by one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import operator
+import os
+import re
+import secrets
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, Protocol
+
+from ruvllm.errors import printable
+
+
+class Kind(IntEnum):
+    """What a token is; the numbers are those of GGUF's `tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class MetadataFile(Protocol):
+    """What is needed of a GGUF file: its path and its metadata."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary as its file describes it, and the engine that was built from it.
+
+    Attributes:
+        engine: a `tokenizers.Tokenizer` whose added tokens are the control and the user-defined ones.
+        pieces: the spelling of each id (None where there is no token).
+        kinds: the `Kind` of each id.
+        byte_level: pieces are spelt in GPT-2's alphabet of 256 letters; otherwise as SentencePiece does.
+        space_prefix: where encoding puts a space before text: nowhere, at the start, or also behind each token that
+            was cut out of the text.
+        prefix, suffix: ids put round a text.
+        names: spelling of the tokens that templates know by name (`bos_token`, `eos_token`, ...).
+    """
+
+    engine: Any
+    pieces: Sequence[str | None]
+    kinds: bytes
+    byte_level: bool
+    space_prefix: Literal["never", "first", "each"] = "never"
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+def load_tokenizer(source: MetadataFile | str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model: an open GGUF file, or the directory of a Hugging Face checkpoint.
+
+    Raises:
+        ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named).
+        FileNotFoundError: the directory has no tokenizer.json.
+    """
+    if isinstance(source, str | os.PathLike):
+        from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
+
+        return Tokenizer(vocabulary_from_directory(source), os.fspath(source))
+    from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
+
+    return Tokenizer(vocabulary_from_metadata(source.path, source.metadata), source.path)
+
+
+class Tokenizer:
+    """Token ids of text, and text of token ids. May be used from several threads.
+
+    Attributes:
+        path: the file or directory that it was loaded from.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        bos_id: the token that begins a text, if there is one.
+        add_bos: whether `encode` puts it there.
+        eos_ids: every token that ends a generation, the file's own end token first.
+        special_ids: the control tokens: read from text only with ``parse_special``, hidden by ``skip_special``.
+        special_tokens: spelling of the named ones, as templates know them (``bos_token``, ``eos_token``, ...).
+        chat_template: the model's chat template (Jinja), if it has one.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, path: str) -> None:
+        self.path = path
+        self._v = vocabulary
+        self._engine = vocabulary.engine
+        self._lock = threading.Lock()  # the engine has a switch (encode_special_tokens) that is set before each use
+        self._bytes: dict[int, bytes] = {}
+        self._marks = _Marks()
+        self.vocab_size = len(vocabulary.pieces)
+        self.bos_id = vocabulary.bos_id
+        self.add_bos = vocabulary.bos_id is not None and vocabulary.bos_id in vocabulary.prefix
+        self.eos_ids = vocabulary.eos_ids
+        self.special_tokens = dict(vocabulary.names)
+        self.chat_template = vocabulary.chat_template
+        special = (Kind.CONTROL, Kind.UNKNOWN)
+        self.special_ids = frozenset(i for i, kind in enumerate(vocabulary.kinds) if kind in special)
+        self._cut_out = self.special_ids | {i for i, kind in enumerate(vocabulary.kinds) if kind == Kind.USER_DEFINED}
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.path}: {self.vocab_size} tokens>"
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: any text that has a UTF-8 form.
+            add_special: put round it what the model file asks for (a BOS token, usually, or nothing). Ids that the
+                text begins or ends with already are not added a second time.
+            parse_special: read control tokens written in the text (``<|im_start|>``) as such; otherwise they are text
+                like any other, and no text whatever yields a control token.
+
+        Characters that a byte-level vocabulary has no bytes for are dropped, as llama.cpp and transformers do.
+
+        Raises:
+            TypeError: `text` is not a str.
+            ValueError: it contains a lone surrogate.
+        """
+        ids: list[int] = self._encoding(text, parse_special).ids
+        if not add_special:
+            return ids
+        after = list(self._v.suffix)
+        return self.with_prefix(ids if after == ids[len(ids) - len(after) :] else ids + after)
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        """The ids with what the model file wants at the beginning of a text, unless they begin with it already."""
+        before = list(self._v.prefix)
+        return ids if ids[: len(before)] == before else before + ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which control tokens are given by their marks (see `mark`), and only by them."""
+        marks = self._marks.within(text)
+        if marks:
+            with self._lock:
+                self._marks.register(self._engine, marks)
+        encoding = self._encoding(text, parse_special=False)
+        ids: list[int] = encoding.ids
+        if marks:  # by their text, since a vocabulary with gaps may lend the marks ids that it uses itself
+            ids = [marks.get(token, i) for token, i in zip(encoding.tokens, ids, strict=True)]
+        return ids
+
+    def mark(self, token_id: int) -> str:
+        """A string that stands for a control token in `encode_marked`; no text contains it except by being told it."""
+        return self._marks.of(self._checked(token_id))
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False, continuation: bool = False) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+            skip_special: leave control tokens out.
+            continuation: the ids go on from earlier text, so the first of them keeps the space that it may begin with.
+                Otherwise the space that a SentencePiece vocabulary puts before text is taken away again.
+
+        Raises: ValueError naming an id out of range.
+        """
+        spell = _Speller(self, skip_special, continuation)
+        return b"".join([spell(i) for i in ids]).decode("utf-8", "replace")
+
+    def stream_decoder(self, *, skip_special: bool = False, continuation: bool = False) -> StreamDecoder:
+        """A decoder that is given ids one by one; what it returns adds up to what `decode` returns for all of them."""
+        return StreamDecoder(self, skip_special, continuation)
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The vocabulary's own spelling of a token (``Ġthe``, ``▁the``, ``<0x0A>``). Raises: ValueError."""
+        return self._v.pieces[self._checked(token_id)] or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that a token stands for, a leading space included. Raises: ValueError."""
+        index = self._checked(token_id)
+        found = self._bytes.get(index)
+        if found is None:
+            found = self._bytes[index] = self._spelt(index)
+        return found
+
+    def _encoding(self, text: str, parse_special: bool) -> Any:
+        if not isinstance(text, str):
+            raise TypeError(f"text: found {type(text).__name__}, expected str")
+        try:
+            with self._lock:
+                self._engine.encode_special_tokens = not parse_special
+                return self._engine.encode(text, add_special_tokens=False)
+        except UnicodeEncodeError as error:
+            found = printable(text[error.start])
+            raise ValueError(f"text: found the lone surrogate {found} at {error.start}, expected Unicode") from None
+
+    def _checked(self, token_id: int) -> int:
+        index = operator.index(token_id)
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"token id: found {index}, expected 0 to {self.vocab_size - 1}")
+        return index
+
+    def _spelt(self, token_id: int) -> bytes:
+        piece, kind = self._v.pieces[token_id] or "", self._v.kinds[token_id]
+        if kind == Kind.BYTE:
+            return bytes([int(piece[3:5], 16)])
+        if token_id in self._cut_out:
+            return piece.encode()
+        if self._v.byte_level:
+            return b"".join([_LETTERS.get(letter) or letter.encode() for letter in piece])
+        return piece.replace("▁", " ").encode()
+
+    def _strips(self, token_id: int | None) -> bool:
+        """Whether text behind this token (None: at the start) was given a space when it was encoded."""
+        if token_id is None:
+            return self._v.space_prefix != "never"
+        return self._v.space_prefix == "each" and token_id in self._cut_out
+
+
+class StreamDecoder:
+    """Ids to text one by one; a character whose bytes come in several tokens appears when it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, continuation: bool) -> None:
+        self._spell = _Speller(tokenizer, skip_special, continuation)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, possibly none. Raises: ValueError if the id is out of range."""
+        return self._utf8.decode(self._spell(token_id))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for bytes that never became a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _Speller:
+    """The bytes of each of a sequence of ids, where what comes before decides about a leading space."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, continuation: bool) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special else frozenset()
+        self._strip = not continuation and tokenizer._strips(None)
+
+    def __call__(self, token_id: int) -> bytes:
+        spelt = self._tokenizer.token_bytes(token_id)
+        if token_id in self._hidden:
+            return b""
+        if self._strip and self._tokenizer._v.kinds[token_id] != Kind.BYTE:
+            spelt = spelt.removeprefix(b" ")
+        self._strip = self._tokenizer._strips(token_id)
+        return spelt
+
+
+class _Marks:
+    """Stand-ins for control tokens: four private-use characters drawn at random for this tokenizer, and the id."""
+
+    def __init__(self) -> None:
+        self._secret = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
+        self._pattern = re.compile(re.escape(self._secret) + "(.)(.)", re.DOTALL)
+        self._known: set[str] = set()
+
+    def of(self, token_id: int) -> str:
+        return self._secret + chr(0x100000 + (token_id >> 12)) + chr(0x100000 + (token_id & 0xFFF))
+
+    def within(self, text: str) -> dict[str, int]:
+        """The marks in a text, with their ids."""
+        found = self._pattern.finditer(text)
+        return {m[0]: (ord(m[1]) - 0x100000 << 12) + ord(m[2]) - 0x100000 for m in found}
+
+    def register(self, engine: Any, marks: Mapping[str, int]) -> None:
+        """Let the engine cut these marks out of text, as it does the control tokens that they stand for."""
+        from tokenizers import AddedToken
+
+        added = engine.get_added_tokens_decoder()
+        for mark in marks.keys() - self._known:
+            token = added[marks[mark]]
+            # Not special: the engine is told to leave special tokens in text alone.
+            engine.add_tokens(
+                [AddedToken(mark, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)]
+            )
+            self._known.add(mark)
+
+
+def _gpt2_letters() -> dict[str, bytes]:
+    """GPT-2's 256 letters and the bytes they stand for: printable Latin-1 itself, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): bytes([byte]) for byte in plain}
+    return letters | {chr(0x100 + n): bytes([byte]) for n, byte in enumerate(others)}
+
+
+_LETTERS = _gpt2_letters()

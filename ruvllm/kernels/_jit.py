@@ -24,8 +24,9 @@ COMPILED: list[Any] = []
 def kernel(function: Callable | None = None, *, strict: bool = False) -> Any:
     """Compile a serial body ``(…, lo, hi)``: no allocation, no exception.
 
-    ``strict=True`` keeps every rounding as written (no fused multiply-add, no reordering), for code whose
-    results must equal another program's bit for bit.
+    ``strict=True`` keeps every rounding as written: no multiply-add but ``fma``, no reordering. It is for bodies made
+    of SIMD vectors, which need no reordering to be fast, and must give the same bits wherever they are inlined
+    (alone, in a parallel kernel, in the decode region); and for results that must equal another program's.
     """
     if function is None:
         return lambda f: kernel(f, strict=strict)
@@ -33,8 +34,8 @@ def kernel(function: Callable | None = None, *, strict: bool = False) -> Any:
 
 
 def inline_kernel(function: Callable) -> Any:
-    """Compile a small helper that LLVM always inlines: SIMD values stay in registers."""
-    return _compile(function, fastmath=set(FASTMATH), forceinline=True)
+    """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see kernel."""
+    return _compile(function, fastmath=False, forceinline=True)
 
 
 def parallel_kernel(function: Callable) -> Any:

@@ -15,7 +15,6 @@ from numba.np import arrayobj
 LANES = 16
 
 _I32 = ir.IntType(32)
-_FAST = ("contract", "reassoc", "nsz", "arcp", "afn")  # _jit.FASTMATH, for instructions written here
 
 
 class Vector(types.Type):
@@ -57,14 +56,11 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
     )
-    return builder.call(function, arguments, fastmath=_FAST if _is_float(result) else ())
+    return builder.call(function, arguments)
 
 
-def _is_float(kind: ir.Type) -> bool:
-    return isinstance(getattr(kind, "element", kind), ir.FloatType)
+# --- lane-by-lane arithmetic -------------------------------------------------------------------------------------
 
-
-# --- lane-by-lane arithmetic -------------------------------------------------------------------------------
 
 class _SameVectors(AbstractTemplate):
     """Typing of ``v + w``: both of one vector type, and so is the result."""
@@ -97,22 +93,22 @@ class _Div(_SameVectors):
 
 @lower_builtin(operator.add, Vector, Vector)
 def _add(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fadd(*args, flags=_FAST) if sig.return_type == f32x16 else builder.add(*args)
+    return builder.fadd(*args) if sig.return_type == f32x16 else builder.add(*args)
 
 
 @lower_builtin(operator.sub, Vector, Vector)
 def _sub(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fsub(*args, flags=_FAST) if sig.return_type == f32x16 else builder.sub(*args)
+    return builder.fsub(*args) if sig.return_type == f32x16 else builder.sub(*args)
 
 
 @lower_builtin(operator.mul, Vector, Vector)
 def _mul(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fmul(*args, flags=_FAST) if sig.return_type == f32x16 else builder.mul(*args)
+    return builder.fmul(*args) if sig.return_type == f32x16 else builder.mul(*args)
 
 
 @lower_builtin(operator.truediv, Vector, Vector)
 def _div(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fdiv(*args, flags=_FAST)
+    return builder.fdiv(*args)
 
 
 @intrinsic
@@ -255,17 +251,58 @@ def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: A
     """Store only the first ``count`` lanes (the ragged end of a row)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], args[1]), f32x16.llvm.as_pointer())
-        mask = _first_lanes(builder, args[3])
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [f32x16.llvm, pointer.type, _I32, mask.type]),
-            f"llvm.masked.store.v{LANES}f32.p0",
-        )
-        builder.call(function, [args[2], pointer, _I32(4), mask])
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+        if "+avx512f" in context.codegen().magic_tuple()[2]:
+            _store_masked(builder, pointer, args[2], args[3])
+        else:  # AVX2's masked store takes dozens of cycles, NEON has none
+            _store_by_halves(builder, pointer, args[2], args[3])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, f32x16, types.intp), codegen
+
+
+def _store_masked(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
+    pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
+    mask = _first_lanes(builder, count)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [f32x16.llvm, pointer.type, _I32, mask.type]),
+        f"llvm.masked.store.v{LANES}f32.p0",
+    )
+    builder.call(function, [vector, pointer, _I32(4), mask])
+
+
+def _store_by_halves(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
+    """Store 16, 8, 4, 2 and 1 lanes as the bits of ``count`` say, moving the rest of the lanes down each time."""
+    zero = count.type(0)
+    rest = builder.select(builder.icmp_signed("<", count, zero), zero, count)
+    rest = builder.select(builder.icmp_signed(">", rest, count.type(LANES)), count.type(LANES), rest)
+    undefined = ir.Constant(f32x16.llvm, ir.Undefined)
+    width = LANES
+    while width:
+        before = builder.block
+        with builder.if_then(builder.icmp_unsigned("!=", builder.and_(rest, count.type(width)), zero)):
+            stored = ir.VectorType(f32x16.llvm.element, width)
+            lanes = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+            instruction = builder.store(
+                builder.shuffle_vector(vector, undefined, lanes), builder.bitcast(pointer, stored.as_pointer())
+            )
+            instruction.align = 4
+            order = ir.Constant(i32x16.llvm, [_I32(min(i + width, LANES - 1)) for i in range(LANES)])
+            moved, further = builder.shuffle_vector(vector, undefined, order), builder.gep(pointer, [_I32(width)])
+            inside = builder.block
+        vector, pointer = (
+            _either(builder, moved, inside, vector, before),
+            _either(builder, further, inside, pointer, before),
+        )
+        width //= 2
+
+
+def _either(builder: ir.IRBuilder, a: ir.Value, a_block: ir.Block, b: ir.Value, b_block: ir.Block) -> ir.Value:
+    phi = builder.phi(a.type)
+    phi.add_incoming(a, a_block)
+    phi.add_incoming(b, b_block)
+    return phi
 
 
 @intrinsic

@@ -65,7 +65,7 @@ def exp_shifted_sum(x: Any, start: Any, n: Any, shift: Any, out: Any, out_start:
     return hsum(sums)
 
 
-@kernel
+@kernel(strict=True)
 def softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of softmax. x, out (rows, n)."""
     n = x.shape[1]
@@ -114,7 +114,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
-@kernel
+@kernel(strict=True)
 def silu_mul_range(gate: Any, up: Any, out: Any, lo: Any, hi: Any) -> None:
     """Elements lo:hi, counted flat, of silu_mul. gate, up, out: any one shape."""
     whole = lo + (hi - lo) // LANES * LANES

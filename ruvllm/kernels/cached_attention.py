@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels import _check
+from ruvllm.kernels import _check, token_attention
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp
 from ruvllm.kernels._simd import (
@@ -47,7 +47,7 @@ def padded(head_dim: int) -> int:
     return (head_dim + LANES - 1) // LANES * LANES
 
 
-@kernel
+@kernel(strict=True)
 def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
     """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
     tokens, _, dim = k.shape
@@ -63,7 +63,7 @@ def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: 
                 store_scalar(values_flat, vi + d, v[t, head, d])
 
 
-@kernel
+@kernel(strict=True)
 def attend_units(
     q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, lo: Any, hi: Any
 ) -> None:
@@ -229,6 +229,9 @@ def cached_attention(
     """
     tokens, heads, dim = q.shape
     reach = NO_WINDOW if window is None else window
+    if tokens == 1:
+        _attend_token(q[0], keys, values, int(positions[0]), reach, np.float32(scale), out[0])
+        return out
     work = int(tokens * heads * dim * min(int(positions[-1]) + 1, reach))
     units = heads * ((tokens + TILE - 1) // TILE)
     threads = min(threads_for(work, PARALLEL_MACS, units), len(scratch))
@@ -237,6 +240,19 @@ def cached_attention(
     else:
         launch(attend_parallel, q, keys, values, positions, reach, np.float32(scale), out, scratch, threads)
     return out
+
+
+def _attend_token(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int, scale: np.float32, out: np.ndarray
+) -> None:
+    """One token, by the bodies that the decode region uses."""
+    heads, dim = q.shape
+    chunks = position // token_attention.CHUNK + 1 - max(0, position - window + 1) // token_attention.CHUNK
+    partial = np.empty((heads, chunks, token_attention.partial_width(dim)), np.float32)
+    scratch = np.empty(heads // len(keys) * token_attention.CHUNK, np.float32)
+    units = len(keys) * chunks
+    token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch, 0, units)
+    token_attention.merge_chunks(partial, chunks, out, 0, heads)
 
 
 def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:

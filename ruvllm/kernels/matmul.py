@@ -178,7 +178,7 @@ def _rows(name: str, a: Any) -> np.ndarray:
 
 
 def _times_panels(a: np.ndarray, panels: np.ndarray, out: np.ndarray) -> None:
-    linear_panels(panels, a.reshape(-1, a.shape[-1]), out.shape[-1], out.reshape(-1, out.shape[-1]))
+    linear_panels(panels, a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1]))
 
 
 def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:

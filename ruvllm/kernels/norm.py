@@ -62,7 +62,7 @@ def sum_of_squares(x: Any, start: Any, n: Any) -> Any:
 # --- RMSNorm ------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(strict=True)
 def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,); eps float32."""
     n = x.shape[1]

@@ -24,13 +24,27 @@ def panel_count(rows: int) -> int:
     return (rows + LANES - 1) // LANES
 
 
-@kernel
-def panels_matmul(w: Any, x: Any, out: Any, rows: Any, lo: Any, hi: Any) -> None:
-    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi.
+@kernel(strict=True)
+def panels_token(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """out[r] = sum_k W[r, k] x[k] for the rows of panels lo:hi: one token.
+
+    w (P, K, 16) panels; x (K,); out (rows,).
+    """
+    columns, rows = x.shape[0], out.shape[0]
+    panels = w.reshape(-1)
+    for p in range(lo, hi):
+        at = p * columns * LANES
+        token_times_panel(panels, at, LANES, x, 0, columns, out, p * LANES, rows - p * LANES, False)
+
+
+@kernel(strict=True)
+def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi: tiles of six tokens, the rest one by one.
 
     w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
     """
     tokens, columns = x.shape
+    rows = out.shape[1]
     panels, xs, outs = w.reshape(-1), x.reshape(-1), out.reshape(-1)
     tiled = tokens - tokens % TILE
     for p in range(lo, hi):
@@ -45,11 +59,11 @@ def panels_matmul(w: Any, x: Any, out: Any, rows: Any, lo: Any, hi: Any) -> None
 
 
 @parallel_kernel
-def panels_matmul_parallel(w: Any, x: Any, out: Any, rows: Any, threads: Any) -> None:
+def panels_matmul_parallel(w: Any, x: Any, out: Any, threads: Any) -> None:
     """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
     panels = w.shape[0]
     for t in prange(threads):
-        panels_matmul(w, x, out, rows, panels * t // threads, panels * (t + 1) // threads)
+        panels_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)
 
 
 @kernel
@@ -93,16 +107,16 @@ def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def linear_panels(w: np.ndarray, x: np.ndarray, rows: int, out: np.ndarray) -> np.ndarray:
+def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
     """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16).
 
     For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
     """
     threads = threads_for(x.shape[0] * w.size, PARALLEL_MACS, w.shape[0])
     if threads == 1:
-        panels_matmul(w, x, out, rows, 0, w.shape[0])
+        panels_matmul(w, x, out, 0, w.shape[0])
     else:
-        launch(panels_matmul_parallel, w, x, out, rows, threads)
+        launch(panels_matmul_parallel, w, x, out, threads)
     return out
 
 

@@ -54,7 +54,7 @@ _MINUS_ZERO_CODE = np.float32(-8)  # a symmetric 4-bit weight is scale (code - 8
 _LINE = 64  # bytes of one line: 16 rows x 4 columns
 
 
-@kernel
+@kernel(strict=True)
 def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: Any, hi: Any) -> None:
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
 
@@ -208,7 +208,22 @@ def _tile_int8(
     put(out, oi + 5 * rows, a5, count, False)
 
 
-@kernel
+@kernel(strict=True)
+def quant_token(
+    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
+) -> None:
+    """out (N,) = W x for the rows of panels lo:hi: one token, whose xq (32 G,), xs, sums, totals (G,) are given."""
+    rows, groups = out.shape[0], scales.shape[1]
+    c, sc, mn = codes.reshape(-1), scales.reshape(-1), mins.reshape(-1)
+    if kind == INT4:
+        for p in range(lo, hi):
+            put(out, p * LANES, _token_int4(c, sc, mn, xq, xs, totals, p, 0, groups), rows - p * LANES, False)
+    else:
+        for p in range(lo, hi):
+            put(out, p * LANES, _token_int8(c, sc, mn, xq, xs, sums, totals, p, 0, groups), rows - p * LANES, False)
+
+
+@kernel(strict=True)
 def quant_matmul(
     kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
 ) -> None:
@@ -241,29 +256,3 @@ def quant_matmul_parallel(
     for t in prange(threads):
         lo, hi = panels * t // threads, panels * (t + 1) // threads
         quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
-
-
-@kernel
-def pack_int4(codes: Any, panels: Any, lo: Any, hi: Any) -> None:
-    """Row-major codes (n, 32 G) of 0..15 into panels (P, G, 4, 64) for panels lo:hi; rows past n are code 8."""
-    count = codes.shape[0]
-    for p in range(lo, hi):
-        for g in range(panels.shape[1]):
-            for j in range(4):
-                for i in range(64):
-                    row, k = p * LANES + i // 4, g * GROUP + 4 * j + i % 4
-                    low = codes[row, k] if row < count else np.uint8(8)
-                    high = codes[row, k + 16] if row < count else np.uint8(8)
-                    panels[p, g, j, i] = low | (high << np.uint8(4))
-
-
-@kernel
-def pack_int8(codes: Any, panels: Any, lo: Any, hi: Any) -> None:
-    """Row-major codes (n, 32 G), int8 bits as uint8, into panels (P, G, 8, 64); rows past n are 0."""
-    count = codes.shape[0]
-    for p in range(lo, hi):
-        for g in range(panels.shape[1]):
-            for j in range(8):
-                for i in range(64):
-                    row, k = p * LANES + i // 4, g * GROUP + 4 * j + i % 4
-                    panels[p, g, j, i] = codes[row, k] if row < count else np.uint8(0)

@@ -178,8 +178,10 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float) -> np.ndarray:
     return scaling * (x @ a @ b)
 
 
-def lora_gradients(x: Any, dy: Any, a: Any, b: Any, scaling: float) -> tuple[np.ndarray, np.ndarray]:
-    """The gradients that lora_accumulate_grad adds: scaling x^T (dy B^T) and scaling (x A)^T dy, over all rows."""
+def lora_accumulate_grad(
+    x: Any, dy: Any, a: Any, b: Any, scaling: float, grad_a: Any, grad_b: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """grad_a + scaling x^T (dy B^T) and grad_b + scaling (x A)^T dy, over all rows; the arguments stay as they are."""
     x, dy, a, b = _f64(x, dy, a, b)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return scaling * x.T @ (dy @ b.T), scaling * (x @ a).T @ dy
+    return _f64(grad_a) + scaling * x.T @ (dy @ b.T), _f64(grad_b) + scaling * (x @ a).T @ dy

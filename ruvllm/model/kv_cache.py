@@ -34,7 +34,8 @@ class KVCache:
         self.length = 0
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
         self.dtype = kv
-        self.buffers: Any = None  # of the model that fills this cache (layer.Buffers)
+        self.buffers: Any = None  # of the model that fills this cache: layer.Buffers
+        self.decode_buffers: Any = None  # and decode_plan.DecodeBuffers
         self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
 

@@ -120,9 +120,9 @@ class TransformerLayer:
     def __call__(self, s: Step, cache: KVCache, layer: int) -> None:
         """Take s.x (T, E) through the layer, in place."""
         K.rms_norm(s.x, self.attn_norm, self.eps, out=s.h)
-        K.add(s.x, self.attention(s, cache, layer), out=s.x)
+        np.add(s.x, self.attention(s, cache, layer), out=s.x)
         K.rms_norm(s.x, self.mlp_norm, self.eps, out=s.h)
-        K.add(s.x, self.mlp(s), out=s.x)
+        np.add(s.x, self.mlp(s), out=s.x)
 
     def linears(self) -> dict[str, Linear]:
         """The layer's matrices by name: q k v o gate up down."""

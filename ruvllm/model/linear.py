@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels.decode import BF16, F16, F32
 from ruvllm.kernels.panels import LANES, halve, linear_panels, pack, panel_count, unpack_row
 
 _ROWS_AT_ONCE_BYTES = 4 << 20  # of float32 rows between file and panels: small beside the model, large beside a call
@@ -64,7 +65,7 @@ class Linear:
 
     def __call__(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Write W x + bias of x (T, K) into out (T, N)."""
-        linear_panels(self.panels, x, self.rows, out)
+        linear_panels(self.panels, x, out)
         if self.bias is not None:
             out += self.bias
         return out
@@ -72,6 +73,12 @@ class Linear:
     def row(self, i: int) -> np.ndarray:
         """Row i of W as (K,) float32: the embedding of token i."""
         return unpack_row(self.panels, i)
+
+    def address_fields(self) -> list[int]:
+        """The matrix's row in a table of addresses (kernels.decode): layout, weights, ..., bias, rows, columns."""
+        layout = {"f32": F32, "f16": F16, "bf16": BF16}[self.layout]
+        bias = 0 if self.bias is None else self.bias.ctypes.data
+        return [layout, self.panels.ctypes.data, 0, 0, 0, bias, self.rows, self.columns]
 
     @property
     def layout(self) -> str:

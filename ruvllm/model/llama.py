@@ -10,6 +10,7 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels._threads import limited_to, physical_cores
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.decode_plan import DecodeBuffers, DecodePlan
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Buffers, TransformerLayer
 from ruvllm.model.linear import LAYOUTS, Linear, WeightTensor, layout_for
@@ -76,6 +77,8 @@ class Llama:
             self.layers = [TransformerLayer.load(config, linear, vector, i) for i in range(config.num_hidden_layers)]
             self.norm = vector("norm")
             self.head = self.embed if config.tie_word_embeddings else linear("head")
+        self.fused = True  # decode in one parallel region; False walks the layers in Python, with the same results
+        self._plan: DecodePlan | None = None
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
@@ -108,6 +111,9 @@ class Llama:
         before = cache.length
         try:
             with limited_to(self.threads):
+                if len(ids) == 1 and self.fused:
+                    self._decode(ids, cache, logits.reshape(-1))
+                    return logits
                 for lo in range(0, len(ids), PREFILL_TOKENS):
                     part = ids[lo : lo + PREFILL_TOKENS]
                     x = self._hidden(part, cache)
@@ -132,6 +138,20 @@ class Llama:
         cache.ids[start:end] = ids
         cache.length = end
         return K.rms_norm(step.x, self.norm, self.config.rms_norm_eps, out=step.h)
+
+    def _decode(self, ids: np.ndarray, cache: KVCache, logits: np.ndarray) -> None:
+        """One token in one compiled call: what ``_hidden`` and the head do, bit for bit."""
+        if self._plan is None:
+            self._plan = DecodePlan(self)
+        buffers: Any = cache.decode_buffers
+        if buffers is None:
+            buffers = cache.decode_buffers = DecodeBuffers(self.config, self.threads, cache.max_tokens)
+        position = cache.length
+        cos, sin = self.rope_tables(position + 1)
+        buffers.x[0] = self.embed.row(int(ids[0]))
+        self._plan.run(cache, buffers, cos[position : position + 1], sin[position : position + 1], logits)
+        cache.ids[position] = ids[0]
+        cache.length = position + 1
 
     def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""

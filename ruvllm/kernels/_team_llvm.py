@@ -1,0 +1,88 @@
+"""Atomic operations for Numba: what a team of threads needs to wait for each other (used by _team alone)."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ruvllm.kernels._simd_llvm import _pointer
+
+
+@intrinsic
+def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to array[index] (int64) and return what was there before; orders memory both ways."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", pointer, args[2], "acq_rel")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """array[index] (int64), read anew; what its writer wrote before is visible after."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(context, builder, sig.args[0], *args), "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def atomic_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = value (int64), visible to others only after all that this thread wrote before."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+        builder.store_atomic(args[2], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the core that this thread is waiting in a loop."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        triple = context.codegen().magic_tuple()[0]
+        void = ir.VoidType()
+        if triple.startswith(("x86_64", "i386", "i686")):
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(void, []), "llvm.x86.sse2.pause"
+            )
+            builder.call(function, [])
+        elif triple.startswith(("aarch64", "arm64")):
+            i32 = ir.IntType(32)
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(void, [i32]), "llvm.aarch64.hint"
+            )
+            builder.call(function, [i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def array_at(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
+    """A 1-D view of ``count`` elements at a memory address; ``dtype`` is a NumPy scalar class.
+
+    The caller keeps the memory alive: a table of addresses stands in for hundreds of array arguments.
+    """
+    from numba.np import arrayobj
+
+    result = types.Array(dtype.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array = arrayobj.make_array(result)(context, builder)
+        size = context.get_abi_sizeof(context.get_data_type(result.dtype))
+        intp = context.get_value_type(types.intp)
+        data = builder.inttoptr(args[0], context.get_data_type(result.dtype).as_pointer())
+        shape = cgutils.pack_array(builder, [args[1]])
+        strides = cgutils.pack_array(builder, [intp(size)])
+        arrayobj.populate_array(array, data=data, shape=shape, strides=strides, itemsize=intp(size), meminfo=None)
+        return array._getvalue()
+
+    return result(types.int64, types.intp, dtype), codegen

@@ -1,0 +1,427 @@
+"""Low-rank adapters (LoRA): y = scaling (x A) B, and the gradients of A and B.
+
+A is (E_in, R) and B is (R, E_out), so a rank-1 or rank-2 adapter (MicroLoRA) is two or four vectors. Each body reads
+each matrix once per token; h = x A, R numbers per token, is scratch that the caller provides.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import (
+    LANES,
+    evens,
+    f32_load,
+    f32_load_first,
+    f32_zero,
+    fma,
+    hsum,
+    odds,
+    splat,
+    splat_at,
+    zip_high,
+    zip_low,
+)
+from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._tile import put
+
+_WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
+
+
+@inline_kernel
+def first_of(x: Any, index: Any, count: Any) -> Any:
+    """Load 16 elements, or the first ``count`` at a ragged end."""
+    return f32_load(x, index) if count >= LANES else f32_load_first(x, index, count)
+
+
+@inline_kernel
+def dot_flat(x: Any, xi: Any, y: Any, yi: Any, n: Any) -> Any:
+    """sum(x * y) of n elements from the flat indices xi and yi."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    whole = n - n % _WIDE
+    for i in range(0, whole, _WIDE):
+        s0 = fma(f32_load(x, xi + i), f32_load(y, yi + i), s0)
+        s1 = fma(f32_load(x, xi + i + LANES), f32_load(y, yi + i + LANES), s1)
+        s2 = fma(f32_load(x, xi + i + 2 * LANES), f32_load(y, yi + i + 2 * LANES), s2)
+        s3 = fma(f32_load(x, xi + i + 3 * LANES), f32_load(y, yi + i + 3 * LANES), s3)
+    for i in range(whole, n, LANES):
+        s0 = fma(f32_load_first(x, xi + i, n - i), f32_load_first(y, yi + i, n - i), s0)
+    return hsum((s0 + s1) + (s2 + s3))
+
+
+# --- forward ------------------------------------------------------------------------------------------------------
+
+
+@inline_kernel
+def down_rank_two(x: Any, xi: Any, a: Any, n: Any, h: Any, hi: Any) -> None:
+    """h[0:2] = x A for A (n, 2): its two columns lie interleaved and are sorted apart on the way."""
+    even0, even1, odd0, odd1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    whole = n - n % (2 * LANES)
+    for i in range(0, whole, 2 * LANES):
+        v, w = f32_load(x, xi + i), f32_load(x, xi + i + LANES)
+        p, q = f32_load(a, 2 * i), f32_load(a, 2 * i + LANES)
+        r, s = f32_load(a, 2 * i + 2 * LANES), f32_load(a, 2 * i + 3 * LANES)
+        even0 = fma(v, evens(p, q), even0)
+        odd0 = fma(v, odds(p, q), odd0)
+        even1 = fma(w, evens(r, s), even1)
+        odd1 = fma(w, odds(r, s), odd1)
+    for i in range(whole, n, LANES):
+        count = n - i
+        v = f32_load_first(x, xi + i, count)
+        p = f32_load_first(a, 2 * i, 2 * count)
+        q = f32_load_first(a, 2 * i + LANES, 2 * count - LANES)
+        even0 = fma(v, evens(p, q), even0)
+        odd0 = fma(v, odds(p, q), odd0)
+    h[hi] = hsum(even0 + even1)
+    h[hi + 1] = hsum(odd0 + odd1)
+
+
+@inline_kernel
+def down_columns(x: Any, xi: Any, a: Any, n: Any, rank: Any, h: Any, hi: Any) -> None:
+    """h[0:R] = x A for any R: 64 columns of A at a time, then 16 with four sums over every fourth row."""
+    wide = rank - rank % _WIDE
+    for r in range(0, wide, _WIDE):
+        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        for i in range(n):
+            v = splat_at(x, xi + i)
+            at = i * rank + r
+            s0 = fma(v, f32_load(a, at), s0)
+            s1 = fma(v, f32_load(a, at + LANES), s1)
+            s2 = fma(v, f32_load(a, at + 2 * LANES), s2)
+            s3 = fma(v, f32_load(a, at + 3 * LANES), s3)
+        put(h, hi + r, s0, LANES, False)
+        put(h, hi + r + LANES, s1, LANES, False)
+        put(h, hi + r + 2 * LANES, s2, LANES, False)
+        put(h, hi + r + 3 * LANES, s3, LANES, False)
+    for r in range(wide, rank, LANES):
+        count = rank - r
+        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        whole = n - n % 4
+        for i in range(0, whole, 4):
+            at = i * rank + r
+            s0 = fma(splat_at(x, xi + i), first_of(a, at, count), s0)
+            s1 = fma(splat_at(x, xi + i + 1), first_of(a, at + rank, count), s1)
+            s2 = fma(splat_at(x, xi + i + 2), first_of(a, at + 2 * rank, count), s2)
+            s3 = fma(splat_at(x, xi + i + 3), first_of(a, at + 3 * rank, count), s3)
+        for i in range(whole, n):
+            s0 = fma(splat_at(x, xi + i), first_of(a, i * rank + r, count), s0)
+        put(h, hi + r, (s0 + s1) + (s2 + s3), count, False)
+
+
+@kernel
+def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of h = x A. x (T, E_in); a (E_in, R); h (T, R)."""
+    n, rank = a.shape
+    flat = h.reshape(-1)
+    for row in range(lo, hi):
+        if rank == 1:
+            flat[row] = dot_flat(x, row * n, a, 0, n)
+        elif rank == 2:
+            down_rank_two(x, row * n, a, n, flat, row * 2)
+        else:
+            down_columns(x, row * n, a, n, rank, flat, row * rank)
+
+
+@kernel
+def lora_up_columns(
+    h: Any, b: Any, scaling: Any, add: Any, out: Any, row_lo: Any, row_hi: Any, col_lo: Any, col_hi: Any
+) -> None:
+    """out = scaling h B, or out += scaling h B with ``add``, for rows row_lo:row_hi and columns col_lo:col_hi.
+
+    h (T, R); b (R, E_out); scaling float32; out (T, E_out).
+    """
+    rank, n = b.shape
+    factor = splat(scaling)
+    whole = col_lo + (col_hi - col_lo) // _WIDE * _WIDE
+    for row in range(row_lo, row_hi):
+        for j in range(col_lo, whole, _WIDE):
+            s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+            for r in range(rank):
+                v = splat_at(h, row * rank + r)
+                at = r * n + j
+                s0 = fma(v, f32_load(b, at), s0)
+                s1 = fma(v, f32_load(b, at + LANES), s1)
+                s2 = fma(v, f32_load(b, at + 2 * LANES), s2)
+                s3 = fma(v, f32_load(b, at + 3 * LANES), s3)
+            at = row * n + j
+            put(out, at, s0 * factor, LANES, add)
+            put(out, at + LANES, s1 * factor, LANES, add)
+            put(out, at + 2 * LANES, s2 * factor, LANES, add)
+            put(out, at + 3 * LANES, s3 * factor, LANES, add)
+        for j in range(whole, col_hi, LANES):
+            s0 = f32_zero()
+            for r in range(rank):
+                s0 = fma(splat_at(h, row * rank + r), first_of(b, r * n + j, col_hi - j), s0)
+            put(out, row * n + j, s0 * factor, col_hi - j, add)
+
+
+@kernel
+def lora_rows(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of lora_forward, or of lora_forward_add with ``add``. h (T, R) float32 of scratch, left holding x A."""
+    lora_down_rows(x, a, h, lo, hi)
+    lora_up_columns(h, b, scaling, add, out, lo, hi, 0, b.shape[1])
+
+
+@parallel_kernel
+def lora_parallel(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: Any, threads: Any) -> None:
+    """lora_rows with x A split by rows and h B by columns, so that one row has work for two threads as well."""
+    rows, vectors = x.shape[0], (b.shape[1] + LANES - 1) // LANES
+    for t in prange(threads):
+        lora_down_rows(x, a, h, rows * t // threads, rows * (t + 1) // threads)
+    for t in prange(threads):
+        end = min(vectors * (t + 1) // threads * LANES, b.shape[1])
+        lora_up_columns(h, b, scaling, add, out, 0, rows, vectors * t // threads * LANES, end)
+
+
+def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray | None = None) -> np.ndarray:
+    """y = scaling (x A) B.
+
+    Args:
+        x: (..., E_in) float32.
+        a: (E_in, R) float32, any rank R >= 1.
+        b: (R, E_out) float32.
+        scaling: alpha / R as a rule.
+        out: (..., E_out) float32 to write into; not an input.
+
+    Returns:
+        (..., E_out) float32.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+    x, a, b = _adapter(x, a, b)
+    out = _check.output("out", out, (*x.shape[:-1], b.shape[1]))
+    return _forward(x, a, b, scaling, False, out)
+
+
+def lora_forward_add(x: Any, a: Any, b: Any, scaling: float, out: np.ndarray) -> np.ndarray:
+    """out += scaling (x A) B: an adapter on top of the layer that has written ``out``. Arguments of lora_forward.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+    """
+    x, a, b = _adapter(x, a, b)
+    _require_given("out", out)
+    return _forward(x, a, b, scaling, True, _check.output("out", out, (*x.shape[:-1], b.shape[1])))
+
+
+def _adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x = _check.float32("x", x, min_ndim=1)
+    a = _check.float32("a", a, ndim=2)
+    if a.shape[0] != x.shape[-1] or not a.shape[1]:
+        raise ValueError(f"a: expected shape ({x.shape[-1]}, R) with R >= 1, found {a.shape}")
+    b = _check.float32("b", b, ndim=2)
+    if b.shape[0] != a.shape[1]:
+        raise ValueError(f"b: expected shape ({a.shape[1]}, E_out), found {b.shape}")
+    return x, a, b
+
+
+def _require_given(name: str, array: Any) -> None:
+    if array is None:
+        raise TypeError(f"{name}: expected a float32 NumPy array to add to, found None")
+
+
+def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: bool, out: np.ndarray) -> np.ndarray:
+    if not out.size:
+        return out
+    rows, to = _check.rows(x) if x.size else x.reshape(-1, 0), _check.rows(out)
+    count, rank = to.shape[0], a.shape[1]
+    h = np.empty((count, rank), np.float32)
+    threads = threads_for(count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, count * b.shape[1])
+    if threads == 1:
+        lora_rows(rows, a, b, np.float32(scaling), add, h, to, 0, count)
+    else:
+        launch(lora_parallel, rows, a, b, np.float32(scaling), add, h, to, threads)
+    return out
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+@kernel
+def lora_back_rows(dy: Any, b: Any, g: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of g = dy B^T. dy (T, E_out); b (R, E_out); g (T, R)."""
+    rank, n = b.shape
+    for row in range(lo, hi):
+        for r in range(rank):
+            g[row, r] = dot_flat(dy, row * n, b, r * n, n)
+
+
+@kernel
+def lora_grad_b_columns(h: Any, dy: Any, scaling: Any, grad_b: Any, lo: Any, hi: Any) -> None:
+    """Columns lo:hi of grad_b += scaling h^T dy. h (T, R); dy (T, E_out); grad_b (R, E_out)."""
+    rows, rank = h.shape
+    n = dy.shape[1]
+    factor = splat(scaling)
+    whole = lo + (hi - lo) // (2 * LANES) * (2 * LANES)
+    for r in range(rank):
+        for j in range(lo, whole, 2 * LANES):
+            s0, s1 = f32_zero(), f32_zero()
+            for t in range(rows):
+                v = splat_at(h, t * rank + r)
+                s0 = fma(v, f32_load(dy, t * n + j), s0)
+                s1 = fma(v, f32_load(dy, t * n + j + LANES), s1)
+            put(grad_b, r * n + j, s0 * factor, LANES, True)
+            put(grad_b, r * n + j + LANES, s1 * factor, LANES, True)
+        for j in range(whole, hi, LANES):
+            s0 = f32_zero()
+            for t in range(rows):
+                s0 = fma(splat_at(h, t * rank + r), first_of(dy, t * n + j, hi - j), s0)
+            put(grad_b, r * n + j, s0 * factor, hi - j, True)
+
+
+@kernel
+def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of grad_a += scaling x^T g. x (T, E_in); g (T, R); grad_a (E_in, R)."""
+    rank = g.shape[1]
+    if rank == 1:  # grad_a is one row of E_in
+        lora_grad_b_columns(g, x, scaling, grad_a.reshape(1, -1), lo, hi)
+    elif rank == 2:
+        grad_a_rank_two(x, g, scaling, grad_a, lo, hi)
+    else:
+        rows, n = x.shape
+        factor = splat(scaling)
+        for i in range(lo, hi):
+            for r in range(0, rank, LANES):
+                s = f32_zero()
+                for t in range(rows):
+                    s = fma(splat_at(x, t * n + i), first_of(g, t * rank + r, rank - r), s)
+                put(grad_a, i * rank + r, s * factor, rank - r, True)
+
+
+@inline_kernel
+def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+    """lora_grad_a_rows for R = 2: two columns of 16 rows are summed and then interleaved."""
+    rows, n = x.shape
+    factor = splat(scaling)
+    for i in range(lo, hi, LANES):
+        count = hi - i
+        even, odd = f32_zero(), f32_zero()
+        for t in range(rows):
+            v = first_of(x, t * n + i, count)
+            even = fma(v, splat_at(g, 2 * t), even)
+            odd = fma(v, splat_at(g, 2 * t + 1), odd)
+        even, odd = even * factor, odd * factor
+        put(grad_a, 2 * i, zip_low(even, odd), 2 * count, True)
+        put(grad_a, 2 * i + LANES, zip_high(even, odd), 2 * count - LANES, True)
+
+
+@parallel_kernel
+def lora_grad_parallel(
+    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any, threads: Any
+) -> None:
+    """lora_accumulate_grad: h and g split by tokens, then the gradients by their own rows and columns."""
+    rows = x.shape[0]
+    blocks, vectors = (a.shape[0] + LANES - 1) // LANES, (b.shape[1] + LANES - 1) // LANES
+    for t in prange(threads):
+        lo, hi = rows * t // threads, rows * (t + 1) // threads
+        lora_down_rows(x, a, h, lo, hi)
+        lora_back_rows(dy, b, g, lo, hi)
+    for t in prange(threads):
+        end = min(blocks * (t + 1) // threads * LANES, a.shape[0])
+        lora_grad_a_rows(x, g, scaling, grad_a, blocks * t // threads * LANES, end)
+        end = min(vectors * (t + 1) // threads * LANES, b.shape[1])
+        lora_grad_b_columns(h, dy, scaling, grad_b, vectors * t // threads * LANES, end)
+
+
+@kernel
+def lora_grad(
+    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any
+) -> None:
+    """lora_accumulate_grad on one thread. h, g (T, R) float32 of scratch."""
+    lora_down_rows(x, a, h, 0, x.shape[0])
+    lora_back_rows(dy, b, g, 0, x.shape[0])
+    lora_grad_a_rows(x, g, scaling, grad_a, 0, a.shape[0])
+    lora_grad_b_columns(h, dy, scaling, grad_b, 0, b.shape[1])
+
+
+def lora_accumulate_grad(
+    x: Any, dy: Any, a: Any, b: Any, scaling: float, grad_a: np.ndarray, grad_b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """grad_a += scaling x^T (dy B^T); grad_b += scaling (x A)^T dy: summed over all rows of x and dy.
+
+    Args:
+        x: (..., E_in) float32, the layer's input.
+        dy: (..., E_out) float32, gradient of the loss with respect to its output; leading dimensions of x.
+        a, b: (E_in, R) and (R, E_out) float32.
+        scaling: that of the forward pass.
+        grad_a, grad_b: float32 of the shapes of a and b, added to in place.
+
+    Returns:
+        (grad_a, grad_b).
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+
+    Source: the chain rule on y = scaling (x A) B.
+    """
+    x, a, b = _adapter(x, a, b)
+    dy = _check.float32("dy", dy, shape=(*x.shape[:-1], b.shape[1]))
+    _require_given("grad_a", grad_a)
+    _require_given("grad_b", grad_b)
+    grad_a = _check.output("grad_a", grad_a, a.shape)
+    grad_b = _check.output("grad_b", grad_b, b.shape)
+    if x.size and dy.size:
+        rows, dys = _check.rows(x), _check.rows(dy)
+        count, rank = rows.shape[0], a.shape[1]
+        h, g = np.empty((2, count, rank), np.float32)
+        arguments = (rows, dys, a, b, np.float32(scaling), grad_a, grad_b, h, g)
+        threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
+        if threads == 1:
+            lora_grad(*arguments)
+        else:
+            launch(lora_grad_parallel, *arguments, threads)
+    return grad_a, grad_b
+
+
+def _example(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
+    return {
+        "x": rng.standard_normal((rows, dim), np.float32),
+        "a": rng.standard_normal((dim, rank), np.float32),
+        "b": rng.standard_normal((rank, dim), np.float32),
+        "scaling": 2.0,
+    }
+
+
+def _example_grad(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
+    return {
+        **_example(rng, rows, dim, rank),
+        "dy": rng.standard_normal((rows, dim), np.float32),
+        "grad_a": rng.standard_normal((dim, rank), np.float32),
+        "grad_b": rng.standard_normal((rank, dim), np.float32),
+    }
+
+
+SPECS = [
+    KernelSpec(
+        name="lora_forward",
+        function=lora_forward,
+        compiled=(lora_rows, lora_parallel),
+        reference=reference.lora_forward,
+        formula="scaling (x A) B",
+        example=_example,
+        flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + dim),
+        bytes=lambda rows, dim, rank: 8.0 * dim * rank + 8.0 * rows * dim,
+        sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
+    ),
+    KernelSpec(
+        name="lora_accumulate_grad",
+        function=lora_accumulate_grad,
+        compiled=(lora_grad, lora_grad_parallel),
+        reference=reference.lora_accumulate_grad,
+        formula="grad_a += scaling x^T (dy B^T); grad_b += scaling (x A)^T dy",
+        example=_example_grad,
+        flops=lambda rows, dim, rank: rows * (8.0 * dim * rank + 4 * dim),
+        bytes=lambda rows, dim, rank: 24.0 * dim * rank + 8.0 * rows * dim,
+        sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
+    ),
+]

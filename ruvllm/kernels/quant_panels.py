@@ -1,0 +1,152 @@
+"""Panels of quantised weights: allocated, packed from row-major groups a few rows at a time, read back by row."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.quant import GROUP, INT4, INT8
+
+_LINES = {INT4: 4, INT8: 8}  # lines of 64 bytes that hold one group of 16 rows
+_QUADS = GROUP // 4  # of one row's group: four columns each
+_NIBBLE = np.uint32(4)
+_ZERO_CODE = np.float32(8)  # a symmetric 4-bit weight is scale (code - 8)
+
+
+class Panels(NamedTuple):
+    """A quantised matrix as ``quant_matmul`` takes it: codes (P, G, 4 or 8, 64) uint8, scales (P, G, 16) uint16.
+
+    ``kind`` is INT4 or INT8; mins (P, G, 16) uint16, or (P, 0, 16) for symmetric weights.
+    """
+
+    kind: int
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray
+
+    def part(self, lo: int, hi: int) -> "Panels":
+        """Views of the panels that hold rows lo:hi.
+
+        Raises:
+            ValueError: ``lo`` is not a multiple of 16.
+        """
+        if lo % LANES:
+            raise ValueError(f"lo: expected a multiple of {LANES}, found {lo}")
+        p, q = lo // LANES, (hi + LANES - 1) // LANES
+        return Panels(self.kind, self.codes[p:q], self.scales[p:q], self.mins[p:q])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and mins."""
+        return self.codes.nbytes + self.scales.nbytes + self.mins.nbytes
+
+
+def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
+    """Uninitialised panels for a matrix (rows, columns) of INT4 or INT8, on whole cache lines."""
+    panels, groups = (rows + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
+    return Panels(
+        kind,
+        aligned_empty((panels, groups, _LINES[kind], 64), np.uint8),
+        aligned_empty((panels, groups, LANES), np.uint16),
+        aligned_empty((panels, groups if mins else 0, LANES), np.uint16),
+    )
+
+
+@kernel
+def pack_rows(
+    kind: Any, quads: Any, scales: Any, mins: Any, to_quads: Any, to_scales: Any, to_mins: Any, lo: Any, hi: Any
+) -> None:
+    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G), to_quads (P, G, 4 or 8, 16) uint32.
+
+    A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
+    """
+    count = quads.shape[0]
+    groups, lines = to_quads.shape[1], to_quads.shape[2]
+    for p in range(lo, hi):
+        first = p * LANES
+        rows = min(LANES, count - first)
+        for g in range(groups):
+            for r in range(rows):
+                at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
+                if kind == INT4:
+                    for j in range(4):
+                        to_quads[p, g, j, r] = at[j] | (at[4 + j] << _NIBBLE)
+                else:
+                    for j in range(8):
+                        to_quads[p, g, j, r] = at[j]
+                to_scales[p, g, r] = scales[first + r, g]
+            for r in range(rows, LANES):
+                for j in range(lines):
+                    to_quads[p, g, j, r] = 0
+                to_scales[p, g, r] = 0
+        for g in range(to_mins.shape[1]):
+            for r in range(LANES):
+                to_mins[p, g, r] = mins[first + r, g] if r < rows else 0
+
+
+@parallel_kernel
+def pack_rows_parallel(
+    kind: Any, quads: Any, scales: Any, mins: Any, to_quads: Any, to_scales: Any, to_mins: Any, threads: Any
+) -> None:
+    """pack_rows with the panels split over threads."""
+    panels = to_scales.shape[0]
+    for t in prange(threads):
+        lo, hi = panels * t // threads, panels * (t + 1) // threads
+        pack_rows(kind, quads, scales, mins, to_quads, to_scales, to_mins, lo, hi)
+
+
+def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
+    """Write the groups of n rows into panels; rows past n, up to the end of the last panel, become zero weights.
+
+    A matrix that comes a few rows at a time goes into ``panels.part(lo, hi)``, lo a multiple of 16.
+
+    Args:
+        codes: (n, 32 G): uint8 0..15 for INT4, which is not checked; int8, or its bits as uint8, for INT8.
+        scales, mins: (n, G) uint16, IEEE half bits; mins None for symmetric weights.
+        to: panels for n rows.
+
+    Raises:
+        TypeError: an argument has a wrong dtype.
+        ValueError: shapes do not match.
+    """
+    panels, groups = to.scales.shape[:2]
+    rows = len(codes)
+    if panels != (rows + LANES - 1) // LANES:
+        raise ValueError(f"codes: expected the rows of {panels} panels of {LANES}, found {rows}")
+    codes = _checked("codes", codes, (rows, groups * GROUP), np.uint8, np.int8)
+    scales = _checked("scales", scales, (rows, groups), np.uint16)
+    if mins is None:
+        mins = np.empty((rows, 0), np.uint16)
+    mins = _checked("mins", mins, (rows, to.mins.shape[1]), np.uint16)
+    threads = threads_for(codes.size, PARALLEL_ELEMENTS, panels)
+    quads, to_quads = codes.view(np.uint32), to.codes.view(np.uint32)
+    if threads == 1:
+        pack_rows(to.kind, quads, scales, mins, to_quads, to.scales, to.mins, 0, panels)
+    else:
+        launch(pack_rows_parallel, to.kind, quads, scales, mins, to_quads, to.scales, to.mins, threads)
+
+
+def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type) -> np.ndarray:
+    if array.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {np.dtype(dtypes[0])}, found {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+    return np.require(array, None, ("C", "A", "W"))
+
+
+def unpack_row(panels: Panels, row: int) -> np.ndarray:
+    """Row ``row`` as (32 G,) float32: an embedding looked up in a tied head."""
+    p, r = divmod(row, LANES)
+    quads = panels.codes[p].view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16 or 32)
+    if panels.kind == INT4:
+        codes = np.concatenate((quads & 15, quads >> 4), axis=1).astype(np.float32)
+    else:
+        codes = quads.view(np.int8).astype(np.float32)
+    scale = panels.scales[p, :, r].view(np.float16).astype(np.float32)[:, None]
+    if panels.mins.shape[1]:
+        return (codes * scale + panels.mins[p, :, r].view(np.float16).astype(np.float32)[:, None]).reshape(-1)
+    return ((codes - _ZERO_CODE if panels.kind == INT4 else codes) * scale).reshape(-1)

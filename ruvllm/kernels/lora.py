@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): y = scaling (x A) B, and the gradients of A and B.
+"""Low-rank adapters (LoRA): y = scaling (x A) B.
 
 A is (E_in, R) and B is (R, E_out), so a rank-1 or rank-2 adapter (MicroLoRA) is two or four vectors. Each body reads
 each matrix once per token; h = x A, R numbers per token, is scratch that the caller provides.
@@ -22,12 +22,11 @@ from ruvllm.kernels._simd import (
     odds,
     splat,
     splat_at,
-    zip_high,
-    zip_low,
 )
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
+from ruvllm.kernels.vector import dot_flat
 
 _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
 
@@ -36,24 +35,6 @@ _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not 
 def first_of(x: Any, index: Any, count: Any) -> Any:
     """Load 16 elements, or the first ``count`` at a ragged end."""
     return f32_load(x, index) if count >= LANES else f32_load_first(x, index, count)
-
-
-@inline_kernel
-def dot_flat(x: Any, xi: Any, y: Any, yi: Any, n: Any) -> Any:
-    """sum(x * y) of n elements from the flat indices xi and yi."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    whole = n - n % _WIDE
-    for i in range(0, whole, _WIDE):
-        s0 = fma(f32_load(x, xi + i), f32_load(y, yi + i), s0)
-        s1 = fma(f32_load(x, xi + i + LANES), f32_load(y, yi + i + LANES), s1)
-        s2 = fma(f32_load(x, xi + i + 2 * LANES), f32_load(y, yi + i + 2 * LANES), s2)
-        s3 = fma(f32_load(x, xi + i + 3 * LANES), f32_load(y, yi + i + 3 * LANES), s3)
-    for i in range(whole, n, LANES):
-        s0 = fma(f32_load_first(x, xi + i, n - i), f32_load_first(y, yi + i, n - i), s0)
-    return hsum((s0 + s1) + (s2 + s3))
-
-
-# --- forward ------------------------------------------------------------------------------------------------------
 
 
 @inline_kernel
@@ -112,7 +93,7 @@ def down_columns(x: Any, xi: Any, a: Any, n: Any, rank: Any, h: Any, hi: Any) ->
         put(h, hi + r, (s0 + s1) + (s2 + s3), count, False)
 
 
-@kernel
+@kernel(strict=True)
 def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of h = x A. x (T, E_in); a (E_in, R); h (T, R)."""
     n, rank = a.shape
@@ -126,7 +107,7 @@ def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
             down_columns(x, row * n, a, n, rank, flat, row * rank)
 
 
-@kernel
+@kernel(strict=True)
 def lora_up_columns(
     h: Any, b: Any, scaling: Any, add: Any, out: Any, row_lo: Any, row_hi: Any, col_lo: Any, col_hi: Any
 ) -> None:
@@ -159,9 +140,9 @@ def lora_up_columns(
             put(out, row * n + j, s0 * factor, col_hi - j, add)
 
 
-@kernel
+@kernel(strict=True)
 def lora_rows(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of lora_forward, or of lora_forward_add with ``add``. h (T, R) float32 of scratch, left holding x A."""
+    """Rows lo:hi of lora_forward, or of lora_forward_add with ``add``. h (T, R) float32 scratch, left holding x A."""
     lora_down_rows(x, a, h, lo, hi)
     lora_up_columns(h, b, scaling, add, out, lo, hi, 0, b.shape[1])
 
@@ -196,7 +177,7 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
-    x, a, b = _adapter(x, a, b)
+    x, a, b = checked_adapter(x, a, b)
     out = _check.output("out", out, (*x.shape[:-1], b.shape[1]))
     return _forward(x, a, b, scaling, False, out)
 
@@ -208,12 +189,13 @@ def lora_forward_add(x: Any, a: Any, b: Any, scaling: float, out: np.ndarray) ->
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
-    x, a, b = _adapter(x, a, b)
-    _require_given("out", out)
+    x, a, b = checked_adapter(x, a, b)
+    require_given("out", out)
     return _forward(x, a, b, scaling, True, _check.output("out", out, (*x.shape[:-1], b.shape[1])))
 
 
-def _adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def checked_adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, a and b as float32 arrays whose shapes fit each other."""
     x = _check.float32("x", x, min_ndim=1)
     a = _check.float32("a", a, ndim=2)
     if a.shape[0] != x.shape[-1] or not a.shape[1]:
@@ -224,7 +206,8 @@ def _adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return x, a, b
 
 
-def _require_given(name: str, array: Any) -> None:
+def require_given(name: str, array: Any) -> None:
+    """Raise TypeError where there is no array to add to."""
     if array is None:
         raise TypeError(f"{name}: expected a float32 NumPy array to add to, found None")
 
@@ -243,161 +226,13 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     return out
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------
-
-
-@kernel
-def lora_back_rows(dy: Any, b: Any, g: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of g = dy B^T. dy (T, E_out); b (R, E_out); g (T, R)."""
-    rank, n = b.shape
-    for row in range(lo, hi):
-        for r in range(rank):
-            g[row, r] = dot_flat(dy, row * n, b, r * n, n)
-
-
-@kernel
-def lora_grad_b_columns(h: Any, dy: Any, scaling: Any, grad_b: Any, lo: Any, hi: Any) -> None:
-    """Columns lo:hi of grad_b += scaling h^T dy. h (T, R); dy (T, E_out); grad_b (R, E_out)."""
-    rows, rank = h.shape
-    n = dy.shape[1]
-    factor = splat(scaling)
-    whole = lo + (hi - lo) // (2 * LANES) * (2 * LANES)
-    for r in range(rank):
-        for j in range(lo, whole, 2 * LANES):
-            s0, s1 = f32_zero(), f32_zero()
-            for t in range(rows):
-                v = splat_at(h, t * rank + r)
-                s0 = fma(v, f32_load(dy, t * n + j), s0)
-                s1 = fma(v, f32_load(dy, t * n + j + LANES), s1)
-            put(grad_b, r * n + j, s0 * factor, LANES, True)
-            put(grad_b, r * n + j + LANES, s1 * factor, LANES, True)
-        for j in range(whole, hi, LANES):
-            s0 = f32_zero()
-            for t in range(rows):
-                s0 = fma(splat_at(h, t * rank + r), first_of(dy, t * n + j, hi - j), s0)
-            put(grad_b, r * n + j, s0 * factor, hi - j, True)
-
-
-@kernel
-def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of grad_a += scaling x^T g. x (T, E_in); g (T, R); grad_a (E_in, R)."""
-    rank = g.shape[1]
-    if rank == 1:  # grad_a is one row of E_in
-        lora_grad_b_columns(g, x, scaling, grad_a.reshape(1, -1), lo, hi)
-    elif rank == 2:
-        grad_a_rank_two(x, g, scaling, grad_a, lo, hi)
-    else:
-        rows, n = x.shape
-        factor = splat(scaling)
-        for i in range(lo, hi):
-            for r in range(0, rank, LANES):
-                s = f32_zero()
-                for t in range(rows):
-                    s = fma(splat_at(x, t * n + i), first_of(g, t * rank + r, rank - r), s)
-                put(grad_a, i * rank + r, s * factor, rank - r, True)
-
-
-@inline_kernel
-def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
-    """lora_grad_a_rows for R = 2: two columns of 16 rows are summed and then interleaved."""
-    rows, n = x.shape
-    factor = splat(scaling)
-    for i in range(lo, hi, LANES):
-        count = hi - i
-        even, odd = f32_zero(), f32_zero()
-        for t in range(rows):
-            v = first_of(x, t * n + i, count)
-            even = fma(v, splat_at(g, 2 * t), even)
-            odd = fma(v, splat_at(g, 2 * t + 1), odd)
-        even, odd = even * factor, odd * factor
-        put(grad_a, 2 * i, zip_low(even, odd), 2 * count, True)
-        put(grad_a, 2 * i + LANES, zip_high(even, odd), 2 * count - LANES, True)
-
-
-@parallel_kernel
-def lora_grad_parallel(
-    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any, threads: Any
-) -> None:
-    """lora_accumulate_grad: h and g split by tokens, then the gradients by their own rows and columns."""
-    rows = x.shape[0]
-    blocks, vectors = (a.shape[0] + LANES - 1) // LANES, (b.shape[1] + LANES - 1) // LANES
-    for t in prange(threads):
-        lo, hi = rows * t // threads, rows * (t + 1) // threads
-        lora_down_rows(x, a, h, lo, hi)
-        lora_back_rows(dy, b, g, lo, hi)
-    for t in prange(threads):
-        end = min(blocks * (t + 1) // threads * LANES, a.shape[0])
-        lora_grad_a_rows(x, g, scaling, grad_a, blocks * t // threads * LANES, end)
-        end = min(vectors * (t + 1) // threads * LANES, b.shape[1])
-        lora_grad_b_columns(h, dy, scaling, grad_b, vectors * t // threads * LANES, end)
-
-
-@kernel
-def lora_grad(
-    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any
-) -> None:
-    """lora_accumulate_grad on one thread. h, g (T, R) float32 of scratch."""
-    lora_down_rows(x, a, h, 0, x.shape[0])
-    lora_back_rows(dy, b, g, 0, x.shape[0])
-    lora_grad_a_rows(x, g, scaling, grad_a, 0, a.shape[0])
-    lora_grad_b_columns(h, dy, scaling, grad_b, 0, b.shape[1])
-
-
-def lora_accumulate_grad(
-    x: Any, dy: Any, a: Any, b: Any, scaling: float, grad_a: np.ndarray, grad_b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """grad_a += scaling x^T (dy B^T); grad_b += scaling (x A)^T dy: summed over all rows of x and dy.
-
-    Args:
-        x: (..., E_in) float32, the layer's input.
-        dy: (..., E_out) float32, gradient of the loss with respect to its output; leading dimensions of x.
-        a, b: (E_in, R) and (R, E_out) float32.
-        scaling: that of the forward pass.
-        grad_a, grad_b: float32 of the shapes of a and b, added to in place.
-
-    Returns:
-        (grad_a, grad_b).
-
-    Raises:
-        TypeError: an argument is not a float32 array.
-        ValueError: shapes do not match.
-
-    Source: the chain rule on y = scaling (x A) B.
-    """
-    x, a, b = _adapter(x, a, b)
-    dy = _check.float32("dy", dy, shape=(*x.shape[:-1], b.shape[1]))
-    _require_given("grad_a", grad_a)
-    _require_given("grad_b", grad_b)
-    grad_a = _check.output("grad_a", grad_a, a.shape)
-    grad_b = _check.output("grad_b", grad_b, b.shape)
-    if x.size and dy.size:
-        rows, dys = _check.rows(x), _check.rows(dy)
-        count, rank = rows.shape[0], a.shape[1]
-        h, g = np.empty((2, count, rank), np.float32)
-        arguments = (rows, dys, a, b, np.float32(scaling), grad_a, grad_b, h, g)
-        threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
-        if threads == 1:
-            lora_grad(*arguments)
-        else:
-            launch(lora_grad_parallel, *arguments, threads)
-    return grad_a, grad_b
-
-
-def _example(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
+def example(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
+    """Arguments of lora_forward for a square layer."""
     return {
         "x": rng.standard_normal((rows, dim), np.float32),
         "a": rng.standard_normal((dim, rank), np.float32),
         "b": rng.standard_normal((rank, dim), np.float32),
         "scaling": 2.0,
-    }
-
-
-def _example_grad(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
-    return {
-        **_example(rng, rows, dim, rank),
-        "dy": rng.standard_normal((rows, dim), np.float32),
-        "grad_a": rng.standard_normal((dim, rank), np.float32),
-        "grad_b": rng.standard_normal((rank, dim), np.float32),
     }
 
 
@@ -408,20 +243,9 @@ SPECS = [
         compiled=(lora_rows, lora_parallel),
         reference=reference.lora_forward,
         formula="scaling (x A) B",
-        example=_example,
+        example=example,
         flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + dim),
         bytes=lambda rows, dim, rank: 8.0 * dim * rank + 8.0 * rows * dim,
-        sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
-    ),
-    KernelSpec(
-        name="lora_accumulate_grad",
-        function=lora_accumulate_grad,
-        compiled=(lora_grad, lora_grad_parallel),
-        reference=reference.lora_accumulate_grad,
-        formula="grad_a += scaling x^T (dy B^T); grad_b += scaling (x A)^T dy",
-        example=_example_grad,
-        flops=lambda rows, dim, rank: rows * (8.0 * dim * rank + 4 * dim),
-        bytes=lambda rows, dim, rank: 24.0 * dim * rank + 8.0 * rows * dim,
         sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
     ),
 ]

@@ -50,7 +50,7 @@ def maximum_or_nan(x: Any, start: Any, n: Any) -> Any:
     return hmax(fmax(m0, m1)) + hsum(nans0 + nans1)
 
 
-@kernel
+@kernel(strict=True)
 def argmax_index(x: Any) -> Any:
     """Index of the first maximum of x (n,), n >= 1, or -1 where x holds NaN."""
     n = x.size
@@ -114,7 +114,7 @@ def sift_down(values: Any, ids: Any, root: Any, size: Any) -> None:
     values[root], ids[root] = value, index
 
 
-@kernel
+@kernel(strict=True)
 def top_kselect(x: Any, values: Any, ids: Any) -> None:
     """The k largest of x (n,) in falling order, k <= n; of equal ones the first. values (k,) float32, ids (k,) int64.
 
@@ -184,7 +184,7 @@ def exp_sum(x: Any, start: Any, n: Any, shift: Any, scale: Any) -> Any:
 
 @kernel(strict=True)
 def log_softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of log_softmax. x, out (rows, n). Strict, so that x - max is rounded before the log is taken off."""
+    """Rows lo:hi of log_softmax. x, out (rows, n)."""
     n = x.shape[1]
     for row in range(lo, hi):
         at = row * n
@@ -221,7 +221,7 @@ def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
-@kernel
+@kernel(strict=True)
 def log_sum_exp(x: Any) -> Any:
     """log(sum(exp(x))) of x (n,), n >= 1, as float64."""
     top = maximum(x, 0, x.size)

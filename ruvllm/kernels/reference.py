@@ -66,6 +66,11 @@ def dot(a: Any, b: Any) -> np.ndarray:
     return np.sum(a * b, axis=-1)
 
 
+def buffer_sum(x: Any) -> np.ndarray:
+    """sum(x)."""
+    return np.sum(_f64(x))
+
+
 def scale(x: Any, factor: float) -> np.ndarray:
     """factor * x."""
     return np.float64(factor) * _f64(x)

@@ -109,7 +109,7 @@ def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: An
             angle = angle + half if angle + half < end else 0
 
 
-@kernel
+@kernel(strict=True)
 def rope_rows(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi, row = t H + h, of the half-split rotation. x, out (T, H, D); sign float32: 1, or -1 for the inverse.
 
@@ -118,7 +118,7 @@ def rope_rows(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any)
     rotate_rows(x, cos, sin, sign, False, out, lo, hi)
 
 
-@kernel
+@kernel(strict=True)
 def rope_rows_interleaved(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
     """rope_rows for pairs (2i, 2i + 1)."""
     rotate_rows(x, cos, sin, sign, True, out, lo, hi)
@@ -218,7 +218,7 @@ def rope_angles(positions: Any, inv_freq: Any, cos: Any, sin: Any, lo: Any, hi: 
             cos[t, i] = np.float32(sign * (1.0 + z * c))
 
 
-@kernel
+@kernel(strict=True)
 def rope_tokens(
     x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, cos: Any, sin: Any, out: Any, lo: Any, hi: Any
 ) -> None:

@@ -17,7 +17,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 # --- penalty ------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(strict=True)
 def penalise(logits: Any, ids: Any, penalty: Any) -> None:
     """Divide logits[i] by penalty where positive, else multiply, for the distinct ids (n,) int64; penalty float32."""
     for j in range(ids.size):
@@ -56,7 +56,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
 # --- drawing ------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(strict=True)
 def draw_from_all(x: Any, top: Any, inverse_temperature: Any, u: Any) -> Any:
     """The index i at which the running sum of exp((x - top) inverse_temperature) passes u times the total.
 
@@ -91,7 +91,7 @@ def count_at_least(x: Any, threshold: Any) -> Any:
     return count
 
 
-@kernel
+@kernel(strict=True)
 def cut_and_draw(
     values: Any, weights: Any, total: Any, top_p: Any, lowest: Any, last_chance: Any, inverse_temperature: Any, u: Any
 ) -> Any:

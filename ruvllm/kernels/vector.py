@@ -1,0 +1,197 @@
+"""Vectors: dot product, scaling, addition."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
+from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+
+_WIDE = 4 * LANES  # four running sums, because each waits for the one before it
+
+@inline_kernel
+def dot_flat(x: Any, xi: Any, y: Any, yi: Any, n: Any) -> Any:
+    """sum(x * y) of n elements from the flat indices xi and yi."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    whole = n - n % _WIDE
+    for i in range(0, whole, _WIDE):
+        s0 = fma(f32_load(x, xi + i), f32_load(y, yi + i), s0)
+        s1 = fma(f32_load(x, xi + i + LANES), f32_load(y, yi + i + LANES), s1)
+        s2 = fma(f32_load(x, xi + i + 2 * LANES), f32_load(y, yi + i + 2 * LANES), s2)
+        s3 = fma(f32_load(x, xi + i + 3 * LANES), f32_load(y, yi + i + 3 * LANES), s3)
+    for i in range(whole, n, LANES):
+        s0 = fma(f32_load_first(x, xi + i, n - i), f32_load_first(y, yi + i, n - i), s0)
+    return hsum((s0 + s1) + (s2 + s3))
+
+
+@kernel(strict=True)
+def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of dot. a, b (rows, n); out (rows,)."""
+    n = a.shape[1]
+    for row in range(lo, hi):
+        out[row] = dot_flat(a, row * n, b, row * n, n)
+
+
+def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """y = sum(a * b), over the last axis.
+
+    Args:
+        a: (..., n) float32.
+        b: (..., n) float32 of the same shape.
+        out: (...) float32 to write into.
+
+    Returns:
+        (...) float32, an array of no dimension for two vectors.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match, or ``a`` has no dimension.
+    """
+    a = _check.float32("a", a, min_ndim=1)
+    b = _check.float32("b", b, shape=a.shape)
+    out = _check.output("out", out, a.shape[:-1])
+    if a.size:
+        dot_rows(_check.rows(a), _check.rows(b), out.reshape(-1), 0, out.size)
+    else:
+        out[...] = 0
+    return out
+
+
+@kernel(strict=True)
+def scale_range(x: Any, factor: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Elements lo:hi of scale. x, out (n,); factor float32."""
+    f = splat(factor)
+    whole = lo + (hi - lo) // LANES * LANES
+    for i in range(lo, whole, LANES):
+        f32_store(out, i, f32_load(x, i) * f)
+    if whole < hi:
+        f32_store_first(out, whole, f32_load_first(x, whole, hi - whole) * f, hi - whole)
+
+
+@parallel_kernel
+def scale_parallel(x: Any, factor: Any, out: Any, threads: Any) -> None:
+    """scale_range with the elements split over threads, at multiples of a vector."""
+    vectors = (x.size + LANES - 1) // LANES
+    for t in prange(threads):
+        end = min(vectors * (t + 1) // threads * LANES, x.size)
+        scale_range(x, factor, out, vectors * t // threads * LANES, end)
+
+
+def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
+    """y = factor x.
+
+    Args:
+        x: (...) float32.
+        factor: rounded to float32.
+        out: float32 of the same shape to write into; may be ``x`` itself.
+
+    Returns:
+        float32 of the shape of ``x``.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: ``out`` does not match.
+    """
+    x = _check.float32("x", x)
+    out = _check.output("out", out, x.shape)
+    threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
+    if threads == 1:
+        scale_range(x.reshape(-1), np.float32(factor), out.reshape(-1), 0, x.size)
+    else:
+        launch(scale_parallel, x.reshape(-1), np.float32(factor), out.reshape(-1), threads)
+    return out
+
+
+@kernel(strict=True)
+def add_range(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Elements lo:hi of add. a, b, out (n,)."""
+    whole = lo + (hi - lo) // LANES * LANES
+    for i in range(lo, whole, LANES):
+        f32_store(out, i, f32_load(a, i) + f32_load(b, i))
+    if whole < hi:
+        count = hi - whole
+        f32_store_first(out, whole, f32_load_first(a, whole, count) + f32_load_first(b, whole, count), count)
+
+
+@parallel_kernel
+def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
+    """add_range with the elements split over threads, at multiples of a vector."""
+    vectors = (a.size + LANES - 1) // LANES
+    for t in prange(threads):
+        end = min(vectors * (t + 1) // threads * LANES, a.size)
+        add_range(a, b, out, vectors * t // threads * LANES, end)
+
+
+def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """y = a + b.
+
+    Args:
+        a: (...) float32.
+        b: float32 of the same shape.
+        out: float32 of the same shape to write into; may be ``a`` or ``b`` itself.
+
+    Returns:
+        float32 of the shape of ``a``.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+    """
+    a = _check.float32("a", a)
+    b = _check.float32("b", b, shape=a.shape)
+    out = _check.output("out", out, a.shape)
+    threads = threads_for(a.size, PARALLEL_ELEMENTS, a.size)
+    if threads == 1:
+        add_range(a.reshape(-1), b.reshape(-1), out.reshape(-1), 0, a.size)
+    else:
+        launch(add_parallel, a.reshape(-1), b.reshape(-1), out.reshape(-1), threads)
+    return out
+
+
+def _example(rng: np.random.Generator, rows: int, n: int) -> dict[str, Any]:
+    return {"a": rng.standard_normal((rows, n), np.float32), "b": rng.standard_normal((rows, n), np.float32)}
+
+
+SPECS = [
+    KernelSpec(
+        name="dot",
+        function=dot,
+        compiled=(dot_rows,),
+        reference=reference.dot,
+        formula="sum(a * b)",
+        # not far from parallel, so that the sum does not cancel and its relative error means something
+        example=lambda rng, rows, n: {
+            "a": rng.uniform(0.5, 1.5, (rows, n)).astype(np.float32),
+            "b": rng.uniform(0.5, 1.5, (rows, n)).astype(np.float32),
+        },
+        flops=lambda rows, n: 2.0 * rows * n,
+        bytes=lambda rows, n: 8.0 * rows * n,
+        sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+    ),
+    KernelSpec(
+        name="scale",
+        function=scale,
+        compiled=(scale_range, scale_parallel),
+        reference=reference.scale,
+        formula="factor x",
+        example=lambda rng, rows, n: {"x": rng.standard_normal((rows, n), np.float32), "factor": 0.375},
+        flops=lambda rows, n: 1.0 * rows * n,
+        bytes=lambda rows, n: 8.0 * rows * n,
+        sizes=({"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+    ),
+    KernelSpec(
+        name="add",
+        function=add,
+        compiled=(add_range, add_parallel),
+        reference=reference.add,
+        formula="a + b",
+        example=_example,
+        flops=lambda rows, n: 1.0 * rows * n,
+        bytes=lambda rows, n: 12.0 * rows * n,
+        sizes=({"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+    ),
+]

@@ -1,6 +1,17 @@
 """The public kernels, and KERNELS: each kernel's record by name."""
 
-from ruvllm.kernels import _check, activation, attention, matmul, norm, ranking, rope
+from ruvllm.kernels import (
+    activation,
+    attention,
+    bandwidth,
+    lora,
+    lora_grad,
+    matmul,
+    norm,
+    ranking,
+    rope,
+    vector,
+)
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels.activation import silu_mul, softmax
 from ruvllm.kernels.attention import (
@@ -10,12 +21,54 @@ from ruvllm.kernels.attention import (
     paged_attention,
     softmax_attention,
 )
+from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.cached_attention import kv_append
+from ruvllm.kernels.lora import lora_forward, lora_forward_add
+from ruvllm.kernels.lora_grad import lora_accumulate_grad
 from ruvllm.kernels.matmul import batched_gemm, gemm, gemm_nt, gemv
-from ruvllm.kernels.norm import layer_norm, rms_norm
-from ruvllm.kernels.ranking import argmax, log_softmax, top_logprobs
-from ruvllm.kernels.rope import apply_rope, apply_rope_tables, rope_tables
+from ruvllm.kernels.norm import layer_norm, rms, rms_norm
+from ruvllm.kernels.ranking import argmax, log_softmax, top_k, top_logprobs
+from ruvllm.kernels.rope import apply_rope, apply_rope_tables
+from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
 from ruvllm.kernels.sampling import apply_repetition_penalty, sample
+from ruvllm.kernels.vector import add, dot, scale
 
-_MODULES = (activation, attention, matmul, norm, ranking, rope)
+_MODULES = (activation, attention, bandwidth, lora, lora_grad, matmul, norm, ranking, rope, vector)
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}
+
+__all__ = [
+    "KERNELS",
+    "KernelSpec",
+    "add",
+    "apply_repetition_penalty",
+    "apply_rope",
+    "apply_rope_tables",
+    "argmax",
+    "batched_gemm",
+    "dot",
+    "flash_attention",
+    "gemm",
+    "gemm_nt",
+    "gemv",
+    "grouped_query_attention",
+    "kv_append",
+    "layer_norm",
+    "log_softmax",
+    "lora_accumulate_grad",
+    "lora_forward",
+    "lora_forward_add",
+    "multi_query_attention",
+    "paged_attention",
+    "read_bandwidth",
+    "rms",
+    "rms_norm",
+    "rope_inv_freq",
+    "rope_tables",
+    "sample",
+    "scale",
+    "silu_mul",
+    "softmax",
+    "softmax_attention",
+    "top_k",
+    "top_logprobs",
+]

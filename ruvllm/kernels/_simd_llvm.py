@@ -122,12 +122,6 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def sub_exact(typingctx: Any, a: Any, b: Any) -> Any:
-    """a - b, in a strict kernel never reordered with its surroundings; s + (a - b) may otherwise become (s + a) - b."""
-    return f32x16(f32x16, f32x16), lambda context, builder, sig, args: builder.fsub(*args)
-
-
-@intrinsic
 def fmax(typingctx: Any, a: Any, b: Any) -> Any:
     """The larger of a and b, for vectors or for float32 scalars; the other one where one is NaN."""
     kind = f32x16 if a == f32x16 else types.float32

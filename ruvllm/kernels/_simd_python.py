@@ -11,10 +11,6 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
 
-def sub_exact(a: Any, b: Any) -> Any:
-    return a - b
-
-
 fmax, fmin = np.fmax, np.fmin
 
 

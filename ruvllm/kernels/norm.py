@@ -18,7 +18,6 @@ from ruvllm.kernels._simd import (
     hsum,
     lanes_between,
     splat,
-    sub_exact,
 )
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
@@ -160,8 +159,8 @@ def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, ou
 
     E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so the deviations d = x - mean are
     squared instead. The float32 mean is off by a rounding of that large number; sum(d), which would be 0, says by
-    how much, and both results are corrected by it. (Hence strict: (x - mean) - error must not become
-    x - (mean + error), and numba's fastmath would put its flags on sub_exact as well.)
+    how much, and both results are corrected by it. (That needs strict: (x - mean) - error must not become
+    x - (mean + error).)
     """
     n = x.shape[1]
     whole = n - n % LANES
@@ -173,14 +172,14 @@ def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, ou
         s0, s1, q0, q1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         pairs = n - n % (2 * LANES)
         for i in range(at, at + pairs, 2 * LANES):
-            d0 = sub_exact(f32_load(x, i), mean)
-            d1 = sub_exact(f32_load(x, i + LANES), mean)
+            d0 = f32_load(x, i) - mean
+            d1 = f32_load(x, i + LANES) - mean
             s0 = s0 + d0
             s1 = s1 + d1
             q0 = fma(d0, d0, q0)
             q1 = fma(d1, d1, q1)
         for i in range(pairs, n, LANES):
-            d = sub_exact(f32_load_first(x, at + i, n - i), mean)
+            d = f32_load_first(x, at + i, n - i) - mean
             d = lanes_between(d, 0, n - i, np.float32(0))
             s0 = s0 + d
             q0 = fma(d, d, q0)
@@ -189,11 +188,11 @@ def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, ou
         scale = splat(np.float32(1) / np.sqrt(variance + eps))
         correction = splat(error)
         for i in range(0, whole, LANES):
-            d = sub_exact(sub_exact(f32_load(x, at + i), mean), correction)
+            d = f32_load(x, at + i) - mean - correction
             y = d * scale * f32_load(weight, i)
             f32_store(out, at + i, y + f32_load(bias, i) if with_bias else y)
         if rest:
-            d = sub_exact(sub_exact(f32_load_first(x, at + whole, rest), mean), correction)
+            d = f32_load_first(x, at + whole, rest) - mean - correction
             y = d * scale * f32_load_first(weight, whole, rest)
             y = y + f32_load_first(bias, whole, rest) if with_bias else y
             f32_store_first(out, at + whole, y, rest)

@@ -20,7 +20,6 @@ from ruvllm.kernels._simd import (
     lanes_between,
     nan_or_zero_below,
     splat,
-    sub_exact,
 )
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels.activation import maximum
@@ -192,11 +191,11 @@ def log_softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
         shift = splat(top)
         log_sum = splat(np.float32(np.log(exp_sum(x, at, n, top, _ONE))))
         for i in range(0, n - LANES + 1, LANES):
-            f32_store(out, at + i, sub_exact(sub_exact(f32_load(x, at + i), shift), log_sum))
+            f32_store(out, at + i, f32_load(x, at + i) - shift - log_sum)
         rest = n % LANES
         if rest:
             i = at + n - rest
-            f32_store_first(out, i, sub_exact(sub_exact(f32_load_first(x, i, rest), shift), log_sum), rest)
+            f32_store_first(out, i, f32_load_first(x, i, rest) - shift - log_sum, rest)
 
 
 def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:

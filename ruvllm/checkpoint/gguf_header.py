@@ -21,7 +21,7 @@ from ruvllm.errors import ModelFormatError
 # vocabularies (262 144 tokens, 515 000 merges) need 16 MB and 800 000 strings.
 MAX_HEADER_BYTES = 100_000_000
 MAX_STRINGS = 1 << 20
-MAX_ENTRIES = 1 << 15
+MAX_ENTRIES = 1 << 14
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last of them zero
 

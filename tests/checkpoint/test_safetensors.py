@@ -160,7 +160,7 @@ def test_row46_shard_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shard",
     ["/etc/s.safetensors", "../s0.safetensors", "x/../s0.safetensors", "sub/s.safetensors", "..", "", "a\0.safetensors",
-     "..\\s0.safetensors", "C:s0.safetensors", "s0.bin", 7, None, ["s0.safetensors"]],
+     "..\\s0.safetensors", "sub\\s.safetensors", "C:s0.safetensors", "s0.bin", 7, None, ["s0.safetensors"]],
 )  # fmt: skip
 def test_row47_shard_elsewhere(shard: Any, tmp_path: Path) -> None:
     write_shards(tmp_path, {"a": "s0.safetensors", "b": shard})

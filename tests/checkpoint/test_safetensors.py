@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -203,7 +204,21 @@ def test_unsound_index(index: bytes, says: str, tmp_path: Path) -> None:
 def test_unsound_shard_closes_the_others(tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / "s1.safetensors").write_bytes(b"")
-    assert refused(tmp_path).path == str(tmp_path / "s1.safetensors")
+    error = refused(tmp_path, mmap=False)
+    assert error.path == str(tmp_path / "s1.safetensors")
+    assert not [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]
+
+
+@both_ways
+def test_closing(mmap: bool, tmp_path: Path) -> None:
+    values = write_shards(tmp_path)
+    with open_safetensors(tmp_path, mmap) as model:
+        kept = model.data("a")
+        tensors = [model.tensor(name) for name in values]
+    np.testing.assert_array_equal(kept, values["a"].view(np.uint8))  # views outlive the files
+    for tensor in tensors:
+        with pytest.raises(ValueError, match="closed"):
+            tensor.float32()
 
 
 class Planted:

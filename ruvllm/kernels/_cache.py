@@ -38,26 +38,35 @@ _KEPT_GENERATIONS = 4  # directories of older sources kept, so that switching br
 _OPTIONS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "DEBUGINFO_DEFAULT")
 
 
-@cache
-def sources_stamp() -> str:
+def _hash_sources() -> str:
     """Hash of everything that decides what machine code a kernel becomes, its own signature and CPU apart."""
     digest = hashlib.sha256()
     options = (f"{name}={getattr(config, name, None)}" for name in _OPTIONS)
     for part in (numba.__version__, llvmlite.__version__, sys.version, *options):
         digest.update(part.encode() + b"\0")
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(_SOURCES.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
+
+
+# Taken before any kernel is imported. Where the files have changed since, nobody knows which version runs here, and
+# this process neither reads the cache nor writes to it.
+_SOURCES = Path(__file__).parent
+_STAMP = _hash_sources()
 
 
 @cache
 def kernel_cache_directory() -> Path | None:
     """The private directory that holds this version's machine code, or None where there cannot be one."""
     root = cache_directory() / "kernels"
-    directory = root / sources_stamp()
+    directory = root / _STAMP
+    if _hash_sources() != _STAMP:
+        log.warning("kernels have changed on disk since they were imported: compiling without a cache")
+        return None
     try:
         for path in (root.parent, root, directory):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_steady(root.parent)
         for path in (root, directory):
             _require_private(path)
     except OSError as error:
@@ -72,7 +81,7 @@ def _warm_marker() -> Path | None:
     directory = kernel_cache_directory()
     if directory is None:
         return None
-    target = f"{cpu_target.target_context.codegen().magic_tuple()}{config.THREADING_LAYER}"
+    target = f"{cpu_target.target_context.codegen().magic_tuple()}{getattr(config, 'THREADING_LAYER', None)}"
     return directory / f"warm-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
 
 
@@ -103,6 +112,17 @@ def _require_private(path: Path) -> None:
             raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")
 
 
+def _require_steady(path: Path) -> None:
+    """Raise PermissionError where another user could put a directory of their own in place of one in ``path``."""
+    info = os.stat(path)
+    if hasattr(os, "getuid"):
+        if info.st_uid not in (os.getuid(), 0):
+            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to {os.getuid()}")
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX:
+            mode = stat.S_IMODE(info.st_mode)
+            raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")
+
+
 def _drop_old_generations(root: Path, keep: Path) -> None:
     """Remove all but the newest few sibling directories; failures do not matter."""
     try:
@@ -123,6 +143,8 @@ class KernelCache(_Cache):
         self._py_func = py_func
         self._flags = flags
         self._enabled = True
+        filename = Path(py_func.__code__.co_filename)
+        self._file = filename.name if filename.parent == _SOURCES else _file_stamp(filename)
 
     @property
     def cache_path(self) -> str:
@@ -158,7 +180,7 @@ class KernelCache(_Cache):
 
     def save_overload(self, sig: Any, data: Any) -> None:
         path, key = self._entry(sig, data.codegen)
-        if path is None or not _cachable(data):
+        if path is None or not _cachable(data) or _hash_sources() != _STAMP:
             return
         temporary = None
         try:
@@ -178,8 +200,7 @@ class KernelCache(_Cache):
         if directory is None:
             return None, b""
         code = self._py_func.__code__
-        stamp = _file_stamp(code.co_filename)
-        identity = (Path(code.co_filename).name, code.co_firstlineno, code.co_qualname, self._flags, stamp)
+        identity = (self._file, code.co_firstlineno, code.co_qualname, self._flags)
         key = hashlib.sha256(repr((identity, sig, codegen.magic_tuple())).encode()).digest()
         return directory / f"{code.co_name}-{key.hex()[:24]}.nbc", key
 
@@ -190,6 +211,6 @@ def _cachable(compiled: Any) -> bool:
 
 
 @cache
-def _file_stamp(filename: str) -> str:
-    """Hash of the defining file, for compiled functions that live outside ruvllm/kernels."""
-    return hashlib.sha256(Path(filename).read_bytes()).hexdigest()
+def _file_stamp(filename: Path) -> str:
+    """Name and hash of the defining file, for compiled functions that live outside ruvllm/kernels."""
+    return f"{filename.name} {hashlib.sha256(filename.read_bytes()).hexdigest()}"

@@ -1,4 +1,7 @@
-"""The vectors of _simd as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means."""
+"""The vectors of _simd as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means.
+
+Unlike the compiled ones these loads and stores raise IndexError outside the array.
+"""
 
 from typing import Any
 
@@ -19,7 +22,7 @@ def splat(x: Any) -> Any:
 
 
 def splat_at(array: Any, index: int) -> Any:
-    return splat(array.reshape(-1)[index])
+    return splat(_elements(array, index, 1)[0])
 
 
 def f32_zero() -> Any:
@@ -40,12 +43,19 @@ def lane(v: Any, i: int) -> Any:
     return v[i]
 
 
+def _elements(array: Any, index: int, count: int) -> Any:
+    """A view of ``count`` elements from the flat index ``index``."""
+    if count and not 0 <= index <= array.size - count:
+        raise IndexError(f"elements {index} to {index + count} of an array of {array.size}")
+    return array.reshape(-1)[index : index + count]
+
+
 def _load(array: Any, index: int) -> Any:
-    return array.reshape(-1)[index : index + LANES].copy()
+    return _elements(array, index, LANES).copy()
 
 
 def _store(array: Any, index: int, value: Any) -> None:
-    array.reshape(-1)[index : index + LANES] = value
+    _elements(array, index, LANES)[:] = value
 
 
 f32_load = i32_load = _load
@@ -54,13 +64,13 @@ f32_store = i32_store = _store
 
 def f32_store_first(array: Any, index: int, value: Any, count: int) -> None:
     count = max(0, min(count, LANES))
-    array.reshape(-1)[index : index + count] = value[:count]
+    _elements(array, index, count)[:] = value[:count]
 
 
 def f32_load_first(array: Any, index: int, count: int) -> Any:
     count = max(0, min(count, LANES))
     v = f32_zero()
-    v[:count] = array.reshape(-1)[index : index + count]
+    v[:count] = _elements(array, index, count)
     return v
 
 
@@ -79,7 +89,7 @@ def load(array: Any, index: int) -> Any:
 
 
 def store_scalar(array: Any, index: int, value: Any) -> None:
-    array.reshape(-1)[index] = np.float16(value).view(np.uint16) if array.dtype == np.uint16 else value
+    _elements(array, index, 1)[0] = np.float16(value).view(np.uint16) if array.dtype == np.uint16 else value
 
 
 def f16_to_f32(x: Any) -> Any:
@@ -127,11 +137,11 @@ def prefetch(array: Any, index: int) -> None:
 
 
 def u8_load(array: Any, index: int) -> Any:
-    return array.reshape(-1)[index : index + 64].copy()
+    return _elements(array, index, 64).copy()
 
 
 def quad_at(array: Any, index: int) -> Any:
-    return array.reshape(-1)[index : index + 4].astype(np.int32)
+    return _elements(array, index, 4).astype(np.int32)
 
 
 def low_nibbles(v: Any) -> Any:
@@ -163,7 +173,7 @@ def sdot_add(acc: Any, w: Any, quad: Any) -> Any:
 
 
 def i8_store(array: Any, index: int, value: Any) -> None:
-    array.reshape(-1)[index : index + LANES] = value.astype(np.int8)
+    _elements(array, index, LANES)[:] = value.astype(np.int8)
 
 
 def i32_hsum(v: Any) -> Any:

@@ -116,7 +116,8 @@ def flash_attention(
     tokens, heads, dim = q.shape[-3:]
     length, kv_heads = k.shape[-3:-1]
     k, v = (np.repeat(a, heads // kv_heads, axis=-2) for a in (k, v))
-    scores = np.einsum("...thd,...shd->...hts", q, k) * (dim**-0.5 if scale is None else scale)
+    q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k, v))  # (..., H, T or S, D)
+    scores = q @ np.swapaxes(k, -2, -1) * (dim**-0.5 if scale is None else scale)
     if causal:
         at = np.arange(length - tokens, length)[:, None]
         s = np.arange(length)
@@ -124,7 +125,7 @@ def flash_attention(
         if window is not None:
             seen &= s > at - window
         scores = np.where(seen, scores, -np.inf)
-    return np.einsum("...hts,...shd->...thd", softmax(scores), v)
+    return np.swapaxes(softmax(scores) @ v, -3, -2)
 
 
 def grouped_query_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> np.ndarray:
@@ -190,3 +191,90 @@ def lora_accumulate_grad(
     x, dy, a, b = _f64(x, dy, a, b)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return _f64(grad_a) + scaling * x.T @ (dy @ b.T), _f64(grad_b) + scaling * (x @ a).T @ dy
+
+
+# --- quantisation in groups of 32 ---------------------------------------------------------------------------------
+
+
+def _in_groups(x: np.ndarray, repeat_first: bool = False) -> np.ndarray:
+    """x (..., K) as (..., G, 32), the last group filled up with zeros or with its first number."""
+    missing = -x.shape[-1] % 32
+    filling = np.zeros((*x.shape[:-1], missing))
+    if repeat_first and missing:
+        filling += x[..., -(x.shape[-1] % 32), None]
+    return np.concatenate((x, filling), axis=-1).reshape(*x.shape[:-1], -1, 32)
+
+
+def _from_half(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float16).astype(np.float64)
+
+
+def _half_scale(wanted: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Bits of the nearest half floats to ``wanted``, or of the next larger ones where these are below ``least``."""
+    bits = wanted.astype(np.float16).view(np.uint16)
+    return bits + (_from_half(bits) < least).astype(np.uint16)
+
+
+def _steps(x: np.ndarray, scale: np.ndarray, first: int, last: int) -> np.ndarray:
+    """round(x / scale) within first..last; 0 / 0 is 0."""
+    with np.errstate(invalid="ignore"):
+        return np.clip(np.nan_to_num(np.rint(x / scale[..., None])), first, last)
+
+
+def quantize_int8(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Codes round(x / scale) and the bits of scale = max|x| / 127, in groups of 32."""
+    x = _in_groups(_f64(x))
+    largest = np.abs(x).max(-1)
+    bits = _half_scale(largest / 127, largest / 127.5)
+    return _steps(x, _from_half(bits), -127, 127).reshape(*x.shape[:-2], -1), bits
+
+
+def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes 0..15, bits of scales, and bits of mins or None: the best of the scales (and mins) that the kernel tries."""
+    x = _in_groups(_f64(x), repeat_first=not symmetric)
+    candidates = _symmetric_candidates(x) if symmetric else _min_candidates(x)
+    codes, scales, mins = np.zeros(x.shape), np.zeros(x.shape[:-1], np.uint16), np.zeros(x.shape[:-1], np.uint16)
+    best = np.full(x.shape[:-1], np.inf)
+    for scale_bits, low_bits, fits in candidates:
+        scale, low = _from_half(scale_bits), _from_half(low_bits)[..., None]
+        first, last = (-8, 7) if symmetric else (0, 15)
+        found = _steps(x - low, scale, first, last)
+        error = np.where(fits, np.sum((x - low - scale[..., None] * found) ** 2, -1), np.inf)
+        better = error < best
+        best = np.where(better, error, best)
+        codes = np.where(better[..., None], found - first, codes)
+        scales, mins = np.where(better, scale_bits, scales), np.where(better, low_bits, mins)
+    return codes.reshape(*x.shape[:-2], -1), scales, None if symmetric else mins
+
+
+def _symmetric_candidates(x: np.ndarray) -> Any:
+    """(bits of a scale, of 0, whether it reaches all numbers) for the scales that quantize_int4 tries."""
+    low, high = np.maximum(-x.min(-1), 0), np.maximum(x.max(-1), 0)
+    upright, flipped = np.maximum(low / 8.5, high / 7.5), np.maximum(high / 8.5, low / 7.5)
+    smallest, sign = np.minimum(upright, flipped), np.where(flipped < upright, 0x8000, 0).astype(np.uint16)
+    for i in range(15):
+        wanted = np.maximum(np.maximum(low, high) / (8.5 - 0.25 * i), smallest)
+        yield _half_scale(wanted, smallest) | sign, np.zeros_like(sign), np.ones(sign.shape, bool)
+
+
+def _min_candidates(x: np.ndarray) -> Any:
+    """The same for the scales and mins that quantize_int4 tries when it is not symmetric."""
+    smallest, largest = x.min(-1), x.max(-1)
+    for i in range(3):
+        for j in range(3):
+            step = (largest - smallest) / (15 + 0.25 * (i + j))
+            wanted = smallest + 0.25 * i * step
+            low = wanted.astype(np.float16)
+            low = np.where(low > wanted, np.nextafter(low, np.float16(-np.inf)), low).view(np.uint16)
+            reach = (largest - _from_half(low)) / 15.5
+            scale = _half_scale(np.maximum(step, reach), reach)
+            yield scale, low, _from_half(low) - smallest <= 0.5 * _from_half(scale)
+
+
+def dequantize(codes: Any, scales: Any, mins: Any = None, columns: int | None = None) -> np.ndarray:
+    """scale code + min; without mins, scale code for int8 codes and scale (code - 8) for uint8 ones."""
+    codes, scale = np.asarray(codes), _from_half(np.asarray(scales))[..., None]
+    zero = 8 if codes.dtype == np.uint8 and mins is None else 0
+    y = (codes.reshape(*scale.shape[:-1], 32).astype(np.float64) - zero) * scale
+    y = y if mins is None else y + _from_half(np.asarray(mins))[..., None]
+    return y.reshape(codes.shape)[..., :columns]

@@ -1,0 +1,102 @@
+"""Inputs for every kernel's record: the sizes that it names, and odd ones around the SIMD widths.
+
+Run as a program, it tries them in a process of its own (bounds checks, no compiler, another number of threads):
+``python spec_cases.py check`` compares with the references at small odd sizes; ``python spec_cases.py digest 1 2``
+prints a hash of each kernel's results for each number of threads.
+"""
+
+import hashlib
+import inspect
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+
+from ruvllm.kernels import KERNELS, KernelSpec
+
+LENGTHS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 1023)
+FEW = (1, 2, 15, 16, 17, 33)  # for runs without a compiler
+# What the other axes are while one of them takes every length.
+SMALL = {
+    "rows": 3, "n": 21, "m": 5, "k": 19, "batch": 2, "tokens": 3, "heads": 4, "kv_heads": 2, "dim": 18, "length": 20,
+    "rank": 3,
+}  # fmt: skip
+# Axes that are counts of things, not lengths of vectors: a few values are enough.
+COUNTS = {"rows": (1, 2, 7), "batch": (1, 3), "heads": (2, 6), "kv_heads": (1, 4), "tokens": (1, 2, 5, 6, 7, 13)}
+EVEN = {"apply_rope", "apply_rope_tables"}  # head_dim is a number of pairs, times two
+IN_PLACE = {"lora_accumulate_grad": ("grad_a", "grad_b")}
+
+
+def odd_sizes(spec: KernelSpec, lengths: tuple[int, ...] = LENGTHS) -> Iterator[dict[str, int]]:
+    """Each axis in turn takes every length while the others stay small."""
+    for axis in spec.axes:
+        for value in COUNTS.get(axis, lengths):
+            if spec.name in EVEN and axis == "dim":
+                value *= 2
+            yield {a: value if a == axis else SMALL[a] for a in spec.axes}
+
+
+def example(spec: KernelSpec, sizes: dict[str, int]) -> dict[str, Any]:
+    """The record's example, the same in every process."""
+    return spec.example(np.random.default_rng(zlib.crc32(f"{spec.name}{sizes}".encode())), **sizes)
+
+
+def results(value: Any) -> tuple[np.ndarray, ...]:
+    """What a kernel returned, as arrays."""
+    return tuple(np.asarray(v) for v in (value if isinstance(value, tuple) else (value,)))
+
+
+def run(spec: KernelSpec, arguments: dict[str, Any], **more: Any) -> tuple[np.ndarray, ...]:
+    """Call the kernel; what it changes in place are copies."""
+    copies = {name: arguments[name].copy() for name in IN_PLACE.get(spec.name, ())}
+    return results(spec.function(**{**arguments, **copies, **more}))
+
+
+def arrays(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The float32 arrays among the arguments."""
+    return {k: v for k, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype == np.float32}
+
+
+def takes_out(spec: KernelSpec) -> bool:
+    return "out" in inspect.signature(spec.function).parameters
+
+
+def assert_close(spec: KernelSpec, arguments: dict[str, Any], got: tuple[np.ndarray, ...], sizes: Any) -> None:
+    """The normalised mean squared error of every result is within the record's tolerance."""
+    expected = results(spec.reference(**arguments))
+    assert len(got) == len(expected), (spec.name, sizes)
+    for y, r in zip(got, expected, strict=True):
+        assert y.shape == r.shape, (spec.name, sizes, y.shape, r.shape)
+        error, size = np.sum((y - r) ** 2), np.sum(np.float64(r) ** 2)
+        assert error <= spec.tolerance * size, (spec.name, sizes, float(error / size))
+
+
+def digest() -> dict[str, str]:
+    """A hash of the results at the record's own sizes (many of them large enough for threads)."""
+    hashes = {}
+    for spec in KERNELS.values():
+        state = hashlib.sha256()
+        for sizes in (*spec.sizes, *odd_sizes(spec, (1, 70))):
+            for array in run(spec, example(spec, sizes)):
+                state.update(array.tobytes())
+        hashes[spec.name] = state.hexdigest()
+    return hashes
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "check":
+        for spec in KERNELS.values():
+            for sizes in odd_sizes(spec, FEW):
+                arguments = example(spec, sizes)
+                assert_close(spec, arguments, run(spec, arguments), sizes)
+        print("every kernel agrees")
+    else:
+        found = {}
+        for threads in map(int, sys.argv[2:]):
+            numba.set_num_threads(threads)
+            found[threads] = digest()
+        print(json.dumps(found))

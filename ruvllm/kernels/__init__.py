@@ -21,7 +21,7 @@ from ruvllm.kernels.attention import (
     paged_attention,
     softmax_attention,
 )
-from ruvllm.kernels.bandwidth import read_bandwidth
+from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
 from ruvllm.kernels.cached_attention import kv_append
 from ruvllm.kernels.lora import lora_forward, lora_forward_add
 from ruvllm.kernels.lora_grad import lora_accumulate_grad
@@ -45,6 +45,7 @@ __all__ = [
     "apply_rope_tables",
     "argmax",
     "batched_gemm",
+    "buffer_sum",
     "dot",
     "flash_attention",
     "gemm",

@@ -1,0 +1,270 @@
+"""Storage types -> groups of 32 codes with 16-bit scales: weights for the integer kernels, without a float32 copy.
+
+What each type becomes (``kernels.quantize`` says what the codes mean):
+
+    Q4_0  int4              exact
+    Q4_1  int4 with mins    exact
+    Q4_K  int4 with mins    codes exact; scale d s and min -dmin z rounded to half precision
+    Q8_0  int8              exact
+    Q5_0  int8              exact
+    Q5_1  int8 with mins    exact
+    Q5_K  int8 with mins    codes exact; scale and min rounded as for Q4_K
+    Q6_K  int8              one scale in place of two of 16 elements: see ``q6_k_rows``
+    F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quantize``
+
+Rounding to half precision has a relative error of at most 2^-11. Where it would be subnormal (below 2^-14) d s is a
+multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is refused.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ruvllm.checkpoint.dequant import half, scale_and_minimum
+from ruvllm.checkpoint.storage import BLOCKS
+from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.errors import ModelFormatError
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._simd import f16_to_f32, f32_to_f16
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, limited_to, threads_for
+from ruvllm.kernels.quant import GROUP, INT4, INT8
+from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+
+KINDS = {"int4": INT4, "int8": INT8}
+
+_ELEMENTS_AT_ONCE = 1 << 18  # between file and panels, for each thread: they stay in the second-level cache
+
+_ZERO, _QUARTER, _ONE = np.float32(0), np.float32(0.25), np.float32(1)
+_LARGEST, _LOWEST, _REACH = np.float32(127), np.float32(-128), np.float32(127.5)
+_ONE_BIT = np.uint16(1)
+_INFINITE_BITS = np.uint16(0x7C00)
+_LARGEST_HALF = 65504
+
+
+class Groups(NamedTuple):
+    """Rows in groups of 32: ``kind`` "int4" or "int8"; codes (n, 32 G) uint8, for int8 the bits of signed codes.
+
+    scales and mins (n, G) uint16 are bits of IEEE half floats; mins None for w = scale (code - zero), zero 8 for int4.
+    """
+
+    kind: str
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray | None
+
+
+@kernel(strict=True)
+def nibble_rows(
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+) -> None:
+    """Rows lo:hi of Q4_0, Q4_1, Q5_0, Q5_1: d, perhaps m, perhaps 32 fifth bits, then 16 bytes of two codes each."""
+    for row in range(lo, hi):
+        for g in range(scales.shape[1]):
+            x, y = raw[row, g * block : g * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
+            scales[row, g] = np.uint16(x[0]) | (np.uint16(x[1]) << np.uint16(8))
+            if mins.shape[1] > 0:
+                mins[row, g] = np.uint16(x[2]) | (np.uint16(x[3]) << np.uint16(8))
+            if fifth_at == 0:
+                for j in range(16):
+                    y[j] = x[codes_at + j] & 15
+                    y[16 + j] = x[codes_at + j] >> 4
+            else:
+                for j in range(16):
+                    fifth = (np.int32(x[fifth_at + j // 8] >> (j % 8)) & 1) << 4
+                    y[j] = np.uint8((np.int32(x[codes_at + j] & 15) + fifth - zero) & 255)
+                    fifth = (np.int32(x[fifth_at + 2 + j // 8] >> (j % 8)) & 1) << 4
+                    y[16 + j] = np.uint8((np.int32(x[codes_at + j] >> 4) + fifth - zero) & 255)
+
+
+@kernel(strict=True)
+def k_rows(
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+) -> None:
+    """Rows lo:hi of Q4_K, Q5_K: d, dmin; 12 bytes of scales; perhaps 32 of fifth bits; 4 x 32 bytes of two codes."""
+    for row in range(lo, hi):
+        for g in range(scales.shape[1]):
+            x, y = raw[row, g // 8 * block : g // 8 * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
+            part = g % 8
+            s, z = scale_and_minimum(x[4:16], part)
+            scales[row, g] = f32_to_f16(half(x[0], x[1]) * s)
+            mins[row, g] = f32_to_f16(_ZERO - half(x[2], x[3]) * z)
+            packed, shift = x[codes_at + part // 2 * 32 : codes_at + part // 2 * 32 + 32], np.uint8(part % 2 * 4)
+            if fifth_at == 0:
+                for j in range(GROUP):
+                    y[j] = (packed[j] >> shift) & 15
+            else:
+                for j in range(GROUP):
+                    y[j] = ((packed[j] >> shift) & 15) | (((x[fifth_at + j] >> np.uint8(part)) & 1) << 4)
+
+
+@kernel(strict=True)
+def q6_k_rows(
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+) -> None:
+    """Rows lo:hi of Q6_K, whose groups have two scales d s: w = d s (q - 32). One scale: a quarter of the larger d s.
+
+    The half that has it keeps its codes, four times as large, with no error but the scale's rounding. In the other an
+    error is at most |scale| / 2, an eighth of the larger |d s|; but |scale| where q is 0 and the two s are opposite.
+    """
+    for row in range(lo, hi):
+        for g in range(scales.shape[1]):
+            x, y = raw[row, g // 8 * block : g // 8 * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
+            part = g % 8
+            d = half(x[208], x[209])
+            first, second = np.float32(np.int8(x[192 + 2 * part])), np.float32(np.int8(x[193 + 2 * part]))
+            wanted = _QUARTER * d * (first if abs(first) >= abs(second) else second)
+            bits = f32_to_f16(wanted)
+            if abs(wanted) * _LARGEST > _REACH * abs(f16_to_f32(bits)):  # subnormal, rounded down too far
+                bits = np.uint16(bits + _ONE_BIT)
+            scales[row, g] = bits
+            scale = f16_to_f32(bits)
+            inverse = _ONE / scale if scale != _ZERO else _ZERO
+            low, high = part // 4 * 64 + part % 2 * 32, 128 + part // 4 * 32
+            low_shift, high_shift = np.uint8(part % 4 // 2 * 4), np.uint8(part % 4 * 2)
+            for j in range(GROUP):
+                q = ((x[low + j] >> low_shift) & 15) | (((x[high + j] >> high_shift) & 3) << 4)
+                steps = d * (first if j < 16 else second) * np.float32(np.int32(q) - 32) * inverse
+                y[j] = np.uint8(np.int32(np.rint(min(max(steps, _LOWEST), _LARGEST))) & 255)
+
+
+def byte_rows(
+    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, zero: int, lo: int, hi: int
+) -> None:
+    """Rows lo:hi of Q8_0: d, 32 signed bytes. Nothing but copies, for which NumPy needs no compiled code."""
+    blocks = raw[lo:hi].reshape(hi - lo, -1, block)
+    scales[lo:hi] = np.ascontiguousarray(blocks[:, :, :2]).view("<u2")[:, :, 0]
+    codes[lo:hi].reshape(hi - lo, -1, GROUP)[:] = blocks[:, :, codes_at:]
+
+
+# kind, has mins, decoder of rows; and where things are in a block: its bytes, the position of the fifth bits (0: there
+# are none) and of the codes, and what is subtracted from a code.
+_TYPES: dict[str, tuple[str, bool, Any, int, int, int, int]] = {
+    "Q4_0": ("int4", False, nibble_rows, 18, 0, 2, 0),
+    "Q4_1": ("int4", True, nibble_rows, 20, 0, 4, 0),
+    "Q5_0": ("int8", False, nibble_rows, 22, 2, 6, 16),
+    "Q5_1": ("int8", True, nibble_rows, 24, 4, 8, 0),
+    "Q8_0": ("int8", False, byte_rows, 34, 0, 2, 0),
+    "Q4_K": ("int4", True, k_rows, 144, 0, 16, 0),
+    "Q5_K": ("int8", True, k_rows, 176, 16, 48, 0),
+    "Q6_K": ("int8", False, q6_k_rows, 210, 0, 0, 0),
+}
+
+
+def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) -> tuple[str, bool]:
+    """(kind, has mins) of the groups that a storage type becomes.
+
+    Args:
+        dtype: a storage type.
+        kind: "int4" or "int8"; None for that of the type, which is int8 for floats.
+        symmetric: for numbers that must be rounded to int4, whether they do without mins.
+
+    Raises:
+        ValueError: another ``kind``.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    stored, mins = _TYPES[dtype][:2] if dtype in _TYPES else ("int8", False)
+    if kind is None or kind == stored or (kind == "int8" and stored == "int4"):
+        return kind or stored, mins
+    return kind, not symmetric
+
+
+def tensor_groups(
+    tensor: Tensor, lo: int = 0, hi: int | None = None, kind: str | None = None, symmetric: bool = True
+) -> Groups:
+    """Rows lo:hi of a tensor in groups of 32: its own codes where the layout can hold them, else rounded.
+
+    Args:
+        tensor: any type; a row of floats that is no multiple of 32 long is filled up.
+        kind, symmetric: as in ``group_layout``. 4-bit codes are widened to int8 without loss.
+
+    Raises:
+        ModelFormatError: a scale, a min or a number is not finite or beyond what half-precision scales can hold.
+        ValueError: lo, hi outside of the tensor; another ``kind``.
+    """
+    kind, with_mins = group_layout(tensor.dtype, kind, symmetric)
+    hi = tensor.rows if hi is None else hi
+    stored = _TYPES[tensor.dtype][0] if tensor.dtype in _TYPES else None
+    if stored is None or (kind == "int4" and stored == "int8"):
+        return _rounded(tensor, lo, hi, kind, symmetric)
+    raw = tensor.raw(lo, hi)
+    n, groups = len(raw), tensor.columns // GROUP
+    codes, scales = np.empty((n, groups * GROUP), np.uint8), np.empty((n, groups), np.uint16)
+    mins = np.empty((n, groups if with_mins else 0), np.uint16)
+    _, _, decode, *where = _TYPES[tensor.dtype]
+    decode(raw, codes, scales, mins, *where, 0, n)
+    if BLOCKS[tensor.dtype][0] > GROUP:  # smaller blocks have their scales from the file, and ``raw`` has checked them
+        _check_half(tensor, lo, scales, "scale")
+        _check_half(tensor, lo, mins, "min")
+    if kind != stored and not with_mins:
+        codes -= np.uint8(8)  # int8 codes have their zero at 0
+    return Groups(kind, codes, scales, mins if with_mins else None)
+
+
+def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True) -> Panels:
+    """A whole matrix (N, K) as panels for ``quant_matmul``; arguments and errors as for ``tensor_groups``.
+
+    A few rows at a time go from the file into the panels, split over Python threads: the compiled bodies let go of
+    Python's lock, and page faults and NumPy's checks are shared out too.
+    """
+    rows, columns = tensor.rows, tensor.columns
+    layout, with_mins = group_layout(tensor.dtype, kind, symmetric)
+    panels = empty_panels(KINDS[layout], rows, columns, with_mins)
+    step = max(1, _ELEMENTS_AT_ONCE // (16 * max(columns, 1))) * 16
+    starts = range(0, rows, step)
+
+    def load(lo: int) -> None:
+        hi = min(rows, lo + step)
+        groups = tensor_groups(tensor, lo, hi, kind, symmetric)
+        pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
+
+    def load_on_one_core(lo: int) -> None:
+        with limited_to(1):
+            load(lo)
+
+    threads = threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts))
+    if threads == 1:
+        for lo in starts:
+            load(lo)
+        return panels
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(load_on_one_core, lo) for lo in starts]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return panels
+
+
+def _rounded(tensor: Tensor, lo: int, hi: int, kind: str, symmetric: bool) -> Groups:
+    x = tensor.float32(lo, hi)
+    try:
+        if kind == "int8":
+            codes, scales = quantize_int8(x)
+            return Groups(kind, codes.view(np.uint8), scales, None)
+        return Groups(kind, *quantize_int4(x, symmetric))
+    except ValueError as error:
+        row, column = np.unravel_index(int(np.argmax(np.where(np.isfinite(x), np.abs(x), np.inf))), x.shape)
+        raise ModelFormatError(
+            tensor.path,
+            field=f"tensor {tensor.name!r} row {lo + row} column {column}",
+            found=x[row, column],
+            expected="a finite number that 16-bit scales can hold",
+        ) from error
+
+
+def _check_half(tensor: Tensor, lo: int, halves: np.ndarray, what: str) -> None:
+    bad = halves & _INFINITE_BITS == _INFINITE_BITS
+    if bad.any():
+        row, group = divmod(int(bad.argmax()), halves.shape[1])
+        raise ModelFormatError(
+            tensor.path,
+            field=f"tensor {tensor.name!r} row {lo + row} group {group} {what}",
+            found=f"a number beyond {_LARGEST_HALF}",
+            expected="one that a 16-bit float can hold",
+        )

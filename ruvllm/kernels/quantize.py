@@ -51,7 +51,7 @@ _LARGEST_INT8, _REACH_INT8 = np.float32(127), np.float32(127.5)
 # taken: a group that has few distinct values often fits one of them exactly.
 _REACH_LOW, _REACH_HIGH = np.float32(8.5), np.float32(7.5)
 _ZERO_CODE = np.float32(8)
-_FIRST_TARGET, _TARGET_STEP, _TARGETS = np.float32(8.5), np.float32(0.25), 15
+_FIRST_TARGET, _TARGET_STEP, _TARGETS = np.float32(8.5), np.float32(0.25), 8
 
 # With mins, the smallest number may lie up to half a step below min and the largest half a step above 15 steps:
 # all combinations of three insets at either end are tried.

@@ -252,7 +252,7 @@ def _symmetric_candidates(x: np.ndarray) -> Any:
     low, high = np.maximum(-x.min(-1), 0), np.maximum(x.max(-1), 0)
     upright, flipped = np.maximum(low / 8.5, high / 7.5), np.maximum(high / 8.5, low / 7.5)
     smallest, sign = np.minimum(upright, flipped), np.where(flipped < upright, 0x8000, 0).astype(np.uint16)
-    for i in range(15):
+    for i in range(8):
         wanted = np.maximum(np.maximum(low, high) / (8.5 - 0.25 * i), smallest)
         yield _half_scale(wanted, smallest) | sign, np.zeros_like(sign), np.ones(sign.shape, bool)
 

@@ -5,11 +5,13 @@ NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf in
 "contract" gives fused multiply-adds, "reassoc" lets sums be vectorised.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
 from numba.core import config
+from numba.core.compiler import Compiler
 
 from ruvllm.kernels._cache import KernelCache
 
@@ -34,8 +36,16 @@ def kernel(function: Callable | None = None, *, strict: bool = False) -> Any:
 
 
 def inline_kernel(function: Callable) -> Any:
-    """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see kernel."""
-    return _compile(function, fastmath=False, forceinline=True)
+    """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see kernel.
+
+    It has no machine code of its own, and Python cannot call it.
+    """
+    return _compile(function, cached=False, fastmath=False, forceinline=True, pipeline_class=_NoMachineCode)
+
+
+def part_kernel(function: Callable) -> Any:
+    """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
+    return _compile(function, cached=False, fastmath=False, pipeline_class=_NoMachineCode)
 
 
 def parallel_kernel(function: Callable) -> Any:
@@ -43,9 +53,46 @@ def parallel_kernel(function: Callable) -> Any:
     return _compile(function, fastmath=set(FASTMATH), parallel=True)
 
 
-def _compile(function: Callable, **options: Any) -> Any:
+class _NoMachineCode(Compiler):
+    """Stops at LLVM IR: what only other kernels call need not be made ready to run, which halves compile times."""
+
+    def __init__(
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
+    ) -> None:
+        flags.no_cpython_wrapper = True
+        flags.no_cfunc_wrapper = True
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        target = copy.copy(self.state.targetctx)  # shares everything but the last step
+        target.get_executable = lambda library, fndesc, env: _not_callable()
+        target.codegen = lambda: _UnoptimizedCodegen(targetctx.codegen())
+        self.state.targetctx = target
+
+
+class _UnoptimizedCodegen:
+    """Numba's code generator, but its libraries leave optimising to the kernel that they become a part of."""
+
+    def __init__(self, codegen: Any) -> None:
+        self._codegen = codegen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codegen, name)
+
+    def create_library(self, name: str, **options: Any) -> Any:
+        library = self._codegen.create_library(name, **options)
+        library._optimize_final_module = lambda: None
+        return library
+
+
+def _not_callable() -> Any:
+    """What numba takes for the entry point: it must be a builtin, a new one each time, and raise if Python calls it."""
+    return [].clear
+
+
+def _compile(function: Callable, cached: bool = True, **options: Any) -> Any:
     dispatcher = njit(function, error_model="numpy", nogil=True, **options)
     if DISABLE_JIT:  # njit handed the plain Python function back: a debugger can step through it
+        return dispatcher
+    if not cached:
         return dispatcher
     flags = ",".join(f"{k}={sorted(v) if isinstance(v, set) else v}" for k, v in sorted(options.items()))
     dispatcher._cache = KernelCache(function, flags)

@@ -66,6 +66,18 @@ def pause(typingctx: Any) -> Any:
 
 
 @intrinsic
+def call_address(typingctx: Any, address: Any, argument: Any) -> Any:
+    """Call the C function ``void f(int64_t)`` at an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], signature.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def array_at(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
     """A 1-D view of ``count`` elements at a memory address; ``dtype`` is a NumPy scalar class.
 

@@ -10,10 +10,10 @@ Weights are found through a table of addresses: one row per layer, ``FIELDS`` nu
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._team import array_at, barrier, join_team, part
+from ruvllm.kernels._jit import inline_kernel, part_kernel
+from ruvllm.kernels._region import Region
+from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.activation import silu_mul_range
 from ruvllm.kernels.cached_attention import kv_append_heads
@@ -31,6 +31,14 @@ _ATTN_NORM = 7 * FIELDS
 _MLP_NORM = _ATTN_NORM + 1
 LAYER_FIELDS = _MLP_NORM + 1
 
+# The table of the region: numbers, then addresses.
+(
+    THREADS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, POSITION, WINDOW, CHUNKS, WIDEST,
+    BLOCKS, WIDE, KV_HALF,
+    SYNC, FLOATS, LAYERS, HEAD, NORM, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, GATE, UP, PARTIAL, LOGITS,
+    OWN, XQ, XS, SUMS, TOTALS, SCRATCH, TABLE_SIZE,
+) = range(40)  # fmt: skip
+
 
 @inline_kernel
 def _is_integer(table: Any, l: Any, at: Any) -> Any:
@@ -43,7 +51,7 @@ def _row(buffer: Any, count: Any) -> Any:
     return buffer[:count].reshape(1, count)
 
 
-@kernel
+@part_kernel
 def matrix_rows(
     table: Any, l: Any, at: Any, x: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, rank: Any, size: Any
 ) -> None:
@@ -75,72 +83,130 @@ def matrix_rows(
             out[i] += bias[i]
 
 
-@kernel
-def decode_member(
-    layers: Any, head: Any, norm: Any, eps: Any, window: Any, scale: Any, position: Any, cos: Any, sin: Any,
-    keys: Any, values: Any, x: Any, q: Any, k: Any, v: Any, gate: Any, up: Any, sums_of: Any, partial: Any,
-    own: Any, xq: Any, xs: Any, sums: Any, totals: Any, scratch: Any, logits: Any, sync: Any, wanted: Any,
-) -> None:  # fmt: skip
-    """What one member of the team does.
+def _decode_member(table: Any) -> None:
+    """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
-    Shared by the team: x, sums_of (1, E), q (1, H, D), k, v (1, KV, D), gate, up (F,), partial, logits (V,).
-    Each member's own, by rank: own (threads, widest input), xq, xs, sums, totals (likewise) and scratch.
+    Shared by the team: x, sums_of (E,), q (H, D), k, v (KV, D), gate, up (F,), partial, logits (V,).
+    Each member's own, by rank: own (widest input), xq, xs, sums, totals (likewise) and scratch.
     """
-    rank, size = join_team(sync, wanted)
+    t = array_at(table, TABLE_SIZE, np.int64)
+    sync = array_at(t[SYNC], SYNC_SIZE, np.int64)
+    rank, size = join_team(sync, t[THREADS])
     if rank < 0:
         return
-    hidden, feed = x.shape[1], gate.shape[0]
-    heads, dim, kv_heads = q.shape[1], q.shape[2], k.shape[1]
-    where = position[0]
-    chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
-    h, attended = own[rank], own[rank][: heads * dim]
-    h_row = h[:hidden].reshape(1, hidden)
-    codes, steps, counts, products = xq[rank], xs[rank], sums[rank], totals[rank]
+    hidden, feed, heads, kv_heads, dim = t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
+    where, window = t[POSITION], t[WINDOW]
+    floats = array_at(t[FLOATS], 2, np.float32)
+    eps, scale = floats[0], floats[1]
+    layers = array_at(t[LAYERS], t[LAYER_COUNT] * LAYER_FIELDS, np.int64).reshape(t[LAYER_COUNT], LAYER_FIELDS)
+    head = array_at(t[HEAD], FIELDS, np.int64).reshape(1, FIELDS)
+    norm = array_at(t[NORM], hidden, np.float32)
+    cos = array_at(t[COS], dim // 2, np.float32).reshape(1, dim // 2)
+    sin = array_at(t[SIN], dim // 2, np.float32).reshape(1, dim // 2)
+    x, sums_of = array_at(t[X], hidden, np.float32), array_at(t[SUMS_OF], hidden, np.float32)
+    q, k = array_at(t[Q], heads * dim, np.float32), array_at(t[K], kv_heads * dim, np.float32)
+    v = array_at(t[V], kv_heads * dim, np.float32)
+    gate, up = array_at(t[GATE], feed, np.float32), array_at(t[UP], feed, np.float32)
+    width = (dim + LANES - 1) // LANES * LANES + LANES
+    partial = array_at(t[PARTIAL], heads * t[CHUNKS] * width, np.float32).reshape(heads, t[CHUNKS], width)
+    logits = array_at(t[LOGITS], t[VOCABULARY], np.float32)
+    widest = t[WIDEST]
+    own = array_at(t[OWN] + rank * widest * 4, widest, np.float32)
+    codes = array_at(t[XQ] + rank * widest, widest, np.int8)
+    groups = widest // GROUP
+    steps = array_at(t[XS] + rank * groups * 4, groups, np.float32)
+    counts = array_at(t[SUMS] + rank * groups * 4, groups, np.int32)
+    products = array_at(t[TOTALS] + rank * groups * 4, groups, np.float32)
+    room = heads // kv_heads * CHUNK
+    scratch = array_at(t[SCRATCH] + rank * room * 4, room, np.float32)
+
+    h, attended = own[:hidden], own[: heads * dim]
+    h_row, x_row = h.reshape(1, hidden), x.reshape(1, hidden)
+    q_heads, k_heads, v_heads = q.reshape(1, heads, dim), k.reshape(1, kv_heads, dim), v.reshape(1, kv_heads, dim)
     h_lo, h_hi = part(heads, rank, size)
     kv_lo, kv_hi = part(kv_heads, rank, size)
+    chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
     unit_lo, unit_hi = part(kv_heads * chunks, rank, size)
     e_lo, e_hi = _share(hidden, rank, size)
     f_lo, f_hi = _share(feed, rank, size)
-    for l in range(layers.shape[0]):
+    positions = array_at(table + POSITION * 8, 1, np.int64)
+    # np.int64(_O) and the like: a literal argument would make numba compile matrix_rows once more for each value.
+    for layer in range(t[LAYER_COUNT]):
         # Norms and roundings to 8 bits are done by every member for itself: cheaper than waiting for another.
-        rms_norm_rows(x, array_at(layers[l, _ATTN_NORM], hidden, np.float32), eps, h_row, 0, 1)
-        if _is_integer(layers, l, _Q) or _is_integer(layers, l, _K) or _is_integer(layers, l, _V):
-            _quantize(h[:hidden], codes, steps, counts, products)
-        # One call for all matrices that share an input: compiled code for it exists once.
+        rms_norm_rows(x_row, array_at(layers[layer, _ATTN_NORM], hidden, np.float32), eps, h_row, 0, 1)
+        if _is_integer(layers, layer, _Q) or _is_integer(layers, layer, _K) or _is_integer(layers, layer, _V):
+            _quantize(h, codes, steps, counts, products)
         for at in range(_Q, _O, FIELDS):
-            out = q.reshape(-1) if at == _Q else (k.reshape(-1) if at == _K else v.reshape(-1))
-            matrix_rows(layers, l, at, h, codes, steps, counts, products, out, rank, size)
+            out = q if at == _Q else (k if at == _K else v)
+            matrix_rows(layers, layer, at, h, codes, steps, counts, products, out, rank, size)
         barrier(sync, size)
-        rope_rows(q, cos, sin, np.float32(1), q, h_lo, h_hi)
-        rope_rows(k, cos, sin, np.float32(1), k, kv_lo, kv_hi)
-        kv_append_heads(k, v, keys[l], values[l], position, kv_lo, kv_hi)
+        rope_rows(q_heads, cos, sin, np.float32(1), q_heads, h_lo, h_hi)
+        rope_rows(k_heads, cos, sin, np.float32(1), k_heads, kv_lo, kv_hi)
+        _append(t, layer, k_heads, v_heads, positions, kv_lo, kv_hi)
         barrier(sync, size)
-        attend_token_chunks(q[0], keys[l], values[l], where, window, scale, partial, scratch[rank], unit_lo, unit_hi)
+        _attend(t, layer, q_heads[0], where, window, scale, partial, scratch, unit_lo, unit_hi)
         barrier(sync, size)
         merge_chunks(partial, chunks, attended.reshape(heads, dim), 0, heads)
-        if _is_integer(layers, l, _O):
+        if _is_integer(layers, layer, _O):
             _quantize(attended, codes, steps, counts, products)
-        matrix_rows(layers, l, _O, h, codes, steps, counts, products, sums_of.reshape(-1), rank, size)
+        matrix_rows(layers, layer, np.int64(_O), own, codes, steps, counts, products, sums_of, rank, size)
         for i in range(e_lo, e_hi):
-            x[0, i] += sums_of[0, i]
+            x[i] += sums_of[i]
         barrier(sync, size)
-        rms_norm_rows(x, array_at(layers[l, _MLP_NORM], hidden, np.float32), eps, h_row, 0, 1)
-        if _is_integer(layers, l, _GATE) or _is_integer(layers, l, _UP):
-            _quantize(h[:hidden], codes, steps, counts, products)
+        rms_norm_rows(x_row, array_at(layers[layer, _MLP_NORM], hidden, np.float32), eps, h_row, 0, 1)
+        if _is_integer(layers, layer, _GATE) or _is_integer(layers, layer, _UP):
+            _quantize(h, codes, steps, counts, products)
         for at in range(_GATE, _DOWN, FIELDS):
-            matrix_rows(layers, l, at, h, codes, steps, counts, products, gate if at == _GATE else up, rank, size)
+            out = gate if at == _GATE else up
+            matrix_rows(layers, layer, at, h, codes, steps, counts, products, out, rank, size)
         silu_mul_range(gate, up, gate, f_lo, f_hi)
         barrier(sync, size)
-        if _is_integer(layers, l, _DOWN):
+        if _is_integer(layers, layer, _DOWN):
             _quantize(gate, codes, steps, counts, products)
-        matrix_rows(layers, l, _DOWN, gate, codes, steps, counts, products, sums_of.reshape(-1), rank, size)
+        matrix_rows(layers, layer, np.int64(_DOWN), gate, codes, steps, counts, products, sums_of, rank, size)
         for i in range(e_lo, e_hi):
-            x[0, i] += sums_of[0, i]
+            x[i] += sums_of[i]
         barrier(sync, size)
-    rms_norm_rows(x, norm, eps, h_row, 0, 1)
+    rms_norm_rows(x_row, norm, eps, h_row, 0, 1)
     if _is_integer(head, 0, 0):
-        _quantize(h[:hidden], codes, steps, counts, products)
-    matrix_rows(head, 0, 0, h, codes, steps, counts, products, logits, rank, size)
+        _quantize(h, codes, steps, counts, products)
+    matrix_rows(head, np.int64(0), np.int64(0), h, codes, steps, counts, products, logits, rank, size)
+
+
+@inline_kernel
+def _keys(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
+    """The keys of one layer (KV, B, D, 16); ``size`` is the bytes of an element."""
+    count = t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES
+    return array_at(t[KEYS] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
+
+
+@inline_kernel
+def _values(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
+    """The values of one layer (KV, 16 B, DV)."""
+    count = t[KV_HEADS] * t[BLOCKS] * LANES * t[WIDE]
+    return array_at(t[VALUES] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
+
+
+@part_kernel
+def _append(t: Any, layer: Any, k: Any, v: Any, positions: Any, lo: Any, hi: Any) -> None:
+    """kv_append_heads into the cache of one layer, half or float32."""
+    if t[KV_HALF]:
+        kv_append_heads(k, v, _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2), positions, lo, hi)
+    else:
+        kv_append_heads(k, v, _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4), positions, lo, hi)
+
+
+@part_kernel
+def _attend(
+    t: Any, layer: Any, q: Any, where: Any, window: Any, scale: Any, partial: Any, scratch: Any, lo: Any, hi: Any
+) -> None:
+    """attend_token_chunks over the cache of one layer, half or float32."""
+    if t[KV_HALF]:
+        keys, values = _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2)
+        attend_token_chunks(q, keys, values, where, window, scale, partial, scratch, lo, hi)
+    else:
+        keys32, values32 = _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4)
+        attend_token_chunks(q, keys32, values32, where, window, scale, partial, scratch, lo, hi)
 
 
 @inline_kernel
@@ -158,15 +224,4 @@ def _quantize(x: Any, xq: Any, xs: Any, sums: Any, totals: Any) -> None:
     )
 
 
-@parallel_kernel
-def decode_parallel(
-    layers: Any, head: Any, norm: Any, eps: Any, window: Any, scale: Any, position: Any, cos: Any, sin: Any,
-    keys: Any, values: Any, x: Any, q: Any, k: Any, v: Any, gate: Any, up: Any, sums_of: Any, partial: Any,
-    own: Any, xq: Any, xs: Any, sums: Any, totals: Any, scratch: Any, logits: Any, sync: Any, threads: Any,
-) -> None:  # fmt: skip
-    """The region: every thread that comes becomes a member of the team."""
-    for _ in prange(threads):
-        decode_member(
-            layers, head, norm, eps, window, scale, position, cos, sin, keys, values, x, q, k, v, gate, up, sums_of,
-            partial, own, xq, xs, sums, totals, scratch, logits, sync, threads,
-        )  # fmt: skip
+decode_region = Region(_decode_member)

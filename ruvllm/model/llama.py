@@ -145,10 +145,10 @@ class Llama:
             self._plan = DecodePlan(self)
         buffers: Any = cache.decode_buffers
         if buffers is None:
-            buffers = cache.decode_buffers = DecodeBuffers(self.config, self.threads, cache.max_tokens)
+            buffers = cache.decode_buffers = DecodeBuffers(self._plan, cache, self.threads)
         position = cache.length
         cos, sin = self.rope_tables(position + 1)
-        buffers.x[0] = self.embed.row(int(ids[0]))
+        buffers.x[:] = self.embed.row(int(ids[0]))
         self._plan.run(cache, buffers, cos[position : position + 1], sin[position : position + 1], logits)
         cache.ids[position] = ids[0]
         cache.length = position + 1

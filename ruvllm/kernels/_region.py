@@ -1,0 +1,55 @@
+"""A parallel region: one compiled function that all threads enter once, with a table of arguments.
+
+``prange`` over a function of thirty arrays would compile that function's code four times, for numba's own wrappers
+each link in a copy. Here the function is compiled once, to a C function of one integer, and the only
+``parallel=True`` kernel calls it by its address. The integer is the address of an int64 table that holds whatever the
+function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numba import prange, types
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+
+from ruvllm.kernels._cache import KernelCache
+from ruvllm.kernels._jit import DISABLE_JIT, parallel_kernel
+from ruvllm.kernels._team import call_address
+from ruvllm.kernels._threads import launch
+
+
+@parallel_kernel
+def enter(address: Any, table: Any, threads: Any) -> None:
+    """Every thread that comes calls the C function at ``address`` with the address of the table."""
+    for _ in prange(threads):
+        call_address(address, table)
+
+
+class Region:
+    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.function = function
+        self.__name__ = getattr(function, "__name__", "region")
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def address(self) -> int:
+        """The C function's address; compiled, or read from the cache, when first asked for."""
+        with global_compiler_lock:
+            options = {"nopython": True, "error_model": "numpy", "fastmath": False}
+            compiled = CFunc(self.function, ((types.int64,), types.void), {}, options)
+            compiled._cache = KernelCache(self.function, "region")
+            compiled.compile()
+        self._kept = compiled
+        return int(compiled.address)
+
+    def run(self, table: np.ndarray, threads: int) -> None:
+        """Let ``threads`` threads enter; returns when the last has left. table: int64, kept alive by the caller."""
+        if DISABLE_JIT:
+            self.function(table.ctypes.data)
+        else:
+            launch(enter, self.address, table.ctypes.data, threads)

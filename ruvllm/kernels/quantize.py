@@ -183,60 +183,56 @@ def dequantize_rows(kind: Any, codes: Any, scales: Any, mins: Any, out: Any, lo:
                     y[i] = scale * np.float32(np.int8(group[i])) + low
 
 
-def quantize_int8(x: Any, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def quantize_int8(x: Any) -> tuple[np.ndarray, np.ndarray]:
     """code = round(x / scale), scale = max|x| / 127 of its group of 32, as an IEEE half float.
 
     Args:
         x: (..., K) float32. A last group shorter than 32 is filled up with zeros.
-        out: codes and scales to write into, of the shapes and dtypes below.
 
     Returns:
         codes (..., 32 G) int8 of -127..127, and the bits of scales (..., G) as uint16; G = ceil(K / 32). No error
         |scale code - x| exceeds scale / 2; a group of zeros has scale 0.
 
     Raises:
-        TypeError: ``x`` is not float32, or an array of ``out`` has the wrong dtype.
-        ValueError: NaN, infinity or a number beyond 127 x 65504 in ``x``; shapes that do not match.
+        TypeError: ``x`` is not a float32 array.
+        ValueError: NaN, infinity or a number beyond 127 x 65504 in ``x``.
 
     Source: the format is ggml's Q8_0.
     """
     x = _check.float32("x", x, min_ndim=1)
-    codes, scales = _outputs(x, (np.int8, np.uint16), out)
-    _quantize(INT8, x, codes.view(np.uint8), scales, np.empty((*x.shape[:-1], 0), np.uint16))
+    lead, groups = x.shape[:-1], (x.shape[-1] + GROUP - 1) // GROUP
+    codes, scales = np.empty((*lead, groups * GROUP), np.int8), np.empty((*lead, groups), np.uint16)
+    _quantize(INT8, x, codes.view(np.uint8), scales, np.empty((*lead, 0), np.uint16))
     return codes, scales
 
 
-def quantize_int4(
-    x: Any, symmetric: bool = True, out: tuple[np.ndarray, ...] | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """code = round(x / scale) + 8 or, not symmetric, code = round((x - min) / scale): 0..15, in groups of 32.
 
     The scale (and min) of a group is that of least squared error among a few that keep each error <= |scale| / 2.
 
     Args:
-        x: (..., K) float32. A last group shorter than 32 is filled up: with codes of zero if symmetric, else with
-            codes of the group's first number.
+        x: (..., K) float32. A last group shorter than 32 is filled up: with zeros if symmetric, else with its first
+            number.
         symmetric: whether a group has no min.
-        out: codes, scales and, if not symmetric, mins to write into.
 
     Returns:
-        codes (..., 32 G) uint8; the bits of IEEE half scales (..., G) as uint16; likewise mins, or None if symmetric.
+        codes (..., 32 G) uint8; the bits of scales (..., G), IEEE half floats of either sign, as uint16; and those of
+        mins, or None if symmetric.
 
     Raises:
-        TypeError: ``x`` is not float32, or an array of ``out`` has the wrong dtype.
+        TypeError: ``x`` is not a float32 array.
         ValueError: NaN, infinity or a number too large for a half-precision scale (beyond 7.5 x 65504) or min
-            (beyond 65504) in ``x``; shapes that do not match.
+            (beyond 65504) in ``x``.
 
     Source: the formats are those of ggml's Q4_0 and Q4_1.
     """
     x = _check.float32("x", x, min_ndim=1)
-    if symmetric:
-        codes, scales = _outputs(x, (np.uint8, np.uint16), out)
-        _quantize(INT4, x, codes, scales, np.empty((*x.shape[:-1], 0), np.uint16))
-        return codes, scales, None
-    codes, scales, mins = _outputs(x, (np.uint8, np.uint16, np.uint16), out)
+    lead, groups = x.shape[:-1], (x.shape[-1] + GROUP - 1) // GROUP
+    codes, scales = np.empty((*lead, groups * GROUP), np.uint8), np.empty((*lead, groups), np.uint16)
+    mins = np.empty((*lead, 0 if symmetric else groups), np.uint16)
     _quantize(INT4, x, codes, scales, mins)
-    return codes, scales, mins
+    return codes, scales, None if symmetric else mins
 
 
 def dequantize(
@@ -283,20 +279,6 @@ def _like(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: type) -> 
     return np.require(array, None, ("C", "A", "W"))
 
 
-def _outputs(x: np.ndarray, dtypes: tuple[type, ...], out: tuple[np.ndarray, ...] | None) -> tuple[np.ndarray, ...]:
-    """Arrays for codes, scales and perhaps mins of x: new ones, or those of ``out``."""
-    groups = (x.shape[-1] + GROUP - 1) // GROUP
-    shapes = [(*x.shape[:-1], groups * GROUP)] + [(*x.shape[:-1], groups)] * (len(dtypes) - 1)
-    if out is None:
-        return tuple(np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-    if len(out) != len(dtypes):
-        raise ValueError(f"out: expected {len(dtypes)} arrays, found {len(out)}")
-    for array, shape, dtype in zip(out, shapes, dtypes, strict=True):
-        if _like("out", array, shape, dtype) is not array:
-            raise ValueError("out: must be C-contiguous, aligned and writable")
-    return out
-
-
 def _quantize(kind: int, x: np.ndarray, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> None:
     """Fill codes (uint8), scales and mins. Raises ValueError for numbers that cannot be quantised."""
     if not x.size:
@@ -324,6 +306,10 @@ def _example(rng: np.random.Generator, rows: int, n: int) -> dict[str, Any]:
     return {"x": rng.standard_normal((rows, n), np.float32)}
 
 
+def _int4_example(rng: np.random.Generator, rows: int, n: int) -> dict[str, Any]:
+    return {**_example(rng, rows, n), "symmetric": False}
+
+
 def _quantized_example(rng: np.random.Generator, rows: int, n: int) -> dict[str, Any]:
     codes, scales = quantize_int8(**_example(rng, rows, n))
     return {"codes": codes, "scales": scales}
@@ -349,10 +335,10 @@ SPECS = [
         function=quantize_int4,
         compiled=(quantize_rows, quantize_parallel),
         reference=reference.quantize_int4,
-        formula="round(x / scale) + 8, the best of some scales >= max|x| / 8.5 of 32",
-        example=_example,
-        flops=lambda rows, n: 7.0 * _TARGETS * rows * n,
-        bytes=lambda rows, n: (5.0 + 2 / GROUP) * rows * n,
+        formula="round((x - min) / scale), the best of some scales and mins for 32",
+        example=_int4_example,
+        flops=lambda rows, n: 7.0 * _INSETS**2 * rows * n,
+        bytes=lambda rows, n: (5.0 + 4 / GROUP) * rows * n,
         sizes=_SIZES,
         tolerance=1e-3,  # ties as above; and two scales whose errors differ by less than float32 can tell
     ),

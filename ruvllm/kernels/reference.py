@@ -226,11 +226,11 @@ def quantize_int8(x: Any) -> tuple[np.ndarray, np.ndarray]:
     x = _in_groups(_f64(x))
     largest = np.abs(x).max(-1)
     bits = _half_scale(largest / 127, largest / 127.5)
-    return _steps(x, _from_half(bits), -127, 127).reshape(*x.shape[:-2], -1), bits
+    return _steps(x, _from_half(bits), -127, 127).reshape(*x.shape[:-2], -1), bits.astype(np.float64)
 
 
 def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes 0..15, bits of scales, and bits of mins or None: the best of the scales (and mins) that the kernel tries."""
+    """Codes 0..15, bits of scales, and of mins or None: the best of the scales (and mins) that the kernel tries."""
     x = _in_groups(_f64(x), repeat_first=not symmetric)
     candidates = _symmetric_candidates(x) if symmetric else _min_candidates(x)
     codes, scales, mins = np.zeros(x.shape), np.zeros(x.shape[:-1], np.uint16), np.zeros(x.shape[:-1], np.uint16)
@@ -244,7 +244,7 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
         best = np.where(better, error, best)
         codes = np.where(better[..., None], found - first, codes)
         scales, mins = np.where(better, scale_bits, scales), np.where(better, low_bits, mins)
-    return codes.reshape(*x.shape[:-2], -1), scales, None if symmetric else mins
+    return codes.reshape(*x.shape[:-2], -1), _f64(scales), None if symmetric else _f64(mins)
 
 
 def _symmetric_candidates(x: np.ndarray) -> Any:

@@ -142,7 +142,7 @@ class KernelCache(_Cache):
     def __init__(self, py_func: Any, flags: str) -> None:
         self._py_func = py_func
         self._flags = flags
-        self._enabled = True
+        self._enabled = py_func.__closure__ is None  # what a closure holds is in no source file
         filename = Path(py_func.__code__.co_filename)
         self._file = filename.name if filename.parent == _SOURCES else _file_stamp(filename)
 
@@ -152,7 +152,7 @@ class KernelCache(_Cache):
         return str(directory) if directory else ""
 
     def enable(self) -> None:
-        self._enabled = True
+        self._enabled = self._py_func.__closure__ is None
 
     def disable(self) -> None:
         self._enabled = False

@@ -1,0 +1,318 @@
+"""The SIMD vectors against their plain NumPy meaning, lane by lane."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numba import njit
+
+from ruvllm.kernels import _simd, _simd_python
+from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_store_first, lanes_between
+
+LANES = 16
+
+
+def _f32(values: list[float]) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+SPECIAL = _f32([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-40, -1e-40, 0.5, 2.5, -2.5, 1e10, 7])
+
+
+def _vectors(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Random vectors of float32, the first two with special values at different lanes."""
+    rng = np.random.default_rng(seed)
+    made = [rng.standard_normal(LANES).astype(np.float32) for _ in range(count)]
+    return [SPECIAL, np.roll(SPECIAL, 5), *made]
+
+
+def _unary(op):
+    load, store = _simd.f32_load, _simd.f32_store
+
+    @njit
+    def run(a, out):
+        store(out, 0, op(load(a, 0)))
+
+    return run
+
+
+def _binary(op):
+    load, store = _simd.f32_load, _simd.f32_store
+
+    @njit
+    def run(a, b, out):
+        store(out, 0, op(load(a, 0), load(b, 0)))
+
+    return run
+
+
+ARITHMETIC = {
+    "+": njit(lambda a, b: a + b),
+    "-": njit(lambda a, b: a - b),
+    "*": njit(lambda a, b: a * b),
+    "/": njit(lambda a, b: a / b),
+}
+
+
+@pytest.mark.parametrize("sign", ARITHMETIC)
+@np.errstate(all="ignore")
+def test_arithmetic(sign: str) -> None:
+    run, out = _binary(ARITHMETIC[sign]), np.empty(LANES, np.float32)
+    for a in _vectors(3):
+        for b in _vectors(3, seed=1):
+            run(a, b, out)
+            np.testing.assert_array_equal(out, ARITHMETIC[sign].py_func(a, b))
+
+
+@pytest.mark.parametrize("name", ["fmax", "fmin", "evens", "odds", "zip_low", "zip_high"])
+def test_two_vectors(name: str) -> None:
+    run, out = _binary(getattr(_simd, name)), np.empty(LANES, np.float32)
+    for a in _vectors(3):
+        for b in _vectors(3, seed=1):
+            run(a, b, out)
+            np.testing.assert_array_equal(out, getattr(_simd_python, name)(a, b))
+
+
+def test_pairs_are_taken_apart_and_put_together() -> None:
+    a, b = np.arange(16, dtype=np.float32), np.arange(16, 32, dtype=np.float32)
+    out = np.empty((4, LANES), np.float32)
+    for row, name in enumerate(("evens", "odds", "zip_low", "zip_high")):
+        _binary(getattr(_simd, name))(a, b, out[row])
+    np.testing.assert_array_equal(out[0], np.arange(0, 32, 2))
+    np.testing.assert_array_equal(out[1], np.arange(1, 32, 2))
+    np.testing.assert_array_equal(np.concatenate(out[2:]).reshape(16, 2), np.stack((a, b), 1))
+
+
+def test_fma_rounds_once() -> None:
+    load, store, fma = _simd.f32_load, _simd.f32_store, _simd.fma
+
+    @njit
+    def run(a, b, c, out):
+        store(out, 0, fma(load(a, 0), load(b, 0), load(c, 0)))
+
+    out = np.empty(LANES, np.float32)
+    a = np.float32(1 + 2.0**-12) * np.ones(LANES, np.float32)
+    run(a, a, -np.float32(1 + 2.0**-11) * np.ones(LANES, np.float32), out)
+    assert (out == np.float32(2.0**-24)).all()  # a * a alone would round this away
+    for a, b, c in zip(_vectors(9), _vectors(9, 1), _vectors(9, 2), strict=True):
+        run(a, b, c, out)
+        with np.errstate(all="ignore"):
+            np.testing.assert_array_equal(out, (a.astype(np.float64) * b + c).astype(np.float32))
+
+
+def test_scalar_maximum_takes_the_number_beside_nan() -> None:
+    fmax = _simd.fmax
+
+    @njit
+    def run(a, b):
+        return fmax(a, b)
+
+    values = _f32([1, -2, np.inf, -np.inf, np.nan])
+    for a in values:
+        for b in values:
+            np.testing.assert_equal(run(a, b), np.fmax(a, b))
+
+
+def test_reductions() -> None:
+    load, hsum, hmax = _simd.f32_load, _simd.hsum, _simd.hmax
+
+    @njit
+    def run(a):
+        v = load(a, 0)
+        return hsum(v), hmax(v)
+
+    with np.errstate(all="ignore"):
+        for a in _vectors(20):
+            total, largest = run(a)
+            np.testing.assert_equal(total, _simd_python.hsum(a))
+            np.testing.assert_equal(largest, _simd_python.hmax(a))
+
+
+def test_constants_and_single_lanes() -> None:
+    store, load, zero, splat, splat_at = (
+        _simd.f32_store, _simd.f32_load, _simd.f32_zero, _simd.splat, _simd.splat_at,
+    )  # fmt: skip
+    lane, i32_store = _simd.lane, _simd.i32_store
+
+    @njit
+    def run(a, x, n, i, out, integers):
+        store(out, 0, zero())
+        store(out, 16, splat(x))
+        store(out, 32, splat_at(a, i))
+        i32_store(integers, 0, splat(n))
+        return lane(load(a, 0), i)
+
+    a, out, integers = np.arange(16, dtype=np.float32), np.full(48, np.nan, np.float32), np.empty(16, np.int32)
+    for i in range(16):
+        assert run(a, np.float32(2.5), np.int32(-7), i, out, integers) == i
+        np.testing.assert_array_equal(out, np.repeat(_f32([0, 2.5, i]), 16))
+        assert (integers == -7).all()
+
+
+def test_integer_vectors() -> None:
+    load, store, rounded, to_f32 = _simd.i32_load, _simd.i32_store, _simd.round_to_i32, _simd.to_f32
+    f32_load, f32_store, power = _simd.f32_load, _simd.f32_store, _simd.power_of_two
+
+    @njit
+    def arithmetic(a, b, out):
+        store(out, 0, load(a, 0) + load(b, 0))
+        store(out, 16, load(a, 0) - load(b, 0))
+        store(out, 32, load(a, 0) * load(b, 0))
+
+    @njit
+    def convert(x, out, floats):
+        store(out, 0, rounded(f32_load(x, 0)))
+        f32_store(floats, 0, to_f32(rounded(f32_load(x, 0))))
+
+    @njit
+    def powers(n, out):
+        f32_store(out, 0, power(load(n, 0)))
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-(2**15), 2**15, 16).astype(np.int32) for _ in range(2))
+    out, floats = np.empty(48, np.int32), np.empty(16, np.float32)
+    arithmetic(a, b, out)
+    np.testing.assert_array_equal(out, np.concatenate((a + b, a - b, a * b)))
+    halves = _f32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997, 8388607.5,
+                         0, 1, -1, 3.5, 4.5, 99.9, 9])
+    convert(halves, out, floats)
+    np.testing.assert_array_equal(out[:16], np.rint(halves).astype(np.int32))
+    np.testing.assert_array_equal(floats, np.rint(halves))
+    exponents = np.array([-126, -100, -2, -1, 0, 1, 2, 3, 10, 23, 24, 31, 64, 100, 126, 127], np.int32)
+    powers(exponents, floats)
+    np.testing.assert_array_equal(floats, np.ldexp(np.float32(1), exponents))
+
+
+def test_nan_or_zero_below() -> None:
+    load, store, select = _simd.f32_load, _simd.f32_store, _simd.nan_or_zero_below
+
+    @njit
+    def run(x, limit, y, out):
+        store(out, 0, select(load(x, 0), limit, load(y, 0)))
+
+    out = np.empty(LANES, np.float32)
+    y = np.arange(100, 116, dtype=np.float32)
+    for limit in _f32([-1, 0, 1e10]):
+        run(SPECIAL, limit, y, out)
+        np.testing.assert_array_equal(out, _simd_python.nan_or_zero_below(SPECIAL, limit, y))
+
+
+def test_loads_and_stores_at_any_index() -> None:
+    load, store = _simd.f32_load, _simd.f32_store
+
+    @njit
+    def run(a, i, out, j):
+        store(out, j, load(a, i))
+
+    a = np.arange(40, dtype=np.float32).reshape(4, 10)  # the index is flat, whatever the shape
+    for i in range(25):
+        out = np.full(48, -1, np.float32)
+        run(a, i, out, i + 3)
+        expected = np.full(48, -1, np.float32)
+        expected[i + 3 : i + 19] = np.arange(i, i + 16)
+        np.testing.assert_array_equal(out, expected)
+
+
+@njit
+def _ragged(a, i, n, loaded, stored, masked):
+    f32_store(loaded, 0, f32_load_first(a, i, n))
+    f32_store_first(stored, i, f32_load(a, i), n)
+    f32_store(masked, 0, lanes_between(f32_load(a, i), n - 7, n, np.float32(-3)))
+
+
+@pytest.mark.parametrize("count", range(-20, 36))
+def test_ragged_ends(count: int) -> None:
+    """Only the first ``count`` lanes are read or written, for any count."""
+    a = np.arange(1, 41, dtype=np.float32)
+    loaded, masked = np.empty(16, np.float32), np.empty(16, np.float32)
+    inside = min(max(count, 0), 16)
+    for i in (0, 5, 24):
+        stored = np.full(40, -1, np.float32)
+        _ragged(a, i, count, loaded, stored, masked)
+        np.testing.assert_array_equal(loaded, np.concatenate((a[i : i + inside], np.zeros(16 - inside))))
+        expected = np.full(40, -1, np.float32)
+        expected[i : i + inside] = a[i : i + inside]
+        np.testing.assert_array_equal(stored, expected)
+        lanes = np.arange(16)
+        np.testing.assert_array_equal(masked, np.where((lanes >= count - 7) & (lanes < count), a[i : i + 16], -3))
+
+
+def test_load_past_the_end_reads_nothing() -> None:
+    """A ragged load may start where the array ends."""
+    load, store = _simd.f32_load_first, _simd.f32_store
+
+    @njit
+    def run(a, n, out):
+        store(out, 0, load(a, a.size, n))
+
+    out = np.empty(16, np.float32)
+    run(np.ones(5, np.float32), 0, out)
+    assert (out == 0).all()
+
+
+def test_every_half_float_is_widened_and_rounded_exactly() -> None:
+    load, store, widen, narrow = _simd.load, _simd.f32_store, _simd.f16_to_f32, _simd.f32_to_f16
+    store_scalar = _simd.store_scalar
+
+    @njit
+    def widen_all(bits, out):
+        for i in range(0, bits.size, 16):
+            store(out, i, load(bits, i))
+
+    @njit
+    def one_by_one(bits, values, back, stored, copied):
+        for i in range(bits.size):
+            values[i] = widen(bits[i])
+            back[i] = narrow(values[i])
+            store_scalar(stored, i, values[i])
+            store_scalar(copied, i, values[i])
+
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = bits.view(np.float16).astype(np.float32)
+    out = np.empty(1 << 16, np.float32)
+    widen_all(bits, out)
+    np.testing.assert_array_equal(out, expected)
+    widen_all(bits.view(np.int16), out)  # bfloat16
+    np.testing.assert_array_equal(out, (bits.astype(np.uint32) << 16).view(np.float32))
+    widen_all(expected, out)
+    np.testing.assert_array_equal(out, expected)
+
+    values, copied = np.empty((2, 1 << 16), np.float32)
+    back, stored = np.empty((2, 1 << 16), np.uint16)
+    one_by_one(bits, values, back, stored, copied)
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(copied, expected)
+    for halves in (back, stored):
+        np.testing.assert_array_equal(halves.view(np.float16), bits.view(np.float16))
+
+
+def test_rounding_to_half_floats_is_to_nearest_even() -> None:
+    narrow = _simd.f32_to_f16
+
+    @njit
+    def run(values, out):
+        for i in range(values.size):
+            out[i] = narrow(values[i])
+
+    rng = np.random.default_rng(0)
+    values = np.ldexp(rng.uniform(-2, 2, 20000), rng.integers(-30, 20, 20000)).astype(np.float32)
+    ties = (np.arange(1, 2000, dtype=np.uint16).view(np.float16).astype(np.float64) * (1 + 2.0**-11)).astype(np.float32)
+    values = np.concatenate((values, ties, SPECIAL))
+    out = np.empty(values.size, np.uint16)
+    run(values, out)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out.view(np.float16), values.astype(np.float16))
+
+
+def test_the_same_with_older_instructions() -> None:
+    """What the host does with AVX-512, say, AVX2 does otherwise: no masked stores, registers of half the width."""
+    cpu = "haswell" if platform.machine() in ("x86_64", "AMD64") else "generic"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, __file__.replace("simd", "math"), "-k", "not older"],
+        env={**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -12,6 +12,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from ruvllm.kernels._half_llvm import narrow, widen
+
 LANES = 16
 
 _I32 = ir.IntType(32)
@@ -354,8 +356,7 @@ def _read_f32(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 
 def _read_f16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    halves = builder.bitcast(_load_halves(context, builder, sig, args), ir.VectorType(ir.HalfType(), LANES))
-    return builder.fpext(halves, f32x16.llvm)
+    return widen(context, builder, _load_halves(context, builder, sig, args))
 
 
 def _read_bf16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -378,7 +379,7 @@ def store_scalar(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
         value = args[2]
         if sig.args[0].dtype == types.uint16:
-            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+            value = narrow(context, builder, value)
         builder.store(value, pointer)
         return context.get_dummy_value()
 
@@ -390,7 +391,7 @@ def f16_to_f32(typingctx: Any, x: Any) -> Any:
     """One IEEE half float, given as its uint16 bits, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return widen(context, builder, args[0])
 
     return types.float32(types.uint16), codegen
 
@@ -400,7 +401,7 @@ def f32_to_f16(typingctx: Any, x: Any) -> Any:
     """One float32 rounded to an IEEE half float (nearest even), as its uint16 bits."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        return narrow(context, builder, args[0])
 
     return types.uint16(types.float32), codegen
 

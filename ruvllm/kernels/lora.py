@@ -215,8 +215,9 @@ def require_given(name: str, array: Any) -> None:
 def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: bool, out: np.ndarray) -> np.ndarray:
     if not out.size:
         return out
-    rows, to = _check.rows(x) if x.size else x.reshape(-1, 0), _check.rows(out)
+    to = _check.rows(out)
     count, rank = to.shape[0], a.shape[1]
+    rows = x.reshape(count, x.shape[-1])
     h = np.empty((count, rank), np.float32)
     threads = threads_for(count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, count * b.shape[1])
     if threads == 1:

@@ -1,0 +1,177 @@
+"""Quantised operands for the tests of integer matmul, and the answers in int64 and float64.
+
+Run as a program, it checks every case in a process of its own, where another CPU may be forced or the compiler off:
+``python -m tests.kernels.quant_cases``; it prints the instructions in use and a hash of all integers.
+"""
+
+import hashlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels.quant import INT4, INT8, quant_matmul, quant_token, quantize_activations
+from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+
+TOKENS = (*range(1, 14), 64)
+SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
+KINDS = tuple((kind, mins) for kind in (INT4, INT8) for mins in (False, True))
+ONE = np.float16(1).view(np.uint16)  # the bits of a scale of 1
+
+
+class Weights(NamedTuple):
+    """Row-major operands, and the panels made of them."""
+
+    codes: np.ndarray  # (N, 32 G) int64: signed values, for symmetric 4-bit weights still 0..15
+    scales: np.ndarray  # (N, G) float64
+    mins: np.ndarray  # (N, G) float64: -8 scale for symmetric 4-bit weights
+    panels: Panels
+
+    def matrix(self) -> np.ndarray:
+        """W (N, 32 G) in float64."""
+        return np.repeat(self.scales, 32, 1) * self.codes + np.repeat(self.mins, 32, 1)
+
+
+class Activations(NamedTuple):
+    """What quantize_activations makes of x (T, K)."""
+
+    xq: np.ndarray
+    xs: np.ndarray
+    sums: np.ndarray
+    totals: np.ndarray
+
+    def matrix(self) -> np.ndarray:
+        """x (T, 32 G) in float64, as rounded."""
+        return np.repeat(self.xs.astype(np.float64), 32, 1) * self.xq
+
+
+def weights(kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None) -> Weights:
+    """From codes (uint8), scales and mins (bits of half floats)."""
+    n, groups = scales.shape
+    panels = empty_panels(kind, n, groups * 32, mins is not None)
+    for array in panels[1:]:
+        array[...] = 77  # whatever was in memory
+    pack_groups(codes, scales, mins, panels)
+    values = codes.astype(np.int64) if kind == INT4 else codes.view(np.int8).astype(np.int64)
+    scale = scales.view(np.float16).astype(np.float64)
+    low = -8 * scale * (kind == INT4) if mins is None else mins.view(np.float16).astype(np.float64)
+    return Weights(values, scale, low, panels)
+
+
+def random_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int, k: int) -> Weights:
+    groups = -(-k // 32)
+    codes = rng.integers(0, 16 if kind == INT4 else 256, (n, groups * 32), np.uint8)
+    scales, mins = rng.standard_normal((2, n, groups)).astype(np.float16).view(np.uint16)
+    return weights(kind, codes, scales, mins if with_mins else None)
+
+
+def unit_weights(kind: int, codes: np.ndarray, with_mins: bool) -> Weights:
+    """Scales of 1, mins of 2: every result is an integer."""
+    scales = np.full((len(codes), codes.shape[1] // 32), ONE)
+    return weights(kind, codes, scales, np.full_like(scales, np.float16(2).view(np.uint16)) if with_mins else None)
+
+
+def rounded_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int, k: int) -> tuple[np.ndarray, Weights]:
+    """Normally distributed numbers (n, k), and what quantisation makes of them."""
+    w = rng.standard_normal((n, k), np.float32)
+    if kind == INT4:
+        return w, weights(kind, *quantize_int4(w, symmetric=not with_mins))
+    codes, scales = quantize_int8(w)
+    return w, weights(kind, codes.view(np.uint8), scales, np.zeros_like(scales) if with_mins else None)
+
+
+def activations(x: np.ndarray) -> Activations:
+    tokens, groups = len(x), -(-x.shape[1] // 32)
+    xq = np.full((tokens, groups * 32), 99, np.int8)
+    xs, totals = np.full((2, tokens, groups), np.float32(99))
+    sums = np.full((tokens, groups), 99, np.int32)
+    quantize_activations(x, xq, xs, sums, totals, 0, tokens)
+    return Activations(xq, xs, sums, totals)
+
+
+def unit_activations(xq: np.ndarray) -> Activations:
+    """Scales of 1."""
+    sums = xq.reshape(len(xq), -1, 32).sum(2, dtype=np.int32)
+    return Activations(xq, np.ones(sums.shape, np.float32), sums, sums.astype(np.float32))
+
+
+def multiply(w: Weights, x: Activations) -> np.ndarray:
+    """y (T, N), with quant_matmul."""
+    out = np.full((len(x.xq), len(w.codes)), np.nan, np.float32)
+    quant_matmul(*w.panels, *x, out, 0, len(w.panels.scales))
+    return out
+
+
+def multiply_token(w: Weights, x: Activations, t: int) -> np.ndarray:
+    """Row t of y, with quant_token."""
+    out = np.full(len(w.codes), np.nan, np.float32)
+    quant_token(*w.panels, *(array[t] for array in x), out, 0, len(w.panels.scales))
+    return out
+
+
+def integers(w: Weights, x: Activations) -> np.ndarray:
+    """What unit weights and activations must give exactly, in int64."""
+    low = w.mins.astype(np.int64) @ x.sums.T.astype(np.int64)
+    return (w.codes @ x.xq.T.astype(np.int64) + low).T
+
+
+def integer_cases(tokens: tuple[int, ...] = TOKENS) -> dict[str, tuple[Weights, Activations]]:
+    """Random and extreme codes of every kind; sums stay below 2^24, where float32 has every integer."""
+    rng = np.random.default_rng(5)
+    cases = {}
+    for kind, mins in KINDS:
+        smallest, largest = (0, 15) if kind == INT4 else (128, 127)  # int8 as uint8: -128, 127
+        for t in tokens:
+            for n, k in ((17, 32), (33, 224)):
+                codes = rng.integers(0, 16 if kind == INT4 else 256, (n, k), np.uint8)
+                xq = rng.integers(-127, 128, (t, k)).astype(np.int8)
+                cases[f"random {kind} {mins} {t} {n} {k}"] = unit_weights(kind, codes, mins), unit_activations(xq)
+            for name, codes in {
+                "smallest": np.full((17, 64), smallest, np.uint8),
+                "largest": np.full((17, 64), largest, np.uint8),
+                "both": np.where(rng.random((17, 64)) < 0.5, smallest, largest).astype(np.uint8),
+            }.items():
+                for value in (-127, 127, 0):
+                    xq = np.full((t, 64), value, np.int8)
+                    if value == 0:
+                        xq = np.where(rng.random(xq.shape) < 0.5, -127, 127).astype(np.int8)
+                    case = unit_weights(kind, codes, mins), unit_activations(xq)
+                    cases[f"{name} {kind} {mins} {t} {value}"] = case
+    return cases
+
+
+def check_integers(tokens: tuple[int, ...] = TOKENS) -> str:
+    """Assert every integer case; a hash of all the results."""
+    state = hashlib.sha256()
+    for name, (w, x) in integer_cases(tokens).items():
+        y = multiply(w, x)
+        np.testing.assert_array_equal(y, integers(w, x), err_msg=name)
+        np.testing.assert_array_equal(multiply_token(w, x, len(y) - 1), y[-1], err_msg=name)
+        state.update(y.astype(np.int64).tobytes())
+    return state.hexdigest()
+
+
+def check_rounding() -> str:
+    """Activations rounded, and numbers quantised: the same codes and scales on every CPU."""
+    rng = np.random.default_rng(6)
+    state = hashlib.sha256()
+    for k in (1, 31, 32, 47, 95):
+        x = rng.standard_normal((3, k), np.float32)
+        for array in (*activations(x), *quantize_int8(x), *quantize_int4(x)[:2], *quantize_int4(x, symmetric=False)):
+            state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
+
+
+if __name__ == "__main__":
+    if DISABLE_JIT:
+        kind = "python"
+    else:
+        from numba.core.registry import cpu_target
+
+        from ruvllm.kernels._dot_llvm import target_kind
+
+        kind = target_kind(cpu_target.target_context)
+    few = tuple(int(t) for t in sys.argv[1:]) or TOKENS
+    print(kind, check_integers(few), check_rounding())

@@ -1,0 +1,182 @@
+"""Integer matmul: exact integers on every instruction set, small errors after scaling, the same for any threads."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+
+from ruvllm.kernels.quant import INT4, quant_matmul_parallel
+from tests.kernels import quant_cases as cases
+
+EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
+
+
+def nmse(y: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sum((y - expected) ** 2) / np.sum(expected**2))
+
+
+def test_integers_are_exact() -> None:
+    cases.check_integers()
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("n, k", cases.SHAPES)
+def test_close_to_float64_of_the_same_operands(kind: int, mins: bool, n: int, k: int) -> None:
+    rng = np.random.default_rng(n)
+    w = cases.random_weights(rng, kind, mins, n, k)
+    for tokens in cases.TOKENS:
+        x = cases.activations(rng.standard_normal((tokens, k), np.float32))
+        y = cases.multiply(w, x)
+        assert nmse(y, x.matrix() @ w.matrix().T) <= 1e-11
+        for t in (0, tokens - 1):  # alone, in a tile of six, or among the tokens that are left: the same bits
+            np.testing.assert_array_equal(cases.multiply_token(w, x, t), y[t])
+            np.testing.assert_array_equal(cases.multiply(w, cases.Activations(*(a[t : t + 1] for a in x)))[0], y[t])
+
+
+@EVERY_KIND
+def test_close_to_the_unquantised_product(kind: int, mins: bool) -> None:
+    """8-bit activations alone cost about 4e-5, 8-bit weights as much again, 4-bit weights what they lose themselves."""
+    rng = np.random.default_rng(1)
+    for tokens, n, k in ((1, 64, 577), (13, 129, 1024)):
+        numbers, w = cases.rounded_weights(rng, kind, mins, n, k)
+        x = rng.standard_normal((tokens, k), np.float32)
+        y = cases.multiply(w, cases.activations(x))
+        exact = w.matrix()[:, :k] if kind == INT4 else numbers.astype(np.float64)
+        assert nmse(y, x.astype(np.float64) @ exact.T) <= 5e-4
+        assert nmse(y, x.astype(np.float64) @ numbers.T.astype(np.float64)) <= (2e-2 if kind == INT4 else 5e-4)
+
+
+@EVERY_KIND
+def test_same_for_one_and_two_threads(kind: int, mins: bool) -> None:
+    rng = np.random.default_rng(2)
+    for tokens, n, k in ((1, 15, 40), (7, 100, 95), (13, 257, 64)):
+        w = cases.random_weights(rng, kind, mins, n, k)
+        x = cases.activations(rng.standard_normal((tokens, k), np.float32))
+        expected = cases.multiply(w, x)
+        for threads in (1, 2, 3):
+            out = np.full_like(expected, np.nan)
+            quant_matmul_parallel(*w.panels, *x, out, threads)
+            np.testing.assert_array_equal(out, expected)
+
+
+@EVERY_KIND
+def test_only_its_own_outputs_are_written(kind: int, mins: bool) -> None:
+    rng = np.random.default_rng(3)
+    for tokens, n in ((1, 1), (7, 17), (13, 31)):
+        w = cases.random_weights(rng, kind, mins, n, 64)
+        x = cases.activations(rng.standard_normal((tokens, 64), np.float32))
+        buffer = np.full(tokens * n + 64, np.float32(-5))
+        out = buffer[32 : 32 + tokens * n].reshape(tokens, n)
+        quant_matmul_parallel(*w.panels, *x, out, 2)
+        np.testing.assert_array_equal(out, cases.multiply(w, x))
+        assert (buffer[:32] == -5).all() and (buffer[-32:] == -5).all()
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_in_activations_is_not_lost(kind: int, mins: bool, bad: float) -> None:
+    rng = np.random.default_rng(4)
+    w = cases.random_weights(rng, kind, mins, 20, 70)
+    x = rng.standard_normal((8, 70), np.float32)
+    expected = cases.multiply(w, cases.activations(x))
+    for column in (0, 31, 45, 69):
+        broken = x.copy()
+        broken[3, column] = bad
+        y = cases.multiply(w, cases.activations(broken))
+        assert np.isnan(y[3]).all()
+        np.testing.assert_array_equal(np.delete(y, 3, 0), np.delete(expected, 3, 0))
+
+
+def test_activations_are_rounded_to_the_nearest() -> None:
+    rng = np.random.default_rng(7)
+    for k in (*range(1, 66), 95, 96, 97, 576):
+        x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-30, 30, (3, 1))).astype(np.float32)
+        found = cases.activations(x)
+        filled = np.concatenate((x, np.zeros((3, -k % 32), np.float32)), 1).reshape(3, -1, 32)
+        np.testing.assert_array_equal(found.xs, np.abs(filled).max(2) / np.float32(127))
+        exact = filled.astype(np.float64) / np.maximum(found.xs, np.float32(1e-45)).astype(np.float64)[:, :, None]
+        codes = found.xq.reshape(filled.shape)
+        assert np.abs(codes - exact).max() <= 0.5 + 1e-4
+        assert np.abs(codes).max(2).min() == 127
+        np.testing.assert_array_equal(found.sums, codes.sum(2, dtype=np.int64))
+        np.testing.assert_array_equal(found.totals, found.xs * found.sums.astype(np.float32))
+
+
+def test_activations_at_the_ends_of_float32() -> None:
+    tiny, huge = np.float32(1e-45), np.finfo(np.float32).max
+    x = np.zeros((5, 32), np.float32)
+    x[1, 3], x[2, 5], x[3, :2], x[4, 0] = tiny, np.float32(2.0**-119), (huge, huge), -huge
+    found = cases.activations(x)
+    assert np.isfinite(found.xs).all() and np.isfinite(found.totals).all()
+    np.testing.assert_array_equal(found.sums[:, 0], [0, 0, 127, 254, -127])
+    np.testing.assert_array_equal(found.xq.sum(1), found.sums[:, 0])
+
+
+def run_cases(*tokens: str, **environment: str) -> list[str]:
+    """quant_cases.py as a program, in a process where the CPU is forced."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.quant_cases", *tokens],
+        env={**clean, **environment}, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+def other_cpus() -> dict[str, dict[str, str]]:
+    """Instruction sets that this machine can run: name -> environment."""
+    cpus = {"generic": {"NUMBA_CPU_NAME": "generic"}}
+    host = llvm.get_host_cpu_features()
+    if platform.machine() in ("x86_64", "AMD64"):
+        avx2 = "+avx2,+fma,+f16c"
+        if host.get("avx2") and host.get("fma") and host.get("f16c"):
+            cpus["avx2"] = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": avx2}
+        if host.get("avxvnni"):
+            cpus["vnni256"] = {"NUMBA_CPU_NAME": "alderlake", "NUMBA_CPU_FEATURES": f"{avx2},+avxvnni"}
+    return cpus
+
+
+def test_integers_are_the_same_on_other_cpus_and_without_a_compiler() -> None:
+    expected = run_cases("1", "6", "7")
+    for kind, environment in other_cpus().items():
+        found = run_cases("1", "6", "7", **environment)
+        assert found[0] == kind
+        assert found[1:] == expected[1:], kind
+    found = run_cases("1", "7", NUMBA_DISABLE_JIT="1")
+    assert found[0] == "python"
+    assert found[1:] == run_cases("1", "7")[1:]
+
+
+INSPECT = """
+from numba import int64, types
+from ruvllm.kernels.quant import quant_matmul
+def array(element, axes):
+    return types.Array(element, axes, "C")
+codes, halves, x = array(types.uint8, 4), array(types.uint16, 3), array(types.float32, 2)
+quant_matmul.compile((int64, codes, halves, halves, array(types.int8, 2), x, array(types.int32, 2), x, x, int64, int64))
+print(*quant_matmul.inspect_asm().values())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="forces x86 instruction sets")
+def test_the_instructions_are_there() -> None:
+    """Compiled for each instruction set, not run: the integer dot product is one instruction, on whole registers."""
+    avx2 = "+avx2,+fma,+f16c"
+    vnni512 = f"{avx2},+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512vnni"
+    for name, features, instruction, register in (
+        ("haswell", avx2, "vpmaddubsw", "%ymm"),
+        ("alderlake", f"{avx2},+avxvnni", "vpdpbusd", "%ymm"),
+        ("znver4", vnni512, "vpdpbusd", "%zmm"),
+    ):
+        environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+        asm = subprocess.run(
+            [sys.executable, "-c", INSPECT],
+            env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        lines = [line for line in asm.splitlines() if instruction in line]
+        assert len(lines) >= 16 and all(register in line for line in lines), name

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -236,7 +236,7 @@ class LLM:
         elif len(prompt) and isinstance(prompt[0], dict):
             from ruvllm.checkpoint.chat import encode_chat
 
-            ids = encode_chat(self.tokenizer, prompt)
+            ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))
         else:
             ids = prompt
         if not len(ids):

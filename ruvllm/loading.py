@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from ruvllm.checkpoint.dequant import dequantize_rows
+from ruvllm.checkpoint.groups import decode_groups
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
+from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.kernels._cache import is_warm, mark_warm
@@ -19,8 +23,8 @@ from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.llm import LLM
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, generate
-from ruvllm.model.linear import bytes_per_weight, layout_for
 from ruvllm.model.llama import WEIGHTS, Llama
+from ruvllm.model.weights import bytes_per_weight, layout_for
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
 
@@ -37,8 +41,8 @@ def load(
     Args:
         path: a name known to ``ruvllm pull`` ("smollm2-135m"; fetched if need be), a .gguf file, or a Hugging Face
             directory with config.json, tokenizer.json and safetensors.
-        weights: how weights are kept in memory: "auto" keeps 16-bit floats and widens quantised ones to float32;
-            "f32", "f16", "bf16" convert all.
+        weights: how weights are kept in memory: "auto" keeps the precision of the file, so that a 4-bit file runs on
+            4-bit weights; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores.
         mmap: map the file; False reads it, which survives a file that shrinks while it is being read.
         progress: show progress bars; None: where stderr is a terminal or a notebook.
@@ -88,8 +92,6 @@ def warmup(progress: bool | None = True) -> None:
 
 def _warmup_steps() -> list[Callable[[], object]]:
     """Small tasks that between them call every compiled function with the types that real models give them."""
-    from ruvllm.checkpoint.dequant import warmup_steps
-
     config = ModelConfig(
         vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64,
@@ -108,8 +110,20 @@ def _warmup_steps() -> list[Callable[[], object]]:
         lambda: run("f32", "f32", None),
         lambda: run("f16", "f16", None),
         lambda: run("bf16", "f32", None),
-        *warmup_steps(),
+        lambda: run("int8", "f16", None),
+        lambda: run("int4", "f32", None),
+        *(partial(_decode_type, dtype) for dtype in BLOCKS),
     ]
+
+
+def _decode_type(dtype: str) -> None:
+    """Rows of one storage type, as float32 and as groups."""
+    columns = 256
+    raw = np.zeros((16, row_bytes(dtype, columns)), np.uint8)
+    raw.flags.writeable = False  # as rows of a mapped file are
+    dequantize_rows(dtype, raw, columns, np.empty((16, columns), np.float32))
+    if BLOCKS[dtype][0] > 1:
+        decode_groups(dtype, raw, columns)
 
 
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:

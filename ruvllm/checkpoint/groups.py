@@ -191,18 +191,23 @@ def tensor_groups(
     stored = _TYPES[tensor.dtype][0] if tensor.dtype in _TYPES else None
     if stored is None or (kind == "int4" and stored == "int8"):
         return _rounded(tensor, lo, hi, kind, symmetric)
-    raw = tensor.raw(lo, hi)
-    n, groups = len(raw), tensor.columns // GROUP
-    codes, scales = np.empty((n, groups * GROUP), np.uint8), np.empty((n, groups), np.uint16)
-    mins = np.empty((n, groups if with_mins else 0), np.uint16)
-    _, _, decode, *where = _TYPES[tensor.dtype]
-    decode(raw, codes, scales, mins, *where, 0, n)
+    codes, scales, mins = decode_groups(tensor.dtype, tensor.raw(lo, hi), tensor.columns)
     if BLOCKS[tensor.dtype][0] > GROUP:  # smaller blocks have their scales from the file, and ``raw`` has checked them
         _check_half(tensor, lo, scales, "scale")
         _check_half(tensor, lo, mins, "min")
     if kind != stored and not with_mins:
         codes -= np.uint8(8)  # int8 codes have their zero at 0
     return Groups(kind, codes, scales, mins if with_mins else None)
+
+
+def decode_groups(dtype: str, raw: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (n, K) uint8, scales (n, G) and mins (n, G or 0) uint16 of stored rows (n, row_bytes) of a block type."""
+    _, with_mins, decode, *where = _TYPES[dtype]
+    n, groups = len(raw), columns // GROUP
+    codes, scales = np.empty((n, groups * GROUP), np.uint8), np.empty((n, groups), np.uint16)
+    mins = np.empty((n, groups if with_mins else 0), np.uint16)
+    decode(raw, codes, scales, mins, *where, 0, n)
+    return codes, scales, mins
 
 
 def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True) -> Panels:

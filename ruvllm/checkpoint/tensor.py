@@ -13,6 +13,7 @@ from ruvllm.checkpoint.dequant import dequantize_rows, first_bad_scale
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.errors import ModelFormatError
+from ruvllm.kernels.quant_panels import Panels
 
 _CHUNK_BYTES = 1 << 22  # raw bytes decoded at a time, so that a gathered or read copy stays small
 
@@ -137,6 +138,12 @@ class Tensor:
         if self._index is not None:
             index = self._index[index]
         return Tensor(self._info, self._source, index, by_element=len(self.shape) == 1)
+
+    def quantized(self, layout: str) -> Panels:
+        """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
+        from ruvllm.checkpoint.groups import load_panels  # which reads tensors
+
+        return load_panels(self, layout, symmetric=False)
 
     def release(self) -> None:
         """Tell the system that the tensor's mapped pages are not needed for now, so that they leave our memory."""

@@ -33,7 +33,7 @@ from ruvllm.paths import cache_directory
 
 log = logging.getLogger(__name__)
 
-_KEPT_GENERATIONS = 4  # directories of older sources kept, so that switching branches does not recompile
+_KEPT_GENERATIONS = 16  # directories of other sources kept, so that switching versions does not recompile
 # numba's settings that change the code of a kernel without being part of its signature
 _OPTIONS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "DEBUGINFO_DEFAULT")
 

@@ -45,6 +45,7 @@ class Region:
             compiled._cache = KernelCache(self.function, "region")
             compiled.compile()
         self._kept = compiled
+        assert compiled.address is not None  # it has just been compiled
         return int(compiled.address)
 
     def run(self, table: np.ndarray, threads: int) -> None:

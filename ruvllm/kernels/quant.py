@@ -46,11 +46,13 @@ from ruvllm.kernels._simd import (
     to_f32,
     u8_load,
 )
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, put
 
 GROUP = 32
 INT4, INT8 = 0, 1
 _MINUS_ZERO_CODE = np.float32(-8)  # a symmetric 4-bit weight is scale (code - 8)
+_SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 _LINE = 64  # bytes of one line: 16 rows x 4 columns
 
 
@@ -59,6 +61,7 @@ def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: A
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
 
     xq (T, 32 G); xs, sums, totals (T, G). A NaN or infinity makes its group's scale NaN, so that it is not lost.
+    Groups of numbers below 2^-120 become zeros.
     """
     columns = x.shape[1]
     groups = xs.shape[1]
@@ -73,8 +76,8 @@ def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: A
                 b = f32_load_first(flat, at + LANES, left - LANES) if left > LANES else f32_zero()
             zero = f32_zero()
             largest = hmax(fmax(fmax(a, zero - a), fmax(b, zero - b)))
-            not_finite = hsum((a + b) * zero)
-            inverse = splat(np.float32(127) / largest if largest > np.float32(0) else np.float32(0))
+            not_finite = hsum(a * zero + b * zero)
+            inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
             qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
             at = (t * groups + g) * GROUP
             i8_store(codes, at, qa)
@@ -256,3 +259,35 @@ def quant_matmul_parallel(
     for t in prange(threads):
         lo, hi = panels * t // threads, panels * (t + 1) // threads
         quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
+
+
+@parallel_kernel
+def quantize_activations_parallel(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, threads: Any) -> None:
+    """quantize_activations with the rows split over threads."""
+    rows = x.shape[0]
+    for t in prange(threads):
+        quantize_activations(x, xq, xs, sums, totals, rows * t // threads, rows * (t + 1) // threads)
+
+
+def round_activations(x: np.ndarray, xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> None:
+    """Fill xq (T, 32 G), xs, sums, totals (T, G) from x (T, K); buffers are the caller's (``model.Activations``)."""
+    threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
+    if threads == 1:
+        quantize_activations(x, xq, xs, sums, totals, 0, len(x))
+    else:
+        launch(quantize_activations_parallel, x, xq, xs, sums, totals, threads)
+
+
+def linear_quant(
+    kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray,
+    xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, totals: np.ndarray, out: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
+    threads = threads_for(len(out) * codes.size, PARALLEL_MACS, len(scales))
+    if len(out) == 1 and threads == 1:
+        quant_token(kind, codes, scales, mins, xq[0], xs[0], sums[0], totals[0], out[0], 0, len(scales))
+    elif threads == 1:
+        quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, 0, len(scales))
+    else:
+        launch(quant_matmul_parallel, kind, codes, scales, mins, xq, xs, sums, totals, out, threads)
+    return out

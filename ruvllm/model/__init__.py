@@ -1,9 +1,34 @@
 """Models composed of kernels, in plain Python."""
 
-from ruvllm.model.config import PRESETS, ModelConfig, RopeConfig
-from ruvllm.model.kv_cache import KVCache
-from ruvllm.model.layer import TransformerLayer
-from ruvllm.model.linear import Linear
-from ruvllm.model.llama import Llama
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ruvllm.model.config import PRESETS, ModelConfig, RopeConfig
+    from ruvllm.model.kv_cache import KVCache
+    from ruvllm.model.layer import TransformerLayer
+    from ruvllm.model.linear import Linear
+    from ruvllm.model.llama import Llama
+
+# Fetched when first used: a configuration can be read without loading the compiler.
+_HOMES = {
+    "PRESETS": "config",
+    "ModelConfig": "config",
+    "RopeConfig": "config",
+    "KVCache": "kv_cache",
+    "TransformerLayer": "layer",
+    "Linear": "linear",
+    "Llama": "llama",
+}
 
 __all__ = ["PRESETS", "KVCache", "Linear", "Llama", "ModelConfig", "RopeConfig", "TransformerLayer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"ruvllm.model.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'ruvllm.model' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

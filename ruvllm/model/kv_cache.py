@@ -8,7 +8,8 @@ import numpy as np
 
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels._memory import aligned_zeros
-from ruvllm.kernels.cached_attention import LANES, padded
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.cached_attention import padded
 from ruvllm.model.config import ModelConfig
 
 DTYPES = {"f32": np.float32, "f16": np.uint16}

@@ -13,6 +13,7 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels.cached_attention import cached_attention, kv_append_heads, scratch_size
+from ruvllm.model.activations import Activations
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.linear import Linear
@@ -33,6 +34,7 @@ class Step:
     attended: np.ndarray  # (T, H, D)
     gate: np.ndarray  # (T, F)
     up: np.ndarray  # (T, F)
+    inputs: Activations  # what goes into the linear layers, with its 8-bit form
     scratch: np.ndarray  # (threads, ...) for attention
 
 
@@ -47,6 +49,7 @@ class Buffers:
         self.q, self.attended = aligned_empty((T, heads, D)), aligned_empty((T, heads, D))
         self.k, self.v = aligned_empty((T, kv_heads, D)), aligned_empty((T, kv_heads, D))
         self.gate, self.up = aligned_empty((T, F)), aligned_empty((T, F))
+        self.inputs = Activations(T, max(E, F, heads * D))
         self.scratch = aligned_empty((threads, scratch_size(D)))
 
     def step(self, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Step:
@@ -54,7 +57,8 @@ class Buffers:
         T = len(positions)
         return Step(
             positions, cos, sin, self.x[:T], self.h[:T], self.q[:T], self.k[:T], self.v[:T],
-            self.attended[:T], self.gate[:T], self.up[:T], self.scratch,
+            self.attended[:T], self.gate[:T], self.up[:T],
+            self.inputs, self.scratch,
         )  # fmt: skip
 
 
@@ -69,15 +73,16 @@ class Attention:
     def __call__(self, s: Step, cache: KVCache, layer: int) -> np.ndarray:
         """s.h (T, E) -> (T, E) in s.h; the tokens' keys and values go into the cache."""
         T = len(s.h)
-        self.q(s.h, out=s.q.reshape(T, -1))
-        self.k(s.h, out=s.k.reshape(T, -1))
-        self.v(s.h, out=s.v.reshape(T, -1))
+        h = s.inputs.of(s.h)
+        self.q(h, out=s.q.reshape(T, -1))
+        self.k(h, out=s.k.reshape(T, -1))
+        self.v(h, out=s.v.reshape(T, -1))
         K.apply_rope_tables(s.q, s.cos, s.sin, out=s.q)
         K.apply_rope_tables(s.k, s.cos, s.sin, out=s.k)
         keys, values = cache.keys[layer], cache.values[layer]
         kv_append_heads(s.k, s.v, keys, values, s.positions, 0, len(keys))
         cached_attention(s.q, keys, values, s.positions, self.window, self.scale, s.attended, s.scratch)
-        return self.o(s.attended.reshape(T, -1), out=s.h)
+        return self.o(s.inputs.of(s.attended.reshape(T, -1)), out=s.h)
 
 
 class FeedForward:
@@ -88,10 +93,11 @@ class FeedForward:
 
     def __call__(self, s: Step) -> np.ndarray:
         """s.h (T, E) -> (T, E) in s.h."""
-        self.gate(s.h, out=s.gate)
-        self.up(s.h, out=s.up)
+        h = s.inputs.of(s.h)
+        self.gate(h, out=s.gate)
+        self.up(h, out=s.up)
         K.silu_mul(s.gate, s.up, out=s.gate)
-        return self.down(s.gate, out=s.h)
+        return self.down(s.inputs.of(s.gate), out=s.h)
 
 
 class TransformerLayer:

@@ -13,8 +13,9 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.model.decode_plan import DecodeBuffers, DecodePlan
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Buffers, TransformerLayer
-from ruvllm.model.linear import LAYOUTS, Linear, WeightTensor, layout_for
+from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomWeights
+from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
 
 PREFILL_TOKENS = 128  # tokens per forward pass: Ctrl-C is seen between passes
 WEIGHTS = ("auto", *LAYOUTS)
@@ -36,7 +37,7 @@ class Llama:
     Args:
         config: sizes and variants.
         weights: where the tensors come from; None makes random ones from ``seed``.
-        layout: "auto" keeps 16-bit floats as they are and widens the rest; "f32", "f16", "bf16" convert.
+        layout: "auto" keeps the precision of the file; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores that this process may run on.
         progress: called with the number of weights read, as they are.
 

@@ -6,6 +6,9 @@ import zlib
 
 import numpy as np
 
+from ruvllm.kernels.quant import INT4, INT8
+from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 from ruvllm.model.config import ModelConfig
 
 _BLOCK = 256  # rows that one generator makes
@@ -35,6 +38,17 @@ class RandomTensor:
             return values
         out[...] = values
         return out
+
+    def quantized(self, layout: str) -> Panels:
+        """The matrix rounded to "int4" (symmetric) or "int8" panels, a few rows at a time."""
+        rows, columns = self.shape
+        panels = empty_panels(INT4 if layout == "int4" else INT8, rows, columns, mins=False)
+        for lo in range(0, rows, _BLOCK):
+            hi = min(rows, lo + _BLOCK)
+            x = self.float32(lo, hi)
+            codes, scales = quantize_int4(x)[:2] if layout == "int4" else quantize_int8(x)
+            pack_groups(codes, scales, None, panels.part(lo, hi))
+        return panels
 
     def _rows(self, block: int) -> np.ndarray:
         columns = self.shape[1]

@@ -1,0 +1,40 @@
+"""Activations: the input of linear layers, with its 8-bit form made once for all layers that share it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels.quant import GROUP, round_activations
+
+Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq (T, 32 G), xs, sums, totals (T, G)
+
+
+class Activations:
+    """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once, ``of`` says what they now stand for."""
+
+    def __init__(self, tokens: int, columns: int) -> None:
+        groups = -(-columns // GROUP)
+        self._codes = aligned_empty(tokens * groups * GROUP, np.int8)
+        self._scales, self._totals = aligned_empty(tokens * groups), aligned_empty(tokens * groups)
+        self._sums = aligned_empty(tokens * groups, np.int32)
+        self._rounded: Rounded | None = None
+        self.x = np.empty((0, columns), np.float32)
+
+    def of(self, x: np.ndarray) -> Activations:
+        """These activations now are x (T, K)."""
+        self.x = x
+        self._rounded = None
+        return self
+
+    def rounded(self) -> Rounded:
+        """x in 8 bits (see ``kernels.quant``), computed when first asked for."""
+        if self._rounded is None:
+            T = len(self.x)
+            G = -(-self.x.shape[1] // GROUP)
+            self._rounded = (
+                self._codes[: T * G * GROUP].reshape(T, G * GROUP), self._scales[: T * G].reshape(T, G),
+                self._sums[: T * G].reshape(T, G), self._totals[: T * G].reshape(T, G),
+            )  # fmt: skip
+            round_activations(self.x, *self._rounded)
+        return self._rounded

@@ -1,0 +1,140 @@
+"""How a weight matrix lies in memory: panels of floats, or panels of 4- or 8-bit groups; packed once, at load."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.decode import BF16, F16, F32, Q4, Q8
+from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
+from ruvllm.kernels.quant import linear_quant
+from ruvllm.kernels.quant_panels import Panels
+from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
+from ruvllm.model.activations import Activations
+
+_ROWS_AT_ONCE_BYTES = 4 << 20  # of float32 rows between file and panels: small beside the model, large beside a call
+
+# bfloat16 travels as int16, IEEE half as uint16.
+FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
+INTEGER_LAYOUTS = ("int4", "int8")
+LAYOUTS = (*FLOAT_LAYOUTS, *INTEGER_LAYOUTS)
+
+# What "auto" makes of the storage types: as many bits as the file has, rounded up to what the kernels know.
+_AUTO = {
+    "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4",
+    "Q5_0": "int8", "Q5_1": "int8", "Q5_K": "int8", "Q6_K": "int8", "Q8_0": "int8",
+}  # fmt: skip
+_ADDRESSED = {np.dtype(np.float32): F32, np.dtype(np.uint16): F16, np.dtype(np.int16): BF16}
+
+
+class WeightTensor(Protocol):
+    """What a layer needs of a tensor on disk (``checkpoint.Tensor``) or of a random one."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def float32(self, lo: int = 0, hi: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows lo:hi as float32."""
+        ...
+
+    def quantized(self, layout: str) -> Panels:
+        """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
+        ...
+
+
+def layout_for(weights: str, dtype: str) -> str:
+    """The layout of a tensor of type ``dtype`` under the user's choice; "auto" keeps the precision of the file."""
+    return _AUTO.get(dtype, "f32") if weights == "auto" else weights
+
+
+def bytes_per_weight(layout: str) -> float:
+    """Bytes of one weight in a layout, with its share of scales and mins."""
+    if layout in INTEGER_LAYOUTS:
+        return {"int4": 0.5 + 4 / 32, "int8": 1 + 4 / 32}[layout]
+    return float(np.dtype(FLOAT_LAYOUTS[layout]).itemsize)
+
+
+class FloatWeights:
+    """W (N, K) as panels (ceil(N / 16), K, 16) of float32, IEEE half or bfloat16, see ``kernels.panels``."""
+
+    def __init__(self, panels: np.ndarray, rows: int) -> None:
+        self.panels = panels
+        self.rows, self.columns = rows, panels.shape[1]
+        self.layout = next(name for name, dtype in FLOAT_LAYOUTS.items() if panels.dtype == dtype)
+        self.nbytes = panels.nbytes
+
+    @classmethod
+    def load(cls, tensor: WeightTensor, layout: str) -> FloatWeights:
+        """Read, convert and pack a tensor a few rows at a time."""
+        rows, columns = tensor.shape
+        panels = aligned_empty((panel_count(rows), columns, LANES), FLOAT_LAYOUTS[layout])
+        step = max(1, _ROWS_AT_ONCE_BYTES // (4 * columns * LANES)) * LANES
+        for lo in range(0, rows, step):
+            hi = min(rows, lo + step)
+            pack(_converted(tensor.float32(lo, hi), layout), panels[lo // LANES : panel_count(hi)])
+        return cls(panels, rows)
+
+    def matmul(self, x: Activations, out: np.ndarray) -> None:
+        """out (T, N) = x W^T."""
+        linear_panels(self.panels, x.x, out)
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as (K,) float32."""
+        return unpack_row(self.panels, i)
+
+    def addresses(self) -> list[int]:
+        """Layout, weights, scales, mins, groups with mins, for ``kernels.decode``."""
+        return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0, 0, 0]
+
+
+class IntegerWeights:
+    """W (N, K) as panels of 4- or 8-bit groups, see ``kernels.quant``."""
+
+    def __init__(self, panels: Panels, rows: int, columns: int) -> None:
+        self.panels = panels
+        self.rows, self.columns = rows, columns
+        self.layout = "int4" if panels.kind == Q4 else "int8"
+        self.nbytes = panels.nbytes
+
+    def matmul(self, x: Activations, out: np.ndarray) -> None:
+        """out (T, N) = x W^T, with x rounded to 8 bits."""
+        linear_quant(*self.panels, *x.rounded(), out)
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as (K,) float32."""
+        return unpack_quant_row(self.panels, i)[: self.columns]
+
+    def addresses(self) -> list[int]:
+        """Layout, weights, scales, mins, groups with mins, for ``kernels.decode``."""
+        kind, codes, scales, mins = self.panels
+        layout = Q4 if kind == Q4 else Q8
+        return [layout, codes.ctypes.data, scales.ctypes.data, mins.ctypes.data, mins.shape[1]]
+
+
+def load_weights(tensor: WeightTensor, layout: str) -> FloatWeights | IntegerWeights:
+    """A tensor (N, K) in one of LAYOUTS."""
+    if layout in INTEGER_LAYOUTS:
+        return IntegerWeights(tensor.quantized(layout), *tensor.shape)
+    return FloatWeights.load(tensor, layout)
+
+
+def _converted(rows: np.ndarray, layout: str) -> np.ndarray:
+    """Float32 rows in the dtype of a layout. From files of 16-bit floats this is exact."""
+    if layout == "f16":
+        halves = np.empty(rows.shape, np.uint16)
+        halve(np.ascontiguousarray(rows).reshape(-1), halves.reshape(-1))
+        return halves
+    if layout == "bf16":
+        return _round_to_bf16(rows)
+    return np.ascontiguousarray(rows)
+
+
+def _round_to_bf16(rows: np.ndarray) -> np.ndarray:
+    """Nearest bfloat16, ties to even, as int16 bits. NaN stays NaN."""
+    bits: Any = np.ascontiguousarray(rows).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(rows), quiet_nan, rounded).astype(np.uint16).view(np.int16)

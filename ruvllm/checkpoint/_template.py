@@ -64,8 +64,11 @@ class Template:
             raise Refused(f"it has {len(source)} characters, more than {MAX_SOURCE}")
         environment = _environment()
         tree = environment.parse(source)
-        if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+        parts = list(tree.find_all(nodes.Node))
+        if len(parts) > MAX_NODES:
             raise Refused(f"it has more than {MAX_NODES} parts")
+        if any(isinstance(part, nodes.Include | nodes.Import | nodes.FromImport | nodes.Extends) for part in parts):
+            raise Refused("it loads other templates")
         tree = _Hooks(literals).visit(tree)
         tree.set_environment(environment)
         token = current.set(Budget())  # constants are folded while compiling
@@ -110,7 +113,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: _hooked_filter(name, self.filters) for name in functions.FILTERS}
         jinjas: dict[str, Any] = dict(self.tests)
         self.tests = {name: _hooked_test(jinjas[name]) for name in functions.TESTS}
-        self.globals = {"range": self.globals["range"], **functions.GLOBALS}
+        self.globals = dict(functions.GLOBALS)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, LoopContext | Namespace):

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.utils import Namespace
 
-from ruvllm.checkpoint._template_budget import MAX_BITS, Budget, allow, current
+from ruvllm.checkpoint._template_budget import MAX_BITS, MAX_ITEMS, Budget, Refused, allow, current
 
 _LARGEST_ARGUMENT = 1000  # widths and precisions
 _LARGEST_SET = 4096  # distinct numbers can be made to hash alike, and then take quadratic time
@@ -43,6 +43,13 @@ class ValueNamespace(Namespace):
 
     def __repr__(self) -> str:
         return "<Namespace>"
+
+
+def make_range(*args: Any) -> range:
+    made = range(*args)
+    if made and (made[-1] - made[0]) // made.step >= MAX_ITEMS:  # len() overflows
+        raise Refused(f"it makes a range of more than {MAX_ITEMS} numbers")
+    return made
 
 
 def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -191,6 +198,7 @@ TESTS = (
 GLOBALS: dict[str, Callable[..., Any]] = {
     "dict": make_dict,
     "namespace": ValueNamespace,
+    "range": make_range,
     "raise_exception": raise_exception,
     "strftime_now": strftime_now,
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from ruvllm.checkpoint._spm import merges_from_scores
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
+from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
 PREFIX = "tokenizer.ggml."
@@ -68,6 +68,7 @@ _END_OF_TURN = frozenset({
     "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 
+_LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
 _NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -82,7 +83,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     kinds = _kinds(keys, len(pieces))
     named = {name: _named_id(keys, name, pieces, model) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     ends = _end_ids(pieces, kinds, named)
-    for i in (*ends, *(i for i, kind in enumerate(kinds) if kind == Kind.USER_DEFINED)):
+    for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
         if i in ends or looks_like_control(pieces[i]):
             kinds[i] = Kind.CONTROL
     if model == "gpt2":
@@ -115,7 +116,7 @@ def looks_like_control(piece: str) -> bool:
 def _ids_of(keys: Fields, pieces: list[Any]) -> dict[str, int]:
     """Piece to id; pieces that are empty have no text and are left out."""
     key = PREFIX + "tokens"
-    if not pieces or not all(isinstance(piece, str) for piece in pieces):
+    if set(map(type, pieces)) != {str}:
         raise keys.error(key, f"{len(pieces)} values", "an array of strings")
     ids = {piece: i for i, piece in enumerate(pieces)}
     if len(ids) != len(pieces) and len(ids) - ("" in ids) != len(pieces) - pieces.count(""):
@@ -150,8 +151,8 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
     key = f"{PREFIX}{name}_token_id"
     found = keys.get(key, int)
     if found is None:
-        default = {"bos": 1, "eos": 2, "unknown": 0}.get(name) if model == "llama" else None
-        return default if default is not None and default < len(pieces) else None
+        default = _LLAMA_IDS.get(name) if model == "llama" else None
+        return default[0] if default is not None and pieces[default[0] : default[0] + 1] == [default[1]] else None
     if not 0 <= found < len(pieces):
         raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
     return found
@@ -160,8 +161,7 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
 def _end_ids(pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
     """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
     given = [i for i in (named["eos"], named["eot"], named["eom"]) if i is not None]
-    added = (Kind.CONTROL, Kind.USER_DEFINED)
-    spelt = [i for i, kind in enumerate(kinds) if kind in added and pieces[i] in _END_OF_TURN]
+    spelt = [i for i in ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED) if pieces[i] in _END_OF_TURN]
     if {"<|return|>", "<|call|>"} <= {pieces[i] for i in spelt}:  # there <|end|> only ends one message of several
         spelt = [i for i in spelt if pieces[i] != "<|end|>"]
     return tuple(dict.fromkeys(given + spelt))
@@ -186,9 +186,12 @@ def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
     if pre not in PRE_TOKENIZERS:
         raise keys.error(PREFIX + "pre", repr(pre), f"one of {', '.join(sorted(_SPLITS))}")
     key = PREFIX + "merges"
-    merges = [tuple(merge.split(" ")) for merge in keys.require(key, list)]
-    wrong = next((merge for merge in merges if len(merge) != 2), None)
-    if wrong is not None:
+    lines = keys.require(key, list)
+    if not set(map(type, lines)) <= {str}:
+        raise keys.error(key, "values that are not strings", "an array of strings")
+    merges = [tuple(line.split(" ")) for line in lines]
+    if not set(map(len, merges)) <= {2}:
+        wrong = next(merge for merge in merges if len(merge) != 2)
         raise keys.error(key, repr(" ".join(wrong)), "two tokens and one space")
     try:
         model = models.BPE(vocab=ids, merges=merges, ignore_merges=pre in _WHOLE_WORDS)
@@ -234,7 +237,7 @@ def _sentencepiece_engine(
 
 def _check_byte_pieces(keys: Fields, pieces: list[str], kinds: bytearray) -> None:
     names = {f"<0x{byte:02X}>" for byte in range(256)}
-    wrong = next((pieces[i] for i, kind in enumerate(kinds) if kind == Kind.BYTE and pieces[i] not in names), None)
+    wrong = next((pieces[i] for i in ids_of_kind(kinds, Kind.BYTE) if pieces[i] not in names), None)
     if wrong is not None:
         raise ModelFormatError(
             keys.path, field=PREFIX + "tokens", found=repr(wrong), expected="a byte as <0x00>..<0xFF>"
@@ -244,12 +247,9 @@ def _check_byte_pieces(keys: Fields, pieces: list[str], kinds: bytearray) -> Non
 def _add_special(engine: Any, pieces: list[str], kinds: bytearray) -> None:
     from tokenizers import AddedToken
 
-    def of(*wanted: Kind, special: bool) -> list[Any]:
-        return [
-            AddedToken(pieces[i], normalized=False, special=special)
-            for i, kind in enumerate(kinds)
-            if kind in wanted and pieces[i]
-        ]
+    def added(special: bool, *wanted: Kind) -> list[Any]:
+        ids = ids_of_kind(kinds, *wanted)
+        return [AddedToken(pieces[i], normalized=False, special=special) for i in ids if pieces[i]]
 
-    engine.add_special_tokens(of(Kind.CONTROL, Kind.UNKNOWN, special=True))
-    engine.add_tokens(of(Kind.USER_DEFINED, special=False))
+    engine.add_special_tokens(added(True, Kind.CONTROL, Kind.UNKNOWN))
+    engine.add_tokens(added(False, Kind.USER_DEFINED))

@@ -167,7 +167,8 @@ class _Chat:
 class _Disguise:
     """Each visible character of the messages replaced by a private-use one, and back again.
 
-    White space stays, so that templates trim and split as they would; so do roles, and keys that are names.
+    White space stays, so that templates trim and split as they would; so do keys, roles and other strings that are no
+    more than a name: templates look for those.
     """
 
     def __init__(self, given: Mapping[str, Any], source: str, controls: _Controls) -> None:
@@ -180,24 +181,18 @@ class _Disguise:
         self._off = {code: chr(character) for character, code in self._on.items()}
         self._controls = controls
 
-    def put_on(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        messages = [{**self._over(message), "role": message["role"]} for message in given["messages"]]
-        return {**self._over(given), "messages": messages}
+    def put_on(self, value: Any) -> Any:
+        if isinstance(value, str):
+            is_name = _NAME.fullmatch(value) and not self._controls.within(value)
+            return value if is_name else value.translate(self._on)
+        if isinstance(value, list):
+            return [self.put_on(item) for item in value]
+        if isinstance(value, dict):
+            return {self.put_on(key): self.put_on(item) for key, item in value.items()}
+        return value
 
     def take_off(self, text: str) -> str:
         return text.translate(self._off)
-
-    def _over(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.translate(self._on)
-        if isinstance(value, list):
-            return [self._over(item) for item in value]
-        if isinstance(value, dict):
-            return {self._key(key): self._over(item) for key, item in value.items()}
-        return value
-
-    def _key(self, key: str) -> str:
-        return key if _NAME.fullmatch(key) and not self._controls.within(key) else key.translate(self._on)
 
 
 def _texts(value: Any) -> list[str]:
@@ -238,7 +233,7 @@ def _rendered(template: Template, variables: Mapping[str, Any], path: str) -> st
         return template.render(variables)
     except Raised as error:
         raise ValueError(f"messages: the chat template says: {printable(error)}") from None
-    except (Refused, SecurityError, RecursionError, MemoryError) as error:
+    except (Refused, SecurityError, OverflowError, RecursionError, MemoryError) as error:
         raise _not_allowed(path, describe(error)) from None
     except Exception as error:  # whatever else an expression can do wrong with the messages it is given
         raise ValueError(f"messages: the chat template cannot use them: {printable(describe(error))}") from None

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from ruvllm.errors import printable
 
 
@@ -29,6 +31,11 @@ class Kind(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+def ids_of_kind(kinds: bytes | bytearray, *wanted: Kind) -> list[int]:
+    """The ids of all tokens of these kinds, in order."""
+    return np.flatnonzero(np.isin(np.frombuffer(kinds, np.uint8), wanted)).tolist()
 
 
 class MetadataFile(Protocol):
@@ -112,9 +119,8 @@ class Tokenizer:
         self.eos_ids = vocabulary.eos_ids
         self.special_tokens = dict(vocabulary.names)
         self.chat_template = vocabulary.chat_template
-        special = (Kind.CONTROL, Kind.UNKNOWN)
-        self.special_ids = frozenset(i for i, kind in enumerate(vocabulary.kinds) if kind in special)
-        self._cut_out = self.special_ids | {i for i, kind in enumerate(vocabulary.kinds) if kind == Kind.USER_DEFINED}
+        self.special_ids = frozenset(ids_of_kind(vocabulary.kinds, Kind.CONTROL, Kind.UNKNOWN))
+        self._cut_out = self.special_ids | set(ids_of_kind(vocabulary.kinds, Kind.USER_DEFINED))
 
     def __repr__(self) -> str:
         return f"<Tokenizer of {self.path}: {self.vocab_size} tokens>"
@@ -155,7 +161,8 @@ class Tokenizer:
         encoding = self._encoding(text, parse_special=False)
         ids: list[int] = encoding.ids
         if marks:  # by their text, since a vocabulary with gaps may lend the marks ids that it uses itself
-            ids = [marks.get(token, i) for token, i in zip(encoding.tokens, ids, strict=True)]
+            # A token that takes the white space beside it has that in its text.
+            ids = [marks.get(token.strip(), i) for token, i in zip(encoding.tokens, ids, strict=True)]
         return ids
 
     def mark(self, token_id: int) -> str:
@@ -196,12 +203,13 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
         try:
-            with self._lock:
-                self._engine.encode_special_tokens = not parse_special
-                return self._engine.encode(text, add_special_tokens=False)
+            text.encode()
         except UnicodeEncodeError as error:
             found = printable(text[error.start])
             raise ValueError(f"text: found the lone surrogate {found} at {error.start}, expected Unicode") from None
+        with self._lock:
+            self._engine.encode_special_tokens = not parse_special
+            return self._engine.encode(text, add_special_tokens=False)
 
     def _checked(self, token_id: int) -> int:
         index = operator.index(token_id)

@@ -66,7 +66,13 @@ def physical_cores() -> int:
 
 
 def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
-    """Call a parallel kernel, one at a time under numba's workqueue layer, which aborts on concurrent calls."""
+    """Call a parallel kernel, one at a time under numba's workqueue layer, which aborts on concurrent calls.
+
+    Raises:
+        RuntimeError: in a forked child whose parent's threads were running; OpenMP would end the child.
+    """
+    if _forked:
+        raise RuntimeError("kernels used threads before this process was forked: start processes with 'spawn' instead")
     if _workqueue():
         with _one_at_a_time:
             kernel(*arguments)

@@ -25,19 +25,6 @@ def panel_count(rows: int) -> int:
 
 
 @kernel(strict=True)
-def panels_token(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """out[r] = sum_k W[r, k] x[k] for the rows of panels lo:hi: one token.
-
-    w (P, K, 16) panels; x (K,); out (rows,).
-    """
-    columns, rows = x.shape[0], out.shape[0]
-    panels = w.reshape(-1)
-    for p in range(lo, hi):
-        at = p * columns * LANES
-        token_times_panel(panels, at, LANES, x, 0, columns, out, p * LANES, rows - p * LANES, False)
-
-
-@kernel(strict=True)
 def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi: tiles of six tokens, the rest one by one.
 

@@ -212,21 +212,6 @@ def _tile_int8(
 
 
 @kernel(strict=True)
-def quant_token(
-    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
-) -> None:
-    """out (N,) = W x for the rows of panels lo:hi: one token, whose xq (32 G,), xs, sums, totals (G,) are given."""
-    rows, groups = out.shape[0], scales.shape[1]
-    c, sc, mn = codes.reshape(-1), scales.reshape(-1), mins.reshape(-1)
-    if kind == INT4:
-        for p in range(lo, hi):
-            put(out, p * LANES, _token_int4(c, sc, mn, xq, xs, totals, p, 0, groups), rows - p * LANES, False)
-    else:
-        for p in range(lo, hi):
-            put(out, p * LANES, _token_int8(c, sc, mn, xq, xs, sums, totals, p, 0, groups), rows - p * LANES, False)
-
-
-@kernel(strict=True)
 def quant_matmul(
     kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
 ) -> None:
@@ -284,9 +269,7 @@ def linear_quant(
 ) -> np.ndarray:  # fmt: skip
     """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
     threads = threads_for(len(out) * codes.size, PARALLEL_MACS, len(scales))
-    if len(out) == 1 and threads == 1:
-        quant_token(kind, codes, scales, mins, xq[0], xs[0], sums[0], totals[0], out[0], 0, len(scales))
-    elif threads == 1:
+    if threads == 1:
         quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, 0, len(scales))
     else:
         launch(quant_matmul_parallel, kind, codes, scales, mins, xq, xs, sums, totals, out, threads)

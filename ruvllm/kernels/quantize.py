@@ -5,7 +5,7 @@
     INT4, with mins   x ~ scale code + min     code 0..15
 
 Codes are rounded against the scale (and min) as stored, in IEEE half precision, and scales are large enough for every
-element of the group: no error exceeds scale / 2. A group is 32 numbers of the last axis.
+element of the group: no error exceeds scale / 2, but for float32's own rounding. A group is 32 numbers of the last axis.
 """
 
 from typing import Any
@@ -222,8 +222,8 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
 
     Raises:
         TypeError: ``x`` is not a float32 array.
-        ValueError: NaN, infinity or a number too large for a half-precision scale (beyond 7.5 x 65504) or min
-            (beyond 65504) in ``x``.
+        ValueError: NaN or infinity in ``x``, or a number too large for scales (symmetric: beyond 7.5 x 65504; else a
+            range beyond 15 x 65504) or mins (below -65504) in half precision.
 
     Source: the formats are those of ggml's Q4_0 and Q4_1.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,7 @@ class KVCache:
         self.length = 0
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
         self.dtype = kv
-        self.buffers: Any = None  # of the model that fills this cache: layer.Buffers
-        self.decode_buffers: Any = None  # and decode_plan.DecodeBuffers
+        self._buffers: dict[tuple[str, bool], Any] = {}
         self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
 
@@ -59,6 +59,14 @@ class KVCache:
             raise ContextFullError(
                 f"context full: {tokens} more tokens do not fit, {self.length} of {self.max_tokens} are taken"
             )
+
+    def buffers_for(self, path: str, tokens: int, make: Callable[[int], Any]) -> Any:
+        """The working memory of the model that fills this cache: for one token, or for as many as the largest pass."""
+        key = (path, tokens == 1)
+        held = self._buffers.get(key)
+        if held is None or held.tokens < tokens:
+            held = self._buffers[key] = make(tokens)
+        return held
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on."""

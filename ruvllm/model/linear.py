@@ -36,7 +36,7 @@ class Linear:
         return self.weights.row(i)
 
     def address_fields(self) -> list[int]:
-        """The matrix's row in a table of addresses, see ``kernels.decode``."""
+        """The matrix's row in a table of addresses, see ``kernels.forward``."""
         bias = 0 if self.bias is None else self.bias.ctypes.data
         return [*self.weights.addresses(), bias, self.rows, self.columns]
 

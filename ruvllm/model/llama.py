@@ -10,7 +10,7 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels._threads import limited_to, physical_cores
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.decode_plan import DecodeBuffers, DecodePlan
+from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Buffers, TransformerLayer
 from ruvllm.model.linear import Linear
@@ -78,8 +78,8 @@ class Llama:
             self.layers = [TransformerLayer.load(config, linear, vector, i) for i in range(config.num_hidden_layers)]
             self.norm = vector("norm")
             self.head = self.embed if config.tie_word_embeddings else linear("head")
-        self.fused = True  # decode in one parallel region; False walks the layers in Python, with the same results
-        self._plan: DecodePlan | None = None
+        self.fused = True  # one parallel region for all layers; False walks them in Python, with the same results
+        self._plan: ForwardPlan | None = None
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
@@ -112,47 +112,46 @@ class Llama:
         before = cache.length
         try:
             with limited_to(self.threads):
-                if len(ids) == 1 and self.fused:
-                    self._decode(ids, cache, logits.reshape(-1))
-                    return logits
                 for lo in range(0, len(ids), PREFILL_TOKENS):
                     part = ids[lo : lo + PREFILL_TOKENS]
-                    x = self._hidden(part, cache)
-                    if not last_only:
-                        self.head(x, out=logits[lo : lo + len(part)])
-                    elif lo + len(part) == len(ids):
-                        self.head(x[-1:], out=logits[None])
+                    last = lo + len(part) == len(ids)
+                    rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
+                    self._forward(part, cache, rows)
         except BaseException:  # Ctrl-C between two kernels: the tokens count as not taken
             cache.truncate(before)
             raise
         return logits
 
-    def _hidden(self, ids: np.ndarray, cache: KVCache) -> np.ndarray:
-        """The normalised hidden states (T, E) after the last layer; the tokens go into the cache."""
+    def _forward(self, ids: np.ndarray, cache: KVCache, logits: np.ndarray | None) -> None:
+        """Append ids to the cache; write the logits after the last ``len(logits)`` of them (1 or all)."""
         start, end = cache.length, cache.length + len(ids)
-        cos, sin = self.rope_tables(end)
-        step = self._buffers(cache, len(ids)).step(np.arange(start, end), cos[start:end], sin[start:end])
-        for t, token in enumerate(ids):
-            step.x[t] = self.embed.row(token)
-        for i, layer in enumerate(self.layers):
-            layer(step, cache, i)
+        cos, sin = (table[start:end] for table in self.rope_tables(end))
+        if self.fused:
+            if self._plan is None:
+                self._plan = ForwardPlan(self)
+            buffers = cache.buffers_for(
+                "fused", len(ids), lambda tokens: ForwardBuffers(self._plan, cache, tokens, self.threads)
+            )
+            self._plan.run(ids, cache, buffers, cos, sin, logits)
+        else:
+            self._walk(ids, cache, cos, sin, logits)
         cache.ids[start:end] = ids
         cache.length = end
-        return K.rms_norm(step.x, self.norm, self.config.rms_norm_eps, out=step.h)
 
-    def _decode(self, ids: np.ndarray, cache: KVCache, logits: np.ndarray) -> None:
-        """One token in one compiled call: what ``_hidden`` and the head do, bit for bit."""
-        if self._plan is None:
-            self._plan = DecodePlan(self)
-        buffers: Any = cache.decode_buffers
-        if buffers is None:
-            buffers = cache.decode_buffers = DecodeBuffers(self._plan, cache, self.threads)
-        position = cache.length
-        cos, sin = self.rope_tables(position + 1)
-        buffers.x[:] = self.embed.row(int(ids[0]))
-        self._plan.run(cache, buffers, cos[position : position + 1], sin[position : position + 1], logits)
-        cache.ids[position] = ids[0]
-        cache.length = position + 1
+    def _walk(
+        self, ids: np.ndarray, cache: KVCache, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None
+    ) -> None:
+        """The same, layer by layer in Python: to read, to step through, and to swap parts of."""
+        buffers = cache.buffers_for("layers", len(ids), lambda tokens: Buffers(self.config, tokens, self.threads))
+        step = buffers.step(np.arange(cache.length, cache.length + len(ids)), cos, sin)
+        for t, token in enumerate(ids):
+            step.x[t] = self.embed.row(int(token))
+        for i, layer in enumerate(self.layers):
+            layer(step, cache, i)
+        if logits is not None:
+            rows = len(logits)
+            h = K.rms_norm(step.x[-rows:], self.norm, self.config.rms_norm_eps, out=step.h[-rows:])
+            self.head(step.inputs.of(h), out=logits)
 
     def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""
@@ -165,13 +164,6 @@ class Llama:
                 factors=rope.factors,
             )  # fmt: skip
         return self._rope_tables
-
-    def _buffers(self, cache: KVCache, tokens: int) -> Buffers:
-        """Buffers that belong to the cache, so that two caches never share one."""
-        held: Any = cache.buffers
-        if held is None or held.tokens < tokens:
-            held = cache.buffers = Buffers(self.config, 1 if tokens == 1 else PREFILL_TOKENS, self.threads)
-        return held
 
     def _checked(self, ids: Any) -> np.ndarray:
         ids = K._check.integers("ids", ids if hasattr(ids, "__len__") else list(ids))

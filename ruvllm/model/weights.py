@@ -8,7 +8,7 @@ import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.decode import BF16, F16, F32, Q4, Q8
+from ruvllm.kernels.forward import BF16, F16, F32, Q4, Q8
 from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
 from ruvllm.kernels.quant import linear_quant
 from ruvllm.kernels.quant_panels import Panels
@@ -86,7 +86,7 @@ class FloatWeights:
         return unpack_row(self.panels, i)
 
     def addresses(self) -> list[int]:
-        """Layout, weights, scales, mins, groups with mins, for ``kernels.decode``."""
+        """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
         return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0, 0, 0]
 
 
@@ -108,7 +108,7 @@ class IntegerWeights:
         return unpack_quant_row(self.panels, i)[: self.columns]
 
     def addresses(self) -> list[int]:
-        """Layout, weights, scales, mins, groups with mins, for ``kernels.decode``."""
+        """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
         kind, codes, scales, mins = self.panels
         layout = Q4 if kind == Q4 else Q8
         return [layout, codes.ctypes.data, scales.ctypes.data, mins.ctypes.data, mins.shape[1]]

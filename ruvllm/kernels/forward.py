@@ -1,0 +1,278 @@
+"""Tokens through all layers in a single parallel region: the fast path of prefill and decode.
+
+The same bodies as the readable path (model/layer.py), in the same order, with barriers where one phase needs what
+all threads wrote in the phase before; the results are the same bit for bit. What hundreds of launches and Python
+calls would cost per token, some 200 barriers of a fraction of a microsecond replace.
+
+Weights are found through a table of addresses: one row per layer, ``FIELDS`` numbers per matrix.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels._jit import inline_kernel, part_kernel
+from ruvllm.kernels._region import Region
+from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
+from ruvllm.kernels._tile import LANES, TILE
+from ruvllm.kernels.activation import silu_mul_range
+from ruvllm.kernels.cached_attention import attend_units, kv_append_heads, scratch_size
+from ruvllm.kernels.norm import rms_norm_rows
+from ruvllm.kernels.panels import panels_matmul
+from ruvllm.kernels.quant import GROUP, quant_matmul, quantize_activations
+from ruvllm.kernels.rope import rope_rows
+from ruvllm.kernels.token_attention import CHUNK, attend_token_chunks, merge_chunks
+
+# Layouts of a matrix in the table; Q4 and Q8 are quant.INT4 and quant.INT8.
+Q4, Q8, F32, F16, BF16 = 0, 1, 2, 3, 4
+FIELDS = 8  # layout, weights, scales, mins, groups with mins, bias, rows, columns
+_Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
+_ATTN_NORM = 7 * FIELDS
+_MLP_NORM = _ATTN_NORM + 1
+LAYER_FIELDS = _MLP_NORM + 1
+
+# The table of the region: numbers, then addresses.
+(
+    THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
+    SCRATCH_SIZE, BLOCKS, WIDE, KV_HALF,
+    SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
+    PARTIAL, LOGITS, INPUT, XQ, XS, SUMS, TOTALS, SCRATCH, TABLE_SIZE,
+) = range(44)  # fmt: skip
+
+
+def thread_scratch(head_dim: int, group: int) -> int:
+    """Floats of scratch that one thread needs, for one token or for many."""
+    return max(scratch_size(head_dim), group * CHUNK)
+
+
+def _forward_member(table: Any) -> None:
+    """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
+
+    For one token every member norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For more,
+    members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``TOTALS`` hold one row per member, or
+    one per token.
+    """
+    t = array_at(table, TABLE_SIZE, np.int64)
+    sync = array_at(t[SYNC], SYNC_SIZE, np.int64)
+    rank, size = join_team(sync, t[THREADS])
+    if rank < 0:
+        return
+    T, E, F, heads, kv_heads, dim = t[TOKENS], t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
+    eps, scale = _floats(t[FLOATS], 1, 2)[0]
+    layers = array_at(t[LAYERS], t[LAYER_COUNT] * LAYER_FIELDS, np.int64).reshape(t[LAYER_COUNT], LAYER_FIELDS)
+    cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
+    positions = array_at(t[POSITIONS], T, np.int64)
+    x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
+    q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
+    gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
+    q_heads, k_heads = q.reshape(T, heads, dim), k.reshape(T, kv_heads, dim)
+    alone = T == 1
+    mine = rank if alone else 0
+    attended = _floats(t[ATTENDED] + mine * heads * dim * 4, T, heads * dim)
+    h = _floats(t[INPUT] + mine * E * 4, T, E)
+    lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
+    e_lo, e_hi = _share(E, rank, size)
+    f_lo, f_hi = _share(F, rank, size)
+    # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
+    for layer in range(t[LAYER_COUNT]):
+        rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
+        _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi)
+        _meet(sync, size, alone)
+        for at in range(_Q, _O, FIELDS):
+            _matrix(t, layers, layer, at, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
+        barrier(sync, size)
+        if alone:
+            kv_lo, kv_hi = part(kv_heads, rank, size)
+            h_lo, h_hi = part(heads, rank, size)
+            rope_rows(q_heads, cos, sin, np.float32(1), q_heads, h_lo, h_hi)
+            rope_rows(k_heads, cos, sin, np.float32(1), k_heads, kv_lo, kv_hi)
+            _append(t, layer, k_heads, v.reshape(T, kv_heads, dim), positions, kv_lo, kv_hi)
+        else:
+            rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
+            rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
+            v_heads = v.reshape(T, kv_heads, dim)
+            _append(t, layer, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
+        barrier(sync, size)
+        _attend(t, layer, q_heads, attended, positions, scale, sync, rank, size)
+        _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi)
+        _meet(sync, size, alone)
+        _matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, rank, size)
+        _add(x, sums_of, e_lo, e_hi)
+        barrier(sync, size)
+        rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
+        _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi)
+        _meet(sync, size, alone)
+        for at in range(_GATE, _DOWN, FIELDS):
+            _matrix(t, layers, layer, at, h, mine, gate if at == _GATE else up, rank, size)
+        for row in range(T):
+            silu_mul_range(gate.reshape(-1), up.reshape(-1), gate.reshape(-1), row * F + f_lo, row * F + f_hi)
+        barrier(sync, size)
+        _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi)
+        _meet(sync, size, alone)
+        _matrix(t, layers, layer, np.int64(_DOWN), gate, mine, sums_of, rank, size)
+        _add(x, sums_of, e_lo, e_hi)
+        barrier(sync, size)
+    _logits(t, x, eps, sync, rank, size)
+
+
+@inline_kernel
+def _floats(address: Any, rows: Any, columns: Any) -> Any:
+    return array_at(address, rows * columns, np.float32).reshape(rows, columns)
+
+
+@inline_kernel
+def _meet(sync: Any, size: Any, alone: Any) -> None:
+    """A barrier after work on tokens that was shared out; one token's work every member has done for itself."""
+    if not alone:
+        barrier(sync, size)
+
+
+@inline_kernel
+def _share(count: Any, rank: Any, size: Any) -> Any:
+    """The elements of a row whose panels are this member's."""
+    lo, hi = part((count + LANES - 1) // LANES, rank, size)
+    return lo * LANES, min(hi * LANES, count)
+
+
+@inline_kernel
+def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
+    """Columns lo:hi of x += y."""
+    for row in range(x.shape[0]):
+        for i in range(lo, hi):
+            x[row, i] += y[row, i]
+
+
+@inline_kernel
+def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
+    """xq, xs, sums, totals of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
+    groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
+    xq = array_at(t[XQ] + mine * t[WIDEST], T * groups * GROUP, np.int8).reshape(T, groups * GROUP)
+    xs = array_at(t[XS] + mine * widest * 4, T * groups, np.float32).reshape(T, groups)
+    sums = array_at(t[SUMS] + mine * widest * 4, T * groups, np.int32).reshape(T, groups)
+    totals = array_at(t[TOTALS] + mine * widest * 4, T * groups, np.float32).reshape(T, groups)
+    return xq, xs, sums, totals
+
+
+@part_kernel
+def _round(
+    t: Any, table: Any, layer: Any, first: Any, end: Any, x: Any, mine: Any, lo: Any, hi: Any
+) -> None:
+    """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so."""
+    for at in range(first, end, FIELDS):
+        if table[layer, at] <= Q8:
+            xq, xs, sums, totals = _rounded(t, mine, x.shape[0], x.shape[1])
+            quantize_activations(x, xq, xs, sums, totals, lo, hi)
+            return
+
+
+@part_kernel
+def _matrix(
+    t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
+) -> None:
+    """out (T, N) = x W^T + bias for this member's share of the rows of the matrix described at table[layer, at:]."""
+    layout, rows, columns = table[layer, at], table[layer, at + 6], table[layer, at + 7]
+    panels = (rows + LANES - 1) // LANES
+    lo, hi = part(panels, rank, size)
+    weights = table[layer, at + 1]
+    if layout <= Q8:
+        groups = (columns + GROUP - 1) // GROUP
+        lines = 4 if layout == Q4 else 8
+        codes = array_at(weights, panels * groups * lines * 64, np.uint8).reshape(panels, groups, lines, 64)
+        scales = array_at(table[layer, at + 2], panels * groups * LANES, np.uint16).reshape(panels, groups, LANES)
+        with_mins = table[layer, at + 4]
+        mins = array_at(table[layer, at + 3], panels * with_mins * LANES, np.uint16).reshape(panels, with_mins, LANES)
+        xq, xs, sums, totals = _rounded(t, mine, x.shape[0], columns)
+        quant_matmul(layout, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
+    elif layout == F32:
+        w32 = array_at(weights, panels * columns * LANES, np.float32).reshape(panels, columns, LANES)
+        panels_matmul(w32, x, out, lo, hi)
+    elif layout == F16:
+        w16 = array_at(weights, panels * columns * LANES, np.uint16).reshape(panels, columns, LANES)
+        panels_matmul(w16, x, out, lo, hi)
+    else:
+        b16 = array_at(weights, panels * columns * LANES, np.int16).reshape(panels, columns, LANES)
+        panels_matmul(b16, x, out, lo, hi)
+    if table[layer, at + 5]:
+        bias = array_at(table[layer, at + 5], rows, np.float32)
+        for row in range(x.shape[0]):
+            for i in range(lo * LANES, min(hi * LANES, rows)):
+                out[row, i] += bias[i]
+
+
+@inline_kernel
+def _keys(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
+    """The keys of one layer (KV, B, D, 16); ``size`` is the bytes of an element."""
+    count = t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES
+    return array_at(t[KEYS] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
+
+
+@inline_kernel
+def _values(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
+    """The values of one layer (KV, 16 B, DV)."""
+    count = t[KV_HEADS] * t[BLOCKS] * LANES * t[WIDE]
+    return array_at(t[VALUES] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
+
+
+@part_kernel
+def _append(t: Any, layer: Any, k: Any, v: Any, positions: Any, lo: Any, hi: Any) -> None:
+    """kv_append_heads into the cache of one layer, half or float32."""
+    if t[KV_HALF]:
+        kv_append_heads(k, v, _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2), positions, lo, hi)
+    else:
+        kv_append_heads(k, v, _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4), positions, lo, hi)
+
+
+@part_kernel
+def _attend(
+    t: Any, layer: Any, q: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
+) -> None:
+    """Attention over the cache of one layer, half or float32; ends with a barrier."""
+    if t[KV_HALF]:
+        keys, values = _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2)
+        _attend_cache(t, q, keys, values, attended, positions, scale, sync, rank, size)
+    else:
+        keys32, values32 = _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4)
+        _attend_cache(t, q, keys32, values32, attended, positions, scale, sync, rank, size)
+
+
+@part_kernel
+def _attend_cache(
+    t: Any, q: Any, keys: Any, values: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
+) -> None:
+    T, heads, dim = q.shape
+    scratch = array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)
+    window = t[WINDOW]
+    if T == 1:
+        where = positions[0]
+        width = (dim + LANES - 1) // LANES * LANES + LANES
+        partial = array_at(t[PARTIAL], heads * t[CHUNKS] * width, np.float32).reshape(heads, t[CHUNKS], width)
+        chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
+        lo, hi = part(keys.shape[0] * chunks, rank, size)
+        attend_token_chunks(q[0], keys, values, where, window, scale, partial, scratch, lo, hi)
+        barrier(sync, size)
+        merge_chunks(partial, chunks, attended.reshape(heads, dim), 0, heads)
+    else:
+        lo, hi = part(heads * ((T + TILE - 1) // TILE), rank, size)
+        attend_units(q, keys, values, positions, window, scale, attended.reshape(T, heads, dim), scratch, lo, hi)
+        barrier(sync, size)
+
+
+@part_kernel
+def _logits(t: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
+    """Logits of the last LOGIT_ROWS tokens: none, one or all."""
+    T, E = x.shape
+    rows = t[LOGIT_ROWS]
+    if rows == 0:
+        return
+    alone = rows == 1
+    mine = rank if alone else 0
+    lo, hi = (np.int64(0), np.int64(1)) if alone else part(rows, rank, size)
+    h = _floats(t[INPUT] + mine * E * 4, rows, E)
+    head = array_at(t[HEAD], FIELDS, np.int64).reshape(1, FIELDS)
+    rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
+    _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi)
+    _meet(sync, size, alone)
+    _matrix(t, head, np.int64(0), np.int64(0), h, mine, _floats(t[LOGITS], rows, t[VOCABULARY]), rank, size)
+
+
+forward_region = Region(_forward_member)

@@ -1,0 +1,93 @@
+"""The forward plan: the addresses and buffers with which one compiled call takes tokens through a whole model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ruvllm.kernels import forward as f
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._team import SYNC_SIZE
+from ruvllm.kernels._threads import num_threads
+from ruvllm.kernels.cached_attention import NO_WINDOW
+from ruvllm.kernels.quant import GROUP
+from ruvllm.kernels.token_attention import chunk_count, partial_width
+from ruvllm.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from ruvllm.model.llama import Llama
+
+
+class ForwardPlan:
+    """Where the weights of a model are. Holds references to all of them, so that the addresses stay valid."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        config = model.config
+        self.layers = np.zeros((len(model.layers), f.LAYER_FIELDS), np.int64)
+        for row, layer in zip(self.layers, model.layers, strict=True):
+            matrices = [matrix.address_fields() for matrix in layer.linears().values()]
+            norms = [layer.attn_norm.ctypes.data, layer.mlp_norm.ctypes.data]
+            row[:] = [*(field for fields in matrices for field in fields), *norms]
+        self.head = np.array(model.head.address_fields(), np.int64)
+        self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
+
+    def run(
+        self, ids: np.ndarray, cache: KVCache, buffers: ForwardBuffers, cos: np.ndarray, sin: np.ndarray,
+        logits: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        """Take ids through all layers, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
+        table, T = buffers.table, len(ids)
+        for row, token in zip(buffers.x, ids, strict=False):
+            row[:] = self.model.embed.row(int(token))
+        buffers.positions[:T] = np.arange(cache.length, cache.length + T) if T > 1 else cache.length
+        table[f.TOKENS] = T
+        table[f.LOGIT_ROWS] = 0 if logits is None else len(logits)
+        table[f.LOGITS] = 0 if logits is None else logits.ctypes.data
+        table[f.COS], table[f.SIN] = cos.ctypes.data, sin.ctypes.data
+        buffers.sync[:] = 0
+        threads = table[f.THREADS] = min(num_threads(), buffers.threads)
+        f.forward_region.run(table, int(threads))
+
+
+class ForwardBuffers:
+    """The buffers of a forward pass of up to ``tokens`` tokens; they belong to a KV cache and are allocated once."""
+
+    def __init__(self, plan: ForwardPlan, cache: KVCache, tokens: int, threads: int) -> None:
+        config = plan.model.config
+        E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = max(tokens, threads)  # of what is one row per token, or one per thread for a single token
+        groups = -(-max(E, F, heads * D) // GROUP)
+        chunks = chunk_count(cache.max_tokens)
+        scratch = f.thread_scratch(D, heads // kv_heads)
+        self.tokens, self.threads = tokens, threads
+        self.x = aligned_empty((tokens, E))
+        self.positions = np.zeros(tokens, np.int64)
+        self.sync = aligned_empty(SYNC_SIZE, np.int64)
+        window = NO_WINDOW if config.sliding_window is None else config.sliding_window
+        numbers = {
+            f.LAYER_COUNT: len(plan.layers), f.HIDDEN: E, f.FEED: F, f.HEADS: heads, f.KV_HEADS: kv_heads, f.DIM: D,
+            f.VOCABULARY: config.vocab_size, f.WINDOW: window, f.CHUNKS: chunks, f.WIDEST: groups * GROUP,
+            f.SCRATCH_SIZE: scratch, f.BLOCKS: cache.keys.shape[2], f.WIDE: cache.values.shape[3],
+            f.KV_HALF: int(cache.keys.dtype == np.uint16),
+        }  # fmt: skip
+        # Kept, because the table holds nothing but their addresses.
+        self.arrays = {
+            f.SYNC: self.sync, f.FLOATS: plan.floats, f.LAYERS: plan.layers, f.HEAD: plan.head, f.NORM: plan.model.norm,
+            f.POSITIONS: self.positions, f.KEYS: cache.keys, f.VALUES: cache.values,
+            f.X: self.x, f.SUMS_OF: aligned_empty((tokens, E)), f.INPUT: aligned_empty((rows, E)),
+            f.Q: aligned_empty((tokens, heads * D)), f.ATTENDED: aligned_empty((rows, heads * D)),
+            f.K: aligned_empty((tokens, kv_heads * D)), f.V: aligned_empty((tokens, kv_heads * D)),
+            f.GATE: aligned_empty((tokens, F)), f.UP: aligned_empty((tokens, F)),
+            f.PARTIAL: aligned_empty((heads, chunks, partial_width(D))),
+            f.XQ: aligned_empty((rows, groups * GROUP), np.int8), f.XS: aligned_empty((rows, groups)),
+            f.SUMS: aligned_empty((rows, groups), np.int32), f.TOTALS: aligned_empty((rows, groups)),
+            f.SCRATCH: aligned_empty((threads, scratch)),
+        }  # fmt: skip
+        self.table = np.zeros(f.TABLE_SIZE, np.int64)
+        for index, number in numbers.items():
+            self.table[index] = number
+        for index, array in self.arrays.items():
+            self.table[index] = array.ctypes.data

@@ -5,7 +5,7 @@
     INT4, with mins   x ~ scale code + min     code 0..15
 
 Codes are rounded against the scale (and min) as stored, in IEEE half precision, and scales are large enough for every
-element of the group: no error exceeds scale / 2, but for float32's own rounding. A group is 32 numbers of the last axis.
+element of the group: no error exceeds scale / 2, but for float32 rounding. A group is 32 numbers of the last axis.
 """
 
 from typing import Any

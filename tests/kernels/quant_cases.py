@@ -6,11 +6,12 @@ Run as a program, it checks every case in a process of its own, where another CP
 
 import hashlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._jit import DISABLE_JIT, kernel
+from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_scalar
 from ruvllm.kernels.quant import INT4, INT8, quant_matmul, quant_token, quantize_activations
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
@@ -164,6 +165,41 @@ def check_rounding() -> str:
     return state.hexdigest()
 
 
+@kernel(strict=True)
+def convert_halves(halves: Any, one: Any, sixteen: Any) -> None:
+    for i in range(halves.shape[0]):
+        one[i] = f16_to_f32(halves[i])
+    for i in range(0, halves.shape[0], 16):
+        f32_store(sixteen, i, load(halves, i))
+
+
+@kernel(strict=True)
+def convert_numbers(numbers: Any, one: Any, stored: Any) -> None:
+    for i in range(numbers.shape[0]):
+        one[i] = f32_to_f16(numbers[i])
+        store_scalar(stored, i, numbers[i])
+
+
+def check_halves(step: int = 1) -> None:
+    """Assert that half floats are converted as NumPy does: every one (or every step-th), and numbers around them."""
+    halves = np.arange(0, 1 << 16, step, dtype=np.uint16)[: (1 << 16) // step // 16 * 16]
+    exact = halves.view(np.float16).astype(np.float32)
+    around = exact.view(np.uint32)[:, None] + np.array([0, 1, -1, 4095, 4096, 4097])
+    numbers = np.concatenate((around.reshape(-1), np.random.default_rng(0).integers(0, 1 << 32, len(halves))))
+    numbers = numbers.astype(np.uint32).view(np.float32)
+    one, sixteen = np.empty((2, len(halves)), np.float32)
+    convert_halves(halves, one, sixteen)
+    narrow, stored = np.empty((2, len(numbers)), np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        convert_numbers(numbers, narrow, stored)
+        rounded = numbers.astype(np.float16)
+    for found in (one, sixteen):
+        assert ((found.view(np.uint32) == exact.view(np.uint32)) | (np.isnan(found) & np.isnan(exact))).all()
+    for found in (narrow, stored):
+        same = (found == rounded.view(np.uint16)) | (np.isnan(found.view(np.float16)) & np.isnan(rounded))
+        assert same.all(), numbers[~same]
+
+
 if __name__ == "__main__":
     if DISABLE_JIT:
         kind = "python"
@@ -173,5 +209,6 @@ if __name__ == "__main__":
         from ruvllm.kernels._dot_llvm import target_kind
 
         kind = target_kind(cpu_target.target_context)
+    check_halves(97 if DISABLE_JIT else 1)
     few = tuple(int(t) for t in sys.argv[1:]) or TOKENS
     print(kind, check_integers(few), check_rounding())

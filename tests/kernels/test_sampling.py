@@ -133,7 +133,7 @@ def test_logits_are_not_changed_and_the_same_u_draws_the_same() -> None:
 
 
 def test_filters_come_before_the_temperature() -> None:
-    """p = 0.6 keeps one token of 0.67, 0.24, 0.09; of the same at temperature 10 (0.37, 0.33, 0.3) it would keep two."""
+    """p = 0.6 keeps one token of 0.67, 0.24, 0.09; at temperature 10 (0.37, 0.33, 0.3) it would keep two."""
     logits = np.array([2, 1, 0], np.float32)
     assert {sample(logits, u, temperature=10.0, top_p=0.6) for u in (0.0, 0.5, 0.999)} == {0}
 

@@ -135,9 +135,9 @@ def byte_rows(
     raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, zero: int, lo: int, hi: int
 ) -> None:
     """Rows lo:hi of Q8_0: d, 32 signed bytes. Nothing but copies, for which NumPy needs no compiled code."""
-    blocks = raw[lo:hi].reshape(hi - lo, -1, block)
+    blocks = raw[lo:hi].reshape(hi - lo, scales.shape[1], block)
     scales[lo:hi] = np.ascontiguousarray(blocks[:, :, :2]).view("<u2")[:, :, 0]
-    codes[lo:hi].reshape(hi - lo, -1, GROUP)[:] = blocks[:, :, codes_at:]
+    codes[lo:hi].reshape(hi - lo, scales.shape[1], GROUP)[:] = blocks[:, :, codes_at:]
 
 
 # kind, has mins, decoder of rows; and where things are in a block: its bytes, the position of the fifth bits (0: there

@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from ruvllm.kernels.quant import INT4, quant_matmul_parallel
+from ruvllm.kernels.quant import INT4, quant_matmul_parallel, quantize_activations_parallel
 from tests.kernels import quant_cases as cases
 
 EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
@@ -34,7 +34,6 @@ def test_close_to_float64_of_the_same_operands(kind: int, mins: bool, n: int, k:
         y = cases.multiply(w, x)
         assert nmse(y, x.matrix() @ w.matrix().T) <= 1e-11
         for t in (0, tokens - 1):  # alone, in a tile of six, or among the tokens that are left: the same bits
-            np.testing.assert_array_equal(cases.multiply_token(w, x, t), y[t])
             np.testing.assert_array_equal(cases.multiply(w, cases.Activations(*(a[t : t + 1] for a in x)))[0], y[t])
 
 
@@ -56,12 +55,17 @@ def test_same_for_one_and_two_threads(kind: int, mins: bool) -> None:
     rng = np.random.default_rng(2)
     for tokens, n, k in ((1, 15, 40), (7, 100, 95), (13, 257, 64)):
         w = cases.random_weights(rng, kind, mins, n, k)
-        x = cases.activations(rng.standard_normal((tokens, k), np.float32))
+        numbers = rng.standard_normal((tokens, k), np.float32)
+        x = cases.activations(numbers)
         expected = cases.multiply(w, x)
         for threads in (1, 2, 3):
             out = np.full_like(expected, np.nan)
             quant_matmul_parallel(*w.panels, *x, out, threads)
             np.testing.assert_array_equal(out, expected)
+            parallel = cases.Activations(*(np.empty_like(array) for array in x))
+            quantize_activations_parallel(numbers, *parallel, threads)
+            for array, same in zip(parallel, x, strict=True):
+                np.testing.assert_array_equal(array, same)
 
 
 @EVERY_KIND

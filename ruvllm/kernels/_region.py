@@ -36,16 +36,20 @@ class Region:
         self.__name__ = getattr(function, "__name__", "region")
         self.__doc__ = function.__doc__
 
+    @property
+    def _variant(self) -> str:
+        """What distinguishes functions made by one line of source: the values they enclose."""
+        return repr([cell.cell_contents for cell in self.function.__closure__ or ()])
+
     @cached_property
     def address(self) -> int:
         """The C function's address; compiled, or read from the cache, when first asked for."""
         with global_compiler_lock:
             options = {"nopython": True, "error_model": "numpy", "fastmath": False}
-            compiled = CFunc(self.function, ((types.int64,), types.void), {}, options)
-            compiled._cache = KernelCache(self.function, "region")
+            compiled: Any = CFunc(self.function, ((types.int64,), types.void), {}, options)
+            compiled._cache = KernelCache(self.function, f"region {self._variant}")
             compiled.compile()
         self._kept = compiled
-        assert compiled.address is not None  # it has just been compiled
         return int(compiled.address)
 
     def run(self, table: np.ndarray, threads: int) -> None:

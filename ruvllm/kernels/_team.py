@@ -10,11 +10,11 @@ later leaves at once. Work is split by the team's size, and results do not depen
 each on a cache line of its own.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 
-if DISABLE_JIT:
+if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels._team_python import array_at, atomic_add, atomic_load, atomic_store, call_address, pause
 else:
     from ruvllm.kernels._team_llvm import array_at, atomic_add, atomic_load, atomic_store, call_address, pause

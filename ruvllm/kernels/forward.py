@@ -7,6 +7,7 @@ calls would cost per token, some 200 barriers of a fraction of a microsecond rep
 Weights are found through a table of addresses: one row per layer, ``FIELDS`` numbers per matrix.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ LAYER_FIELDS = _MLP_NORM + 1
 # The table of the region: numbers, then addresses.
 (
     THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
-    SCRATCH_SIZE, BLOCKS, WIDE, KV_HALF,
+    SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
     PARTIAL, LOGITS, INPUT, XQ, XS, SUMS, TOTALS, SCRATCH, TABLE_SIZE,
 ) = range(44)  # fmt: skip
@@ -45,12 +46,13 @@ def thread_scratch(head_dim: int, group: int) -> int:
     return max(scratch_size(head_dim), group * CHUNK)
 
 
-def _forward_member(table: Any) -> None:
+@part_kernel
+def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
     """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
-    For one token every member norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For more,
-    members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``TOTALS`` hold one row per member, or
-    one per token.
+    ``float_weights`` and ``kv`` are the dtypes of the float matrices and of the KV cache. For one token every member
+    norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For more, members share the tokens out,
+    and a barrier follows. ``INPUT``, ``XQ`` .. ``TOTALS`` hold one row per member, or one per token.
     """
     t = array_at(table, TABLE_SIZE, np.int64)
     sync = array_at(t[SYNC], SYNC_SIZE, np.int64)
@@ -79,40 +81,40 @@ def _forward_member(table: Any) -> None:
         _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi)
         _meet(sync, size, alone)
         for at in range(_Q, _O, FIELDS):
-            _matrix(t, layers, layer, at, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
+            _matrix(t, layers, layer, at, float_weights, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
         barrier(sync, size)
         if alone:
             kv_lo, kv_hi = part(kv_heads, rank, size)
             h_lo, h_hi = part(heads, rank, size)
             rope_rows(q_heads, cos, sin, np.float32(1), q_heads, h_lo, h_hi)
             rope_rows(k_heads, cos, sin, np.float32(1), k_heads, kv_lo, kv_hi)
-            _append(t, layer, k_heads, v.reshape(T, kv_heads, dim), positions, kv_lo, kv_hi)
+            _append(t, layer, kv, k_heads, v.reshape(T, kv_heads, dim), positions, kv_lo, kv_hi)
         else:
             rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
             rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
             v_heads = v.reshape(T, kv_heads, dim)
-            _append(t, layer, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
+            _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
         barrier(sync, size)
-        _attend(t, layer, q_heads, attended, positions, scale, sync, rank, size)
+        _attend(t, layer, kv, q_heads, attended, positions, scale, sync, rank, size)
         _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi)
         _meet(sync, size, alone)
-        _matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, rank, size)
+        _matrix(t, layers, layer, np.int64(_O), float_weights, attended, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
         barrier(sync, size)
         rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
         _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi)
         _meet(sync, size, alone)
         for at in range(_GATE, _DOWN, FIELDS):
-            _matrix(t, layers, layer, at, h, mine, gate if at == _GATE else up, rank, size)
+            _matrix(t, layers, layer, at, float_weights, h, mine, gate if at == _GATE else up, rank, size)
         for row in range(T):
             silu_mul_range(gate.reshape(-1), up.reshape(-1), gate.reshape(-1), row * F + f_lo, row * F + f_hi)
         barrier(sync, size)
         _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi)
         _meet(sync, size, alone)
-        _matrix(t, layers, layer, np.int64(_DOWN), gate, mine, sums_of, rank, size)
+        _matrix(t, layers, layer, np.int64(_DOWN), float_weights, gate, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
         barrier(sync, size)
-    _logits(t, x, eps, sync, rank, size)
+    _logits(t, float_weights, x, eps, sync, rank, size)
 
 
 @inline_kernel
@@ -167,7 +169,7 @@ def _round(
 
 @part_kernel
 def _matrix(
-    t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
+    t: Any, table: Any, layer: Any, at: Any, float_weights: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
 ) -> None:
     """out (T, N) = x W^T + bias for this member's share of the rows of the matrix described at table[layer, at:]."""
     layout, rows, columns = table[layer, at], table[layer, at + 6], table[layer, at + 7]
@@ -183,15 +185,9 @@ def _matrix(
         mins = array_at(table[layer, at + 3], panels * with_mins * LANES, np.uint16).reshape(panels, with_mins, LANES)
         xq, xs, sums, totals = _rounded(t, mine, x.shape[0], columns)
         quant_matmul(layout, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
-    elif layout == F32:
-        w32 = array_at(weights, panels * columns * LANES, np.float32).reshape(panels, columns, LANES)
-        panels_matmul(w32, x, out, lo, hi)
-    elif layout == F16:
-        w16 = array_at(weights, panels * columns * LANES, np.uint16).reshape(panels, columns, LANES)
-        panels_matmul(w16, x, out, lo, hi)
     else:
-        b16 = array_at(weights, panels * columns * LANES, np.int16).reshape(panels, columns, LANES)
-        panels_matmul(b16, x, out, lo, hi)
+        w = array_at(weights, panels * columns * LANES, float_weights).reshape(panels, columns, LANES)
+        panels_matmul(w, x, out, lo, hi)
     if table[layer, at + 5]:
         bias = array_at(table[layer, at + 5], rows, np.float32)
         for row in range(x.shape[0]):
@@ -200,46 +196,32 @@ def _matrix(
 
 
 @inline_kernel
-def _keys(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
-    """The keys of one layer (KV, B, D, 16); ``size`` is the bytes of an element."""
+def _keys(t: Any, layer: Any, kv: Any) -> Any:
+    """The keys of one layer (KV, B, D, 16)."""
     count = t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES
-    return array_at(t[KEYS] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
+    return array_at(t[KEYS] + layer * count * t[KV_BYTES], count, kv).reshape(t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
 
 
 @inline_kernel
-def _values(t: Any, layer: Any, dtype: Any, size: Any) -> Any:
+def _values(t: Any, layer: Any, kv: Any) -> Any:
     """The values of one layer (KV, 16 B, DV)."""
     count = t[KV_HEADS] * t[BLOCKS] * LANES * t[WIDE]
-    return array_at(t[VALUES] + layer * count * size, count, dtype).reshape(t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
+    values = array_at(t[VALUES] + layer * count * t[KV_BYTES], count, kv)
+    return values.reshape(t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
 
 
 @part_kernel
-def _append(t: Any, layer: Any, k: Any, v: Any, positions: Any, lo: Any, hi: Any) -> None:
-    """kv_append_heads into the cache of one layer, half or float32."""
-    if t[KV_HALF]:
-        kv_append_heads(k, v, _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2), positions, lo, hi)
-    else:
-        kv_append_heads(k, v, _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4), positions, lo, hi)
+def _append(t: Any, layer: Any, kv: Any, k: Any, v: Any, positions: Any, lo: Any, hi: Any) -> None:
+    kv_append_heads(k, v, _keys(t, layer, kv), _values(t, layer, kv), positions, lo, hi)
 
 
 @part_kernel
 def _attend(
-    t: Any, layer: Any, q: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
+    t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
 ) -> None:
-    """Attention over the cache of one layer, half or float32; ends with a barrier."""
-    if t[KV_HALF]:
-        keys, values = _keys(t, layer, np.uint16, 2), _values(t, layer, np.uint16, 2)
-        _attend_cache(t, q, keys, values, attended, positions, scale, sync, rank, size)
-    else:
-        keys32, values32 = _keys(t, layer, np.float32, 4), _values(t, layer, np.float32, 4)
-        _attend_cache(t, q, keys32, values32, attended, positions, scale, sync, rank, size)
-
-
-@part_kernel
-def _attend_cache(
-    t: Any, q: Any, keys: Any, values: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
-) -> None:
+    """Attention over the cache of one layer; a barrier follows what was shared out."""
     T, heads, dim = q.shape
+    keys, values = _keys(t, layer, kv), _values(t, layer, kv)
     scratch = array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)
     window = t[WINDOW]
     if T == 1:
@@ -258,7 +240,7 @@ def _attend_cache(
 
 
 @part_kernel
-def _logits(t: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
+def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
     """Logits of the last LOGIT_ROWS tokens: none, one or all."""
     T, E = x.shape
     rows = t[LOGIT_ROWS]
@@ -272,7 +254,18 @@ def _logits(t: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
     rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
     _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi)
     _meet(sync, size, alone)
-    _matrix(t, head, np.int64(0), np.int64(0), h, mine, _floats(t[LOGITS], rows, t[VOCABULARY]), rank, size)
+    logits = _floats(t[LOGITS], rows, t[VOCABULARY])
+    _matrix(t, head, np.int64(0), np.int64(0), float_weights, h, mine, logits, rank, size)
 
 
-forward_region = Region(_forward_member)
+@cache
+def forward_region(float_weights: Any, kv: Any) -> Region:
+    """The region for float matrices and a KV cache of these dtypes: compiled for what a model has, not for all.
+
+    float_weights: np.float32, np.uint16 (IEEE half) or np.int16 (bfloat16); kv: np.float32 or np.uint16.
+    """
+
+    def forward_member(table: Any) -> None:
+        _forward_member(table, float_weights, kv)
+
+    return Region(forward_member)

@@ -14,6 +14,7 @@ from ruvllm.kernels.cached_attention import NO_WINDOW
 from ruvllm.kernels.quant import GROUP
 from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.weights import FLOAT_LAYOUTS
 
 if TYPE_CHECKING:
     from ruvllm.model.llama import Llama
@@ -31,6 +32,8 @@ class ForwardPlan:
             norms = [layer.attn_norm.ctypes.data, layer.mlp_norm.ctypes.data]
             row[:] = [*(field for fields in matrices for field in fields), *norms]
         self.head = np.array(model.head.address_fields(), np.int64)
+        floats = {matrix.layout for matrix in model.linears().values()} & FLOAT_LAYOUTS.keys()
+        self.float_dtype = FLOAT_LAYOUTS[floats.pop()] if floats else np.float32  # choose_layouts leaves one at the most
         self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
 
     def run(
@@ -48,7 +51,7 @@ class ForwardPlan:
         table[f.COS], table[f.SIN] = cos.ctypes.data, sin.ctypes.data
         buffers.sync[:] = 0
         threads = table[f.THREADS] = min(num_threads(), buffers.threads)
-        f.forward_region.run(table, int(threads))
+        f.forward_region(self.float_dtype, cache.keys.dtype.type).run(table, int(threads))
 
 
 class ForwardBuffers:
@@ -71,7 +74,7 @@ class ForwardBuffers:
             f.LAYER_COUNT: len(plan.layers), f.HIDDEN: E, f.FEED: F, f.HEADS: heads, f.KV_HEADS: kv_heads, f.DIM: D,
             f.VOCABULARY: config.vocab_size, f.WINDOW: window, f.CHUNKS: chunks, f.WIDEST: groups * GROUP,
             f.SCRATCH_SIZE: scratch, f.BLOCKS: cache.keys.shape[2], f.WIDE: cache.values.shape[3],
-            f.KV_HALF: int(cache.keys.dtype == np.uint16),
+            f.KV_BYTES: cache.keys.itemsize,
         }  # fmt: skip
         # Kept, because the table holds nothing but their addresses.
         self.arrays = {

@@ -15,7 +15,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Buffers, TransformerLayer
 from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomWeights
-from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
+from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
 
 PREFILL_TOKENS = 128  # tokens per forward pass: Ctrl-C is seen between passes
 WEIGHTS = ("auto", *LAYOUTS)
@@ -60,12 +60,11 @@ class Llama:
         self.threads = _checked_threads(threads)
         source: Weights = RandomWeights(config, seed) if weights is None else weights
 
+        layouts = choose_layouts(config, source, layout)
+
         def linear(name: str) -> Linear:
-            tensor = source.tensor(name)
-            bias = f"{name}_bias"
-            loaded = Linear.load(
-                tensor, layout_for(layout, tensor.dtype), source.tensor(bias) if bias in source else None
-            )
+            tensor, bias = source.tensor(name), f"{name}_bias"
+            loaded = Linear.load(tensor, layouts[name], source.tensor(bias) if bias in source else None)
             if progress:
                 progress(tensor.shape[0] * tensor.shape[1])
             return loaded
@@ -189,6 +188,15 @@ class Llama:
 
     def __repr__(self) -> str:
         return f"Llama({self.config.name or 'random'}, {len(self.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
+
+
+def choose_layouts(config: ModelConfig, weights: Weights, layout: str) -> dict[str, str]:
+    """The layout of every matrix. Different float layouts become float32: the forward region knows one."""
+    matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
+    layouts = {name: layout_for(layout, weights.tensor(name).dtype) for name in matrices}
+    if len(set(layouts.values()) & FLOAT_LAYOUTS.keys()) > 1:
+        layouts = {name: "f32" if chosen in FLOAT_LAYOUTS else chosen for name, chosen in layouts.items()}
+    return layouts
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -132,6 +132,15 @@ def test_logits_are_not_changed_and_the_same_u_draws_the_same() -> None:
     np.testing.assert_array_equal(logits, before)
 
 
+def test_equally_likely_tokens_are_kept_together() -> None:
+    """min-p keeps what is as likely as the likeliest; top-k and top-p stop in the middle of equal ones, first come."""
+    logits = np.array([1, 3, 3, 3], np.float32)
+    us = np.linspace(0, 0.999, 50)
+    assert {sample(logits, u, min_p=1.0) for u in us} == {1, 2, 3}
+    assert {sample(logits, u, top_k=2) for u in us} == {1, 2}
+    assert {sample(logits, u, top_p=0.5) for u in us} == {1, 2}
+
+
 def test_filters_come_before_the_temperature() -> None:
     """p = 0.6 keeps one token of 0.67, 0.24, 0.09; at temperature 10 (0.37, 0.33, 0.3) it would keep two."""
     logits = np.array([2, 1, 0], np.float32)

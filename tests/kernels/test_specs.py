@@ -90,6 +90,24 @@ def test_what_is_changed_in_place_and_nothing_around_it(name: str) -> None:
             assert (buffer[:64] == CANARY).all() and (buffer[-64:] == CANARY).all(), sizes
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@EVERY_SPEC
+def test_split_over_threads_at_odd_sizes(spec: KernelSpec, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than the work is worth, or than there are rows: the same bits, and nothing written outside."""
+    for sizes in cases.odd_sizes(spec, (1, 2, 15, 16, 17, 33, 50, 130)):
+        arguments = cases.example(spec, sizes)
+        expected = cases.run(spec, arguments)
+        with monkeypatch.context() as patched:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("ruvllm.kernels.") and hasattr(module, "threads_for"):
+                    patched.setattr(module, "threads_for", lambda work, threshold, pieces: threads)
+            buffer, out = _between_canaries(expected[0].shape)
+            got = cases.run(spec, arguments, **({"out": out} if cases.takes_out(spec) else {}))
+        assert (buffer[:64] == CANARY).all() and (buffer[-64:] == CANARY).all(), sizes
+        for y, r in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(y, r, err_msg=str(sizes))
+
+
 @pytest.mark.parametrize("spec", [s for s in KERNELS.values() if cases.takes_out(s)], ids=lambda s: s.name)
 def test_out_that_cannot_take_the_result_is_refused(spec: KernelSpec) -> None:
     arguments = cases.example(spec, spec.sizes[0])

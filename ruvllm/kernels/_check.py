@@ -69,7 +69,7 @@ def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
     """
     if out is None:
         return np.empty(shape, np.float32)
-    if type(out) is not _ndarray or out.dtype != _FLOAT32:
+    if type(out) is not _ndarray or (out.dtype is not _FLOAT32 and out.dtype != _FLOAT32):
         raise TypeError(f"{name}: expected a float32 NumPy array, found {getattr(out, 'dtype', type(out).__name__)}")
     if out.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, found {out.shape}")

@@ -155,7 +155,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     gate = _check.float32("gate", gate)
     up = _check.float32("up", up, shape=gate.shape)
     out = _check.output("out", out, gate.shape)
-    flat_gate, flat_up, flat_out = gate.reshape(-1), up.reshape(-1), out.reshape(-1)
+    flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
     if threads == 1:
         silu_mul_range(flat_gate, flat_up, flat_out, 0, gate.size)

@@ -113,10 +113,10 @@ def lora_up_columns(
 ) -> None:
     """out = scaling h B, or out += scaling h B with ``add``, for rows row_lo:row_hi and columns col_lo:col_hi.
 
-    h (T, R); b (R, E_out); scaling float32; out (T, E_out).
+    h (T, R); b (R, E_out); out (T, E_out).
     """
     rank, n = b.shape
-    factor = splat(scaling)
+    factor = splat(np.float32(scaling))
     whole = col_lo + (col_hi - col_lo) // _WIDE * _WIDE
     for row in range(row_lo, row_hi):
         for j in range(col_lo, whole, _WIDE):
@@ -221,9 +221,9 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     h = np.empty((count, rank), np.float32)
     threads = threads_for(count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, count * b.shape[1])
     if threads == 1:
-        lora_rows(rows, a, b, np.float32(scaling), add, h, to, 0, count)
+        lora_rows(rows, a, b, float(scaling), add, h, to, 0, count)
     else:
-        launch(lora_parallel, rows, a, b, np.float32(scaling), add, h, to, threads)
+        launch(lora_parallel, rows, a, b, float(scaling), add, h, to, threads)
     return out
 
 

@@ -29,7 +29,7 @@ def lora_grad_b_columns(h: Any, dy: Any, scaling: Any, grad_b: Any, lo: Any, hi:
     """Columns lo:hi of grad_b += scaling h^T dy. h (T, R); dy (T, E_out); grad_b (R, E_out)."""
     rows, rank = h.shape
     n = dy.shape[1]
-    factor = splat(scaling)
+    factor = splat(np.float32(scaling))
     whole = lo + (hi - lo) // (2 * LANES) * (2 * LANES)
     for r in range(rank):
         for j in range(lo, whole, 2 * LANES):
@@ -57,7 +57,7 @@ def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any
         grad_a_rank_two(x, g, scaling, grad_a, lo, hi)
     else:
         rows, n = x.shape
-        factor = splat(scaling)
+        factor = splat(np.float32(scaling))
         for i in range(lo, hi):
             for r in range(0, rank, LANES):
                 s = f32_zero()
@@ -70,7 +70,7 @@ def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any
 def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
     """lora_grad_a_rows for R = 2: two columns of 16 rows are summed and then interleaved."""
     rows, n = x.shape
-    factor = splat(scaling)
+    factor = splat(np.float32(scaling))
     for i in range(lo, hi, LANES):
         count = hi - i
         even, odd = f32_zero(), f32_zero()
@@ -141,7 +141,7 @@ def lora_accumulate_grad(
         rows, dys = _check.rows(x), _check.rows(dy)
         count, rank = rows.shape[0], a.shape[1]
         h, g = np.empty((2, count, rank), np.float32)
-        arguments = (rows, dys, a, b, np.float32(scaling), grad_a, grad_b, h, g)
+        arguments = (rows, dys, a, b, float(scaling), grad_a, grad_b, h, g)
         threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
         if threads == 1:
             lora_grad(*arguments)

@@ -63,13 +63,13 @@ def sum_of_squares(x: Any, start: Any, n: Any) -> Any:
 
 @kernel(strict=True)
 def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,); eps float32."""
+    """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,)."""
     n = x.shape[1]
     whole = n - n % LANES
     rest = n - whole
     for row in range(lo, hi):
         at = row * n
-        scale = splat(np.float32(1) / np.sqrt(sum_of_squares(x, at, n) / np.float32(n) + eps))
+        scale = splat(np.float32(1) / np.sqrt(sum_of_squares(x, at, n) / np.float32(n) + np.float32(eps)))
         for i in range(0, whole, LANES):
             f32_store(out, at + i, f32_load(x, at + i) * scale * f32_load(weight, i))
         if rest:
@@ -106,14 +106,15 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape)
+    eps = float(eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
         if threads == 1:
-            rms_norm_rows(rows, weight, np.float32(eps), to, 0, count)
+            rms_norm_rows(rows, weight, eps, to, 0, count)
         else:
-            launch(rms_norm_parallel, rows, weight, np.float32(eps), to, threads)
+            launch(rms_norm_parallel, rows, weight, eps, to, threads)
     return out
 
 
@@ -155,7 +156,7 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 @kernel(strict=True)
 def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias; eps float32.
+    """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias.
 
     E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so the deviations d = x - mean are
     squared instead. The float32 mean is off by a rounding of that large number; sum(d), which would be 0, says by
@@ -185,7 +186,7 @@ def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, ou
             q0 = fma(d, d, q0)
         error = hsum(s0 + s1) * per_n
         variance = max(hsum(q0 + q1) * per_n - error * error, np.float32(0))
-        scale = splat(np.float32(1) / np.sqrt(variance + eps))
+        scale = splat(np.float32(1) / np.sqrt(variance + np.float32(eps)))
         correction = splat(error)
         for i in range(0, whole, LANES):
             d = f32_load(x, at + i) - mean - correction
@@ -234,14 +235,15 @@ def layer_norm(
     with_bias = bias is not None
     bias = _check.float32("bias", bias, shape=x.shape[-1:]) if with_bias else weight
     out = _check.output("out", out, x.shape)
+    eps = float(eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
         if threads == 1:
-            layer_norm_rows(rows, weight, bias, with_bias, np.float32(eps), to, 0, count)
+            layer_norm_rows(rows, weight, bias, with_bias, eps, to, 0, count)
         else:
-            launch(layer_norm_parallel, rows, weight, bias, with_bias, np.float32(eps), to, threads)
+            launch(layer_norm_parallel, rows, weight, bias, with_bias, eps, to, threads)
     return out
 
 

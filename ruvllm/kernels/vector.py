@@ -55,7 +55,7 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape[:-1])
     if a.size:
-        dot_rows(_check.rows(a), _check.rows(b), out.reshape(-1), 0, out.size)
+        dot_rows(_check.rows(a), _check.rows(b), out.ravel(), 0, out.size)
     else:
         out[...] = 0
     return out
@@ -63,8 +63,8 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 @kernel(strict=True)
 def scale_range(x: Any, factor: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Elements lo:hi of scale. x, out (n,); factor float32."""
-    f = splat(factor)
+    """Elements lo:hi of scale. x, out (n,)."""
+    f = splat(np.float32(factor))
     whole = lo + (hi - lo) // LANES * LANES
     for i in range(lo, whole, LANES):
         f32_store(out, i, f32_load(x, i) * f)
@@ -100,9 +100,9 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     out = _check.output("out", out, x.shape)
     threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
     if threads == 1:
-        scale_range(x.reshape(-1), np.float32(factor), out.reshape(-1), 0, x.size)
+        scale_range(x.ravel(), float(factor), out.ravel(), 0, x.size)
     else:
-        launch(scale_parallel, x.reshape(-1), np.float32(factor), out.reshape(-1), threads)
+        launch(scale_parallel, x.ravel(), float(factor), out.ravel(), threads)
     return out
 
 
@@ -146,9 +146,9 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     out = _check.output("out", out, a.shape)
     threads = threads_for(a.size, PARALLEL_ELEMENTS, a.size)
     if threads == 1:
-        add_range(a.reshape(-1), b.reshape(-1), out.reshape(-1), 0, a.size)
+        add_range(a.ravel(), b.ravel(), out.ravel(), 0, a.size)
     else:
-        launch(add_parallel, a.reshape(-1), b.reshape(-1), out.reshape(-1), threads)
+        launch(add_parallel, a.ravel(), b.ravel(), out.ravel(), threads)
     return out
 
 

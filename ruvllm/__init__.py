@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.hub import pull
+    from ruvllm.compiling import warmup
     from ruvllm.errors import (
         ContextFullError,
         DownloadError,
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
         RuvllmError,
     )
     from ruvllm.llm import LLM, Generation
-    from ruvllm.loading import load, warmup
+    from ruvllm.loading import load
     from ruvllm.model import KVCache, Llama, ModelConfig
 
 _HOMES = {
     "load": "ruvllm.loading",
-    "warmup": "ruvllm.loading",
+    "warmup": "ruvllm.compiling",
     "LLM": "ruvllm.llm",
     "Generation": "ruvllm.llm",
     "pull": "ruvllm.checkpoint.hub",

@@ -76,24 +76,24 @@ def kernel_cache_directory() -> Path | None:
     return directory
 
 
-def _warm_marker() -> Path | None:
-    """The empty file that says that all kernels were compiled for this CPU."""
+def _warm_marker(what: str) -> Path | None:
+    """The empty file that says that all kernels for ``what`` were compiled for this CPU and threading layer."""
     directory = kernel_cache_directory()
     if directory is None:
         return None
-    target = f"{cpu_target.target_context.codegen().magic_tuple()}{getattr(config, 'THREADING_LAYER', None)}"
+    target = f"{what} {cpu_target.target_context.codegen().magic_tuple()} {getattr(config, 'THREADING_LAYER', None)}"
     return directory / f"warm-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
 
 
-def is_warm() -> bool:
-    """Whether every kernel that generation needs has been compiled into the cache before."""
-    marker = _warm_marker()
+def is_warm(what: str) -> bool:
+    """Whether every kernel for ``what`` (any description) has been compiled into the cache before."""
+    marker = _warm_marker(what)
     return marker is not None and marker.exists()
 
 
-def mark_warm() -> None:
-    """Note that every kernel has been compiled; without a cache directory nothing is noted."""
-    marker = _warm_marker()
+def mark_warm(what: str) -> None:
+    """Note that every kernel for ``what`` has been compiled; without a cache directory nothing is noted."""
+    marker = _warm_marker(what)
     if marker is not None:
         with contextlib.suppress(OSError):
             marker.touch()
@@ -139,10 +139,14 @@ def _drop_old_generations(root: Path, keep: Path) -> None:
 class KernelCache(_Cache):
     """The cache of one compiled function, in the shape that numba's dispatcher calls."""
 
-    def __init__(self, py_func: Any, flags: str) -> None:
+    def __init__(self, py_func: Any, flags: str, closure: str = "") -> None:
+        """flags: the compile options; closure: the values that ``py_func`` encloses, which are in no source file.
+
+        A function that encloses values is cached only where the caller has said which.
+        """
         self._py_func = py_func
-        self._flags = flags
-        self._enabled = py_func.__closure__ is None  # what a closure holds is in no source file
+        self._flags = flags + closure
+        self._enabled = self._may_cache = py_func.__closure__ is None or bool(closure)
         filename = Path(py_func.__code__.co_filename)
         self._file = filename.name if filename.parent == _SOURCES else _file_stamp(filename)
 
@@ -152,7 +156,7 @@ class KernelCache(_Cache):
         return str(directory) if directory else ""
 
     def enable(self) -> None:
-        self._enabled = self._py_func.__closure__ is None
+        self._enabled = self._may_cache
 
     def disable(self) -> None:
         self._enabled = False

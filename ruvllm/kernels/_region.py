@@ -47,7 +47,7 @@ class Region:
         with global_compiler_lock:
             options = {"nopython": True, "error_model": "numpy", "fastmath": False}
             compiled: Any = CFunc(self.function, ((types.int64,), types.void), {}, options)
-            compiled._cache = KernelCache(self.function, f"region {self._variant}")
+            compiled._cache = KernelCache(self.function, "region", self._variant)
             compiled.compile()
         self._kept = compiled
         return int(compiled.address)

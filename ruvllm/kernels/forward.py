@@ -259,7 +259,7 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
 
 
 @cache
-def forward_region(float_weights: Any, kv: Any) -> Region:
+def forward_region(float_weights: type, kv: type) -> Region:
     """The region for float matrices and a KV cache of these dtypes: compiled for what a model has, not for all.
 
     float_weights: np.float32, np.uint16 (IEEE half) or np.int16 (bfloat16); kv: np.float32 or np.uint16.

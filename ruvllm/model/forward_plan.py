@@ -13,6 +13,7 @@ from ruvllm.kernels._threads import num_threads
 from ruvllm.kernels.cached_attention import NO_WINDOW
 from ruvllm.kernels.quant import GROUP
 from ruvllm.kernels.token_attention import chunk_count, partial_width
+from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.weights import FLOAT_LAYOUTS
 
@@ -33,7 +34,7 @@ class ForwardPlan:
             row[:] = [*(field for fields in matrices for field in fields), *norms]
         self.head = np.array(model.head.address_fields(), np.int64)
         floats = {matrix.layout for matrix in model.linears().values()} & FLOAT_LAYOUTS.keys()
-        self.float_dtype = FLOAT_LAYOUTS[floats.pop()] if floats else np.float32  # choose_layouts leaves one at the most
+        self.float_dtype: type = FLOAT_LAYOUTS[floats.pop()] if floats else np.float32
         self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
 
     def run(
@@ -51,7 +52,7 @@ class ForwardPlan:
         table[f.COS], table[f.SIN] = cos.ctypes.data, sin.ctypes.data
         buffers.sync[:] = 0
         threads = table[f.THREADS] = min(num_threads(), buffers.threads)
-        f.forward_region(self.float_dtype, cache.keys.dtype.type).run(table, int(threads))
+        f.forward_region(self.float_dtype, KV_DTYPES[cache.dtype]).run(table, int(threads))
 
 
 class ForwardBuffers:

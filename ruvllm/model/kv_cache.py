@@ -13,7 +13,7 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import padded
 from ruvllm.model.config import ModelConfig
 
-DTYPES = {"f32": np.float32, "f16": np.uint16}
+DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16}
 
 
 class KVCache:

@@ -126,12 +126,9 @@ class Llama:
         start, end = cache.length, cache.length + len(ids)
         cos, sin = (table[start:end] for table in self.rope_tables(end))
         if self.fused:
-            if self._plan is None:
-                self._plan = ForwardPlan(self)
-            buffers = cache.buffers_for(
-                "fused", len(ids), lambda tokens: ForwardBuffers(self._plan, cache, tokens, self.threads)
-            )
-            self._plan.run(ids, cache, buffers, cos, sin, logits)
+            plan = self._plan = self._plan or ForwardPlan(self)
+            buffers = cache.buffers_for("fused", len(ids), lambda n: ForwardBuffers(plan, cache, n, self.threads))
+            plan.run(ids, cache, buffers, cos, sin, logits)
         else:
             self._walk(ids, cache, cos, sin, logits)
         cache.ids[start:end] = ids

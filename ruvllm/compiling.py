@@ -1,0 +1,103 @@
+"""Compiling beforehand, with progress: all kernels that a kind of model needs, or that any model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numba.core import event
+from tqdm.auto import tqdm
+
+from ruvllm.checkpoint.dequant import dequantize_rows
+from ruvllm.checkpoint.groups import decode_groups
+from ruvllm.checkpoint.storage import BLOCKS, row_bytes
+from ruvllm.kernels._cache import is_warm, mark_warm
+from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.llama import Llama
+from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, layout_for
+
+_FUNCTIONS = 75  # compiled for one kind of model: how long the progress bar is expected to become
+
+
+def compile_for(dtypes: Iterable[str], weights: str, progress: bool | None = None) -> None:
+    """Compile what a model needs whose file has these storage types and which is kept as ``weights``.
+
+    Nothing is done where it was done before: the machine code is in the user's cache directory.
+    progress: show a bar; None: where stderr is a terminal or a notebook.
+    """
+    kinds = sorted({(dtype, layout_for(weights, dtype)) for dtype in dtypes})
+    layouts = {layout for _, layout in kinds} | ({weights} & set(LAYOUTS))
+    if len(layouts & FLOAT_LAYOUTS.keys()) > 1:  # as choose_layouts does
+        layouts = (layouts - FLOAT_LAYOUTS.keys()) | {"f32"}
+    what = f"{kinds} {sorted(layouts)}"
+    if DISABLE_JIT or is_warm(what):
+        return
+    with _compile_bar(progress):
+        for dtype, layout in kinds:
+            _read_rows(dtype, layout)
+        for layout in sorted(layouts):
+            _run_tiny_model(layout)
+    mark_warm(what)
+
+
+def warmup(progress: bool | None = True) -> None:
+    """Compile the kernels for every kind of weights and file into the user's compile cache, with a progress bar.
+
+    Loading a model compiles what that model needs by itself, the first time after an installation or an upgrade.
+    """
+    if DISABLE_JIT:
+        return
+    for layout in LAYOUTS:
+        compile_for(["F32"], layout, progress)
+    for dtype in BLOCKS:
+        compile_for([dtype, "F32"], "auto", progress)
+
+
+def _run_tiny_model(layout: str) -> None:
+    """Prefill, decode and sampling with random weights of one layout."""
+    config = ModelConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    model = Llama(config, layout=layout)
+    cache = model.new_cache(80)
+    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
+    list(generate(model, cache, np.arange(64), sampling, max_tokens=2, logprobs=2))
+    cache.clear()
+    list(generate(model, cache, np.arange(4), Sampling(), max_tokens=2))
+
+
+def _read_rows(dtype: str, layout: str) -> None:
+    """A few rows of one storage type, as they are read for one layout."""
+    columns = 256
+    raw = np.zeros((16, row_bytes(dtype, columns)), np.uint8)
+    raw.flags.writeable = False  # as rows of a mapped file are
+    if layout in FLOAT_LAYOUTS or BLOCKS[dtype][0] == 1:
+        dequantize_rows(dtype, raw, columns, np.empty((16, columns), np.float32))
+    else:
+        decode_groups(dtype, raw, columns)
+
+
+@contextmanager
+def _compile_bar(progress: bool | None) -> Iterator[None]:
+    """A bar that advances with each function that numba has compiled meanwhile."""
+    bar = tqdm(
+        total=_FUNCTIONS, desc="compiling kernels (first run only)", unit="function", leave=False,
+        disable=None if progress is None else not progress,
+    )  # fmt: skip
+
+    class Counter(event.Listener):
+        def on_start(self, event: Any) -> None:
+            """A function begins."""
+
+        def on_end(self, event: Any) -> None:
+            """A function is ready."""
+            bar.total = max(bar.total, bar.n + 1)
+            bar.update()
+
+    with bar, event.install_listener("numba:compile", Counter()):
+        yield

@@ -224,12 +224,9 @@ def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True)
 
     def load(lo: int) -> None:
         hi = min(rows, lo + step)
-        groups = tensor_groups(tensor, lo, hi, kind, symmetric)
-        pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
-
-    def load_on_one_core(lo: int) -> None:
-        with limited_to(1):
-            load(lo)
+        with limited_to(1):  # a parallel region inside would have its threads wait, spinning, for the next one
+            groups = tensor_groups(tensor, lo, hi, kind, symmetric)
+            pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
 
     threads = threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts))
     if threads == 1:
@@ -237,7 +234,7 @@ def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True)
             load(lo)
         return panels
     with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(load_on_one_core, lo) for lo in starts]
+        waiting = [pool.submit(load, lo) for lo in starts]
         try:
             for done in waiting:
                 done.result()

@@ -1,0 +1,132 @@
+"""llama.cpp in a process of its own: requests as JSON lines on stdin, answers as JSON lines on stdout.
+
+Run by ``_engines`` with any Python that has llama-cpp-python; it imports nothing of ruvllm. It works only while a
+request is open, so that two engines never compute at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from importlib import import_module
+from typing import Any
+
+BATCH = 2048  # tokens per call, llama-bench's default; cut into UBATCH by the engine
+UBATCH = 512
+
+
+class Worker:
+    """One loaded model and the tokens in its KV cache."""
+
+    def __init__(self) -> None:
+        self.api: Any = import_module("llama_cpp")
+        self.llm: Any = None
+
+    def hello(self) -> dict[str, str]:
+        """Version of the binding, and the instruction sets that the engine was built for."""
+        info = self.api.llama_print_system_info().decode()
+        return {"version": self.api.__version__, "system": info.strip()}
+
+    def quantize(self, source: str, target: str, ftype: int, threads: int) -> None:
+        """Write ``source`` anew as another file type (an llama_ftype)."""
+        parameters = self.api.llama_model_quantize_default_params()
+        parameters.ftype = ftype
+        parameters.nthread = threads
+        parameters.allow_requantize = True
+        if self.api.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)):
+            raise RuntimeError(f"llama.cpp could not quantize {source}")
+
+    def load(self, path: str, threads: int, context: int) -> dict[str, int]:
+        """Load a model, in place of the one before, as fast as the engine offers: flash attention, repacking."""
+        self.unload()
+        self.llm = self.api.Llama(
+            path, n_ctx=context, n_batch=min(BATCH, context), n_ubatch=UBATCH, n_threads=threads,
+            n_threads_batch=threads, flash_attn=True, use_mmap=True, verbose=False,
+        )  # fmt: skip
+        return {"vocabulary": self.llm.n_vocab()}
+
+    def unload(self) -> None:
+        """Free the model."""
+        if self.llm is not None:
+            self.llm.close()
+            self.llm = None
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from ``length`` on."""
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.llm.ctx), -1, length, -1)
+
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds to take in tokens, up to the logits after the last."""
+        parts = [(self.api.llama_token * len(part))(*part) for part in _cut(ids, BATCH)]
+        start = time.perf_counter()
+        for part in parts:
+            self._decode(part)
+        return time.perf_counter() - start
+
+    def decode(self, ids: list[int]) -> float:
+        """Seconds to take in tokens one by one, with the logits after each."""
+        parts = [(self.api.llama_token * 1)(token) for token in ids]
+        start = time.perf_counter()
+        for part in parts:
+            self._decode(part)
+        return time.perf_counter() - start
+
+    def _decode(self, tokens: Any) -> None:
+        status = self.api.llama_decode(self.llm.ctx, self.api.llama_batch_get_one(tokens, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self.api.llama_get_logits_ith(self.llm.ctx, -1)  # waits for them
+
+    def losses(self, path: str, threads: int, windows: list[list[int]], first: int, bos: int | None, f32: bool) -> Any:
+        """Negative log-likelihood of tokens first + 1: of each window, each window alone, in nats.
+
+        With ``f32`` nothing is rounded on the way: float32 KV cache, plain attention.
+        """
+        import numpy as np
+
+        self.unload()
+        context = len(windows[0])
+        kinds = {"type_k": 0, "type_v": 0} if f32 else {}  # GGML_TYPE_F32
+        self.llm = self.api.Llama(
+            path, n_ctx=context, n_batch=context, n_ubatch=UBATCH, n_threads=threads, n_threads_batch=threads,
+            logits_all=True, flash_attn=not f32, verbose=False, **kinds,
+        )  # fmt: skip
+        found = []
+        for window in windows:
+            self.llm.reset()
+            self.llm.eval(window if bos is None else [bos, *window[1:]])
+            logits = self.llm.scores[first : context - 1].astype(np.float64)
+            top = logits.max(axis=1)
+            total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
+            found.append((total - logits[np.arange(len(total)), window[first + 1 :]]).tolist())
+        self.unload()
+        return found
+
+
+def _cut(ids: list[int], size: int) -> list[list[int]]:
+    return [ids[lo : lo + size] for lo in range(0, len(ids), size)]
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # What the engine itself prints must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        name = request.pop("do")
+        try:
+            worker = worker or Worker()
+            answer = {"result": getattr(worker, name)(**request)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

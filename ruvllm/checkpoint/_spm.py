@@ -25,9 +25,11 @@ def merges_from_scores(path: str, scored: Iterable[tuple[str, float]]) -> list[P
 
     Raises:
         ModelFormatError: two pieces of equal score compete for the same symbols, so that no ranking says who wins.
-            One such case does have a ranking and is real (LLaMA-2, Mistral): runs of one character.
+            One such case does have a ranking and is real (LLaMA-2, Mistral): runs of one character. Or a piece would
+            be joined from a character that is no piece, which `tokenizers` has no symbol for.
     """
     known = dict(scored)
+    _require_characters(path, known)
     cuts = {piece: _cuts(piece, known) for piece in known if len(piece) > 1}
     ordered = sorted((piece for piece in cuts if cuts[piece]), key=known.__getitem__, reverse=True)
     merges: list[Pair] = []
@@ -44,16 +46,12 @@ def merges_from_scores(path: str, scored: Iterable[tuple[str, float]]) -> list[P
 
 
 def _cuts(piece: str, known: dict[str, float]) -> list[Pair]:
-    """All ways to cut a piece into two known ones, ordered so that rank decides as position would.
+    """All ways to cut a piece into two known ones.
 
-    Two cuts of the same piece compete only for three neighbours x, y, z with x + y == y + z == piece, and then the
-    left pair must win: the cut behind x comes first if the piece repeats itself with period len(x). If it does so for
-    both lengths it is a run of one unit; joined from the left, the longer part stands to the left.
+    Two of them could compete only for neighbours x, y, z with x + y == y + z == piece. Joining from the left does not
+    lead there: random vocabularies (see the tests) give the same pieces whatever the order of these cuts.
     """
-    found = [n for n in range(1, len(piece)) if piece[:n] in known and piece[n:] in known]
-    if len(found) > 1:
-        found.sort(key=lambda n: (piece[n:] != piece[:-n], -n))
-    return [(piece[:n], piece[n:]) for n in found]
+    return [(piece[:n], piece[n:]) for n in range(1, len(piece)) if piece[:n] in known and piece[n:] in known]
 
 
 def _are_runs(group: list[str], known: dict[str, float]) -> bool:
@@ -77,3 +75,18 @@ def _refuse_competition(path: str, group: list[str], cuts: dict[str, list[Pair]]
                     found=f"{score} for both {right_parts[left]!r} and {piece!r}",
                     expected="different scores for pieces that overlap",
                 )
+
+
+def _require_characters(path: str, known: dict[str, float]) -> None:
+    for piece in known:
+        if len(piece) > 1 and not all(character in known for character in piece):
+            for n in range(1, len(piece)):
+                parts = piece[:n], piece[n:]
+                if all(part in known or len(part) == 1 for part in parts):
+                    missing = next(part for part in parts if part not in known)
+                    raise ModelFormatError(
+                        path,
+                        field="tokenizer.ggml.tokens",
+                        found=f"{piece!r} without {missing!r}",
+                        expected="each character of a piece as a piece",
+                    )

@@ -1,11 +1,10 @@
 """Chat templates of strangers: Jinja in a sandbox that gives them plain data, few functions and a budget.
 
 The mechanism: the parsed template is rewritten so that every operation that can repeat, grow or take long reports
-itself first. Loops, macros and blocks do so each time round; `~`, list literals, comparisons and slices go through
-functions of the environment; arithmetic, calls, filters, tests and printed values through hooks that Jinja has. Each
-of them pays from one budget of processor time and characters, and is refused beforehand what would make a value too
-large. What lies between two payments is straight-line code of a template of limited length, on values of limited size.
-Nothing runs in another process or thread, and nothing depends on the load of the machine.
+itself first. Loops do so each time round; `~`, list literals, comparisons and slices go through functions of the
+environment; arithmetic, calls, filters, tests and printed values through hooks that Jinja has. Each of them pays from
+one budget of processor time and characters, and is refused beforehand what would make a value too large. What lies
+between two payments is straight-line code of a template of limited length, on values of limited size. Nothing runs in another process or thread, and nothing depends on the load of the machine.
 
 Attributes and methods are those of an explicit list; the rest of the sandbox (no files, no imports, no mutation) is
 Jinja's ImmutableSandboxedEnvironment. Source of the functions that templates expect (`raise_exception`,
@@ -185,7 +184,7 @@ def _environment() -> _Environment:
 
 
 class _Hooks(NodeTransformer):
-    """Rewrites a parsed template: payments into loops and macros, environment functions for what has no hook."""
+    """Rewrites a parsed template: payments into loops, environment functions for what has no hook."""
 
     def __init__(self, literals: Callable[[str], str]) -> None:
         self._literals = literals
@@ -199,18 +198,12 @@ class _Hooks(NodeTransformer):
             node.value = self._literals(node.value)
         return node
 
-    def _visit_body(self, node: Any) -> nodes.Node:
-        """Pay at the start of a body, also for the text that stands in it: that is put out without being seen."""
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        """Pay each time round, also for the text that stands in the body: that is put out without being seen."""
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         text += sum(len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str))
         node.body.insert(0, nodes.ExprStmt(_call("tick", [nodes.Const(text)], node), lineno=node.lineno))
-        return node
-
-    visit_Macro = visit_Block = visit_CallBlock = visit_FilterBlock = visit_AssignBlock = _visit_body
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self._visit_body(node)
         if node.test is not None:
             node.test = nodes.And(_call("tick", [nodes.Const(0)], node), node.test, lineno=node.lineno)
         return node

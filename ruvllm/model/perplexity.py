@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ruvllm.kernels._check import integers
 from ruvllm.model.llama import Llama
 
 
@@ -42,11 +43,13 @@ def perplexity(
     window are not scored. Position j >= context/2 predicts token j + 1, as in llama.cpp's perplexity tool.
 
     Raises:
+        TypeError: ids are no integers.
         ValueError: context < 4 or above the model's, or fewer ids than one window.
     """
     limit = model.config.max_position_embeddings
     if not isinstance(context, int) or not 4 <= context <= limit:
         raise ValueError(f"context: expected 4 to {limit}, found {context!r}")
+    ids = integers("ids", ids)
     windows = len(ids) // context
     if not windows:
         raise ValueError(f"text: expected at least {context} tokens, found {len(ids)}")
@@ -54,7 +57,7 @@ def perplexity(
     first = context // 2
     losses = []
     for w in range(windows):
-        window = np.array(ids[w * context : (w + 1) * context], np.int64)
+        window = ids[w * context : (w + 1) * context].copy()
         targets = window[first + 1 :].copy()
         if bos is not None:
             window[0] = bos
@@ -66,6 +69,6 @@ def perplexity(
     nll = np.concatenate(losses)
     mean = float(nll.mean())
     value = math.exp(mean)
-    error = value * float(nll.std(ddof=1)) / math.sqrt(len(nll))
+    error = value * float(nll.std(ddof=1)) / math.sqrt(len(nll)) if len(nll) > 1 else math.inf
     per_byte = None if nbytes is None else mean / math.log(2) * len(ids) / nbytes
     return Perplexity(value, error, mean, len(nll), windows, context, per_byte)

@@ -1,0 +1,94 @@
+"""KVCache: what it holds after tokens went through a model, and what it refuses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ruvllm.errors import ContextFullError
+from ruvllm.model import KVCache
+from ruvllm.model.random_weights import RandomWeights
+from tests.model.model_cases import SMALL, run, small_model, text
+from tests.model.reference_llama import rms_norm, rope_angles, rotate, split_heads
+
+ONE_LAYER = dataclasses.replace(SMALL, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "layers"])
+@pytest.mark.parametrize(("kv", "tolerance"), [("f32", 2e-6), ("f16", 5e-4)])
+def test_holds_turned_keys_and_values_of_every_position(kv: str, tolerance: float, fused: bool) -> None:
+    model, ids = small_model("f32", config=ONE_LAYER), text(40)
+    model.fused = fused
+    cache = model.new_cache(50, kv)
+    run(model, cache, ids, [20, 1, 1, 18])
+    assert len(cache) == 40 and cache.room == 10
+    np.testing.assert_array_equal(cache.ids[:40], ids)
+
+    weights = RandomWeights(ONE_LAYER, seed=7)
+    get = lambda name: weights.tensor(name).float32().astype(np.float64)
+    h = rms_norm(get("embed")[ids], get("layers.0.attn_norm"), SMALL.rms_norm_eps)
+    k = split_heads(h @ get("layers.0.k").T + get("layers.0.k_bias"), SMALL.num_key_value_heads)
+    v = split_heads(h @ get("layers.0.v").T + get("layers.0.v_bias"), SMALL.num_key_value_heads)
+    k = rotate(k, *rope_angles(ONE_LAYER, 40))
+    got_k, got_v = cache.layer(0)
+    assert got_k.shape == got_v.shape == (40, SMALL.num_key_value_heads, SMALL.head_dim)
+    assert got_k.dtype == got_v.dtype == np.float32
+    assert np.abs(got_k - k.swapaxes(0, 1)).max() <= tolerance * np.abs(k).max()
+    assert np.abs(got_v - v.swapaxes(0, 1)).max() <= tolerance * np.abs(v).max()
+
+
+def test_sizes() -> None:
+    small, large = KVCache(SMALL, 16), KVCache(SMALL, 160)
+    # Two layers, two kv heads: keys of 18, values of 18 padded to 32, four bytes each; two with f16.
+    assert small.nbytes == 16 * 2 * 2 * (18 + 32) * 4
+    assert large.nbytes == 10 * small.nbytes == 2 * KVCache(SMALL, 160, "f16").nbytes
+    assert KVCache(SMALL, 17).max_tokens == 17
+    assert repr(KVCache(SMALL, 17, "f16")).startswith("KVCache(0 of 17 tokens, f16")
+
+
+def test_options_are_refused_by_name() -> None:
+    for wrong in (0, -1, 1.5, "10", None):
+        with pytest.raises(ValueError, match="^max_tokens: expected a positive integer, found"):
+            KVCache(SMALL, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^kv: expected one of f32, f16, found 'int8'"):
+        KVCache(SMALL, 10, "int8")
+
+
+def filled(ids: np.ndarray, max_tokens: int = 32) -> KVCache:
+    """A cache that holds these tokens, as far as its book-keeping goes."""
+    cache = KVCache(ONE_LAYER, max_tokens)
+    cache.ids[: len(ids)] = ids
+    cache.length = len(ids)
+    return cache
+
+
+def test_truncate_and_clear() -> None:
+    cache = filled(np.arange(10))
+    cache.truncate(10)
+    assert len(cache) == 10
+    for wrong in (-1, 11):
+        with pytest.raises(ValueError, match=f"^length: expected 0 to 10, found {wrong}$"):
+            cache.truncate(wrong)
+    cache.truncate(4)
+    assert len(cache) == 4 and cache.room == 28
+    cache.clear()
+    assert len(cache) == 0 and cache.room == 32
+
+
+def test_require_room() -> None:
+    cache = filled(np.arange(30))
+    cache.require_room(0)
+    cache.require_room(2)
+    with pytest.raises(ContextFullError, match="^context full: 3 more tokens do not fit, 30 of 32 are taken$"):
+        cache.require_room(3)
+
+
+@given(held=st.lists(st.integers(0, 2), max_size=12), wanted=st.lists(st.integers(0, 2), min_size=1, max_size=12))
+def test_common_prefix(held: list[int], wanted: list[int]) -> None:
+    cache = filled(np.array(held, np.int64))
+    expected = 0
+    while expected < min(len(held), len(wanted) - 1) and held[expected] == wanted[expected]:
+        expected += 1
+    assert cache.keep_common_prefix(np.array(wanted)) == expected == len(cache)

@@ -4,7 +4,8 @@ The mechanism: the parsed template is rewritten so that every operation that can
 itself first. Loops do so each time round; `~`, list literals, comparisons and slices go through functions of the
 environment; arithmetic, calls, filters, tests and printed values through hooks that Jinja has. Each of them pays from
 one budget of processor time and characters, and is refused beforehand what would make a value too large. What lies
-between two payments is straight-line code of a template of limited length, on values of limited size. Nothing runs in another process or thread, and nothing depends on the load of the machine.
+between two payments is straight-line code of a template of limited length, on values of limited size. Nothing runs in
+another process or thread, and nothing depends on the load of the machine.
 
 Attributes and methods are those of an explicit list; the rest of the sandbox (no files, no imports, no mutation) is
 Jinja's ImmutableSandboxedEnvironment. Source of the functions that templates expect (`raise_exception`,

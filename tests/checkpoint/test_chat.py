@@ -389,7 +389,8 @@ HOSTILE = {
     "loops without output": (
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes"),
     "a loop whose test fails": (
-        "{% for a in range(99999) %}{% for b in range(99999) if 0 %}{% endfor %}{% endfor %}", "takes"),
+        "{% set a = 1 %}{% for b in range(262143) if " + ("(" + "a and " * 29 + "a) and ") * 30 + "0 %}{% endfor %}",
+        "takes"),
     "a huge range": ("{% for a in range(10 ** 18) %}{% endfor %}", "a range of more than"),
     "a loop over text": ("{% for a in 'a' * 4000000 %}{% for b in 'a' * 4000000 %}{% endfor %}{% endfor %}", "takes"),
     "a macro that calls itself twice": (
@@ -405,6 +406,8 @@ HOSTILE = {
     "comparing again and again": (
         LARGE + "{% set c = b[1:] ~ 'y' %}{% for i in range(99999) %}{% if b == c or c in b %}{% endif %}{% endfor %}",
         "takes"),
+    "comparing many times": (
+        LARGE + "{% set c = 'x' * 2000000 ~ 'y' %}" + "{% if c in b %}{% endif %}" * 600, "takes"),
     "numbers that hash alike": (
         "{% set x = range(0, 99999 * 2305843009213693951, 2305843009213693951) | list | unique %}", "unsafe"),
     "text times a number": ("{{ 'a' * 1000000000000 }}", "characters"),
@@ -415,6 +418,7 @@ HOSTILE = {
         "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "bits"),
     "doubling with ~": (
         "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "characters"),
+    "joining many": (LARGE + "{% set c = " + "b ~ " * 500 + "b %}", "characters"),
     "doubling with +": (
         "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "characters"),
     "doubling a list": (
@@ -423,6 +427,9 @@ HOSTILE = {
         "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "items"),
     "dicts of the same dict": (
         "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = {1: n.x, 2: n.x} %}{% endfor %}{{ n.x }}",
+        "items"),
+    "tuples of the same tuple": (
+        "{% set t0 = 1 %}" + "".join(f"{{% set t{i + 1} = (t{i}, t{i}) %}}" for i in range(60)) + "{{ {t60: 1} }}",
         "items"),
     "namespaces in lists": (
         "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b, b] %}{{ a }}", "namespace"),

@@ -18,7 +18,6 @@ multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is ref
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_to_f16
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, limited_to, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels.quant import GROUP, INT4, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
@@ -224,22 +223,10 @@ def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True)
 
     def load(lo: int) -> None:
         hi = min(rows, lo + step)
-        with limited_to(1):  # a parallel region inside would have its threads wait, spinning, for the next one
-            groups = tensor_groups(tensor, lo, hi, kind, symmetric)
-            pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
+        groups = tensor_groups(tensor, lo, hi, kind, symmetric)
+        pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
 
-    threads = threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts))
-    if threads == 1:
-        for lo in starts:
-            load(lo)
-        return panels
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(load, lo) for lo in starts]
-        try:
-            for done in waiting:
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    share_out(load, starts, threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts)))
     return panels
 
 

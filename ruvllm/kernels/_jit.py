@@ -48,6 +48,11 @@ def part_kernel(function: Callable) -> Any:
     return _compile(function, cached=False, fastmath=False, pipeline_class=_NoMachineCode)
 
 
+def as_part(body: Any) -> Any:
+    """A body once more, as a part of a larger kernel: it need not be made ready to run by itself."""
+    return body if DISABLE_JIT else part_kernel(body.py_func)
+
+
 def parallel_kernel(function: Callable) -> Any:
     """Compile a kernel whose ``prange`` splits rows over threads; it calls ``kernel`` bodies and never raises."""
     return _compile(function, fastmath=set(FASTMATH), parallel=True)

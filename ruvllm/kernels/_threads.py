@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +64,29 @@ def physical_cores() -> int:
     except ImportError:  # kernels need numpy and numba alone
         cores = allowed
     return max(1, min(cores, allowed, int(getattr(config, "NUMBA_NUM_THREADS", 1))))
+
+
+def share_out(task: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """Call task(item) for each item on up to ``threads`` Python threads; kernels called in it use one thread each.
+
+    For work that mixes files, NumPy and compiled bodies, which all let go of Python's lock.
+    """
+
+    def alone(item: int) -> None:
+        with limited_to(1):  # a parallel region inside would have its threads wait, spinning, for the next one
+            task(item)
+
+    if threads == 1 or len(items) < 2:
+        for item in items:
+            alone(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(alone, item) for item in items]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def launch(kernel: Callable[..., Any], *arguments: Any) -> None:

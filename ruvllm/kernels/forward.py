@@ -12,17 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels._jit import inline_kernel, part_kernel
+from ruvllm.kernels import activation, cached_attention, norm, panels, quant, rope, token_attention
+from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
 from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
 from ruvllm.kernels._tile import LANES, TILE
-from ruvllm.kernels.activation import silu_mul_range
-from ruvllm.kernels.cached_attention import attend_units, kv_append_heads, scratch_size
-from ruvllm.kernels.norm import rms_norm_rows
-from ruvllm.kernels.panels import panels_matmul
-from ruvllm.kernels.quant import GROUP, quant_matmul, quantize_activations
-from ruvllm.kernels.rope import rope_rows
-from ruvllm.kernels.token_attention import CHUNK, attend_token_chunks, merge_chunks
+from ruvllm.kernels.cached_attention import scratch_size
+from ruvllm.kernels.quant import GROUP
+from ruvllm.kernels.token_attention import CHUNK
+
+rms_norm_rows = as_part(norm.rms_norm_rows)
+quantize_activations = as_part(quant.quantize_activations)
+quant_matmul = as_part(quant.quant_matmul)
+panels_matmul = as_part(panels.panels_matmul)
+rope_rows = as_part(rope.rope_rows)
+kv_append_heads = as_part(cached_attention.kv_append_heads)
+attend_units = as_part(cached_attention.attend_units)
+attend_token_chunks = as_part(token_attention.attend_token_chunks)
+merge_chunks = as_part(token_attention.merge_chunks)
+silu_mul_range = as_part(activation.silu_mul_range)
 
 # Layouts of a matrix in the table; Q4 and Q8 are quant.INT4 and quant.INT8.
 Q4, Q8, F32, F16, BF16 = 0, 1, 2, 3, 4
@@ -173,20 +181,20 @@ def _matrix(
 ) -> None:
     """out (T, N) = x W^T + bias for this member's share of the rows of the matrix described at table[layer, at:]."""
     layout, rows, columns = table[layer, at], table[layer, at + 6], table[layer, at + 7]
-    panels = (rows + LANES - 1) // LANES
-    lo, hi = part(panels, rank, size)
+    count = (rows + LANES - 1) // LANES
+    lo, hi = part(count, rank, size)
     weights = table[layer, at + 1]
     if layout <= Q8:
         groups = (columns + GROUP - 1) // GROUP
         lines = 4 if layout == Q4 else 8
-        codes = array_at(weights, panels * groups * lines * 64, np.uint8).reshape(panels, groups, lines, 64)
-        scales = array_at(table[layer, at + 2], panels * groups * LANES, np.uint16).reshape(panels, groups, LANES)
+        codes = array_at(weights, count * groups * lines * 64, np.uint8).reshape(count, groups, lines, 64)
+        scales = array_at(table[layer, at + 2], count * groups * LANES, np.uint16).reshape(count, groups, LANES)
         with_mins = table[layer, at + 4]
-        mins = array_at(table[layer, at + 3], panels * with_mins * LANES, np.uint16).reshape(panels, with_mins, LANES)
+        mins = array_at(table[layer, at + 3], count * with_mins * LANES, np.uint16).reshape(count, with_mins, LANES)
         xq, xs, sums, totals = _rounded(t, mine, x.shape[0], columns)
         quant_matmul(layout, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
     else:
-        w = array_at(weights, panels * columns * LANES, float_weights).reshape(panels, columns, LANES)
+        w = array_at(weights, count * columns * LANES, float_weights).reshape(count, columns, LANES)
         panels_matmul(w, x, out, lo, hi)
     if table[layer, at + 5]:
         bias = array_at(table[layer, at + 5], rows, np.float32)

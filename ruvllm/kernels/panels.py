@@ -13,7 +13,7 @@ from numba import prange
 
 from ruvllm.kernels._jit import kernel, parallel_kernel
 from ruvllm.kernels._simd import f32_to_f16
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
 
 _K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
@@ -69,14 +69,6 @@ def pack_panels(rows: Any, panels: Any, lo: Any, hi: Any) -> None:
                     panels[p, k, j] = rows[first + j, k] if first + j < count else 0
 
 
-@parallel_kernel
-def pack_panels_parallel(rows: Any, panels: Any, threads: Any) -> None:
-    """pack_panels with the panels split over threads."""
-    count = panels.shape[0]
-    for t in prange(threads):
-        pack_panels(rows, panels, count * t // threads, count * (t + 1) // threads)
-
-
 @kernel
 def halve(x: Any, out: Any) -> None:
     """out (n,) uint16 = x (n,) float32 rounded to IEEE half floats, nearest even."""
@@ -109,4 +101,4 @@ def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 def pack(rows: np.ndarray, panels: np.ndarray) -> None:
     """Write rows (n, K) into panels (ceil(n/16), K, 16) of the same dtype."""
-    launch(pack_panels_parallel, rows, panels, threads_for(panels.size, PARALLEL_ELEMENTS, panels.shape[0]))
+    pack_panels(rows, panels, 0, len(panels))

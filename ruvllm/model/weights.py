@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.forward import BF16, F16, F32, Q4, Q8
 from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
@@ -15,7 +16,7 @@ from ruvllm.kernels.quant_panels import Panels
 from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
 from ruvllm.model.activations import Activations
 
-_ROWS_AT_ONCE_BYTES = 4 << 20  # of float32 rows between file and panels: small beside the model, large beside a call
+_ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small beside the model, large beside a call
 
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
@@ -72,9 +73,13 @@ class FloatWeights:
         rows, columns = tensor.shape
         panels = aligned_empty((panel_count(rows), columns, LANES), FLOAT_LAYOUTS[layout])
         step = max(1, _ROWS_AT_ONCE_BYTES // (4 * columns * LANES)) * LANES
-        for lo in range(0, rows, step):
+
+        def load(lo: int) -> None:
             hi = min(rows, lo + step)
             pack(_converted(tensor.float32(lo, hi), layout), panels[lo // LANES : panel_count(hi)])
+
+        starts = range(0, rows, step)
+        share_out(load, starts, threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts)))
         return cls(panels, rows)
 
     def matmul(self, x: Activations, out: np.ndarray) -> None:

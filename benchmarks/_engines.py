@@ -16,6 +16,7 @@ import numpy as np
 import ruvllm
 
 NOT_INSTALLED = "not installed"
+WORKER = Path(__file__).with_name("_llama_worker.py")
 
 
 class Engine(Protocol):
@@ -108,9 +109,8 @@ class LlamaCpp:
         """
         self.weight_bytes = 0
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        worker = Path(__file__).with_name("_llama_worker.py")
         self._process = subprocess.Popen(
-            [python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         try:
             hello = self.call("hello")

@@ -20,6 +20,7 @@ from ruvllm.model.config import PRESETS, ModelConfig
 SEVEN_B = PRESETS["llama2-7b"]
 GROUP = 32  # weights of a Q4_0 block: a float16 scale, then 16 bytes of two codes each
 BLOCK_BYTES = 18
+PRIVATE_USE = 0xF0000  # Unicode's first of 65 534 characters that mean nothing
 CODE_DEVIATION = 4.61  # standard deviation of the integers -8 .. 7, all equally likely
 
 
@@ -52,9 +53,9 @@ def random_blocks(rng: np.random.Generator, rows: int, columns: int) -> np.ndarr
 
 
 def vocabulary(size: int) -> list[bytes]:
-    """A SentencePiece vocabulary of that size: the control tokens, all bytes, then words that nobody uses."""
-    pieces = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
-    return pieces + [f"\u2581w{i}".encode() for i in range(len(pieces), size)]
+    """A SentencePiece vocabulary of that size: control tokens, all bytes, a space, then private use."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256)), "\u2581".encode()]
+    return pieces + [chr(PRIVATE_USE + i).encode() for i in range(len(pieces), size)]
 
 
 def write(path: Path, config: ModelConfig, seed: int = 0, progress: bool = True) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 import ruvllm
 from benchmarks import _files, _perplexity
 from benchmarks._engines import NOT_INSTALLED, Engine, LlamaCpp, Ruvllm
+from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import read_bandwidth
 
 PAUSE_SECONDS = 0.02  # an OpenMP team spins for some milliseconds after its work: the other's turn begins after that
@@ -100,8 +101,9 @@ def measure(engines: list[Engine], model: str, path: Path, names: list[str], thr
     context = max(case.context + case.tokens for case in map(CASES.get, names) if case)
     for engine in engines:
         engine.load(path, threads, context + 1)
-    # The same made-up text for both; small ids, which every vocabulary has.
-    ids = np.random.default_rng(0).integers(300, 20000, context).tolist()
+    with open_checkpoint(path) as checkpoint:
+        vocabulary = checkpoint.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocabulary, context).tolist()  # the same for both
     rows, held = [], 0
     for name in names:
         case = CASES[name]

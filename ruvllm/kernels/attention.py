@@ -124,9 +124,9 @@ def paged_attention(
         raise ValueError(f"q: {heads} heads of {dim} do not fit k_pool of {k.shape[2]} kv heads of {k.shape[3]}")
     table = _check.integers("block_table", block_table)
     size = k.shape[1]
-    used = -(-length // size) if size else 0
-    if length < 1 or used > len(table):
+    if not 1 <= length <= len(table) * size:
         raise ValueError(f"length: expected 1 to {len(table) * size}, found {length}")
+    used = -(-length // size)
     if table[:used].min() < 0 or table[:used].max() >= len(k):
         raise ValueError(f"block_table: expected blocks 0 to {len(k) - 1}, found {table[:used].tolist()}")
     out = _check.output("out", out, q.shape)

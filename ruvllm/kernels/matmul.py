@@ -1,5 +1,6 @@
 """Float32 products of plain arrays: matrix-vector and matrix-matrix."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(*a.shape[:-2], a.shape[-1], None))
     out = _check.output("out", out, (*a.shape[:-1], b.shape[-1]))
-    stacks = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
+    count = math.prod(a.shape[:-2])
+    stacks = (array.reshape(count, *array.shape[-2:]) for array in (a, b, out))
     for left, right, product in zip(*stacks, strict=True):
         gemm(left, right, product)
     return out

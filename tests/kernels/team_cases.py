@@ -1,0 +1,143 @@
+"""A region whose members check on each other at every barrier; as a program, it runs where threads are scarce.
+
+``python -m tests.kernels.team_cases SITUATION`` prints, for each region that was run, the size of its team.
+"""
+
+import json
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+from ruvllm.kernels import _region
+from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._region import Region
+from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
+
+if TYPE_CHECKING or DISABLE_JIT:
+    from ruvllm.kernels._team_python import atomic_add, atomic_load, pause
+else:
+    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, pause
+
+SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, TABLE_SIZE = range(11)
+SLOT = 8  # numbers between the members' values: a cache line each
+
+
+def check_each_other(address: Any) -> None:
+    """Each round every member writes its number, and after the barrier reads everybody's; items count their visits.
+
+    Before they join, they wait for each other for PATIENCE pauses, so that a busy machine has teams too.
+    """
+    table = array_at(address, TABLE_SIZE, np.int64)
+    atomic_add(table, GATHERED, 1)
+    waited = 0
+    while waited < table[PATIENCE] and atomic_load(table, GATHERED) < table[WANTED]:
+        pause()
+        waited += 1
+    rank, size = join_team(array_at(table[SYNC], SYNC_SIZE, np.int64), table[WANTED])
+    if rank < 0:
+        return
+    sync = array_at(table[SYNC], SYNC_SIZE, np.int64)
+    values = array_at(table[VALUES], table[WANTED] * SLOT, np.int64)
+    items = array_at(table[ITEMS], table[ITEM_COUNT], np.int64)
+    wrong = 0
+    for r in range(table[ROUNDS]):
+        values[rank * SLOT] = r + 1
+        barrier(sync, size)
+        for other in range(size):
+            if values[other * SLOT] != r + 1:
+                wrong += 1
+        barrier(sync, size)
+    lo, hi = part(table[ITEM_COUNT], rank, size)
+    for i in range(lo, hi):
+        items[i] += 1
+    barrier(sync, size)
+    for i in range(table[ITEM_COUNT]):
+        if items[i] != 1:
+            wrong += 1
+    values[rank * SLOT] = -wrong
+    barrier(sync, size)
+    if rank == 0:
+        table[TEAM] = size
+        for other in range(size):
+            table[WRONG] -= values[other * SLOT]
+
+
+REGION = Region(check_each_other)
+
+
+class Task:
+    """One run of the region: its table, and the memory that the table points to."""
+
+    def __init__(self, wanted: int, rounds: int, items: int = 101, patience: int = 0) -> None:
+        self.sync = np.zeros(SYNC_SIZE, np.int64)
+        self.values = np.zeros(wanted * SLOT, np.int64)
+        self.items = np.zeros(items, np.int64)
+        self.table = np.zeros(TABLE_SIZE, np.int64)
+        self.table[[WANTED, ROUNDS, ITEM_COUNT, PATIENCE]] = wanted, rounds, items, patience
+        self.table[[SYNC, VALUES, ITEMS]] = [a.ctypes.data for a in (self.sync, self.values, self.items)]
+
+    def size(self) -> int:
+        """The team's size, after it was found that nobody saw anything wrong and everything was done once."""
+        assert self.table[WRONG] == 0
+        assert (self.items == 1).all()
+        assert 1 <= self.table[TEAM] <= self.table[WANTED]
+        return int(self.table[TEAM])
+
+    def run(self) -> int:
+        REGION.run(self.table, int(self.table[WANTED]))
+        return self.size()
+
+
+@njit(parallel=True)
+def nested(address: Any, tables: Any, threads: Any) -> None:
+    """What a user may do: parallel kernels called from a parallel loop."""
+    for i in prange(len(tables)):
+        _region.enter(address, tables[i], threads)
+
+
+def _nested() -> list[int]:
+    tasks = [Task(2, 50) for _ in range(9)]
+    addresses = np.array([task.table.ctypes.data for task in tasks])
+    address = 0 if DISABLE_JIT else REGION.address
+    nested(address, addresses, 2)
+    return [task.size() for task in tasks]
+
+
+def _until_teams_were_full(wanted: int, teams: int, rounds: int) -> list[int]:
+    """Run until so many teams had all their members: on a busy machine some come too late for most."""
+    sizes: list[int] = []
+    while sizes.count(wanted) < teams and len(sizes) < 1000:
+        sizes.append(Task(wanted, rounds, patience=10**7).run())
+    return sizes
+
+
+def _limited() -> list[int]:
+    Task(2, 5).run()
+    numba.set_num_threads(1)
+    return [Task(2, 50).run() for _ in range(20)]
+
+
+def _at_once() -> list[int]:
+    sizes: list[int] = []
+    callers = [threading.Thread(target=lambda: sizes.extend(Task(2, 200).run() for _ in range(20))) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    return sizes
+
+
+SITUATIONS = {
+    "plain": lambda: _until_teams_were_full(2, 10, rounds=1000),
+    "crowded": lambda: [Task(4, 5, patience=10**5).run() for _ in range(20)],
+    "limited": _limited,
+    "nested": _nested,
+    "at_once": _at_once,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(SITUATIONS[sys.argv[1]]()))

@@ -1,0 +1,261 @@
+"""Attention beyond what the shared tests of all kernels cover: blocks, windows, groups, long rows, 16-bit caches."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ruvllm.kernels import (
+    flash_attention,
+    grouped_query_attention,
+    kv_append,
+    multi_query_attention,
+    paged_attention,
+    softmax_attention,
+)
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.cached_attention import cached_attention, padded, scratch_size
+
+Array = np.ndarray
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def attended(q: Any, k: Any, v: Any, visible: Any, scale: float | None = None) -> Array:
+    """One query at a time, in float64: q (T, H, D), k and v (S, KV, D), visible(t) the positions that query t sees."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    out = np.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for t, h in np.ndindex(q.shape[:2]):
+        seen = list(visible(t))
+        scores = k[seen, h // group] @ q[t, h] * (q.shape[2] ** -0.5 if scale is None else scale)
+        weights = np.exp(scores - scores.max())
+        out[t, h] = weights / weights.sum() @ v[seen, h // group]
+    return out
+
+
+def assert_near(got: Array, expected: Array, tolerance: float = 1e-10) -> None:
+    """Normalised mean squared error."""
+    assert got.shape == expected.shape and got.dtype == np.float32
+    assert ((got - expected) ** 2).sum() <= tolerance * (expected**2).sum()
+
+
+# --- many queries ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 255, 256, 257, 1000])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 300), (7, 301), (40, 40)])
+def test_window(tokens: int, length: int, window: int) -> None:
+    q, k, v = normal(tokens, 4, 18), normal(length, 2, 18, seed=1), normal(length, 2, 18, seed=2)
+    start = length - tokens
+    expected = attended(q, k, v, lambda t: range(max(0, start + t - window + 1), start + t + 1))
+    assert_near(flash_attention(q, k, v, window=window), expected)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (5, 3), (6, 17), (13, 270)])
+def test_without_a_mask(tokens: int, length: int) -> None:
+    q, k, v = normal(tokens, 3, 16), normal(length, 1, 16, seed=1), normal(length, 1, 16, seed=2)
+    got = flash_attention(q, k, v, causal=False, scale=0.3)
+    assert_near(got, attended(q, k, v, lambda t: range(length), 0.3))
+
+
+def test_leading_dimensions_are_separate_sequences() -> None:
+    q, k, v = normal(2, 3, 9, 4, 12), normal(2, 3, 20, 2, 12, seed=1), normal(2, 3, 20, 2, 12, seed=2)
+    got = flash_attention(q, k, v)
+    for i in np.ndindex(2, 3):
+        np.testing.assert_array_equal(got[i], flash_attention(q[i], k[i], v[i]))
+        assert_near(got[i], attended(q[i], k[i], v[i], lambda t: range(11 + t + 1)))
+
+
+@pytest.mark.parametrize("dim", [2, 10, 64, 80, 128, 130, 256])
+def test_any_head_dim(dim: int) -> None:
+    q, k, v = normal(8, 2, dim), normal(8, 2, dim, seed=1), normal(8, 2, dim, seed=2)
+    assert_near(flash_attention(q, k, v), attended(q, k, v, lambda t: range(t + 1)))
+
+
+@pytest.mark.parametrize("at", [0, 100, 255, 256, 399])
+def test_large_scores_neither_overflow_nor_lose_the_rest(at: int) -> None:
+    """Whether the largest score comes early or late, in this chunk of positions or another."""
+    q, k, v = np.ones((7, 2, 16), np.float32), normal(400, 2, 16, seed=1), normal(400, 2, 16, seed=2)
+    k[at] = 2000
+    k[(at + 200) % 400] = -2000
+    got = flash_attention(q, k, v, causal=False)
+    assert_near(got, attended(q, k, v, lambda t: range(400)))
+    one = grouped_query_attention(q[0], k, v)
+    assert_near(one, got[0].astype(np.float64), 1e-9)
+
+
+def test_all_scores_far_below_zero() -> None:
+    # Scores near -12000, of which float32 keeps three digits behind the point.
+    q, k, v = np.full((7, 1, 16), 50, np.float32), normal(300, 1, 16, seed=1) - 60, normal(300, 1, 16, seed=2)
+    assert_near(flash_attention(q, k, v), attended(q, k, v, lambda t: range(294 + t)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": normal(4, 8)}, "q: expected (..., T, H, D)"),
+        ({"k": normal(9, 2, 6), "v": normal(9, 2, 6)}, "k: expected shape"),
+        ({"v": normal(8, 2, 8)}, "v: expected shape"),
+        ({"k": normal(9, 3, 8), "v": normal(9, 3, 8)}, "9 positions of 3 kv heads do not fit 4 query heads"),
+        ({"k": normal(0, 2, 8), "v": normal(0, 2, 8)}, "0 positions of 2 kv heads"),
+        ({"k": normal(4, 2, 8), "v": normal(4, 2, 8)}, "causal attention of 5 queries needs as many"),
+        ({"window": 0}, "window: expected a positive integer with causal=True, found 0"),
+        ({"window": 3, "causal": False}, "window: expected a positive integer with causal=True, found 3"),
+    ],
+)
+def test_flash_attention_refuses(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"q": normal(5, 4, 8), "k": normal(9, 2, 8), "v": normal(9, 2, 8)}
+    with pytest.raises(ValueError) as caught:
+        flash_attention(**{**arguments, **change})
+    assert message in str(caught.value)
+
+
+def test_no_queries() -> None:
+    assert flash_attention(normal(0, 4, 8), normal(9, 2, 8), normal(9, 2, 8)).shape == (0, 4, 8)
+
+
+# --- one query ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 50])
+@pytest.mark.parametrize("length", [1, 16, 33, 150])
+def test_blocks_in_any_order(size: int, length: int) -> None:
+    """Bit for bit what the same rows give when they lie one after the other; other blocks are never read."""
+    q, k, v = normal(6, 20), normal(length, 2, 20, seed=1), normal(length, 2, 20, seed=2)
+    expected = grouped_query_attention(q, k, v)
+    assert_near(expected, attended(q[None], k, v, lambda t: range(length))[0])
+    used = -(-length // size)
+    table = np.random.default_rng(3).permutation(used + 2)[:used]
+    pools = np.full((2, used + 2, size, 2, 20), np.nan, np.float32)
+    for pool, rows in zip(pools, (k, v), strict=True):
+        for s in range(length):
+            pool[table[s // size], s % size] = rows[s]
+    for dtype in (np.int64, np.int32, np.uint16):
+        np.testing.assert_array_equal(paged_attention(q, pools[0], pools[1], table.astype(dtype), length), expected)
+    longer = np.append(table, -1)  # what is behind the used blocks is not looked at
+    np.testing.assert_array_equal(paged_attention(q, pools[0], pools[1], longer, length), expected)
+
+
+def test_one_kv_head_and_one_head_are_special_cases() -> None:
+    q, k, v = normal(5, 16), normal(70, 16, seed=1), normal(70, 16, seed=2)
+    grouped = grouped_query_attention(q, k[:, None], v[:, None], scale=0.7)
+    np.testing.assert_array_equal(multi_query_attention(q, k, v, scale=0.7), grouped)
+    for head in range(5):
+        np.testing.assert_array_equal(softmax_attention(q[head], k, v, scale=0.7), grouped[head])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 0}, "length: expected 1 to 12, found 0"),
+        ({"length": 13}, "length: expected 1 to 12, found 13"),
+        ({"block_table": [0, 1, 5]}, "block_table: expected blocks 0 to 4, found [0, 1, 5]"),
+        ({"block_table": [0, -1, 2]}, "block_table: expected blocks 0 to 4, found [0, -1, 2]"),
+        ({"block_table": [[0, 1, 2]]}, "block_table: expected 1 dimensions"),
+        ({"q": normal(4, 6)}, "q: 4 heads of 6 do not fit k_pool of 2 kv heads of 8"),
+        ({"q": normal(3, 8)}, "q: 3 heads of 8 do not fit k_pool of 2 kv heads of 8"),
+        ({"v_pool": normal(5, 4, 1, 8)}, "v_pool: expected shape (5, 4, 2, 8)"),
+        ({"k_pool": normal(5, 0, 2, 8), "v_pool": normal(5, 0, 2, 8)}, "length: expected 1 to 0, found 9"),
+    ],
+)
+def test_paged_attention_refuses(change: dict[str, Any], message: str) -> None:
+    pool = normal(5, 4, 2, 8)
+    arguments: dict[str, Any] = {"q": normal(4, 8), "k_pool": pool, "v_pool": pool}
+    arguments |= {"block_table": [0, 1, 2], "length": 9}
+    paged_attention(**arguments)
+    with pytest.raises(ValueError) as caught:
+        paged_attention(**{**arguments, **change})
+    assert message in str(caught.value)
+    with pytest.raises(TypeError, match="block_table: expected integers"):
+        paged_attention(**{**arguments, "block_table": [0.0, 1.0, 2.0]})
+
+
+def test_no_positions_are_refused() -> None:
+    for call, q in ((softmax_attention, normal(8)), (multi_query_attention, normal(4, 8))):
+        with pytest.raises(ValueError, match="length: expected 1 to 0, found 0"):
+            call(q, normal(0, 8), normal(0, 8))
+
+
+# --- over a cache ------------------------------------------------------------------------------------------------
+
+
+def cache(length: int, kv_heads: int, dim: int, dtype: Any) -> tuple[Array, Array, Array, Array]:
+    """Rows k, v (S, KV, D) as they are read back, and the cache that they were appended to, in two parts."""
+    blocks = -(-length // LANES)
+    # What was never written is not a number: reading it shows.
+    fill = np.float32(np.nan).astype(np.float16 if dtype == np.uint16 else dtype).view(dtype)
+    keys = np.full((kv_heads, blocks, dim, LANES), fill, dtype)
+    values = np.full((kv_heads, blocks * LANES, padded(dim)), fill, dtype)
+    k, v = normal(length, kv_heads, dim, seed=1), normal(length, kv_heads, dim, seed=2)
+    later = np.arange(length // 3, length)
+    kv_append(k[later], v[later], keys, values, later)
+    kv_append(k[: length // 3], v[: length // 3], keys, values, np.arange(length // 3))
+    if dtype == np.uint16:
+        k, v = (a.astype(np.float16).astype(np.float32) for a in (k, v))
+    return k, v, keys, values
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 2), (2, 18), (3, 64)])
+def test_append_puts_every_number_in_its_place(dtype: Any, kv_heads: int, dim: int) -> None:
+    k, v, keys, values = cache(45, kv_heads, dim, dtype)
+    as_float = (lambda a: a.view(np.float16).astype(np.float32)) if dtype == np.uint16 else (lambda a: a)
+    for p in range(45):
+        np.testing.assert_array_equal(as_float(keys[:, p // LANES, :, p % LANES]), k[p])
+        np.testing.assert_array_equal(as_float(values[:, p, :dim]), v[p])
+    assert np.isnan(as_float(keys[:, 2, :, 45 % LANES :])).all()
+    assert np.isnan(as_float(values[:, 45:])).all() and np.isnan(as_float(values[:, :, dim:])).all()
+
+
+@pytest.mark.parametrize("window", [None, 20, 280])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("first", [0, 5, 250, 256, 500])
+def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | None) -> None:
+    """One token and many, before and behind the ends of the chunks of 256 positions; nothing unwritten is used."""
+    for tokens in (1, 2, 6, 13):
+        length = first + tokens
+        k, v, keys, values = cache(length, 2, 18, dtype)
+        keys[...] = np.where(np.isnan(as_numbers(keys)), np.zeros((), dtype), keys)  # masked lanes may be read
+        values[:, :length, 18:] = 0
+        q = normal(tokens, 6, 18)
+        out, scratch = np.empty_like(q), np.empty((2, scratch_size(18)), np.float32)
+        positions = np.arange(first, length)
+        reach = window or length
+        expected = attended(q, k, v, lambda t: range(max(0, first + t - reach + 1), first + t + 1), 0.25)  # noqa: B023
+        values[:, length:] = 0
+        assert cached_attention(q, keys, values, positions, window, 0.25, out, scratch) is out
+        assert_near(out, expected)
+
+
+def as_numbers(cached: Array) -> Array:
+    return cached.view(np.float16) if cached.dtype == np.uint16 else cached
+
+
+def test_append_refuses() -> None:
+    k, keys, values = normal(3, 2, 18), np.zeros((2, 2, 18, 16), np.float32), np.zeros((2, 32, 32), np.float32)
+    kv_append(k, k, keys, values, np.array([31, 0, 5]))
+    before = keys.copy(), values.copy()
+    read_only = keys.copy()
+    read_only.flags.writeable = False
+    for error, message, arguments in (
+        (ValueError, "positions: expected 0 to 31, found 0 to 32", (k, k, keys, values, [0, 1, 32])),
+        (ValueError, "positions: expected 0 to 31, found -1 to 1", (k, k, keys, values, [-1, 0, 1])),
+        (TypeError, "positions: expected integers", (k, k, keys, values, [0.0, 1.0, 2.0])),
+        (ValueError, "do not fit keys", (k, k, keys, values, [0, 1])),
+        (ValueError, "do not fit keys", (k, k[:2], keys, values, [0, 1, 2])),
+        (ValueError, "do not fit keys", (k[:, :1], k[:, :1], keys, values, [0, 1, 2])),
+        (ValueError, "are no cache for head_dim 16", (k[:, :, :16], k[:, :, :16], keys, values, [0, 1, 2])),
+        (ValueError, "are no cache for head_dim 18", (k, k, keys, values[:1], [0, 1, 2])),
+        (ValueError, "are no cache for head_dim 18", (k, k, keys, values.astype(np.uint16), [0, 1, 2])),
+        (TypeError, "keys: expected a writable C-contiguous", (k, k, keys.astype(np.float64), values, [0, 1, 2])),
+        (TypeError, "keys: expected a writable C-contiguous", (k, k, read_only, values, [0, 1, 2])),
+    ):
+        with pytest.raises(error) as caught:
+            kv_append(*arguments)
+        assert message in str(caught.value)
+    np.testing.assert_array_equal(keys, before[0])
+    np.testing.assert_array_equal(values, before[1])
+    kv_append(k[:0], k[:0], keys, values, np.array([], np.int64))

@@ -81,6 +81,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     pieces = keys.require(PREFIX + "tokens", list)
     ids = _ids_of(keys, pieces)
     kinds = _kinds(keys, len(pieces))
+    _check_byte_pieces(keys, pieces, kinds)
     named = {name: _named_id(keys, name, pieces, model) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     ends = _end_ids(pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
@@ -130,7 +131,10 @@ def _numbers(keys: Fields, key: str, count: int) -> np.ndarray | None:
     values = keys.values.get(key)
     if values is None:
         return None
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # a list of lists of different lengths
+        array = np.empty(0, object)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
         raise keys.error(key, type(values).__name__, "an array of numbers")
     if len(array) != count:
@@ -214,7 +218,6 @@ def _sentencepiece_engine(
     if scores is None or not np.isfinite(scores).all():
         found = "no such key" if scores is None else "a score that is not finite"
         raise keys.error(PREFIX + "scores", found, "a finite number for each token")
-    _check_byte_pieces(keys, pieces, kinds)
     # As SentencePiece does it: pieces of control tokens cannot join to one.
     in_text = (Kind.NORMAL, Kind.UNUSED)
     scored = [(p, s) for p, s, kind in zip(pieces, scores.tolist(), kinds, strict=True) if kind in in_text and p]

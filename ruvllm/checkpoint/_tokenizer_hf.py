@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,10 @@ def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
     kinds = _kinds(engine, pieces, byte_level)
     config = _read_if_there(root / "tokenizer_config.json")
     bos = engine.token_to_id(names["bos_token"]) if "bos_token" in names else None
-    prefix, suffix = _surroundings(engine, config, names)
+    prefix, suffix = _surroundings(path, engine, config, names)
+    if max((*prefix, *suffix), default=0) >= len(pieces):
+        found = f"the ids {[*prefix, *suffix]}"
+        raise ModelFormatError(path, field="post_processor", found=found, expected=f"ids below {len(pieces)}")
     return Vocabulary(
         engine=engine,
         pieces=pieces,
@@ -70,10 +74,8 @@ def _engine(path: Path) -> Any:
             expected = f"at most {MAX_TOKENIZER_BYTES} bytes"
             raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
         raw = source.read(0, source.size).tobytes()
-    try:
+    with _errors_of_the_library(path):
         engine = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises nothing more specific
-        raise ModelFormatError(path, field="tokenizer", found=error, expected="a tokenizer.json") from None
     model = type(engine.model).__name__
     if model != "BPE" or engine.model.dropout:
         found = model if model != "BPE" else f"BPE with dropout {engine.model.dropout}"
@@ -81,6 +83,17 @@ def _engine(path: Path) -> Any:
     engine.no_truncation()
     engine.no_padding()
     return engine
+
+
+@contextmanager
+def _errors_of_the_library(path: Path) -> Iterator[None]:
+    """What `tokenizers` raises for a damaged file: plain Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(path, field="tokenizer", found=error, expected="a tokenizer.json") from None
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
@@ -160,10 +173,13 @@ def _kinds(engine: Any, pieces: list[str | None], byte_level: bool) -> bytearray
     return kinds
 
 
-def _surroundings(engine: Any, config: Fields, names: dict[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _surroundings(
+    path: Path, engine: Any, config: Fields, names: dict[str, str]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the post-processor puts before and behind a text; without one, what tokenizer_config.json says."""
     if engine.post_processor is not None:
-        probe = engine.encode("a", add_special_tokens=True)
+        with _errors_of_the_library(path):
+            probe = engine.encode("a", add_special_tokens=True)
         text = [n for n, special in enumerate(probe.special_tokens_mask) if not special]
         first, last = (text[0], text[-1]) if text else (len(probe.ids), len(probe.ids))
         return tuple(probe.ids[:first]), tuple(probe.ids[last + 1 :])

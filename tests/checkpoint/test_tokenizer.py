@@ -579,6 +579,11 @@ def change(content, *path, to):
         (lambda c: change(c, "model", "vocab", "a", to=1 << 31), r"vocabulary: found ids below 2147483649"),
         (lambda c: change(c, "model", "merges", to=["a nosuch"]), "tokenizer: found .*nosuch"),
         (lambda c: c.pop("model"), "tokenizer: found"),
+        (
+            lambda c: change(c, "post_processor", "special_tokens", "<s>", "ids", to=[1502]),
+            r"post_processor: found the ids",
+        ),
+        (lambda c: change(c, "post_processor", "special_tokens", to={}), "tokenizer: found"),  # makes the library panic
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(damage, message, tmp_path):

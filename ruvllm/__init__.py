@@ -2,7 +2,7 @@
 
     import ruvllm
     llm = ruvllm.load("smollm2-135m")
-    print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]))
+    print(llm.chat([{"role": "user", "content": "Why is the sky blue?"}]))
 
 Importing compiles nothing and loads nothing large: each name is fetched when it is first used.
 """

@@ -9,7 +9,7 @@ from typing import NoReturn
 import ruvllm
 
 DEFAULT_MODEL = "smollm2-135m"
-WEIGHTS = ("auto", "f32", "f16", "bf16")  # as in model.llama, which takes the compiler to import
+WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
 
 _EXAMPLES = """\
 examples:

@@ -62,9 +62,11 @@ class Generation:
 class Stream:
     """Iterate over pieces of the answer as they come; ``result`` is the Generation so far."""
 
-    def __init__(self, llm: LLM, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, llm: LLM, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...], continuation: bool
+    ) -> None:
         self.result = Generation(timings=timings)
-        self._pieces = self._run(llm, tokens, stop)
+        self._pieces = self._run(llm, tokens, stop, continuation)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -72,9 +74,9 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self, llm: LLM, tokens: Iterator[Token], stop: tuple[str, ...]) -> Iterator[str]:
+    def _run(self, llm: LLM, tokens: Iterator[Token], stop: tuple[str, ...], continuation: bool) -> Iterator[str]:
         result, timings = self.result, self.result.timings
-        decoder = llm.tokenizer.stream_decoder()
+        decoder = llm.tokenizer.stream_decoder(continuation=continuation)
         ends = set(llm.tokenizer.eos_ids)
         held = ""  # decoded text that may turn out to begin a stop string
         started = time.perf_counter()
@@ -114,6 +116,10 @@ class Stream:
         if held:
             result.text += held
             yield held
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
 def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
@@ -207,7 +213,9 @@ class LLM:
         tokens = generate(
             self.model, cache, ids[held:], sampling, cache.max_tokens if max_tokens is None else max_tokens, logprobs
         )
-        return Stream(self, Timings(prompt_tokens=len(ids), reused_tokens=held), tokens, stop)
+        timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
+        # A SentencePiece text loses the space that begins it; an answer should, a continuation should not.
+        return Stream(self, timings, tokens, stop, continuation=not _is_chat(prompt))
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""
@@ -233,7 +241,7 @@ class LLM:
     def _ids(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, parse_special=True)
-        elif len(prompt) and isinstance(prompt[0], dict):
+        elif _is_chat(prompt):
             from ruvllm.checkpoint.chat import encode_chat
 
             ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ruvllm.kernels._team import part
 from tests.kernels.team_cases import Task
 
-HANGING = 20  # seconds
+HANGING = 120  # seconds: a busy machine takes a core away in the middle of a round
 
 
 def _sizes(situation: str, **environment: str) -> list[int]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 
 if TYPE_CHECKING or DISABLE_JIT:
-    from ruvllm.kernels._team_python import array_at, atomic_add, atomic_load, atomic_store, call_address, pause
+    from ruvllm.kernels._team_python import atomic_add, atomic_load, atomic_store, call_address, pause
 else:
-    from ruvllm.kernels._team_llvm import array_at, atomic_add, atomic_load, atomic_store, call_address, pause
+    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause
 
-__all__ = ["SYNC_SIZE", "array_at", "barrier", "call_address", "join_team", "part"]
+__all__ = ["SYNC_SIZE", "barrier", "call_address", "join_team", "part"]
 
 _TICKET, _SIZE, _ARRIVED, _PHASE = 0, 16, 32, 48
 SYNC_SIZE = 64

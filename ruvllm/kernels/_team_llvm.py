@@ -75,26 +75,3 @@ def call_address(typingctx: Any, address: Any, argument: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def array_at(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
-    """A 1-D view of ``count`` elements at a memory address; ``dtype`` is a NumPy scalar class.
-
-    The caller keeps the memory alive: a table of addresses stands in for hundreds of array arguments.
-    """
-    from numba.np import arrayobj
-
-    result = types.Array(dtype.dtype, 1, "C")
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array = arrayobj.make_array(result)(context, builder)
-        size = context.get_abi_sizeof(context.get_data_type(result.dtype))
-        intp = context.get_value_type(types.intp)
-        data = builder.inttoptr(args[0], context.get_data_type(result.dtype).as_pointer())
-        shape = cgutils.pack_array(builder, [args[1]])
-        strides = cgutils.pack_array(builder, [intp(size)])
-        arrayobj.populate_array(array, data=data, shape=shape, strides=strides, itemsize=intp(size), meminfo=None)
-        return array._getvalue()
-
-    return result(types.int64, types.intp, dtype), codegen

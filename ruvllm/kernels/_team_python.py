@@ -1,9 +1,6 @@
 """The team's operations in plain Python, for NUMBA_DISABLE_JIT=1: there regions run one member after the other."""
 
-import ctypes
 from typing import Any
-
-import numpy as np
 
 
 def atomic_add(array: Any, index: int, value: int) -> int:
@@ -26,10 +23,3 @@ def pause() -> None:
 
 def call_address(address: int, argument: int) -> None:
     raise RuntimeError("without the JIT there are no addresses of compiled functions")
-
-
-def array_at(address: int, count: int, dtype: Any) -> Any:
-    if not count:
-        return np.empty(0, dtype)
-    raw = (ctypes.c_uint8 * (int(count) * np.dtype(dtype).itemsize)).from_address(int(address))
-    return np.frombuffer(raw, dtype)

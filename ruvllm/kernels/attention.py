@@ -25,6 +25,7 @@ from ruvllm.kernels._simd import (
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, put
+from ruvllm.kernels._views import flat
 from ruvllm.kernels.cached_attention import cached_attention, kv_append_heads, padded, scratch_size
 
 _NEGATIVE_INFINITY = np.float32(-np.inf)
@@ -43,8 +44,8 @@ def attend_one_heads(
     size, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
     wide = scores.shape[1]
-    queries, keys, values = q.reshape(-1), k.reshape(-1), v.reshape(-1)
-    outs, weights = out.reshape(-1), scores.reshape(-1)
+    queries, keys, values = flat(q), flat(k), flat(v)
+    outs, weights = flat(out), flat(scores)
     row_step = kv_heads * dim
     for head in range(lo, hi):
         qi, base, offset = head * dim, head * wide, head // group * dim

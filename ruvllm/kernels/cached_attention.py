@@ -31,6 +31,7 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, put, tile_times_panel, token_times_panel
+from ruvllm.kernels._views import flat
 
 CHUNK = 256  # positions per step of the online softmax: scores, keys and values of a chunk stay in the caches
 NO_WINDOW = 1 << 62
@@ -51,7 +52,7 @@ def padded(head_dim: int) -> int:
 def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
     """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
     tokens, _, dim = k.shape
-    keys_flat, values_flat = keys.reshape(-1), values.reshape(-1)
+    keys_flat, values_flat = flat(keys), flat(values)
     for head in range(lo, hi):
         for t in range(tokens):
             position = positions[t]
@@ -76,8 +77,8 @@ def attend_units(
     wide = values.shape[2]
     group = heads // keys.shape[0]
     tiles = (tokens + TILE - 1) // TILE
-    q_flat, out_flat = q.reshape(-1), out.reshape(-1)
-    keys_flat, values_flat = keys.reshape(-1), values.reshape(-1)
+    q_flat, out_flat = flat(q), flat(out)
+    keys_flat, values_flat = flat(keys), flat(values)
     sums = TILE * CHUNK
     state = sums + TILE * wide
     for unit in range(lo, hi):

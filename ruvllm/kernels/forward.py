@@ -15,8 +15,9 @@ import numpy as np
 from ruvllm.kernels import activation, cached_attention, norm, panels, quant, rope, token_attention
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
+from ruvllm.kernels._team import SYNC_SIZE, barrier, join_team, part
 from ruvllm.kernels._tile import LANES, TILE
+from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import scratch_size
 from ruvllm.kernels.quant import GROUP
 from ruvllm.kernels.token_attention import CHUNK
@@ -69,16 +70,18 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
         return
     T, E, F, heads, kv_heads, dim = t[TOKENS], t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
     eps, scale = _floats(t[FLOATS], 1, 2)[0]
-    layers = array_at(t[LAYERS], t[LAYER_COUNT] * LAYER_FIELDS, np.int64).reshape(t[LAYER_COUNT], LAYER_FIELDS)
+    layers = array_at(t[LAYERS], (t[LAYER_COUNT], LAYER_FIELDS), np.int64)
     cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
     positions = array_at(t[POSITIONS], T, np.int64)
     x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
     q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
     gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
-    q_heads, k_heads = q.reshape(T, heads, dim), k.reshape(T, kv_heads, dim)
+    q_heads = _heads(t[Q], T, heads, dim)
+    k_heads, v_heads = _heads(t[K], T, kv_heads, dim), _heads(t[V], T, kv_heads, dim)
     alone = T == 1
     mine = rank if alone else 0
-    attended = _floats(t[ATTENDED] + mine * heads * dim * 4, T, heads * dim)
+    attended_at = t[ATTENDED] + mine * heads * dim * 4
+    attended, attended_heads = _floats(attended_at, T, heads * dim), _heads(attended_at, T, heads, dim)
     h = _floats(t[INPUT] + mine * E * 4, T, E)
     lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
     e_lo, e_hi = _share(E, rank, size)
@@ -96,14 +99,13 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
             h_lo, h_hi = part(heads, rank, size)
             rope_rows(q_heads, cos, sin, np.float32(1), q_heads, h_lo, h_hi)
             rope_rows(k_heads, cos, sin, np.float32(1), k_heads, kv_lo, kv_hi)
-            _append(t, layer, kv, k_heads, v.reshape(T, kv_heads, dim), positions, kv_lo, kv_hi)
+            _append(t, layer, kv, k_heads, v_heads, positions, kv_lo, kv_hi)
         else:
             rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
             rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
-            v_heads = v.reshape(T, kv_heads, dim)
             _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
         barrier(sync, size)
-        _attend(t, layer, kv, q_heads, attended, positions, scale, sync, rank, size)
+        _attend(t, layer, kv, q_heads, attended_heads, positions, scale, sync, rank, size)
         _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi)
         _meet(sync, size, alone)
         _matrix(t, layers, layer, np.int64(_O), float_weights, attended, mine, sums_of, rank, size)
@@ -115,7 +117,7 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
         for at in range(_GATE, _DOWN, FIELDS):
             _matrix(t, layers, layer, at, float_weights, h, mine, gate if at == _GATE else up, rank, size)
         for row in range(T):
-            silu_mul_range(gate.reshape(-1), up.reshape(-1), gate.reshape(-1), row * F + f_lo, row * F + f_hi)
+            silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
         barrier(sync, size)
         _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi)
         _meet(sync, size, alone)
@@ -127,7 +129,12 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
 
 @inline_kernel
 def _floats(address: Any, rows: Any, columns: Any) -> Any:
-    return array_at(address, rows * columns, np.float32).reshape(rows, columns)
+    return array_at(address, (rows, columns), np.float32)
+
+
+@inline_kernel
+def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
+    return array_at(address, (tokens, heads, dim), np.float32)
 
 
 @inline_kernel
@@ -156,10 +163,10 @@ def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
 def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
     """xq, xs, sums, totals of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
     groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
-    xq = array_at(t[XQ] + mine * t[WIDEST], T * groups * GROUP, np.int8).reshape(T, groups * GROUP)
-    xs = array_at(t[XS] + mine * widest * 4, T * groups, np.float32).reshape(T, groups)
-    sums = array_at(t[SUMS] + mine * widest * 4, T * groups, np.int32).reshape(T, groups)
-    totals = array_at(t[TOTALS] + mine * widest * 4, T * groups, np.float32).reshape(T, groups)
+    xq = array_at(t[XQ] + mine * t[WIDEST], (T, groups * GROUP), np.int8)
+    xs = array_at(t[XS] + mine * widest * 4, (T, groups), np.float32)
+    sums = array_at(t[SUMS] + mine * widest * 4, (T, groups), np.int32)
+    totals = array_at(t[TOTALS] + mine * widest * 4, (T, groups), np.float32)
     return xq, xs, sums, totals
 
 
@@ -187,14 +194,14 @@ def _matrix(
     if layout <= Q8:
         groups = (columns + GROUP - 1) // GROUP
         lines = 4 if layout == Q4 else 8
-        codes = array_at(weights, count * groups * lines * 64, np.uint8).reshape(count, groups, lines, 64)
-        scales = array_at(table[layer, at + 2], count * groups * LANES, np.uint16).reshape(count, groups, LANES)
+        codes = array_at(weights, (count, groups, lines, 64), np.uint8)
+        scales = array_at(table[layer, at + 2], (count, groups, LANES), np.uint16)
         with_mins = table[layer, at + 4]
-        mins = array_at(table[layer, at + 3], count * with_mins * LANES, np.uint16).reshape(count, with_mins, LANES)
+        mins = array_at(table[layer, at + 3], (count, with_mins, LANES), np.uint16)
         xq, xs, sums, totals = _rounded(t, mine, x.shape[0], columns)
         quant_matmul(layout, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
     else:
-        w = array_at(weights, count * columns * LANES, float_weights).reshape(count, columns, LANES)
+        w = array_at(weights, (count, columns, LANES), float_weights)
         panels_matmul(w, x, out, lo, hi)
     if table[layer, at + 5]:
         bias = array_at(table[layer, at + 5], rows, np.float32)
@@ -206,16 +213,15 @@ def _matrix(
 @inline_kernel
 def _keys(t: Any, layer: Any, kv: Any) -> Any:
     """The keys of one layer (KV, B, D, 16)."""
-    count = t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES
-    return array_at(t[KEYS] + layer * count * t[KV_BYTES], count, kv).reshape(t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
+    shape = (t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
+    return array_at(t[KEYS] + layer * t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES * t[KV_BYTES], shape, kv)
 
 
 @inline_kernel
 def _values(t: Any, layer: Any, kv: Any) -> Any:
     """The values of one layer (KV, 16 B, DV)."""
-    count = t[KV_HEADS] * t[BLOCKS] * LANES * t[WIDE]
-    values = array_at(t[VALUES] + layer * count * t[KV_BYTES], count, kv)
-    return values.reshape(t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
+    shape = (t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
+    return array_at(t[VALUES] + layer * t[KV_HEADS] * t[BLOCKS] * LANES * t[WIDE] * t[KV_BYTES], shape, kv)
 
 
 @part_kernel
@@ -235,15 +241,15 @@ def _attend(
     if T == 1:
         where = positions[0]
         width = (dim + LANES - 1) // LANES * LANES + LANES
-        partial = array_at(t[PARTIAL], heads * t[CHUNKS] * width, np.float32).reshape(heads, t[CHUNKS], width)
+        partial = array_at(t[PARTIAL], (heads, t[CHUNKS], width), np.float32)
         chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
         lo, hi = part(keys.shape[0] * chunks, rank, size)
         attend_token_chunks(q[0], keys, values, where, window, scale, partial, scratch, lo, hi)
         barrier(sync, size)
-        merge_chunks(partial, chunks, attended.reshape(heads, dim), 0, heads)
+        merge_chunks(partial, chunks, attended[0], np.int64(0), heads)
     else:
         lo, hi = part(heads * ((T + TILE - 1) // TILE), rank, size)
-        attend_units(q, keys, values, positions, window, scale, attended.reshape(T, heads, dim), scratch, lo, hi)
+        attend_units(q, keys, values, positions, window, scale, attended, scratch, lo, hi)
         barrier(sync, size)
 
 
@@ -258,7 +264,7 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
     mine = rank if alone else 0
     lo, hi = (np.int64(0), np.int64(1)) if alone else part(rows, rank, size)
     h = _floats(t[INPUT] + mine * E * 4, rows, E)
-    head = array_at(t[HEAD], FIELDS, np.int64).reshape(1, FIELDS)
+    head = array_at(t[HEAD], (1, FIELDS), np.int64)
     rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
     _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi)
     _meet(sync, size, alone)

@@ -13,6 +13,7 @@ from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_zero, 
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._views import flat
 from ruvllm.kernels.panels import linear_panels, pack, panel_count
 
 
@@ -20,7 +21,7 @@ from ruvllm.kernels.panels import linear_panels, pack, panel_count
 def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     """out[i] = sum_k a[i, k] x[k] for rows lo:hi: four rows at a time share each load of x."""
     columns = a.shape[1]
-    flat = a.reshape(-1)
+    w = flat(a)
     whole = columns - columns % LANES
     rest = columns - whole
     for i in range(lo, hi):
@@ -30,23 +31,23 @@ def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
             s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
             for k in range(0, whole, LANES):
                 v = f32_load(x, k)
-                s0 = fma(f32_load(flat, r0 + k), v, s0)
-                s1 = fma(f32_load(flat, r1 + k), v, s1)
-                s2 = fma(f32_load(flat, r2 + k), v, s2)
-                s3 = fma(f32_load(flat, r3 + k), v, s3)
+                s0 = fma(f32_load(w, r0 + k), v, s0)
+                s1 = fma(f32_load(w, r1 + k), v, s1)
+                s2 = fma(f32_load(w, r2 + k), v, s2)
+                s3 = fma(f32_load(w, r3 + k), v, s3)
             if rest:
                 v = f32_load_first(x, whole, rest)
-                s0 = fma(f32_load_first(flat, r0 + whole, rest), v, s0)
-                s1 = fma(f32_load_first(flat, r1 + whole, rest), v, s1)
-                s2 = fma(f32_load_first(flat, r2 + whole, rest), v, s2)
-                s3 = fma(f32_load_first(flat, r3 + whole, rest), v, s3)
+                s0 = fma(f32_load_first(w, r0 + whole, rest), v, s0)
+                s1 = fma(f32_load_first(w, r1 + whole, rest), v, s1)
+                s2 = fma(f32_load_first(w, r2 + whole, rest), v, s2)
+                s3 = fma(f32_load_first(w, r3 + whole, rest), v, s3)
             out[i], out[i + 1], out[i + 2], out[i + 3] = hsum(s0), hsum(s1), hsum(s2), hsum(s3)
         elif i >= hi - (hi - lo) % 4:
             s0 = f32_zero()
             for k in range(0, whole, LANES):
-                s0 = fma(f32_load(flat, i * columns + k), f32_load(x, k), s0)
+                s0 = fma(f32_load(w, i * columns + k), f32_load(x, k), s0)
             if rest:
-                s0 = fma(f32_load_first(flat, i * columns + whole, rest), f32_load_first(x, whole, rest), s0)
+                s0 = fma(f32_load_first(w, i * columns + whole, rest), f32_load_first(x, whole, rest), s0)
             out[i] = hsum(s0)
 
 
@@ -62,12 +63,12 @@ def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
 def pack_columns(b: Any, panels: Any, lo: Any, hi: Any) -> None:
     """panels[p, k, j] = b[k, 16 p + j] for panels lo:hi: the panels of B^T from B (K, N), zero past N."""
     inner, columns = b.shape
-    flat, packed = b.reshape(-1), panels.reshape(-1)
+    source, packed = flat(b), flat(panels)
     for p in range(lo, hi):
         count = columns - p * LANES
         for k in range(inner):
             at = k * columns + p * LANES
-            row = f32_load(flat, at) if count >= LANES else f32_load_first(flat, at, count)
+            row = f32_load(source, at) if count >= LANES else f32_load_first(source, at, count)
             f32_store(packed, (p * inner + k) * LANES, row)
 
 

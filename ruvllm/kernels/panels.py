@@ -15,6 +15,7 @@ from ruvllm.kernels._jit import kernel, parallel_kernel
 from ruvllm.kernels._simd import f32_to_f16
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
+from ruvllm.kernels._views import flat
 
 _K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
 
@@ -32,7 +33,7 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     """
     tokens, columns = x.shape
     rows = out.shape[1]
-    panels, xs, outs = w.reshape(-1), x.reshape(-1), out.reshape(-1)
+    panels, xs, outs = flat(w), flat(x), flat(out)
     tiled = tokens - tokens % TILE
     for p in range(lo, hi):
         wi, column, count = p * columns * LANES, p * LANES, rows - p * LANES

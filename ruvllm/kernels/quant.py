@@ -49,6 +49,7 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, put
+from ruvllm.kernels._views import flat
 
 GROUP = 32
 INT4, INT8 = 0, 1
@@ -67,15 +68,15 @@ def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: A
     """
     columns = x.shape[1]
     groups = xs.shape[1]
-    flat, codes = x.reshape(-1), xq.reshape(-1)
+    xf, codes = flat(x), flat(xq)
     for t in range(lo, hi):
         for g in range(groups):
             at, left = t * columns + g * GROUP, columns - g * GROUP
             if left >= GROUP:
-                a, b = f32_load(flat, at), f32_load(flat, at + LANES)
+                a, b = f32_load(xf, at), f32_load(xf, at + LANES)
             else:
-                a = f32_load_first(flat, at, left)
-                b = f32_load_first(flat, at + LANES, left - LANES) if left > LANES else f32_zero()
+                a = f32_load_first(xf, at, left)
+                b = f32_load_first(xf, at + LANES, left - LANES) if left > LANES else f32_zero()
             zero = f32_zero()
             largest = hmax(fmax(fmax(a, zero - a), fmax(b, zero - b)))
             not_finite = hsum(a * zero + b * zero)
@@ -222,8 +223,8 @@ def quant_matmul(
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     tokens, rows = out.shape
     groups = scales.shape[1]
-    c, sc, mn, o = codes.reshape(-1), scales.reshape(-1), mins.reshape(-1), out.reshape(-1)
-    q, qs, qt, qn = xq.reshape(-1), xs.reshape(-1), totals.reshape(-1), sums.reshape(-1)
+    c, sc, mn, o = flat(codes), flat(scales), flat(mins), flat(out)
+    q, qs, qt, qn = flat(xq), flat(xs), flat(totals), flat(sums)
     tiled = tokens - tokens % TILE
     for p in range(lo, hi):
         count = rows - p * LANES

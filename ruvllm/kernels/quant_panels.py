@@ -3,11 +3,9 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
-from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.quant import GROUP, INT4, INT8
 
@@ -88,17 +86,6 @@ def pack_rows(
                 to_mins[p, g, r] = mins[first + r, g] if r < rows else 0
 
 
-@parallel_kernel
-def pack_rows_parallel(
-    kind: Any, quads: Any, scales: Any, mins: Any, to_quads: Any, to_scales: Any, to_mins: Any, threads: Any
-) -> None:
-    """pack_rows with the panels split over threads."""
-    panels = to_scales.shape[0]
-    for t in prange(threads):
-        lo, hi = panels * t // threads, panels * (t + 1) // threads
-        pack_rows(kind, quads, scales, mins, to_quads, to_scales, to_mins, lo, hi)
-
-
 def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
     """Write the groups of n rows into panels; rows past n, up to the end of the last panel, become zero weights.
 
@@ -122,12 +109,8 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
     if mins is None:
         mins = np.empty((rows, 0), np.uint16)
     mins = _checked("mins", mins, (rows, to.mins.shape[1]), np.uint16)
-    threads = threads_for(codes.size, PARALLEL_ELEMENTS, panels)
     quads, to_quads = codes.view(np.uint32), to.codes.view(np.uint32)
-    if threads == 1:
-        pack_rows(to.kind, quads, scales, mins, to_quads, to.scales, to.mins, 0, panels)
-    else:
-        launch(pack_rows_parallel, to.kind, quads, scales, mins, to_quads, to.scales, to.mins, threads)
+    pack_rows(to.kind, quads, scales, mins, to_quads, to.scales, to.mins, 0, panels)
 
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type) -> np.ndarray:

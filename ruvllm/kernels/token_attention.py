@@ -27,6 +27,7 @@ from ruvllm.kernels._simd import (
     splat_at,
 )
 from ruvllm.kernels._tile import LANES, put, token_times_panel
+from ruvllm.kernels._views import flat
 
 CHUNK = 256
 _NEGATIVE_INFINITY = np.float32(-np.inf)
@@ -57,7 +58,7 @@ def attend_token_chunks(
     first, end = max(0, position - window + 1), position + 1
     first_chunk = first // CHUNK
     chunks = (end + CHUNK - 1) // CHUNK - first_chunk
-    queries, keys_flat, values_flat, parts = q.reshape(-1), keys.reshape(-1), values.reshape(-1), partial.reshape(-1)
+    queries, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
     for unit in range(lo, hi):
         kv, c = unit // chunks, unit % chunks
         base = (first_chunk + c) * CHUNK
@@ -130,7 +131,7 @@ def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
     """out (H, D) for heads lo:hi from the first ``chunks`` of partial (H, >= chunks, partial_width(D))."""
     dim, width = out.shape[1], partial.shape[2]
     state = width - LANES
-    parts, outs = partial.reshape(-1), out.reshape(-1)
+    parts, outs = flat(partial), flat(out)
     for head in range(lo, hi):
         base = head * partial.shape[1] * width
         top = parts[base + state]

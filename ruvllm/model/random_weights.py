@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels.quant import INT4, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
@@ -43,11 +44,15 @@ class RandomTensor:
         """The matrix rounded to "int4" (symmetric) or "int8" panels, a few rows at a time."""
         rows, columns = self.shape
         panels = empty_panels(INT4 if layout == "int4" else INT8, rows, columns, mins=False)
-        for lo in range(0, rows, _BLOCK):
+
+        def make(lo: int) -> None:
             hi = min(rows, lo + _BLOCK)
             x = self.float32(lo, hi)
             codes, scales = quantize_int4(x)[:2] if layout == "int4" else quantize_int8(x)
             pack_groups(codes, scales, None, panels.part(lo, hi))
+
+        starts = range(0, rows, _BLOCK)
+        share_out(make, starts, threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts)))
         return panels
 
     def _rows(self, block: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from numba import njit, prange
 from ruvllm.kernels import _region
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import SYNC_SIZE, array_at, barrier, join_team, part
+from ruvllm.kernels._team import SYNC_SIZE, barrier, join_team, part
+from ruvllm.kernels._views import array_at
 
 if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels._team_python import atomic_add, atomic_load, pause

@@ -74,7 +74,11 @@ class _NoMachineCode(Compiler):
 
 
 class _UnoptimizedCodegen:
-    """Numba's code generator, but its libraries leave optimising to the kernel that they become a part of."""
+    """Numba's code generator, but its libraries leave the rest to the kernel that they become a part of.
+
+    They are not optimised, and never added to the execution engine: it would make machine code of them, and where two
+    modules define a function the linker takes the first, so that the kernel would call the slow copy.
+    """
 
     def __init__(self, codegen: Any) -> None:
         self._codegen = codegen
@@ -84,7 +88,13 @@ class _UnoptimizedCodegen:
 
     def create_library(self, name: str, **options: Any) -> Any:
         library = self._codegen.create_library(name, **options)
+
+        def finalize() -> None:
+            library._finalize_dynamic_globals()
+            library._finalized = True
+
         library._optimize_final_module = lambda: None
+        library._finalize_final_module = finalize
         return library
 
 

@@ -12,8 +12,9 @@ from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_zero, hsum
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, limited_to, num_threads, threads_for
+from ruvllm.kernels._tile import STREAMS
 
-_STEP = 8 * LANES  # eight running sums: additions are never what the loop waits for
+_STEP = 2 * STREAMS * LANES  # eight running sums: additions are never what the loop waits for
 _PIECES = 64  # each is summed alone, so that the result does not depend on the number of threads
 
 
@@ -26,17 +27,17 @@ def sum_pieces(x: Any, sums: Any, lo: Any, hi: Any) -> None:
         end = min(vectors * (piece + 1) // sums.size * LANES, x.size)
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        whole = start + (end - start) // _STEP * _STEP
-        for i in range(start, whole, _STEP):
+        run = (end - start) // _STEP * (2 * LANES)  # the length of each of four runs, read side by side
+        for i in range(start, start + run, 2 * LANES):
             s0 = s0 + f32_load(x, i)
             s1 = s1 + f32_load(x, i + LANES)
-            s2 = s2 + f32_load(x, i + 2 * LANES)
-            s3 = s3 + f32_load(x, i + 3 * LANES)
-            s4 = s4 + f32_load(x, i + 4 * LANES)
-            s5 = s5 + f32_load(x, i + 5 * LANES)
-            s6 = s6 + f32_load(x, i + 6 * LANES)
-            s7 = s7 + f32_load(x, i + 7 * LANES)
-        for i in range(whole, end, LANES):
+            s2 = s2 + f32_load(x, i + run)
+            s3 = s3 + f32_load(x, i + run + LANES)
+            s4 = s4 + f32_load(x, i + 2 * run)
+            s5 = s5 + f32_load(x, i + 2 * run + LANES)
+            s6 = s6 + f32_load(x, i + 3 * run)
+            s7 = s7 + f32_load(x, i + 3 * run + LANES)
+        for i in range(start + STREAMS * run, end, LANES):
             s0 = s0 + f32_load_first(x, i, end - i)
         sums[piece] = hsum(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)))
 

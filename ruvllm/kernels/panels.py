@@ -12,9 +12,9 @@ import numpy as np
 from numba import prange
 
 from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import f32_to_f16
+from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
+from ruvllm.kernels._tile import LANES, STREAMS, TILE, put, tile_times_panel, token_times_panels
 from ruvllm.kernels._views import flat
 
 _K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
@@ -29,21 +29,33 @@ def panel_count(rows: int) -> int:
 def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi: tiles of six tokens, the rest one by one.
 
+    Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
+
     w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
     """
     tokens, columns = x.shape
     rows = out.shape[1]
     panels, xs, outs = flat(w), flat(x), flat(out)
+    if tokens == 1:  # memory is the limit: four panels that lie far apart are read side by side
+        step = (min(hi, rows // LANES) - lo) // STREAMS
+        for p in range(lo, lo + step):
+            for k in range(0, columns, _K_BLOCK):
+                wi, k_count = (p * columns + k) * LANES, min(_K_BLOCK, columns - k)
+                token_times_panels(panels, wi, step * columns * LANES, xs, k, k_count, outs, p, step, k > 0)
+        lo += STREAMS * step
     tiled = tokens - tokens % TILE
     for p in range(lo, hi):
-        wi, column, count = p * columns * LANES, p * LANES, rows - p * LANES
+        column, count = p * LANES, rows - p * LANES
         for k in range(0, columns, _K_BLOCK):
-            k_count = min(_K_BLOCK, columns - k)
+            wi, k_count = (p * columns + k) * LANES, min(_K_BLOCK, columns - k)
             for t in range(0, tiled, TILE):
                 xi, oi = t * columns + k, t * rows + column
-                tile_times_panel(panels, wi + k * LANES, LANES, xs, xi, columns, k_count, outs, oi, rows, count, k > 0)
-        for t in range(tiled, tokens):
-            token_times_panel(panels, wi, LANES, xs, t * columns, columns, outs, t * rows + column, count, False)
+                tile_times_panel(panels, wi, LANES, xs, xi, columns, k_count, outs, oi, rows, count, k > 0)
+            for t in range(tiled, tokens):
+                s = f32_zero()
+                for i in range(k_count):
+                    s = fma(load(panels, wi + i * LANES), splat_at(xs, t * columns + k + i), s)
+                put(outs, t * rows + column, s, count, k > 0)
 
 
 @parallel_kernel

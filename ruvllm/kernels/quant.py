@@ -27,6 +27,7 @@ from ruvllm.kernels._simd import (
     dot_end,
     f32_load,
     f32_load_first,
+    f32_store,
     f32_zero,
     fma,
     fmax,
@@ -48,14 +49,14 @@ from ruvllm.kernels._simd import (
     u8_load,
 )
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, TILE, put
+from ruvllm.kernels._tile import LANES, STREAMS, TILE, put
 from ruvllm.kernels._views import flat
 
 GROUP = 32
 INT4, INT8 = 0, 1
 _MINUS_ZERO_CODE = np.float32(-8)  # a symmetric 4-bit weight is scale (code - 8)
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
-_AHEAD = 1024  # bytes that one token asks for beforehand: the hardware prefetcher stops at each page of 4 KB
+_AHEAD = 512  # bytes that one token asks for beforehand: the hardware prefetcher stops at each page of 4 KB
 _LINE = 64  # bytes of one line: 16 rows x 4 columns
 
 
@@ -91,22 +92,40 @@ def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: A
 
 
 @inline_kernel
+def _group_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, at: Any, xi: Any, acc: Any) -> Any:
+    """acc + group ``at`` of 16 rows times group ``xi`` of the activations."""
+    s = dot_begin()
+    for j in range(4):
+        prefetch(codes, (at * 4 + j) * _LINE + _AHEAD)
+        v = u8_load(codes, (at * 4 + j) * _LINE)
+        s = dot_add(s, low_nibbles(v), quad_at(xq, xi * GROUP + 4 * j))
+        s = dot_add(s, high_nibbles(v), quad_at(xq, xi * GROUP + 4 * j + 16))
+    scale = load(scales, at * LANES)
+    low = load(mins, at * LANES) if mins.size > 0 else scale * splat(_MINUS_ZERO_CODE)
+    acc = fma(low, splat_at(totals, xi), acc)
+    return fma(to_f32(dot_end(s)), scale * splat_at(xs, xi), acc)
+
+
+@inline_kernel
+def _group_int8(
+    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, at: Any, xi: Any, acc: Any
+) -> Any:
+    s = sdot_begin(sums[xi])
+    for j in range(8):
+        prefetch(codes, (at * 8 + j) * _LINE + _AHEAD)
+        s = sdot_add(s, u8_load(codes, (at * 8 + j) * _LINE), quad_at(xq, xi * GROUP + 4 * j))
+    scale = load(scales, at * LANES)
+    if mins.size > 0:
+        acc = fma(load(mins, at * LANES), splat_at(totals, xi), acc)
+    return fma(to_f32(s), scale * splat_at(xs, xi), acc)
+
+
+@inline_kernel
 def _token_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, p: Any, t: Any, groups: Any) -> Any:
     """The 16 outputs of panel p for token t."""
-    has_mins = mins.size > 0
     acc = f32_zero()
     for g in range(groups):
-        at, xi = p * groups + g, t * groups + g
-        s = dot_begin()
-        for j in range(4):
-            prefetch(codes, (at * 4 + j) * _LINE + _AHEAD)
-            v = u8_load(codes, (at * 4 + j) * _LINE)
-            s = dot_add(s, low_nibbles(v), quad_at(xq, xi * GROUP + 4 * j))
-            s = dot_add(s, high_nibbles(v), quad_at(xq, xi * GROUP + 4 * j + 16))
-        scale = load(scales, at * LANES)
-        low = load(mins, at * LANES) if has_mins else scale * splat(_MINUS_ZERO_CODE)
-        acc = fma(low, splat_at(totals, xi), acc)
-        acc = fma(to_f32(dot_end(s)), scale * splat_at(xs, xi), acc)
+        acc = _group_int4(codes, scales, mins, xq, xs, totals, p * groups + g, t * groups + g, acc)
     return acc
 
 
@@ -114,18 +133,9 @@ def _token_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: An
 def _token_int8(
     codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, p: Any, t: Any, groups: Any
 ) -> Any:
-    has_mins = mins.size > 0
     acc = f32_zero()
     for g in range(groups):
-        at, xi = p * groups + g, t * groups + g
-        s = sdot_begin(sums[xi])
-        for j in range(8):
-            prefetch(codes, (at * 8 + j) * _LINE + _AHEAD)
-            s = sdot_add(s, u8_load(codes, (at * 8 + j) * _LINE), quad_at(xq, xi * GROUP + 4 * j))
-        scale = load(scales, at * LANES)
-        if has_mins:
-            acc = fma(load(mins, at * LANES), splat_at(totals, xi), acc)
-        acc = fma(to_f32(s), scale * splat_at(xs, xi), acc)
+        acc = _group_int8(codes, scales, mins, xq, xs, sums, totals, p * groups + g, t * groups + g, acc)
     return acc
 
 
@@ -225,6 +235,20 @@ def quant_matmul(
     groups = scales.shape[1]
     c, sc, mn, o = flat(codes), flat(scales), flat(mins), flat(out)
     q, qs, qt, qn = flat(xq), flat(xs), flat(totals), flat(sums)
+    if tokens == 1:
+        # Memory is the limit: panels that lie far apart take turns, group by group; their sums wait in ``out``.
+        step = (min(hi, rows // LANES) - lo) // STREAMS
+        for p in range(lo, lo + step):
+            for g in range(groups):
+                for panel in range(p, p + STREAMS * step, step):
+                    at, to = panel * groups + g, panel * LANES
+                    acc = f32_load(o, to) if g > 0 else f32_zero()
+                    if kind == INT4:
+                        acc = _group_int4(c, sc, mn, q, qs, qt, at, g, acc)
+                    else:
+                        acc = _group_int8(c, sc, mn, q, qs, qn, qt, at, g, acc)
+                    f32_store(o, to, acc)
+        lo += STREAMS * step
     tiled = tokens - tokens % TILE
     for p in range(lo, hi):
         count = rows - p * LANES

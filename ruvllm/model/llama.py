@@ -17,7 +17,7 @@ from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
 
-PREFILL_TOKENS = 128  # tokens per forward pass: Ctrl-C is seen between passes
+PREFILL_TOKENS = 126  # tokens per forward pass, whole tiles of six: Ctrl-C is seen between passes
 WEIGHTS = ("auto", *LAYOUTS)
 
 

@@ -191,7 +191,7 @@ def test_a_text_in_chunks_is_the_text_at_once(layout: str, tolerance: float, con
     model = small_model(layout, config=config)
     ids = text(300)
     whole = logits(model, ids)
-    np.testing.assert_array_equal(run(model, model.new_cache(300), ids, [128, 128, 44]), whole)
+    np.testing.assert_array_equal(run(model, model.new_cache(300), ids, [126, 126, 48]), whole)
     for parts in ([169, 131], [2] * 150, [7, 5, 128, 3, 157]):
         assert np.abs(run(model, model.new_cache(300), ids, parts) - whole).max() <= tolerance
 

@@ -6,8 +6,8 @@ barrier that waits for a thread that never comes hangs. So the team is elastic: 
 first waits briefly for the others and then closes the gate; only those who came in time are members, whoever comes
 later leaves at once. Work is split by the team's size, and results do not depend on it.
 
-``sync`` is an int64 array of SYNC_SIZE zeros for each region: ticket, team size, arrivals and phase of the barrier,
-each on a cache line of its own.
+``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
+many barriers it has reached; each on cache lines of its own, so that a barrier moves one line from each to the others.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,17 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause
 
-__all__ = ["SYNC_SIZE", "barrier", "call_address", "join_team", "part"]
+__all__ = ["barrier", "call_address", "join_team", "part", "sync_size"]
 
-_TICKET, _SIZE, _ARRIVED, _PHASE = 0, 16, 32, 48
-SYNC_SIZE = 64
+_TICKET, _SIZE, _MEMBERS = 0, 16, 32
+_APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
 _GRACE = 20000  # pauses (some 200 us) that the first member waits for the others
+
+
+def sync_size(threads: int) -> int:
+    """Numbers that the team of a region of ``threads`` threads needs."""
+    return _MEMBERS + threads * _APART
 
 
 @inline_kernel
@@ -47,16 +52,14 @@ def join_team(sync: Any, wanted: Any) -> Any:
 
 
 @inline_kernel
-def barrier(sync: Any, size: Any) -> None:
+def barrier(sync: Any, rank: Any, size: Any) -> None:
     """Wait until all ``size`` members are here; what each wrote before is visible to all after."""
     if size == 1:
         return
-    phase = atomic_load(sync, _PHASE)
-    if atomic_add(sync, _ARRIVED, 1) == size - 1:
-        atomic_store(sync, _ARRIVED, 0)
-        atomic_store(sync, _PHASE, phase + 1)
-    else:
-        while atomic_load(sync, _PHASE) == phase:
+    reached = atomic_load(sync, _MEMBERS + rank * _APART) + 1
+    atomic_store(sync, _MEMBERS + rank * _APART, reached)
+    for other in range(size):
+        while atomic_load(sync, _MEMBERS + other * _APART) < reached:
             pause()
 
 

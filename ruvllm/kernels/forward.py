@@ -15,7 +15,7 @@ import numpy as np
 from ruvllm.kernels import activation, cached_attention, norm, panels, quant, rope, token_attention
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import SYNC_SIZE, barrier, join_team, part
+from ruvllm.kernels._team import barrier, join_team, part
 from ruvllm.kernels._tile import LANES, TILE
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import scratch_size
@@ -44,10 +44,10 @@ LAYER_FIELDS = _MLP_NORM + 1
 # The table of the region: numbers, then addresses.
 (
     THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
-    SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES,
+    SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
     PARTIAL, LOGITS, INPUT, XQ, XS, SUMS, TOTALS, SCRATCH, TABLE_SIZE,
-) = range(44)  # fmt: skip
+) = range(45)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
@@ -64,7 +64,7 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
     and a barrier follows. ``INPUT``, ``XQ`` .. ``TOTALS`` hold one row per member, or one per token.
     """
     t = array_at(table, TABLE_SIZE, np.int64)
-    sync = array_at(t[SYNC], SYNC_SIZE, np.int64)
+    sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
     rank, size = join_team(sync, t[THREADS])
     if rank < 0:
         return
@@ -90,40 +90,39 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
     for layer in range(t[LAYER_COUNT]):
         rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
         _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi)
-        _meet(sync, size, alone)
+        _meet(sync, rank, size, alone)
         for at in range(_Q, _O, FIELDS):
             _matrix(t, layers, layer, at, float_weights, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
-        barrier(sync, size)
+        barrier(sync, rank, size)
         if alone:
-            kv_lo, kv_hi = part(kv_heads, rank, size)
-            h_lo, h_hi = part(heads, rank, size)
-            rope_rows(q_heads, cos, sin, np.float32(1), q_heads, h_lo, h_hi)
-            rope_rows(k_heads, cos, sin, np.float32(1), k_heads, kv_lo, kv_hi)
-            _append(t, layer, kv, k_heads, v_heads, positions, kv_lo, kv_hi)
+            _attend_token(
+                t, layer, kv, q_heads, k_heads, v_heads, cos, sin, attended_heads, positions, scale, sync, rank, size
+            )
         else:
             rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
             rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
             _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
-        barrier(sync, size)
-        _attend(t, layer, kv, q_heads, attended_heads, positions, scale, sync, rank, size)
+            barrier(sync, rank, size)
+            _attend(t, layer, kv, q_heads, attended_heads, positions, scale, rank, size)
+            barrier(sync, rank, size)
         _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi)
-        _meet(sync, size, alone)
+        _meet(sync, rank, size, alone)
         _matrix(t, layers, layer, np.int64(_O), float_weights, attended, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
-        barrier(sync, size)
+        barrier(sync, rank, size)
         rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
         _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi)
-        _meet(sync, size, alone)
+        _meet(sync, rank, size, alone)
         for at in range(_GATE, _DOWN, FIELDS):
             _matrix(t, layers, layer, at, float_weights, h, mine, gate if at == _GATE else up, rank, size)
         for row in range(T):
             silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
-        barrier(sync, size)
+        barrier(sync, rank, size)
         _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi)
-        _meet(sync, size, alone)
+        _meet(sync, rank, size, alone)
         _matrix(t, layers, layer, np.int64(_DOWN), float_weights, gate, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
-        barrier(sync, size)
+        barrier(sync, rank, size)
     _logits(t, float_weights, x, eps, sync, rank, size)
 
 
@@ -138,10 +137,10 @@ def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
 
 
 @inline_kernel
-def _meet(sync: Any, size: Any, alone: Any) -> None:
+def _meet(sync: Any, rank: Any, size: Any, alone: Any) -> None:
     """A barrier after work on tokens that was shared out; one token's work every member has done for itself."""
     if not alone:
-        barrier(sync, size)
+        barrier(sync, rank, size)
 
 
 @inline_kernel
@@ -231,26 +230,44 @@ def _append(t: Any, layer: Any, kv: Any, k: Any, v: Any, positions: Any, lo: Any
 
 @part_kernel
 def _attend(
-    t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
+    t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, rank: Any, size: Any
 ) -> None:
-    """Attention over the cache of one layer; a barrier follows what was shared out."""
-    T, heads, dim = q.shape
+    """Attention of many tokens over the cache of one layer: this member's share of heads and tiles."""
+    T, heads, _ = q.shape
+    lo, hi = part(heads * ((T + TILE - 1) // TILE), rank, size)
     keys, values = _keys(t, layer, kv), _values(t, layer, kv)
-    scratch = array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)
-    window = t[WINDOW]
-    if T == 1:
-        where = positions[0]
-        width = (dim + LANES - 1) // LANES * LANES + LANES
-        partial = array_at(t[PARTIAL], (heads, t[CHUNKS], width), np.float32)
-        chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
-        lo, hi = part(keys.shape[0] * chunks, rank, size)
-        attend_token_chunks(q[0], keys, values, where, window, scale, partial, scratch, lo, hi)
-        barrier(sync, size)
-        merge_chunks(partial, chunks, attended[0], np.int64(0), heads)
-    else:
-        lo, hi = part(heads * ((T + TILE - 1) // TILE), rank, size)
-        attend_units(q, keys, values, positions, window, scale, attended, scratch, lo, hi)
-        barrier(sync, size)
+    attend_units(q, keys, values, positions, t[WINDOW], scale, attended, _scratch(t, rank), lo, hi)
+
+
+@part_kernel
+def _attend_token(
+    t: Any, layer: Any, kv: Any, q: Any, k: Any, v: Any, cos: Any, sin: Any, attended: Any, positions: Any, scale: Any,
+    sync: Any, rank: Any, size: Any,
+) -> None:  # fmt: skip
+    """Attention of one token: kv heads and chunks of the cache are shared out, then every member merges them all.
+
+    Each member turns q for itself, into the row that will be its result. Who has the last chunk of a kv head appends
+    the new key and value to it: nobody else reads that chunk, so that no barrier is needed in between.
+    """
+    heads, dim = q.shape[1], q.shape[2]
+    keys, values = _keys(t, layer, kv), _values(t, layer, kv)
+    where, window = positions[0], t[WINDOW]
+    width = (dim + LANES - 1) // LANES * LANES + LANES
+    partial = array_at(t[PARTIAL], (heads, t[CHUNKS], width), np.float32)
+    chunks = where // CHUNK + 1 - max(0, where - window + 1) // CHUNK
+    lo, hi = part(keys.shape[0] * chunks, rank, size)
+    rope_rows(q, cos, sin, np.float32(1), attended, np.int64(0), heads)
+    rope_rows(k, cos, sin, np.float32(1), k, lo // chunks, hi // chunks)
+    kv_append_heads(k, v, keys, values, positions, lo // chunks, hi // chunks)
+    attend_token_chunks(attended[0], keys, values, where, window, scale, partial, _scratch(t, rank), lo, hi)
+    barrier(sync, rank, size)
+    merge_chunks(partial, chunks, attended[0], np.int64(0), heads)
+
+
+@inline_kernel
+def _scratch(t: Any, rank: Any) -> Any:
+    """The scratch of one member."""
+    return array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)
 
 
 @part_kernel
@@ -267,7 +284,7 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
     head = array_at(t[HEAD], (1, FIELDS), np.int64)
     rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
     _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi)
-    _meet(sync, size, alone)
+    _meet(sync, rank, size, alone)
     logits = _floats(t[LOGITS], rows, t[VOCABULARY])
     _matrix(t, head, np.int64(0), np.int64(0), float_weights, h, mine, logits, rank, size)
 

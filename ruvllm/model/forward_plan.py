@@ -8,7 +8,7 @@ import numpy as np
 
 from ruvllm.kernels import forward as f
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._team import SYNC_SIZE
+from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
 from ruvllm.kernels.cached_attention import NO_WINDOW
 from ruvllm.kernels.quant import GROUP
@@ -69,13 +69,13 @@ class ForwardBuffers:
         self.tokens, self.threads = tokens, threads
         self.x = aligned_empty((tokens, E))
         self.positions = np.zeros(tokens, np.int64)
-        self.sync = aligned_empty(SYNC_SIZE, np.int64)
+        self.sync = aligned_empty(sync_size(threads), np.int64)
         window = NO_WINDOW if config.sliding_window is None else config.sliding_window
         numbers = {
             f.LAYER_COUNT: len(plan.layers), f.HIDDEN: E, f.FEED: F, f.HEADS: heads, f.KV_HEADS: kv_heads, f.DIM: D,
             f.VOCABULARY: config.vocab_size, f.WINDOW: window, f.CHUNKS: chunks, f.WIDEST: groups * GROUP,
             f.SCRATCH_SIZE: scratch, f.BLOCKS: cache.keys.shape[2], f.WIDE: cache.values.shape[3],
-            f.KV_BYTES: cache.keys.itemsize,
+            f.KV_BYTES: cache.keys.itemsize, f.SYNC_SIZE: self.sync.size,
         }  # fmt: skip
         # Kept, because the table holds nothing but their addresses.
         self.arrays = {

@@ -15,7 +15,7 @@ from numba import njit, prange
 from ruvllm.kernels import _region
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import SYNC_SIZE, barrier, join_team, part
+from ruvllm.kernels._team import barrier, join_team, part, sync_size
 from ruvllm.kernels._views import array_at
 
 if TYPE_CHECKING or DISABLE_JIT:
@@ -23,7 +23,7 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, pause
 
-SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, TABLE_SIZE = range(11)
+SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, TABLE_SIZE = range(12)
 SLOT = 8  # numbers between the members' values: a cache line each
 
 
@@ -38,29 +38,29 @@ def check_each_other(address: Any) -> None:
     while waited < table[PATIENCE] and atomic_load(table, GATHERED) < table[WANTED]:
         pause()
         waited += 1
-    rank, size = join_team(array_at(table[SYNC], SYNC_SIZE, np.int64), table[WANTED])
+    rank, size = join_team(array_at(table[SYNC], table[SYNC_SIZE], np.int64), table[WANTED])
     if rank < 0:
         return
-    sync = array_at(table[SYNC], SYNC_SIZE, np.int64)
+    sync = array_at(table[SYNC], table[SYNC_SIZE], np.int64)
     values = array_at(table[VALUES], table[WANTED] * SLOT, np.int64)
     items = array_at(table[ITEMS], table[ITEM_COUNT], np.int64)
     wrong = 0
     for r in range(table[ROUNDS]):
         values[rank * SLOT] = r + 1
-        barrier(sync, size)
+        barrier(sync, rank, size)
         for other in range(size):
             if values[other * SLOT] != r + 1:
                 wrong += 1
-        barrier(sync, size)
+        barrier(sync, rank, size)
     lo, hi = part(table[ITEM_COUNT], rank, size)
     for i in range(lo, hi):
         items[i] += 1
-    barrier(sync, size)
+    barrier(sync, rank, size)
     for i in range(table[ITEM_COUNT]):
         if items[i] != 1:
             wrong += 1
     values[rank * SLOT] = -wrong
-    barrier(sync, size)
+    barrier(sync, rank, size)
     if rank == 0:
         table[TEAM] = size
         for other in range(size):
@@ -74,11 +74,11 @@ class Task:
     """One run of the region: its table, and the memory that the table points to."""
 
     def __init__(self, wanted: int, rounds: int, items: int = 101, patience: int = 0) -> None:
-        self.sync = np.zeros(SYNC_SIZE, np.int64)
+        self.sync = np.zeros(sync_size(wanted), np.int64)
         self.values = np.zeros(wanted * SLOT, np.int64)
         self.items = np.zeros(items, np.int64)
         self.table = np.zeros(TABLE_SIZE, np.int64)
-        self.table[[WANTED, ROUNDS, ITEM_COUNT, PATIENCE]] = wanted, rounds, items, patience
+        self.table[[WANTED, ROUNDS, ITEM_COUNT, PATIENCE, SYNC_SIZE]] = wanted, rounds, items, patience, len(self.sync)
         self.table[[SYNC, VALUES, ITEMS]] = [a.ctypes.data for a in (self.sync, self.values, self.items)]
 
     def size(self) -> int:

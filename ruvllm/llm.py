@@ -119,7 +119,7 @@ class Stream:
 
 
 def _is_chat(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
 def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
@@ -191,6 +191,7 @@ class LLM:
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
 
         Raises:
+            TypeError: the prompt is no text, no integers and no messages.
             ValueError: an option outside its range, or an empty prompt.
             ContextFullError: the prompt does not fit.
         """
@@ -240,16 +241,14 @@ class LLM:
 
     def _ids(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, parse_special=True)
+            ids: Any = self.tokenizer.encode(prompt, parse_special=True)
         elif _is_chat(prompt):
             from ruvllm.checkpoint.chat import encode_chat
 
             ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))
         else:
             ids = prompt
-        if not len(ids):
-            raise ValueError("prompt: expected some text or token ids, found none")
-        return np.asarray(ids, np.int64)
+        return self.model.checked_ids(ids, "prompt")
 
     def __repr__(self) -> str:
         return f"LLM({self.path.name}: {self.model!r})"

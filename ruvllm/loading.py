@@ -54,7 +54,7 @@ def load(
     where = resolve(path)
     with open_checkpoint(where, mmap=mmap) as checkpoint:
         _require_memory(checkpoint, weights)
-        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
         compile_for(checkpoint.weight_dtypes, weights, progress)
         with tqdm(
             total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,

@@ -13,13 +13,13 @@ import re
 import secrets
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ruvllm.errors import printable
+from ruvllm.errors import ModelFormatError, printable
 
 
 class Kind(IntEnum):
@@ -76,20 +76,37 @@ class Vocabulary:
     chat_template: str | None = None
 
 
-def load_tokenizer(source: MetadataFile | str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model: an open GGUF file, or the directory of a Hugging Face checkpoint.
 
+    vocab_size: rows of the model's embedding, if known. Ids that the tokenizer has no token for (many embeddings are
+    padded to a round number of rows) have no text.
+
     Raises:
-        ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named).
+        ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named), or has more
+            tokens than ``vocab_size``.
         FileNotFoundError: the directory has no tokenizer.json.
     """
+    path: str = os.fspath(source) if isinstance(source, str | os.PathLike) else source.path
+    vocabulary = _vocabulary(source)
+    missing = 0 if vocab_size is None else vocab_size - len(vocabulary.pieces)
+    if missing < 0:
+        expected = f"at most {vocab_size}, the rows of the embedding"
+        raise ModelFormatError(path, field="tokenizer", found=f"{len(vocabulary.pieces)} tokens", expected=expected)
+    if missing:
+        pieces, kinds = [*vocabulary.pieces, *[None] * missing], vocabulary.kinds + bytes([Kind.UNUSED]) * missing
+        vocabulary = replace(vocabulary, pieces=pieces, kinds=kinds)
+    return Tokenizer(vocabulary, path)
+
+
+def _vocabulary(source: MetadataFile | str | os.PathLike[str]) -> Vocabulary:
     if isinstance(source, str | os.PathLike):
         from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 
-        return Tokenizer(vocabulary_from_directory(source), os.fspath(source))
+        return vocabulary_from_directory(source)
     from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
 
-    return Tokenizer(vocabulary_from_metadata(source.path, source.metadata), source.path)
+    return vocabulary_from_metadata(source.path, source.metadata)
 
 
 class Tokenizer:

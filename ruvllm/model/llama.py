@@ -104,7 +104,7 @@ class Llama:
             ValueError: no ids, or an id outside the vocabulary.
             ContextFullError: they do not fit into the cache, which stays as it was.
         """
-        ids = self._checked(ids)
+        ids = self.checked_ids(ids)
         cache.require_room(len(ids))
         V = self.config.vocab_size
         logits = K._check.output("out", out, (V,) if last_only else (len(ids), V))
@@ -161,13 +161,14 @@ class Llama:
             )  # fmt: skip
         return self._rope_tables
 
-    def _checked(self, ids: Any) -> np.ndarray:
-        ids = K._check.integers("ids", ids if hasattr(ids, "__len__") else list(ids))
+    def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
+        """Token ids as int64 (T,), T >= 1. Raises TypeError for anything but integers, ValueError outside 0 .. V-1."""
+        ids = K._check.integers(name, ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids))
         if not len(ids):
-            raise ValueError("ids: expected at least one token id, found none")
+            raise ValueError(f"{name}: expected at least one token id, found none")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
-            raise ValueError(f"ids: expected token ids from 0 to {self.config.vocab_size - 1}, found {wrong}")
+            raise ValueError(f"{name}: expected token ids from 0 to {self.config.vocab_size - 1}, found {wrong}")
         return ids
 
     def linears(self) -> dict[str, Linear]:

@@ -121,11 +121,15 @@ def _add_rope(writer: Any, config: dict[str, Any], head_dim: int) -> None:
         writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
 
 
-def _add_vocabulary(writer: Any, size: int) -> None:
-    """A SentencePiece vocabulary of single characters, then of pairs of letters."""
+def vocabulary(size: int) -> list[str]:
+    """SentencePiece pieces: control tokens, single characters, then pairs of letters."""
     letters = string.ascii_lowercase
     pieces = ["<unk>", "<s>", "</s>", "▁", *string.ascii_letters, *string.digits, *string.punctuation]
-    pieces = (pieces + [a + b for a in letters for b in letters])[:size]
+    return (pieces + [a + b for a in letters for b in letters])[:size]
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    pieces = vocabulary(size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
     writer.add_token_scores([-float(i) for i in range(size)])

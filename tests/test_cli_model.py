@@ -35,7 +35,11 @@ class Terminal:
 
     def __init__(self, command):
         self.descriptor, inner = pty.openpty()
-        self.process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, cwd=ROOT)
+        self.process = subprocess.Popen(
+            command, stdin=inner, stdout=inner, stderr=inner, cwd=ROOT,
+            # A shell lets its background jobs, such as a suite left to run by itself, ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         os.close(inner)
         self.shown = ""
 

@@ -1,0 +1,61 @@
+"""Attention: the seed's rows (one query, a cache of s positions) and prefill of many."""
+
+import numpy as np
+
+from ruvllm.kernels import flash_attention, grouped_query_attention, softmax_attention
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+class SoftmaxAttention:
+    """One query of one head, head_dim 64 ("Softmax Attention") or 128 ("Flash Attention"), over s positions."""
+
+    version = "1"
+    timeout = 60
+    params = ([64, 128], [128, 256, 512, 4096])
+    param_names = ("head_dim", "seq")
+
+    def setup(self, head_dim: int, seq: int) -> None:
+        self.q, self.k, self.v = _random(1, head_dim), _random(seq, 1, head_dim), _random(seq, 1, head_dim)
+        self.out = np.empty_like(self.q)
+        self.time_attention(head_dim, seq)
+
+    def time_attention(self, head_dim: int, seq: int) -> None:
+        softmax_attention(self.q, self.k, self.v, out=self.out)
+
+
+class GroupedQueryAttention:
+    """One token, 16 query heads of size 128 that share 4 or 2 kv heads; the seed calls that ratio 4 and 8."""
+
+    version = "1"
+    timeout = 60
+    params = ([4, 8], [128, 256, 512, 4096])
+    param_names = ("ratio", "seq")
+
+    def setup(self, ratio: int, seq: int) -> None:
+        self.q, kv_heads = _random(16, 128), 16 // ratio
+        self.k, self.v = _random(seq, kv_heads, 128), _random(seq, kv_heads, 128)
+        self.out = np.empty_like(self.q)
+        self.time_attention(ratio, seq)
+
+    def time_attention(self, ratio: int, seq: int) -> None:
+        grouped_query_attention(self.q, self.k, self.v, out=self.out)
+
+
+class PrefillAttention:
+    """Causal attention of a whole prompt: 32 query heads, 8 kv heads, head_dim 128."""
+
+    version = "1"
+    timeout = 120
+    params = ([128, 512, 2048],)
+    param_names = ("tokens",)
+
+    def setup(self, tokens: int) -> None:
+        self.q, self.k, self.v = _random(tokens, 32, 128), _random(tokens, 8, 128), _random(tokens, 8, 128)
+        self.out = np.empty_like(self.q)
+        self.time_attention(tokens)
+
+    def time_attention(self, tokens: int) -> None:
+        flash_attention(self.q, self.k, self.v, out=self.out)

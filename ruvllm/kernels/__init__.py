@@ -4,6 +4,7 @@ from ruvllm.kernels import (
     activation,
     attention,
     bandwidth,
+    cached_attention,
     lora,
     lora_grad,
     matmul,
@@ -33,7 +34,7 @@ from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
 from ruvllm.kernels.sampling import apply_repetition_penalty, sample
 from ruvllm.kernels.vector import add, dot, scale
 
-_MODULES = (activation, attention, bandwidth, lora, lora_grad, matmul, norm, ranking, rope, vector)
+_MODULES = (activation, attention, bandwidth, cached_attention, lora, lora_grad, matmul, norm, ranking, rope, vector)
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}
 
 __all__ = [

@@ -263,6 +263,18 @@ def _one_token(rng: Any, heads: int, kv_heads: int, length: int, dim: int) -> di
     }
 
 
+def _paged(rng: Any, heads: int, kv_heads: int, length: int, dim: int, block_size: int) -> dict[str, Any]:
+    blocks = -(-length // block_size)
+    pool = (blocks + 2, block_size, kv_heads, dim)
+    return {
+        "q": rng.standard_normal((heads, dim), np.float32),
+        "k_pool": rng.standard_normal(pool, np.float32),
+        "v_pool": rng.standard_normal(pool, np.float32),
+        "block_table": rng.permutation(blocks + 2)[:blocks],
+        "length": length,
+    }
+
+
 def _many_tokens(rng: Any, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     return {
         "q": rng.standard_normal((tokens, heads, dim), np.float32),
@@ -286,6 +298,35 @@ SPECS = [
         flops=lambda length, dim: 4.0 * length * dim,
         bytes=lambda length, dim: 8.0 * length * dim,
         sizes=({"length": 128, "dim": 64}, {"length": 512, "dim": 64}, {"length": 512, "dim": 128}),
+    ),
+    KernelSpec(
+        name="multi_query_attention",
+        function=multi_query_attention,
+        compiled=(attend_one_heads, attend_one_parallel),
+        reference=reference.multi_query_attention,
+        formula="softmax(q k^T / sqrt(D)) v, one token, one kv head for all query heads",
+        example=lambda rng, heads, length, dim: {
+            "q": rng.standard_normal((heads, dim), np.float32),
+            "k": rng.standard_normal((length, dim), np.float32),
+            "v": rng.standard_normal((length, dim), np.float32),
+        },
+        flops=lambda heads, length, dim: 4.0 * heads * length * dim,
+        bytes=lambda heads, length, dim: 8.0 * length * dim + 8.0 * heads * dim,
+        sizes=({"heads": 16, "length": 128, "dim": 64}, {"heads": 32, "length": 512, "dim": 128}),
+    ),
+    KernelSpec(
+        name="paged_attention",
+        function=paged_attention,
+        compiled=(attend_one_heads, attend_one_parallel),
+        reference=reference.paged_attention,
+        formula="softmax(q k^T / sqrt(D)) v, one token, keys and values in blocks of a pool",
+        example=_paged,
+        flops=lambda heads, kv_heads, length, dim, block_size: 4.0 * heads * length * dim,
+        bytes=lambda heads, kv_heads, length, dim, block_size: 8.0 * kv_heads * length * dim,
+        sizes=(
+            {"heads": 16, "kv_heads": 4, "length": 128, "dim": 64, "block_size": 16},
+            {"heads": 32, "kv_heads": 8, "length": 512, "dim": 128, "block_size": 16},
+        ),
     ),
     KernelSpec(
         name="grouped_query_attention",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels import _check, token_attention
+from ruvllm.kernels import _check, reference, token_attention
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp
 from ruvllm.kernels._simd import (
@@ -29,6 +29,7 @@ from ruvllm.kernels._simd import (
     splat,
     store_scalar,
 )
+from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, TILE, put, tile_times_panel, token_times_panel
 from ruvllm.kernels._views import flat
@@ -190,14 +191,19 @@ def attend_parallel(
         )
 
 
-def kv_append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
-    """Store keys and values of new tokens in the cache of one layer.
+def kv_append(
+    k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Store keys and values of new tokens in the cache of one layer, in place.
 
     Args:
         k, v: (T, KV, D) float32.
         keys: (KV, B, D, 16) float32 or uint16 (IEEE half bits); position p is lane p % 16 of block p // 16.
         values: (KV, 16 B, DV) of the same dtype, DV = D rounded up to a multiple of 16.
         positions: (T,) integers from 0 to 16 B - 1.
+
+    Returns:
+        ``keys`` and ``values``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype or shape, or a position is outside the cache.
@@ -211,6 +217,7 @@ def kv_append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
     kv_append_heads(k, v, keys, values, positions, 0, keys.shape[0])
+    return keys, values
 
 
 def cached_attention(
@@ -263,3 +270,33 @@ def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
     wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None
     if keys.ndim != 4 or keys.shape[2:] != (dim, LANES) or values.shape != wanted or keys.dtype != values.dtype:
         raise ValueError(f"keys {keys.shape} and values {values.shape} are no cache for head_dim {dim}")
+
+
+def _append_example(rng: Any, tokens: int, kv_heads: int, dim: int, length: int) -> dict[str, Any]:
+    blocks = -(-max(tokens, length) // LANES)
+    return {
+        "k": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+        "v": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+        "keys": rng.standard_normal((kv_heads, blocks, dim, LANES), np.float32),
+        "values": rng.standard_normal((kv_heads, blocks * LANES, padded(dim)), np.float32),
+        "positions": rng.permutation(blocks * LANES)[:tokens],
+    }
+
+
+SPECS = [
+    KernelSpec(
+        name="kv_append",
+        function=kv_append,
+        compiled=(kv_append_heads,),
+        reference=reference.kv_append,
+        formula="keys[:, p // 16, :, p % 16] = k, values[:, p, :D] = v",
+        example=_append_example,
+        flops=lambda tokens, kv_heads, dim, length: 2.0 * tokens * kv_heads * dim,  # numbers moved: nothing is computed
+        bytes=lambda tokens, kv_heads, dim, length: 16.0 * tokens * kv_heads * dim,
+        sizes=(
+            {"tokens": 1, "kv_heads": 8, "dim": 128, "length": 1024},
+            {"tokens": 128, "kv_heads": 3, "dim": 64, "length": 512},
+        ),
+        tolerance=0.0,
+    )
+]

@@ -237,6 +237,11 @@ def example(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[st
     }
 
 
+def example_add(rng: np.random.Generator, rows: int, dim: int, rank: int) -> dict[str, Any]:
+    """Arguments of lora_forward_add."""
+    return {**example(rng, rows, dim, rank), "out": rng.standard_normal((rows, dim), np.float32)}
+
+
 SPECS = [
     KernelSpec(
         name="lora_forward",
@@ -248,5 +253,16 @@ SPECS = [
         flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + dim),
         bytes=lambda rows, dim, rank: 8.0 * dim * rank + 8.0 * rows * dim,
         sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
+    ),
+    KernelSpec(
+        name="lora_forward_add",
+        function=lora_forward_add,
+        compiled=(lora_rows, lora_parallel),
+        reference=reference.lora_forward_add,
+        formula="out + scaling (x A) B, in place",
+        example=example_add,
+        flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + 2.0 * dim),
+        bytes=lambda rows, dim, rank: 8.0 * dim * rank + 12.0 * rows * dim,
+        sizes=({"rows": 1, "dim": 768, "rank": 2}, {"rows": 1, "dim": 4096, "rank": 8}),
     ),
 ]

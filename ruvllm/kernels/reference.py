@@ -151,6 +151,16 @@ def paged_attention(
     return grouped_query_attention(q, k, v, scale)
 
 
+def kv_append(k: Any, v: Any, keys: Any, values: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of keys (KV, B, D, 16) and values (KV, 16 B, DV) that hold k, v (T, KV, D) at positions (T,)."""
+    k, v = _f64(k, v)
+    keys, values = np.array(keys, np.float64), np.array(values, np.float64)
+    for t, p in enumerate(np.asarray(positions)):
+        keys[:, p // 16, :, p % 16] = k[t]
+        values[:, p, : v.shape[2]] = v[t]
+    return keys, values
+
+
 # --- rotary positions ---------------------------------------------------------------------------------------------
 
 
@@ -182,6 +192,11 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float) -> np.ndarray:
     """scaling (x A) B."""
     x, a, b = _f64(x, a, b)
     return scaling * (x @ a @ b)
+
+
+def lora_forward_add(x: Any, a: Any, b: Any, scaling: float, out: Any) -> np.ndarray:
+    """out + scaling (x A) B; the arguments stay as they are."""
+    return _f64(out) + lora_forward(x, a, b, scaling)
 
 
 def lora_accumulate_grad(

@@ -23,12 +23,21 @@ FEW = (1, 2, 15, 16, 17, 33)  # for runs without a compiler
 # What the other axes are while one of them takes every length.
 SMALL = {
     "rows": 3, "n": 21, "m": 5, "k": 19, "batch": 2, "tokens": 3, "heads": 4, "kv_heads": 2, "dim": 18, "length": 20,
-    "rank": 3,
+    "rank": 3, "block_size": 4,
 }  # fmt: skip
 # Axes that are counts of things, not lengths of vectors: a few values are enough.
-COUNTS = {"rows": (1, 2, 7), "batch": (1, 3), "heads": (2, 6), "kv_heads": (1, 4), "tokens": (1, 2, 5, 6, 7, 13)}
+COUNTS = {
+    "block_size": (1, 3, 16, 40),
+    "rows": (1, 2, 7),
+    "batch": (1, 3),
+    "heads": (2, 6),
+    "kv_heads": (1, 4),
+    "tokens": (1, 2, 5, 6, 7, 13),
+}
 EVEN = {"apply_rope", "apply_rope_tables"}  # head_dim is a number of pairs, times two
-IN_PLACE = {"lora_accumulate_grad": ("grad_a", "grad_b")}
+IN_PLACE = {
+    "kv_append": ("keys", "values"), "lora_accumulate_grad": ("grad_a", "grad_b"), "lora_forward_add": ("out",),
+}  # fmt: skip
 
 
 def odd_sizes(spec: KernelSpec, lengths: tuple[int, ...] = LENGTHS) -> Iterator[dict[str, int]]:
@@ -62,7 +71,8 @@ def arrays(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def takes_out(spec: KernelSpec) -> bool:
-    return "out" in inspect.signature(spec.function).parameters
+    """Whether the kernel can be told where to write its result, and leaves what was there out of it."""
+    return "out" in inspect.signature(spec.function).parameters and "out" not in IN_PLACE.get(spec.name, ())
 
 
 def assert_close(spec: KernelSpec, arguments: dict[str, Any], got: tuple[np.ndarray, ...], sizes: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ruvllm.errors import ContextFullError
 from ruvllm.model.config import ModelConfig
@@ -20,6 +21,7 @@ from ruvllm.model.perplexity import Perplexity, perplexity
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
+_SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
 
 @dataclass
@@ -229,15 +231,35 @@ class LLM:
         """The answer to a conversation, through the model's own chat template; options as in ``stream``."""
         return self.generate(list(messages), **options)
 
-    def perplexity(self, text: str | Sequence[int] | np.ndarray, context: int = 512) -> Perplexity:
-        """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol."""
+    def perplexity(
+        self, text: str | Sequence[int] | np.ndarray, context: int = 512, progress: bool | None = None
+    ) -> Perplexity:
+        """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol.
+
+        Args:
+            text: text, or token ids (T,).
+            context: tokens of one window, of which the second half is scored.
+            progress: show a bar; None: where stderr is a terminal or a notebook.
+
+        Raises:
+            TypeError: ids that are no integers.
+            ValueError: a context outside of 4 .. the model's, or a text shorter than one window.
+        """
         add_bos = bool(getattr(self.tokenizer, "add_bos", False))
         if isinstance(text, str):
             ids = np.array(self.tokenizer.encode(text, add_special=False, parse_special=False), np.int64)
             nbytes: int | None = len(text.encode())
         else:
             ids, nbytes = np.asarray(text), None
-        return perplexity(self.model, ids, context, bos=self.tokenizer.bos_id if add_bos else None, nbytes=nbytes)
+        bos = self.tokenizer.bos_id if add_bos else None
+        quiet = None if progress is None else not progress
+        with tqdm(desc="perplexity", unit="window", leave=False, delay=_SLOW_SECONDS, disable=quiet) as bar:
+
+            def advance(done: int, windows: int) -> None:
+                bar.total = windows
+                bar.update(done - bar.n)
+
+            return perplexity(self.model, ids, context, bos, nbytes, advance)
 
     def _ids(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):

@@ -12,9 +12,11 @@ from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_for
-from ruvllm.errors import InsufficientMemoryError
-from ruvllm.llm import LLM
-from ruvllm.model.llama import WEIGHTS, Llama
+from ruvllm.kernels._memory import require_memory
+from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
+from ruvllm.model.forward_plan import working_bytes
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama
 from ruvllm.model.weights import bytes_per_weight, layout_for
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
@@ -44,7 +46,7 @@ def load(
     Raises:
         FileNotFoundError: neither a known name nor an existing path.
         ModelFormatError: not a model that this library can run.
-        InsufficientMemoryError: its weights do not fit into the memory that is free.
+        InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the memory that is free.
         DownloadError: a known name that could not be fetched.
         ValueError: unknown ``weights``, or threads < 1.
     """
@@ -65,13 +67,10 @@ def load(
 
 
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
-    """Refuse a model whose weights do not fit, before anything is allocated."""
-    import psutil
-
+    """Refuse a model that does not fit with a cache for a short text, before anything is allocated."""
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
     needed = sum(math.prod(t.shape) * bytes_per_weight(layout_for(weights, t.dtype)) for t in tensors)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise InsufficientMemoryError(
-            f"{checkpoint.path}: {needed / 1e9:.1f} GB needed for weights={weights!r}, {free / 1e9:.1f} GB free"
-        )
+    tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
+    working = KVCache.bytes_for(checkpoint.config, tokens) + working_bytes(checkpoint.config, PREFILL_TOKENS)
+    what = f"{checkpoint.path}: weights={weights!r} and a KV cache of {tokens} tokens"
+    require_memory(needed + working, what)

@@ -304,7 +304,9 @@ def test_odd_messages(llm: LLM, messages: list[dict[str, str]], message: str) ->
 # --- perplexity --------------------------------------------------------------------------------------------------
 
 
-def test_perplexity_of_text_and_of_ids(llm: LLM) -> None:
+def test_perplexity_of_text_and_of_ids(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "Of text, é is two bytes. <|end|> " * 4  # which says the name of a control token, and not the token
     result = llm.perplexity(text, context=32)
     ids = np.array(list(text.encode()))
@@ -316,7 +318,12 @@ def test_perplexity_of_text_and_of_ids(llm: LLM) -> None:
     assert result.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert (result.tokens, result.windows) == (len(losses), len(ids) // 32)
     assert result.bits_per_byte == pytest.approx(np.mean(losses) / math.log(2), rel=1e-5)  # a byte is a token
-    by_ids = llm.perplexity(ids, context=32)
+    monkeypatch.setattr("ruvllm.llm._SLOW_SECONDS", 0)
+    capsys.readouterr()
+    by_ids = llm.perplexity(ids, context=32, progress=True)
+    assert "perplexity" in capsys.readouterr().err
+    llm.perplexity(ids, context=32, progress=False)
+    assert capsys.readouterr().err == ""
     assert by_ids == dataclasses.replace(result, bits_per_byte=None)
 
 

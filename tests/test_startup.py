@@ -15,7 +15,7 @@ from tests.model import tiny
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
-    "gguf", "jinja2", "llvmlite", "matplotlib", "numba", "numpy", "pandas", "psutil", "rich", "safetensors", "scipy",
+    "gguf", "jinja2", "llvmlite", "matplotlib", "numba", "numpy", "pandas", "psutil", "rich", "safetensors",
     "threadpoolctl", "tokenizers", "torch", "tqdm", "transformers",
 }  # fmt: skip
 

@@ -1,8 +1,10 @@
-"""Buffers that start on a cache line, so that results and speed do not depend on where memory happens to lie."""
+"""Memory: whether there is enough, and buffers that start on a cache line, on whose place nothing then depends."""
 
 from typing import Any
 
 import numpy as np
+
+from ruvllm.errors import InsufficientMemoryError
 
 CACHE_LINE = 64
 
@@ -23,3 +25,14 @@ def aligned_zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     raw = np.zeros(count * dtype.itemsize + CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def require_memory(needed: float, what: str) -> None:
+    """Raise InsufficientMemoryError, with the numbers, unless ``needed`` bytes are free; without psutil, never."""
+    try:
+        import psutil
+    except ImportError:  # kernels need numpy and numba alone
+        return
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise InsufficientMemoryError(f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")

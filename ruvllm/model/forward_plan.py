@@ -18,6 +18,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.weights import FLOAT_LAYOUTS
 
 if TYPE_CHECKING:
+    from ruvllm.model.config import ModelConfig
     from ruvllm.model.llama import Llama
 
 
@@ -95,3 +96,12 @@ class ForwardBuffers:
             self.table[index] = number
         for index, array in self.arrays.items():
             self.table[index] = array.ctypes.data
+
+
+def working_bytes(config: ModelConfig, tokens: int) -> int:
+    """About what ForwardBuffers for ``tokens`` tokens take, threads' scratch apart."""
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    floats = 3 * E + 2 * F + 2 * heads * D + 2 * kv_heads * D
+    groups = -(-max(E, F, heads * D) // GROUP)
+    return tokens * (4 * floats + groups * (GROUP + 12))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.errors import ContextFullError
-from ruvllm.kernels._memory import aligned_zeros
+from ruvllm.kernels._memory import aligned_zeros, require_memory
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import padded
 from ruvllm.model.config import ModelConfig
@@ -22,6 +22,10 @@ class KVCache:
     keys (L, KV, B, D, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.cached_attention``. Memory that was
     never written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two
     threads may use two caches of one model, but not one cache.
+
+    Raises:
+        ValueError: max_tokens < 1, or an unknown ``kv``.
+        InsufficientMemoryError: full, it would not fit into the memory that is free.
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
@@ -29,6 +33,7 @@ class KVCache:
             raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
+        require_memory(self.bytes_for(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
         blocks = (int(max_tokens) + LANES - 1) // LANES
         layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.config = config
@@ -39,6 +44,12 @@ class KVCache:
         self._buffers: dict[tuple[str, bool], Any] = {}
         self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
+
+    @staticmethod
+    def bytes_for(config: ModelConfig, max_tokens: int, kv: str = "f32") -> int:
+        """Bytes of the buffers of a cache for ``max_tokens`` positions."""
+        positions = (max_tokens + LANES - 1) // LANES * LANES * config.num_hidden_layers * config.num_key_value_heads
+        return positions * (config.head_dim + padded(config.head_dim)) * np.dtype(DTYPES[kv]).itemsize
 
     def __len__(self) -> int:
         return self.length

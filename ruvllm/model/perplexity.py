@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +36,18 @@ class Perplexity:
 
 
 def perplexity(
-    model: Llama, ids: np.ndarray, context: int = 512, bos: int | None = None, nbytes: int | None = None
+    model: Llama,
+    ids: np.ndarray,
+    context: int = 512,
+    bos: int | None = None,
+    nbytes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Perplexity:
     """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given what precedes it there.
 
     Each window starts afresh; with ``bos`` its first token is replaced by that one. Tokens after the last whole
     window are not scored. Position j >= context/2 predicts token j + 1, as in llama.cpp's perplexity tool.
+    ``progress(done, windows)`` is called after each window.
 
     Raises:
         TypeError: ids are no integers.
@@ -66,6 +73,8 @@ def perplexity(
         top = logits.max(axis=1)
         total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
         losses.append(total - logits[np.arange(len(targets)), targets])
+        if progress:
+            progress(w + 1, windows)
     nll = np.concatenate(losses)
     mean = float(nll.mean())
     value = math.exp(mean)

@@ -45,6 +45,12 @@ def test_definition(model: Llama, tokens: int, context: int, bos: int | None) ->
     assert result.bits_per_byte == pytest.approx(np.mean(losses) / math.log(2) * tokens / 1000, rel=1e-6)
 
 
+def test_progress_counts_windows(model: Llama) -> None:
+    counted: list[tuple[int, int]] = []
+    perplexity(model, text(200), 64, progress=lambda *done: counted.append(done))
+    assert counted == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_begins_each_window_with_bos(model: Llama) -> None:
     ids = text(128, seed=3)
     assert perplexity(model, ids, 64, bos=1).value != perplexity(model, ids, 64, bos=2).value

@@ -1,0 +1,138 @@
+"""Memory: what does not fit is refused with the numbers before anything is taken, and nothing more is taken than said.
+
+Run as a program, ``python -m tests.test_memory FILE WEIGHTS`` loads a model within a limit that the system keeps.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+import ruvllm
+from ruvllm.errors import InsufficientMemoryError
+from ruvllm.model import KVCache
+from ruvllm.model.config import PRESETS
+from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan, working_bytes
+from ruvllm.model.llama import PREFILL_TOKENS
+from tests import llm_cases
+from tests.model import tiny
+from tests.model.model_cases import SMALL, small_model
+
+ROOT = Path(__file__).parents[1]
+SLACK = 32 << 20  # bytes: stacks of threads, tokenizers, what Python itself takes
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """free(n): the system now says that n bytes are free."""
+
+    def say(nbytes: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=nbytes))
+
+    return say
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    tmp_path: Path, free: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.write_gguf("llama2_mha", tmp_path / "tiny.gguf")
+    config = ruvllm.load(path).config
+    cache, work = KVCache.bytes_for(config, 256), working_bytes(config, PREFILL_TOKENS)
+    weights = 4 * config.parameter_count()
+    free(weights + cache + work)
+    ruvllm.load(path, weights="f32")
+    free(weights + cache + work - 1)
+    monkeypatch.setattr("ruvllm.loading.Llama", None)  # nothing gets that far
+    with pytest.raises(InsufficientMemoryError) as caught:
+        ruvllm.load(path, weights="f32")
+    message = r"tiny\.gguf: weights='f32' and a KV cache of 256 tokens: \d+\.\d GB needed, \d+\.\d GB free$"
+    assert caught.match(message)
+    assert isinstance(caught.value, MemoryError)
+
+
+def test_a_cache_that_does_not_fit_is_refused(free: Any) -> None:
+    needed = KVCache(SMALL, 1000).nbytes
+    assert KVCache.bytes_for(SMALL, 1000) == needed
+    assert KVCache.bytes_for(SMALL, 1000, "f16") == KVCache(SMALL, 1000, "f16").nbytes == needed // 2
+    free(needed - 1)
+    with pytest.raises(InsufficientMemoryError, match=r"^KV cache of 1000 tokens: 0\.0 GB needed, 0\.0 GB free$"):
+        KVCache(SMALL, 1000)
+    KVCache(SMALL, 1000, "f16")
+
+
+def test_numbers_beyond_any_memory_are_refused_too() -> None:
+    for tokens in (1 << 40, 1 << 62):
+        with pytest.raises(InsufficientMemoryError, match=f"^KV cache of {tokens} tokens: "):
+            KVCache(PRESETS["llama3-8b"], tokens)
+
+
+def test_working_memory_is_about_what_is_said() -> None:
+    model = small_model("int8", threads=1)
+    buffers = ForwardBuffers(ForwardPlan(model), model.new_cache(16), 128, 1)
+    per_token = sum(array.nbytes for array in buffers.arrays.values() if array.ndim == 2 and len(array) == 128)
+    assert working_bytes(SMALL, 128) == pytest.approx(per_token, rel=0.05)
+
+
+def main(path: str, weights: str) -> None:
+    """Load with room for 1.15 times the weights, cache and scratch, and not a page more."""
+    llm = ruvllm.load(path, weights=weights, progress=False)  # once without a limit: compiled code and threads stay
+    expected = llm.generate("Hello", max_tokens=5).ids
+    needed = llm.model.nbytes + llm.new_cache(300).nbytes + working_bytes(llm.config, PREFILL_TOKENS)
+    del llm
+    gc.collect()
+    data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limit = data + int(1.15 * needed) + SLACK
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    llm = ruvllm.load(path, weights=weights, progress=False)
+    print(llm.generate("Hello", max_tokens=5).ids == expected)
+
+
+@pytest.mark.parametrize("weights", ["auto", "f16"])
+def test_loading_takes_little_more_than_the_model(weights: str, smollm2_path: Path) -> None:
+    """No second copy of the model, whether its blocks are kept or converted; the system refuses what is beyond."""
+    if not Path("/proc/self/statm").exists():  # only Linux limits what a process may take
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_memory", str(smollm2_path), weights], cwd=ROOT, capture_output=True,
+        text=True, check=False, timeout=300, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "True"
+
+
+def test_generations_leave_nothing_behind(tmp_path: Path) -> None:
+    llm = llm_cases.byte_llm(tmp_path)
+
+    def talk(times: int) -> None:
+        for seed in range(times):
+            llm.generate("again", max_tokens=4, temperature=1.0, seed=seed)
+            next(llm.stream("left alone", max_tokens=4, seed=seed))
+            with pytest.raises(ValueError, match="token ids"):
+                llm.logits([999])
+
+    talk(5)
+    tracemalloc.start()
+    try:
+        talk(15)  # the texts of tokens are kept once they were asked for
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        talk(15)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 15 * 2048  # bytes: far less than the cache and the buffers that each of them had
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,14 +6,15 @@ VENV ?= .venv
 MODEL ?= smollm2-135m
 PROMPT ?= Explain in three sentences why the sky is blue.
 PYTEST_ARGS ?=
+ASV_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench bench-history clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 22
 
 demo: $(VENV)/.installed ## install, fetch a small model (98 MB, once) and let it answer a question
 	$(BIN)/ruvllm pull $(MODEL)
@@ -22,9 +23,17 @@ demo: $(VENV)/.installed ## install, fetch a small model (98 MB, once) and let i
 test: $(VENV)/.installed-test ## install with the test extra and run the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-test ## lint and type check
+check: $(VENV)/.installed-test ## lint, type check, and whether asv understands the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/asv check -E existing:$(BIN)/python
+
+bench: $(VENV)/.installed-bench ## asv: measure this commit
+	$(BIN)/asv run $(ASV_ARGS) HEAD^!
+
+bench-history: $(VENV)/.installed-bench ## asv: measure the last five commits and make a page of them, .asv/html
+	$(BIN)/asv run $(ASV_ARGS) HEAD~5..HEAD
+	$(BIN)/asv publish
 
 clean: ## remove the environment and what the tools left behind (not the model cache)
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
@@ -36,6 +45,11 @@ $(VENV)/.installed: pyproject.toml $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[bench]'
+	$(BIN)/asv machine --yes
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

@@ -18,7 +18,7 @@ class SoftmaxAttention:
     param_names = ("head_dim", "seq")
 
     def setup(self, head_dim: int, seq: int) -> None:
-        self.q, self.k, self.v = _random(1, head_dim), _random(seq, 1, head_dim), _random(seq, 1, head_dim)
+        self.q, self.k, self.v = _random(head_dim), _random(seq, head_dim), _random(seq, head_dim)
         self.out = np.empty_like(self.q)
         self.time_attention(head_dim, seq)
 

@@ -18,7 +18,7 @@ class Lora:
     def setup(self, dim: int, rank: int) -> None:
         rng = np.random.default_rng(0)
         self.x, self.dy, self.out = rng.standard_normal((3, 1, dim), np.float32)
-        self.a, self.b = rng.standard_normal((rank, dim), np.float32), rng.standard_normal((dim, rank), np.float32)
+        self.a, self.b = rng.standard_normal((dim, rank), np.float32), rng.standard_normal((rank, dim), np.float32)
         self.grad_a, self.grad_b = np.zeros_like(self.a), np.zeros_like(self.b)
         self.time_forward(dim, rank)
         self.time_accumulate_grad(dim, rank)

@@ -36,7 +36,8 @@ class KVAppend:
 
     def setup(self, kv: str, tokens: int) -> None:
         config = PRESETS["llama2-7b"]
-        self.keys, self.values = KVCache(config, 512, kv).layer(0)
+        cache = KVCache(config, 512, kv)
+        self.keys, self.values = cache.keys[0], cache.values[0]
         self.k, self.v = np.random.default_rng(0).standard_normal((2, tokens, 32, 128), np.float32)
         self.positions = np.arange(tokens)
         self.time_append(kv, tokens)

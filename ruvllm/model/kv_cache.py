@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ class KVCache:
         self.length = 0
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
         self.dtype = kv
+        self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, bool], Any] = {}
         self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
@@ -70,6 +73,18 @@ class KVCache:
             raise ContextFullError(
                 f"context full: {tokens} more tokens do not fit, {self.length} of {self.max_tokens} are taken"
             )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Raise RuntimeError if another thread is filling this cache right now: its buffers serve one at a time."""
+        # No lock: Ctrl-C between taking one and "try" would leave it taken. A thread's own mark is none to itself.
+        me = threading.get_ident()
+        if self._owner.setdefault("thread", me) != me:
+            raise RuntimeError("this KV cache is in use by another thread: give each thread a cache of its own")
+        try:
+            yield
+        finally:
+            self._owner.clear()
 
     def buffers_for(self, path: str, tokens: int, make: Callable[[int], Any]) -> Any:
         """The working memory of the model that fills this cache: for one token, or for as many as the largest pass."""

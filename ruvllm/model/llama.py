@@ -103,8 +103,14 @@ class Llama:
             TypeError: ids are no integers.
             ValueError: no ids, or an id outside the vocabulary.
             ContextFullError: they do not fit into the cache, which stays as it was.
+            RuntimeError: another thread is using the cache.
         """
         ids = self.checked_ids(ids)
+        with cache.in_use():
+            return self._forward_all(ids, cache, last_only, out)
+
+    def _forward_all(self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None) -> np.ndarray:
+        """``forward`` in passes of PREFILL_TOKENS."""
         cache.require_room(len(ids))
         V = self.config.vocab_size
         logits = K._check.output("out", out, (V,) if last_only else (len(ids), V))

@@ -1,6 +1,7 @@
 """KVCache: what it holds after tokens went through a model, and what it refuses."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -92,3 +93,27 @@ def test_common_prefix(held: list[int], wanted: list[int]) -> None:
     while expected < min(len(held), len(wanted) - 1) and held[expected] == wanted[expected]:
         expected += 1
     assert cache.keep_common_prefix(np.array(wanted)) == expected == len(cache)
+
+
+def test_a_cache_serves_one_thread_at_a_time() -> None:
+    model, ids = small_model("f32", config=ONE_LAYER), text(4)
+    cache = model.new_cache(10)
+    caught: list[BaseException] = []
+
+    def intrude() -> None:
+        try:
+            model.forward(ids, cache)
+        except RuntimeError as error:
+            caught.append(error)
+
+    with cache.in_use():
+        other = threading.Thread(target=intrude)
+        other.start()
+        other.join()
+        model.forward(ids[:1], cache)  # whoever has it may use it
+    assert len(caught) == 1 and str(caught[0]).startswith("this KV cache is in use by another thread: give each")
+    cache.clear()
+    expected = model.forward(ids, model.new_cache(10))
+    with pytest.raises(ValueError, match="ids: expected token ids"):
+        model.forward([-1], cache)
+    np.testing.assert_array_equal(model.forward(ids, cache), expected)

@@ -1,0 +1,45 @@
+"""Threads, processes and signals: whatever goes on around a model, it says what it says alone, and nothing hangs.
+
+Each situation of process_cases.py runs in a process of its own, under a watchdog that is no matter of speed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.process_cases import SITUATIONS
+
+ROOT = Path(__file__).parents[1]
+HANGING = 240  # seconds
+LAYERS = ["omp", "workqueue", *(["tbb"] if importlib.util.find_spec("tbb") else [])]  # pip install tbb brings the last
+
+
+def _run(situation: str, directory: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.process_cases", situation, str(directory)],
+        env={**os.environ, "NUMBA_NUM_THREADS": "2", **environment}, cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=HANGING,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("as ever, under ")
+    return done.stdout
+
+
+BY_LAYER = ("many_threads", "forked")
+
+
+@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name not in BY_LAYER])
+def test_a_model_says_the_same(situation: str, tmp_path: Path) -> None:
+    _run(situation, tmp_path)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("situation", BY_LAYER)
+def test_under_every_threading_layer(situation: str, layer: str, tmp_path: Path) -> None:
+    assert f"under {layer}," in _run(situation, tmp_path, NUMBA_THREADING_LAYER=layer)

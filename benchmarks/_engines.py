@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm
+from ruvllm.report.worker import Worker
 
 NOT_INSTALLED = "not installed"
 WORKER = Path(__file__).with_name("_llama_worker.py")
@@ -101,50 +98,11 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, python: str = sys.executable) -> None:
-        """Start the worker.
-
-        Raises:
-            ModuleNotFoundError: that Python has no llama-cpp-python.
-            OSError: that Python cannot be run.
-        """
+        """Start the worker; raises what ``Worker`` does."""
         self.weight_bytes = 0
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self._process = subprocess.Popen(
-            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-        )  # fmt: skip
-        try:
-            hello = self.call("hello")
-        except BaseException:
-            self.close()
-            raise
-        self.version, self.system = hello["version"], hello["system"]
-
-    def call(self, do: str, **arguments: Any) -> Any:
-        """One request to the worker.
-
-        Raises:
-            ModuleNotFoundError: llama-cpp-python is missing there.
-            RuntimeError: the request failed, or the worker ended.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"llama.cpp: its process ended during {do!r}: {self._last_words()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            kind = ModuleNotFoundError if answer["missing"] else RuntimeError
-            raise kind(f"llama.cpp: {do}: {answer['error']}")
-        return answer["result"]
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        self._worker = Worker(self.name, python, WORKER)
+        self.call, self.close = self._worker.call, self._worker.close
+        self.version, self.system = self._worker.hello["version"], self._worker.hello["system"]
 
     def load(self, path: Path, threads: int, context: int) -> None:
         """See Engine."""
@@ -166,16 +124,6 @@ class LlamaCpp:
     def truncate(self, length: int) -> None:
         """See Engine."""
         self.call("truncate", length=length)
-
-    def close(self) -> None:
-        """End the worker."""
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # it ended by itself
-                self._process.stdin.close()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._log.close()
 
 
 def file_bytes_per_token(path: Path) -> int:

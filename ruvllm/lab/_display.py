@@ -1,0 +1,53 @@
+"""How results of the laboratory are shown: as a text table, as HTML in a notebook, and on a matplotlib axis."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+Rows = Sequence[tuple[str, ...]]  # a table as text; the first row has the headings
+
+
+def as_text(heading: str, rows: Rows) -> str:
+    """The heading, then the table in columns: the first to the left, columns of numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = [_numeric(rows, i) for i in range(len(widths))]
+    lines = (
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join([heading, *lines])
+
+
+def as_html(heading: str, rows: Rows) -> str:
+    """The same as a paragraph and a table."""
+    align = ["right" if _numeric(rows, i) else "left" for i in range(len(rows[0]))]
+
+    def line(tag: str, row: tuple[str, ...]) -> str:
+        cells = (f'<{tag} style="text-align: {a}">{html.escape(c)}</{tag}>' for c, a in zip(row, align, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head, *body = rows
+    return f"<p>{html.escape(heading)}</p><table>{line('th', head)}{''.join(line('td', row) for row in body)}</table>"
+
+
+def axis(ax: Any = None) -> Any:
+    """``ax``, or the axis of a new figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'ruvllm[lab]'") from None
+    return plt.subplots(layout="constrained")[1]
+
+
+def _numeric(rows: Rows, column: int) -> bool:
+    """Whether a column other than the first holds numbers (with their units) alone."""
+    cells = [row[column] for row in rows[1:] if row[column] not in ("", "-")]
+    return column > 0 and bool(cells) and all(cell.lstrip("+-")[:1].isdigit() for cell in cells)

@@ -1,0 +1,117 @@
+"""Loops that do nothing but multiply-add, integer dot products, or reads: what they reach is the machine's limit.
+
+How many sums must be under way at once depends on the processor: enough to hide the latency of an instruction (8 where
+512-bit instructions start twice a cycle), few enough for its registers (6 or 4 where a vector of 16 lanes takes two
+or four of them). Each loop comes in two widths, and the faster counts.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._simd import (
+    LANES,
+    dot_add,
+    dot_begin,
+    dot_end,
+    f32_load,
+    f32_zero,
+    fma,
+    hsum,
+    i32_hsum,
+    quad_at,
+    splat,
+    u8_load,
+)
+from ruvllm.kernels._views import flat
+
+FMA_CHAINS = (6, 8)  # multiply-adds of one turn
+DOT_CHAINS = (4, 8)  # dot products of one turn
+
+
+@kernel(strict=True)
+def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
+    """``turns`` times 6 or 8 multiply-adds of 16 lanes, each waiting for its own last; out[lo:hi] gets the sums."""
+    half, one = splat(np.float32(0.5)), splat(np.float32(1))
+    for i in range(lo, hi):
+        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        if chains == 6:
+            for _ in range(turns):
+                s0, s1, s2 = fma(s0, half, one), fma(s1, half, one), fma(s2, half, one)
+                s3, s4, s5 = fma(s3, half, one), fma(s4, half, one), fma(s5, half, one)
+        else:
+            for _ in range(turns):
+                s0, s1, s2, s3 = fma(s0, half, one), fma(s1, half, one), fma(s2, half, one), fma(s3, half, one)
+                s4, s5, s6, s7 = fma(s4, half, one), fma(s5, half, one), fma(s6, half, one), fma(s7, half, one)
+        out[i] = hsum(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)))
+
+
+@kernel(strict=True)
+def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
+    """``turns`` times 4 or 8 integer dot products of 64 bytes, the quads read from the first cache.
+
+    weights (64,) uint8, quads (1024,) int8. Where sums are kept in 16 bits (AVX2) they wrap: nobody reads them.
+    """
+    for i in range(lo, hi):
+        s0, s1, s2, s3 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
+        s4, s5, s6, s7 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
+        w = u8_load(weights, 0)
+        for turn in range(turns):
+            at = (turn & 31) * 32
+            s0 = dot_add(s0, w, quad_at(quads, at))
+            s1 = dot_add(s1, w, quad_at(quads, at + 4))
+            s2 = dot_add(s2, w, quad_at(quads, at + 8))
+            s3 = dot_add(s3, w, quad_at(quads, at + 12))
+            if chains == 8:
+                s4 = dot_add(s4, w, quad_at(quads, at + 16))
+                s5 = dot_add(s5, w, quad_at(quads, at + 20))
+                s6 = dot_add(s6, w, quad_at(quads, at + 24))
+                s7 = dot_add(s7, w, quad_at(quads, at + 28))
+        low = i32_hsum(dot_end(s0) + dot_end(s1)) + i32_hsum(dot_end(s2) + dot_end(s3))
+        high = i32_hsum(dot_end(s4) + dot_end(s5)) + i32_hsum(dot_end(s6) + dot_end(s7))
+        out[i] = np.float32(low) + np.float32(high)
+
+
+@kernel(strict=True)
+def read_turns(turns: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Sum each of the rows lo:hi of x (threads, n), n a multiple of 128, ``turns`` times over."""
+    n = x.shape[1]
+    xf = flat(x)
+    for i in range(lo, hi):
+        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        for _ in range(turns):
+            for at in range(i * n, (i + 1) * n, 8 * LANES):
+                s0 = s0 + f32_load(xf, at)
+                s1 = s1 + f32_load(xf, at + LANES)
+                s2 = s2 + f32_load(xf, at + 2 * LANES)
+                s3 = s3 + f32_load(xf, at + 3 * LANES)
+                s4 = s4 + f32_load(xf, at + 4 * LANES)
+                s5 = s5 + f32_load(xf, at + 5 * LANES)
+                s6 = s6 + f32_load(xf, at + 6 * LANES)
+                s7 = s7 + f32_load(xf, at + 7 * LANES)
+        out[i] = hsum(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)))
+
+
+@parallel_kernel
+def fma_parallel(turns: Any, chains: Any, out: Any, threads: Any) -> None:
+    """fma_turns on each thread."""
+    for t in prange(threads):
+        fma_turns(turns, chains, out, t, t + 1)
+
+
+@parallel_kernel
+def dot_parallel(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, threads: Any) -> None:
+    """dot_turns on each thread."""
+    for t in prange(threads):
+        dot_turns(turns, chains, weights, quads, out, t, t + 1)
+
+
+@parallel_kernel
+def read_parallel(turns: Any, x: Any, out: Any, threads: Any) -> None:
+    """read_turns on each thread, which has a row of its own."""
+    for t in prange(threads):
+        read_turns(turns, x, out, t, t + 1)

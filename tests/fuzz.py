@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruvllm.checkpoint.chat import encode_chat
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.errors import ModelFormatError
+from tests import llm_cases
 from tests.checkpoint import corpus
+from tests.checkpoint.hostile_models import read_all
 from tests.model import tiny
 
 # Sizes, counts and offsets that wrap, change sign, or are one off.
@@ -96,24 +99,31 @@ def _change(random_: random.Random, data: bytearray, header: int) -> None:
 
 def targets(directory: Path) -> list[Target]:
     """All targets; ``directory`` holds their files meanwhile."""
-    model = _gguf_seed(tiny.write_gguf("mistral_window", directory / "seed.gguf", "Q8_0").read_bytes(), directory)
+    model = _gguf_seed(tiny.write_gguf("mlp_bias_f16", directory / "seed.gguf", "Q8_0").read_bytes(), directory)
     case = tiny.directory("llama3_scaled_gqa")
     index = (tiny.directory("bf16_sharded_tied") / "model.safetensors.index.json").read_bytes()
     config = (case / "config.json").read_bytes()
+    speaker = directory / "speaker"
+    speaker.mkdir(exist_ok=True)
+    llm_cases.write_byte_tokenizer(speaker)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    tokenizer, template = (_json_seed((speaker / name).read_bytes()) for name in names)
     sound = [corpus.valid_gguf(), corpus.valid_gguf(2, 8), corpus.small_gguf()]
     flat = [corpus.valid_safetensors(), corpus.safetensors({"a": corpus.st_entry("F32", [2], 0, 8)}, bytes(8))]
     return [
         Target("gguf", tuple(_gguf_seed(data, directory) for data in sound), "model.gguf", _open_gguf),
         Target("safetensors", tuple(map(_safetensors_seed, flat)), "model.safetensors", _open_safetensors),
-        Target("model", (model,), "model.gguf", _open_model),
-        Target("config", (Seed(config, len(config)),), "config.json", _open_directory, beside=case),
+        Target("model", (model,), "model.gguf", read_all),
+        Target("config", (_json_seed(config),), "config.json", _open_directory, beside=case),
         Target(
             "index",
-            (Seed(index, len(index)),),
+            (_json_seed(index),),
             "model.safetensors.index.json",
             _open_directory,
             beside=tiny.directory("bf16_sharded_tied"),
         ),
+        Target("tokenizer", (tokenizer,), names[0], _open_tokenizer, beside=speaker),
+        Target("template", (template,), names[1], _open_tokenizer, beside=speaker),
     ]
 
 
@@ -122,6 +132,10 @@ def _gguf_seed(data: bytes, directory: Path) -> Seed:
     path.write_bytes(data)
     with GGUFFile(path) as file:
         return Seed(data, min(info.offset for info in file.tensors.values()))
+
+
+def _json_seed(data: bytes) -> Seed:
+    return Seed(data, len(data))
 
 
 def _safetensors_seed(data: bytes) -> Seed:
@@ -148,17 +162,21 @@ def _open_safetensors(path: Path, mmap: bool) -> None:
         _read_all(file)
 
 
-def _open_model(path: Path, mmap: bool) -> None:
-    with open_checkpoint(path, mmap) as checkpoint:
-        load_tokenizer(checkpoint.tokenizer_source).encode("the 1st")
-        for name in checkpoint.names():
-            checkpoint.tensor(name).float32()
-
-
 def _open_directory(path: Path, mmap: bool) -> None:
     with open_checkpoint(path.parent, mmap) as checkpoint:
         for name in checkpoint.names():
             checkpoint.tensor(name).float32()
+
+
+def _open_tokenizer(path: Path, mmap: bool) -> None:
+    tokenizer = load_tokenizer(path.parent)
+    ids = tokenizer.encode("the 1st\u00e9<|end|>", parse_special=mmap)
+    tokenizer.decode(ids)
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "<|end|>no"}])
+    except ValueError as error:  # a sound template may want other messages, and says so; or there is none
+        if isinstance(error, ModelFormatError) or " chat template" not in str(error):
+            raise
 
 
 def run(target: Target, directory: Path, seed: int, count: int, keep: Path | None = None) -> Counter[str]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,19 @@ from ruvllm.checkpoint._tokenizer_gguf import looks_like_control
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.strict_json import read_json_object
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
+from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library
 from ruvllm.errors import ModelFormatError
 
 MAX_TOKENIZER_BYTES = 1 << 27  # the largest published ones have 35 MB
 MAX_JSON_BYTES = 1 << 24  # tokenizer_config.json lists all added tokens
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 22
+MAX_GROWTH = 100  # of a text by the normalizer; SentencePiece's own steps come to 4
+# What the other steps of normalizers may make of a letter, at the most.
+_GROWTH = {
+    "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "ByteLevel": 4, "Lowercase": 3, "Strip": 1, "StripAccents": 1, "Nmt": 1,
+    "BertNormalizer": 36,
+}  # fmt: skip
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -74,26 +79,34 @@ def _engine(path: Path) -> Any:
             expected = f"at most {MAX_TOKENIZER_BYTES} bytes"
             raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
         raw = source.read(0, source.size).tobytes()
-    with _errors_of_the_library(path):
+    with errors_of_the_library(path):
         engine = Tokenizer.from_buffer(raw)
     model = type(engine.model).__name__
     if model != "BPE" or engine.model.dropout:
         found = model if model != "BPE" else f"BPE with dropout {engine.model.dropout}"
         raise ModelFormatError(path, field="model", found=found, expected="BPE without dropout")
+    _check_growth(path, engine)
     engine.no_truncation()
     engine.no_padding()
     return engine
 
 
-@contextmanager
-def _errors_of_the_library(path: Path) -> Iterator[None]:
-    """What `tokenizers` raises for a damaged file: plain Exceptions, and panics, which are not even that."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ModelFormatError(path, field="tokenizer", found=error, expected="a tokenizer.json") from None
+def _check_growth(path: Path, engine: Any) -> None:
+    """Refuse a normalizer by which a short text could become one that fills the memory."""
+    growth = 1
+    for part in _parts(engine.normalizer):
+        kind = part["type"]
+        if kind == "Replace":
+            growth *= 1 + len(part["content"])  # a pattern may match between all letters
+        elif kind == "Prepend":
+            growth *= 1 + len(part["prepend"])
+        elif kind in _GROWTH:
+            growth *= _GROWTH[kind]
+        else:
+            raise ModelFormatError(path, field="normalizer", found=kind, expected=f"one of {', '.join(_GROWTH)}")
+    if growth > MAX_GROWTH:
+        found, expected = f"steps that may make a text {growth} times as long", f"at most {MAX_GROWTH} times"
+        raise ModelFormatError(path, field="normalizer", found=found, expected=expected)
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
@@ -178,7 +191,7 @@ def _surroundings(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the post-processor puts before and behind a text; without one, what tokenizer_config.json says."""
     if engine.post_processor is not None:
-        with _errors_of_the_library(path):
+        with errors_of_the_library(path):
             probe = engine.encode("a", add_special_tokens=True)
         text = [n for n, special in enumerate(probe.special_tokens_mask) if not special]
         first, last = (text[0], text[-1]) if text else (len(probe.ids), len(probe.ids))

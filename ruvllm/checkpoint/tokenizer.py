@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, Protocol
@@ -109,6 +110,17 @@ def _vocabulary(source: MetadataFile | str | os.PathLike[str]) -> Vocabulary:
     return vocabulary_from_metadata(source.path, source.metadata)
 
 
+@contextmanager
+def errors_of_the_library(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What `tokenizers` raises where a file is damaged: plain Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(path, field="tokenizer", found=error, expected="a tokenizer that works") from None
+
+
 class Tokenizer:
     """Token ids of text, and text of token ids. May be used from several threads.
 
@@ -157,6 +169,7 @@ class Tokenizer:
         Raises:
             TypeError: `text` is not a str.
             ValueError: it contains a lone surrogate.
+            ModelFormatError: the file's own patterns cannot be matched with it.
         """
         ids: list[int] = self._encoding(text, parse_special).ids
         if not add_special:
@@ -226,7 +239,8 @@ class Tokenizer:
             raise ValueError(f"text: found the lone surrogate {found} at {error.start}, expected Unicode") from None
         with self._lock:
             self._engine.encode_special_tokens = not parse_special
-            return self._engine.encode(text, add_special_tokens=False)
+            with errors_of_the_library(self.path):
+                return self._engine.encode(text, add_special_tokens=False)
 
     def _checked(self, token_id: int) -> int:
         index = operator.index(token_id)

@@ -1,4 +1,4 @@
-"""A hostile file costs little: each is refused within 50 MB and, on an idle machine, half a second.
+"""A hostile file or model costs little: each is refused within 50 MB and, on an idle machine, half a second.
 
 Run as a program, this file is that process: ``python -m tests.checkpoint.test_limits DIRECTORY``.
 """
@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,6 +20,8 @@ from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
+from tests.checkpoint.hostile_models import hostile_models, read_all
+from tests.model import tiny
 
 ALLOWED_BYTES = 50_000_000
 ALLOWED_SECONDS = 2.0  # of the processor: four times the slowest here, to tell a slow machine from a hang
@@ -71,9 +74,15 @@ def opens(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 os.truncate(path, size)
             for mmap in (True, False):
                 yield f"{name} ({'mapped' if mmap else 'read'})", partial(reader, path, mmap)
+    for case in hostile_models():
+        with tempfile.TemporaryDirectory(dir=directory) as place:
+            model = case.write(Path(place))
+            for mmap in (True, False):
+                yield f"{case} ({'mapped' if mmap else 'read'})", partial(read_all, model, mmap)
 
 
 def main(directory: Path) -> None:
+    read_all(tiny.write_gguf("mlp_bias_f16", directory / "sound.gguf", "Q8_0"), mmap=True)  # what is compiled, stays
     status = Path("/proc/self/statm")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checked = 0
@@ -105,7 +114,7 @@ def test_every_hostile_file_is_cheap(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.checkpoint.test_limits", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr or done.stdout
-    cases = len(corpus.hostile_gguf()) + len(corpus.hostile_safetensors())
+    cases = len(corpus.hostile_gguf()) + len(corpus.hostile_safetensors()) + len(hostile_models())
     assert int(done.stdout.split()[0]) > 2 * cases
 
 

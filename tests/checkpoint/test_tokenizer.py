@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.tokenizer import Kind, load_tokenizer
 from ruvllm.errors import ModelFormatError
+from tests.llm_cases import write_byte_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES = ["gpt2", "llama3", "mistral_v1", "mistral_v3"]
@@ -563,6 +564,10 @@ def test_named_and_marked_tokens_are_control_tokens_even_if_the_file_forgets_it(
     assert tokenizer.encode("<think>", add_special=False, parse_special=False) == [size + 1]
 
 
+def replace(content):
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
 def change(content, *path, to):
     for key in path[:-1]:
         content = content[key]
@@ -584,6 +589,19 @@ def change(content, *path, to):
             r"post_processor: found the ids",
         ),
         (lambda c: change(c, "post_processor", "special_tokens", to={}), "tokenizer: found"),  # makes the library panic
+        (lambda c: change(c, "normalizer", to=replace("b" * 200)), "normalizer: found steps .* 201 times as long"),
+        (
+            lambda c: change(c, "normalizer", to={"type": "Sequence", "normalizers": [replace("bbb")] * 9}),
+            "normalizer: found steps .* 262144 times as long, expected at most 100 times",
+        ),
+        (
+            lambda c: change(c, "normalizer", to={"type": "Prepend", "prepend": "b" * 200}),
+            "normalizer: found steps .* 201 times",
+        ),
+        (
+            lambda c: change(c, "normalizer", to={"type": "Precompiled", "precompiled_charsmap": ""}),
+            "(normalizer|tokenizer): found",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(damage, message, tmp_path):
@@ -617,3 +635,18 @@ def test_other_damaged_files_are_refused(file, content, message, tmp_path):
 def test_a_directory_without_tokenizer_json(tmp_path):
     with pytest.raises(ModelFormatError, match="tokenizer.json: found no such file"):
         load_tokenizer(tmp_path)
+
+
+def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path):
+    """The library's regular expressions have a limit, beyond which it panics: an error that nobody would catch."""
+    write_byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    evil = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [evil, content["pre_tokenizer"]]}
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    for _ in range(2):  # the tokenizer is not left locked
+        with pytest.raises(ModelFormatError, match="tokenizer: found .*limit"):
+            tokenizer.encode("a" * 40 + "!")
+    assert tokenizer.decode(tokenizer.encode("aa")) == "aa"

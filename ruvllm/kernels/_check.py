@@ -1,5 +1,6 @@
 """Checks of the public functions' arguments: each error names the argument, what it was and what was expected."""
 
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -41,23 +42,53 @@ def rows(array: np.ndarray) -> np.ndarray:
     return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
+def number(name: str, value: Any) -> float:
+    """``value`` as a float. Raises TypeError unless it is a real number, ValueError beyond what a float can hold."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, found {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, found one of many digits") from None
+
+
+def integer(name: str, value: Any) -> int:
+    """``value`` as an int. Raises TypeError unless it is an integer."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, found {value!r}")
+    return int(value)
+
+
 def positive(name: str, value: float) -> float:
-    """``value`` as a float. Raises ValueError unless it is finite and > 0."""
+    """``value`` as a float. Raises TypeError unless it is a number, ValueError unless it is finite and > 0."""
+    value = number(name, value)
     if not 0 < value < np.inf:
         raise ValueError(f"{name}: expected a finite number > 0, found {value}")
-    return float(value)
+    return value
 
 
 def integers(name: str, array: Any, ndim: int = 1) -> np.ndarray:
     """``array`` as a C-contiguous int64 array. Raises TypeError for anything but integers, ValueError for shape."""
     if type(array) is _ndarray and array.dtype is _INT64 and array.flags.carray and array.ndim == ndim:
         return array
-    found = np.asarray(array)
+    found = _from_sequence(name, array)
     if found.dtype.kind not in "iu" and found.size:
         raise TypeError(f"{name}: expected integers, found {found.dtype}")
     if found.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, found shape {found.shape}")
     return np.require(found, _INT64, ("C", "A", "W"))
+
+
+def float64(name: str, array: Any) -> np.ndarray:
+    """Real numbers as a C-contiguous float64 array. Raises TypeError for anything else."""
+    found = _from_sequence(name, array)
+    if found.dtype.kind not in "iuf" and found.size:
+        raise TypeError(f"{name}: expected real numbers, found {found.dtype}")
+    return np.ascontiguousarray(found, np.float64)
 
 
 def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -75,6 +106,18 @@ def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"{name}: expected shape {shape}, found {out.shape}")
     if not out.flags.carray:  # C-contiguous, aligned, writable
         raise ValueError(f"{name}: must be C-contiguous, aligned and writable")
+    return out
+
+
+def apart(name: str, out: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
+    """``out``, for kernels that write a part of it before they have read all inputs.
+
+    Raises ValueError if it shares memory with an input.
+    """
+    for array in inputs:
+        # Two arrays that own their memory cannot overlap, and asking takes longer than a small product.
+        if (array is out or out.base is not None or array.base is not None) and np.may_share_memory(out, array):
+            raise ValueError(f"{name}: shares memory with an input")
     return out
 
 
@@ -107,6 +150,16 @@ def _as_numpy(name: str, array: Any) -> np.ndarray:
         return np.asarray(array)
     if hasattr(array, "__dlpack__"):
         return np.from_dlpack(array)
-    if hasattr(array, "__array__") or isinstance(array, list | tuple):
-        return np.asarray(array, np.float32 if isinstance(array, list | tuple) else None)
+    if isinstance(array, list | tuple):
+        return _from_sequence(name, array, _FLOAT32)
+    if hasattr(array, "__array__"):
+        return np.asarray(array)
     raise TypeError(f"{name}: expected an array, found {type(array).__name__}")
+
+
+def _from_sequence(name: str, sequence: Any, dtype: Any = None) -> np.ndarray:
+    """``np.asarray``, whose errors do not say which argument they speak of."""
+    try:
+        return np.asarray(sequence, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected numbers in rows of one length, found {error}") from None

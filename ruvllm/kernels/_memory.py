@@ -34,5 +34,6 @@ def require_memory(needed: float, what: str) -> None:
     except ImportError:  # kernels need numpy and numba alone
         return
     free = psutil.virtual_memory().available
+    needed = min(needed, 1e30)  # an integer of hundreds of digits is no float
     if needed > free:
         raise InsufficientMemoryError(f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")

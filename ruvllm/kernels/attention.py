@@ -124,14 +124,14 @@ def paged_attention(
     if k.shape[3] != dim or not k.shape[2] or heads % k.shape[2]:
         raise ValueError(f"q: {heads} heads of {dim} do not fit k_pool of {k.shape[2]} kv heads of {k.shape[3]}")
     table = _check.integers("block_table", block_table)
-    size = k.shape[1]
+    size, length = k.shape[1], _check.integer("length", length)
     if not 1 <= length <= len(table) * size:
         raise ValueError(f"length: expected 1 to {len(table) * size}, found {length}")
     used = -(-length // size)
     if table[:used].min() < 0 or table[:used].max() >= len(k):
         raise ValueError(f"block_table: expected blocks 0 to {len(k) - 1}, found {table[:used].tolist()}")
     out = _check.output("out", out, q.shape)
-    scale32 = np.float32(dim**-0.5 if scale is None else scale)
+    scale32 = np.float32(dim**-0.5 if scale is None else _check.number("scale", scale))
     scores = np.empty((heads, length + LANES), np.float32)
     threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, heads)
     if threads == 1:
@@ -226,14 +226,15 @@ def flash_attention(
         raise ValueError(f"q: expected (..., T, H, D), found shape {q.shape}")
     k = _check.float32("k", k, shape=(*q.shape[:-3], None, None, q.shape[-1]))
     v = _check.float32("v", v, shape=k.shape)
-    out = _check.output("out", out, q.shape)
+    out = _check.apart("out", _check.output("out", out, q.shape), q, k, v)
     tokens, heads, dim = q.shape[-3:]
     length, kv_heads = k.shape[-3:-1]
     if not kv_heads or heads % kv_heads or not length:
         raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
     if causal and length < tokens:
         raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")
-    if window is not None and (not causal or window < 1):
+    scale = dim**-0.5 if scale is None else _check.number("scale", scale)
+    if window is not None and (not causal or _check.integer("window", window) < 1):
         raise ValueError(f"window: expected a positive integer with causal=True, found {window!r}")
     if not q.size:
         return out
@@ -245,13 +246,12 @@ def flash_attention(
     scratch = aligned_empty((num_threads(), scratch_size(dim)))
     positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
     every = np.arange(length)
-    scale = dim**-0.5 if scale is None else scale
     for qs, ks, vs, outs in zip(
         q.reshape(-1, tokens, heads, dim), k.reshape(-1, length, kv_heads, dim), v.reshape(-1, length, kv_heads, dim),
         out.reshape(-1, tokens, heads, dim), strict=True,
     ):  # fmt: skip
         kv_append_heads(ks, vs, keys, values, every, 0, kv_heads)
-        cached_attention(qs, keys, values, positions, window, scale, outs, scratch)
+        cached_attention(qs, keys, values, positions, window and min(window, length), scale, outs, scratch)
     return out
 
 

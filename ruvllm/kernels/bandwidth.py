@@ -8,7 +8,7 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._memory import aligned_empty, require_memory
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_zero, hsum
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, limited_to, num_threads, threads_for
@@ -59,13 +59,17 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
         threads: how many threads read; None for as many as kernels use.
 
     Raises:
+        TypeError: an argument is no integer.
         ValueError: a number that is too small.
+        InsufficientMemoryError: the buffer does not fit.
     """
     if threads is None:
         threads = num_threads()
     for name, value, least in (("nbytes", nbytes, 4), ("repeats", repeats, 1), ("threads", threads, 1)):
-        if value < least:
+        if _check.integer(name, value) < least:
             raise ValueError(f"{name}: expected at least {least}, found {value}")
+    require_memory(nbytes, f"a buffer of {nbytes} bytes")
+    threads = min(threads, _PIECES)
     x = aligned_empty(nbytes // 4)
     x[:] = 1
     sums = np.empty(_PIECES, np.float32)

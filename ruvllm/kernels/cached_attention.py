@@ -212,7 +212,7 @@ def kv_append(
     positions = _check.integers("positions", positions)
     _require_cache(keys, values, k.shape[2])
     if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
-        raise ValueError(f"k {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
+        raise ValueError(f"k: {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
     if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
@@ -265,11 +265,13 @@ def _attend_token(
 
 def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
     for name, array in (("keys", keys), ("values", values)):
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name}: expected a float32 or uint16 NumPy array, found {type(array).__name__}")
         if array.dtype not in (np.float32, np.uint16) or not array.flags.c_contiguous or not array.flags.writeable:
             raise TypeError(f"{name}: expected a writable C-contiguous float32 or uint16 array, found {array.dtype}")
     wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None
     if keys.ndim != 4 or keys.shape[2:] != (dim, LANES) or values.shape != wanted or keys.dtype != values.dtype:
-        raise ValueError(f"keys {keys.shape} and values {values.shape} are no cache for head_dim {dim}")
+        raise ValueError(f"keys: {keys.shape} and values {values.shape} are no cache for head_dim {dim}")
 
 
 def _append_example(rng: Any, tokens: int, kv_heads: int, dim: int, length: int) -> dict[str, Any]:

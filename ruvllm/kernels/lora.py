@@ -178,7 +178,7 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     x, a, b = checked_adapter(x, a, b)
-    out = _check.output("out", out, (*x.shape[:-1], b.shape[1]))
+    out = _check.apart("out", _check.output("out", out, (*x.shape[:-1], b.shape[1])), x, a, b)
     return _forward(x, a, b, scaling, False, out)
 
 
@@ -191,7 +191,8 @@ def lora_forward_add(x: Any, a: Any, b: Any, scaling: float, out: np.ndarray) ->
     """
     x, a, b = checked_adapter(x, a, b)
     require_given("out", out)
-    return _forward(x, a, b, scaling, True, _check.output("out", out, (*x.shape[:-1], b.shape[1])))
+    out = _check.apart("out", _check.output("out", out, (*x.shape[:-1], b.shape[1])), x, a, b)
+    return _forward(x, a, b, scaling, True, out)
 
 
 def checked_adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,6 +214,7 @@ def require_given(name: str, array: Any) -> None:
 
 
 def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: bool, out: np.ndarray) -> np.ndarray:
+    scaling = _check.number("scaling", scaling)
     if not out.size:
         return out
     to = _check.rows(out)
@@ -221,9 +223,9 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     h = np.empty((count, rank), np.float32)
     threads = threads_for(count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, count * b.shape[1])
     if threads == 1:
-        lora_rows(rows, a, b, float(scaling), add, h, to, 0, count)
+        lora_rows(rows, a, b, scaling, add, h, to, 0, count)
     else:
-        launch(lora_parallel, rows, a, b, float(scaling), add, h, to, threads)
+        launch(lora_parallel, rows, a, b, scaling, add, h, to, threads)
     return out
 
 

@@ -137,11 +137,12 @@ def lora_accumulate_grad(
     require_given("grad_b", grad_b)
     grad_a = _check.output("grad_a", grad_a, a.shape)
     grad_b = _check.output("grad_b", grad_b, b.shape)
+    scaling = _check.number("scaling", scaling)
     if x.size and dy.size:
         rows, dys = _check.rows(x), _check.rows(dy)
         count, rank = rows.shape[0], a.shape[1]
         h, g = np.empty((2, count, rank), np.float32)
-        arguments = (rows, dys, a, b, float(scaling), grad_a, grad_b, h, g)
+        arguments = (rows, dys, a, b, scaling, grad_a, grad_b, h, g)
         threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
         if threads == 1:
             lora_grad(*arguments)

@@ -94,7 +94,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     """
     a = _check.float32("a", a, ndim=2)
     x = _check.float32("x", x, shape=(a.shape[1],))
-    out = _check.output("out", out, (a.shape[0],))
+    out = _check.apart("out", _check.output("out", out, (a.shape[0],)), a, x)
     threads = threads_for(a.size, PARALLEL_MACS, a.shape[0])
     if threads == 1:
         gemv_rows(a, x, out, 0, a.shape[0])
@@ -117,7 +117,7 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     """
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(a.shape[-1], None))
-    out = _check.output("out", out, (*a.shape[:-1], b.shape[1]))
+    out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[1])), a, b)
     if out.size and a.shape[-1]:
         panels = aligned_empty((panel_count(b.shape[1]), b.shape[0], LANES))
         launch(pack_columns_parallel, b, panels, threads_for(b.size, PARALLEL_ELEMENTS, len(panels)))
@@ -141,7 +141,7 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     """
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(None, a.shape[-1]))
-    out = _check.output("out", out, (*a.shape[:-1], b.shape[0]))
+    out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[0])), a, b)
     if out.size and a.shape[-1]:
         panels = aligned_empty((panel_count(b.shape[0]), b.shape[1], LANES))
         pack(b, panels)
@@ -165,7 +165,7 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
     """
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(*a.shape[:-2], a.shape[-1], None))
-    out = _check.output("out", out, (*a.shape[:-1], b.shape[-1]))
+    out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[-1])), a, b)
     count = math.prod(a.shape[:-2])
     stacks = (array.reshape(count, *array.shape[-2:]) for array in (a, b, out))
     for left, right, product in zip(*stacks, strict=True):

@@ -106,7 +106,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape)
-    eps = float(eps)
+    eps = _check.number("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
@@ -235,7 +235,7 @@ def layer_norm(
     with_bias = bias is not None
     bias = _check.float32("bias", bias, shape=x.shape[-1:]) if with_bias else weight
     out = _check.output("out", out, x.shape)
-    eps = float(eps)
+    eps = _check.number("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]

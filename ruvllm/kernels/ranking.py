@@ -149,6 +149,7 @@ def top_k(x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         ValueError: ``x`` holds NaN, or k is not in 1..n.
     """
     x = vector("x", x)
+    k = _check.integer("k", k)
     if not 1 <= k <= x.size:
         raise ValueError(f"k: expected 1 to {x.size}, found {k}")
     largest(x, "x")
@@ -239,6 +240,7 @@ def top_logprobs(logits: Any, n: int) -> list[tuple[int, float]]:
         ValueError: ``logits`` is empty or holds NaN, or n is negative.
     """
     logits = vector("logits", logits)
+    n = _check.integer("n", n)
     if n < 0:
         raise ValueError(f"n: expected a number >= 0, found {n}")
     largest(logits, "logits")

@@ -274,7 +274,7 @@ def apply_rope(
     positions = _check.integers("positions", positions)
     if positions.shape != (tokens,):
         raise ValueError(f"positions: expected {tokens}, one per token, found {positions.size}")
-    inv_freq = rope_inv_freq(dim) if inv_freq is None else np.ascontiguousarray(inv_freq, np.float64)
+    inv_freq = rope_inv_freq(dim) if inv_freq is None else _check.float64("inv_freq", inv_freq)
     if inv_freq.shape != (dim // 2,):
         raise ValueError(f"inv_freq: expected shape ({dim // 2},), found {inv_freq.shape}")
     out = _check.output("out", out, x.shape)

@@ -10,6 +10,8 @@ import numpy as np
 
 from ruvllm.kernels import _check
 
+_LARGEST_HEAD = 1 << 16
+
 
 def rope_inv_freq(
     head_dim: int,
@@ -44,8 +46,9 @@ def rope_inv_freq(
     Source: Su et al. 2021, "RoFormer"; Chen et al. 2023, "Extending Context Window of Large Language Models via
     Positional Interpolation" (linear); bloc97 2023, "NTK-aware scaled RoPE"; Llama 3.1 (llama3, as in transformers).
     """
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim: expected an even number >= 2, found {head_dim}")
+    head_dim = _check.integer("head_dim", head_dim)
+    if not 2 <= head_dim <= _LARGEST_HEAD or head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number from 2 to {_LARGEST_HEAD}, found {head_dim}")
     theta = _check.positive("theta", theta)
     factor = _check.positive("factor", factor)
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -66,7 +69,7 @@ def rope_inv_freq(
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return ((1 - smooth) / factor + smooth) * inv_freq
     if scaling == "factors":
-        divisors = np.asarray(factors if factors is not None else (), np.float64)
+        divisors = _check.float64("factors", factors if factors is not None else ())
         if divisors.shape != inv_freq.shape or not np.all(divisors > 0):
             raise ValueError(f"factors: expected {len(inv_freq)} positive numbers, found shape {divisors.shape}")
         return inv_freq / divisors

@@ -42,7 +42,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
 
     Source: Keskar et al. 2019, "CTRL"; multiplying negative logits is transformers' reading, and llama.cpp's.
     """
-    logits = _check.output("logits", logits, np.shape(logits))
+    logits = _check.output("logits", logits, getattr(logits, "shape", ()))
     if logits.ndim != 1:
         raise ValueError(f"logits: expected 1 dimension, found shape {logits.shape}")
     penalty = _check.positive("penalty", penalty)
@@ -148,6 +148,8 @@ def sample(
     Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling".
     """
     logits = vector("logits", logits)
+    u, temperature = _check.number("u", u), _check.number("temperature", temperature)
+    top_k, top_p, min_p = _check.integer("top_k", top_k), _check.number("top_p", top_p), _check.number("min_p", min_p)
     _require("u", u, 0 <= u < 1, "a number in [0, 1)")
     _require("temperature", temperature, 0 <= temperature < np.inf, "a finite number >= 0")
     _require("top_k", top_k, top_k >= 0, "an integer >= 0")
@@ -162,7 +164,7 @@ def sample(
     inverse_temperature = np.float32(min(1 / temperature, 1e30)) if temperature > 1e-30 else np.float32(1e30)
     lowest = top + np.float32(np.log(min_p)) if min_p else _MINUS_INFINITY
     if not 0 < top_k < logits.size and top_p == 1 and not min_p:
-        return int(draw_from_all(logits, top, inverse_temperature, float(u)))
+        return int(draw_from_all(logits, top, inverse_temperature, u))
     limit, total = min(top_k, logits.size), 0.0
     if not top_k:
         least = lowest
@@ -176,7 +178,7 @@ def sample(
     while True:
         values, ids = select(logits, count)
         drawn = cut_and_draw(
-            values, np.empty_like(values), total, float(top_p), lowest, count == limit, inverse_temperature, float(u)
+            values, np.empty_like(values), total, top_p, lowest, count == limit, inverse_temperature, u
         )
         if drawn >= 0:
             return int(ids[drawn])

@@ -98,11 +98,12 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     """
     x = _check.float32("x", x)
     out = _check.output("out", out, x.shape)
+    factor = _check.number("factor", factor)
     threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
     if threads == 1:
-        scale_range(x.ravel(), float(factor), out.ravel(), 0, x.size)
+        scale_range(x.ravel(), factor, out.ravel(), 0, x.size)
     else:
-        launch(scale_parallel, x.ravel(), float(factor), out.ravel(), threads)
+        launch(scale_parallel, x.ravel(), factor, out.ravel(), threads)
     return out
 
 

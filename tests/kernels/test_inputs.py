@@ -1,0 +1,160 @@
+"""Odd arguments of every public function: the right answer, or an error that begins with the argument's name.
+
+KERNELS drives it; what has no record stands in OTHERS, and a test holds the two lists to the package's ``__all__``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ruvllm.kernels as K
+from ruvllm.kernels import KERNELS, KernelSpec, quantize
+from tests.kernels import spec_cases as cases
+
+EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())
+
+_X = np.linspace(-2, 2, 12, dtype=np.float32)
+# Public functions without a record, and arguments that they take.
+OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "sample": (K.sample, {"logits": _X, "u": 0.5, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.1}),
+    "top_k": (K.top_k, {"x": _X, "k": 3}),
+    "top_logprobs": (K.top_logprobs, {"logits": _X, "n": 3}),
+    "apply_repetition_penalty": (
+        K.apply_repetition_penalty, {"logits": _X, "ids": np.array([1, 2]), "penalty": 1.5},
+    ),
+    "rope_inv_freq": (
+        K.rope_inv_freq,
+        {"head_dim": 8, "theta": 1e4, "scaling": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position": 8192},
+    ),
+    "rope_tables": (K.rope_tables, {"positions": np.arange(4), "head_dim": 8, "theta": 1e4, "factors": np.ones(4)}),
+    "read_bandwidth": (K.read_bandwidth, {"nbytes": 64, "repeats": 1, "threads": 1}),
+    "quantize_int8": (quantize.quantize_int8, {"x": np.ones((2, 64), np.float32)}),
+    "quantize_int4": (quantize.quantize_int4, {"x": np.ones((2, 64), np.float32)}),
+}  # fmt: skip
+
+
+def test_every_public_function_is_here() -> None:
+    functions = {name for name in K.__all__ if inspect.isfunction(getattr(K, name))}
+    assert functions <= KERNELS.keys() | OTHERS.keys()
+
+
+def odd_arrays(array: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Things that are no such array, and arrays of other types, shapes and sizes."""
+    yield from (("None", None), ("text", "x"), ("object", object()), ("number", 3.5), ("ragged", [[1.0], [1.0, 2.0]]))
+    for dtype in ("f8", "f2", "c8", "?", "i4", "S3", "M8[s]", object):
+        with np.errstate(all="ignore"):
+            try:
+                yield f"of {dtype}", array.astype(dtype)
+            except (TypeError, ValueError):  # NumPy itself cannot
+                continue
+    yield "an axis more in front", array[None]
+    yield "an axis more behind", array[..., None]
+    yield "no axis", np.asarray(array.reshape(-1)[0])
+    for axis in range(array.ndim):
+        yield f"longer along {axis}", np.concatenate([array, array.take([0], axis)], axis)
+        yield f"shorter along {axis}", array.take(range(array.shape[axis] - 1), axis)
+        yield f"nothing along {axis}", array.take([], axis)
+    huge = np.broadcast_to(array.dtype.type(1), (1 << 28,) * min(array.ndim, 2) + (1,) * (array.ndim - 2))
+    if huge.ndim > 1:  # 2^56 numbers, which no copy can hold
+        yield "huge", huge
+
+
+ODD_NUMBERS = (None, "x", "1", [1], 1j, object(), math.nan, math.inf, -1, 0, 1.5, 1 << 70, 10**400)
+
+
+def refuses_by_name(function: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    """Whether it is refused in one line that begins with an argument's name; else the error, if there is one, goes on.
+
+    Memory that cannot be had for a copy is refused by NumPy with the numbers.
+    """
+    try:
+        function(**arguments)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        assert message.split(":")[0].split("[")[0] in inspect.signature(function).parameters, repr(error)
+        assert message.isprintable(), repr(error)
+        return True
+    except MemoryError as error:
+        assert str(error)
+        return True
+    return False
+
+
+@EVERY_SPEC
+def test_odd_arguments_of_kernels(spec: KernelSpec) -> None:
+    example = cases.example(spec, {axis: cases.SMALL[axis] for axis in spec.axes})
+    for name, value in example.items():
+        for label, odd in odd_arrays(value) if isinstance(value, np.ndarray) else [(repr(v), v) for v in ODD_NUMBERS]:
+            copies = {n: example[n].copy() for n in cases.IN_PLACE.get(spec.name, ())}
+            arguments = {**example, **copies, name: odd}
+            if refuses_by_name(spec.function, arguments) or odd is None:  # None stands for a default
+                continue
+            got = cases.run(spec, {**example, name: odd})
+            if all(y.size for y in got) and not (isinstance(odd, float) and not math.isfinite(odd)):
+                with np.errstate(all="ignore"):
+                    expected = cases.results(spec.reference(**{**example, name: odd}))
+                for y, r in zip(got, expected, strict=True):
+                    np.testing.assert_allclose(y, r.astype(np.float32), rtol=1e-3, atol=1e-4, err_msg=f"{name} {label}")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_odd_arguments_of_other_functions(name: str) -> None:
+    function, sound = OTHERS[name]
+    refused = 0
+    for argument, value in sound.items():
+        is_array = isinstance(value, np.ndarray)
+        for _, odd in odd_arrays(value) if is_array else [(repr(v), v) for v in ODD_NUMBERS]:
+            if argument == "repeats" and isinstance(odd, int) and odd > 1:
+                continue  # it would take as long as that was asked for
+            arguments = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in sound.items()}
+            refused += refuses_by_name(function, {**arguments, argument: odd})
+    assert refused >= 3 * len(sound)
+
+
+@EVERY_SPEC
+def test_a_nan_or_infinity_goes_where_the_formula_takes_it(spec: KernelSpec) -> None:
+    sizes = {axis: cases.SMALL[axis] for axis in spec.axes}
+    for name, array in cases.arrays(cases.example(spec, sizes)).items():
+        for bad in (np.nan, np.inf, -np.inf):
+            for at in (0, array.size // 2, array.size - 1):
+                arguments = cases.example(spec, sizes)
+                arguments[name] = array.copy()
+                arguments[name].flat[at] = bad
+                if refuses_by_name(spec.function, arguments):
+                    continue
+                arguments = cases.example(spec, sizes)
+                arguments[name] = array.copy()
+                arguments[name].flat[at] = bad
+                with np.errstate(all="ignore"):
+                    expected = cases.results(spec.reference(**arguments))
+                for y, r in zip(cases.run(spec, arguments), expected, strict=True):
+                    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(r), err_msg=f"{name} {bad} at {at}")
+
+
+@pytest.mark.parametrize("name", ["gemv", "gemm", "gemm_nt", "batched_gemm", "flash_attention", "lora_forward"])
+def test_an_output_that_shares_memory_with_an_input_is_refused(name: str) -> None:
+    spec = KERNELS[name]
+    arguments = cases.example(spec, dict.fromkeys(spec.axes, 4))
+    (expected,) = cases.run(spec, arguments)
+    tried = 0
+    for argument, array in cases.arrays(arguments).items():
+        if array.shape == expected.shape:
+            with pytest.raises(ValueError, match="^out: shares memory with an input$"):
+                spec.function(**arguments, out=array)
+        buffer = np.zeros(array.size + expected.size, np.float32)
+        inside = buffer[: array.size].reshape(array.shape)
+        inside[...] = array
+        with pytest.raises(ValueError, match="^out: shares memory with an input$"):
+            overlapping = buffer[array.size - 1 :][: expected.size].reshape(expected.shape)
+            spec.function(**{**arguments, argument: inside}, out=overlapping)
+        beside = buffer[array.size :].reshape(expected.shape)
+        np.testing.assert_array_equal(spec.function(**{**arguments, argument: inside}, out=beside), expected)
+        tried += 1
+    assert tried >= 2

@@ -18,7 +18,7 @@ from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.llama import Llama
-from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, layout_for
+from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout_for
 
 _FUNCTIONS = 75  # compiled for one kind of model: how long the progress bar is expected to become
 
@@ -39,7 +39,8 @@ def compile_for(dtypes: Iterable[str], weights: str, progress: bool | None = Non
     with _compile_bar(progress):
         for dtype, layout in kinds:
             _read_rows(dtype, layout)
-        for layout in sorted(layouts):
+        # One function multiplies by integers of all widths.
+        for layout in sorted({"int8" if layout in INTEGER_LAYOUTS else layout for layout in layouts}):
             _run_tiny_model(layout)
     mark_warm(what)
 

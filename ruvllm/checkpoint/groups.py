@@ -6,9 +6,9 @@ What each type becomes (``kernels.quantize`` says what the codes mean):
     Q4_1  int4 with mins    exact
     Q4_K  int4 with mins    codes exact; scale d s and min -dmin z rounded to half precision
     Q8_0  int8              exact
-    Q5_0  int8              exact
-    Q5_1  int8 with mins    exact
-    Q5_K  int8 with mins    codes exact; scale and min rounded as for Q4_K
+    Q5_0  int5              exact
+    Q5_1  int5 with mins    exact
+    Q5_K  int5 with mins    codes exact; scale and min rounded as for Q4_K
     Q6_K  int8              one scale in place of two of 16 elements: see ``q6_k_rows``
     F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quantize``
 
@@ -29,11 +29,12 @@ from ruvllm.errors import ModelFormatError
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_to_f16
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
-from ruvllm.kernels.quant import GROUP, INT4, INT8
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 
-KINDS = {"int4": INT4, "int8": INT8}
+KINDS = {"int4": INT4, "int5": INT5, "int8": INT8}
+ZEROS = {"int4": 8, "int5": 16, "int8": 0}  # codes of 0 where weights have no min
 
 _ELEMENTS_AT_ONCE = 1 << 18  # between file and panels, for each thread: they stay in the second-level cache
 
@@ -45,9 +46,9 @@ _LARGEST_HALF = 65504
 
 
 class Groups(NamedTuple):
-    """Rows in groups of 32: ``kind`` "int4" or "int8"; codes (n, 32 G) uint8, for int8 the bits of signed codes.
+    """Rows in groups of 32: ``kind`` one of KINDS; codes (n, 32 G) uint8, for int8 the bits of signed codes.
 
-    scales and mins (n, G) uint16 are bits of IEEE half floats; mins None for w = scale (code - zero), zero 8 for int4.
+    scales and mins (n, G) uint16 are bits of IEEE half floats; mins None for w = scale (code - zero), see ``ZEROS``.
     """
 
     kind: str
@@ -58,7 +59,7 @@ class Groups(NamedTuple):
 
 @kernel(strict=True)
 def nibble_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
 ) -> None:
     """Rows lo:hi of Q4_0, Q4_1, Q5_0, Q5_1: d, perhaps m, perhaps 32 fifth bits, then 16 bytes of two codes each."""
     for row in range(lo, hi):
@@ -73,15 +74,15 @@ def nibble_rows(
                     y[16 + j] = x[codes_at + j] >> 4
             else:
                 for j in range(16):
-                    fifth = (np.int32(x[fifth_at + j // 8] >> (j % 8)) & 1) << 4
-                    y[j] = np.uint8((np.int32(x[codes_at + j] & 15) + fifth - zero) & 255)
-                    fifth = (np.int32(x[fifth_at + 2 + j // 8] >> (j % 8)) & 1) << 4
-                    y[16 + j] = np.uint8((np.int32(x[codes_at + j] >> 4) + fifth - zero) & 255)
+                    fifth = (x[fifth_at + j // 8] >> np.uint8(j % 8)) & 1
+                    y[j] = (x[codes_at + j] & 15) | (fifth << 4)
+                    fifth = (x[fifth_at + 2 + j // 8] >> np.uint8(j % 8)) & 1
+                    y[16 + j] = (x[codes_at + j] >> 4) | (fifth << 4)
 
 
 @kernel(strict=True)
 def k_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
 ) -> None:
     """Rows lo:hi of Q4_K, Q5_K: d, dmin; 12 bytes of scales; perhaps 32 of fifth bits; 4 x 32 bytes of two codes."""
     for row in range(lo, hi):
@@ -102,7 +103,7 @@ def k_rows(
 
 @kernel(strict=True)
 def q6_k_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, lo: Any, hi: Any
+    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
 ) -> None:
     """Rows lo:hi of Q6_K, whose groups have two scales d s: w = d s (q - 32). One scale: a quarter of the larger d s.
 
@@ -131,7 +132,7 @@ def q6_k_rows(
 
 
 def byte_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, zero: int, lo: int, hi: int
+    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
 ) -> None:
     """Rows lo:hi of Q8_0: d, 32 signed bytes. Nothing but copies, for which NumPy needs no compiled code."""
     blocks = raw[lo:hi].reshape(hi - lo, scales.shape[1], block)
@@ -140,16 +141,16 @@ def byte_rows(
 
 
 # kind, has mins, decoder of rows; and where things are in a block: its bytes, the position of the fifth bits (0: there
-# are none) and of the codes, and what is subtracted from a code.
-_TYPES: dict[str, tuple[str, bool, Any, int, int, int, int]] = {
-    "Q4_0": ("int4", False, nibble_rows, 18, 0, 2, 0),
-    "Q4_1": ("int4", True, nibble_rows, 20, 0, 4, 0),
-    "Q5_0": ("int8", False, nibble_rows, 22, 2, 6, 16),
-    "Q5_1": ("int8", True, nibble_rows, 24, 4, 8, 0),
-    "Q8_0": ("int8", False, byte_rows, 34, 0, 2, 0),
-    "Q4_K": ("int4", True, k_rows, 144, 0, 16, 0),
-    "Q5_K": ("int8", True, k_rows, 176, 16, 48, 0),
-    "Q6_K": ("int8", False, q6_k_rows, 210, 0, 0, 0),
+# are none) and of the codes.
+_TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
+    "Q4_0": ("int4", False, nibble_rows, 18, 0, 2),
+    "Q4_1": ("int4", True, nibble_rows, 20, 0, 4),
+    "Q5_0": ("int5", False, nibble_rows, 22, 2, 6),
+    "Q5_1": ("int5", True, nibble_rows, 24, 4, 8),
+    "Q8_0": ("int8", False, byte_rows, 34, 0, 2),
+    "Q4_K": ("int4", True, k_rows, 144, 0, 16),
+    "Q5_K": ("int5", True, k_rows, 176, 16, 48),
+    "Q6_K": ("int8", False, q6_k_rows, 210, 0, 0),
 }
 
 
@@ -158,17 +159,19 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
 
     Args:
         dtype: a storage type.
-        kind: "int4" or "int8"; None for that of the type, which is int8 for floats.
+        kind: one of KINDS; None for that of the type, which is int8 for floats. Only a type of 5 bits becomes int5.
         symmetric: for numbers that must be rounded to int4, whether they do without mins.
 
     Raises:
-        ValueError: another ``kind``.
+        ValueError: another ``kind``, or int5 for another type.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     stored, mins = _TYPES[dtype][:2] if dtype in _TYPES else ("int8", False)
-    if kind is None or kind == stored or (kind == "int8" and stored == "int4"):
+    if kind is None or kind in (stored, "int8"):  # narrower codes fit into 8 bits
         return kind or stored, mins
+    if kind == "int5":
+        raise ValueError(f"kind: {dtype} cannot become int5, which is for types of 5 bits")
     return kind, not symmetric
 
 
@@ -179,7 +182,7 @@ def tensor_groups(
 
     Args:
         tensor: any type; a row of floats that is no multiple of 32 long is filled up.
-        kind, symmetric: as in ``group_layout``. 4-bit codes are widened to int8 without loss.
+        kind, symmetric: as in ``group_layout``. 4- and 5-bit codes are widened to int8 without loss.
 
     Raises:
         ModelFormatError: a scale, a min or a number is not finite or beyond what half-precision scales can hold.
@@ -188,14 +191,14 @@ def tensor_groups(
     kind, with_mins = group_layout(tensor.dtype, kind, symmetric)
     hi = tensor.rows if hi is None else hi
     stored = _TYPES[tensor.dtype][0] if tensor.dtype in _TYPES else None
-    if stored is None or (kind == "int4" and stored == "int8"):
+    if stored is None or (kind == "int4" and stored != "int4"):
         return _rounded(tensor, lo, hi, kind, symmetric)
     codes, scales, mins = decode_groups(tensor.dtype, tensor.raw(lo, hi), tensor.columns)
     if BLOCKS[tensor.dtype][0] > GROUP:  # smaller blocks have their scales from the file, and ``raw`` has checked them
         _check_half(tensor, lo, scales, "scale")
         _check_half(tensor, lo, mins, "min")
     if kind != stored and not with_mins:
-        codes -= np.uint8(8)  # int8 codes have their zero at 0
+        codes -= np.uint8(ZEROS[stored])  # int8 codes have their zero at 0
     return Groups(kind, codes, scales, mins if with_mins else None)
 
 

@@ -4,8 +4,8 @@ A *weight vector* ``u8x64`` is 16 rows x 4 columns of bytes; a *quad* is four in
 step adds, for each of 16 rows, the four products of its bytes with the quad:
 
 - x86 with VNNI: ``vpdpbusd``, one instruction.
-- x86 with AVX2: ``vpmaddubsw`` into 16-bit pair sums; ``dot_end`` adds the pairs. Pair sums are exact as long as
-  steps x 2 x largest weight x 127 < 2^15: 8 steps of 4-bit, 4 of 5-bit, 2 of 6-bit weights (``STEPS``).
+- x86 with AVX2: ``vpmaddubsw`` into 16-bit pair sums, which are added at the end. Pair sums are exact as long as
+  steps x 2 x largest weight x 127 < 2^15: 8 steps of 4-bit, 4 of 5-bit weights.
 - ARM with dot product: ``sdot``; elsewhere plain widening arithmetic, which LLVM vectorises.
 
 All give the same integers. The choice follows the features of the compilation target, not the host's, so other CPUs
@@ -24,6 +24,10 @@ _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_I8, 64)
 
 u8x64 = Vector("u8x64", _I8, 64)
+
+
+def _all_bytes(value: int) -> ir.Constant:
+    return ir.Constant(_BYTES, [_I8(value)] * 64)
 
 
 def target_kind(context: Any) -> str:
@@ -139,7 +143,7 @@ def low_nibbles(typingctx: Any, v: Any) -> Any:
     """The low four bits of each byte, 0..15."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.and_(args[0], ir.Constant(_BYTES, [_I8(15)] * 64))
+        return builder.and_(args[0], _all_bytes(15))
 
     return u8x64(u8x64), codegen
 
@@ -149,33 +153,35 @@ def high_nibbles(typingctx: Any, v: Any) -> Any:
     """The high four bits of each byte, 0..15."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.lshr(args[0], ir.Constant(_BYTES, [_I8(4)] * 64))
+        return builder.lshr(args[0], _all_bytes(4))
 
     return u8x64(u8x64), codegen
 
 
 @intrinsic
+def with_fifth_bit(typingctx: Any, nibbles: Any, bits: Any, j: Any) -> Any:
+    """nibbles + 16 x bit j of each byte of ``bits``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nibbles, bits, j = args
+        one = builder.and_(builder.lshr(bits, _splat(builder, builder.trunc(j, _I8), 64)), _all_bytes(1))
+        return builder.or_(nibbles, builder.shl(one, _all_bytes(4)))
+
+    return u8x64(u8x64, u8x64, types.intp), codegen
+
+
+@intrinsic
 def dot_begin(typingctx: Any) -> Any:
-    """An accumulator for ``dot_add``."""
+    """An accumulator for ``dot_add``, which only ``dot_end`` can read."""
     return i32x16(), lambda context, builder, sig, args: _constant(i32x16, 0)
 
 
 @intrinsic
 def dot_add(typingctx: Any, acc: Any, w: Any, quad: Any) -> Any:
-    """One step with unsigned weights below 128, in an accumulator that only ``dot_end`` can read."""
+    """One step with unsigned weights below 128."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        acc, w, quad = args
-        x = builder.bitcast(quad, _BYTES)
-        kind = target_kind(context)
-        if kind == "avx2":
-            halves = ir.VectorType(_I16, 32)
-            return builder.bitcast(builder.add(builder.bitcast(acc, halves), _pairs(builder, w, x)), i32x16.llvm)
-        if kind == "neon":
-            return _sdot(builder, acc, w, x)
-        if kind == "generic":
-            return _widening(builder, acc, w, x, signed=False)
-        return _vnni(builder, kind, acc, w, x)
+        return add_unsigned(builder, target_kind(context), *args)
 
     return i32x16(i32x16, u8x64, i32x16), codegen
 
@@ -192,45 +198,40 @@ def dot_end(typingctx: Any, acc: Any) -> Any:
     return i32x16(i32x16), codegen
 
 
-@intrinsic
-def sdot_begin(typingctx: Any, total: Any) -> Any:
-    """An accumulator for ``sdot_add``; ``total`` (int32) is the sum of all activations that will be used.
-
-    VNNI takes unsigned weights: there each is raised by 128, and 128 x total is subtracted here.
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if not target_kind(context).startswith("vnni"):
-            return _constant(i32x16, 0)
-        return _splat(builder, builder.mul(args[0], _I32(-128)), 16)
-
-    return i32x16(types.int32), codegen
+def add_unsigned(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, quad: ir.Value) -> ir.Value:
+    """One step with unsigned weights below 128. On AVX2 ``acc`` holds 32 sums of pairs in 16 bits."""
+    x = builder.bitcast(quad, _BYTES)
+    if kind == "avx2":
+        halves = ir.VectorType(_I16, 32)
+        return builder.bitcast(builder.add(builder.bitcast(acc, halves), _pairs(builder, w, x)), i32x16.llvm)
+    if kind == "neon":
+        return _sdot(builder, acc, w, x)
+    if kind == "generic":
+        return _widening(builder, acc, w, x, signed=False)
+    return _vnni(builder, kind, acc, w, x)
 
 
-@intrinsic
-def sdot_add(typingctx: Any, acc: Any, w: Any, quad: Any) -> Any:
-    """One step with signed 8-bit weights; activations are within -127..127."""
+def add_signed(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, quad: ir.Value) -> ir.Value:
+    """One step with signed weights, raised by 128 where the instruction takes unsigned ones (``raises_signed``)."""
+    x = builder.bitcast(quad, _BYTES)
+    if kind == "neon":
+        return _sdot(builder, acc, w, x)
+    if kind == "generic":
+        return _widening(builder, acc, w, x, signed=True)
+    if kind == "avx2":
+        # |w| x (x with the sign of w): a pair is at most 2 x 128 x 127, which 16 bits hold.
+        def signed(a: ir.Value, b: ir.Value) -> ir.Value:
+            return _call(builder, "llvm.x86.avx2.psign.b", ir.VectorType(_I8, 32), [a, b])
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        acc, w, quad = args
-        x = builder.bitcast(quad, _BYTES)
-        kind = target_kind(context)
-        if kind == "neon":
-            return _sdot(builder, acc, w, x)
-        if kind == "generic":
-            return _widening(builder, acc, w, x, signed=True)
-        if kind == "avx2":
-            # |w| x (x with the sign of w): a pair is at most 2 x 128 x 127, which 16 bits hold.
-            def signed(a: ir.Value, b: ir.Value) -> ir.Value:
-                return _call(builder, "llvm.x86.avx2.psign.b", ir.VectorType(_I8, 32), [a, b])
+        magnitude = _call(builder, "llvm.abs.v64i8", _BYTES, [w, ir.IntType(1)(0)])
+        pairs = _pairs(builder, magnitude, _by_parts(builder, 2, signed, x, w))
+        return builder.add(acc, _add_pairs(builder, pairs))
+    return _vnni(builder, kind, acc, builder.xor(w, _all_bytes(-128)), x)
 
-            magnitude = _call(builder, "llvm.abs.v64i8", _BYTES, [w, ir.IntType(1)(0)])
-            pairs = _pairs(builder, magnitude, _by_parts(builder, 2, signed, x, w))
-            return builder.add(acc, _add_pairs(builder, pairs))
-        raised = builder.xor(w, ir.Constant(_BYTES, [_I8(-128)] * 64))
-        return _vnni(builder, kind, acc, raised, x)
 
-    return i32x16(i32x16, u8x64, i32x16), codegen
+def raises_signed(kind: str) -> bool:
+    """Whether ``add_signed`` adds 128 to each weight, so that 128 times the sum of activations is to be taken off."""
+    return kind.startswith("vnni")
 
 
 @intrinsic

@@ -62,8 +62,3 @@ def f32_negative(x: Any) -> Any:
 def silu(x: Any) -> Any:
     """x * sigmoid(x) for 16 lanes (Elfwing et al. 2017; "swish")."""
     return x * sigmoid(x)
-
-# edited
-
-# edited
-# edited# edited

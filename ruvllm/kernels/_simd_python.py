@@ -132,10 +132,6 @@ def zip_high(a: Any, b: Any) -> Any:
     return np.stack((a, b), 1).reshape(-1)[LANES:]
 
 
-def prefetch(array: Any, index: int) -> None:
-    """A hint to the hardware: nothing to do here."""
-
-
 def u8_load(array: Any, index: int) -> Any:
     return _elements(array, index, 64).copy()
 
@@ -164,12 +160,8 @@ def dot_end(acc: Any) -> Any:
     return acc
 
 
-def sdot_begin(total: Any) -> Any:
-    return np.zeros(LANES, np.int32)
-
-
-def sdot_add(acc: Any, w: Any, quad: Any) -> Any:
-    return acc + w.view(np.int8).reshape(LANES, 4).astype(np.int32) @ quad
+def with_fifth_bit(nibbles: Any, bits: Any, j: int) -> Any:
+    return nibbles | ((bits >> np.uint8(j)) & np.uint8(1)) << np.uint8(4)
 
 
 def i8_store(array: Any, index: int, value: Any) -> None:
@@ -178,3 +170,66 @@ def i8_store(array: Any, index: int, value: Any) -> None:
 
 def i32_hsum(v: Any) -> Any:
     return v.sum(dtype=np.int32)
+
+
+# --- several vectors at once -------------------------------------------------------------------------------------
+
+
+def f32_zeros(rows: int) -> Any:
+    return (f32_zero(),) * rows
+
+
+def fma_rows(w: Any, x: Any, index: int, step: int, sums: Any) -> Any:
+    return tuple(w * _elements(x, index + row * step, 1)[0] + total for row, total in enumerate(sums))
+
+
+def load_rows(array: Any, index: int, step: int, rows: int) -> Any:
+    return tuple(f32_load(array, index + row * step) for row in range(rows))
+
+
+def store_rows(array: Any, index: int, step: int, rows: Any) -> None:
+    for row, value in enumerate(rows):
+        f32_store(array, index + row * step, value)
+
+
+def zip_rows(rows: Any) -> Any:
+    half = len(rows) // 2
+    pairs = zip(rows[:half], rows[half:], strict=True)
+    return tuple(merged for a, b in pairs for merged in (zip_low(a, b), zip_high(a, b)))
+
+
+def stack_f32(count: int) -> Any:
+    return np.zeros(count, np.float32)
+
+
+def tile_zeros() -> Any:
+    return f32_zeros(6)
+
+
+def offset_rows(offsets: Any, index: int, step: int, rows: Any) -> Any:
+    return tuple(splat(_elements(offsets, index + row * step, 1)[0]) for row in range(len(rows)))
+
+
+def signed_offset_rows(offsets: Any, index: int, step: int, rows: Any) -> Any:
+    return (np.zeros(LANES, np.int32),) * len(rows)
+
+
+def start_rows(offsets: Any) -> Any:
+    return offsets
+
+
+def end_rows(sums: Any, offsets: Any) -> Any:
+    return sums
+
+
+def dot_rows(sums: Any, w: Any, xq: Any, index: int, step: int) -> Any:
+    return tuple(dot_add(acc, w, quad_at(xq, index + row * step)) for row, acc in enumerate(sums))
+
+
+def sdot_rows(sums: Any, w: Any, xq: Any, index: int, step: int) -> Any:
+    return dot_rows(sums, w.view(np.int8), xq, index, step)
+
+
+def scale_rows(acc: Any, sums: Any, scale: Any, xs: Any, index: int, step: int) -> Any:
+    factors = (scale * splat_at(xs, index + row * step) for row in range(len(acc)))
+    return tuple(fma(to_f32(s), factor, a) for a, s, factor in zip(acc, sums, factors, strict=True))

@@ -19,7 +19,7 @@ from ruvllm.kernels._team import barrier, join_team, part
 from ruvllm.kernels._tile import LANES, TILE
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import scratch_size
-from ruvllm.kernels.quant import GROUP
+from ruvllm.kernels.quant import GROUP, LINES, OFFSETS
 from ruvllm.kernels.token_attention import CHUNK
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
@@ -33,8 +33,8 @@ attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
 silu_mul_range = as_part(activation.silu_mul_range)
 
-# Layouts of a matrix in the table; Q4 and Q8 are quant.INT4 and quant.INT8.
-Q4, Q8, F32, F16, BF16 = 0, 1, 2, 3, 4
+# Layouts of a matrix in the table; the first three are quant.INT4, INT5 and INT8.
+Q4, Q5, Q8, F32, F16, BF16 = range(6)
 FIELDS = 8  # layout, weights, scales, mins, groups with mins, bias, rows, columns
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
 _ATTN_NORM = 7 * FIELDS
@@ -46,7 +46,7 @@ LAYER_FIELDS = _MLP_NORM + 1
     THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
     SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
-    PARTIAL, LOGITS, INPUT, XQ, XS, SUMS, TOTALS, SCRATCH, TABLE_SIZE,
+    PARTIAL, LOGITS, INPUT, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
 ) = range(45)  # fmt: skip
 
 
@@ -160,13 +160,13 @@ def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
 
 @inline_kernel
 def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
-    """xq, xs, sums, totals of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
+    """xq, xs, offsets, totals of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
     groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
     xq = array_at(t[XQ] + mine * t[WIDEST], (T, groups * GROUP), np.int8)
     xs = array_at(t[XS] + mine * widest * 4, (T, groups), np.float32)
-    sums = array_at(t[SUMS] + mine * widest * 4, (T, groups), np.int32)
+    offsets = array_at(t[OFFSETS_OF] + mine * widest * 4 * OFFSETS, (T, groups, OFFSETS), np.int32)
     totals = array_at(t[TOTALS] + mine * widest * 4, (T, groups), np.float32)
-    return xq, xs, sums, totals
+    return xq, xs, offsets, totals
 
 
 @part_kernel
@@ -176,8 +176,8 @@ def _round(
     """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so."""
     for at in range(first, end, FIELDS):
         if table[layer, at] <= Q8:
-            xq, xs, sums, totals = _rounded(t, mine, x.shape[0], x.shape[1])
-            quantize_activations(x, xq, xs, sums, totals, lo, hi)
+            xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], x.shape[1])
+            quantize_activations(x, xq, xs, offsets, totals, lo, hi)
             return
 
 
@@ -192,13 +192,12 @@ def _matrix(
     weights = table[layer, at + 1]
     if layout <= Q8:
         groups = (columns + GROUP - 1) // GROUP
-        lines = 4 if layout == Q4 else 8
-        codes = array_at(weights, (count, groups, lines, 64), np.uint8)
+        codes = array_at(weights, (count, groups, LINES[layout], 64), np.uint8)
         scales = array_at(table[layer, at + 2], (count, groups, LANES), np.uint16)
         with_mins = table[layer, at + 4]
         mins = array_at(table[layer, at + 3], (count, with_mins, LANES), np.uint16)
-        xq, xs, sums, totals = _rounded(t, mine, x.shape[0], columns)
-        quant_matmul(layout, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
+        xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], columns)
+        quant_matmul(layout, codes, scales, mins, xq, xs, offsets, totals, out, lo, hi)
     else:
         w = array_at(weights, (count, columns, LANES), float_weights)
         panels_matmul(w, x, out, lo, hi)

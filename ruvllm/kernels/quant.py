@@ -1,17 +1,19 @@
-"""Integer matmul: weights in 4 or 8 bits, activations rounded to 8 bits on the fly, integer dot products.
+"""Integer matmul: weights in 4, 5 or 8 bits, activations rounded to 8 bits on the fly, integer dot products.
 
 Weights W (N, K) lie in panels of 16 rows, like float weights (see panels.py), in groups of 32 columns. Within a group
 column k belongs to quad k // 4: a vector of 64 bytes holds one quad of 16 rows, so that one integer dot-product
 instruction serves 16 rows with four activations in a broadcast.
 
     w = scale (code - zero)      symmetric        or      w = scale code + min
-    y[r] = sum over groups g of  scale[r, g] xs[g] sum(code xq)  +  min[r, g] xs[g] sum(xq)
+    y[r] = sum over groups g of  scale[r, g] xs[g] sum((code - zero) xq)  +  min[r, g] xs[g] sum(xq)
 
 - ``INT4``: codes 0..15, (P, G, 4, 64) bytes; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
-- ``INT8``: signed codes, (P, G, 8, 64) bytes, one quad a line; zero is 0.
+- ``INT5``: codes 0..31, (P, G, 5, 64) bytes; four lines as above, bit j of byte i of the fifth is that of quad j.
+- ``INT8``: signed codes, (P, G, 8, 64) bytes, one quad a line.
 
-scales and mins are IEEE half bits (P, G, 16); where mins is empty, min = -zero scale.
-Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, sums (T, G) int32 = sum(xq), totals = xs sums.
+zero is 8, 16, 0; scales and mins are IEEE half bits (P, G, 16), mins empty for symmetric weights.
+Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, totals (T, G) = xs sum(xq), and offsets (T, G, 4) int32 =
+sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs nothing.
 Integer sums are exact, so all instruction sets give the same bits.
 """
 
@@ -22,14 +24,14 @@ from numba import prange
 
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import (
-    dot_add,
-    dot_begin,
-    dot_end,
+    dot_rows,
+    end_rows,
     f32_load,
     f32_load_first,
-    f32_store,
+    f32_store_first,
     f32_zero,
-    fma,
+    f32_zeros,
+    fma_rows,
     fmax,
     high_nibbles,
     hmax,
@@ -38,34 +40,38 @@ from ruvllm.kernels._simd import (
     i32_hsum,
     load,
     low_nibbles,
-    prefetch,
-    quad_at,
+    offset_rows,
     round_to_i32,
-    sdot_add,
-    sdot_begin,
+    scale_rows,
+    sdot_rows,
+    signed_offset_rows,
     splat,
-    splat_at,
-    to_f32,
+    start_rows,
+    store_rows,
+    tile_zeros,
     u8_load,
+    with_fifth_bit,
 )
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, STREAMS, TILE, put
+from ruvllm.kernels._tile import LANES, STREAMS
 from ruvllm.kernels._views import flat
 
 GROUP = 32
-INT4, INT8 = 0, 1
-_MINUS_ZERO_CODE = np.float32(-8)  # a symmetric 4-bit weight is scale (code - 8)
+INT4, INT5, INT8 = 0, 1, 2
+LINES = (4, 5, 8)  # lines of 64 bytes that hold one group of 16 rows, by kind
+OFFSETS = 4  # numbers of one group in ``offsets``
+_FEW = 4  # tokens of the smaller tile, for those that do not fill a whole one
+_NO_ZERO = 3  # the offset that is always 0
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
-_AHEAD = 512  # bytes that one token asks for beforehand: the hardware prefetcher stops at each page of 4 KB
 _LINE = 64  # bytes of one line: 16 rows x 4 columns
 
 
 @kernel(strict=True)
-def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: Any, hi: Any) -> None:
+def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, lo: Any, hi: Any) -> None:
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
 
-    xq (T, 32 G); xs, sums, totals (T, G). A NaN or infinity makes its group's scale NaN, so that it is not lost.
-    Groups of numbers below 2^-120 become zeros.
+    xq (T, 32 G); xs, totals (T, G); offsets (T, G, 4). A NaN or infinity makes its group's scale NaN, so that it is not
+    lost. Groups of numbers below 2^-120 become zeros.
     """
     columns = x.shape[1]
     groups = xs.shape[1]
@@ -87,219 +93,175 @@ def quantize_activations(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, lo: A
             i8_store(codes, at, qa)
             i8_store(codes, at + LANES, qb)
             xs[t, g] = largest / np.float32(127) + not_finite
-            sums[t, g] = i32_hsum(qa + qb)
-            totals[t, g] = xs[t, g] * np.float32(sums[t, g])
+            total = i32_hsum(qa + qb)
+            totals[t, g] = xs[t, g] * np.float32(total)
+            offsets[t, g, 0], offsets[t, g, 1], offsets[t, g, 2] = -8 * total, -16 * total, -128 * total
+            offsets[t, g, _NO_ZERO] = 0
+
+
+# For each token of a tile (as many as ``rows`` has vectors), group ``at`` of 16 rows times group ``xi`` of the
+# activations, sum((code - zero) xq); the next token's group is ``groups`` further.
 
 
 @inline_kernel
-def _group_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, at: Any, xi: Any, acc: Any) -> Any:
-    """acc + group ``at`` of 16 rows times group ``xi`` of the activations."""
-    s = dot_begin()
+def _dots_int4(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+    zero = offset_rows(offsets, xi * OFFSETS + (_NO_ZERO if has_mins else 0), groups * OFFSETS, rows)
+    sums = start_rows(zero)
+    q, step = xi * GROUP, groups * GROUP
     for j in range(4):
-        prefetch(codes, (at * 4 + j) * _LINE + _AHEAD)
-        v = u8_load(codes, (at * 4 + j) * _LINE)
-        s = dot_add(s, low_nibbles(v), quad_at(xq, xi * GROUP + 4 * j))
-        s = dot_add(s, high_nibbles(v), quad_at(xq, xi * GROUP + 4 * j + 16))
-    scale = load(scales, at * LANES)
-    low = load(mins, at * LANES) if mins.size > 0 else scale * splat(_MINUS_ZERO_CODE)
-    acc = fma(low, splat_at(totals, xi), acc)
-    return fma(to_f32(dot_end(s)), scale * splat_at(xs, xi), acc)
+        line = u8_load(codes, (at * 4 + j) * _LINE)
+        sums = dot_rows(sums, low_nibbles(line), xq, q + 4 * j, step)
+        sums = dot_rows(sums, high_nibbles(line), xq, q + 4 * j + 16, step)
+    return end_rows(sums, zero)
 
 
 @inline_kernel
-def _group_int8(
-    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, at: Any, xi: Any, acc: Any
-) -> Any:
-    s = sdot_begin(sums[xi])
+def _dots_int5(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+    sums = offset_rows(offsets, xi * OFFSETS + (_NO_ZERO if has_mins else 1), groups * OFFSETS, rows)
+    q, step = xi * GROUP, groups * GROUP
+    fifth = u8_load(codes, (at * 5 + 4) * _LINE)
+    for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
+        so_far = sums
+        sums = start_rows(so_far)
+        for j in range(half, half + 2):
+            line = u8_load(codes, (at * 5 + j) * _LINE)
+            sums = dot_rows(sums, with_fifth_bit(low_nibbles(line), fifth, j), xq, q + 4 * j, step)
+            sums = dot_rows(sums, with_fifth_bit(high_nibbles(line), fifth, j + 4), xq, q + 4 * j + 16, step)
+        sums = end_rows(sums, so_far)
+    return sums
+
+
+@inline_kernel
+def _dots_int8(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+    sums = signed_offset_rows(offsets, xi * OFFSETS, groups * OFFSETS, rows)
     for j in range(8):
-        prefetch(codes, (at * 8 + j) * _LINE + _AHEAD)
-        s = sdot_add(s, u8_load(codes, (at * 8 + j) * _LINE), quad_at(xq, xi * GROUP + 4 * j))
-    scale = load(scales, at * LANES)
-    if mins.size > 0:
-        acc = fma(load(mins, at * LANES), splat_at(totals, xi), acc)
-    return fma(to_f32(s), scale * splat_at(xs, xi), acc)
+        sums = sdot_rows(sums, u8_load(codes, (at * 8 + j) * _LINE), xq, xi * GROUP + 4 * j, groups * GROUP)
+    return sums
 
 
 @inline_kernel
-def _token_int4(codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, p: Any, t: Any, groups: Any) -> Any:
-    """The 16 outputs of panel p for token t."""
-    acc = f32_zero()
-    for g in range(groups):
-        acc = _group_int4(codes, scales, mins, xq, xs, totals, p * groups + g, t * groups + g, acc)
-    return acc
-
-
-@inline_kernel
-def _token_int8(
-    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, p: Any, t: Any, groups: Any
-) -> Any:
-    acc = f32_zero()
-    for g in range(groups):
-        acc = _group_int8(codes, scales, mins, xq, xs, sums, totals, p * groups + g, t * groups + g, acc)
-    return acc
-
-
-@inline_kernel
-def _scaled(sums: Any, scale: Any, low: Any, xs: Any, totals: Any, xi: Any, acc: Any) -> Any:
-    """acc + scale xs sums + min totals, of one group and token."""
-    return fma(to_f32(sums), scale * splat_at(xs, xi), fma(low, splat_at(totals, xi), acc))
-
-
-@inline_kernel
-def _tile_int4(
-    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, totals: Any, p: Any, t: Any, groups: Any,
-    out: Any, oi: Any, rows: Any, count: Any,
-) -> None:  # fmt: skip
-    """The outputs of panel p for six tokens t .. t+5: each line of codes is loaded and unpacked once."""
+def _add_group(
+    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    at: Any, xi: Any, groups: Any, acc: Any,
+) -> Any:  # fmt: skip
+    """acc + group ``at`` of 16 rows times group ``xi`` of the activations, for each token of the tile."""
     has_mins = mins.size > 0
-    a0, a1, a2, a3, a4, a5 = f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    step = groups * GROUP
-    for g in range(groups):
-        at, xi = p * groups + g, t * groups + g
-        s0, s1, s2, s3, s4, s5 = dot_begin(), dot_begin(), dot_begin(), dot_begin(), dot_begin(), dot_begin()
-        for j in range(4):
-            v = u8_load(codes, (at * 4 + j) * _LINE)
-            w, q = low_nibbles(v), xi * GROUP + 4 * j
-            s0 = dot_add(s0, w, quad_at(xq, q))
-            s1 = dot_add(s1, w, quad_at(xq, q + step))
-            s2 = dot_add(s2, w, quad_at(xq, q + 2 * step))
-            s3 = dot_add(s3, w, quad_at(xq, q + 3 * step))
-            s4 = dot_add(s4, w, quad_at(xq, q + 4 * step))
-            s5 = dot_add(s5, w, quad_at(xq, q + 5 * step))
-            w, q = high_nibbles(v), q + 16
-            s0 = dot_add(s0, w, quad_at(xq, q))
-            s1 = dot_add(s1, w, quad_at(xq, q + step))
-            s2 = dot_add(s2, w, quad_at(xq, q + 2 * step))
-            s3 = dot_add(s3, w, quad_at(xq, q + 3 * step))
-            s4 = dot_add(s4, w, quad_at(xq, q + 4 * step))
-            s5 = dot_add(s5, w, quad_at(xq, q + 5 * step))
-        scale = load(scales, at * LANES)
-        low = load(mins, at * LANES) if has_mins else scale * splat(_MINUS_ZERO_CODE)
-        a0 = _scaled(dot_end(s0), scale, low, xs, totals, xi, a0)
-        a1 = _scaled(dot_end(s1), scale, low, xs, totals, xi + groups, a1)
-        a2 = _scaled(dot_end(s2), scale, low, xs, totals, xi + 2 * groups, a2)
-        a3 = _scaled(dot_end(s3), scale, low, xs, totals, xi + 3 * groups, a3)
-        a4 = _scaled(dot_end(s4), scale, low, xs, totals, xi + 4 * groups, a4)
-        a5 = _scaled(dot_end(s5), scale, low, xs, totals, xi + 5 * groups, a5)
-    put(out, oi, a0, count, False)
-    put(out, oi + rows, a1, count, False)
-    put(out, oi + 2 * rows, a2, count, False)
-    put(out, oi + 3 * rows, a3, count, False)
-    put(out, oi + 4 * rows, a4, count, False)
-    put(out, oi + 5 * rows, a5, count, False)
+    sums = dots(codes, at, xq, offsets, xi, groups, has_mins, acc)
+    if has_mins:
+        acc = fma_rows(load(mins, at * LANES), totals, xi, groups, acc)
+    return scale_rows(acc, sums, load(scales, at * LANES), xs, xi, groups)
 
 
 @inline_kernel
-def _tile_int8(
-    codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, p: Any, t: Any, groups: Any,
-    out: Any, oi: Any, rows: Any, count: Any,
+def _tile(
+    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    p: Any, t: Any, groups: Any, acc: Any, out: Any, rows: Any,
 ) -> None:  # fmt: skip
-    has_mins = mins.size > 0
-    a0, a1, a2, a3, a4, a5 = f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    step = groups * GROUP
+    """The 16 outputs of panel p for the tokens from t on, as many as ``acc`` has zeros: weights are unpacked once."""
     for g in range(groups):
-        at, xi = p * groups + g, t * groups + g
-        s0, s1, s2 = sdot_begin(sums[xi]), sdot_begin(sums[xi + groups]), sdot_begin(sums[xi + 2 * groups])
-        s3, s4 = sdot_begin(sums[xi + 3 * groups]), sdot_begin(sums[xi + 4 * groups])
-        s5 = sdot_begin(sums[xi + 5 * groups])
-        for j in range(8):
-            w, q = u8_load(codes, (at * 8 + j) * _LINE), xi * GROUP + 4 * j
-            s0 = sdot_add(s0, w, quad_at(xq, q))
-            s1 = sdot_add(s1, w, quad_at(xq, q + step))
-            s2 = sdot_add(s2, w, quad_at(xq, q + 2 * step))
-            s3 = sdot_add(s3, w, quad_at(xq, q + 3 * step))
-            s4 = sdot_add(s4, w, quad_at(xq, q + 4 * step))
-            s5 = sdot_add(s5, w, quad_at(xq, q + 5 * step))
-        scale = load(scales, at * LANES)
-        low = load(mins, at * LANES) if has_mins else f32_zero()
-        a0 = _scaled(s0, scale, low, xs, totals, xi, a0)
-        a1 = _scaled(s1, scale, low, xs, totals, xi + groups, a1)
-        a2 = _scaled(s2, scale, low, xs, totals, xi + 2 * groups, a2)
-        a3 = _scaled(s3, scale, low, xs, totals, xi + 3 * groups, a3)
-        a4 = _scaled(s4, scale, low, xs, totals, xi + 4 * groups, a4)
-        a5 = _scaled(s5, scale, low, xs, totals, xi + 5 * groups, a5)
-    put(out, oi, a0, count, False)
-    put(out, oi + rows, a1, count, False)
-    put(out, oi + 2 * rows, a2, count, False)
-    put(out, oi + 3 * rows, a3, count, False)
-    put(out, oi + 4 * rows, a4, count, False)
-    put(out, oi + 5 * rows, a5, count, False)
+        acc = _add_group(
+            dots, codes, scales, mins, xq, xs, offsets, totals, p * groups + g, t * groups + g, groups, acc
+        )
+    at, count = t * rows + p * LANES, rows - p * LANES
+    if count >= LANES:
+        store_rows(out, at, rows, acc)
+    else:
+        for r in range(len(acc)):
+            f32_store_first(out, at + r * rows, acc[r], count)
+
+
+@inline_kernel
+def _panels(
+    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, groups: Any,
+    out: Any, tokens: Any, rows: Any, lo: Any, hi: Any,
+) -> None:  # fmt: skip
+    height = len(tile_zeros())
+    if tokens == 1:
+        # Memory is the limit: four panels that lie far apart are read side by side.
+        step = (min(hi, rows // LANES) - lo) // STREAMS
+        for p in range(lo, lo + step):
+            a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
+            for g in range(groups):
+                at = p * groups + g
+                a = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, a)
+                at += step * groups
+                b = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, b)
+                at += step * groups
+                c = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, c)
+                at += step * groups
+                d = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, d)
+            store_rows(out, p * LANES, rows, a)
+            store_rows(out, (p + step) * LANES, rows, b)
+            store_rows(out, (p + 2 * step) * LANES, rows, c)
+            store_rows(out, (p + 3 * step) * LANES, rows, d)
+        lo += STREAMS * step
+    for p in range(lo, hi):
+        t = 0
+        while t + height <= tokens:
+            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, tile_zeros(), out, rows)
+            t += height
+        while t + _FEW <= tokens:
+            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, f32_zeros(_FEW), out, rows)
+            t += _FEW
+        while t < tokens:
+            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, f32_zeros(1), out, rows)
+            t += 1
 
 
 @kernel(strict=True)
 def quant_matmul(
-    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, lo: Any, hi: Any
-) -> None:
+    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any,
+    lo: Any, hi: Any,
+) -> None:  # fmt: skip
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     tokens, rows = out.shape
     groups = scales.shape[1]
-    c, sc, mn, o = flat(codes), flat(scales), flat(mins), flat(out)
-    q, qs, qt, qn = flat(xq), flat(xs), flat(totals), flat(sums)
-    if tokens == 1:
-        # Memory is the limit: panels that lie far apart take turns, group by group; their sums wait in ``out``.
-        step = (min(hi, rows // LANES) - lo) // STREAMS
-        for p in range(lo, lo + step):
-            for g in range(groups):
-                for panel in range(p, p + STREAMS * step, step):
-                    at, to = panel * groups + g, panel * LANES
-                    acc = f32_load(o, to) if g > 0 else f32_zero()
-                    if kind == INT4:
-                        acc = _group_int4(c, sc, mn, q, qs, qt, at, g, acc)
-                    else:
-                        acc = _group_int8(c, sc, mn, q, qs, qn, qt, at, g, acc)
-                    f32_store(o, to, acc)
-        lo += STREAMS * step
-    tiled = tokens - tokens % TILE
-    for p in range(lo, hi):
-        count = rows - p * LANES
-        if kind == INT4:
-            for t in range(0, tiled, TILE):
-                _tile_int4(c, sc, mn, q, qs, qt, p, t, groups, o, t * rows + p * LANES, rows, count)
-            for t in range(tiled, tokens):
-                put(o, t * rows + p * LANES, _token_int4(c, sc, mn, q, qs, qt, p, t, groups), count, False)
-        else:
-            for t in range(0, tiled, TILE):
-                _tile_int8(c, sc, mn, q, qs, qn, qt, p, t, groups, o, t * rows + p * LANES, rows, count)
-            for t in range(tiled, tokens):
-                put(o, t * rows + p * LANES, _token_int8(c, sc, mn, q, qs, qn, qt, p, t, groups), count, False)
+    c, s, m, o = flat(codes), flat(scales), flat(mins), flat(out)
+    q, xs, z, x_sums = flat(xq), flat(xs), flat(offsets), flat(totals)
+    if kind == INT4:
+        _panels(_dots_int4, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
+    elif kind == INT5:
+        _panels(_dots_int5, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
+    else:
+        _panels(_dots_int8, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
 
 
 @parallel_kernel
 def quant_matmul_parallel(
-    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, sums: Any, totals: Any, out: Any, threads: Any
+    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any, threads: Any
 ) -> None:
     """quant_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
     panels = scales.shape[0]
     for t in prange(threads):
         lo, hi = panels * t // threads, panels * (t + 1) // threads
-        quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, lo, hi)
+        quant_matmul(kind, codes, scales, mins, xq, xs, offsets, totals, out, lo, hi)
 
 
 @parallel_kernel
-def quantize_activations_parallel(x: Any, xq: Any, xs: Any, sums: Any, totals: Any, threads: Any) -> None:
+def quantize_activations_parallel(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, threads: Any) -> None:
     """quantize_activations with the rows split over threads."""
     rows = x.shape[0]
     for t in prange(threads):
-        quantize_activations(x, xq, xs, sums, totals, rows * t // threads, rows * (t + 1) // threads)
+        quantize_activations(x, xq, xs, offsets, totals, rows * t // threads, rows * (t + 1) // threads)
 
 
-def round_activations(x: np.ndarray, xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, totals: np.ndarray) -> None:
-    """Fill xq (T, 32 G), xs, sums, totals (T, G) from x (T, K); buffers are the caller's (``model.Activations``)."""
+def round_activations(x: np.ndarray, xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray) -> None:
+    """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
     threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
     if threads == 1:
-        quantize_activations(x, xq, xs, sums, totals, 0, len(x))
+        quantize_activations(x, xq, xs, offsets, totals, 0, len(x))
     else:
-        launch(quantize_activations_parallel, x, xq, xs, sums, totals, threads)
+        launch(quantize_activations_parallel, x, xq, xs, offsets, totals, threads)
 
 
 def linear_quant(
     kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray,
-    xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, totals: np.ndarray, out: np.ndarray,
+    xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, out: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
     threads = threads_for(len(out) * codes.size, PARALLEL_MACS, len(scales))
     if threads == 1:
-        quant_matmul(kind, codes, scales, mins, xq, xs, sums, totals, out, 0, len(scales))
+        quant_matmul(kind, codes, scales, mins, xq, xs, offsets, totals, out, 0, len(scales))
     else:
-        launch(quant_matmul_parallel, kind, codes, scales, mins, xq, xs, sums, totals, out, threads)
+        launch(quant_matmul_parallel, kind, codes, scales, mins, xq, xs, offsets, totals, out, threads)
     return out

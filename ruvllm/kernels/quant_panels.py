@@ -5,20 +5,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.quant import GROUP, INT4, INT8
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES
 
-_LINES = {INT4: 4, INT8: 8}  # lines of 64 bytes that hold one group of 16 rows
 _QUADS = GROUP // 4  # of one row's group: four columns each
 _NIBBLE = np.uint32(4)
-_ZERO_CODE = np.float32(8)  # a symmetric 4-bit weight is scale (code - 8)
+_ZERO_CODES = {INT4: np.float32(8), INT5: np.float32(16), INT8: np.float32(0)}  # of symmetric weights
+_NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
 
 
 class Panels(NamedTuple):
-    """A quantised matrix as ``quant_matmul`` takes it: codes (P, G, 4 or 8, 64) uint8, scales (P, G, 16) uint16.
+    """A quantised matrix as ``quant_matmul`` takes it: codes (P, G, 4, 5 or 8, 64) uint8, scales (P, G, 16) uint16.
 
-    ``kind`` is INT4 or INT8; mins (P, G, 16) uint16, or (P, 0, 16) for symmetric weights.
+    ``kind`` is INT4, INT5 or INT8; mins (P, G, 16) uint16, or (P, 0, 16) for symmetric weights.
     """
 
     kind: int
@@ -44,13 +44,13 @@ class Panels(NamedTuple):
 
 
 def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
-    """Uninitialised panels for a matrix (rows, columns) of INT4 or INT8, on whole cache lines."""
+    """Uninitialised panels for a matrix (rows, columns) of INT4, INT5 or INT8, on whole cache lines."""
     panels, groups = (rows + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
     return Panels(
         kind,
-        aligned_empty((panels, groups, _LINES[kind], 64), np.uint8),
-        aligned_empty((panels, groups, LANES), np.uint16),
-        aligned_empty((panels, groups if mins else 0, LANES), np.uint16),
+        weights_empty((panels, groups, LINES[kind], 64), np.uint8),
+        weights_empty((panels, groups, LANES), np.uint16),
+        weights_empty((panels, groups if mins else 0, LANES), np.uint16),
     )
 
 
@@ -58,7 +58,7 @@ def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
 def pack_rows(
     kind: Any, quads: Any, scales: Any, mins: Any, to_quads: Any, to_scales: Any, to_mins: Any, lo: Any, hi: Any
 ) -> None:
-    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G), to_quads (P, G, 4 or 8, 16) uint32.
+    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G), to_quads (P, G, 4, 5 or 8, 16) uint32.
 
     A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
     """
@@ -73,6 +73,13 @@ def pack_rows(
                 if kind == INT4:
                     for j in range(4):
                         to_quads[p, g, j, r] = at[j] | (at[4 + j] << _NIBBLE)
+                elif kind == INT5:
+                    fifth = np.uint32(0)
+                    for j in range(4):
+                        to_quads[p, g, j, r] = (at[j] & _NIBBLES) | ((at[4 + j] & _NIBBLES) << _NIBBLE)
+                    for j in range(8):
+                        fifth |= ((at[j] >> _NIBBLE) & _ONES) << np.uint32(j)
+                    to_quads[p, g, 4, r] = fifth
                 else:
                     for j in range(8):
                         to_quads[p, g, j, r] = at[j]
@@ -92,7 +99,8 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
     A matrix that comes a few rows at a time goes into ``panels.part(lo, hi)``, lo a multiple of 16.
 
     Args:
-        codes: (n, 32 G): uint8 0..15 for INT4, which is not checked; int8, or its bits as uint8, for INT8.
+        codes: (n, 32 G): uint8 0..15 for INT4, 0..31 for INT5, which is not checked; int8, or its bits as uint8, for
+            INT8.
         scales, mins: (n, G) uint16, IEEE half bits; mins None for symmetric weights.
         to: panels for n rows.
 
@@ -124,12 +132,16 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type
 def unpack_row(panels: Panels, row: int) -> np.ndarray:
     """Row ``row`` as (32 G,) float32: an embedding looked up in a tied head."""
     p, r = divmod(row, LANES)
-    quads = panels.codes[p].view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16 or 32)
-    if panels.kind == INT4:
-        codes = np.concatenate((quads & 15, quads >> 4), axis=1).astype(np.float32)
-    else:
+    quads = panels.codes[p].view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16, 20 or 32)
+    if panels.kind == INT8:
         codes = quads.view(np.int8).astype(np.float32)
+    else:
+        nibbles = np.concatenate((quads[:, :16] & 15, quads[:, :16] >> 4), axis=1)
+        if panels.kind == INT5:
+            fifth = quads[:, 16:, None].transpose(0, 2, 1) >> np.arange(_QUADS, dtype=np.uint8)[:, None] & 1
+            nibbles |= fifth.reshape(nibbles.shape) << 4
+        codes = nibbles.astype(np.float32)
     scale = panels.scales[p, :, r].view(np.float16).astype(np.float32)[:, None]
     if panels.mins.shape[1]:
         return (codes * scale + panels.mins[p, :, r].view(np.float16).astype(np.float32)[:, None]).reshape(-1)
-    return ((codes - _ZERO_CODE if panels.kind == INT4 else codes) * scale).reshape(-1)
+    return ((codes - _ZERO_CODES[panels.kind]) * scale).reshape(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.quant import GROUP, round_activations
+from ruvllm.kernels.quant import GROUP, OFFSETS, round_activations
 
-Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq (T, 32 G), xs, sums, totals (T, G)
+Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, see ``kernels.quant``
 
 
 class Activations:
@@ -17,7 +17,7 @@ class Activations:
         groups = -(-columns // GROUP)
         self._codes = aligned_empty(tokens * groups * GROUP, np.int8)
         self._scales, self._totals = aligned_empty(tokens * groups), aligned_empty(tokens * groups)
-        self._sums = aligned_empty(tokens * groups, np.int32)
+        self._offsets = aligned_empty(tokens * groups * OFFSETS, np.int32)
         self._rounded: Rounded | None = None
         self.x = np.empty((0, columns), np.float32)
 
@@ -34,7 +34,7 @@ class Activations:
             G = -(-self.x.shape[1] // GROUP)
             self._rounded = (
                 self._codes[: T * G * GROUP].reshape(T, G * GROUP), self._scales[: T * G].reshape(T, G),
-                self._sums[: T * G].reshape(T, G), self._totals[: T * G].reshape(T, G),
+                self._offsets[: T * G * OFFSETS].reshape(T, G, OFFSETS), self._totals[: T * G].reshape(T, G),
             )  # fmt: skip
             round_activations(self.x, *self._rounded)
         return self._rounded

@@ -11,7 +11,7 @@ from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
 from ruvllm.kernels.cached_attention import NO_WINDOW
-from ruvllm.kernels.quant import GROUP
+from ruvllm.kernels.quant import GROUP, OFFSETS
 from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
@@ -88,7 +88,7 @@ class ForwardBuffers:
             f.GATE: aligned_empty((tokens, F)), f.UP: aligned_empty((tokens, F)),
             f.PARTIAL: aligned_empty((heads, chunks, partial_width(D))),
             f.XQ: aligned_empty((rows, groups * GROUP), np.int8), f.XS: aligned_empty((rows, groups)),
-            f.SUMS: aligned_empty((rows, groups), np.int32), f.TOTALS: aligned_empty((rows, groups)),
+            f.OFFSETS_OF: aligned_empty((rows, groups, OFFSETS), np.int32), f.TOTALS: aligned_empty((rows, groups)),
             f.SCRATCH: aligned_empty((threads, scratch)),
         }  # fmt: skip
         self.table = np.zeros(f.TABLE_SIZE, np.int64)
@@ -104,4 +104,4 @@ def working_bytes(config: ModelConfig, tokens: int) -> int:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     floats = 3 * E + 2 * F + 2 * heads * D + 2 * kv_heads * D
     groups = -(-max(E, F, heads * D) // GROUP)
-    return tokens * (4 * floats + groups * (GROUP + 12))
+    return tokens * (4 * floats + groups * (GROUP + 8 + 4 * OFFSETS))

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.forward import BF16, F16, F32, Q4, Q8
+from ruvllm.kernels.forward import BF16, F16, F32
 from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
-from ruvllm.kernels.quant import linear_quant
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES, linear_quant
 from ruvllm.kernels.quant_panels import Panels
 from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
 from ruvllm.model.activations import Activations
@@ -20,13 +20,13 @@ _ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small 
 
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
-INTEGER_LAYOUTS = ("int4", "int8")
-LAYOUTS = (*FLOAT_LAYOUTS, *INTEGER_LAYOUTS)
+INTEGER_LAYOUTS = {"int4": INT4, "int5": INT5, "int8": INT8}
+LAYOUTS = (*FLOAT_LAYOUTS, "int8", "int4")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
 
 # What "auto" makes of the storage types: as many bits as the file has, rounded up to what the kernels know.
 _AUTO = {
     "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4",
-    "Q5_0": "int8", "Q5_1": "int8", "Q5_K": "int8", "Q6_K": "int8", "Q8_0": "int8",
+    "Q5_0": "int5", "Q5_1": "int5", "Q5_K": "int5", "Q6_K": "int8", "Q8_0": "int8",
 }  # fmt: skip
 _ADDRESSED = {np.dtype(np.float32): F32, np.dtype(np.uint16): F16, np.dtype(np.int16): BF16}
 
@@ -42,7 +42,7 @@ class WeightTensor(Protocol):
         ...
 
     def quantized(self, layout: str) -> Panels:
-        """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
+        """The whole matrix as "int4", "int5" or "int8" panels: the file's own codes where it has such, else rounded."""
         ...
 
 
@@ -54,7 +54,7 @@ def layout_for(weights: str, dtype: str) -> str:
 def bytes_per_weight(layout: str) -> float:
     """Bytes of one weight in a layout, with its share of scales and mins."""
     if layout in INTEGER_LAYOUTS:
-        return {"int4": 0.5 + 4 / 32, "int8": 1 + 4 / 32}[layout]
+        return LINES[INTEGER_LAYOUTS[layout]] / 8 + 4 / GROUP
     return float(np.dtype(FLOAT_LAYOUTS[layout]).itemsize)
 
 
@@ -71,7 +71,7 @@ class FloatWeights:
     def load(cls, tensor: WeightTensor, layout: str) -> FloatWeights:
         """Read, convert and pack a tensor a few rows at a time."""
         rows, columns = tensor.shape
-        panels = aligned_empty((panel_count(rows), columns, LANES), FLOAT_LAYOUTS[layout])
+        panels = weights_empty((panel_count(rows), columns, LANES), FLOAT_LAYOUTS[layout])
         step = max(1, _ROWS_AT_ONCE_BYTES // (4 * columns * LANES)) * LANES
 
         def load(lo: int) -> None:
@@ -101,7 +101,7 @@ class IntegerWeights:
     def __init__(self, panels: Panels, rows: int, columns: int) -> None:
         self.panels = panels
         self.rows, self.columns = rows, columns
-        self.layout = "int4" if panels.kind == Q4 else "int8"
+        self.layout = next(name for name, kind in INTEGER_LAYOUTS.items() if panels.kind == kind)
         self.nbytes = panels.nbytes
 
     def matmul(self, x: Activations, out: np.ndarray) -> None:
@@ -115,8 +115,7 @@ class IntegerWeights:
     def addresses(self) -> list[int]:
         """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
         kind, codes, scales, mins = self.panels
-        layout = Q4 if kind == Q4 else Q8
-        return [layout, codes.ctypes.data, scales.ctypes.data, mins.ctypes.data, mins.shape[1]]
+        return [kind, codes.ctypes.data, scales.ctypes.data, mins.ctypes.data, mins.shape[1]]
 
 
 def load_weights(tensor: WeightTensor, layout: str) -> FloatWeights | IntegerWeights:

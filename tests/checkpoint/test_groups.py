@@ -23,9 +23,9 @@ LAYOUTS = {
     "Q4_0": ("int4", False),
     "Q4_1": ("int4", True),
     "Q4_K": ("int4", True),
-    "Q5_0": ("int8", False),
-    "Q5_1": ("int8", True),
-    "Q5_K": ("int8", True),
+    "Q5_0": ("int5", False),
+    "Q5_1": ("int5", True),
+    "Q5_K": ("int5", True),
     "Q6_K": ("int8", False),
     "Q8_0": ("int8", False),
 }
@@ -51,6 +51,8 @@ def one_of_safetensors(directory: Path, data: bytes) -> Tensor:
 def values(found: Groups) -> np.ndarray:
     """In float64."""
     codes = found.codes.view(np.int8) if found.kind == "int8" else found.codes
+    if found.kind == "int5" and found.mins is None:
+        codes = codes.astype(np.int16) - 16
     return reference.dequantize(codes, found.scales, found.mins)
 
 
@@ -166,8 +168,8 @@ def test_bad_scales_in_the_file_are_refused(tmp_path: Path) -> None:
             load_panels(tensor(tmp_path, kind, raw, 512))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
-def test_four_bit_types_widen_to_int8_without_loss(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K"])
+def test_narrow_types_widen_to_int8_without_loss(kind: str, tmp_path: Path) -> None:
     t = tensor(tmp_path, kind, corpus.random_rows(kind, 9, 512), 512)
     own, wide = tensor_groups(t), tensor_groups(t, kind="int8")
     assert (wide.kind, wide.mins is None) == ("int8", own.mins is None)
@@ -206,8 +208,10 @@ def test_floats_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
     t = tensor(tmp_path, "Q4_0", corpus.random_rows("Q4_0", 4, 64), 64)
-    with pytest.raises(ValueError, match="kind must be one of int4, int8, not 'int2'"):
+    with pytest.raises(ValueError, match="kind must be one of int4, int5, int8, not 'int2'"):
         tensor_groups(t, kind="int2")
+    with pytest.raises(ValueError, match="kind: Q4_0 cannot become int5"):
+        tensor_groups(t, kind="int5")
     with pytest.raises(ValueError, match="rows 2:9"):
         tensor_groups(t, 2, 9)
 

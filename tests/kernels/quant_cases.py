@@ -12,22 +12,24 @@ import numpy as np
 
 from ruvllm.kernels._jit import DISABLE_JIT, kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_scalar
-from ruvllm.kernels.quant import INT4, INT8, quant_matmul, quantize_activations
+from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul, quantize_activations
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 
-TOKENS = (*range(1, 14), 64)
+TOKENS = (*range(1, 14), 17, 64)
 SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
-KINDS = tuple((kind, mins) for kind in (INT4, INT8) for mins in (False, True))
+ZEROS = {INT4: 8, INT5: 16, INT8: 0}
+CODES = {INT4: 16, INT5: 32, INT8: 256}  # codes are below
+KINDS = tuple((kind, mins) for kind in (INT4, INT5, INT8) for mins in (False, True))
 ONE = np.float16(1).view(np.uint16)  # the bits of a scale of 1
 
 
 class Weights(NamedTuple):
     """Row-major operands, and the panels made of them."""
 
-    codes: np.ndarray  # (N, 32 G) int64: signed values, for symmetric 4-bit weights still 0..15
+    codes: np.ndarray  # (N, 32 G) int64: signed values of 8-bit weights, else from 0 on
     scales: np.ndarray  # (N, G) float64
-    mins: np.ndarray  # (N, G) float64: -8 scale for symmetric 4-bit weights
+    mins: np.ndarray  # (N, G) float64: -zero scale for symmetric weights
     panels: Panels
 
     def matrix(self) -> np.ndarray:
@@ -40,8 +42,13 @@ class Activations(NamedTuple):
 
     xq: np.ndarray
     xs: np.ndarray
-    sums: np.ndarray
+    offsets: np.ndarray
     totals: np.ndarray
+
+    @property
+    def sums(self) -> np.ndarray:
+        """sum(xq) of each group, (T, G) int64."""
+        return self.xq.reshape(len(self.xq), -1, 32).sum(2, dtype=np.int64)
 
     def matrix(self) -> np.ndarray:
         """x (T, 32 G) in float64, as rounded."""
@@ -55,15 +62,15 @@ def weights(kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray |
     for array in panels[1:]:
         array[...] = 77  # whatever was in memory
     pack_groups(codes, scales, mins, panels)
-    values = codes.astype(np.int64) if kind == INT4 else codes.view(np.int8).astype(np.int64)
+    values = codes.view(np.int8).astype(np.int64) if kind == INT8 else codes.astype(np.int64)
     scale = scales.view(np.float16).astype(np.float64)
-    low = -8 * scale * (kind == INT4) if mins is None else mins.view(np.float16).astype(np.float64)
+    low = -ZEROS[kind] * scale if mins is None else mins.view(np.float16).astype(np.float64)
     return Weights(values, scale, low, panels)
 
 
 def random_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int, k: int) -> Weights:
     groups = -(-k // 32)
-    codes = rng.integers(0, 16 if kind == INT4 else 256, (n, groups * 32), np.uint8)
+    codes = rng.integers(0, CODES[kind], (n, groups * 32), np.uint8)
     scales, mins = rng.standard_normal((2, n, groups)).astype(np.float16).view(np.uint16)
     return weights(kind, codes, scales, mins if with_mins else None)
 
@@ -80,6 +87,10 @@ def rounded_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int
     if kind == INT4:
         return w, weights(kind, *quantize_int4(w, symmetric=not with_mins))
     codes, scales = quantize_int8(w)
+    if kind == INT5:  # steps eight times as large
+        wide, low = ((scales.view(np.float16) * np.float16(factor)).view(np.uint16) for factor in (8, -128))
+        fives = ((codes.astype(np.int16) + 132) >> 3).clip(0, 31).astype(np.uint8)
+        return w, weights(kind, fives, wide, low if with_mins else None)
     return w, weights(kind, codes.view(np.uint8), scales, np.zeros_like(scales) if with_mins else None)
 
 
@@ -87,15 +98,16 @@ def activations(x: np.ndarray) -> Activations:
     tokens, groups = len(x), -(-x.shape[1] // 32)
     xq = np.full((tokens, groups * 32), 99, np.int8)
     xs, totals = np.full((2, tokens, groups), np.float32(99))
-    sums = np.full((tokens, groups), 99, np.int32)
-    quantize_activations(x, xq, xs, sums, totals, 0, tokens)
-    return Activations(xq, xs, sums, totals)
+    offsets = np.full((tokens, groups, 4), 99, np.int32)
+    quantize_activations(x, xq, xs, offsets, totals, 0, tokens)
+    return Activations(xq, xs, offsets, totals)
 
 
 def unit_activations(xq: np.ndarray) -> Activations:
     """Scales of 1."""
     sums = xq.reshape(len(xq), -1, 32).sum(2, dtype=np.int32)
-    return Activations(xq, np.ones(sums.shape, np.float32), sums, sums.astype(np.float32))
+    offsets = sums[:, :, None] * np.array([-8, -16, -128, 0], np.int32)
+    return Activations(xq, np.ones(sums.shape, np.float32), offsets, sums.astype(np.float32))
 
 
 def multiply(w: Weights, x: Activations) -> np.ndarray:
@@ -107,7 +119,7 @@ def multiply(w: Weights, x: Activations) -> np.ndarray:
 
 def integers(w: Weights, x: Activations) -> np.ndarray:
     """What unit weights and activations must give exactly, in int64."""
-    low = w.mins.astype(np.int64) @ x.sums.T.astype(np.int64)
+    low = w.mins.astype(np.int64) @ x.sums.T
     return (w.codes @ x.xq.T.astype(np.int64) + low).T
 
 
@@ -116,10 +128,10 @@ def integer_cases(tokens: tuple[int, ...] = TOKENS) -> dict[str, tuple[Weights, 
     rng = np.random.default_rng(5)
     cases = {}
     for kind, mins in KINDS:
-        smallest, largest = (0, 15) if kind == INT4 else (128, 127)  # int8 as uint8: -128, 127
+        smallest, largest = (128, 127) if kind == INT8 else (0, CODES[kind] - 1)  # int8 as uint8: -128, 127
         for t in tokens:
             for n, k in ((17, 32), (33, 224)):
-                codes = rng.integers(0, 16 if kind == INT4 else 256, (n, k), np.uint8)
+                codes = rng.integers(0, CODES[kind], (n, k), np.uint8)
                 xq = rng.integers(-127, 128, (t, k)).astype(np.int8)
                 cases[f"random {kind} {mins} {t} {n} {k}"] = unit_weights(kind, codes, mins), unit_activations(xq)
             for name, codes in {

@@ -113,7 +113,7 @@ def test_bytes(layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [("F32", "f32"), ("F16", "f16"), ("BF16", "bf16"), ("Q4_1", "int4"), ("Q5_K", "int8"), ("Q8_0", "int8")],
+    [("F32", "f32"), ("F16", "f16"), ("BF16", "bf16"), ("Q4_1", "int4"), ("Q5_K", "int5"), ("Q8_0", "int8")],
 )
 def test_auto_keeps_the_precision_of_the_file(dtype: str, layout: str) -> None:
     assert layout_for("auto", dtype) == layout

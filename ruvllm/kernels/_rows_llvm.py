@@ -1,0 +1,122 @@
+"""Several SIMD vectors at once: tuples that stay in registers, and a few kilobytes of the stack (see _simd.py)."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ruvllm.kernels._simd_llvm import LANES, _constant, _pointer, _splat, f32x16
+from ruvllm.kernels._views import _view
+
+__all__ = ["f32_zeros", "fma_rows", "load_rows", "stack_f32", "store_rows", "zip_rows"]
+
+_I32 = ir.IntType(32)
+
+
+def _rows(count: Any) -> Any:
+    return types.UniTuple(f32x16, count)
+
+
+def _at(builder: ir.IRBuilder, index: ir.Value, step: ir.Value, row: int) -> ir.Value:
+    return builder.add(index, builder.mul(step, step.type(row)))
+
+
+@intrinsic(prefer_literal=True)
+def f32_zeros(typingctx: Any, rows: Any) -> Any:
+    """A tuple of ``rows`` vectors of zeros; ``rows`` is a constant."""
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    result = _rows(rows.literal_value)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.make_tuple(builder, result, [_constant(f32x16, 0.0)] * result.count)
+
+    return result(rows), codegen
+
+
+@intrinsic
+def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -> Any:
+    """The tuple of sums[r] + w x[index + r step], where each number of x stands for 16 equal lanes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        w, x, index, step, sums = args
+        found = []
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
+        )
+        for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
+            pointer = _pointer(context, builder, sig.args[1], x, _at(builder, index, step, row))
+            found.append(builder.call(function, [w, _splat(builder, builder.load(pointer), LANES), total]))
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return sums(f32x16, x, types.intp, types.intp, sums), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> Any:
+    """The tuple of the 16 elements from index, from index + step, ...; ``rows`` is a constant."""
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    result = _rows(rows.literal_value)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        found = []
+        for row in range(result.count):
+            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+            value.align = 4
+            found.append(value)
+        return context.make_tuple(builder, result, found)
+
+    return result(array, types.intp, types.intp, rows), codegen
+
+
+@intrinsic
+def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> Any:
+    """Store the vectors of a tuple at index, at index + step, ..."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
+            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            instruction = builder.store(value, builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+            instruction.align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, rows), codegen
+
+
+@intrinsic
+def zip_rows(typingctx: Any, rows: Any) -> Any:
+    """Merge each vector of the first half with its partner in the second, a0 b0 a1 b1 ..: log2(rows) times transposes.
+
+    (An element's place is row and lane, in bits; each time, the row's highest bit becomes the lane's lowest one.)
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vectors = cgutils.unpack_tuple(builder, args[0])
+        half = len(vectors) // 2
+        merged = []
+        for a, b in zip(vectors[:half], vectors[half:], strict=True):
+            for first in (0, LANES // 2):
+                order = [_I32(first + i // 2 + i % 2 * LANES) for i in range(LANES)]
+                merged.append(builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), order)))
+        return context.make_tuple(builder, rows, merged)
+
+    return rows(rows), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_f32(typingctx: Any, count: Any) -> Any:
+    """An uninitialised float32 array of constant size on the stack, at a multiple of 64 bytes; gone after the call."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    result = types.Array(types.float32, 1, "C")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        block = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), count.literal_value), name="stack")
+        block.align = 64
+        data = builder.bitcast(block, ir.FloatType().as_pointer())
+        return _view(context, builder, result, data, [context.get_constant(types.intp, count.literal_value)])
+
+    return result(count), codegen

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm
-from ruvllm.report.worker import Worker
+from ruvllm.report import worker
 
 NOT_INSTALLED = "not installed"
-WORKER = Path(__file__).with_name("_llama_worker.py")
+WORKER = Path(worker.__file__).with_name("_llama_worker.py")
 
 
 class Engine(Protocol):
@@ -98,9 +98,9 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, python: str = sys.executable) -> None:
-        """Start the worker; raises what ``Worker`` does."""
+        """Start the worker; raises what ``worker.Worker`` does."""
         self.weight_bytes = 0
-        self._worker = Worker(self.name, python, WORKER)
+        self._worker = worker.Worker(self.name, python, WORKER)
         self.call, self.close = self._worker.call, self._worker.close
         self.version, self.system = self._worker.hello["version"], self._worker.hello["system"]
 

@@ -11,6 +11,7 @@ import ruvllm
 from benchmarks import _engines, _perplexity, make_7b, peers
 from benchmarks._engines import LlamaCpp, Ruvllm, file_bytes_per_token
 from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.report import gguf_file
 
 TINY = dataclasses.replace(
     make_7b.SEVEN_B, vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3,
@@ -30,12 +31,12 @@ def test_synthetic_file_is_a_model_of_the_shape_asked_for(tiny: Path) -> None:
     assert dataclasses.replace(llm.config, name="tiny") == TINY
     logits = llm.logits(np.arange(40) + 200)
     assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
-    assert len(set(make_7b.vocabulary(32000))) == 32000
+    assert len(set(gguf_file.vocabulary(32000))) == 32000
     assert llm.tokenizer.decode(llm.tokenizer.encode("Hi, you", add_special=False)).strip() == "Hi, you"
 
 
 def test_random_blocks_have_the_deviation_asked_for() -> None:
-    blocks = make_7b.random_blocks(np.random.default_rng(0), 64, 1024).reshape(-1, make_7b.BLOCK_BYTES)
+    blocks = make_7b.random_blocks(np.random.default_rng(0), 64, 1024).reshape(-1, gguf_file.BLOCK_BYTES)
     scales = blocks[:, :2].copy().view(np.float16).astype(np.float64)
     codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float64) - 8
     assert (scales * codes).std() == pytest.approx(1 / 32, rel=0.1)

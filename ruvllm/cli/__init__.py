@@ -109,6 +109,12 @@ def _warmup(args: argparse.Namespace) -> None:
     print("nothing was kept: there is no private cache directory" if directory is None else directory)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from ruvllm.cli._report import report
+
+    report(args)
+
+
 _COMMANDS = {
     "pull": _pull,
     "generate": _generate,
@@ -117,4 +123,5 @@ _COMMANDS = {
     "info": _info,
     "memory": _memory,
     "warmup": _warmup,
+    "report": _report,
 }

@@ -83,6 +83,23 @@ _WARMUP = """\
 Compile all kernels into the cache, so that later starts need not.
 """
 
+_REPORT = """\
+Measure kernels and layers on this machine, beside their limits and beside NumPy, PyTorch and llama.cpp where these are
+installed; write STEM.md, STEM.json and STEM.html. Leave the machine alone meanwhile: it takes some minutes.
+
+RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name Pythons that have PyTorch and llama-cpp-python (default: this one).
+With REPORT.json nothing is measured: that report is shown and compared.
+
+examples:
+  ruvllm report
+  ruvllm report --quick --only norms --only "GEMV 4096"
+  ruvllm report --compare before.json
+  ruvllm report after.json --compare before.json -o difference
+"""
+
+
+_ONLY = "a table (attention, gqa, bandwidth, norms, matmul, rope, lora, layers, kv, memory) or a part of rows' names"
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -145,6 +162,15 @@ def build_parser() -> Parser:
     perplexity.add_argument("-f", "--file", metavar="FILE", help="the text; - is stdin")
 
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
+
+    report = add("report", "[REPORT.json]", "measure this machine: kernels, layers, peers, limits", _REPORT)
+    report.add_argument("--quick", action="store_true", help="half a minute: fewer measurements, fewer layers")
+    report.add_argument("--only", action="append", default=[], metavar="NAME", help=_ONLY)
+    report.add_argument("-t", "--threads", metavar="N,N", help="numbers of threads (default: 1 and physical cores)")
+    report.add_argument("--no-peers", action="store_true", help="do not measure NumPy, PyTorch and llama.cpp")
+    report.add_argument("--compare", metavar="OLD.json", help="say what changed since an older report")
+    report.add_argument("-o", "--output", default="ruvllm-report", metavar="STEM", help="(default: %(default)s)")
+
     add("warmup", "", "compile all kernels into the cache", _WARMUP)
     return parser
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ruvllm.machine import machine, size, threads, versions
 
 if TYPE_CHECKING:
     from ruvllm.model.config import ModelConfig
 
-# Instruction sets that our kernels gain from, in LLVM's names.
-_FEATURES = (
-    "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "avxvnni", "amx-int8",
-    "neon", "dotprod", "i8mm", "fullfp16", "bf16", "sve",
-)  # fmt: skip
-_PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers")
 KV_TOKENS = 1000
 
 
@@ -32,22 +25,6 @@ def show(content: Any, stderr: bool = False, **options: Any) -> None:
     with console.capture() as rendered:
         console.print(content, **options)
     print(rendered.get(), end="", file=stream, flush=True)
-
-
-def _package_version(name: str) -> str:
-    """Version of an installed package."""
-    try:
-        return installed_version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def size(nbytes: float) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def show_memory(names: list[str]) -> None:
@@ -91,7 +68,7 @@ def _config_of(name: str) -> ModelConfig:
 
 def show_info(model: str | None) -> None:
     """Print this machine as the library sees it, and the model where one is named."""
-    sections = {"versions": _versions(), "machine": _machine(), "threads": _threads(), "files": _files()}
+    sections = {"versions": versions(), "machine": machine(), "threads": threads(), "files": _files()}
     if model is not None:
         sections = {"model": _model(model)} | sections
     for title, rows in sections.items():
@@ -108,48 +85,6 @@ def _pairs(title: str, rows: dict[str, str]) -> Any:
     for key, value in rows.items():
         table.add_row(key, value)
     return table
-
-
-def _versions() -> dict[str, str]:
-    import ruvllm
-
-    return {"ruvllm": ruvllm.__version__, "python": platform.python_version()} | {
-        name: _package_version(name) for name in _PACKAGES
-    }
-
-
-def _machine() -> dict[str, str]:
-    import llvmlite.binding as llvm
-    import psutil
-
-    features = llvm.get_host_cpu_features()
-    memory = psutil.virtual_memory()
-    return {
-        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "CPU": f"{_cpu_name()} (LLVM: {llvm.get_host_cpu_name()})",
-        "CPU features": " ".join(name for name in _FEATURES if features.get(name)) or "none that the kernels use",
-        "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
-        "memory": f"{size(memory.total)}, {size(memory.available)} available",
-    }
-
-
-def _cpu_name() -> str:
-    """The name that the maker gave the processor, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _threads() -> dict[str, str]:
-    from numba.np.ufunc.parallel import get_num_threads, threading_layer
-
-    threads = get_num_threads()  # also starts the threading layer, which until then has no name
-    return {"kernels use": str(threads), "threading layer": threading_layer()}
 
 
 def _files() -> dict[str, str]:

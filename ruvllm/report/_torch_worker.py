@@ -107,6 +107,42 @@ class Operations:
         return call
 
 
+class Layer:
+    """One LLaMA layer with its embedding, head and KV cache, as a PyTorch user would write it.
+
+    weights: matrices (outputs, inputs) and vectors by name; cos, sin (S, D/2).
+    """
+
+    def __init__(self, torch: Any, weights: dict[str, Any], heads: int, kv_heads: int, eps: float) -> None:
+        self.torch, self.f, self.w = torch, torch.nn.functional, weights
+        self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
+        positions, half = weights["cos"].shape
+        self.keys = torch.zeros(1, kv_heads, positions, 2 * half)
+        self.values = torch.zeros(1, kv_heads, positions, 2 * half)
+
+    def __call__(self, ids: Any, start: int) -> Any:
+        """Logits after the last of ids (T,), which stand at start, start + 1 ..."""
+        f, w, end = self.f, self.w, start + len(ids)
+        x = w["embed"][ids]
+        h = f.rms_norm(x, x.shape[-1:], w["attn_norm"], self.eps)
+        q = self._rotated(f.linear(h, w["q"]).view(len(ids), self.heads, -1), start)
+        self.keys[:, :, start:end] = self._rotated(f.linear(h, w["k"]).view(len(ids), self.kv_heads, -1), start)
+        self.values[:, :, start:end] = f.linear(h, w["v"]).view(len(ids), self.kv_heads, -1).transpose(0, 1)[None]
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        attended = f.scaled_dot_product_attention(q, keys, values, is_causal=start == 0, enable_gqa=True)
+        x = x + f.linear(attended[0].transpose(0, 1).reshape(len(ids), -1), w["o"])
+        h = f.rms_norm(x, x.shape[-1:], w["mlp_norm"], self.eps)
+        x = x + f.linear(f.silu(f.linear(h, w["gate"])) * f.linear(h, w["up"]), w["down"])
+        return f.linear(f.rms_norm(x[-1], x.shape[-1:], w["norm"], self.eps), w["embed"])
+
+    def _rotated(self, x: Any, start: int) -> Any:
+        """(T, H, D) turned by its positions, as (1, H, T, D)."""
+        half = x.shape[-1] // 2
+        cos, sin = (self.w[name][start : start + len(x), None] for name in ("cos", "sin"))
+        a, b = x[..., :half], x[..., half:]
+        return self.torch.cat((a * cos - b * sin, b * cos + a * sin), -1).transpose(0, 1)[None]
+
+
 class Worker:
     """The operation that was prepared last."""
 
@@ -128,15 +164,40 @@ class Worker:
         make = getattr(self.operations, kernel, None)
         if make is None:
             return False
+        self.operation = make(**self._tensors(arrays, threads), **numbers)
+        self._keep_result(result)
+        return True
+
+    def prepare_layer(
+        self, arrays: str, shapes: dict[str, list[int]], ids: list[int], heads: int, kv_heads: int, eps: float,
+        threads: int, result: str,
+    ) -> bool:  # fmt: skip
+        """Make ready the last of ids in one layer, after the others; matrices repeat the rows of block{columns}."""
+        self.operation = None  # its weights go before others come
+        given = self._tensors(arrays, threads)
+        weights = {name.rsplit(".", 1)[-1]: tensor for name, tensor in given.items()}
+        for name, (rows, columns) in shapes.items():
+            block = given[f"block{columns}"]
+            weights[name] = block.repeat(-(-rows // len(block)), 1)[:rows].clone()
+        layer, tokens, last = Layer(self.torch, weights, heads, kv_heads, eps), self.torch.tensor(ids), len(ids) - 1
+        with self.torch.inference_mode():
+            layer(tokens[:last], 0)
+        self.operation = lambda: layer(tokens[last:], last)
+        self._keep_result(result)
+        return True
+
+    def _tensors(self, arrays: str, threads: int) -> dict[str, Any]:
+        """The arrays of a file; from now on so many threads compute."""
         self.torch.set_num_threads(threads)
         with np.load(arrays) as file:
-            tensors = {name: self.torch.from_numpy(file[name]) for name in file.files}
-        self.operation = make(**tensors, **numbers)
+            return {name: self.torch.from_numpy(file[name]) for name in file.files}
+
+    def _keep_result(self, path: str) -> None:
+        assert self.operation is not None
         with self.torch.inference_mode():
             found = self.operation()
         found = found if isinstance(found, tuple) else (found,)
-        np.savez(result, *(t.numpy() for t in found))
-        return True
+        np.savez(path, *(t.numpy() for t in found))
 
     def seconds(self, calls: int) -> float:
         """Seconds of so many calls, after one that wakes threads and caches."""

@@ -1,6 +1,6 @@
 """llama.cpp in a process of its own: requests as JSON lines on stdin, answers as JSON lines on stdout.
 
-Run by ``_engines`` with any Python that has llama-cpp-python; it imports nothing of ruvllm. It works only while a
+Run by ``worker.Worker`` with any Python that has llama-cpp-python; it imports nothing of ruvllm. It works only while a
 request is open, so that two engines never compute at the same time.
 """
 
@@ -79,6 +79,10 @@ class Worker:
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
         self.api.llama_get_logits_ith(self.llm.ctx, -1)  # waits for them
+
+    def last_logits(self) -> list[float]:
+        """Logits after the token that was taken in last."""
+        return self.api.llama_get_logits_ith(self.llm.ctx, -1)[: self.llm.n_vocab()]
 
     def losses(self, path: str, threads: int, windows: list[list[int]], first: int, bos: int | None, f32: bool) -> Any:
         """Negative log-likelihood of tokens first + 1: of each window, each window alone, in nats.

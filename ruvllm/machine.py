@@ -1,0 +1,78 @@
+"""What this machine is and which versions run on it, as `ruvllm info` and `ruvllm report` state it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+# Instruction sets that our kernels gain from, in LLVM's names.
+_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "avxvnni", "amx-int8",
+    "neon", "dotprod", "i8mm", "fullfp16", "bf16", "sve",
+)  # fmt: skip
+_PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of ruvllm, Python and the packages that decide how fast it is."""
+    import ruvllm
+
+    return {"ruvllm": ruvllm.__version__, "python": platform.python_version()} | {
+        name: _package_version(name) for name in _PACKAGES
+    }
+
+
+def _package_version(name: str) -> str:
+    try:
+        return installed_version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str]:
+    """System, processor, its instruction sets, cores, memory, and how busy it is."""
+    import llvmlite.binding as llvm
+    import psutil
+
+    features = llvm.get_host_cpu_features()
+    memory = psutil.virtual_memory()
+    facts = {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "CPU": f"{_cpu_name()} (LLVM: {llvm.get_host_cpu_name()})",
+        "CPU features": " ".join(name for name in _FEATURES if features.get(name)) or "none that the kernels use",
+        "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
+        "memory": f"{size(memory.total)}, {size(memory.available)} available",
+    }
+    if hasattr(os, "getloadavg"):
+        facts["load"] = f"{os.getloadavg()[0]:.2f} in the last minute"
+    return facts
+
+
+def _cpu_name() -> str:
+    """The name that the maker gave the processor, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def threads() -> dict[str, str]:
+    """How many threads kernels use, and by which threading layer."""
+    from numba.np.ufunc.parallel import get_num_threads, threading_layer
+
+    count = get_num_threads()  # also starts the threading layer, which until then has no name
+    return {"kernels use": str(count), "threading layer": threading_layer()}
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,61 @@
+"""What every row needs to be measured: how long, with how many threads, against which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import psutil
+from threadpoolctl import threadpool_limits
+
+from ruvllm.kernels._threads import limited_to
+from ruvllm.lab.peaks import Peaks
+from ruvllm.report.results import Entry
+from ruvllm.report.timing import PAUSE_SECONDS, Effort, Engine, Timing, alternate
+
+_TURNS_OF_MANY = 7  # where several threads work, since each turn then comes after a pause
+_FREE_SHARE = 0.8  # of the free memory, that a row may take
+OWN = "ruvllm"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """``peaks`` by number of threads; a row is measured with each."""
+
+    effort: Effort
+    peaks: dict[int, Peaks]
+
+    @contextmanager
+    def limited(self, threads: int) -> Iterator[None]:
+        """Kernels, and the BLAS of NumPy, use so many threads inside the block."""
+        with limited_to(threads), threadpool_limits(threads, user_api="blas"):
+            yield
+
+    def entry(
+        self, threads: int, engines: dict[str, Engine], flops: float, nbytes: float, integer: bool = False,
+        inside: Timing | None = None,
+    ) -> Entry:  # fmt: skip
+        """Time OWN and its peers in turns. ``integer``: the arithmetic is that of integer dot products."""
+        many = threads > 1
+        effort = replace(self.effort, turns=min(self.effort.turns, _TURNS_OF_MANY)) if many else self.effort
+        found = alternate(engines, effort, PAUSE_SECONDS if many else 0.0)
+        seconds, bound = least_seconds(self.peaks[threads], flops, nbytes, integer)
+        return Entry(threads, found.pop(OWN), inside, seconds, bound, found)
+
+
+def least_seconds(peaks: Peaks, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:
+    """The roofline: the longer of arithmetic at its peak and reads at the bandwidth of the level they fit into."""
+    arithmetic = flops / (peaks.int8_dot if integer else peaks.fma)
+    reads = nbytes / peaks.bandwidth(nbytes)
+    if arithmetic > reads:
+        return arithmetic, "int8 dot" if integer else "FMA"
+    return reads, next(level.name for level in peaks.levels if level.bandwidth == peaks.bandwidth(nbytes))
+
+
+def lacking_memory(nbytes: float) -> str:
+    """Why a row that takes so much is not measured, or nothing if it can be."""
+    free = psutil.virtual_memory().available
+    if nbytes <= _FREE_SHARE * free:
+        return ""
+    return f"needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

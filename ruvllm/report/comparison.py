@@ -1,0 +1,104 @@
+"""Two reports beside each other: which rows became faster or slower by more than their noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ruvllm.report.results import Entry, Report
+
+_LEAST = 0.05  # a change of less than this is called none, however quiet the machine was
+FASTER, SLOWER, SAME = "faster", "slower", "same"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row at a number of threads, in seconds of a call; change is FASTER, SLOWER or SAME."""
+
+    id: str
+    label: str
+    threads: int
+    old: float
+    new: float
+    noise: float  # relative: what the quartiles of both leave open
+    change: str
+
+    @property
+    def speedup(self) -> float:
+        """Old time over new: above 1 is faster."""
+        return self.old / self.new
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """changes: every row that both have, in the new report's order; the others by their labels; what else differs."""
+
+    created: str  # of the old report
+    changes: tuple[Change, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
+    less_right: tuple[str, ...]  # rows that were within their tolerance, and are not now
+    warnings: tuple[str, ...]
+
+    def of(self, change: str) -> list[Change]:
+        """The changes of one kind, the largest first."""
+        chosen = [found for found in self.changes if found.change == change]
+        return sorted(chosen, key=lambda found: -max(found.speedup, 1 / found.speedup))
+
+
+def compare(old: Report, new: Report) -> Comparison:
+    """What changed from one report to another."""
+    before, after = old.results(), new.results()
+    changes, only_old, only_new, less_right = [], [], [], []
+    for id, result in after.items():
+        was = before.get(id)
+        for entry in result.entries:
+            held = was.at(entry.threads) if was else None
+            if held is None:
+                only_new.append(f"{result.label} (threads: {entry.threads})")
+            else:
+                noise = _noise(held, entry)
+                changes.append(
+                    Change(
+                        id, result.label, entry.threads, held.call.median, entry.call.median, noise,
+                        _kind(held.call.median / entry.call.median, noise),
+                    )
+                )  # fmt: skip
+        if was is not None and was.right and result.right is False:
+            less_right.append(result.label)
+    for id, result in before.items():
+        now = after.get(id)
+        only_old += [
+            f"{result.label} (threads: {e.threads})" for e in result.entries if not (now and now.at(e.threads))
+        ]
+    return Comparison(
+        old.created, tuple(changes), tuple(only_old), tuple(only_new), tuple(less_right), _warnings(old, new)
+    )
+
+
+def _noise(old: Entry, new: Entry) -> float:
+    """Half of both spreads together: medians this far apart may be of the same speed."""
+    return max(_LEAST, (old.call.spread + new.call.spread) / 2)
+
+
+def _kind(speedup: float, noise: float) -> str:
+    if speedup > 1 + noise:
+        return FASTER
+    return SLOWER if speedup < 1 / (1 + noise) else SAME
+
+
+def _warnings(old: Report, new: Report) -> tuple[str, ...]:
+    found = []
+    for name in ("CPU", "cores"):
+        was, now = (report.about["machine"].get(name) for report in (old, new))
+        if was != now:
+            found.append(f"another machine: {name} was {was}, is {now}")
+    if old.quick != new.quick:
+        found.append(f"the {'old' if old.quick else 'new'} report was made with --quick")
+    for threads, limits in new.peaks.items():
+        for name, now_rate in limits.items():
+            was_rate = old.peaks.get(threads, {}).get(name)
+            if was_rate and not 1 / 1.15 < now_rate / was_rate < 1.15:
+                found.append(
+                    f"the machine itself ran at another speed: {name} at {threads} threads {now_rate / was_rate:.2f}x"
+                )
+    return tuple(found)

@@ -1,0 +1,65 @@
+"""A kernel's body called again and again by compiled code: its time without Python's call, checks and dispatch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numba
+
+from ruvllm.kernels import KernelSpec
+from ruvllm.kernels._jit import DISABLE_JIT
+
+
+@numba.njit(nogil=True)
+def _repeat(body: Any, calls: int, arguments: Any) -> None:
+    for _ in range(calls):
+        body(*arguments)
+
+
+class Inside:
+    """The one compiled call that a public function makes of given arguments, as an engine (see ``timing``).
+
+    Raises:
+        LookupError: it makes none, or several.
+    """
+
+    def __init__(self, spec: KernelSpec, arguments: tuple[Any, ...]) -> None:
+        seen: list[tuple[Any, tuple[Any, ...]]] = []
+        with _watched(spec, seen):
+            spec.function(*arguments)
+        if DISABLE_JIT or len(seen) != 1:
+            raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
+        self._body, self._arguments = seen[0]
+        _repeat(self._body, 1, self._arguments)  # compiles
+
+    def seconds(self, calls: int) -> float:
+        """See ``timing.Engine``."""
+        _repeat(self._body, 1, self._arguments)
+        start = time.perf_counter()
+        _repeat(self._body, calls, self._arguments)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _watched(spec: KernelSpec, seen: list[tuple[Any, tuple[Any, ...]]]) -> Iterator[None]:
+    """While inside, calls from Python to the kernel's compiled functions are written down."""
+
+    def watching(body: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            seen.append((body, arguments))
+            return body(*arguments)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ruvllm.kernels."):
+                for attribute, value in list(vars(module).items()):
+                    if any(value is body for body in spec.compiled):
+                        stack.enter_context(mock.patch.object(module, attribute, watching(value)))
+        yield

@@ -1,0 +1,144 @@
+"""Transformer layers of the size of real ones, with random weights, and what they compute in float64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import reference
+from ruvllm.kernels.quantize import quantize_int4
+from ruvllm.kernels.rope_frequencies import rope_inv_freq
+from ruvllm.model import KVCache, Llama, ModelConfig
+from ruvllm.model.config import PRESETS
+from ruvllm.model.random_weights import RandomTensor, RandomWeights
+from ruvllm.model.weights import bytes_per_weight
+
+ROWS = 256  # of weights that differ; a matrix repeats them, each time in memory of its own
+CONTEXT = 16  # tokens before the one that is timed
+TOKEN = 1
+_VOCABULARY = 512
+
+
+@cache
+def _block(columns: int) -> np.ndarray:
+    return np.random.default_rng(columns).standard_normal((ROWS, columns), np.float32) * np.float32(columns**-0.5)
+
+
+class RepeatedTensor(RandomTensor):
+    """The same rows again and again: drawing 800 million random numbers would take longer than all else."""
+
+    def _rows(self, block: int) -> np.ndarray:
+        return _block(self.shape[1])
+
+
+class RepeatedWeights(RandomWeights):
+    """Every tensor of a configuration, its matrices of repeated rows."""
+
+    def tensor(self, name: str) -> RepeatedTensor:
+        """The tensor of a canonical name; KeyError if the configuration has none such."""
+        return RepeatedTensor(name, super().tensor(name).shape, 0)
+
+    def block(self, columns: int) -> np.ndarray:
+        """The rows that repeat in matrices of so many columns: (ROWS, columns) float32."""
+        return _block(columns)
+
+
+def layer_config(model: str, layers: int) -> ModelConfig:
+    """A preset cut down to its first layers and a small vocabulary, whose embedding is also the head."""
+    return dataclasses.replace(
+        PRESETS[model], num_hidden_layers=layers, vocab_size=_VOCABULARY, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_ids=(),
+    )  # fmt: skip
+
+
+def layer_model(config: ModelConfig, layout: str) -> Llama:
+    """That model with random weights."""
+    return Llama(config, RepeatedWeights(config), layout)
+
+
+def weight_bytes(config: ModelConfig, layout: str) -> float:
+    """Bytes of its weights in memory."""
+    return config.parameter_count() * bytes_per_weight(layout)
+
+
+def first_layers(model: Llama, layers: int, threads: int) -> Llama:
+    """The same model with fewer layers, on so many threads; weights are shared."""
+    part = copy.copy(model)
+    part.config = dataclasses.replace(model.config, num_hidden_layers=layers)
+    part.layers = model.layers[:layers]
+    part.threads = threads
+    part._plan = None  # it knows the addresses of all layers
+    return part
+
+
+class OneToken:
+    """One token through a model after CONTEXT others, again and again: a function without arguments."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.cache: KVCache = model.new_cache(CONTEXT + 1)
+        self.logits = np.empty(model.config.vocab_size, np.float32)
+        model.forward(context_ids(), self.cache, last_only=True)
+
+    def __call__(self) -> np.ndarray:
+        self.cache.truncate(CONTEXT)
+        return self.model.forward([TOKEN], self.cache, last_only=True, out=self.logits)
+
+
+def context_ids() -> np.ndarray:
+    """The tokens before the one that is timed."""
+    return np.arange(2, 2 + CONTEXT)
+
+
+def flops(config: ModelConfig) -> float:
+    """Arithmetic of the token: two operations a weight, and attention over CONTEXT + 1 positions."""
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (CONTEXT + 1)
+    return 2.0 * config.parameter_count() + attention
+
+
+def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:
+    """Logits after the token in float64, on the weights as they are held; (V,).
+
+    A product with repeated rows is the product with one copy of them, repeated.
+    """
+    weights = RepeatedWeights(config)
+
+    def matmul(name: str, x: np.ndarray) -> np.ndarray:
+        rows, columns = weights.tensor(name).shape
+        y = x @ _held(columns, layout).T
+        return np.tile(y, -(-rows // ROWS))[:, :rows]
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.rms_norm(x, weights.tensor(name).float32(), config.rms_norm_eps)
+
+    ids = np.append(context_ids(), TOKEN)
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    inv_freq = rope_inv_freq(dim, config.rope.theta)
+    x = _held(config.hidden_size, layout)[ids % ROWS]
+    for i in range(config.num_hidden_layers):
+        at = f"layers.{i}."
+        h = norm(at + "attn_norm", x)
+        q, k = (
+            reference.apply_rope(matmul(at + name, h).reshape(len(ids), count, dim), np.arange(len(ids)), inv_freq)
+            for name, count in (("q", heads), ("k", kv_heads))
+        )
+        v = matmul(at + "v", h).reshape(len(ids), kv_heads, dim)
+        x = x + matmul(at + "o", reference.flash_attention(q, k, v).reshape(len(ids), -1))
+        h = norm(at + "mlp_norm", x)
+        x = x + matmul(at + "down", reference.silu_mul(matmul(at + "gate", h), matmul(at + "up", h)))
+    logits: Any = matmul("embed", norm("norm", x[-1:]))[0]
+    return logits
+
+
+@cache
+def _held(columns: int, layout: str) -> np.ndarray:
+    """The rows that repeat, as a layout holds them, in float64."""
+    block = _block(columns)
+    if layout == "f32":
+        return block.astype(np.float64)
+    codes, scales, mins = quantize_int4(block)
+    return reference.dequantize(codes, scales, mins, columns)

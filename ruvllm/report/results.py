@@ -1,0 +1,154 @@
+"""What a report holds, and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruvllm.errors import RuvllmError
+from ruvllm.report.timing import Timing
+
+SCHEMA = 1  # of the JSON; another number is another meaning
+
+
+class ReportError(RuvllmError, ValueError):
+    """A file that is no report of this schema."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row at one number of threads.
+
+    call: as called from Python. inside: looped in compiled code, where that was measured. limit: seconds that this
+    machine needs at the least, ``bound`` says for what. peers: by name.
+    """
+
+    threads: int
+    call: Timing
+    inside: Timing | None
+    limit: float
+    bound: str
+    peers: dict[str, Timing]
+
+    @property
+    def best(self) -> float:
+        """Seconds of the kernel itself: inside compiled code if that was measured."""
+        return self.call.median if self.inside is None else self.inside.median
+
+    @property
+    def share(self) -> float:
+        """Of what the machine's limit allows."""
+        return self.limit / self.best
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times as fast as a peer; None where that was not measured."""
+        return self.peers[peer].median / self.call.median if peer in self.peers else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found for a row, or the reason why it was not measured.
+
+    error: relative, against float64, at most ``tolerance`` where the kernel is right. missing: why there is no figure
+    of a peer, by its name. sizes: of memory rows, in bytes.
+    """
+
+    id: str
+    label: str
+    seed: float | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    error: float | None = None
+    tolerance: float | None = None
+    entries: tuple[Entry, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    reason: str = ""
+
+    def at(self, threads: int) -> Entry | None:
+        """The entry of so many threads."""
+        return next((entry for entry in self.entries if entry.threads == threads), None)
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the error is within the tolerance; None where it was not measured."""
+        return None if self.error is None or self.tolerance is None else self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class SectionResult:
+    """One table."""
+
+    name: str
+    title: str
+    about: str
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `ruvllm report` found. about: groups of facts; peers: what each is, or why it is not there."""
+
+    created: str  # ISO 8601, UTC
+    quick: bool
+    threads: tuple[int, ...]
+    about: dict[str, dict[str, str]]
+    peaks: dict[str, dict[str, float]]  # by threads: limits by name, in FLOP/s, OP/s, bytes/s
+    peers: dict[str, str]
+    sections: tuple[SectionResult, ...]
+    seconds: float
+    schema: int = SCHEMA
+
+    def results(self) -> dict[str, Result]:
+        """Every row by its id; one that stands in two tables once, as measured last."""
+        return {result.id: result for section in self.sections for result in section.results}
+
+    def json(self) -> str:
+        """As JSON, with what follows from the measurements beside them."""
+        data = dataclasses.asdict(self)
+        for section, shown in zip(self.sections, data["sections"], strict=True):
+            for result, row in zip(section.results, shown["results"], strict=True):
+                for entry, found in zip(result.entries, row["entries"], strict=True):
+                    found["derived"] = {
+                        "gflops": result.flops / entry.best / 1e9,
+                        "gbytes": result.bytes / entry.best / 1e9,
+                        "share": entry.share,
+                        "ratios": {peer: entry.ratio(peer) for peer in entry.peers},
+                        "seed_ratio": None if result.seed is None else result.seed / entry.best,
+                    }
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def load(path: str | Path) -> Report:
+    """A report from its JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ReportError: it is no report, or one of another schema.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise ReportError(f"{path}: a report of schema {data['schema']!r}, this version reads {SCHEMA}")
+        sections = tuple(
+            SectionResult(s["name"], s["title"], s["about"], tuple(_result(row) for row in s["results"]))
+            for s in data["sections"]
+        )
+        return Report(**{**data, "threads": tuple(data["threads"]), "sections": sections})
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path}: not a report of ruvllm ({type(error).__name__}: {error})") from None
+
+
+def _result(row: dict[str, Any]) -> Result:
+    return Result(**{**row, "entries": tuple(_entry(entry) for entry in row["entries"])})
+
+
+def _entry(found: dict[str, Any]) -> Entry:
+    found = {name: value for name, value in found.items() if name != "derived"}
+    inside = None if found["inside"] is None else Timing(**found["inside"])
+    peers = {peer: Timing(**timing) for peer, timing in found["peers"].items()}
+    return Entry(**{**found, "call": Timing(**found["call"]), "inside": inside, "peers": peers})

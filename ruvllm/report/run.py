@@ -1,0 +1,168 @@
+"""Measure the rows that are asked for, one after the other, into a Report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ruvllm import machine
+from ruvllm.kernels._threads import physical_cores
+from ruvllm.lab.peaks import Peaks, measure_peaks
+from ruvllm.model.config import PRESETS
+from ruvllm.report.bench import Bench
+from ruvllm.report.kernel_rows import measure_kernel
+from ruvllm.report.layer_peers import LlamaCpp, TorchLayer
+from ruvllm.report.layer_rows import measure_layers
+from ruvllm.report.peers import NumPy, Torch
+from ruvllm.report.results import Report, Result, SectionResult
+from ruvllm.report.rows import SECTIONS, KernelRow, LayerRow, MemoryRow, Row, Section
+from ruvllm.report.timing import FULL, QUICK
+from ruvllm.report.worker import python_for
+
+
+def measure(
+    quick: bool = False,
+    only: Sequence[str] = (),
+    threads: Sequence[int] | None = None,
+    peers: bool = True,
+    progress: bool = True,
+) -> Report:
+    """Measure the seed's tables on this machine; leave it alone meanwhile.
+
+    Args:
+        quick: fewer turns, and of the layers one alone; half a minute instead of some.
+        only: names of tables or parts of rows' names; empty for all.
+        threads: numbers of threads to measure with; None for one and for the physical cores.
+        peers: also measure NumPy; and PyTorch and llama.cpp where RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name a
+            Python that has them, or this one does.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: ``only`` names nothing, or threads < 1.
+    """
+    chosen = choose(only)
+    counts = sorted(set(threads or (1, physical_cores())))
+    if counts[0] < 1:
+        raise ValueError(f"threads: expected positive numbers, found {counts[0]}")
+    start, created, about = time.perf_counter(), datetime.now(UTC), machine.machine()
+    with ExitStack() as stack:
+        total = sum(len(rows) for _, rows in chosen)
+        bar = stack.enter_context(tqdm(total=total, desc="measuring", unit="row", disable=not progress))
+        found = stack.enter_context(_Peers(peers))
+        bar.set_postfix_str("limits of this machine")
+        bench = Bench(QUICK if quick else FULL, {n: measure_peaks(n) for n in counts})
+        sections = tuple(
+            SectionResult(
+                section.name, section.title, section.about, tuple(_results(section, rows, quick, bench, found, bar))
+            )
+            for section, rows in chosen
+        )
+    return Report(
+        created=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        quick=quick,
+        threads=tuple(counts),
+        about={"versions": machine.versions(), "machine": about, "threads": machine.threads()},
+        peaks={str(n): _by_name(peaks) for n, peaks in bench.peaks.items()},
+        peers=found.about,
+        sections=sections,
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def choose(only: Sequence[str]) -> list[tuple[Section, tuple[Row, ...]]]:
+    """The tables, each with its rows that ``only`` names. Raises ValueError for a name of nothing."""
+    names = [name.lower() for name in only]
+
+    tables = [section.name for section in SECTIONS]
+
+    def named(section: Section, row: Row, name: str) -> bool:
+        return name == section.name if name in tables else name in row.label.lower()
+
+    for name in names:
+        if not any(named(section, row, name) for section in SECTIONS for row in section.rows):
+            raise ValueError(f"only: {name!r} is none of the tables ({', '.join(tables)}) and in no row's name")
+    chosen = [
+        (section, tuple(row for row in section.rows if not names or any(named(section, row, name) for name in names)))
+        for section in SECTIONS
+    ]
+    return [(section, rows) for section, rows in chosen if rows]
+
+
+class _Peers:
+    """What this machine has to compare with; ``about`` says what each is, or why it is not there."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.kernels: list[NumPy | Torch] = []
+        self.torch: TorchLayer | None = None
+        self.llama: LlamaCpp | None = None
+        self.about: dict[str, str] = {}
+        self._stack = ExitStack()
+        if wanted:
+            self.kernels.append(NumPy())
+            self.about[NumPy.name] = NumPy.about
+            if (torch := self._started(Torch)) is not None:
+                self.kernels.append(torch)
+                self.torch = TorchLayer(torch)
+            self.llama = self._started(LlamaCpp)
+
+    def _started(self, kind: Any) -> Any:
+        try:
+            peer = kind(python_for(kind.name))
+        except ModuleNotFoundError:
+            self.about[kind.name] = "not installed"
+        except (OSError, RuntimeError) as error:
+            self.about[kind.name] = f"not measured: {error}"
+        else:
+            self._stack.callback(peer.close)
+            self.about[kind.name] = peer.about
+            return peer
+        return None
+
+    def __enter__(self) -> _Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _results(
+    section: Section, rows: tuple[Row, ...], quick: bool, bench: Bench, peers: _Peers, bar: Any
+) -> Iterator[Result]:
+    """The results of a table's rows, in their order."""
+    skipped = {row.id for row in rows if quick and section.quick is not None and row.id not in section.quick}
+    layers = measure_layers(
+        [row for row in rows if isinstance(row, LayerRow) and row.id not in skipped], bench, peers.torch, peers.llama
+    )
+    for row in rows:
+        bar.set_postfix_str(row.label)
+        if isinstance(row, MemoryRow):
+            yield memory(row)
+        elif row.id in skipped:
+            yield Result(row.id, row.label, row.seed, reason="left out by --quick")
+        elif isinstance(row, KernelRow):
+            yield measure_kernel(row, bench, peers.kernels)
+        else:
+            yield next(layers)
+        bar.update()
+
+
+def memory(row: MemoryRow) -> Result:
+    """What a model takes, and what the seed says of it."""
+    estimate = PRESETS[row.model].memory_estimate()
+    return Result(
+        row.id, row.label,
+        sizes={
+            "parameters": estimate.parameters, "fp16": estimate.fp16, "int8": estimate.int8, "int4": estimate.int4,
+            "seed_fp16": row.seed_fp16 * 1e9, "seed_int4": row.seed_int4 * 1e9,
+        },
+    )  # fmt: skip
+
+
+def _by_name(peaks: Peaks) -> dict[str, float]:
+    reads = {f"read {level.name}": level.bandwidth for level in peaks.levels}
+    return {"multiply-add, float32": peaks.fma, "dot product, int8": peaks.int8_dot, **reads}

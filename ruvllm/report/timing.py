@@ -1,0 +1,99 @@
+"""Times of calls: engines take turns, so that what disturbs one disturbs all; medians and quartiles of many turns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from timeit import Timer
+from typing import Protocol
+
+import numpy as np
+
+PAUSE_SECONDS = 0.02  # a team of threads spins for some milliseconds after its work: the other's turn begins after that
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of ``turns`` turns, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+    turns: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """From the seconds of a call in each turn."""
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high), len(seconds))
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median: the middle half of the turns lies within it."""
+        return (self.high - self.low) / self.median
+
+
+class Engine(Protocol):
+    """Something that can be timed."""
+
+    def seconds(self, calls: int) -> float:
+        """Seconds of so many calls, after one that wakes threads and caches."""
+        ...
+
+
+class Call:
+    """A function without arguments, in this process."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+
+    def seconds(self, calls: int) -> float:
+        """See Engine."""
+        self._function()
+        return Timer(self._function).timeit(calls)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long is measured: ``turns`` of each engine, in each of which calls fill ``seconds`` or are one."""
+
+    turns: int
+    seconds: float
+    longest: float = 1.5  # seconds that all turns of one engine together may take, unless three take longer
+
+    def calls(self, one: float) -> int:
+        """Calls of one turn, where one call takes so many seconds."""
+        return max(1, math.ceil(self.seconds / one))
+
+    def turns_of(self, one: float) -> int:
+        """Turns, where one call takes so many seconds: at least three."""
+        return max(3, min(self.turns, int(self.longest / one)))
+
+
+FULL = Effort(turns=15, seconds=2e-3)
+QUICK = Effort(turns=5, seconds=5e-4, longest=0.4)
+
+
+def alternate(engines: Mapping[str, Engine], effort: Effort, pause: float = 0.0) -> dict[str, Timing]:
+    """Time the engines in turns, A B A B; ``pause`` seconds lie before each turn."""
+    calls = {name: effort.calls(_estimate(engine)) for name, engine in engines.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    slowest, turn = 0.0, 0
+    while turn < (effort.turns_of(slowest) if turn else 1):
+        for name, engine in engines.items():
+            time.sleep(pause)
+            seconds[name].append(engine.seconds(calls[name]) / calls[name])
+        slowest = max(min(found) for found in seconds.values())
+        turn += 1
+    return {name: Timing.of(found) for name, found in seconds.items()}
+
+
+def _estimate(engine: Engine) -> float:
+    """Roughly the seconds of one call: the clock alone takes a tenth of a microsecond."""
+    calls, spent = 1, engine.seconds(1)
+    while spent < 2e-4 and calls < 1 << 12:
+        calls *= 4
+        spent = engine.seconds(calls)
+    return max(spent / calls, 1e-9)

@@ -1,0 +1,42 @@
+"""Reports made up for tests."""
+
+import dataclasses
+
+from ruvllm.report import run
+from ruvllm.report.results import Entry, Report, Result, SectionResult
+from ruvllm.report.rows import SECTIONS
+from ruvllm.report.timing import Timing
+
+ALL_ROWS = [row for section in SECTIONS for row in section.rows]
+
+
+def timing(seconds: float, spread: float = 0.0) -> Timing:
+    return Timing(seconds, seconds * (1 - spread / 2), seconds * (1 + spread / 2), 9)
+
+
+def a_report(seconds: dict[str, float], threads: tuple[int, ...] = (1,), **changes: object) -> Report:
+    """A report in which the named rows took so long; every other row has a reason."""
+    sections = []
+    for section in SECTIONS:
+        results = []
+        for row in section.rows:
+            if section.name == "memory":
+                results.append(run.memory(row))  # type: ignore[arg-type]
+            elif row.id in seconds:
+                entries = tuple(
+                    Entry(n, timing(seconds[row.id] / n), None, 1e-7, "L1", {"numpy": timing(2 * seconds[row.id] / n)})
+                    for n in threads
+                )
+                results.append(Result(row.id, row.label, row.seed, 1e6, 1e5, 1e-7, 1e-5, entries))  # type: ignore[union-attr]
+            else:
+                results.append(Result(row.id, row.label, reason="left out"))
+        sections.append(SectionResult(section.name, section.title, section.about, tuple(results)))
+    about = {
+        "versions": dict.fromkeys(("ruvllm", "python", "numba", "numpy"), "1"),
+        "machine": dict.fromkeys(("CPU", "cores", "memory", "system"), "x"),
+    }
+    report = Report(
+        "2026-01-01T00:00:00Z", False, threads, about, {str(n): {"read L1": 1e11} for n in threads},
+        {"numpy": "NumPy 2"}, tuple(sections), 1.0,
+    )  # fmt: skip
+    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]

@@ -11,14 +11,24 @@ def cache_directory() -> Path:
     ``RUVLLM_CACHE`` if set, else ``$XDG_CACHE_HOME/ruvllm`` (``~/.cache/ruvllm``) on Linux,
     ``~/Library/Caches/ruvllm`` on macOS, ``%LOCALAPPDATA%\\ruvllm\\Cache`` on Windows.
     The directory is not created here.
+
+    Raises:
+        FileNotFoundError: none of these is set and the user has no home, as in some containers.
     """
     override = os.environ.get("RUVLLM_CACHE")
     if override:
         return Path(override).expanduser().absolute()
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ruvllm"
+        return _home() / "Library" / "Caches" / "ruvllm"
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA")
-        return (Path(base) if base else Path.home() / "AppData" / "Local") / "ruvllm" / "Cache"
+        return (Path(base) if base else _home() / "AppData" / "Local") / "ruvllm" / "Cache"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ruvllm"
+    return (Path(base) if base else _home() / ".cache") / "ruvllm"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home directory: say with RUVLLM_CACHE where files may lie") from None

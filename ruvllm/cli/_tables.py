@@ -93,8 +93,10 @@ def _files() -> dict[str, str]:
     from ruvllm.paths import cache_directory
 
     kernels = kernel_cache_directory()
-    cached = cached_models()
-    rows = {"cache": str(cache_directory())}
+    try:
+        cached, rows = cached_models(), {"cache": str(cache_directory())}
+    except FileNotFoundError as error:
+        cached, rows = {}, {"cache": str(error)}
     if kernels is None:
         rows["compiled kernels"] = "not cached: no private directory can be had"
     else:

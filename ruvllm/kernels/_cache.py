@@ -58,12 +58,12 @@ _STAMP = _hash_sources()
 @cache
 def kernel_cache_directory() -> Path | None:
     """The private directory that holds this version's machine code, or None where there cannot be one."""
-    root = cache_directory() / "kernels"
-    directory = root / _STAMP
     if _hash_sources() != _STAMP:
         log.warning("kernels have changed on disk since they were imported: compiling without a cache")
         return None
     try:
+        root = cache_directory() / "kernels"
+        directory = root / _STAMP
         for path in (root.parent, root, directory):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_steady(root.parent)

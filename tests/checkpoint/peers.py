@@ -2,7 +2,7 @@
 
     python -m tests.checkpoint.peers [--markdown]
 
-Each file is opened, and every tensor read, in a process of its own with 1 GB of memory to take and ten seconds of the processor.
+Each file is opened, and every tensor read, in a process of its own: at most 1 GB of memory and ten seconds of work.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The compile cache: never stale, never another user's, never half a file. Each run is a process of its own."""
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,9 +247,32 @@ def test_an_entry_under_another_name_is_not_used(spoilable: Setup) -> None:
     assert (outcome.loaded, outcome.compiled) == (0, 1)
 
 
-def _refused(setup: Setup, reason: str) -> None:
-    """The cache is left alone, one line says why, and the result is right."""
+class Planted:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trap),)
+
+
+def _plant(entry: Path, trap: Path) -> None:
+    """Replace an entry by one as whole and valid, but of another's code."""
+    content = entry.read_bytes()[32:64] + pickle.dumps(Planted(trap))
+    entry.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def _refused(setup: Setup, reason: str, entries: Sequence[Path] = ()) -> None:
+    """The cache is left alone, one line says why, and the result is right; what is planted in entries never runs."""
+    ours = [entry.read_bytes() for entry in entries]
+    trap = setup.cache.with_name("executed")
+    for entry in entries:
+        _plant(entry, trap)
     outcome = setup.run()
+    for entry, content in zip(entries, ours, strict=True):
+        entry.write_bytes(content)
+    assert not trap.exists()
     assert outcome.is_right()
     assert outcome.loaded == 0
     assert outcome.compiled >= 1
@@ -258,10 +283,11 @@ def _refused(setup: Setup, reason: str) -> None:
 
 def test_a_symbolic_link_is_refused(spoilable: Setup, tmp_path: Path) -> None:
     """Someone else's directory under our name: a pickle in it would be their code in our process."""
+    entries = spoilable.entries()
     for ours in (spoilable.generation, spoilable.cache / "kernels"):
         theirs = ours.rename(tmp_path / f"theirs-{ours.name}")
         ours.symlink_to(theirs)
-        _refused(spoilable, "is a symbolic link or no directory")
+        _refused(spoilable, "is a symbolic link or no directory", entries)
         ours.unlink()
         theirs.rename(ours)
     assert spoilable.run().compiled == 0
@@ -271,19 +297,22 @@ def test_a_symbolic_link_is_refused(spoilable: Setup, tmp_path: Path) -> None:
 def test_directories_that_others_can_write_are_refused(spoilable: Setup, mode: int) -> None:
     for directory in (spoilable.generation, spoilable.cache / "kernels"):
         directory.chmod(mode)
-        _refused(spoilable, "can be written by others")
+        _refused(spoilable, "can be written by others", spoilable.entries())
         directory.chmod(0o700)
     assert spoilable.run().compiled == 0
 
 
 def test_a_parent_in_which_others_can_swap_directories_is_refused(spoilable: Setup) -> None:
     spoilable.cache.chmod(0o777)
-    _refused(spoilable, "can be written by others")
+    _refused(spoilable, "can be written by others", spoilable.entries())
     spoilable.cache.chmod(0o1777)  # sticky, like /tmp: only the owner renames
     assert spoilable.run().compiled == 0
 
 
-def test_foreign_owners_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_owners_are_refused(spoilable: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(os, "getuid") and os.getuid() == 0:  # only root can give directories away
+        os.chown(spoilable.generation, 12345, -1)
+        _refused(spoilable, "belongs to user 12345, not to 0", spoilable.entries())
     for check in (_cache._require_private, _cache._require_steady):
         check(tmp_path)
     owner = tmp_path.stat().st_uid
@@ -313,6 +342,47 @@ def test_a_read_only_cache_is_read_and_a_missing_entry_is_no_error(spoilable: Se
     finally:
         for directory in directories:
             directory.chmod(0o700)
+
+
+def test_planted_code_would_be_executed_in_a_directory_of_ours(spoilable: Setup, tmp_path: Path) -> None:
+    """So that the tests above can fail; and what comes out of such a pickle is no machine code, and is not used."""
+    trap = tmp_path / "executed"
+    for entry in spoilable.entries():
+        _plant(entry, trap)
+    outcome = spoilable.run()
+    assert outcome.is_right()
+    assert trap.exists()
+    assert outcome.compiled == len(spoilable.entries())
+
+
+FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
+
+
+def test_a_full_disk(empty: Setup) -> None:
+    """No file can have more than 2000 bytes: half an entry is never left, and the next process makes it good."""
+    if sys.platform == "win32":
+        return
+    outcome = empty.run(FULL_DISK + PROGRAM)
+    assert outcome.is_right()
+    assert outcome.compiled >= 1
+    assert outcome.log.count("could not write to the compile cache") == outcome.compiled
+    assert list(empty.generation.iterdir()) == []
+    assert empty.run().compiled == outcome.compiled
+    assert empty.run().compiled == 0
+
+
+def test_without_a_home(filled: Setup) -> None:
+    """A user of a container may have none: kernels are compiled, and one line says that they will be again."""
+    nowhere = (
+        "import pathlib\n"
+        "def no_home(*_): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = no_home\n"
+    )
+    outcome = filled.run(nowhere + PROGRAM, {"RUVLLM_CACHE": "", "XDG_CACHE_HOME": "", "LOCALAPPDATA": ""})
+    assert outcome.is_right()
+    assert outcome.loaded == 0
+    assert outcome.log.count("\n") == 1
+    assert "compiled kernels are not cached" in outcome.log and "RUVLLM_CACHE" in outcome.log
 
 
 def test_several_processes_at_once(empty: Setup) -> None:

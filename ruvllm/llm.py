@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, Token, generate
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
+from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Perplexity, perplexity
 
 Message = dict[str, str]
@@ -143,6 +145,27 @@ class LLM:
         self.model = model
         self.tokenizer = tokenizer
         self.path = path
+        self.lora = MicroLora(model)  # the adapters over the model
+
+    def load_adapter(
+        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None
+    ) -> LoraAdapter:
+        """Read a LoRA adapter and let it act, beside those that do; ``llm.lora`` mixes, swaps and removes them.
+
+        Args:
+            path: a directory that PEFT wrote, or a GGUF file of llama.cpp.
+            weight: how strongly it acts.
+            name: what it is called in ``llm.lora``; the name of the file or directory if None.
+
+        Raises:
+            FileNotFoundError: there is nothing at ``path``.
+            ModelFormatError: it is unsound, of a kind that is not supported, or was made for another model.
+            ValueError: the name is taken, or the weight is no finite number.
+        """
+        from ruvllm.checkpoint.adapters import load_adapter
+
+        adapter = load_adapter(path, self.config)
+        return self.lora.attach(adapter, Path(path).resolve().stem if name is None else name, weight)
 
     @property
     def config(self) -> ModelConfig:

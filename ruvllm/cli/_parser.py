@@ -197,6 +197,10 @@ def _loading(context: int | None = None, said: str = "the model's, at most 8192"
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
     )
+    group.add_argument(
+        "--lora", action="append", metavar="PATH[=WEIGHT]",
+        help="an adapter: PEFT's directory, or GGUF; may be repeated, WEIGHT is 1 unless given",
+    )  # fmt: skip
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     return parser
 

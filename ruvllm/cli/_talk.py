@@ -113,7 +113,22 @@ def perplexity(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, model: str) -> LLM:
     import ruvllm
 
-    return ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+    llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+    for number, given in enumerate(args.lora or ()):
+        path, weight = _adapter(given)
+        llm.load_adapter(path, weight, name=f"{number}: {path}")
+    return llm
+
+
+def _adapter(given: str) -> tuple[str, float]:
+    """PATH[=WEIGHT]: a path and a number."""
+    path, equals, weight = given.rpartition("=")
+    if equals:
+        try:
+            return path, float(weight)
+        except ValueError:
+            pass  # a path with "=" in it
+    return given, 1.0
 
 
 def _system(args: argparse.Namespace) -> list[Message]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, cached_attention, norm, panels, quant, rope, token_attention
+from ruvllm.kernels import activation, cached_attention, low_rank, norm, panels, quant, rope, token_attention
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
 from ruvllm.kernels._team import barrier, join_team, part
@@ -32,12 +32,17 @@ attend_units = as_part(cached_attention.attend_units)
 attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
 silu_mul_range = as_part(activation.silu_mul_range)
+low_rank_down = as_part(low_rank.low_rank_down)
+low_rank_up = as_part(low_rank.low_rank_up)
 
 # Layouts of a matrix in the table; the first three are quant.INT4, INT5 and INT8.
 Q4, Q5, Q8, F32, F16, BF16 = range(6)
-FIELDS = 8  # layout, weights, scales, mins, groups with mins, bias, rows, columns
+FIELDS = 9  # layout, weights, scales, mins, groups with mins, bias, rows, columns, adapter
+ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
+ADAPTER_FIELDS = 4  # layout (F32 or F16), down, up, rank
+ADAPTERS_AT_ONCE = 3  # matrices that share an input: q, k, v
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
-_ATTN_NORM = 7 * FIELDS
+MATRIX_FIELDS = _ATTN_NORM = 7 * FIELDS
 _MLP_NORM = _ATTN_NORM + 1
 LAYER_FIELDS = _MLP_NORM + 1
 
@@ -46,8 +51,8 @@ LAYER_FIELDS = _MLP_NORM + 1
     THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
     SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
-    PARTIAL, LOGITS, INPUT, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
-) = range(45)  # fmt: skip
+    PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
+) = range(47)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
@@ -173,12 +178,47 @@ def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
 def _round(
     t: Any, table: Any, layer: Any, first: Any, end: Any, x: Any, mine: Any, lo: Any, hi: Any
 ) -> None:
-    """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so."""
+    """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so; begin their adapters."""
     for at in range(first, end, FIELDS):
         if table[layer, at] <= Q8:
             xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], x.shape[1])
             quantize_activations(x, xq, xs, offsets, totals, lo, hi)
-            return
+            break
+    for at in range(first, end, FIELDS):
+        if table[layer, at + ADAPTER]:
+            _adapter_down(t, table, layer, at, x, mine, lo, hi)
+
+
+@inline_kernel
+def _adapter(t: Any, table: Any, layer: Any, at: Any, mine: Any, tokens: Any) -> Any:
+    """An adapter's numbers, its count of 16 ranks, and h (T, 16 P): its buffer for matrix ``at``."""
+    numbers = array_at(table[layer, at + ADAPTER], ADAPTER_FIELDS, np.int64)
+    panels = (numbers[3] + LANES - 1) // LANES
+    slot = at // FIELDS % ADAPTERS_AT_ONCE
+    h = _floats(t[LOW] + (slot * t[LOW_SIZE] + mine * panels * LANES) * 4, tokens, panels * LANES)
+    return numbers, panels, h
+
+
+@part_kernel
+def _adapter_down(t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of x through the first matrix of an adapter."""
+    numbers, panels, h = _adapter(t, table, layer, at, mine, x.shape[0])
+    shape = (panels, x.shape[1], LANES)
+    if numbers[0] == F16:
+        low_rank_down(array_at(numbers[1], shape, np.uint16), x, h, lo, hi)
+    else:
+        low_rank_down(array_at(numbers[1], shape, np.float32), x, h, lo, hi)
+
+
+@part_kernel
+def _adapter_up(t: Any, table: Any, layer: Any, at: Any, mine: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Panels lo:hi of out += what an adapter adds."""
+    numbers, _, h = _adapter(t, table, layer, at, mine, out.shape[0])
+    shape = ((out.shape[1] + LANES - 1) // LANES, numbers[3], LANES)
+    if numbers[0] == F16:
+        low_rank_up(array_at(numbers[2], shape, np.uint16), h, out, lo, hi)
+    else:
+        low_rank_up(array_at(numbers[2], shape, np.float32), h, out, lo, hi)
 
 
 @part_kernel
@@ -206,6 +246,8 @@ def _matrix(
         for row in range(x.shape[0]):
             for i in range(lo * LANES, min(hi * LANES, rows)):
                 out[row, i] += bias[i]
+    if table[layer, at + ADAPTER]:
+        _adapter_up(t, table, layer, at, mine, out, lo, hi)
 
 
 @inline_kernel

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ruvllm.model.layer import TransformerLayer
     from ruvllm.model.linear import Linear
     from ruvllm.model.llama import Llama
+    from ruvllm.model.lora import LoraAdapter, LoraConfig, MicroLora
 
 # Fetched when first used: a configuration can be read without loading the compiler.
 _HOMES = {
@@ -19,9 +20,23 @@ _HOMES = {
     "TransformerLayer": "layer",
     "Linear": "linear",
     "Llama": "llama",
+    "LoraAdapter": "lora",
+    "LoraConfig": "lora",
+    "MicroLora": "lora",
 }
 
-__all__ = ["PRESETS", "KVCache", "Linear", "Llama", "ModelConfig", "RopeConfig", "TransformerLayer"]
+__all__ = [
+    "PRESETS",
+    "KVCache",
+    "Linear",
+    "Llama",
+    "LoraAdapter",
+    "LoraConfig",
+    "MicroLora",
+    "ModelConfig",
+    "RopeConfig",
+    "TransformerLayer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,14 @@ from ruvllm.kernels import forward as f
 from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
+from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import NO_WINDOW
+from ruvllm.kernels.panels import panel_count
 from ruvllm.kernels.quant import GROUP, OFFSETS
 from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.weights import FLOAT_LAYOUTS
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class ForwardPlan:
             matrices = [matrix.address_fields() for matrix in layer.linears().values()]
             norms = [layer.attn_norm.ctypes.data, layer.mlp_norm.ctypes.data]
             row[:] = [*(field for fields in matrices for field in fields), *norms]
+        # The adapters pointed at by the latest pass, and the table that points at them.
+        self._adapted: tuple[AdapterSet | None, np.ndarray] = (None, self.layers)
         self.head = np.array(model.head.address_fields(), np.int64)
         floats = {matrix.layout for matrix in model.linears().values()} & FLOAT_LAYOUTS.keys()
         self.float_dtype: type = FLOAT_LAYOUTS[floats.pop()] if floats else np.float32
@@ -44,6 +49,11 @@ class ForwardPlan:
     ) -> None:  # fmt: skip
         """Take ids through all layers, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
         table, T = buffers.table, len(ids)
+        adapters = self.model.adapters  # looked at once: another thread may swap them meanwhile
+        layers = self._layers_with(adapters)
+        table[f.LAYERS] = layers.ctypes.data
+        if adapters is not None:
+            buffers.reserve_rank(adapters.rank)
         for row, token in zip(buffers.x, ids, strict=False):
             row[:] = self.model.embed.row(int(token))
         buffers.positions[:T] = np.arange(cache.length, cache.length + T) if T > 1 else cache.length
@@ -54,6 +64,17 @@ class ForwardPlan:
         buffers.sync[:] = 0
         threads = table[f.THREADS] = min(num_threads(), buffers.threads)
         f.forward_region(self.float_dtype, KV_DTYPES[cache.dtype]).run(table, int(threads))
+
+    def _layers_with(self, adapters: AdapterSet | None) -> np.ndarray:
+        """The layers' table with the addresses of these adapters in it."""
+        held, table = self._adapted
+        if held is not adapters:
+            table = self.layers
+            if adapters is not None:
+                table = self.layers.copy()
+                table[:, f.ADAPTER : f.MATRIX_FIELDS : f.FIELDS] = adapters.addresses
+            self._adapted = adapters, table
+        return table
 
 
 class ForwardBuffers:
@@ -67,7 +88,8 @@ class ForwardBuffers:
         groups = -(-max(E, F, heads * D) // GROUP)
         chunks = chunk_count(cache.max_tokens)
         scratch = f.thread_scratch(D, heads // kv_heads)
-        self.tokens, self.threads = tokens, threads
+        self.tokens, self.threads, self.rows = tokens, threads, rows
+        self.rank = 0  # of the widest adapters that there is room for
         self.x = aligned_empty((tokens, E))
         self.positions = np.zeros(tokens, np.int64)
         self.sync = aligned_empty(sync_size(threads), np.int64)
@@ -80,7 +102,7 @@ class ForwardBuffers:
         }  # fmt: skip
         # Kept, because the table holds nothing but their addresses.
         self.arrays = {
-            f.SYNC: self.sync, f.FLOATS: plan.floats, f.LAYERS: plan.layers, f.HEAD: plan.head, f.NORM: plan.model.norm,
+            f.SYNC: self.sync, f.FLOATS: plan.floats, f.HEAD: plan.head, f.NORM: plan.model.norm,
             f.POSITIONS: self.positions, f.KEYS: cache.keys, f.VALUES: cache.values,
             f.X: self.x, f.SUMS_OF: aligned_empty((tokens, E)), f.INPUT: aligned_empty((rows, E)),
             f.Q: aligned_empty((tokens, heads * D)), f.ATTENDED: aligned_empty((rows, heads * D)),
@@ -96,6 +118,14 @@ class ForwardBuffers:
             self.table[index] = number
         for index, array in self.arrays.items():
             self.table[index] = array.ctypes.data
+
+    def reserve_rank(self, rank: int) -> None:
+        """Make room for adapters of this rank."""
+        if rank > self.rank:
+            size = self.rows * panel_count(rank) * LANES
+            low = self.arrays[f.LOW] = aligned_empty((f.ADAPTERS_AT_ONCE, size))
+            self.table[f.LOW], self.table[f.LOW_SIZE] = low.ctypes.data, size
+            self.rank = rank
 
 
 def working_bytes(config: ModelConfig, tokens: int) -> int:

@@ -1,19 +1,21 @@
-"""Linear: y = W x (+ bias), whatever the precision of W."""
+"""Linear: y = W x (+ bias, + what an adapter adds), whatever the precision of W."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ruvllm.model.activations import Activations
+from ruvllm.model.low_rank import LowRank
 from ruvllm.model.weights import FloatWeights, IntegerWeights, WeightTensor, load_weights
 
 
 class Linear:
-    """y (T, N) = x (T, K) W^T + bias, on float or integer weights."""
+    """y (T, N) = x (T, K) W^T + bias, on float or integer weights; ``adapter`` (``model.lora``) adds to it."""
 
     def __init__(self, weights: FloatWeights | IntegerWeights, bias: np.ndarray | None = None) -> None:
         self.weights = weights
         self.bias = bias
+        self.adapter: LowRank | None = None
 
     @classmethod
     def load(cls, tensor: WeightTensor, layout: str, bias: WeightTensor | None = None) -> Linear:
@@ -21,7 +23,7 @@ class Linear:
         return cls(load_weights(tensor, layout), None if bias is None else bias.float32().reshape(-1).copy())
 
     def __call__(self, x: Activations | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """W x + bias of x (T, K) as float32 (T, N), into ``out`` if given."""
+        """W x + bias + adapter of x (T, K) as float32 (T, N), into ``out`` if given."""
         if isinstance(x, np.ndarray):
             x = Activations(*x.shape).of(x)
         if out is None:
@@ -29,6 +31,8 @@ class Linear:
         self.weights.matmul(x, out)
         if self.bias is not None:
             out += self.bias
+        if self.adapter is not None:
+            self.adapter.add(x.x, out)
         return out
 
     def row(self, i: int) -> np.ndarray:
@@ -36,9 +40,9 @@ class Linear:
         return self.weights.row(i)
 
     def address_fields(self) -> list[int]:
-        """The matrix's row in a table of addresses, see ``kernels.forward``."""
+        """The matrix's row in a table of addresses, see ``kernels.forward``; without its adapter."""
         bias = 0 if self.bias is None else self.bias.ctypes.data
-        return [*self.weights.addresses(), bias, self.rows, self.columns]
+        return [*self.weights.addresses(), bias, self.rows, self.columns, 0]
 
     @property
     def rows(self) -> int:

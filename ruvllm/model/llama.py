@@ -14,6 +14,7 @@ from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Buffers, TransformerLayer
 from ruvllm.model.linear import Linear
+from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
 
@@ -78,6 +79,7 @@ class Llama:
             self.norm = vector("norm")
             self.head = self.embed if config.tie_word_embeddings else linear("head")
         self.fused = True  # one parallel region for all layers; False walks them in Python, with the same results
+        self.adapters: AdapterSet | None = None  # see ``model.lora``
         self._plan: ForwardPlan | None = None
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
@@ -154,6 +156,17 @@ class Llama:
             rows = len(logits)
             h = K.rms_norm(step.x[-rows:], self.norm, self.config.rms_norm_eps, out=step.h[-rows:])
             self.head(step.inputs.of(h), out=logits)
+
+    def set_adapters(self, adapters: AdapterSet | None) -> None:
+        """What is added to the matrices from the next token on; see ``model.lora``, which makes such sets."""
+        for layer, row in enumerate(self.layers):
+            for name, linear in row.linears().items():
+                linear.adapter = None if adapters is None else adapters.matrices.get(f"layers.{layer}.{name}")
+        self.adapters = adapters
+
+    def weights_changed(self) -> None:
+        """To be called when a matrix got other weights: their addresses are looked up anew."""
+        self._plan = None
 
     def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""

@@ -90,6 +90,15 @@ class FloatWeights:
         """Row i as (K,) float32."""
         return unpack_row(self.panels, i)
 
+    def plus(self, update: np.ndarray) -> FloatWeights:
+        """W + update (N, K), as weights of their own in the same layout."""
+        panels = aligned_empty(self.panels.shape, self.panels.dtype)
+        for p in range(len(panels)):
+            rows = range(p * LANES, min(self.rows, p * LANES + LANES))
+            changed = np.stack([self.row(i) for i in rows]) + update[rows.start : rows.stop]
+            pack(_converted(changed.astype(np.float32), self.layout), panels[p : p + 1])
+        return FloatWeights(panels, self.rows)
+
     def addresses(self) -> list[int]:
         """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
         return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0, 0, 0]

@@ -1,0 +1,51 @@
+"""Writes a safetensors file: float32 arrays under names, in one piece or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+_ALIGNMENT = 8  # of the data, as the format's own writer pads its header
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` as F32 under their names. The file appears when it is complete.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    arrays = {name: np.ascontiguousarray(tensors[name], "<f4") for name in sorted(tensors)}
+    at = 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    raw = json.dumps(header, ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for array in arrays.values():
+            file.write(array.data)
+
+
+class replacing:
+    """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends well."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> Path:
+        return self._temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)

@@ -10,20 +10,11 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import f32_zero, fma, load, prefetch, splat_at
+from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._simd import f32_zero, fma, load, splat_at
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
-
-_AHEAD = 64  # vectors that are asked for beforehand: a matrix is too small for the hardware to see that it is read
-
-
-@inline_kernel
-def _weights(w: Any, index: Any) -> Any:
-    """Load a vector of weights, and ask for a later one."""
-    prefetch(w, index + _AHEAD * LANES)
-    return load(w, index)
 
 
 @kernel(strict=True)
@@ -39,9 +30,9 @@ def low_rank_down(down: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
             wi = p * columns * LANES
             for k in range(0, whole, 4):
                 at = wi + k * LANES
-                s0 = fma(_weights(w, at), splat_at(xs, xi + k), s0)
+                s0 = fma(load(w, at), splat_at(xs, xi + k), s0)
                 s1 = fma(load(w, at + LANES), splat_at(xs, xi + k + 1), s1)
-                s2 = fma(_weights(w, at + 2 * LANES), splat_at(xs, xi + k + 2), s2)
+                s2 = fma(load(w, at + 2 * LANES), splat_at(xs, xi + k + 2), s2)
                 s3 = fma(load(w, at + 3 * LANES), splat_at(xs, xi + k + 3), s3)
             for k in range(whole, columns):
                 s0 = fma(load(w, wi + k * LANES), splat_at(xs, xi + k), s0)
@@ -60,7 +51,7 @@ def low_rank_up(up: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
             even = rank - rank % 2
             for r in range(0, even, 2):
                 at = (p * rank + r) * LANES
-                s0 = fma(_weights(w, at), splat_at(hs, t * wide + r), s0)
+                s0 = fma(load(w, at), splat_at(hs, t * wide + r), s0)
                 s1 = fma(load(w, at + LANES), splat_at(hs, t * wide + r + 1), s1)
             if even < rank:
                 s0 = fma(load(w, (p * rank + even) * LANES), splat_at(hs, t * wide + even), s0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ruvllm.kernels import forward as f
-from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.low_rank import add_low_rank
 from ruvllm.kernels.panels import halve, pack, panel_count
@@ -55,7 +55,7 @@ class AdapterSet:
         together = [[f"layers.{i}.{module}" for module in group] for i in range(layers) for group in _TOGETHER]
         parts = [(name, part) for group in together for part in (0, 1) for name in group if name in factors]
         sizes = [panel_count(len(factors[name][part])) * factors[name][part].shape[1] * LANES for name, part in parts]
-        storage, at = aligned_empty(sum(sizes), dtype), 0
+        storage, at = weights_empty(sum(sizes), dtype), 0
         packed: dict[tuple[str, int], np.ndarray] = {}
         for (name, part), size in zip(parts, sizes, strict=True):
             packed[name, part] = _pack(factors[name][part], storage[at : at + size])

@@ -92,7 +92,7 @@ class FloatWeights:
 
     def plus(self, update: np.ndarray) -> FloatWeights:
         """W + update (N, K), as weights of their own in the same layout."""
-        panels = aligned_empty(self.panels.shape, self.panels.dtype)
+        panels = weights_empty(self.panels.shape, self.panels.dtype)
         for p in range(len(panels)):
             rows = range(p * LANES, min(self.rows, p * LANES + LANES))
             changed = np.stack([self.row(i) for i in rows]) + update[rows.start : rows.stop]

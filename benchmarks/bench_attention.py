@@ -14,7 +14,7 @@ class SoftmaxAttention:
 
     version = "1"
     timeout = 60
-    params = ([64, 128], [128, 256, 512, 4096])
+    params = ([64, 128], [128, 256, 512, 1024, 2048, 4096])
     param_names = ("head_dim", "seq")
 
     def setup(self, head_dim: int, seq: int) -> None:
@@ -27,20 +27,21 @@ class SoftmaxAttention:
 
 
 class GroupedQueryAttention:
-    """One token, 16 query heads of size 128 that share 4 or 2 kv heads; the seed calls that ratio 4 and 8."""
+    """One token, query heads of size 128 that share kv heads: the seed's ratios 4 and 8, and its headline, 32 / 4."""
 
     version = "1"
     timeout = 60
-    params = ([4, 8], [128, 256, 512, 4096])
-    param_names = ("ratio", "seq")
+    params = (["16/4", "16/2", "32/4"], [128, 256, 512, 4096])
+    param_names = ("heads", "seq")
 
-    def setup(self, ratio: int, seq: int) -> None:
-        self.q, kv_heads = _random(16, 128), 16 // ratio
+    def setup(self, heads: str, seq: int) -> None:
+        query_heads, kv_heads = (int(count) for count in heads.split("/"))
+        self.q = _random(query_heads, 128)
         self.k, self.v = _random(seq, kv_heads, 128), _random(seq, kv_heads, 128)
         self.out = np.empty_like(self.q)
-        self.time_attention(ratio, seq)
+        self.time_attention(heads, seq)
 
-    def time_attention(self, ratio: int, seq: int) -> None:
+    def time_attention(self, heads: str, seq: int) -> None:
         grouped_query_attention(self.q, self.k, self.v, out=self.out)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import lora_accumulate_grad, lora_forward_add
+from ruvllm.kernels import lora_accumulate_grad, lora_forward, lora_forward_add
 
 
 class Lora:
@@ -21,9 +21,14 @@ class Lora:
         self.a, self.b = rng.standard_normal((dim, rank), np.float32), rng.standard_normal((rank, dim), np.float32)
         self.grad_a, self.grad_b = np.zeros_like(self.a), np.zeros_like(self.b)
         self.time_forward(dim, rank)
+        self.time_forward_add(dim, rank)
         self.time_accumulate_grad(dim, rank)
 
     def time_forward(self, dim: int, rank: int) -> None:
+        """Its output is allocated."""
+        lora_forward(self.x, self.a, self.b, 1e-3)
+
+    def time_forward_add(self, dim: int, rank: int) -> None:
         lora_forward_add(self.x, self.a, self.b, 1e-3, self.out)
 
     def time_accumulate_grad(self, dim: int, rank: int) -> None:

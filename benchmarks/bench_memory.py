@@ -1,5 +1,6 @@
 """Memory: how fast it is read, how fast keys and values are appended, what a model of 7B parameters would need."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,12 @@ class KVAppend:
 
     version = "1"
     timeout = 60
-    params: Any = (["f32", "f16"], [1, 128, 512])
+    params: Any = (["f32", "f16"], [1, 256, 512, 1024, 2048])
     param_names = ("kv", "tokens")
 
     def setup(self, kv: str, tokens: int) -> None:
         config = PRESETS["llama2-7b"]
-        cache = KVCache(config, 512, kv)
+        cache = KVCache(dataclasses.replace(config, num_hidden_layers=1), 2048, kv)
         self.keys, self.values = cache.keys[0], cache.values[0]
         self.k, self.v = np.random.default_rng(0).standard_normal((2, tokens, 32, 128), np.float32)
         self.positions = np.arange(tokens)

@@ -164,9 +164,11 @@ def build_parser() -> Parser:
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
 
     report = add("report", "[REPORT.json]", "measure this machine: kernels, layers, peers, limits", _REPORT)
-    report.add_argument("--quick", action="store_true", help="half a minute: fewer measurements, fewer layers")
+    report.add_argument("--quick", action="store_true", help="half a minute: one thread, fewer measurements and layers")
     report.add_argument("--only", action="append", default=[], metavar="NAME", help=_ONLY)
-    report.add_argument("-t", "--threads", metavar="N,N", help="numbers of threads (default: 1 and physical cores)")
+    report.add_argument(
+        "-t", "--threads", metavar="N,N", help="numbers of threads (default: 1 and, unless --quick, physical cores)"
+    )
     report.add_argument("--no-peers", action="store_true", help="do not measure NumPy, PyTorch and llama.cpp")
     report.add_argument("--compare", metavar="OLD.json", help="say what changed since an older report")
     report.add_argument("-o", "--output", default="ruvllm-report", metavar="STEM", help="(default: %(default)s)")

@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_limits
 from ruvllm.kernels._threads import limited_to
 from ruvllm.lab.peaks import Peaks
 from ruvllm.report.results import Entry
-from ruvllm.report.timing import PAUSE_SECONDS, Effort, Engine, Timing, alternate
+from ruvllm.report.timing import Effort, Engine, Timing, alternate
 
-_TURNS_OF_MANY = 7  # where several threads work, since each turn then comes after a pause
+_TURNS_OF_MANY = 7  # where several threads work, since engines then rest between turns
 _FREE_SHARE = 0.8  # of the free memory, that a row may take
 OWN = "ruvllm"
 
@@ -39,7 +39,7 @@ class Bench:
         """Time OWN and its peers in turns. ``integer``: the arithmetic is that of integer dot products."""
         many = threads > 1
         effort = replace(self.effort, turns=min(self.effort.turns, _TURNS_OF_MANY)) if many else self.effort
-        found = alternate(engines, effort, PAUSE_SECONDS if many else 0.0)
+        found = alternate(engines, effort, rest=many)
         seconds, bound = least_seconds(self.peaks[threads], flops, nbytes, integer)
         return Entry(threads, found.pop(OWN), inside, seconds, bound, found)
 

@@ -35,6 +35,7 @@ class Inside:
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
         self._body, self._arguments = seen[0]
+        self.rest = 0.0  # one thread
         _repeat(self._body, 1, self._arguments)  # compiles
 
     def seconds(self, calls: int) -> float:

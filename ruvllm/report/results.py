@@ -104,8 +104,12 @@ class Report:
     schema: int = SCHEMA
 
     def results(self) -> dict[str, Result]:
-        """Every row by its id; one that stands in two tables once, as measured last."""
-        return {result.id: result for section in self.sections for result in section.results}
+        """Every row by its id; one that stands in two tables once, as measured first."""
+        found: dict[str, Result] = {}
+        for section in self.sections:
+            for result in section.results:
+                found.setdefault(result.id, result)
+        return found
 
     def json(self) -> str:
         """As JSON, with what follows from the measurements beside them."""

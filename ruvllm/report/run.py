@@ -37,7 +37,7 @@ def measure(
     Args:
         quick: fewer turns, and of the layers one alone; half a minute instead of some.
         only: names of tables or parts of rows' names; empty for all.
-        threads: numbers of threads to measure with; None for one and for the physical cores.
+        threads: numbers of threads to measure with; None for one, and unless ``quick`` for the physical cores.
         peers: also measure NumPy; and PyTorch and llama.cpp where RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name a
             Python that has them, or this one does.
         progress: show a bar on stderr.
@@ -46,7 +46,7 @@ def measure(
         ValueError: ``only`` names nothing, or threads < 1.
     """
     chosen = choose(only)
-    counts = sorted(set(threads or (1, physical_cores())))
+    counts = sorted(set(threads or ((1,) if quick else (1, physical_cores()))))
     if counts[0] < 1:
         raise ValueError(f"threads: expected positive numbers, found {counts[0]}")
     start, created, about = time.perf_counter(), datetime.now(UTC), machine.machine()

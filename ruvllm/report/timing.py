@@ -11,7 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-PAUSE_SECONDS = 0.02  # a team of threads spins for some milliseconds after its work: the other's turn begins after that
+# A team of threads spins for some milliseconds after its work, that of OpenBLAS for 2^26 clock ticks: where several
+# threads work, the next engine's turn begins after that.
+REST_SECONDS, OPENBLAS_REST_SECONDS = 0.02, 0.05
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Timing:
 
 
 class Engine(Protocol):
-    """Something that can be timed."""
+    """Something that can be timed. rest: seconds until its threads no longer spin, where it has several."""
+
+    rest: float
 
     def seconds(self, calls: int) -> float:
         """Seconds of so many calls, after one that wakes threads and caches."""
@@ -46,8 +50,9 @@ class Engine(Protocol):
 class Call:
     """A function without arguments, in this process."""
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], rest: float = REST_SECONDS) -> None:
         self._function = function
+        self.rest = rest
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
@@ -76,15 +81,20 @@ FULL = Effort(turns=15, seconds=2e-3)
 QUICK = Effort(turns=5, seconds=5e-4, longest=0.4)
 
 
-def alternate(engines: Mapping[str, Engine], effort: Effort, pause: float = 0.0) -> dict[str, Timing]:
-    """Time the engines in turns, A B A B; ``pause`` seconds lie before each turn."""
-    calls = {name: effort.calls(_estimate(engine)) for name, engine in engines.items()}
+def alternate(engines: Mapping[str, Engine], effort: Effort, rest: bool = False) -> dict[str, Timing]:
+    """Time the engines in turns, A B A B; with ``rest`` between them, where one could disturb the next."""
+    calls = {}
+    for name, engine in engines.items():
+        calls[name] = effort.calls(_estimate(engine))
+        if rest:
+            time.sleep(engine.rest)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     slowest, turn = 0.0, 0
     while turn < (effort.turns_of(slowest) if turn else 1):
         for name, engine in engines.items():
-            time.sleep(pause)
             seconds[name].append(engine.seconds(calls[name]) / calls[name])
+            if rest:
+                time.sleep(engine.rest)
         slowest = max(min(found) for found in seconds.values())
         turn += 1
     return {name: Timing.of(found) for name, found in seconds.items()}

@@ -480,3 +480,23 @@ evens = _two_vector_shuffle("evens", list(range(0, 32, 2)), "a0 a2 … a14 b0 b2
 odds = _two_vector_shuffle("odds", list(range(1, 32, 2)), "a1 a3 … a15 b1 b3 … b15")
 zip_low = _two_vector_shuffle("zip_low", [i // 2 + i % 2 * 16 for i in range(16)], "a0 b0 a1 b1 … a7 b7")
 zip_high = _two_vector_shuffle("zip_high", [i // 2 + i % 2 * 16 for i in range(16, 32)], "a8 b8 … a15 b15")
+
+
+def _prefetch(name: str, locality: int, doc: str) -> Any:
+    def ask(typingctx: Any, array: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), cgutils.voidptr_t)
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
+            )
+            builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp), codegen
+
+    ask.__name__, ask.__doc__ = name, doc
+    return intrinsic(ask)
+
+
+prefetch = _prefetch("prefetch", 3, "Ask for the cache line of an element to be read soon; any index is safe.")
+prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache, which holds it longer.")

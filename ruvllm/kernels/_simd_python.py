@@ -132,6 +132,13 @@ def zip_high(a: Any, b: Any) -> Any:
     return np.stack((a, b), 1).reshape(-1)[LANES:]
 
 
+def prefetch(array: Any, index: int) -> None:
+    """A hint to the hardware: nothing to do here."""
+
+
+prefetch_l2 = prefetch
+
+
 def u8_load(array: Any, index: int) -> Any:
     return _elements(array, index, 64).copy()
 

@@ -2,7 +2,7 @@
 
 A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector,
 so y = W x is ``acc += splat(x[k]) * panel[k]``: weights stream in order, nothing is summed across lanes, and the
-same panel serves one token (decode) and tiles of 6 tokens (prefill), whose 6 x 16 sums stay in registers.
+same panel serves one token (decode) and tiles of several tokens (prefill), whose sums stay in registers.
 Rows past N are zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
 """
 
@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at
+from ruvllm.kernels._float_tile import (
+    GROUP,
+    K_BLOCK,
+    ROW_BLOCK,
+    ROWS,
+    SUMS_SIZE,
+    TILE_SIZE,
+    copy_rows,
+    tile_times_panels,
+)
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at, stack_f32
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, STREAMS, TILE, put, tile_times_panel, token_times_panels
+from ruvllm.kernels._tile import LANES, STREAMS, put, token_times_panels
 from ruvllm.kernels._views import flat
-
-_K_BLOCK = 1024  # columns per pass: a panel block (64 KB) and the tokens' slices stay in the second-level cache
 
 
 def panel_count(rows: int) -> int:
@@ -27,7 +35,7 @@ def panel_count(rows: int) -> int:
 
 @kernel(strict=True)
 def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi: tiles of six tokens, the rest one by one.
+    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi, in tiles (see _float_tile), or for one token.
 
     Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
 
@@ -36,26 +44,40 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     tokens, columns = x.shape
     rows = out.shape[1]
     panels, xs, outs = flat(w), flat(x), flat(out)
-    if tokens == 1:  # memory is the limit: four panels that lie far apart are read side by side
-        step = (min(hi, rows // LANES) - lo) // STREAMS
-        for p in range(lo, lo + step):
-            for k in range(0, columns, _K_BLOCK):
-                wi, k_count = (p * columns + k) * LANES, min(_K_BLOCK, columns - k)
-                token_times_panels(panels, wi, step * columns * LANES, xs, k, k_count, outs, p, step, k > 0)
-        lo += STREAMS * step
-    tiled = tokens - tokens % TILE
-    for p in range(lo, hi):
-        column, count = p * LANES, rows - p * LANES
-        for k in range(0, columns, _K_BLOCK):
-            wi, k_count = (p * columns + k) * LANES, min(_K_BLOCK, columns - k)
-            for t in range(0, tiled, TILE):
-                xi, oi = t * columns + k, t * rows + column
-                tile_times_panel(panels, wi, LANES, xs, xi, columns, k_count, outs, oi, rows, count, k > 0)
-            for t in range(tiled, tokens):
-                s = f32_zero()
-                for i in range(k_count):
-                    s = fma(load(panels, wi + i * LANES), splat_at(xs, t * columns + k + i), s)
-                put(outs, t * rows + column, s, count, k > 0)
+    if tokens == 1:
+        one_token(panels, columns, xs, outs, rows, lo, hi)
+        return
+    tile, sums = stack_f32(TILE_SIZE), stack_f32(SUMS_SIZE)
+    for first in range(0, tokens, ROW_BLOCK):
+        end = min(first + ROW_BLOCK, tokens)
+        for p in range(lo, hi, GROUP):
+            count = min(GROUP, hi - p)
+            for k in range(0, columns, K_BLOCK):
+                wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)
+                for t in range(first, end, ROWS):
+                    n = min(ROWS, end - t)
+                    copy_rows(xs, t * columns + k, columns, n, k_count, tile)
+                    tile_times_panels(
+                        n, tile, k_count, panels, wi, columns * LANES, count, sums,
+                        outs, t * rows + p * LANES, rows, rows - p * LANES, k > 0,
+                        xs, (t + ROWS) * columns + k, columns, min(ROWS, end - t - n),
+                    )  # fmt: skip
+
+
+@inline_kernel
+def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any, hi: Any) -> None:
+    """panels_matmul for one token. Memory is the limit: four panels that lie far apart are read side by side."""
+    step = (min(hi, rows // LANES) - lo) // STREAMS
+    for p in range(lo, lo + step):
+        for k in range(0, columns, K_BLOCK):
+            wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)
+            token_times_panels(panels, wi, step * columns * LANES, xs, k, k_count, outs, p, step, k > 0)
+    for p in range(lo + STREAMS * step, hi):
+        for k in range(0, columns, K_BLOCK):
+            s = f32_zero()
+            for i in range(k, min(k + K_BLOCK, columns)):
+                s = fma(load(panels, (p * columns + i) * LANES), splat_at(xs, i), s)
+            put(outs, p * LANES, s, rows - p * LANES, k > 0)
 
 
 @parallel_kernel

@@ -104,6 +104,16 @@ def test_packed_product(rows: int, dtype: Any) -> None:
             assert (buffer[[0, -1]] == 7).all()
 
 
+def test_packed_product_beyond_one_block_of_everything() -> None:
+    """More tokens, rows and columns than are held in the caches at once; each token as if it were alone."""
+    panels, w = packed(normal(330, 1060), np.float32)
+    x = normal(150, 1060, seed=1)
+    out = linear_panels(panels, x, np.empty((150, 330), np.float32))
+    assert_near(out, f64(x) @ f64(w).T)
+    for some in (slice(0, 1), slice(127, 129), slice(141, 150)):
+        np.testing.assert_array_equal(linear_panels(panels, x[some], np.empty_like(out[some])), out[some])
+
+
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: np.dtype(STORED[dtype]).name)
 def test_packed_product_is_the_same_on_several_threads(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ruvllm.kernels import panels as module

@@ -316,3 +316,48 @@ def test_the_same_with_older_instructions() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# --- several vectors at once -------------------------------------------------------------------------------------
+
+
+@njit
+def _sums_of_rows(w, x, start, step, out):
+    kept = _simd.stack_f32(80)
+    sums = _simd.f32_zeros(5)
+    for k in range(w.size // LANES):
+        sums = _simd.fma_rows(f32_load(w, k * LANES), x, start + k, step, sums)
+    _simd.store_rows(kept, 0, LANES, sums)
+    for i in range(80):
+        out[i] = kept[i]
+
+
+def test_rows_of_sums() -> None:
+    rng = np.random.default_rng(0)
+    w, x, out = rng.standard_normal((7, LANES), np.float32), rng.standard_normal((5, 9), np.float32), np.empty(80)
+    _sums_of_rows(w.reshape(-1), x.reshape(-1), 2, 9, out)
+    np.testing.assert_allclose(out.reshape(5, LANES), x[:, 2:].astype(np.float64) @ w, rtol=0, atol=1e-5)
+    plain = np.empty(80)
+    sums = _simd_python.f32_zeros(5)
+    for k in range(7):
+        sums = _simd_python.fma_rows(w[k], x, 2 + k, 9, sums)
+    _simd_python.store_rows(plain, 0, LANES, sums)
+    np.testing.assert_allclose(plain, out, rtol=0, atol=1e-5)
+
+
+@njit
+def _transposed(x, out):
+    rows = _simd.load_rows(x, 0, 20, 16)
+    for _ in range(4):
+        rows = _simd.zip_rows(rows)
+    _simd.store_rows(out, 0, 16, rows)
+
+
+def test_rows_merged_four_times_are_transposed() -> None:
+    x, out = np.arange(320, dtype=np.float32).reshape(16, 20), np.empty((16, 16), np.float32)
+    _transposed(x, out)
+    np.testing.assert_array_equal(out, x[:, :16].T)
+    rows = _simd_python.load_rows(x, 0, 20, 16)
+    for _ in range(4):
+        rows = _simd_python.zip_rows(rows)
+    np.testing.assert_array_equal(np.stack(rows), x[:, :16].T)

@@ -1,0 +1,126 @@
+"""The tile of float matrix products: some rows of x against one panel or two, with all sums in registers.
+
+How large tiles and blocks are is decided here, by the registers of the processor that code is made for.
+
+- A multiply-add takes about four cycles and up to two start in each, so at least eight sums must be under way; and
+  each number that is loaded must be used often enough that loads (two a cycle) are not what the loop waits for.
+- AVX-512 has 32 registers of one vector: 8 rows x 2 panels are 16 sums, 2 weights, and 8 numbers of x that the
+  compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
+- AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
+- What is left over of the rows is done by a tile of half as many.
+- K_BLOCK columns at a time: the rows of x, copied together so that they never compete for one place in a cache, take
+  17 KB of the first-level cache; GROUP panels, 512 KB, stay in the second-level cache while ROW_BLOCK rows of x pass
+  by; and the outputs of those rows and panels, to which every block of columns adds, stay there as well (128 KB).
+
+Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
+"""
+
+from typing import Any
+
+from numba.core.registry import cpu_target
+
+from ruvllm.kernels._jit import inline_kernel
+from ruvllm.kernels._simd import (
+    LANES,
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_store_first,
+    f32_zeros,
+    fma_rows,
+    load,
+    prefetch,
+    prefetch_l2,
+    store_rows,
+)
+from ruvllm.kernels._tile import put
+
+_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+ROWS, FEW_ROWS, PAIRS = (8, 4, True) if _WIDE else (6, 3, False)
+K_BLOCK = 512
+GROUP = 16
+ROW_BLOCK = 128
+X_STEP = K_BLOCK + LANES  # from a row of x to the next: they begin at different places of a page
+TILE_SIZE = ROWS * X_STEP
+SUMS_SIZE = ROWS * 2 * LANES
+_AHEAD = 2048  # weights between what is read and what is asked for: memory answers while some hundred columns are done
+
+
+@inline_kernel
+def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, count: Any, tile: Any) -> None:
+    """tile[r X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers."""
+    whole = count - count % LANES
+    for r in range(rows):
+        source, target = xi + r * x_row, r * X_STEP
+        for i in range(0, whole, LANES):
+            f32_store(tile, target + i, f32_load(x, source + i))
+        if whole < count:
+            f32_store_first(tile, target + whole, f32_load_first(x, source + whole, count - whole), count - whole)
+
+
+@inline_kernel
+def ask_for(
+    x: Any, xi: Any, x_row: Any, lo: Any, hi: Any, count: Any, out: Any, oi: Any, out_row: Any, rows: Any
+) -> None:
+    """Have memory bring rows lo:hi of x, which the next tile will be made of, and what the sums will be added to."""
+    for r in range(lo, hi):
+        for i in range(0, count, LANES):
+            prefetch_l2(x, xi + r * x_row + i)
+    for r in range(rows):
+        prefetch(out, oi + r * out_row)
+        prefetch(out, oi + r * out_row + LANES)
+
+
+@inline_kernel
+def two_panels(zeros: Any, w: Any, wi: Any, wj: Any, tile: Any, count: Any, sums: Any) -> None:
+    """sums[r, 0:16 and 16:32] = sum_k tile[r, k] times the panels at wi and wj, as many rows as ``zeros`` has."""
+    left = right = zeros
+    for k in range(count):
+        prefetch_l2(w, wi + k * LANES + _AHEAD)
+        prefetch_l2(w, wj + k * LANES + _AHEAD)
+        left = fma_rows(load(w, wi + k * LANES), tile, k, X_STEP, left)
+        right = fma_rows(load(w, wj + k * LANES), tile, k, X_STEP, right)
+    store_rows(sums, 0, 2 * LANES, left)
+    store_rows(sums, LANES, 2 * LANES, right)
+
+
+@inline_kernel
+def one_panel(zeros: Any, w: Any, wi: Any, tile: Any, count: Any, sums: Any) -> None:
+    """two_panels for one."""
+    left = zeros
+    for k in range(count):
+        prefetch_l2(w, wi + k * LANES + _AHEAD)
+        left = fma_rows(load(w, wi + k * LANES), tile, k, X_STEP, left)
+    store_rows(sums, 0, 2 * LANES, left)
+
+
+@inline_kernel
+def tile_times_panels(
+    rows: Any, tile: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, sums: Any,
+    out: Any, oi: Any, out_row: Any, columns: Any, add: Any, x: Any, xi: Any, x_row: Any, x_rows: Any,
+) -> None:  # fmt: skip
+    """out[oi + r out_row + j] = sum_k tile[r, k] W[j, k], or += with ``add``, for ``rows`` <= ROWS rows.
+
+    W is ``panels`` panels, the first at wi and each w_step after the one before; ``columns`` of out are there.
+    The next tile will be made of ``x_rows`` rows of x from xi on, x_row apart.
+    """
+    paired = panels - panels % 2 if PAIRS else 0
+    for p in range(0, paired, 2):
+        at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
+        ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 2) // panels, count, out, to, out_row, rows)
+        if rows > FEW_ROWS:
+            two_panels(f32_zeros(ROWS), w, at, at + w_step, tile, count, sums)
+        else:
+            two_panels(f32_zeros(FEW_ROWS), w, at, at + w_step, tile, count, sums)
+        for r in range(rows):
+            put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
+            put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
+    for p in range(paired, panels):
+        at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
+        ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 1) // panels, count, out, to, out_row, rows)
+        if rows > FEW_ROWS:
+            one_panel(f32_zeros(ROWS), w, at, tile, count, sums)
+        else:
+            one_panel(f32_zeros(FEW_ROWS), w, at, tile, count, sums)
+        for r in range(rows):
+            put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)

@@ -9,7 +9,7 @@ How large tiles and blocks are is decided here, by the registers of the processo
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
 - What is left over of the rows is done by a tile of half as many.
 - K_BLOCK columns at a time: the rows of x, copied together so that they never compete for one place in a cache, take
-  17 KB of the first-level cache; GROUP panels, 512 KB, stay in the second-level cache while ROW_BLOCK rows of x pass
+  17 KB of the first-level cache; GROUP panels, 512 KB, stay in the second-level cache while _ROW_BLOCK rows of x pass
   by; and the outputs of those rows and panels, to which every block of columns adds, stay there as well (128 KB).
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
@@ -31,27 +31,28 @@ from ruvllm.kernels._simd import (
     load,
     prefetch,
     prefetch_l2,
+    stack_f32,
     store_rows,
 )
 from ruvllm.kernels._tile import put
 
 _WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-ROWS, FEW_ROWS, PAIRS = (8, 4, True) if _WIDE else (6, 3, False)
+_ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if _WIDE else (6, 3, False)
 K_BLOCK = 512
 GROUP = 16
-ROW_BLOCK = 128
-X_STEP = K_BLOCK + LANES  # from a row of x to the next: they begin at different places of a page
-TILE_SIZE = ROWS * X_STEP
-SUMS_SIZE = ROWS * 2 * LANES
+_ROW_BLOCK = 128
+_X_STEP = K_BLOCK + LANES  # from a row of x to the next: they begin at different places of a page
+_TILE_SIZE = _ROWS * _X_STEP
+_SUMS_SIZE = _ROWS * 2 * LANES
 _AHEAD = 2048  # weights between what is read and what is asked for: memory answers while some hundred columns are done
 
 
 @inline_kernel
 def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, count: Any, tile: Any) -> None:
-    """tile[r X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers."""
+    """tile[r _X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers."""
     whole = count - count % LANES
     for r in range(rows):
-        source, target = xi + r * x_row, r * X_STEP
+        source, target = xi + r * x_row, r * _X_STEP
         for i in range(0, whole, LANES):
             f32_store(tile, target + i, f32_load(x, source + i))
         if whole < count:
@@ -78,8 +79,8 @@ def two_panels(zeros: Any, w: Any, wi: Any, wj: Any, tile: Any, count: Any, sums
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
         prefetch_l2(w, wj + k * LANES + _AHEAD)
-        left = fma_rows(load(w, wi + k * LANES), tile, k, X_STEP, left)
-        right = fma_rows(load(w, wj + k * LANES), tile, k, X_STEP, right)
+        left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
+        right = fma_rows(load(w, wj + k * LANES), tile, k, _X_STEP, right)
     store_rows(sums, 0, 2 * LANES, left)
     store_rows(sums, LANES, 2 * LANES, right)
 
@@ -90,7 +91,7 @@ def one_panel(zeros: Any, w: Any, wi: Any, tile: Any, count: Any, sums: Any) -> 
     left = zeros
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
-        left = fma_rows(load(w, wi + k * LANES), tile, k, X_STEP, left)
+        left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
     store_rows(sums, 0, 2 * LANES, left)
 
 
@@ -99,28 +100,50 @@ def tile_times_panels(
     rows: Any, tile: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, sums: Any,
     out: Any, oi: Any, out_row: Any, columns: Any, add: Any, x: Any, xi: Any, x_row: Any, x_rows: Any,
 ) -> None:  # fmt: skip
-    """out[oi + r out_row + j] = sum_k tile[r, k] W[j, k], or += with ``add``, for ``rows`` <= ROWS rows.
+    """out[oi + r out_row + j] = sum_k tile[r, k] W[j, k], or += with ``add``, for ``rows`` <= _ROWS rows.
 
     W is ``panels`` panels, the first at wi and each w_step after the one before; ``columns`` of out are there.
     The next tile will be made of ``x_rows`` rows of x from xi on, x_row apart.
     """
-    paired = panels - panels % 2 if PAIRS else 0
+    paired = panels - panels % 2 if _PAIRS else 0
     for p in range(0, paired, 2):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
         ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 2) // panels, count, out, to, out_row, rows)
-        if rows > FEW_ROWS:
-            two_panels(f32_zeros(ROWS), w, at, at + w_step, tile, count, sums)
+        if rows > _FEW_ROWS:
+            two_panels(f32_zeros(_ROWS), w, at, at + w_step, tile, count, sums)
         else:
-            two_panels(f32_zeros(FEW_ROWS), w, at, at + w_step, tile, count, sums)
+            two_panels(f32_zeros(_FEW_ROWS), w, at, at + w_step, tile, count, sums)
         for r in range(rows):
             put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
             put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
     for p in range(paired, panels):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
         ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 1) // panels, count, out, to, out_row, rows)
-        if rows > FEW_ROWS:
-            one_panel(f32_zeros(ROWS), w, at, tile, count, sums)
+        if rows > _FEW_ROWS:
+            one_panel(f32_zeros(_ROWS), w, at, tile, count, sums)
         else:
-            one_panel(f32_zeros(FEW_ROWS), w, at, tile, count, sums)
+            one_panel(f32_zeros(_FEW_ROWS), w, at, tile, count, sums)
         for r in range(rows):
             put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
+
+
+@inline_kernel
+def group_times_rows(
+    w: Any, wi: Any, w_step: Any, panels: Any, x: Any, inner: Any, out: Any, columns: Any, column: Any, lo: Any, hi: Any
+) -> None:
+    """out[lo:hi, column:] = x[lo:hi] W^T for up to GROUP panels of W, the first at wi and each w_step after the last.
+
+    x (.., inner); out (.., columns).
+    """
+    tile, sums = stack_f32(_TILE_SIZE), stack_f32(_SUMS_SIZE)
+    for first in range(lo, hi, _ROW_BLOCK):
+        end = min(first + _ROW_BLOCK, hi)
+        for k in range(0, inner, K_BLOCK):
+            count = min(K_BLOCK, inner - k)
+            for t in range(first, end, _ROWS):
+                n = min(_ROWS, end - t)
+                copy_rows(x, t * inner + k, inner, n, count, tile)
+                tile_times_panels(
+                    n, tile, count, w, wi + k * LANES, w_step, panels, sums, out, t * columns + column, columns,
+                    columns - column, k > 0, x, (t + n) * inner + k, inner, min(_ROWS, end - t - n),
+                )  # fmt: skip

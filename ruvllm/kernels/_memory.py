@@ -10,6 +10,7 @@ from ruvllm.errors import InsufficientMemoryError
 CACHE_LINE = 64
 _BLOCK = 1 << 25  # bytes of memory that small weights share
 _LARGE = 1 << 22  # bytes from which NumPy asks the system for huge pages
+_KEPT_FLOATS = 1 << 22  # of scratch between calls, for each Python thread: fresh memory costs a page fault every 4 KB
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -61,6 +62,25 @@ def aligned_zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     raw = np.zeros(count * dtype.itemsize + CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class _Kept(threading.local):
+    """The scratch that this Python thread has used before."""
+
+    array = np.empty(0, np.float32)
+
+
+_kept = _Kept()
+
+
+def scratch(count: int) -> np.ndarray:
+    """``count`` float32 numbers for the time of one call, at a multiple of 64 bytes; whatever was there is there."""
+    array = _kept.array
+    if array.size < count:
+        array = aligned_empty(count)
+        if count <= _KEPT_FLOATS:
+            _kept.array = array
+    return array[:count]
 
 
 def require_memory(needed: float, what: str) -> None:

@@ -8,13 +8,14 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_zero, fma, hsum
+from ruvllm.kernels._memory import scratch
+from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zero, fma, hsum
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.panels import linear_panels, pack, panel_count
+from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
+from ruvllm.kernels.panels import panel_count
 
 
 @kernel
@@ -59,27 +60,6 @@ def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
         gemv_rows(a, x, out, rows * t // threads, rows * (t + 1) // threads)
 
 
-@kernel
-def pack_columns(b: Any, panels: Any, lo: Any, hi: Any) -> None:
-    """panels[p, k, j] = b[k, 16 p + j] for panels lo:hi: the panels of B^T from B (K, N), zero past N."""
-    inner, columns = b.shape
-    source, packed = flat(b), flat(panels)
-    for p in range(lo, hi):
-        count = columns - p * LANES
-        for k in range(inner):
-            at = k * columns + p * LANES
-            row = f32_load(source, at) if count >= LANES else f32_load_first(source, at, count)
-            f32_store(packed, (p * inner + k) * LANES, row)
-
-
-@parallel_kernel
-def pack_columns_parallel(b: Any, panels: Any, threads: Any) -> None:
-    """pack_columns with the panels split over threads."""
-    count = panels.shape[0]
-    for t in prange(threads):
-        pack_columns(b, panels, count * t // threads, count * (t + 1) // threads)
-
-
 def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """y = A x.
 
@@ -118,12 +98,7 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(a.shape[-1], None))
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[1])), a, b)
-    if out.size and a.shape[-1]:
-        panels = aligned_empty((panel_count(b.shape[1]), b.shape[0], LANES))
-        launch(pack_columns_parallel, b, panels, threads_for(b.size, PARALLEL_ELEMENTS, len(panels)))
-        _times_panels(a, panels, out)
-    else:
-        out[...] = 0
+    _multiply(a, b, False, out)
     return out
 
 
@@ -142,12 +117,7 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     a = _rows("a", a)
     b = _check.float32("b", b, shape=(None, a.shape[-1]))
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[0])), a, b)
-    if out.size and a.shape[-1]:
-        panels = aligned_empty((panel_count(b.shape[0]), b.shape[1], LANES))
-        pack(b, panels)
-        _times_panels(a, panels, out)
-    else:
-        out[...] = 0
+    _multiply(a, b, True, out)
     return out
 
 
@@ -167,9 +137,20 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
     b = _check.float32("b", b, shape=(*a.shape[:-2], a.shape[-1], None))
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[-1])), a, b)
     count = math.prod(a.shape[:-2])
-    stacks = (array.reshape(count, *array.shape[-2:]) for array in (a, b, out))
-    for left, right, product in zip(*stacks, strict=True):
-        gemm(left, right, product)
+    if not out.size or not a.shape[-1]:
+        out[...] = 0
+        return out
+    left, right, product = (array.reshape(count, *array.shape[-2:]) for array in (a, b, out))
+    threads = threads_for(out.size * a.shape[-1], PARALLEL_MACS, max(count, 2))
+    if threads > count:
+        for i in range(count):
+            _multiply(left[i], right[i], False, product[i])
+        return out
+    groups = _groups(threads, a.shape[-1], panel_count(out.shape[-1]))
+    if threads == 1:
+        gemm_batch(left, right, groups[0], product, 0, count)
+    else:
+        launch(gemm_batch_parallel, left, right, groups, product, threads)
     return out
 
 
@@ -180,8 +161,29 @@ def _rows(name: str, a: Any) -> np.ndarray:
     return a
 
 
-def _times_panels(a: np.ndarray, panels: np.ndarray, out: np.ndarray) -> None:
-    linear_panels(panels, a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1]))
+def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
+    size = scratch_size(inner, panels)
+    return scratch(threads * size).reshape(threads, size)
+
+
+def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray) -> None:
+    """out = a b, or a b^T, where leading dimensions of a and out are stacked rows."""
+    inner, columns = a.shape[-1], out.shape[-1]
+    if not out.size or not inner:
+        out[...] = 0
+        return
+    left, product = a.reshape(-1, inner), out.reshape(-1, columns)
+    rows, panels = len(product), panel_count(columns)
+    pairs = (panels + 1) // 2  # of panels, which a thread has for itself
+    threads = threads_for(rows * columns * inner, PARALLEL_MACS, max(pairs, rows))
+    by_rows = pairs % threads != 0 and pairs < 4 * threads <= rows
+    if not by_rows:
+        threads = min(threads, pairs)
+    groups = _groups(threads, inner, panels)
+    if threads == 1:
+        gemm_part(left, b, transposed, groups[0], product, 0, rows, 0, panels)
+    else:
+        launch(gemm_parallel, left, b, transposed, groups, product, by_rows, threads)
 
 
 def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:
@@ -206,7 +208,7 @@ SPECS = [
     KernelSpec(
         name="gemm",
         function=gemm,
-        compiled=(pack_columns, pack_columns_parallel),
+        compiled=(gemm_part, gemm_parallel),
         reference=reference.gemm,
         formula="A B",
         example=_matrices,
@@ -217,7 +219,7 @@ SPECS = [
     KernelSpec(
         name="gemm_nt",
         function=gemm_nt,
-        compiled=(),
+        compiled=(gemm_part, gemm_parallel),
         reference=reference.gemm_nt,
         formula="A B^T",
         example=lambda rng, m, n, k: {
@@ -231,7 +233,7 @@ SPECS = [
     KernelSpec(
         name="batched_gemm",
         function=batched_gemm,
-        compiled=(),
+        compiled=(gemm_batch, gemm_batch_parallel),
         reference=reference.batched_gemm,
         formula="A[i] B[i]",
         example=lambda rng, batch, m, n, k: {

@@ -11,18 +11,9 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._float_tile import (
-    GROUP,
-    K_BLOCK,
-    ROW_BLOCK,
-    ROWS,
-    SUMS_SIZE,
-    TILE_SIZE,
-    copy_rows,
-    tile_times_panels,
-)
+from ruvllm.kernels._float_tile import GROUP, K_BLOCK, group_times_rows
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at, stack_f32
+from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, put, token_times_panels
 from ruvllm.kernels._views import flat
@@ -47,21 +38,9 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     if tokens == 1:
         one_token(panels, columns, xs, outs, rows, lo, hi)
         return
-    tile, sums = stack_f32(TILE_SIZE), stack_f32(SUMS_SIZE)
-    for first in range(0, tokens, ROW_BLOCK):
-        end = min(first + ROW_BLOCK, tokens)
-        for p in range(lo, hi, GROUP):
-            count = min(GROUP, hi - p)
-            for k in range(0, columns, K_BLOCK):
-                wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)
-                for t in range(first, end, ROWS):
-                    n = min(ROWS, end - t)
-                    copy_rows(xs, t * columns + k, columns, n, k_count, tile)
-                    tile_times_panels(
-                        n, tile, k_count, panels, wi, columns * LANES, count, sums,
-                        outs, t * rows + p * LANES, rows, rows - p * LANES, k > 0,
-                        xs, (t + ROWS) * columns + k, columns, min(ROWS, end - t - n),
-                    )  # fmt: skip
+    for p in range(lo, hi, GROUP):
+        wi, w_step, count = p * columns * LANES, columns * LANES, min(GROUP, hi - p)
+        group_times_rows(panels, wi, w_step, count, xs, columns, outs, rows, p * LANES, 0, tokens)
 
 
 @inline_kernel

@@ -23,12 +23,12 @@ def test_nothing_grows_and_answers_stay(soak: Soak, tmp_path: Path) -> None:
     try:
         for action in soak.actions:
             action()
-        for _ in range(60):
+        for _ in range(20):
             soak.step()
         first = soak.probe()
         probes = [first]
-        for _ in range(4):
-            for _ in range(25):
+        for _ in range(3):
+            for _ in range(15):
                 soak.step()
             probes.append(soak.probe())
     finally:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruvllm.checkpoint.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ruvllm.checkpoint.chat import encode_chat
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.loader import open_checkpoint
@@ -29,7 +30,7 @@ from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, ope
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.errors import ModelFormatError
 from tests import llm_cases
-from tests.checkpoint import corpus
+from tests.checkpoint import corpus, hostile_models
 from tests.checkpoint.hostile_models import read_all
 from tests.model import tiny
 
@@ -124,6 +125,28 @@ def targets(directory: Path) -> list[Target]:
         ),
         Target("tokenizer", (tokenizer,), names[0], _open_tokenizer, beside=speaker),
         Target("template", (template,), names[1], _open_tokenizer, beside=speaker),
+        *_adapters(directory),
+    ]
+
+
+def _adapters(directory: Path) -> list[Target]:
+    """PEFT's two files, and llama.cpp's one."""
+    peft = tiny.DATA.parent / "lora" / hostile_models.ADAPTED
+    config, weights = (_json_seed((peft / name).read_bytes()) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    weights = _safetensors_seed(weights.data)
+    one = _gguf_seed(hostile_models.write_gguf_adapter(directory / "seed-adapter.gguf").read_bytes(), directory)
+
+    def open_directory(path: Path, mmap: bool) -> None:
+        load_adapter(path.parent, model)
+
+    def open_file(path: Path, mmap: bool) -> None:
+        load_adapter(path, model)
+
+    model = hostile_models.adapted_model()
+    return [
+        Target("adapter config", (config,), CONFIG_FILE, open_directory, beside=peft),
+        Target("adapter", (weights,), WEIGHTS_FILE, open_directory, beside=peft),
+        Target("adapter gguf", (one,), "adapter.gguf", open_file),
     ]
 
 

@@ -25,7 +25,7 @@ from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.lora import TARGETS, LoraAdapter, LoraConfig
+from ruvllm.model.lora import MAX_RANK, TARGETS, LoraAdapter, LoraConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -137,7 +137,7 @@ def _load_peft(path: Path, model: ModelConfig) -> LoraAdapter:
     with SafetensorsFile(weights_path) as file:
         names = {f"{_PREFIX}{hf_name(name).removesuffix('.weight')}": name for name in _matrices(model)}
         stored = {f"{stored}.lora_{part}.weight": (name, part) for stored, name in names.items() for part in "AB"}
-        pairs = _read_pairs(weights_path, file.tensors, stored, file.tensor, ("lora_A", "lora_B"))
+        pairs = _read_pairs(weights_path, model, file.tensors, stored, file.tensor, ("lora_A", "lora_B"))
     return _assembled(weights_path, model, settings, pairs, lambda name, b: b)
 
 
@@ -154,7 +154,7 @@ def _load_gguf(path: Path, model: ModelConfig) -> LoraAdapter:
         names = {gguf_name(name): name for name in _matrices(model)}
         parts = {"a": "A", "b": "B"}
         stored = {f"{stored}.lora_{p}": (name, parts[p]) for stored, name in names.items() for p in parts}
-        pairs = _read_pairs(path, file.tensors, stored, file.tensor, ("lora_a", "lora_b"))
+        pairs = _read_pairs(path, model, file.tensors, stored, file.tensor, ("lora_a", "lora_b"))
     rank = next(iter(pairs.values()))[0].shape[0]
 
     def settings(targets: tuple[str, ...]) -> LoraConfig:
@@ -181,23 +181,31 @@ def _matrices(model: ModelConfig) -> list[str]:
 
 
 def _read_pairs(
-    path: Path, found: Collection[str], stored: Mapping[str, tuple[str, str]], tensor: Callable[[str], Tensor],
-    spelling: tuple[str, str],
+    path: Path, model: ModelConfig, found: Collection[str], stored: Mapping[str, tuple[str, str]],
+    tensor: Callable[[str], Tensor], spelling: tuple[str, str],
 ) -> dict[str, _Pair]:  # fmt: skip
     """lora_A and lora_B of every matrix in the file, by canonical name; nothing else may be there."""
+    shapes: dict[str, Any] = model.tensor_shapes()
     halves: dict[str, dict[str, np.ndarray]] = {}
     for file_name in found:
         if file_name not in stored:
             found_here, expected = "a tensor for no matrix of this model", f"adapters of {', '.join(TARGETS)}"
             raise ModelFormatError(path, field=f"tensor {file_name!r}", found=found_here, expected=expected)
+    for file_name in found:
         opened = tensor(file_name)
+        name, part = stored[file_name]
         if len(opened.shape) != 2 or 0 in opened.shape:
             raise ModelFormatError(path, field=f"tensor {file_name!r} shape", found=opened.shape, expected="a matrix")
+        # Before it is read: what is too large for the model may be too large for the memory.
+        height, width = shapes[name]
+        rank = opened.shape[0 if part == "A" else 1]
+        if rank > MAX_RANK or opened.shape != ((rank, width) if part == "A" else (height, rank)):
+            expected = f"a rank up to {MAX_RANK}, and the base model's matrix is {(height, width)}"
+            raise ModelFormatError(path, field=f"lora_{part} of {name} shape", found=opened.shape, expected=expected)
         values = opened.float32()
         if not np.isfinite(values).all():
             expected = "finite numbers"
             raise ModelFormatError(path, field=f"tensor {file_name!r}", found="NaN or infinity", expected=expected)
-        name, part = stored[file_name]
         halves.setdefault(name, {})[part] = values
     if not halves:
         raise ModelFormatError(path, field="tensors", found="none", expected="an adapter's")

@@ -1,4 +1,7 @@
-"""Whole models, each with one thing wrong: rows 26-34, 46-49 and 51 of the table of bad input, in either format."""
+"""Whole models, each with one thing wrong: rows 26-34, 46-49 and 51 of the table of bad input, in either format.
+
+Row 50: adapters.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+import safetensors.numpy
 
+from ruvllm.checkpoint.adapters import load_adapter
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
+from ruvllm.model.config import ModelConfig
 from tests import llm_cases
+from tests.checkpoint import corpus
 from tests.model import tiny
 
 
@@ -235,3 +242,91 @@ def hostile_models() -> list[HostileModel]:
         _special(51, "weights-directory", "found a directory", "model.safetensors", Path.mkdir, "model.safetensors"),
         _special(51, "tokenizer-fifo", "tokenizer.json: found no such file", "tokenizer.json", os.mkfifo, "model"),
     ]  # fmt: skip
+
+
+ADAPTED = "llama3_scaled_gqa"  # the model that the adapters below are for
+_Q = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+def adapted_model() -> ModelConfig:
+    with open_checkpoint(tiny.directory(ADAPTED)) as checkpoint:
+        return checkpoint.config
+
+
+def read_adapter(path: Path) -> None:
+    load_adapter(path, adapted_model())
+
+
+_Change = Callable[[dict[str, Any], dict[str, Any]], object]
+
+
+def _peft(name: str, says: str, change: _Change, at: str = "adapter_model.safetensors") -> HostileModel:
+    """PEFT's directory after ``change(configuration, tensors)``."""
+
+    def write(directory: Path) -> Path:
+        adapter = Path(shutil.copytree(tiny.DATA.parent / "lora" / ADAPTED, directory / "adapter"))
+        weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+        tensors, config = safetensors.numpy.load_file(weights), json.loads(settings.read_text())
+        change(config, tensors)
+        settings.write_text(json.dumps(config))
+        safetensors.numpy.save_file(tensors, weights)
+        return adapter
+
+    return HostileModel(50, name, write, says, at)
+
+
+def _sparse(directory: Path) -> Path:
+    """A matrix of 8 GB that the model has not got, in a file that takes no room on disk."""
+    adapter = Path(shutil.copytree(tiny.DATA.parent / "lora" / ADAPTED, directory / "adapter"))
+    size = 1 << 33
+    header = {f"{_Q}.lora_A.weight": corpus.st_entry("F32", [size // 4 // 48, 48], 0, size // 192 * 192)}
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(corpus.safetensors(header))
+    os.truncate(path, path.stat().st_size + size // 192 * 192)
+    return adapter
+
+
+def write_gguf_adapter(path: Path, alpha: float = 6.0, q: tuple[int, ...] = (3, 48)) -> Path:
+    """As llama.cpp's converter writes one: an adapter of rank 3 on the q of layer 1."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    with open_checkpoint(tiny.directory(ADAPTED)) as checkpoint:
+        rows = checkpoint.tensor("layers.1.q").shape[0]
+    writer.add_tensor("blk.1.attn_q.weight.lora_a", np.ones(q, np.float32))
+    writer.add_tensor("blk.1.attn_q.weight.lora_b", np.ones((rows, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _nan(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors[f"{_Q}.lora_A.weight"] = tensors[f"{_Q}.lora_A.weight"] * np.float32(np.nan)
+
+
+def hostile_adapters() -> list[HostileModel]:
+    """Row 50 of the table; ``read_adapter`` must refuse each."""
+    config, a, b = "adapter_config.json", f"{_Q}.lora_A.weight", f"{_Q}.lora_B.weight"
+    return [
+        _peft("rank-0", "rank: expected 1 to", lambda c, t: c.update(r=0), config),
+        _peft("rank-huge", "rank: expected 1 to", lambda c, t: c.update(r=1 << 40), config),
+        _peft("rank-of-config", "shape: found", lambda c, t: c.update(r=4)),
+        _peft("rank-of-one-matrix", "shape: found", lambda c, t: t.update({a: t[a][:2].copy()})),
+        _peft("alpha-0", "alpha: expected a finite number above 0", lambda c, t: c.update(lora_alpha=0), config),
+        _peft("alpha-text", "lora_alpha: found '8'", lambda c, t: c.update(lora_alpha="8"), config),
+        _peft("rank-pattern", "rank_pattern", lambda c, t: c.update(rank_pattern={"q_proj": 4}), config),
+        _peft("width", "shape: found", lambda c, t: t.update({a: np.ones((3, 7), np.float32)})),
+        _peft("half-missing", "found no such tensor", lambda c, t: t.pop(b)),
+        _peft("nan", "found NaN or infinity", _nan),
+        _peft("other-matrix", "a tensor for no matrix of this model", lambda c, t: t.update({"x.lora_A.weight": t[a]})),
+        HostileModel(50, "8-GB-matrix", _sparse, "expected a rank up to", "adapter_model.safetensors"),
+        HostileModel(
+            50, "gguf-alpha-0", lambda d: write_gguf_adapter(d / "a.gguf", alpha=0.0), "alpha: expected", "a.gguf"
+        ),
+        HostileModel(
+            50, "gguf-width", lambda d: write_gguf_adapter(d / "a.gguf", q=(3, 47)), "shape: found (3, 47)", "a.gguf"
+        ),
+    ]

@@ -20,7 +20,7 @@ from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
-from tests.checkpoint.hostile_models import hostile_models, read_all
+from tests.checkpoint.hostile_models import hostile_adapters, hostile_models, read_adapter, read_all
 from tests.model import tiny
 
 ALLOWED_BYTES = 50_000_000
@@ -79,6 +79,9 @@ def opens(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             model = case.write(Path(place))
             for mmap in (True, False):
                 yield f"{case} ({'mapped' if mmap else 'read'})", partial(read_all, model, mmap)
+    for case in hostile_adapters():
+        with tempfile.TemporaryDirectory(dir=directory) as place:
+            yield str(case), partial(read_adapter, case.write(Path(place)))
 
 
 def main(directory: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from ruvllm.errors import ModelFormatError
 from tests import llm_cases
 from tests.checkpoint import corpus
-from tests.checkpoint.hostile_models import HostileModel, hostile_models, read_all
+from tests.checkpoint.hostile_models import HostileModel, hostile_adapters, hostile_models, read_adapter, read_all
 from tests.model import tiny
 
-CASES = hostile_models()
+CASES, ADAPTERS = hostile_models(), hostile_adapters()
 
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
@@ -29,13 +29,20 @@ def test_model(case: HostileModel, mmap: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("case", ADAPTERS, ids=str)
+def test_adapter(case: HostileModel, tmp_path: Path) -> None:
+    path = case.write(tmp_path)
+    with pytest.raises(ModelFormatError) as caught:
+        read_adapter(path)
+    assert case.says in str(caught.value)
+    assert str(caught.value).isprintable() and str(caught.value.path).endswith(case.at)
+
+
 def test_no_row_is_forgotten() -> None:
-    rows = {case.row for case in [*corpus.hostile_gguf(), *corpus.hostile_safetensors()]} | {case.row for case in CASES}
-    elsewhere = {
-        3,  # every prefix: test_gguf.test_row03_every_prefix
-        50,  # adapters
-    }
-    assert rows | elsewhere == set(range(1, 52))
+    rows = {case.row for case in CASES + ADAPTERS}
+    rows |= {case.row for case in [*corpus.hostile_gguf(), *corpus.hostile_safetensors()]}
+    prefixes = {3}  # test_gguf.test_row03_every_prefix
+    assert rows | prefixes == set(range(1, 52))
 
 
 @pytest.mark.parametrize("case", tiny.CASES)

@@ -1,16 +1,19 @@
-"""The comparison with llama.cpp: what it measures is what it says, and it runs where llama.cpp is not installed."""
+"""The comparisons with peers: what they measure is what they say, and they run where a peer is not installed."""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ruvllm
-from benchmarks import _engines, _perplexity, make_7b, peers
+from benchmarks import _engines, _kernel_cases, _perplexity, kernels, make_7b, peers
 from benchmarks._engines import LlamaCpp, Ruvllm, file_bytes_per_token
 from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.kernels import KERNELS
+from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.report import gguf_file
 
 TINY = dataclasses.replace(
@@ -102,3 +105,42 @@ def test_wrong_options_are_one_line(options: list[str], capsys: pytest.CaptureFi
 def test_perplexity_text_is_the_same_each_time() -> None:
     text = _perplexity.read("pydoc")
     assert len(text) == 20_000 and _perplexity.sha256(text) == _perplexity.sha256(_perplexity.read("pydoc"))
+
+
+# --- benchmarks.kernels ------------------------------------------------------------------------------------------
+
+
+def test_table_of_kernels(capsys, tmp_path, monkeypatch) -> None:
+    """A plain kernel, one on packed weights and one that has no peer in NumPy, without PyTorch."""
+    peaks = Peaks(1, 1e12, 1e12, (Level("memory", float("inf"), 1e12),))
+    monkeypatch.setattr(kernels, "measure_peaks", lambda threads: peaks)
+    monkeypatch.setattr(kernels, "Torch", _without_torch)
+    some = (
+        _kernel_cases.Case("gemm", "gemm", {"m": 5, "n": 6, "k": 7}, seed=1e-6),
+        _kernel_cases.Case("linear", "gemm_nt", {"m": 3, "n": 20, "k": 30}, packed=True),
+        _kernel_cases.Case("norm", "silu_mul", {"rows": 2, "n": 33}),
+    )
+    monkeypatch.setattr(_kernel_cases, "CASES", some)
+    out = tmp_path / "rows.json"
+    assert kernels.main(["--quick", "--only", "gemm,linear,norm", "--threads", "1,2", "--json", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 6 and all(kernels.NOT_INSTALLED in line for line in lines[2:])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["threads"] for row in rows] == [1, 2] * 3
+    assert all(row["call"]["median"] > 0 and row["kernel"] > 0 for row in rows if row["threads"] == 1)
+    assert [sorted(row["peers"]) for row in rows] == [["numpy"]] * 4 + [[]] * 2
+    assert rows[0]["seed"] == 1e-6 and rows[0]["ratio"] > 0 and rows[-1]["ratio"] is None
+
+
+def _without_torch(python: str) -> None:
+    raise ModuleNotFoundError
+
+
+def test_every_case_of_kernels_has_the_sizes_of_its_record() -> None:
+    for case in _kernel_cases.CASES:
+        assert tuple(sorted(case.sizes)) == tuple(sorted(KERNELS[case.kernel].axes)), case.label
+
+
+def test_groups_of_kernels_that_are_unknown(capsys) -> None:
+    assert kernels.main(["--only", "gem", "--torch-python", sys.executable]) == 2
+    assert "--only: expected some of gemm,linear" in capsys.readouterr().err

@@ -18,6 +18,11 @@ def _gemm(a: Any, b: Any) -> Callable[[], Any]:
     return lambda: np.dot(a, b, out=out)
 
 
+def _gemm_nt(a: Any, b: Any) -> Callable[[], Any]:
+    out = np.empty((len(a), len(b)), np.float32)
+    return lambda: np.dot(a, b.T, out=out)
+
+
 def _rms_norm(x: Any, weight: Any, eps: float) -> Callable[[], Any]:
     n, small = x.shape[-1], np.float32(eps)
 
@@ -116,6 +121,7 @@ OPERATIONS: dict[str, Callable[..., Callable[[], Any]]] = {
     "apply_rope_tables": _apply_rope_tables,
     "buffer_sum": lambda x: lambda: x.sum(),
     "gemm": _gemm,
+    "gemm_nt": _gemm_nt,
     "gemv": _gemv,
     "grouped_query_attention": _grouped_query_attention,
     "layer_norm": _layer_norm,

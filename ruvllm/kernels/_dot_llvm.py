@@ -249,6 +249,25 @@ def i8_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def largest_magnitude(typingctx: Any, a: Any, b: Any) -> Any:
+    """The largest |x| of 32 float32 lanes; infinity counts as larger than any number, and NaN as larger still.
+
+    The bits of float32 numbers without sign are in the order of the numbers, and integers have a maximum in one
+    instruction, where floats take three for the sake of NaN.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def larger(x: Any, y: Any) -> Any:
+            return _call(builder, f"llvm.smax.v{x.type.count}i32", x.type, [x, y])
+
+        unsigned = _constant(i32x16, 0x7FFFFFFF)
+        bits = larger(*(builder.and_(builder.bitcast(x, i32x16.llvm), unsigned) for x in args))
+        return builder.bitcast(_reduce(builder, bits, larger), ir.FloatType())
+
+    return types.float32(a, b), codegen
+
+
+@intrinsic
 def i32_hsum(typingctx: Any, v: Any) -> Any:
     """The sum of the 16 integer lanes."""
 

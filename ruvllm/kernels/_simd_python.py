@@ -175,6 +175,10 @@ def i8_store(array: Any, index: int, value: Any) -> None:
     _elements(array, index, LANES)[:] = value.astype(np.int8)
 
 
+def largest_magnitude(a: Any, b: Any) -> Any:
+    return np.max(np.abs((a, b)))
+
+
 def i32_hsum(v: Any) -> Any:
     return v.sum(dtype=np.int32)
 

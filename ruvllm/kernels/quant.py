@@ -32,12 +32,10 @@ from ruvllm.kernels._simd import (
     f32_zero,
     f32_zeros,
     fma_rows,
-    fmax,
     high_nibbles,
-    hmax,
-    hsum,
     i8_store,
     i32_hsum,
+    largest_magnitude,
     load,
     low_nibbles,
     offset_rows,
@@ -84,15 +82,13 @@ def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, lo
             else:
                 a = f32_load_first(xf, at, left)
                 b = f32_load_first(xf, at + LANES, left - LANES) if left > LANES else f32_zero()
-            zero = f32_zero()
-            largest = hmax(fmax(fmax(a, zero - a), fmax(b, zero - b)))
-            not_finite = hsum(a * zero + b * zero)
+            largest = largest_magnitude(a, b)
             inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
             qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
             at = (t * groups + g) * GROUP
             i8_store(codes, at, qa)
             i8_store(codes, at + LANES, qb)
-            xs[t, g] = largest / np.float32(127) + not_finite
+            xs[t, g] = largest / np.float32(127) + (largest - largest)  # NaN for infinity too
             total = i32_hsum(qa + qb)
             totals[t, g] = xs[t, g] * np.float32(total)
             offsets[t, g, 0], offsets[t, g, 1], offsets[t, g, 2] = -8 * total, -16 * total, -128 * total

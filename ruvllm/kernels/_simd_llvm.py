@@ -500,3 +500,8 @@ def _prefetch(name: str, locality: int, doc: str) -> Any:
 
 prefetch = _prefetch("prefetch", 3, "Ask for the cache line of an element to be read soon; any index is safe.")
 prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache, which holds it longer.")
+
+@intrinsic
+def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen IEEE halfs from byte ``index`` of a uint8 array on, as float32."""
+    return f32x16(array, types.intp), _read_f16

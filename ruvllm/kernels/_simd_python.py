@@ -88,6 +88,10 @@ def load(array: Any, index: int) -> Any:
     return v
 
 
+def halfs_load(array: Any, index: int) -> Any:
+    return _elements(array, index, 2 * LANES).copy().view(np.float16).astype(np.float32)
+
+
 def store_scalar(array: Any, index: int, value: Any) -> None:
     _elements(array, index, 1)[0] = np.float16(value).view(np.uint16) if array.dtype == np.uint16 else value
 

@@ -37,7 +37,8 @@ low_rank_up = as_part(low_rank.low_rank_up)
 
 # Layouts of a matrix in the table; the first three are quant.INT4, INT5 and INT8.
 Q4, Q5, Q8, F32, F16, BF16 = range(6)
-FIELDS = 9  # layout, weights, scales, mins, groups with mins, bias, rows, columns, adapter
+FIELDS = 7  # layout, weights, whether they have mins, bias, rows, columns, adapter
+_WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
 ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
 ADAPTER_FIELDS = 4  # layout (F32 or F16), down, up, rank
 ADAPTERS_AT_ONCE = 3  # matrices that share an input: q, k, v
@@ -226,23 +227,22 @@ def _matrix(
     t: Any, table: Any, layer: Any, at: Any, float_weights: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
 ) -> None:
     """out (T, N) = x W^T + bias for this member's share of the rows of the matrix described at table[layer, at:]."""
-    layout, rows, columns = table[layer, at], table[layer, at + 6], table[layer, at + 7]
+    layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
     count = (rows + LANES - 1) // LANES
     lo, hi = part(count, rank, size)
-    weights = table[layer, at + 1]
+    weights = table[layer, at + _WEIGHTS]
     if layout <= Q8:
         groups = (columns + GROUP - 1) // GROUP
-        codes = array_at(weights, (count, groups, LINES[layout], 64), np.uint8)
-        scales = array_at(table[layer, at + 2], (count, groups, LANES), np.uint16)
-        with_mins = table[layer, at + 4]
-        mins = array_at(table[layer, at + 3], (count, with_mins, LANES), np.uint16)
+        has_mins = table[layer, at + _HAS_MINS]
+        size = (2 * LINES[layout] + 1 + has_mins) * 2 * LANES
+        blocks = array_at(weights, (count, groups, size), np.uint8)
         xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], columns)
-        quant_matmul(layout, codes, scales, mins, xq, xs, offsets, totals, out, lo, hi)
+        quant_matmul(layout, has_mins, blocks, xq, xs, offsets, totals, out, lo, hi)
     else:
         w = array_at(weights, (count, columns, LANES), float_weights)
         panels_matmul(w, x, out, lo, hi)
-    if table[layer, at + 5]:
-        bias = array_at(table[layer, at + 5], rows, np.float32)
+    if table[layer, at + _BIAS]:
+        bias = array_at(table[layer, at + _BIAS], rows, np.float32)
         for row in range(x.shape[0]):
             for i in range(lo * LANES, min(hi * LANES, rows)):
                 out[row, i] += bias[i]

@@ -7,11 +7,13 @@ instruction serves 16 rows with four activations in a broadcast.
     w = scale (code - zero)      symmetric        or      w = scale code + min
     y[r] = sum over groups g of  scale[r, g] xs[g] sum((code - zero) xq)  +  min[r, g] xs[g] sum(xq)
 
-- ``INT4``: codes 0..15, (P, G, 4, 64) bytes; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
-- ``INT5``: codes 0..31, (P, G, 5, 64) bytes; four lines as above, bit j of byte i of the fifth is that of quad j.
-- ``INT8``: signed codes, (P, G, 8, 64) bytes, one quad a line.
+A block holds one group of one panel: lines of 64 bytes of codes, then 16 scales and perhaps 16 mins as IEEE halfs.
 
-zero is 8, 16, 0; scales and mins are IEEE half bits (P, G, 16), mins empty for symmetric weights.
+- ``INT4``: codes 0..15 in 4 lines; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
+- ``INT5``: codes 0..31 in 5 lines; four as above, bit j of byte i of the fifth is that of quad j.
+- ``INT8``: signed codes in 8 lines, one quad a line.
+
+Weights are blocks (P, G, block_bytes), one stream of memory for each panel; zero is 8, 16, 0.
 Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, totals (T, G) = xs sum(xq), and offsets (T, G, 4) int32 =
 sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs nothing.
 Integer sums are exact, so all instruction sets give the same bits.
@@ -32,11 +34,11 @@ from ruvllm.kernels._simd import (
     f32_zero,
     f32_zeros,
     fma_rows,
+    halfs_load,
     high_nibbles,
     i8_store,
     i32_hsum,
     largest_magnitude,
-    load,
     low_nibbles,
     offset_rows,
     round_to_i32,
@@ -56,12 +58,18 @@ from ruvllm.kernels._views import flat
 
 GROUP = 32
 INT4, INT5, INT8 = 0, 1, 2
-LINES = (4, 5, 8)  # lines of 64 bytes that hold one group of 16 rows, by kind
+LINES = (4, 5, 8)  # lines of codes in one block, by kind
 OFFSETS = 4  # numbers of one group in ``offsets``
 _FEW = 4  # tokens of the smaller tile, for those that do not fill a whole one
 _NO_ZERO = 3  # the offset that is always 0
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 _LINE = 64  # bytes of one line: 16 rows x 4 columns
+_HALFS = 32  # bytes of 16 scales or mins
+
+
+def block_bytes(kind: int, has_mins: bool) -> int:
+    """Bytes of one group of 16 rows."""
+    return LINES[kind] * _LINE + (2 if has_mins else 1) * _HALFS
 
 
 @kernel(strict=True)
@@ -95,32 +103,32 @@ def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, lo
             offsets[t, g, _NO_ZERO] = 0
 
 
-# For each token of a tile (as many as ``rows`` has vectors), group ``at`` of 16 rows times group ``xi`` of the
+# For each token of a tile (as many as ``rows`` has vectors), the block at byte ``at`` times group ``xi`` of the
 # activations, sum((code - zero) xq); the next token's group is ``groups`` further.
 
 
 @inline_kernel
-def _dots_int4(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+def _dots_int4(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
     zero = offset_rows(offsets, xi * OFFSETS + (_NO_ZERO if has_mins else 0), groups * OFFSETS, rows)
     sums = start_rows(zero)
     q, step = xi * GROUP, groups * GROUP
     for j in range(4):
-        line = u8_load(codes, (at * 4 + j) * _LINE)
+        line = u8_load(w, at + j * _LINE)
         sums = dot_rows(sums, low_nibbles(line), xq, q + 4 * j, step)
         sums = dot_rows(sums, high_nibbles(line), xq, q + 4 * j + 16, step)
     return end_rows(sums, zero)
 
 
 @inline_kernel
-def _dots_int5(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+def _dots_int5(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
     sums = offset_rows(offsets, xi * OFFSETS + (_NO_ZERO if has_mins else 1), groups * OFFSETS, rows)
     q, step = xi * GROUP, groups * GROUP
-    fifth = u8_load(codes, (at * 5 + 4) * _LINE)
+    fifth = u8_load(w, at + 4 * _LINE)
     for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
         so_far = sums
         sums = start_rows(so_far)
         for j in range(half, half + 2):
-            line = u8_load(codes, (at * 5 + j) * _LINE)
+            line = u8_load(w, at + j * _LINE)
             sums = dot_rows(sums, with_fifth_bit(low_nibbles(line), fifth, j), xq, q + 4 * j, step)
             sums = dot_rows(sums, with_fifth_bit(high_nibbles(line), fifth, j + 4), xq, q + 4 * j + 16, step)
         sums = end_rows(sums, so_far)
@@ -128,36 +136,34 @@ def _dots_int5(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any,
 
 
 @inline_kernel
-def _dots_int8(codes: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
+def _dots_int8(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
     sums = signed_offset_rows(offsets, xi * OFFSETS, groups * OFFSETS, rows)
     for j in range(8):
-        sums = sdot_rows(sums, u8_load(codes, (at * 8 + j) * _LINE), xq, xi * GROUP + 4 * j, groups * GROUP)
+        sums = sdot_rows(sums, u8_load(w, at + j * _LINE), xq, xi * GROUP + 4 * j, groups * GROUP)
     return sums
 
 
 @inline_kernel
-def _add_group(
-    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
-    at: Any, xi: Any, groups: Any, acc: Any,
+def _add_block(
+    dots: Any, lines: Any, has_mins: Any, w: Any, at: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    xi: Any, groups: Any, acc: Any,
 ) -> Any:  # fmt: skip
-    """acc + group ``at`` of 16 rows times group ``xi`` of the activations, for each token of the tile."""
-    has_mins = mins.size > 0
-    sums = dots(codes, at, xq, offsets, xi, groups, has_mins, acc)
+    """acc + the block at byte ``at`` times group ``xi`` of the activations, for each token of the tile."""
+    sums = dots(w, at, xq, offsets, xi, groups, has_mins, acc)
     if has_mins:
-        acc = fma_rows(load(mins, at * LANES), totals, xi, groups, acc)
-    return scale_rows(acc, sums, load(scales, at * LANES), xs, xi, groups)
+        acc = fma_rows(halfs_load(w, at + lines * _LINE + _HALFS), totals, xi, groups, acc)
+    return scale_rows(acc, sums, halfs_load(w, at + lines * _LINE), xs, xi, groups)
 
 
 @inline_kernel
 def _tile(
-    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    dots: Any, lines: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
     p: Any, t: Any, groups: Any, acc: Any, out: Any, rows: Any,
 ) -> None:  # fmt: skip
     """The 16 outputs of panel p for the tokens from t on, as many as ``acc`` has zeros: weights are unpacked once."""
     for g in range(groups):
-        acc = _add_group(
-            dots, codes, scales, mins, xq, xs, offsets, totals, p * groups + g, t * groups + g, groups, acc
-        )
+        at, xi = (p * groups + g) * size, t * groups + g
+        acc = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, xi, groups, acc)
     at, count = t * rows + p * LANES, rows - p * LANES
     if count >= LANES:
         store_rows(out, at, rows, acc)
@@ -168,24 +174,26 @@ def _tile(
 
 @inline_kernel
 def _panels(
-    dots: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, groups: Any,
+    dots: Any, lines: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any, groups: Any,
     out: Any, tokens: Any, rows: Any, lo: Any, hi: Any,
 ) -> None:  # fmt: skip
+    """quant_matmul for one kind of weights, on flat arrays; ``size``: bytes of a block."""
     height = len(tile_zeros())
     if tokens == 1:
         # Memory is the limit: four panels that lie far apart are read side by side.
         step = (min(hi, rows // LANES) - lo) // STREAMS
         for p in range(lo, lo + step):
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
+            apart = step * groups * size
             for g in range(groups):
-                at = p * groups + g
-                a = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, a)
-                at += step * groups
-                b = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, b)
-                at += step * groups
-                c = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, c)
-                at += step * groups
-                d = _add_group(dots, codes, scales, mins, xq, xs, offsets, totals, at, g, groups, d)
+                at = (p * groups + g) * size
+                a = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
+                at += apart
+                b = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
+                at += apart
+                c = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
+                at += apart
+                d = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
             store_rows(out, p * LANES, rows, a)
             store_rows(out, (p + step) * LANES, rows, b)
             store_rows(out, (p + 2 * step) * LANES, rows, c)
@@ -194,43 +202,41 @@ def _panels(
     for p in range(lo, hi):
         t = 0
         while t + height <= tokens:
-            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, tile_zeros(), out, rows)
+            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, tile_zeros(), out, rows)
             t += height
         while t + _FEW <= tokens:
-            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, f32_zeros(_FEW), out, rows)
+            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(_FEW), out, rows)
             t += _FEW
         while t < tokens:
-            _tile(dots, codes, scales, mins, xq, xs, offsets, totals, p, t, groups, f32_zeros(1), out, rows)
+            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(1), out, rows)
             t += 1
 
 
 @kernel(strict=True)
 def quant_matmul(
-    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any,
-    lo: Any, hi: Any,
-) -> None:  # fmt: skip
+    kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any, lo: Any, hi: Any
+) -> None:
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     tokens, rows = out.shape
-    groups = scales.shape[1]
-    c, s, m, o = flat(codes), flat(scales), flat(mins), flat(out)
-    q, xs, z, x_sums = flat(xq), flat(xs), flat(offsets), flat(totals)
+    _, groups, size = blocks.shape
+    w, o, q, s, z, t = flat(blocks), flat(out), flat(xq), flat(xs), flat(offsets), flat(totals)
     if kind == INT4:
-        _panels(_dots_int4, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int4, 4, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
     elif kind == INT5:
-        _panels(_dots_int5, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int5, 5, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
     else:
-        _panels(_dots_int8, c, s, m, q, xs, z, x_sums, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int8, 8, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
 
 
 @parallel_kernel
 def quant_matmul_parallel(
-    kind: Any, codes: Any, scales: Any, mins: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any, threads: Any
+    kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, out: Any, threads: Any
 ) -> None:
     """quant_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
-    panels = scales.shape[0]
+    panels = blocks.shape[0]
     for t in prange(threads):
         lo, hi = panels * t // threads, panels * (t + 1) // threads
-        quant_matmul(kind, codes, scales, mins, xq, xs, offsets, totals, out, lo, hi)
+        quant_matmul(kind, has_mins, blocks, xq, xs, offsets, totals, out, lo, hi)
 
 
 @parallel_kernel
@@ -251,13 +257,13 @@ def round_activations(x: np.ndarray, xq: np.ndarray, xs: np.ndarray, offsets: np
 
 
 def linear_quant(
-    kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray,
+    kind: int, has_mins: bool, blocks: np.ndarray,
     xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, out: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
-    threads = threads_for(len(out) * codes.size, PARALLEL_MACS, len(scales))
+    threads = threads_for(len(out) * blocks.size, PARALLEL_MACS, len(blocks))
     if threads == 1:
-        quant_matmul(kind, codes, scales, mins, xq, xs, offsets, totals, out, 0, len(scales))
+        quant_matmul(kind, has_mins, blocks, xq, xs, offsets, totals, out, 0, len(blocks))
     else:
-        launch(quant_matmul_parallel, kind, codes, scales, mins, xq, xs, offsets, totals, out, threads)
+        launch(quant_matmul_parallel, kind, has_mins, blocks, xq, xs, offsets, totals, out, threads)
     return out

@@ -7,7 +7,7 @@ import numpy as np
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES, block_bytes
 
 _QUADS = GROUP // 4  # of one row's group: four columns each
 _NIBBLE = np.uint32(4)
@@ -16,15 +16,11 @@ _NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
 
 
 class Panels(NamedTuple):
-    """A quantised matrix as ``quant_matmul`` takes it: codes (P, G, 4, 5 or 8, 64) uint8, scales (P, G, 16) uint16.
-
-    ``kind`` is INT4, INT5 or INT8; mins (P, G, 16) uint16, or (P, 0, 16) for symmetric weights.
-    """
+    """A quantised matrix as ``quant_matmul`` takes it: ``kind`` is INT4, INT5 or INT8; blocks (P, G, bytes) uint8."""
 
     kind: int
-    codes: np.ndarray
-    scales: np.ndarray
-    mins: np.ndarray
+    has_mins: bool
+    blocks: np.ndarray
 
     def part(self, lo: int, hi: int) -> "Panels":
         """Views of the panels that hold rows lo:hi.
@@ -34,63 +30,71 @@ class Panels(NamedTuple):
         """
         if lo % LANES:
             raise ValueError(f"lo: expected a multiple of {LANES}, found {lo}")
-        p, q = lo // LANES, (hi + LANES - 1) // LANES
-        return Panels(self.kind, self.codes[p:q], self.scales[p:q], self.mins[p:q])
+        return self._replace(blocks=self.blocks[lo // LANES : (hi + LANES - 1) // LANES])
+
+    @property
+    def codes(self) -> np.ndarray:
+        """A view of the lines of codes, (P, G, 4, 5 or 8, 64) uint8."""
+        lines = LINES[self.kind]
+        return self.blocks[:, :, : 64 * lines].reshape(*self.blocks.shape[:2], lines, 64)
+
+    @property
+    def scales(self) -> np.ndarray:
+        """A view of the scales, (P, G, 16) uint16."""
+        first = 32 * LINES[self.kind]
+        return self.blocks.view(np.uint16)[:, :, first : first + LANES]
+
+    @property
+    def mins(self) -> np.ndarray:
+        """A view of the mins, (P, G, 16) uint16, or (P, G, 0)."""
+        return self.blocks.view(np.uint16)[:, :, 32 * LINES[self.kind] + LANES :]
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and mins."""
-        return self.codes.nbytes + self.scales.nbytes + self.mins.nbytes
+        return self.blocks.nbytes
 
 
 def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
     """Uninitialised panels for a matrix (rows, columns) of INT4, INT5 or INT8, on whole cache lines."""
     panels, groups = (rows + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
-    return Panels(
-        kind,
-        weights_empty((panels, groups, LINES[kind], 64), np.uint8),
-        weights_empty((panels, groups, LANES), np.uint16),
-        weights_empty((panels, groups if mins else 0, LANES), np.uint16),
-    )
+    return Panels(kind, mins, weights_empty((panels, groups, block_bytes(kind, mins)), np.uint8))
 
 
 @kernel
-def pack_rows(
-    kind: Any, quads: Any, scales: Any, mins: Any, to_quads: Any, to_scales: Any, to_mins: Any, lo: Any, hi: Any
-) -> None:
-    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G), to_quads (P, G, 4, 5 or 8, 16) uint32.
+def pack_rows(kind: Any, quads: Any, scales: Any, mins: Any, words: Any, halfs: Any, lo: Any, hi: Any) -> None:
+    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
 
     A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
     """
-    count = quads.shape[0]
-    groups, lines = to_quads.shape[1], to_quads.shape[2]
+    count, groups = quads.shape[0], words.shape[1]
+    lines = LINES[kind]
     for p in range(lo, hi):
         first = p * LANES
         rows = min(LANES, count - first)
         for g in range(groups):
+            to, numbers = words[p, g], halfs[p, g, lines * 2 * LANES :]
             for r in range(rows):
                 at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
-                if kind == INT4:
+                if kind == INT8:
+                    for j in range(8):
+                        to[j * LANES + r] = at[j]
+                else:
                     for j in range(4):
-                        to_quads[p, g, j, r] = at[j] | (at[4 + j] << _NIBBLE)
-                elif kind == INT5:
+                        to[j * LANES + r] = (at[j] & _NIBBLES) | ((at[4 + j] & _NIBBLES) << _NIBBLE)
+                if kind == INT5:
                     fifth = np.uint32(0)
-                    for j in range(4):
-                        to_quads[p, g, j, r] = (at[j] & _NIBBLES) | ((at[4 + j] & _NIBBLES) << _NIBBLE)
                     for j in range(8):
                         fifth |= ((at[j] >> _NIBBLE) & _ONES) << np.uint32(j)
-                    to_quads[p, g, 4, r] = fifth
-                else:
-                    for j in range(8):
-                        to_quads[p, g, j, r] = at[j]
-                to_scales[p, g, r] = scales[first + r, g]
+                    to[4 * LANES + r] = fifth
+                numbers[r] = scales[first + r, g]
+                if mins.shape[1] > 0:
+                    numbers[LANES + r] = mins[first + r, g]
             for r in range(rows, LANES):
                 for j in range(lines):
-                    to_quads[p, g, j, r] = 0
-                to_scales[p, g, r] = 0
-        for g in range(to_mins.shape[1]):
-            for r in range(LANES):
-                to_mins[p, g, r] = mins[first + r, g] if r < rows else 0
+                    to[j * LANES + r] = 0
+                for j in range(0, numbers.shape[0], LANES):
+                    numbers[j + r] = 0
 
 
 def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
@@ -108,7 +112,7 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
         TypeError: an argument has a wrong dtype.
         ValueError: shapes do not match.
     """
-    panels, groups = to.scales.shape[:2]
+    panels, groups = to.blocks.shape[:2]
     rows = len(codes)
     if panels != (rows + LANES - 1) // LANES:
         raise ValueError(f"codes: expected the rows of {panels} panels of {LANES}, found {rows}")
@@ -116,9 +120,9 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
     scales = _checked("scales", scales, (rows, groups), np.uint16)
     if mins is None:
         mins = np.empty((rows, 0), np.uint16)
-    mins = _checked("mins", mins, (rows, to.mins.shape[1]), np.uint16)
-    quads, to_quads = codes.view(np.uint32), to.codes.view(np.uint32)
-    pack_rows(to.kind, quads, scales, mins, to_quads, to.scales, to.mins, 0, panels)
+    mins = _checked("mins", mins, (rows, groups if to.has_mins else 0), np.uint16)
+    quads = codes.view(np.uint32)
+    pack_rows(to.kind, quads, scales, mins, to.blocks.view(np.uint32), to.blocks.view(np.uint16), 0, panels)
 
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type) -> np.ndarray:
@@ -132,7 +136,7 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type
 def unpack_row(panels: Panels, row: int) -> np.ndarray:
     """Row ``row`` as (32 G,) float32: an embedding looked up in a tied head."""
     p, r = divmod(row, LANES)
-    quads = panels.codes[p].view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16, 20 or 32)
+    quads = np.ascontiguousarray(panels.codes[p]).view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16, 20 or 32)
     if panels.kind == INT8:
         codes = quads.view(np.int8).astype(np.float32)
     else:
@@ -142,6 +146,6 @@ def unpack_row(panels: Panels, row: int) -> np.ndarray:
             nibbles |= fifth.reshape(nibbles.shape) << 4
         codes = nibbles.astype(np.float32)
     scale = panels.scales[p, :, r].view(np.float16).astype(np.float32)[:, None]
-    if panels.mins.shape[1]:
+    if panels.has_mins:
         return (codes * scale + panels.mins[p, :, r].view(np.float16).astype(np.float32)[:, None]).reshape(-1)
     return ((codes - _ZERO_CODES[panels.kind]) * scale).reshape(-1)

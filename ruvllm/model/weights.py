@@ -100,8 +100,8 @@ class FloatWeights:
         return FloatWeights(panels, self.rows)
 
     def addresses(self) -> list[int]:
-        """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
-        return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0, 0, 0]
+        """Layout, weights, whether they have mins, for ``kernels.forward``."""
+        return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0]
 
 
 class IntegerWeights:
@@ -122,9 +122,8 @@ class IntegerWeights:
         return unpack_quant_row(self.panels, i)[: self.columns]
 
     def addresses(self) -> list[int]:
-        """Layout, weights, scales, mins, groups with mins, for ``kernels.forward``."""
-        kind, codes, scales, mins = self.panels
-        return [kind, codes.ctypes.data, scales.ctypes.data, mins.ctypes.data, mins.shape[1]]
+        """Layout, weights, whether they have mins, for ``kernels.forward``."""
+        return [self.panels.kind, self.panels.blocks.ctypes.data, int(self.panels.has_mins)]
 
 
 def load_weights(tensor: WeightTensor, layout: str) -> FloatWeights | IntegerWeights:

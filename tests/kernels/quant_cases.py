@@ -59,8 +59,7 @@ def weights(kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray |
     """From codes (uint8), scales and mins (bits of half floats)."""
     n, groups = scales.shape
     panels = empty_panels(kind, n, groups * 32, mins is not None)
-    for array in panels[1:]:
-        array[...] = 77  # whatever was in memory
+    panels.blocks[...] = 77  # whatever was in memory
     pack_groups(codes, scales, mins, panels)
     values = codes.view(np.int8).astype(np.int64) if kind == INT8 else codes.astype(np.int64)
     scale = scales.view(np.float16).astype(np.float64)
@@ -113,7 +112,7 @@ def unit_activations(xq: np.ndarray) -> Activations:
 def multiply(w: Weights, x: Activations) -> np.ndarray:
     """y (T, N), with quant_matmul."""
     out = np.full((len(x.xq), len(w.codes)), np.nan, np.float32)
-    quant_matmul(*w.panels, *x, out, 0, len(w.panels.scales))
+    quant_matmul(*w.panels, *x, out, 0, len(w.panels.blocks))
     return out
 
 

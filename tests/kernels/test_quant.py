@@ -162,8 +162,9 @@ from numba import int64, types
 from ruvllm.kernels.quant import quant_matmul
 def array(element, axes):
     return types.Array(element, axes, "C")
-codes, halves, x = array(types.uint8, 4), array(types.uint16, 3), array(types.float32, 2)
-quant_matmul.compile((int64, codes, halves, halves, array(types.int8, 2), x, array(types.int32, 3), x, x, int64, int64))
+blocks, x = array(types.uint8, 3), array(types.float32, 2)
+xq, offsets = array(types.int8, 2), array(types.int32, 3)
+quant_matmul.compile((int64, types.boolean, blocks, xq, x, offsets, x, x, int64, int64))
 print(*quant_matmul.inspect_asm().values())
 """
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant import INT4, INT8
+from ruvllm.kernels.quant import INT4, INT5, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups, unpack_row
 from ruvllm.kernels.quantize import dequantize, quantize_int4, quantize_int8, quantize_parallel, quantize_rows
 
@@ -216,15 +216,14 @@ def test_layout_of_inputs_does_not_matter() -> None:
 
 def random_groups(kind: int, n: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 16 if kind == INT4 else 256, (n, 32 * groups), np.uint8)
+    codes = rng.integers(0, {INT4: 16, INT5: 32, INT8: 256}[kind], (n, 32 * groups), np.uint8)
     scales, mins = rng.standard_normal((2, n, groups)).astype(np.float16).view(np.uint16)
     return codes, scales, mins
 
 
 def dirty_panels(kind: int, n: int, columns: int, mins: bool) -> Panels:
     panels = empty_panels(kind, n, columns, mins)
-    for array in panels[1:]:
-        array[...] = 0xAB
+    panels.blocks[...] = 0xAB
     return panels
 
 
@@ -232,31 +231,37 @@ def unpacked(panels: Panels) -> np.ndarray:
     """Codes (16 P, 32 G) by the layout's definition: byte i of line j is row i // 4, column 4 j + i % 4."""
     p, g, lines, _ = panels.codes.shape
     quads = panels.codes.reshape(p, g, lines, 16, 4)
+    if panels.kind == INT5:
+        fifth = np.stack([quads[:, :, 4] >> j & 1 for j in range(8)], axis=2)
+        quads = np.concatenate((quads[:, :, :4] & 15, quads[:, :, :4] >> 4), axis=2) + 16 * fifth
     if panels.kind == INT4:
         quads = np.concatenate((quads & 15, quads >> 4), axis=2)
     return quads.transpose(0, 3, 1, 2, 4).reshape(16 * p, 32 * g)
 
 
-@pytest.mark.parametrize("kind", [INT4, INT8])
+@pytest.mark.parametrize("kind", [INT4, INT5, INT8])
 @pytest.mark.parametrize("with_mins", [False, True])
 def test_panels_hold_the_groups(kind: int, with_mins: bool) -> None:
     for n, groups in ((1, 1), (15, 2), (16, 3), (17, 1), (33, 5), (300, 18)):
         codes, scales, mins = random_groups(kind, n, groups)
         panels = dirty_panels(kind, n, 32 * groups, with_mins)
-        assert panels.codes.ctypes.data % 64 == 0 and panels.scales.ctypes.data % 64 == 0
+        assert panels.blocks.ctypes.data % 64 == 0
         pack_groups(codes, scales, mins if with_mins else None, panels)
         np.testing.assert_array_equal(unpacked(panels)[:n], codes)
-        for to, given_rows in ((panels.scales, scales), (panels.mins, mins if with_mins else mins[:, :0])):
+        assert panels.mins.shape[2] == 16 * with_mins
+        for to, given_rows in ((panels.scales, scales), (panels.mins, mins))[: 1 + with_mins]:
             rows = to.transpose(0, 2, 1).reshape(16 * len(to), to.shape[1])
             np.testing.assert_array_equal(rows[:n], given_rows)
             assert not rows[n:].any()  # zero weights, whatever the codes
-        values = codes if kind == INT4 else codes.view(np.int8)
+        values = codes.view(np.int8) if kind == INT8 else codes
+        if kind == INT5 and not with_mins:
+            values = values.astype(np.int8) - np.int8(16)
         expected = dequantize(values, scales, mins if with_mins else None)
         for row in {0, n // 2, n - 1}:
             np.testing.assert_array_equal(unpack_row(panels, row), expected[row])
 
 
-@pytest.mark.parametrize("kind", [INT4, INT8])
+@pytest.mark.parametrize("kind", [INT4, INT5, INT8])
 def test_panels_packed_in_parts_are_the_same(kind: int) -> None:
     n, groups = 117, 3
     codes, scales, mins = random_groups(kind, n, groups)
@@ -265,9 +270,8 @@ def test_panels_packed_in_parts_are_the_same(kind: int) -> None:
     parts = dirty_panels(kind, n, 96, True)
     for lo, hi in ((0, 16), (16, 64), (64, 117)):
         pack_groups(codes[lo:hi], scales[lo:hi], mins[lo:hi], parts.part(lo, hi))
-    for array, expected in zip(parts[1:], whole[1:], strict=True):
-        np.testing.assert_array_equal(array, expected)
-    assert whole.nbytes == 8 * 16 * groups * ((16 if kind == INT4 else 32) + 4)
+    np.testing.assert_array_equal(parts.blocks, whole.blocks)
+    assert whole.nbytes == 8 * 16 * groups * ({INT4: 16, INT5: 20, INT8: 32}[kind] + 4)
 
 
 def test_packing_arguments_are_checked() -> None:

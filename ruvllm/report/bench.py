@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
+import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
+from ruvllm.kernels import buffer_sum
+from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._threads import limited_to
 from ruvllm.lab.peaks import Peaks
 from ruvllm.report.results import Entry
-from ruvllm.report.timing import Effort, Engine, Timing, alternate
+from ruvllm.report.timing import Call, Effort, Engine, Timing, alternate
 
 _TURNS_OF_MANY = 7  # where several threads work, since engines then rest between turns
 _FREE_SHARE = 0.8  # of the free memory, that a row may take
-OWN = "ruvllm"
+_BUFFER_BYTES = 1 << 28
+OWN, _READ = "ruvllm", "read"
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,27 @@ class Bench:
         inside: Timing | None = None,
     ) -> Entry:  # fmt: skip
         """Time OWN and its peers in turns. ``integer``: the arithmetic is that of integer dot products."""
-        many = threads > 1
+        many, peaks = threads > 1, self.peaks[threads]
         effort = replace(self.effort, turns=min(self.effort.turns, _TURNS_OF_MANY)) if many else self.effort
+        if from_memory := nbytes > max((level.size for level in peaks.levels[:-1]), default=0.0):
+            engines = {**engines, _READ: Call(partial(buffer_sum, self._buffer))}
         found = alternate(engines, effort, rest=many)
-        seconds, bound = least_seconds(self.peaks[threads], flops, nbytes, integer)
+        if from_memory:
+            peaks = with_memory(peaks, self._buffer.nbytes / found.pop(_READ).median)
+        seconds, bound = least_seconds(peaks, flops, nbytes, integer)
         return Entry(threads, found.pop(OWN), inside, seconds, bound, found)
+
+    @cached_property
+    def _buffer(self) -> np.ndarray:
+        """What is read beside rows that come from memory: the speed of that changes from one moment to the next."""
+        buffer = aligned_empty(_BUFFER_BYTES // 4)
+        buffer[:] = 1
+        return buffer
+
+
+def with_memory(peaks: Peaks, bandwidth: float) -> Peaks:
+    """The limits with another read bandwidth of memory, in bytes/s."""
+    return replace(peaks, levels=(*peaks.levels[:-1], replace(peaks.levels[-1], bandwidth=bandwidth)))
 
 
 def least_seconds(peaks: Peaks, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:

@@ -24,8 +24,9 @@ NOTES = (
     "again by compiled code; GFLOP/s, GB/s, the share of the limit and the comparison with the M4 Pro take it where it "
     "was measured (calls under 100 us on one thread), because the seed's figures have no Python in them.",
     "“Of the limit” is the time that this machine needs at least (the arithmetic at its peak, or the compulsory bytes "
-    "at the bandwidth of the level of memory that they fit into, whichever is longer) over the time taken. More than "
-    "100 % means that a part was still in a nearer cache.",
+    "at the bandwidth of the level of memory that they fit into, whichever is longer) over the time taken. Where that "
+    "level is memory, its bandwidth was measured in the same turns. More than 100 % means that a part was still in a "
+    "nearer cache.",
     "“Error” is sqrt(Σ(y − r)² / Σr²) against the float64 result r.",
     "A ratio of 2.0x beside a peer means that ruvllm takes half its time, both called from Python, with as many "
     "threads. llama.cpp offers whole models alone, so it stands beside layers.",
@@ -198,7 +199,7 @@ def _reasons(section: SectionResult) -> Iterator[str]:
         for peer, why in result.missing.items():
             labels.setdefault((peer, why), []).append(result.label)
     for (peer, why), rows in labels.items():
-        which = "" if len(rows) == len(section.results) else f" ({', '.join(rows)})"
+        which = "" if len(rows) == len(section.results) else f" ({'; '.join(rows)})"
         yield f"{NOTHING} {PEERS[peer]}: {why}{which}."
 
 

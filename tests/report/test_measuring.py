@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,16 @@ def test_limit_is_the_longer_of_arithmetic_and_reads() -> None:
     assert least(1e6, 1000, integer=True) == [2_500, "int8 dot"]
     assert least(10, 1000) == [10, "L1"]
     assert least(10, 1e6) == [100_000, "memory"]
+
+
+def test_reads_from_memory_are_measured_beside_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(bench, "buffer_sum", lambda x: time.sleep(2e-3))
+    timed = bench.Bench(SHORT, {1: PEAKS[1]})
+    entry = timed.entry(1, {bench.OWN: Call(lambda: None)}, 10, 1e6)
+    assert entry.bound == "memory" and not entry.peers
+    assert entry.limit > 1e6 / (4096 / 2e-3)  # a sleep takes at least as long as was asked for
+    assert timed.entry(1, {bench.OWN: Call(lambda: None)}, 10, 1000).limit == 1000 / 1e11
 
 
 # --- layers --------------------------------------------------------------------------------------------------------

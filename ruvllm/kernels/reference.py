@@ -1,5 +1,6 @@
 """Every kernel in plain NumPy float64: the oracle that tests and the laboratory compare with."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -293,3 +294,60 @@ def dequantize(codes: Any, scales: Any, mins: Any = None, columns: int | None = 
     y = (codes.reshape(*scale.shape[:-1], 32).astype(np.float64) - zero) * scale
     y = y if mins is None else y + _from_half(np.asarray(mins))[..., None]
     return y.reshape(codes.shape)[..., :columns]
+
+
+def rms_norm_backward(x: Any, weight: Any, dy: Any, eps: float = 1e-5, add: bool = False) -> np.ndarray:
+    """The gradient of x in rms_norm."""
+    x, weight, dy = _f64(x, weight, dy)
+    r = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return r * weight * dy - x * r**3 * np.mean(weight * dy * x, axis=-1, keepdims=True)
+
+
+def silu_mul_backward(gate: Any, up: Any, dy: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of gate and up in silu_mul."""
+    gate, up, dy = _f64(gate, up, dy)
+    s = 1 / (1 + np.exp(-gate))
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+def cross_entropy(logits: Any, targets: Any, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Losses, and scale (softmax - onehot)."""
+    x, rows = _f64(logits), np.arange(len(targets))
+    p = softmax(x)
+    losses = -np.log(p[rows, targets])
+    p[rows, targets] -= 1
+    return losses, scale * p
+
+
+def adamw(
+    parameters: Any, grad: Any, m: Any, v: Any, step: int, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
+    eps: float = 1e-8, weight_decay: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Parameters, m and v after a step; the arguments stay as they are."""
+    p, g, m, v = _f64(parameters, grad, m, v)
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    seen, size = m / (1 - beta1**step), np.sqrt(v / (1 - beta2**step))
+    return p - lr * weight_decay * p - lr * seen / (size + eps), m, v
+
+
+def attention_backward(
+    q: Any, k: Any, v: Any, do: Any, starts: Any = None, window: int | None = None, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of q, k, v in causal attention, sequence by sequence and head by head."""
+    q, k, v, do = _f64(q, k, v, do)
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    tokens, heads, dim = q.shape
+    factor = dim**-0.5 if scale is None else scale
+    starts = [0, tokens] if starts is None else starts
+    for a, b in pairwise(starts):
+        t = np.arange(b - a)
+        seen = (t[None] <= t[:, None]) & (t[None] > t[:, None] - (window or tokens + 1))
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            p = softmax(np.where(seen, factor * q[a:b, h] @ k[a:b, kv].T, -np.inf)) if b > a else np.zeros((0, 0))
+            dp = do[a:b, h] @ v[a:b, kv].T
+            ds = factor * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+            dq[a:b, h] = ds @ k[a:b, kv]
+            dk[a:b, kv] += ds.T @ q[a:b, h]
+            dv[a:b, kv] += p.T @ do[a:b, h]
+    return dq, dk, dv

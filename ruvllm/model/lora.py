@@ -251,7 +251,7 @@ class MicroLora:
             if linears[name].layout not in FLOAT_LAYOUTS:
                 found = f"{name} has {linears[name].layout} weights"
                 raise ValueError(f"merge: {found}, which cannot be added to; load the model with weights='f32'")
-        for name, (down, up) in self._factors(self.active).items():
+        for name, (down, up) in self.factors(self.active).items():
             weights = linears[name].weights
             assert isinstance(weights, FloatWeights)
             self._unmerged[name] = weights
@@ -280,13 +280,13 @@ class MicroLora:
         if found is None:
             model = self.model
             half = not any(linear.layout in FLOAT_LAYOUTS for linear in model.linears().values())
-            found = AdapterSet(len(model.layers), TARGETS, self._factors(active), half)
+            found = AdapterSet(len(model.layers), TARGETS, self.factors(active), half)
             while len(self._sets) >= _SETS_KEPT:
                 self._sets.pop(next(iter(self._sets)))
             self._sets[key] = found
         return found
 
-    def _factors(self, active: Mapping[str, float]) -> dict[str, Factors]:
+    def factors(self, active: Mapping[str, float]) -> dict[str, Factors]:
         """down (R, K) and up (N, R) of every matrix, R the sum of the ranks of the adapters on it."""
         parts: dict[str, list[Factors]] = {}
         for name, weight in active.items():

@@ -14,6 +14,7 @@ from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpac
 from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES, linear_quant
 from ruvllm.kernels.quant_panels import Panels
 from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
+from ruvllm.kernels.transposed import linear_transposed, quant_transposed
 from ruvllm.model.activations import Activations
 
 _ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small beside the model, large beside a call
@@ -86,6 +87,10 @@ class FloatWeights:
         """out (T, N) = x W^T."""
         linear_panels(self.panels, x.x, out)
 
+    def matmul_transposed(self, dy: np.ndarray, out: np.ndarray, add: bool) -> None:
+        """out (T, K) = dy W, or += with ``add``."""
+        linear_transposed(self.panels, dy, out, add)
+
     def row(self, i: int) -> np.ndarray:
         """Row i as (K,) float32."""
         return unpack_row(self.panels, i)
@@ -116,6 +121,10 @@ class IntegerWeights:
     def matmul(self, x: Activations, out: np.ndarray) -> None:
         """out (T, N) = x W^T, with x rounded to 8 bits."""
         linear_quant(*self.panels, *x.rounded(), out)
+
+    def matmul_transposed(self, dy: np.ndarray, out: np.ndarray, add: bool) -> None:
+        """out (T, K) = dy W, or += with ``add``; dy is not rounded."""
+        quant_transposed(*self.panels, dy, out, add)
 
     def row(self, i: int) -> np.ndarray:
         """Row i as (K,) float32."""

@@ -17,7 +17,7 @@ from ruvllm.kernels._simd import f16_to_f32, f32_load, f32_store, f32_zero, load
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES
 
 _BLOCK = LANES * LANES
 _HALVES = GROUP // LANES
@@ -112,28 +112,28 @@ def _unpack_group(kind: Any, quads: Any, at: Any, scratch: Any) -> None:
 
 @kernel(strict=True)
 def transposed_quant(
-    kind: Any, quads: Any, scales: Any, mins: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any
+    kind: Any, has_mins: Any, words: Any, halfs: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any
 ) -> None:
-    """transposed_float for 4, 5 or 8 bits: quads (P, G, 4, 5 or 8, 16) uint32, scales and mins as in quant.py."""
+    """transposed_float for 4, 5 or 8 bits: words and halfs are the blocks (P, G, ...) of quant.py in those units."""
     tokens, rows = dy.shape
     columns = dx.shape[1]
-    groups, lines = quads.shape[1], quads.shape[2]
-    has_mins = mins.shape[1] > 0
-    codes, dys, dxs = flat(quads), flat(dy), flat(dx)
+    groups, size = words.shape[1], words.shape[2]
+    scales = 2 * LANES * LINES[kind]
+    codes, dys, dxs = flat(words), flat(dy), flat(dx)
     for g in range(lo, hi):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
             for p in range(first // LANES, (first + n + LANES - 1) // LANES):
                 for r in range(LANES):
-                    scale = f16_to_f32(scales[p, g, r])
+                    scale = f16_to_f32(halfs[p, g, scales + r])
                     scratch[_SCALES + r] = scale
                     if has_mins:
-                        scratch[_SCALES + LANES + r] = f16_to_f32(mins[p, g, r])
+                        scratch[_SCALES + LANES + r] = f16_to_f32(halfs[p, g, scales + LANES + r])
                     elif kind == INT8:
                         scratch[_SCALES + LANES + r] = np.float32(0)
                     else:
                         scratch[_SCALES + LANES + r] = scale * (_ZERO4 if kind == INT4 else _ZERO5)
-                at = (p * groups + g) * lines * LANES
+                at = (p * groups + g) * size
                 if kind == INT4:
                     _unpack_group(INT4, codes, at, scratch)
                 elif kind == INT5:
@@ -156,13 +156,13 @@ def transposed_float_parallel(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, 
 
 @parallel_kernel
 def transposed_quant_parallel(
-    kind: Any, quads: Any, scales: Any, mins: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any
+    kind: Any, has_mins: Any, words: Any, halfs: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any
 ) -> None:
     """transposed_quant with the columns of W split over threads; scratch (threads, SCRATCH)."""
     units = (dx.shape[1] + GROUP - 1) // GROUP
     for t in prange(threads):
         lo, hi = units * t // threads, units * (t + 1) // threads
-        transposed_quant(kind, quads, scales, mins, dy, add, dx, scratch[t], lo, hi)
+        transposed_quant(kind, has_mins, words, halfs, dy, add, dx, scratch[t], lo, hi)
 
 
 def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False) -> np.ndarray:
@@ -180,16 +180,15 @@ def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool =
 
 
 def quant_transposed(
-    kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray, dy: np.ndarray, dx: np.ndarray,
-    add: bool = False,
-) -> np.ndarray:  # fmt: skip
+    kind: int, has_mins: bool, blocks: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False
+) -> np.ndarray:
     """linear_transposed for panels of integers, see ``quant_panels.Panels``."""
-    quads = codes.view(np.uint32)
-    units = scales.shape[1]
+    words, halfs = blocks.view(np.uint32), blocks.view(np.uint16)
+    units = blocks.shape[1]
     threads = threads_for(len(dy) * dx.shape[1] * dy.shape[1], PARALLEL_MACS, units)
     if threads == 1:
-        transposed_quant(kind, quads, scales, mins, dy, add, dx, aligned_empty(SCRATCH), 0, units)
+        transposed_quant(kind, has_mins, words, halfs, dy, add, dx, aligned_empty(SCRATCH), 0, units)
     else:
         scratch = aligned_empty((num_threads(), SCRATCH))
-        launch(transposed_quant_parallel, kind, quads, scales, mins, dy, add, dx, scratch, threads)
+        launch(transposed_quant_parallel, kind, has_mins, words, halfs, dy, add, dx, scratch, threads)
     return dx

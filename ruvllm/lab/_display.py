@@ -21,7 +21,9 @@ def as_text(heading: str, rows: Rows) -> str:
 
 
 def as_html(heading: str, rows: Rows) -> str:
-    """The same as a paragraph and a table."""
+    """The same as a paragraph and a table; without rows the paragraph alone."""
+    if not rows:
+        return f"<p>{html.escape(heading)}</p>"
     align = ["right" if _numeric(rows, i) else "left" for i in range(len(rows[0]))]
 
     def line(tag: str, row: tuple[str, ...]) -> str:

@@ -1,0 +1,84 @@
+"""Which compiled bodies a computation calls, and with which types: found by letting it run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from ruvllm.kernels import KernelSpec
+from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels._threads import limited_to
+
+Call = tuple[Any, tuple[Any, ...]]  # a compiled body, and the numba types of its arguments
+
+
+@contextmanager
+def replaced(make: Callable[[Any], Any], wanted: Callable[[Any], bool]) -> Iterator[None]:
+    """Wherever a module of the library names a ``wanted`` object, it finds ``make(object)`` inside the block."""
+    before: list[tuple[Any, str, Any]] = []
+    made: dict[int, Any] = {}
+    try:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ruvllm.") and not name.startswith("ruvllm.lab"):
+                for attribute, value in list(vars(module).items()):
+                    if wanted(value):
+                        before.append((module, attribute, value))
+                        setattr(module, attribute, made.setdefault(id(value), make(value)))
+        yield
+    finally:
+        for module, attribute, value in before:
+            setattr(module, attribute, value)
+
+
+def calls_of(run: Callable[[], Any]) -> list[Call]:
+    """Each body that Python calls inside ``run``, on one thread, in order of the first call."""
+    found: dict[tuple[int, tuple[Any, ...]], Call] = {}
+
+    def recorder(body: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            signature = tuple(numba.typeof(argument) for argument in arguments)
+            found.setdefault((id(body), signature), (body, signature))
+            return body(*arguments)
+
+        return call
+
+    bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")}
+    with limited_to(1):
+        run()  # compiles what is new here: recorders are not compiled code, which bodies may call
+        with replaced(recorder, lambda value: id(value) in bodies):
+            run()
+    return list(found.values())
+
+
+def calls_of_kernel(spec: KernelSpec) -> list[Call]:
+    """The bodies behind a public kernel, at the first of its example sizes."""
+    arguments = spec.example(np.random.default_rng(0), **spec.sizes[0])
+    return calls_of(lambda: spec.function(**arguments))
+
+
+@cache
+def calls_of_models() -> dict[str, Call]:
+    """The bodies that models call, by name: with 4-bit and with float32 weights, one token and several."""
+    from ruvllm.model.config import ModelConfig
+    from ruvllm.model.llama import Llama
+
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+
+    def run() -> None:
+        for layout in ("int4", "f32"):
+            model = Llama(config, layout=layout)
+            model.fused = False
+            cache = model.new_cache(32)
+            model.forward(range(7), cache)
+            model.forward([1], cache)
+
+    return {body.py_func.__name__: (body, signature) for body, signature in reversed(calls_of(run))}

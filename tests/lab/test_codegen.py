@@ -1,0 +1,55 @@
+"""Code generation: on each kind of processor every kernel's loops are vectors of full width, and call no function.
+
+Nothing is timed and nothing runs: the assembly is read. All kernels are compiled once for each processor.
+"""
+
+import pytest
+
+from ruvllm.kernels import KERNELS
+from ruvllm.lab import Explanation, explain_all
+from ruvllm.lab._calls import calls_of_models
+
+WIDTHS = {"haswell": 256, "apple-m4": 128}
+MODEL_BODIES = ("quant_matmul", "quantize_activations", "panels_matmul", "attend_token_chunks", "merge_chunks")
+MOVE_ONLY = {"kv_append"}  # nothing is computed
+
+
+@pytest.fixture(scope="module")
+def explanations() -> dict[tuple[str, str], Explanation]:
+    return explain_all([*KERNELS, *MODEL_BODIES], ["host", *WIDTHS])
+
+
+def test_bodies_of_models_are_those_that_models_call() -> None:
+    assert set(MODEL_BODIES) <= set(calls_of_models())
+
+
+@pytest.mark.parametrize("target", ["host", *WIDTHS])
+@pytest.mark.parametrize("name", [*KERNELS, *MODEL_BODIES])
+def test_loops_are_vectors(explanations: dict[tuple[str, str], Explanation], name: str, target: str) -> None:
+    found = explanations[name, target]
+    if name in MOVE_ONLY:
+        assert not found.scalar_loops and not found.scalar_calls, str(found)
+        return
+    assert found.vectorized, str(found)
+    if target in WIDTHS:
+        assert found.width == WIDTHS[target], str(found)
+    else:
+        assert found.width >= 128
+
+
+@pytest.mark.parametrize("target", ["host", *WIDTHS])
+def test_quantised_products_use_the_integer_dot_product(
+    explanations: dict[tuple[str, str], Explanation], target: str
+) -> None:
+    found = explanations["quant_matmul", target]
+    assert sum(loop.dot for loop in found.loops) >= 48, str(found)
+    instruction = {"apple-m4": "sdot", "haswell": "vpmaddubsw"}.get(target, "")
+    assert instruction in found.assembly
+    assert any(loop.dot and loop.lines_per_element < 1 / 64 for loop in found.loops)
+
+
+@pytest.mark.parametrize("name", ["gemv", "panels_matmul", "dot", "lora_forward"])
+def test_products_are_fused(explanations: dict[tuple[str, str], Explanation], name: str) -> None:
+    for target in ("host", *WIDTHS):
+        widest = max(explanations[name, target].loops, key=lambda loop: loop.fma)
+        assert widest.fma >= 4 and not widest.spills, str(explanations[name, target])

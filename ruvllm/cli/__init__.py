@@ -109,6 +109,16 @@ def _warmup(args: argparse.Namespace) -> None:
     print("nothing was kept: there is no private cache directory" if directory is None else directory)
 
 
+def _explain(args: argparse.Namespace) -> None:
+    from ruvllm.lab import explain
+
+    name = take_last(args)
+    if name is None:
+        raise ValueError("which kernel? for example: ruvllm explain rms_norm")
+    found = explain(name, target=args.target)
+    print(f"{found}\n\n{found.annotated()}" if args.asm else found)
+
+
 def _report(args: argparse.Namespace) -> None:
     from ruvllm.cli._report import report
 
@@ -123,5 +133,6 @@ _COMMANDS = {
     "info": _info,
     "memory": _memory,
     "warmup": _warmup,
+    "explain": _explain,
     "report": _report,
 }

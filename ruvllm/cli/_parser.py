@@ -10,6 +10,7 @@ import ruvllm
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
+TARGETS = ("host", "apple-m4", "haswell", "znver4")  # as in lab.explanation
 
 _EXAMPLES = """\
 examples:
@@ -101,6 +102,18 @@ examples:
 _ONLY = "a table (attention, gqa, bandwidth, norms, matmul, rope, lora, layers, kv, memory) or a part of rows' names"
 
 
+_EXPLAIN = """\
+What the compiler made of a kernel's loops: their width in bits, multiply-adds, integer dot products, spills, cache lines
+read and written per number, calls of functions. For this processor, or for one that this machine need not be.
+NAME is a kernel (rms_norm, gemv ...) or a part of a model (quant_matmul, attend_units ...).
+
+examples:
+  ruvllm explain rms_norm
+  ruvllm explain quant_matmul --target apple-m4
+  ruvllm explain silu_mul --target haswell --asm
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -163,6 +176,9 @@ def build_parser() -> Parser:
 
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
 
+    explain = add("explain", "NAME", "what the compiler made of a kernel", _EXPLAIN)
+    explain.add_argument("--target", choices=TARGETS, default="host", help="the processor (default: this one)")
+    explain.add_argument("--asm", action="store_true", help="show the loops' assembly beside their source lines")
     report = add("report", "[REPORT.json]", "measure this machine: kernels, layers, peers, limits", _REPORT)
     report.add_argument("--quick", action="store_true", help="half a minute: one thread, fewer measurements and layers")
     report.add_argument("--only", action="append", default=[], metavar="NAME", help=_ONLY)

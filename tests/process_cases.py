@@ -14,11 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
+from numba import njit, prange
 from numba.np.ufunc.parallel import threading_layer
 
+from ruvllm.kernels.norm import rms_norm, rms_norm_parallel
 from ruvllm.llm import LLM
 from tests import llm_cases
 
@@ -81,6 +84,39 @@ def one_thread(llm: LLM, expected: list[list[int]]) -> None:
         assert answers(llm) == expected
 
 
+@njit(parallel=True, nogil=True)
+def normalise_all(x: Any, weight: Any, out: Any) -> None:
+    """A user's loop over one of our parallel kernels: each iteration would like threads of its own."""
+    for i in prange(len(x)):
+        rms_norm_parallel(x[i], weight, 1e-5, out[i], 2)
+
+
+def users_loops(llm: LLM, expected: list[list[int]]) -> None:
+    """A user's own parallel loop runs our kernels inside of it, in one thread after another and while a model talks."""
+    x = np.random.default_rng(0).standard_normal((16, 8, 64)).astype(np.float32)
+    weight, out = np.ones(64, np.float32), np.empty_like(x)
+    normalise_all(x, weight, out)
+    right = np.stack([rms_norm(part, weight) for part in x])
+    np.testing.assert_array_equal(out, right)
+    done, wrong = threading.Event(), []
+
+    def loop() -> None:
+        mine = np.empty_like(x)
+        while not done.is_set():
+            normalise_all(x, weight, mine)
+            if not (mine == right).all():
+                wrong.append(1)
+
+    other = threading.Thread(target=loop)
+    other.start()
+    try:
+        assert answers(llm) == expected
+    finally:
+        done.set()
+        other.join()
+    assert not wrong
+
+
 def forked(llm: LLM, expected: list[list[int]]) -> None:
     """A child of a process whose threads were running says so, and neither hangs nor is ended by OpenMP."""
     if not hasattr(os, "fork"):
@@ -134,6 +170,7 @@ SITUATIONS: dict[str, Callable[[LLM, list[list[int]]], None]] = {
     "many_threads": many_threads,
     "beside_numpy": beside_numpy,
     "one_thread": one_thread,
+    "users_loops": users_loops,
     "forked": forked,
     "spawned": spawned,
     "interrupted": interrupted,

@@ -5,7 +5,7 @@ Each situation of process_cases.py runs in a process of its own, under a watchdo
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -17,7 +17,18 @@ from tests.process_cases import SITUATIONS
 
 ROOT = Path(__file__).parents[1]
 HANGING = 240  # seconds
-LAYERS = ["omp", "workqueue", *(["tbb"] if importlib.util.find_spec("tbb") else [])]  # pip install tbb brings the last
+
+
+def _has_tbb() -> bool:
+    """pip install tbb brings it; its library must also be found (LD_LIBRARY_PATH)."""
+    try:
+        importlib.import_module("numba.np.ufunc.tbbpool")
+    except ImportError:
+        return False
+    return True
+
+
+LAYERS = ["omp", "workqueue", *(["tbb"] if _has_tbb() else [])]
 
 
 def _run(situation: str, directory: Path, **environment: str) -> str:

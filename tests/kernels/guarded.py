@@ -7,14 +7,13 @@ either page; ``... models`` runs small models of every kind whose buffers and we
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from ruvllm.kernels import _memory
 
 PAGE = mmap.PAGESIZE
 _PROT_NONE = 0
@@ -43,7 +42,33 @@ def copied(array: np.ndarray, at_end: bool) -> np.ndarray:
     return copy
 
 
+def guard_own_memory() -> None:
+    """What the package allocates for itself lies between such pages too, with up to 64 bytes of alignment behind it."""
+    _memory = importlib.import_module("ruvllm.kernels._memory")
+    importlib.import_module("ruvllm.model.llama")  # and with it all that allocate
+
+    def empty(shape: Any, dtype: Any = np.float32) -> np.ndarray:
+        return guarded(shape, dtype, align=_memory.CACHE_LINE)
+
+    def zeros(shape: Any, dtype: Any = np.float32) -> np.ndarray:
+        array = empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    replaced = 0
+    for name, guard in (
+        ("aligned_empty", empty), ("aligned_zeros", zeros), ("weights_empty", empty), ("scratch", empty)
+    ):  # fmt: skip
+        original = getattr(_memory, name)
+        for place, module in list(sys.modules.items()):
+            if place.startswith("ruvllm.") and getattr(module, name, None) is original:
+                setattr(module, name, guard)
+                replaced += 1
+    assert replaced > 8, "most modules take theirs by name"
+
+
 def run_kernels() -> None:
+    guard_own_memory()
     from ruvllm.kernels import KERNELS
     from tests.kernels import spec_cases as cases
 
@@ -60,17 +85,7 @@ def run_kernels() -> None:
 
 
 def run_models() -> None:
-    # Before anything has imported the functions under their names. 64 bytes of alignment may lie behind each array.
-    def empty(shape: Any, dtype: Any = np.float32) -> np.ndarray:
-        return guarded(shape, dtype, align=_memory.CACHE_LINE)
-
-    def zeros(shape: Any, dtype: Any = np.float32) -> np.ndarray:
-        array = empty(shape, dtype)
-        array[...] = 0
-        return array
-
-    assert "ruvllm.model.llama" not in sys.modules
-    _memory.aligned_empty, _memory.aligned_zeros = empty, zeros
+    guard_own_memory()
     from tests.model.model_cases import KINDS, run, small_model, text
 
     ids = text(90)

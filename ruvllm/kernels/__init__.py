@@ -6,7 +6,7 @@ from ruvllm.kernels import (
     attention_grad,
     backward,
     bandwidth,
-    cached_attention,
+    kv,
     lora,
     lora_grad,
     loss,
@@ -29,7 +29,7 @@ from ruvllm.kernels.attention import (
 from ruvllm.kernels.attention_grad import attention_backward
 from ruvllm.kernels.backward import rms_norm_backward, silu_mul_backward
 from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
-from ruvllm.kernels.cached_attention import kv_append
+from ruvllm.kernels.kv import kv_append
 from ruvllm.kernels.lora import lora_forward, lora_forward_add
 from ruvllm.kernels.lora_grad import lora_accumulate_grad
 from ruvllm.kernels.loss import cross_entropy
@@ -43,7 +43,7 @@ from ruvllm.kernels.sampling import apply_repetition_penalty, sample
 from ruvllm.kernels.vector import add, dot, scale
 
 _MODULES = (
-    activation, attention, bandwidth, cached_attention, lora, lora_grad, matmul, norm, ranking, rope, vector,
+    activation, attention, bandwidth, kv, lora, lora_grad, matmul, norm, ranking, rope, vector,
     attention_grad, backward, loss, optimizer,
 )  # fmt: skip
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}

@@ -20,5 +20,6 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._dot_llvm import *  # noqa: F403
     from ruvllm.kernels._dot_rows_llvm import *  # noqa: F403
+    from ruvllm.kernels._kv_llvm import *  # noqa: F403
     from ruvllm.kernels._rows_llvm import *  # noqa: F403
     from ruvllm.kernels._simd_llvm import *  # noqa: F403

@@ -17,6 +17,10 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 fmax, fmin = np.fmax, np.fmin
 
 
+def greater(a: Any, b: Any) -> Any:
+    return np.where(a > b, a, b)
+
+
 def splat(x: Any) -> Any:
     return np.full(LANES, x, np.int32 if isinstance(x, int | np.integer) else np.float32)
 
@@ -85,15 +89,11 @@ def load(array: Any, index: int) -> Any:
         return v.view(np.float16).astype(np.float32)
     if v.dtype == np.int16:
         return (v.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return v
+    return v.astype(np.float32)
 
 
 def halfs_load(array: Any, index: int) -> Any:
     return _elements(array, index, 2 * LANES).copy().view(np.float16).astype(np.float32)
-
-
-def store_scalar(array: Any, index: int, value: Any) -> None:
-    _elements(array, index, 1)[0] = np.float16(value).view(np.uint16) if array.dtype == np.uint16 else value
 
 
 def f16_to_f32(x: Any) -> Any:
@@ -248,3 +248,47 @@ def sdot_rows(sums: Any, w: Any, xq: Any, index: int, step: int) -> Any:
 def scale_rows(acc: Any, sums: Any, scale: Any, xs: Any, index: int, step: int) -> Any:
     factors = (scale * splat_at(xs, index + row * step) for row in range(len(acc)))
     return tuple(fma(to_f32(s), factor, a) for a, s, factor in zip(acc, sums, factors, strict=True))
+
+
+# --- numbers of a KV cache ---------------------------------------------------------------------------------------
+
+
+def _as_numbers(cache: Any, vector: Any) -> Any:
+    if cache.dtype == np.uint16:
+        return vector.astype(np.float16).view(np.uint16)
+    if cache.dtype == np.int8:
+        return np.nan_to_num(np.clip(np.rint(vector), -128, 127)).astype(np.int8)
+    return vector
+
+
+def store_numbers(cache: Any, index: int, vector: Any) -> None:
+    _elements(cache, index, LANES)[:] = _as_numbers(cache, vector)
+
+
+def store_number(cache: Any, index: int, value: Any, inverse: Any) -> None:
+    one = np.full(1, value * inverse if cache.dtype == np.int8 else value, np.float32)
+    _elements(cache, index, 1)[:] = _as_numbers(cache, one)
+
+
+def store_number_rows(cache: Any, index: int, step: int, rows: Any) -> None:
+    for row, vector in enumerate(rows):
+        store_numbers(cache, index + row * step, vector)
+
+
+def store_scale(cache: Any, index: int, scale: Any) -> None:
+    if cache.dtype == np.int8:
+        _elements(cache, index, 4)[:] = np.frombuffer(np.float32(scale).tobytes(), np.int8)
+
+
+def read_scales(cache: Any, index: int) -> Any:
+    if cache.dtype != np.int8:
+        return splat(np.float32(1))
+    return np.frombuffer(_elements(cache, index, 4 * LANES).tobytes(), np.float32)
+
+
+def scaled(cache: Any, vector: Any, scales: Any) -> Any:
+    return vector * scales if cache.dtype == np.int8 else vector
+
+
+def scaled_rows(cache: Any, rows: Any, scales: Any) -> Any:
+    return tuple(scaled(cache, row, scales) for row in rows)

@@ -26,7 +26,8 @@ from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.cached_attention import cached_attention, kv_append_heads, padded, scratch_size
+from ruvllm.kernels.cached_attention import cached_attention, scratch_size
+from ruvllm.kernels.kv import append, padded
 
 _NEGATIVE_INFINITY = np.float32(-np.inf)
 
@@ -250,7 +251,7 @@ def flash_attention(
         q.reshape(-1, tokens, heads, dim), k.reshape(-1, length, kv_heads, dim), v.reshape(-1, length, kv_heads, dim),
         out.reshape(-1, tokens, heads, dim), strict=True,
     ):  # fmt: skip
-        kv_append_heads(ks, vs, keys, values, every, 0, kv_heads)
+        append(ks, vs, keys, values, every)
         cached_attention(qs, keys, values, positions, window and min(window, length), scale, outs, scratch)
     return out
 

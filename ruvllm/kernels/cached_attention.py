@@ -1,12 +1,14 @@
-"""Attention of new tokens over a KV cache: append, then one pass of online softmax (flash attention).
+"""Attention of new tokens over a KV cache (kv.py), in one pass of online softmax (flash attention).
 
-Cache of one layer: keys (KV, B, D, 16), in blocks of 16 positions whose positions are the lanes, so that the
-scores of 16 positions are one panel product without sums across lanes; values (KV, S, DV) by position, DV = D
-rounded up to 16, so that the weighted sum of values is a panel product too. Both are float32 or IEEE half bits.
+Rows of a tile are query heads and tokens that share a kv head: row i of kv head g is token i // (H/KV) and query head
+g H/KV + i % (H/KV), so that every key and value that is loaded serves all of them. A block of 16 keys is a panel:
+scores of 16 positions without sums across lanes. Values lie by position, so their weighted sum is a panel product too.
 
-Softmax is computed while reading: per query the largest score so far m, the sum l of e^(score - m) and the sum of
-weighted values are rescaled when m grows (Milakov & Gimelshein 2018; Dao et al. 2022). A query sees positions
-max(0, p - window + 1) .. p, by loop bounds; nothing outside them is read.
+Softmax is computed while reading: per query the largest score so far m, the sum l of 2^(score - m) and the sum of
+weighted values are rescaled when m grows (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are scaled by log2(e),
+so that 2^x serves for e^x. A query sees positions max(0, p - window + 1) .. p, by loop bounds; nothing outside them
+counts. Chunks of positions begin at multiples of CHUNK and sums are taken position by position, so that a token's
+result depends on no other token of the call.
 """
 
 from typing import Any
@@ -14,169 +16,151 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels import _check, reference, token_attention
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._math import exp
-from ruvllm.kernels._simd import (
-    f32_load,
-    f32_store,
-    f32_zero,
-    fmax,
-    hmax,
-    hsum,
-    lane,
-    lanes_between,
-    splat,
-    store_scalar,
+from ruvllm.kernels import token_attention
+from ruvllm.kernels._attention_tile import (
+    CHUNK,
+    LOG2_E,
+    NEGATIVE_INFINITY,
+    Q_STEP,
+    ROWS,
+    add_weighted_values,
+    copy_queries,
+    largest_score,
+    query_at,
+    scores,
+    to_weights,
 )
-from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._math import exp2_of_negative
+from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, f32_zeros, hsum, splat
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, TILE, put, tile_times_panel, token_times_panel
+from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
 
-CHUNK = 256  # positions per step of the online softmax: scores, keys and values of a chunk stay in the caches
+MOST_TILES = 6  # tiles that read a chunk of keys and values together, while the second-level cache holds it
 NO_WINDOW = 1 << 62
-_NEGATIVE_INFINITY = np.float32(-np.inf)
 
 
 def scratch_size(head_dim: int) -> int:
-    """Floats of scratch that one thread needs: scores, weighted sums, and (m, l) of six queries."""
-    return TILE * (CHUNK + padded(head_dim)) + 2 * LANES
+    """Floats of scratch that one thread needs: scores and queries of a tile; queries, sums, l and m of all tiles."""
+    wide = (head_dim + LANES - 1) // LANES * LANES
+    return ROWS * CHUNK + Q_STEP * LANES + MOST_TILES * (Q_STEP * wide + ROWS * (wide + LANES + 1)) + LANES
 
 
-def padded(head_dim: int) -> int:
-    """head_dim rounded up to whole vectors: the row length of the value cache."""
-    return (head_dim + LANES - 1) // LANES * LANES
+def attend_split(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """How attend_units divides its work: (tiles of one unit, units).
+
+    As many tiles as can share what is read, but fewer where threads would have too few units.
+    """
+    rows = tokens * (heads // kv_heads)
+    tiles = max(1, min(MOST_TILES, (rows + ROWS - 1) // ROWS * kv_heads // 16))
+    return tiles, kv_heads * ((rows + tiles * ROWS - 1) // (tiles * ROWS))
 
 
-@kernel(strict=True)
-def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
-    """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
-    tokens, _, dim = k.shape
-    keys_flat, values_flat = flat(keys), flat(values)
-    for head in range(lo, hi):
-        for t in range(tokens):
-            position = positions[t]
-            block, j = position // LANES, position % LANES
-            ki = (head * keys.shape[1] + block) * dim * LANES + j
-            vi = (head * values.shape[1] + position) * values.shape[2]
-            for d in range(dim):
-                store_scalar(keys_flat, ki + d * LANES, k[t, head, d])
-                store_scalar(values_flat, vi + d, v[t, head, d])
+_split = inline_kernel(attend_split)
 
 
 @kernel(strict=True)
 def attend_units(
     q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, lo: Any, hi: Any
 ) -> None:
-    """Attention of q (T, H, D) into out (T, H, D), for the units lo:hi.
+    """Attention of q (T, H, D) into out (T, H, D), for the units lo:hi of attend_split(T, H, KV).
 
-    A unit is one head and a tile of up to six tokens: unit = head * ceil(T / 6) + tile. positions (T,) must be
-    appended already. scratch: (scratch_size(D),) float32, this thread's own.
+    A unit is one kv head and some tiles of rows. positions (T,) must be appended already.
+    scratch: (scratch_size(D),) float32, this thread's own.
     """
     tokens, heads, dim = q.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
     wide = values.shape[2]
-    group = heads // keys.shape[0]
-    tiles = (tokens + TILE - 1) // TILE
+    unit_tiles, units = _split(tokens, heads, kv_heads)
+    most, count = unit_tiles * ROWS, units // kv_heads
     q_flat, out_flat = flat(q), flat(out)
     keys_flat, values_flat = flat(keys), flat(values)
-    sums = TILE * CHUNK
-    state = sums + TILE * wide
+    block = keys.shape[2] * LANES
+    stage = ROWS * CHUNK
+    queries = stage + Q_STEP * LANES
+    sums = queries + MOST_TILES * Q_STEP * wide
+    totals = sums + MOST_TILES * ROWS * wide
+    tops = totals + MOST_TILES * ROWS * LANES
+    for i in range(0, tops, LANES):
+        f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
-        head, t0 = unit // tiles, unit % tiles * TILE
-        rows = min(TILE, tokens - t0)
-        kv = head // group
-        k_base = kv * keys.shape[1] * dim * LANES
-        v_base = kv * values.shape[1] * wide
-        qi = (t0 * heads + head) * dim
-        for r in range(rows):
-            scratch[state + r] = _NEGATIVE_INFINITY
-            scratch[state + LANES + r] = 0
-        for i in range(sums, state, LANES):
+        # Early and late rows by turns: a causal mask gives late ones more to do, and threads take runs of units.
+        kv, turn = unit // count, unit % count
+        first_row = (turn // 2 if turn % 2 == 0 else count - 1 - turn // 2) * most
+        rows = min(most, tokens * group - first_row)
+        for tile in range(0, rows, ROWS):
+            copy_queries(
+                q_flat, first_row + tile, min(ROWS, rows - tile), kv, group, heads, dim, scale * LOG2_E,
+                scratch, stage, queries + tile // ROWS * Q_STEP * wide,
+            )  # fmt: skip
+        for i in range(sums, sums + rows * wide, LANES):
             f32_store(scratch, i, f32_zero())
-        first, end = _span(positions, t0, rows, window)
+        for row in range(rows):
+            f32_store(scratch, totals + row * LANES, f32_zero())
+            scratch[tops + row] = NEGATIVE_INFINITY
+        first, end = _span(positions, first_row, rows, group, window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
-            # Whole blocks of keys: scores of positions outside a query's span are masked below.
-            start = max(first, chunk) // LANES * LANES
-            stop = min(end, chunk + CHUNK)
-            for s in range(start, stop, LANES):
-                ki = k_base + s * dim
-                if rows == TILE:
-                    tile_times_panel(
-                        keys_flat, ki, LANES, q_flat, qi, heads * dim, dim, scratch, s - chunk, CHUNK, LANES, False
-                    )
-                else:
-                    for r in range(rows):
-                        at = qi + r * heads * dim
-                        token_times_panel(
-                            keys_flat, ki, LANES, q_flat, at, dim, scratch, r * CHUNK + s - chunk, LANES, False
-                        )
-            for r in range(rows):
-                last = positions[t0 + r]
-                a = max(0, last - window + 1)
-                _softmax_step(scratch, r, start - chunk, stop - chunk, a - chunk, last + 1 - chunk, scale, wide)
-            for d in range(0, wide, LANES):
-                vi = v_base + start * wide + d
-                if rows == TILE:
-                    tile_times_panel(
-                        values_flat, vi, wide, scratch, start - chunk, CHUNK, stop - start,
-                        scratch, sums + d, wide, LANES, True,
+            for tile in range(0, rows, ROWS):
+                tile_rows = min(ROWS, rows - tile)
+                tile_first, tile_end = _span(positions, first_row + tile, tile_rows, group, window)
+                begin = max(tile_first, chunk) // LANES * LANES  # whole blocks of keys: the rest is masked below
+                start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
+                if start >= stop:
+                    continue
+                ki = (kv * keys.shape[1] + begin // LANES) * block
+                vi = (kv * values.shape[1] + begin) * wide
+                scores(
+                    f32_zeros(ROWS), keys_flat, ki, block, dim,
+                    scratch, queries + tile // ROWS * Q_STEP * wide, 0, start, stop,
+                )  # fmt: skip
+                for row in range(tile, tile + tile_rows):
+                    last = positions[(first_row + row) // group]
+                    _softmax_step(
+                        scratch, (row - tile) * CHUNK, start, stop, max(0, last - window + 1) - chunk, last + 1 - chunk,
+                        tops + row, totals + row * LANES, sums + row * wide, wide, keys_flat, ki + (dim + 4) * LANES,
+                        block,
                     )  # fmt: skip
-                else:
-                    for r in range(rows):
-                        token_times_panel(
-                            values_flat, vi, wide, scratch, r * CHUNK + start - chunk, stop - start,
-                            scratch, sums + r * wide + d, LANES, True,
-                        )  # fmt: skip
-        for r in range(rows):
-            inverse = np.float32(1) / scratch[state + LANES + r]
-            oi = qi + r * heads * dim
+                add_weighted_values(
+                    f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, sums + tile * wide, wide
+                )
+        for row in range(rows):
+            inverse = splat(np.float32(1) / hsum(f32_load(scratch, totals + row * LANES)))
+            oi = query_at(first_row + row, kv, group, heads, dim)
             for d in range(0, dim, LANES):
-                put(out_flat, oi + d, f32_load(scratch, sums + r * wide + d) * splat(inverse), dim - d, False)
+                put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * inverse, dim - d, False)
 
 
 @inline_kernel
-def _span(positions: Any, t0: Any, rows: Any, window: Any) -> Any:
-    """First position and end of the positions that any of the tile's queries sees."""
+def _span(positions: Any, first_row: Any, rows: Any, group: Any, window: Any) -> Any:
+    """First position and end of the positions that any of the rows sees."""
+    t0, t1 = first_row // group, (first_row + rows - 1) // group
     first, end = positions[t0], positions[t0]
-    for r in range(rows):
-        first, end = min(first, positions[t0 + r]), max(end, positions[t0 + r])
+    for t in range(t0 + 1, t1 + 1):
+        first, end = min(first, positions[t]), max(end, positions[t])
     return max(0, first - window + 1), end + 1
 
 
 @inline_kernel
 def _softmax_step(
-    scratch: Any, row: Any, start: Any, stop: Any, first: Any, end: Any, scale: Any, wide: Any
-) -> None:
-    """Turn scores start:stop of a row into weights e^(scale * score - m); weights outside first:end are 0.
+    scratch: Any, base: Any, start: Any, stop: Any, first: Any, end: Any, state: Any, totals: Any, sums: Any, wide: Any,
+    keys: Any, scales: Any, block: Any,
+) -> None:  # fmt: skip
+    """Turn scores start:stop of a row into weights 2^(score - m); weights outside first:end are 0.
 
-    Where m grew, the row's l and weighted sums are rescaled by e^(old m - new m).
+    Where m grew, the row's l (16 partial sums) and weighted sums are rescaled by 2^(old m - new m).
     """
-    base = row * CHUNK
-    sums = TILE * CHUNK + row * wide
-    state = TILE * (CHUNK + wide) + row
-    factor = splat(scale)
-    largest = splat(_NEGATIVE_INFINITY)
-    for i in range(start, stop, LANES):
-        scores = f32_load(scratch, base + i) * factor
-        largest = fmax(largest, lanes_between(scores, first - i, end - i, _NEGATIVE_INFINITY))
     old = scratch[state]
-    new = fmax(old, hmax(largest))
-    if new == _NEGATIVE_INFINITY:  # nothing of this chunk is visible to this query
-        for i in range(start, stop, LANES):
-            f32_store(scratch, base + i, f32_zero())
-        return
-    total = f32_zero()
-    for i in range(start, stop, LANES):
-        weights = exp(f32_load(scratch, base + i) * factor - splat(new))
-        weights = lanes_between(weights, first - i, end - i, np.float32(0))
-        f32_store(scratch, base + i, weights)
-        total = total + weights
-    shrink = exp(splat(old - new))
+    new = max(old, largest_score(scratch, base, start, stop, first, end))
     scratch[state] = new
-    scratch[state + LANES] = scratch[state + LANES] * lane(shrink, 0) + hsum(total)
-    for i in range(sums, sums + wide, LANES):
-        f32_store(scratch, i, f32_load(scratch, i) * shrink)
+    total = to_weights(scratch, base, start, stop, first, end, new, keys, scales, block)
+    if new > old:
+        shrink = exp2_of_negative(splat(old - new))
+        f32_store(scratch, totals, f32_load(scratch, totals) * shrink)
+        for i in range(sums, sums + wide, LANES):
+            f32_store(scratch, i, f32_load(scratch, i) * shrink)
+    f32_store(scratch, totals, f32_load(scratch, totals) + total)
 
 
 @parallel_kernel
@@ -184,40 +168,11 @@ def attend_parallel(
     q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, threads: Any
 ) -> None:
     """attend_units with the units split over threads; scratch (threads, scratch_size(D))."""
-    units = q.shape[1] * ((q.shape[0] + TILE - 1) // TILE)
+    _, units = _split(q.shape[0], q.shape[1], keys.shape[0])
     for t in prange(threads):
         attend_units(
             q, keys, values, positions, window, scale, out, scratch[t], units * t // threads, units * (t + 1) // threads
         )
-
-
-def kv_append(
-    k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Store keys and values of new tokens in the cache of one layer, in place.
-
-    Args:
-        k, v: (T, KV, D) float32.
-        keys: (KV, B, D, 16) float32 or uint16 (IEEE half bits); position p is lane p % 16 of block p // 16.
-        values: (KV, 16 B, DV) of the same dtype, DV = D rounded up to a multiple of 16.
-        positions: (T,) integers from 0 to 16 B - 1.
-
-    Returns:
-        ``keys`` and ``values``.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong dtype or shape, or a position is outside the cache.
-    """
-    k, v = _check.float32("k", k, ndim=3), _check.float32("v", v, ndim=3)
-    positions = _check.integers("positions", positions)
-    _require_cache(keys, values, k.shape[2])
-    if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
-        raise ValueError(f"k: {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
-    if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
-        found = f"{positions.min()} to {positions.max()}"
-        raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
-    kv_append_heads(k, v, keys, values, positions, 0, keys.shape[0])
-    return keys, values
 
 
 def cached_attention(
@@ -241,7 +196,7 @@ def cached_attention(
         _attend_token(q[0], keys, values, int(positions[0]), reach, np.float32(scale), out[0])
         return out
     work = int(tokens * heads * dim * min(int(positions[-1]) + 1, reach))
-    units = heads * ((tokens + TILE - 1) // TILE)
+    _, units = attend_split(tokens, heads, len(keys))
     threads = min(threads_for(work, PARALLEL_MACS, units), len(scratch))
     if threads == 1:
         attend_units(q, keys, values, positions, reach, np.float32(scale), out, scratch[0], 0, units)
@@ -255,50 +210,9 @@ def _attend_token(
 ) -> None:
     """One token, by the bodies that the decode region uses."""
     heads, dim = q.shape
-    chunks = position // token_attention.CHUNK + 1 - max(0, position - window + 1) // token_attention.CHUNK
+    chunks = position // CHUNK + 1 - max(0, position - window + 1) // CHUNK
     partial = np.empty((heads, chunks, token_attention.partial_width(dim)), np.float32)
-    scratch = np.empty(heads // len(keys) * token_attention.CHUNK, np.float32)
+    scratch = np.empty(token_attention.token_scratch_size(dim, heads // len(keys)), np.float32)
     units = len(keys) * chunks
     token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch, 0, units)
     token_attention.merge_chunks(partial, chunks, out, 0, heads)
-
-
-def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
-    for name, array in (("keys", keys), ("values", values)):
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name}: expected a float32 or uint16 NumPy array, found {type(array).__name__}")
-        if array.dtype not in (np.float32, np.uint16) or not array.flags.c_contiguous or not array.flags.writeable:
-            raise TypeError(f"{name}: expected a writable C-contiguous float32 or uint16 array, found {array.dtype}")
-    wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None
-    if keys.ndim != 4 or keys.shape[2:] != (dim, LANES) or values.shape != wanted or keys.dtype != values.dtype:
-        raise ValueError(f"keys: {keys.shape} and values {values.shape} are no cache for head_dim {dim}")
-
-
-def _append_example(rng: Any, tokens: int, kv_heads: int, dim: int, length: int) -> dict[str, Any]:
-    blocks = -(-max(tokens, length) // LANES)
-    return {
-        "k": rng.standard_normal((tokens, kv_heads, dim), np.float32),
-        "v": rng.standard_normal((tokens, kv_heads, dim), np.float32),
-        "keys": rng.standard_normal((kv_heads, blocks, dim, LANES), np.float32),
-        "values": rng.standard_normal((kv_heads, blocks * LANES, padded(dim)), np.float32),
-        "positions": rng.permutation(blocks * LANES)[:tokens],
-    }
-
-
-SPECS = [
-    KernelSpec(
-        name="kv_append",
-        function=kv_append,
-        compiled=(kv_append_heads,),
-        reference=reference.kv_append,
-        formula="keys[:, p // 16, :, p % 16] = k, values[:, p, :D] = v",
-        example=_append_example,
-        flops=lambda tokens, kv_heads, dim, length: 2.0 * tokens * kv_heads * dim,  # numbers moved: nothing is computed
-        bytes=lambda tokens, kv_heads, dim, length: 16.0 * tokens * kv_heads * dim,
-        sizes=(
-            {"tokens": 1, "kv_heads": 8, "dim": 128, "length": 1024},
-            {"tokens": 128, "kv_heads": 3, "dim": 64, "length": 512},
-        ),
-        tolerance=0.0,
-    )
-]

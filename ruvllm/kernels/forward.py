@@ -12,25 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, cached_attention, low_rank, norm, panels, quant, rope, token_attention
+from ruvllm.kernels import activation, cached_attention, kv, low_rank, norm, panels, quant, rope, token_attention
+from ruvllm.kernels._attention_tile import CHUNK
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
 from ruvllm.kernels._team import barrier, join_team, part
-from ruvllm.kernels._tile import LANES, TILE
+from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
-from ruvllm.kernels.cached_attention import scratch_size
+from ruvllm.kernels.cached_attention import attend_split, scratch_size
 from ruvllm.kernels.quant import GROUP, LINES, OFFSETS
-from ruvllm.kernels.token_attention import CHUNK
+from ruvllm.kernels.token_attention import token_scratch_size
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
 quantize_activations = as_part(quant.quantize_activations)
 quant_matmul = as_part(quant.quant_matmul)
 panels_matmul = as_part(panels.panels_matmul)
 rope_rows = as_part(rope.rope_rows)
-kv_append_heads = as_part(cached_attention.kv_append_heads)
+kv_append_heads = as_part(kv.kv_append_heads)
 attend_units = as_part(cached_attention.attend_units)
 attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
+_split = inline_kernel(attend_split)
 silu_mul_range = as_part(activation.silu_mul_range)
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_up = as_part(low_rank.low_rank_up)
@@ -50,15 +52,15 @@ LAYER_FIELDS = _MLP_NORM + 1
 # The table of the region: numbers, then addresses.
 (
     THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
-    SCRATCH_SIZE, BLOCKS, WIDE, KV_BYTES, SYNC_SIZE,
+    SCRATCH_SIZE, BLOCKS, KEY_ROWS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
     PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
-) = range(47)  # fmt: skip
+) = range(48)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
     """Floats of scratch that one thread needs, for one token or for many."""
-    return max(scratch_size(head_dim), group * CHUNK)
+    return max(scratch_size(head_dim), token_scratch_size(head_dim, group))
 
 
 @part_kernel
@@ -252,9 +254,9 @@ def _matrix(
 
 @inline_kernel
 def _keys(t: Any, layer: Any, kv: Any) -> Any:
-    """The keys of one layer (KV, B, D, 16)."""
-    shape = (t[KV_HEADS], t[BLOCKS], t[DIM], LANES)
-    return array_at(t[KEYS] + layer * t[KV_HEADS] * t[BLOCKS] * t[DIM] * LANES * t[KV_BYTES], shape, kv)
+    """The keys of one layer (KV, B, K, 16)."""
+    shape = (t[KV_HEADS], t[BLOCKS], t[KEY_ROWS], LANES)
+    return array_at(t[KEYS] + layer * t[KV_HEADS] * t[BLOCKS] * t[KEY_ROWS] * LANES * t[KV_BYTES], shape, kv)
 
 
 @inline_kernel
@@ -273,9 +275,9 @@ def _append(t: Any, layer: Any, kv: Any, k: Any, v: Any, positions: Any, lo: Any
 def _attend(
     t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, rank: Any, size: Any
 ) -> None:
-    """Attention of many tokens over the cache of one layer: this member's share of heads and tiles."""
-    T, heads, _ = q.shape
-    lo, hi = part(heads * ((T + TILE - 1) // TILE), rank, size)
+    """Attention of many tokens over the cache of one layer: this member's share of the units."""
+    _, units = _split(q.shape[0], q.shape[1], t[KV_HEADS])
+    lo, hi = part(units, rank, size)
     keys, values = _keys(t, layer, kv), _values(t, layer, kv)
     attend_units(q, keys, values, positions, t[WINDOW], scale, attended, _scratch(t, rank), lo, hi)
 
@@ -334,7 +336,7 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
 def forward_region(float_weights: type, kv: type) -> Region:
     """The region for float matrices and a KV cache of these dtypes: compiled for what a model has, not for all.
 
-    float_weights: np.float32, np.uint16 (IEEE half) or np.int16 (bfloat16); kv: np.float32 or np.uint16.
+    float_weights: np.float32, np.uint16 (IEEE half) or np.int16 (bfloat16); kv: np.float32, np.uint16 or np.int8.
     """
 
     def forward_member(table: Any) -> None:

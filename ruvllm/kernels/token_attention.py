@@ -1,41 +1,57 @@
 """Attention of one new token over a KV cache, cut into chunks of positions so that threads can share long contexts.
 
 Each kv head and chunk of 256 positions is a unit: it gives, for every query head of the group, the largest score m,
-l = sum e^(score - m) and the sum of values weighted by e^(score - m). ``merge_chunks`` adds the chunks of a head up,
-each times e^(m - largest m) ("flash-decoding", Dao et al. 2023). Chunks are cut at fixed positions, so the result
-does not depend on the number of threads. The cache's layout is that of cached_attention.py.
+l = sum 2^(score - m) and the sum of values weighted by 2^(score - m), with scores scaled by log2(e) so that 2^x serves
+for e^x. ``merge_chunks`` adds the chunks of a head up, each times 2^(m - largest m) ("flash-decoding", Dao et al.
+2023). Chunks are cut at fixed positions, so the result does not depend on the number of threads. The cache's layout is
+that of kv.py.
 """
 
 from typing import Any
 
 import numpy as np
 
+from ruvllm.kernels._attention_tile import (
+    CHUNK,
+    LOG2_E,
+    PAIRS,
+    Q_STEP,
+    copy_queries,
+    largest_score,
+    scores,
+    to_weights,
+)
 from ruvllm.kernels._jit import inline_kernel, kernel
-from ruvllm.kernels._math import exp
+from ruvllm.kernels._math import exp2_of_negative
 from ruvllm.kernels._simd import (
     f32_load,
     f32_store,
     f32_zero,
+    f32_zeros,
     fma,
-    fmax,
-    hmax,
+    fma_rows,
     hsum,
     lane,
-    lanes_between,
     load,
     splat,
     splat_at,
+    store_rows,
 )
-from ruvllm.kernels._tile import LANES, put, token_times_panel
+from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
 
-CHUNK = 256
-_NEGATIVE_INFINITY = np.float32(-np.inf)
+GROUP = 4  # query heads that read a block of keys and values together
 
 
 def partial_width(head_dim: int) -> int:
     """Floats of one head's result of one chunk: the weighted sum, padded to whole vectors, then m and l."""
     return (head_dim + LANES - 1) // LANES * LANES + LANES
+
+
+def token_scratch_size(head_dim: int, group: int) -> int:
+    """Floats of scratch that one thread needs: scores of the heads of a group; queries and sums of GROUP of them."""
+    wide = (head_dim + LANES - 1) // LANES * LANES
+    return (group + GROUP - 1) // GROUP * GROUP * CHUNK + Q_STEP * LANES + (Q_STEP + GROUP) * wide
 
 
 def chunk_count(positions: int) -> int:
@@ -49,7 +65,7 @@ def attend_token_chunks(
 ) -> None:
     """Units lo:hi of the token at ``position``: unit = kv head * chunks + chunk, counted from the first chunk it sees.
 
-    q (H, D); keys (KV, B, D, 16); values (KV, S, DV); partial (H, chunks, partial_width(D)); scratch (H / KV * CHUNK,).
+    q (H, D); partial (H, chunks, partial_width(D)); scratch (token_scratch_size(D, H / KV),).
     """
     heads, dim = q.shape
     group = heads // keys.shape[0]
@@ -58,72 +74,77 @@ def attend_token_chunks(
     first, end = max(0, position - window + 1), position + 1
     first_chunk = first // CHUNK
     chunks = (end + CHUNK - 1) // CHUNK - first_chunk
-    queries, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
+    q_flat, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
+    block = keys.shape[2] * LANES
+    stage = (group + GROUP - 1) // GROUP * GROUP * CHUNK
+    queries = stage + Q_STEP * LANES
+    sums = queries + Q_STEP * wide
+    for i in range(stage, queries, LANES):
+        f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
         kv, c = unit // chunks, unit % chunks
         base = (first_chunk + c) * CHUNK
-        start = max(first, base) // LANES * LANES
-        stop = min(end, base + CHUNK)
-        for s in range(start, stop, LANES):
-            block = (kv * keys.shape[1] * LANES + s) * dim
-            for r in range(group):
-                qi = (kv * group + r) * dim
-                token_times_panel(
-                    keys_flat, block, LANES, queries, qi, dim, scratch, r * CHUNK + s - base, LANES, False
-                )
-        vi = (kv * values.shape[1] + start) * wide
-        for r in range(group):
-            at = ((kv * group + r) * partial.shape[1] + c) * width
-            row = r * CHUNK
-            _weights(scratch, row, start - base, stop - base, first - base, end - base, scale, parts, at + wide)
-            d = 0
-            while d + 4 * LANES <= wide:
-                _weighted_values(values_flat, vi + d, wide, scratch, row + start - base, stop - start, parts, at + d)
-                d += 4 * LANES
-            while d < wide:
-                token_times_panel(
-                    values_flat, vi + d, wide, scratch, row + start - base, stop - start, parts, at + d, LANES, False
-                )
-                d += LANES
-
-
-@inline_kernel
-def _weights(
-    scratch: Any, row: Any, start: Any, stop: Any, first: Any, end: Any, scale: Any, parts: Any, state: Any
-) -> None:
-    """Scores start:stop -> e^(scale score - m), 0 outside first:end; parts[state] = m, parts[state + 1] = their sum."""
-    factor = splat(scale)
-    largest = splat(_NEGATIVE_INFINITY)
-    for i in range(start, stop, LANES):
-        scores = f32_load(scratch, row + i) * factor
-        largest = fmax(largest, lanes_between(scores, first - i, end - i, _NEGATIVE_INFINITY))
-    top = hmax(largest)
-    total = f32_zero()
-    for i in range(start, stop, LANES):
-        weights = exp(f32_load(scratch, row + i) * factor - splat(top))
-        weights = lanes_between(weights, first - i, end - i, np.float32(0))
-        f32_store(scratch, row + i, weights)
-        total = total + weights
-    parts[state] = top
-    parts[state + 1] = hsum(total)
+        begin = max(first, base) // LANES * LANES
+        start, stop = begin - base, min(end - base, CHUNK)
+        ki = (kv * keys.shape[1] + begin // LANES) * block
+        vi = (kv * values.shape[1] + begin) * wide
+        for r in range(0, group, GROUP):
+            copy_queries(
+                q_flat, r, min(GROUP, group - r), kv, group, heads, dim, scale * LOG2_E, scratch, stage, queries
+            )
+            if group == 1:
+                scores(f32_zeros(1), keys_flat, ki, block, dim, scratch, queries, 0, start, stop)
+            else:
+                scores(f32_zeros(GROUP), keys_flat, ki, block, dim, scratch, queries, r * CHUNK, start, stop)
+        for r in range(0, group, GROUP):
+            for head in range(r, min(r + GROUP, group)):
+                at = ((kv * group + head) * partial.shape[1] + c) * width + wide
+                top = largest_score(scratch, head * CHUNK, start, stop, first - base, end - base)
+                total = to_weights(
+                    scratch, head * CHUNK, start, stop, first - base, end - base, top,
+                    keys_flat, ki + (dim + 4) * LANES, block,
+                )  # fmt: skip
+                parts[at] = top
+                parts[at + 1] = hsum(total)
+            weights = r * CHUNK + start
+            if group == 1:
+                _weighted_values(f32_zeros(1), values_flat, vi, wide, scratch, weights, stop - start, sums)
+            else:
+                _weighted_values(f32_zeros(GROUP), values_flat, vi, wide, scratch, weights, stop - start, sums)
+            for head in range(r, min(r + GROUP, group)):
+                at = ((kv * group + head) * partial.shape[1] + c) * width
+                for d in range(0, wide, LANES):
+                    f32_store(parts, at + d, f32_load(scratch, sums + (head - r) * wide + d))
 
 
 @inline_kernel
 def _weighted_values(
-    values: Any, vi: Any, wide: Any, weights: Any, wi: Any, count: Any, out: Any, oi: Any
+    zeros: Any, values: Any, vi: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any
 ) -> None:
-    """out[oi : oi+64] = sum_s weights[wi + s] values[vi + s wide : +64]: a whole run of each row while it is there."""
-    a, b, c, d = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    for s in range(count):
-        at, w = vi + s * wide, splat_at(weights, wi + s)
-        a = fma(w, load(values, at), a)
-        b = fma(w, load(values, at + LANES), b)
-        c = fma(w, load(values, at + 2 * LANES), c)
-        d = fma(w, load(values, at + 3 * LANES), d)
-    f32_store(out, oi, a)
-    f32_store(out, oi + LANES, b)
-    f32_store(out, oi + 2 * LANES, c)
-    f32_store(out, oi + 3 * LANES, d)
+    """scratch[sums + r wide + d] = sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], for d < wide.
+
+    A run of four vectors of each value while it is there: memory is read in long pieces.
+    """
+    d = 0
+    while (PAIRS or len(zeros) == 1) and d + 4 * LANES <= wide:
+        s0 = s1 = s2 = s3 = zeros
+        for s in range(count):
+            at, w = vi + s * wide + d, weights + s
+            s0 = fma_rows(load(values, at), scratch, w, CHUNK, s0)
+            s1 = fma_rows(load(values, at + LANES), scratch, w, CHUNK, s1)
+            s2 = fma_rows(load(values, at + 2 * LANES), scratch, w, CHUNK, s2)
+            s3 = fma_rows(load(values, at + 3 * LANES), scratch, w, CHUNK, s3)
+        store_rows(scratch, sums + d, wide, s0)
+        store_rows(scratch, sums + d + LANES, wide, s1)
+        store_rows(scratch, sums + d + 2 * LANES, wide, s2)
+        store_rows(scratch, sums + d + 3 * LANES, wide, s3)
+        d += 4 * LANES
+    while d < wide:
+        s0 = zeros
+        for s in range(count):
+            s0 = fma_rows(load(values, vi + s * wide + d), scratch, weights + s, CHUNK, s0)
+        store_rows(scratch, sums + d, wide, s0)
+        d += LANES
 
 
 @kernel(strict=True)
@@ -140,7 +161,7 @@ def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
         total = np.float32(0)
         for c in range(chunks):
             at = base + c * width + state
-            parts[at + 2] = lane(exp(splat(parts[at] - top)), 0)
+            parts[at + 2] = lane(exp2_of_negative(splat(parts[at] - top)), 0)
             total += parts[at + 1] * parts[at + 2]
         inverse = splat(np.float32(1) / total)
         for d in range(0, dim, LANES):

@@ -97,7 +97,8 @@ class ForwardBuffers:
         numbers = {
             f.LAYER_COUNT: len(plan.layers), f.HIDDEN: E, f.FEED: F, f.HEADS: heads, f.KV_HEADS: kv_heads, f.DIM: D,
             f.VOCABULARY: config.vocab_size, f.WINDOW: window, f.CHUNKS: chunks, f.WIDEST: groups * GROUP,
-            f.SCRATCH_SIZE: scratch, f.BLOCKS: cache.keys.shape[2], f.WIDE: cache.values.shape[3],
+            f.SCRATCH_SIZE: scratch, f.BLOCKS: cache.keys.shape[2], f.KEY_ROWS: cache.keys.shape[3],
+            f.WIDE: cache.values.shape[3],
             f.KV_BYTES: cache.keys.itemsize, f.SYNC_SIZE: self.sync.size,
         }  # fmt: skip
         # Kept, because the table holds nothing but their addresses.

@@ -12,16 +12,16 @@ import numpy as np
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels._memory import aligned_zeros, require_memory
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import padded
+from ruvllm.kernels.kv import SCALE_ROWS, key_rows, padded
 from ruvllm.model.config import ModelConfig
 
-DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16}
+DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 
 
 class KVCache:
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
-    keys (L, KV, B, D, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.cached_attention``. Memory that was
+    keys (L, KV, B, K, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.kv``. Memory that was
     never written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two
     threads may use two caches of one model, but not one cache.
 
@@ -45,14 +45,15 @@ class KVCache:
         self.dtype = kv
         self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, bool], Any] = {}
-        self.keys = aligned_zeros((layers, heads, blocks, dim, LANES), DTYPES[kv])
+        self.keys = aligned_zeros((layers, heads, blocks, key_rows(dim, DTYPES[kv]), LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
 
     @staticmethod
     def bytes_for(config: ModelConfig, max_tokens: int, kv: str = "f32") -> int:
         """Bytes of the buffers of a cache for ``max_tokens`` positions."""
         positions = (max_tokens + LANES - 1) // LANES * LANES * config.num_hidden_layers * config.num_key_value_heads
-        return positions * (config.head_dim + padded(config.head_dim)) * np.dtype(DTYPES[kv]).itemsize
+        dtype = np.dtype(DTYPES[kv])
+        return positions * (key_rows(config.head_dim, dtype) + padded(config.head_dim)) * dtype.itemsize
 
     def __len__(self) -> int:
         return self.length
@@ -116,13 +117,17 @@ class KVCache:
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of layer i as float32 (T, KV, D), in the order of positions: for looking at, a copy."""
-        keys, values = self.keys[i], self.values[i]
+        keys, values, dim = self.keys[i], self.values[i], self.config.head_dim
         if self.dtype == "f16":
             keys, values = keys.view(np.float16), values.view(np.float16)
-        heads, blocks, dim, _ = keys.shape
-        k = keys.transpose(1, 3, 0, 2).reshape(blocks * LANES, heads, dim)[: self.length]
+        heads, blocks, _, _ = keys.shape
+        k = keys[:, :, :dim].transpose(1, 3, 0, 2).reshape(blocks * LANES, heads, dim)[: self.length]
         v = values.transpose(1, 0, 2)[: self.length, :, :dim]
-        return k.astype(np.float32), v.astype(np.float32)
+        if self.dtype != "int8":
+            return k.astype(np.float32), v.astype(np.float32)
+        scales = np.ascontiguousarray(keys[:, :, dim:]).view(np.float32).reshape(heads, blocks, SCALE_ROWS // 4, LANES)
+        k_scales, v_scales = scales.transpose(2, 1, 3, 0).reshape(2, blocks * LANES, heads, 1)[:, : self.length]
+        return k * k_scales, v * v_scales
 
     def __repr__(self) -> str:
         return f"KVCache({self.length} of {self.max_tokens} tokens, {self.dtype}, {self.nbytes / 1e6:.1f} MB)"

@@ -12,7 +12,8 @@ import numpy as np
 
 import ruvllm.kernels as K
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.cached_attention import cached_attention, kv_append_heads, scratch_size
+from ruvllm.kernels.cached_attention import cached_attention, scratch_size
+from ruvllm.kernels.kv import append
 from ruvllm.model.activations import Activations
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import KVCache
@@ -80,7 +81,7 @@ class Attention:
         K.apply_rope_tables(s.q, s.cos, s.sin, out=s.q)
         K.apply_rope_tables(s.k, s.cos, s.sin, out=s.k)
         keys, values = cache.keys[layer], cache.values[layer]
-        kv_append_heads(s.k, s.v, keys, values, s.positions, 0, len(keys))
+        append(s.k, s.v, keys, values, s.positions)
         cached_attention(s.q, keys, values, s.positions, self.window, self.scale, s.attended, s.scratch)
         return self.o(s.inputs.of(s.attended.reshape(T, -1)), out=s.h)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels._jit import DISABLE_JIT, kernel
-from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_scalar
+from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_number
 from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul, quantize_activations
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
@@ -182,7 +182,7 @@ def convert_halves(halves: Any, one: Any, sixteen: Any) -> None:
 def convert_numbers(numbers: Any, one: Any, stored: Any) -> None:
     for i in range(numbers.shape[0]):
         one[i] = f32_to_f16(numbers[i])
-        store_scalar(stored, i, numbers[i])
+        store_number(stored, i, numbers[i], numbers[i])
 
 
 def check_halves(step: int = 1) -> None:

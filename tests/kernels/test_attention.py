@@ -14,7 +14,8 @@ from ruvllm.kernels import (
     softmax_attention,
 )
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import cached_attention, padded, scratch_size
+from ruvllm.kernels.cached_attention import cached_attention, scratch_size
+from ruvllm.kernels.kv import SCALE_ROWS, key_rows, padded
 
 Array = np.ndarray
 
@@ -185,9 +186,9 @@ def test_no_positions_are_refused() -> None:
 def cache(length: int, kv_heads: int, dim: int, dtype: Any) -> tuple[Array, Array, Array, Array]:
     """Rows k, v (S, KV, D) as they are read back, and the cache that they were appended to, in two parts."""
     blocks = -(-length // LANES)
-    # What was never written is not a number: reading it shows.
-    fill = np.float32(np.nan).astype(np.float16 if dtype == np.uint16 else dtype).view(dtype)
-    keys = np.full((kv_heads, blocks, dim, LANES), fill, dtype)
+    # What was never written is not a number, or an int8 cache's scale of it is none: reading it shows.
+    fill = {np.float32: np.nan, np.uint16: 0x7E00, np.int8: -1}[dtype]
+    keys = np.full((kv_heads, blocks, key_rows(dim, dtype), LANES), fill, dtype)
     values = np.full((kv_heads, blocks * LANES, padded(dim)), fill, dtype)
     k, v = normal(length, kv_heads, dim, seed=1), normal(length, kv_heads, dim, seed=2)
     later = np.arange(length // 3, length)
@@ -195,7 +196,14 @@ def cache(length: int, kv_heads: int, dim: int, dtype: Any) -> tuple[Array, Arra
     kv_append(k[: length // 3], v[: length // 3], keys, values, np.arange(length // 3))
     if dtype == np.uint16:
         k, v = (a.astype(np.float16).astype(np.float32) for a in (k, v))
+    if dtype == np.int8:
+        k, v = (np.rint(a / scale_of(a)) * scale_of(a) for a in (k, v))
     return k, v, keys, values
+
+
+def scale_of(rows: Array) -> Array:
+    """The scale of each head's key or value in an int8 cache."""
+    return np.abs(rows).max(axis=2, keepdims=True) / np.float32(127)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
@@ -210,15 +218,56 @@ def test_append_puts_every_number_in_its_place(dtype: Any, kv_heads: int, dim: i
     assert np.isnan(as_float(values[:, 45:])).all() and np.isnan(as_float(values[:, :, dim:])).all()
 
 
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 2), (2, 18), (3, 64)])
+def test_append_in_eight_bits(kv_heads: int, dim: int) -> None:
+    """Each number within half a step of a 127th of its row's largest; nothing else is touched."""
+    _, _, keys, values = cache(45, kv_heads, dim, np.int8)
+    k, v = normal(45, kv_heads, dim, seed=1), normal(45, kv_heads, dim, seed=2)
+    scales = np.ascontiguousarray(keys[:, :, dim:]).view(np.float32).reshape(kv_heads, 3, SCALE_ROWS // 4, LANES)
+    for p in range(45):
+        for rows, codes, which in ((k, keys[:, p // LANES, :dim, p % LANES], 0), (v, values[:, p, :dim], 1)):
+            scale = scales[:, p // LANES, which, p % LANES][:, None]
+            np.testing.assert_array_equal(scale, scale_of(rows)[p])
+            assert (np.abs(codes).max(axis=1) == 127).all()
+            assert np.abs(codes * scale - rows[p]).max() <= scale.max() * 0.5001
+    assert (keys[:, 2, :dim, 45 % LANES :] == -1).all() and np.isnan(scales[:, 2, :, 45 % LANES :]).all()
+    assert (values[:, 45:] == -1).all() and (values[:, :, dim:] == -1).all()
+
+
+def test_eight_bits_of_zeros_and_of_what_is_no_number() -> None:
+    keys, values = np.zeros((1, 1, 16 + SCALE_ROWS, LANES), np.int8), np.zeros((1, 16, 16), np.int8)
+    k = np.zeros((16, 1, 16), np.float32)
+    k[3, 0, 5], k[4, 0, 6] = np.nan, np.inf
+    for positions in (np.arange(16), np.arange(15, -1, -1)):  # a whole block at once, and one by one
+        kv_append(k[positions], k[positions], keys, values, positions)
+        scales = np.ascontiguousarray(keys[0, 0, 16:]).view(np.float32).reshape(2, LANES)
+        assert (np.isnan(scales) == np.isin(np.arange(16), [3, 4])).all()
+        assert (np.nan_to_num(scales) == 0).all()
+
+
+def test_append_of_whole_blocks_is_append_one_by_one() -> None:
+    k, v = normal(50, 2, 37, seed=1), normal(50, 2, 37, seed=2)
+    for dtype in (np.float32, np.uint16, np.int8):
+        caches = []
+        for _ in range(2):
+            caches.append((np.zeros((2, 4, key_rows(37, dtype), LANES), dtype), np.zeros((2, 64, 48), dtype)))
+        kv_append(k, v, *caches[0], np.arange(10, 60))
+        for t in range(50):
+            kv_append(k[t : t + 1], v[t : t + 1], *caches[1], np.array([10 + t]))
+        for whole, single in zip(*caches, strict=True):
+            np.testing.assert_array_equal(whole, single)
+
+
 @pytest.mark.parametrize("window", [None, 20, 280])
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int8])
 @pytest.mark.parametrize("first", [0, 5, 250, 256, 500])
 def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | None) -> None:
     """One token and many, before and behind the ends of the chunks of 256 positions; nothing unwritten is used."""
     for tokens in (1, 2, 6, 13):
         length = first + tokens
         k, v, keys, values = cache(length, 2, 18, dtype)
-        keys[...] = np.where(np.isnan(as_numbers(keys)), np.zeros((), dtype), keys)  # masked lanes may be read
+        if dtype != np.int8:
+            keys[...] = np.where(np.isnan(as_numbers(keys)), np.zeros((), dtype), keys)  # masked lanes may be read
         values[:, :length, 18:] = 0
         q = normal(tokens, 6, 18)
         out, scratch = np.empty_like(q), np.empty((2, scratch_size(18)), np.float32)

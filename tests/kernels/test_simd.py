@@ -255,7 +255,7 @@ def test_load_past_the_end_reads_nothing() -> None:
 
 def test_every_half_float_is_widened_and_rounded_exactly() -> None:
     load, store, widen, narrow = _simd.load, _simd.f32_store, _simd.f16_to_f32, _simd.f32_to_f16
-    store_scalar = _simd.store_scalar
+    store_number = _simd.store_number
 
     @njit
     def widen_all(bits, out):
@@ -267,8 +267,8 @@ def test_every_half_float_is_widened_and_rounded_exactly() -> None:
         for i in range(bits.size):
             values[i] = widen(bits[i])
             back[i] = narrow(values[i])
-            store_scalar(stored, i, values[i])
-            store_scalar(copied, i, values[i])
+            store_number(stored, i, values[i], values[i])
+            store_number(copied, i, values[i], values[i])
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     expected = bits.view(np.float16).astype(np.float32)

@@ -20,7 +20,7 @@ from ruvllm.model.kv_cache import KVCache
 
 LAYOUTS = ("f32", "f16", "bf16", "int8", "int4")
 # Weights and cache: each pair that is compiled apart costs seconds, so not all of them.
-KINDS = (("f32", "f32"), ("f32", "f16"), ("f16", "f32"), ("bf16", "f32"), ("int8", "f16"), ("int4", "f32"))
+KINDS = (("f32", "f32"), ("f32", "f16"), ("f16", "f32"), ("bf16", "f32"), ("int8", "int8"), ("int4", "f32"))
 
 # Odd everywhere: 3 query heads a kv head, rows that end within a panel, groups of 32 that end within a row.
 SMALL = ModelConfig(

@@ -18,7 +18,7 @@ ONE_LAYER = dataclasses.replace(SMALL, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "layers"])
-@pytest.mark.parametrize(("kv", "tolerance"), [("f32", 2e-6), ("f16", 5e-4)])
+@pytest.mark.parametrize(("kv", "tolerance"), [("f32", 2e-6), ("f16", 5e-4), ("int8", 4e-3)])
 def test_holds_turned_keys_and_values_of_every_position(kv: str, tolerance: float, fused: bool) -> None:
     model, ids = small_model("f32", config=ONE_LAYER), text(40)
     model.fused = fused
@@ -45,6 +45,8 @@ def test_sizes() -> None:
     # Two layers, two kv heads: keys of 18, values of 18 padded to 32, four bytes each; two with f16.
     assert small.nbytes == 16 * 2 * 2 * (18 + 32) * 4
     assert large.nbytes == 10 * small.nbytes == 2 * KVCache(SMALL, 160, "f16").nbytes
+    # int8: one byte each, and 8 bytes of scales for each position of a head.
+    assert KVCache(SMALL, 160, "int8").nbytes == 160 * 2 * 2 * (18 + 8 + 32)
     assert KVCache(SMALL, 17).max_tokens == 17
     assert repr(KVCache(SMALL, 17, "f16")).startswith("KVCache(0 of 17 tokens, f16")
 
@@ -53,8 +55,8 @@ def test_options_are_refused_by_name() -> None:
     for wrong in (0, -1, 1.5, "10", None):
         with pytest.raises(ValueError, match="^max_tokens: expected a positive integer, found"):
             KVCache(SMALL, wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^kv: expected one of f32, f16, found 'int8'"):
-        KVCache(SMALL, 10, "int8")
+    with pytest.raises(ValueError, match="^kv: expected one of f32, f16, int8, found 'int4'"):
+        KVCache(SMALL, 10, "int4")
 
 
 def filled(ids: np.ndarray, max_tokens: int = 32) -> KVCache:

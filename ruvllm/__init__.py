@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ruvllm.llm import LLM, Generation
     from ruvllm.loading import load
     from ruvllm.model import KVCache, Llama, ModelConfig
+    from ruvllm.quantizing import quantize
 
 _HOMES = {
     "load": "ruvllm.loading",
@@ -32,6 +33,7 @@ _HOMES = {
     "LLM": "ruvllm.llm",
     "Generation": "ruvllm.llm",
     "pull": "ruvllm.checkpoint.hub",
+    "quantize": "ruvllm.quantizing",
     "KVCache": "ruvllm.model",
     "Llama": "ruvllm.model",
     "ModelConfig": "ruvllm.model",
@@ -56,6 +58,7 @@ __all__ = [
     "RuvllmError",
     "load",
     "pull",
+    "quantize",
     "warmup",
 ]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from ruvllm.model.generate import Sampling, Token, generate
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
-from ruvllm.model.perplexity import Perplexity, perplexity
+from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
 
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
@@ -135,6 +136,19 @@ def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
     return 0
 
 
+@contextmanager
+def _bar(what: str, progress: bool | None) -> Iterator[Callable[[int, int], None]]:
+    """A bar of windows, and the function that advances it."""
+    quiet = None if progress is None else not progress
+    with tqdm(desc=what, unit="window", leave=False, delay=_SLOW_SECONDS, disable=quiet) as bar:
+
+        def advance(done: int, windows: int) -> None:
+            bar.total = windows
+            bar.update(done - bar.n)
+
+        yield advance
+
+
 class LLM:
     """A model and its tokenizer, made by ``ruvllm.load``.
 
@@ -202,6 +216,7 @@ class LLM:
         stop: str | Sequence[str] = (),
         logprobs: int = 0,
         cache: KVCache | None = None,
+        kv: str = "f32",
     ) -> Stream:
         """Pieces of the continuation of ``prompt`` as they are made.
 
@@ -214,6 +229,7 @@ class LLM:
             stop: strings that end the text; they are not part of it.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
+            kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
 
         Raises:
             TypeError: the prompt is no text, no integers and no messages.
@@ -233,7 +249,7 @@ class LLM:
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
         if cache is None:
-            cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)))
+            cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)), kv)
         held = cache.keep_common_prefix(ids)
         cache.require_room(len(ids) - held)
         tokens = generate(
@@ -255,7 +271,7 @@ class LLM:
         return self.generate(list(messages), **options)
 
     def perplexity(
-        self, text: str | Sequence[int] | np.ndarray, context: int = 512, progress: bool | None = None
+        self, text: str | Sequence[int] | np.ndarray, context: int = 512, progress: bool | None = None, kv: str = "f32"
     ) -> Perplexity:
         """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol.
 
@@ -263,26 +279,44 @@ class LLM:
             text: text, or token ids (T,).
             context: tokens of one window, of which the second half is scored.
             progress: show a bar; None: where stderr is a terminal or a notebook.
+            kv: precision of the KV cache.
 
         Raises:
             TypeError: ids that are no integers.
-            ValueError: a context outside of 4 .. the model's, or a text shorter than one window.
+            ValueError: a context outside of 4 .. the model's, a text shorter than one window, or an unknown ``kv``.
         """
-        add_bos = bool(getattr(self.tokenizer, "add_bos", False))
-        if isinstance(text, str):
-            ids = np.array(self.tokenizer.encode(text, add_special=False, parse_special=False), np.int64)
-            nbytes: int | None = len(text.encode())
-        else:
-            ids, nbytes = np.asarray(text), None
-        bos = self.tokenizer.bos_id if add_bos else None
-        quiet = None if progress is None else not progress
-        with tqdm(desc="perplexity", unit="window", leave=False, delay=_SLOW_SECONDS, disable=quiet) as bar:
+        ids, bos, nbytes = self._scored(text)
+        with _bar("perplexity", progress) as advance:
+            return perplexity(self.model, ids, context, bos, nbytes, advance, kv)
 
-            def advance(done: int, windows: int) -> None:
-                bar.total = windows
-                bar.update(done - bar.n)
+    def divergence(
+        self,
+        text: str | Sequence[int] | np.ndarray,
+        baseline: LLM,
+        context: int = 512,
+        progress: bool | None = None,
+        kv: str = "f32",
+    ) -> Divergence:
+        """How far this model's predictions of a text lie from another's: mean KL divergence, same top token.
 
-            return perplexity(self.model, ids, context, bos, nbytes, advance)
+        To see what quantisation costs, load the same file a second time with ``weights="f32"`` and give it as
+        ``baseline``. ``kv`` is the precision of this model's KV cache, the baseline's is float32; the other arguments
+        are those of ``perplexity``.
+
+        Raises:
+            TypeError, ValueError: as perplexity does; also where the vocabularies differ in size.
+        """
+        ids, bos, nbytes = self._scored(text)
+        with _bar("divergence", progress) as advance:
+            return divergence(self.model, baseline.model, ids, context, bos, nbytes, advance, kv)
+
+    def _scored(self, text: str | Sequence[int] | np.ndarray) -> tuple[np.ndarray, int | None, int | None]:
+        """Token ids of a text, the token that begins each window, the text's bytes."""
+        bos = self.tokenizer.bos_id if bool(getattr(self.tokenizer, "add_bos", False)) else None
+        if not isinstance(text, str):
+            return np.asarray(text), bos, None
+        ids = self.tokenizer.encode(text, add_special=False, parse_special=False)
+        return np.array(ids, np.int64), bos, len(text.encode())
 
     def _ids(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):

@@ -54,6 +54,7 @@ class GGUFFile:
             self.tensors: dict[str, TensorInfo] = _lay_out(reader, headers, position, alignment, self._source.size)
             self.metadata: dict[str, Any] = {key: reader.decode(key, entry) for key, entry in entries.items()}
             self.metadata_offsets: dict[str, int] = {key: entry.start for key, entry in entries.items()}
+            self._entries = entries
         except BaseException:
             self._source.close()
             raise
@@ -65,6 +66,12 @@ class GGUFFile:
     def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""
         return self.tensor(name).raw()
+
+    def metadata_bytes(self, key: str) -> bytes:
+        """A metadata value as the file has it, its type first: as ``gguf_writer.encoded`` makes it."""
+        entry = self._entries[key]
+        start = entry.start - (4 if entry.count is None else 16)  # type; of arrays also their elements' type and count
+        return self._source.read(start, entry.end - start).tobytes()
 
     def close(self) -> None:
         """Let go of the file; arrays taken from a mapped file stay valid."""

@@ -98,6 +98,18 @@ def _memory(args: argparse.Namespace) -> None:
     show_memory(args.operands)
 
 
+def _quantize(args: argparse.Namespace) -> None:
+    if len(args.operands) != 2:
+        raise ValueError(f"expected MODEL and OUT.gguf, found {len(args.operands)} arguments")
+    from ruvllm.quantizing import quantize
+
+    source, target = args.operands
+    try:
+        print(quantize(source, target, args.type, overwrite=args.force))
+    except FileExistsError as error:
+        raise FileExistsError(f"{error}; --force replaces it") from None
+
+
 def _warmup(args: argparse.Namespace) -> None:
     if args.operands:
         raise ValueError(f"unexpected argument {args.operands[0]!r}")
@@ -132,6 +144,7 @@ _COMMANDS = {
     "perplexity": _perplexity,
     "info": _info,
     "memory": _memory,
+    "quantize": _quantize,
     "warmup": _warmup,
     "explain": _explain,
     "report": _report,

@@ -11,6 +11,8 @@ import ruvllm
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
 TARGETS = ("host", "apple-m4", "haswell", "znver4")  # as in lab.explanation
+TYPES = ("q8_0", "q4_0", "q4_1", "f16", "f32", "bf16")  # as in quantizing
+KV = ("f32", "f16", "int8")  # as in model.kv_cache
 
 _EXAMPLES = """\
 examples:
@@ -46,10 +48,13 @@ examples:
 
 _PERPLEXITY = """\
 Perplexity of a text: exp of the mean negative log-likelihood of its tokens, in windows of --context tokens.
+With --kl also what quantisation costs: mean KL divergence of the predictions from those of the same file computed in
+float32, and how often both find the same token likeliest. The float32 weights must fit into memory beside the others.
 
 examples:
   ruvllm perplexity book.txt
   ruvllm perplexity model.gguf book.txt --context 1024
+  ruvllm perplexity model.gguf book.txt --kl --kv int8
 """
 
 _INFO = """\
@@ -78,6 +83,15 @@ Without NAME: list what can be fetched.
 examples:
   ruvllm pull smollm2-135m
   ruvllm pull smollm2-135m --verify
+"""
+
+_QUANTIZE = """\
+Write a model as a GGUF file with matrices of another type; llama.cpp reads it too. MODEL is a name known to
+`ruvllm pull`, a .gguf file or a Hugging Face directory. Embedding and head of the 4-bit types are kept in 8 bits.
+
+examples:
+  ruvllm quantize smollm2-135m smollm2.q8_0.gguf --type q8_0
+  ruvllm quantize ~/models/Llama-3.2-1B-Instruct llama-1b.q4_0.gguf --type q4_0
 """
 
 _WARMUP = """\
@@ -173,6 +187,7 @@ def build_parser() -> Parser:
     loading = _loading(context=512)
     perplexity = add("perplexity", "[MODEL] FILE", "how well a model predicts a text", _PERPLEXITY, loading)
     perplexity.add_argument("-f", "--file", metavar="FILE", help="the text; - is stdin")
+    perplexity.add_argument("--kl", action="store_true", help="compare with the same model in float32: KL divergence")
 
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
 
@@ -188,6 +203,10 @@ def build_parser() -> Parser:
     report.add_argument("--no-peers", action="store_true", help="do not measure NumPy, PyTorch and llama.cpp")
     report.add_argument("--compare", metavar="OLD.json", help="say what changed since an older report")
     report.add_argument("-o", "--output", default="ruvllm-report", metavar="STEM", help="(default: %(default)s)")
+
+    quantize = add("quantize", "MODEL OUT.gguf", "write a model in another precision", _QUANTIZE)
+    quantize.add_argument("--type", choices=TYPES, required=True, help="of the matrices; vectors become f32")
+    quantize.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
 
     add("warmup", "", "compile all kernels into the cache", _WARMUP)
     return parser
@@ -215,6 +234,7 @@ def _loading(context: int | None = None, said: str = "the model's, at most 8192"
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
     )
+    group.add_argument("--kv", choices=KV, default="f32", help="precision of the KV cache (default: %(default)s)")
     group.add_argument(
         "--lora", action="append", metavar="PATH[=WEIGHT]",
         help="an adapter: PEFT's directory, or GGUF; may be repeated, WEIGHT is 1 unless given",

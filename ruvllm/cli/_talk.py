@@ -44,7 +44,7 @@ def generate(args: argparse.Namespace) -> None:
         request = [*_system(args), {"role": "user", "content": prompt}]
     # Without a limit of tokens the facade makes a cache as long as the prompt and the answer.
     cache = None if args.context is None and args.max_tokens >= 0 else _cache(llm, args)
-    _show_answer(llm.stream(request, cache=cache, **_options(args)), args)
+    _show_answer(llm.stream(request, cache=cache, kv=args.kv, **_options(args)), args)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def _turn(
 
 
 def perplexity(args: argparse.Namespace) -> None:
-    """Print the perplexity of a text."""
+    """Print the perplexity of a text, and with --kl how far predictions are from those of float32."""
     file = args.file
     if file is None:
         file = args.operands.pop() if args.operands else None
@@ -107,7 +107,11 @@ def perplexity(args: argparse.Namespace) -> None:
         raise ValueError(f"unexpected argument {operand!r}")
     text = read_text(None, file, "text")
     llm = _load(args, model)
-    print(llm.perplexity(text, context=args.context))
+    if not args.kl:
+        print(llm.perplexity(text, context=args.context, kv=args.kv))
+        return
+    exact = argparse.Namespace(**{**vars(args), "weights": "f32"})
+    print(llm.divergence(text, _load(exact, model), context=args.context, kv=args.kv))
 
 
 def _load(args: argparse.Namespace, model: str) -> LLM:
@@ -147,7 +151,7 @@ def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
     context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context
     if not 1 <= context <= limit:
         raise ValueError(f"context: expected 1 to {limit} tokens, which the model was made for, found {context}")
-    return llm.new_cache(context)
+    return llm.new_cache(context, args.kv)
 
 
 def _show_answer(stream: Stream, args: argparse.Namespace) -> None:

@@ -1,14 +1,15 @@
-"""Perplexity of a text under a model, by llama.cpp's protocol, so that figures can be compared."""
+"""Perplexity of a text under a model, and how far two models' predictions of it differ, by llama.cpp's protocol."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ruvllm.kernels._check import integers
+from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 
 
@@ -35,6 +36,41 @@ class Perplexity:
         )
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How a model's predictions differ from a baseline's, over ``tokens`` positions of a text.
+
+    kl is the mean of sum_v p(v) log(p(v) / q(v)) in nats, p the baseline's and q the model's probabilities of the next
+    token; error is one standard error of it; same_top is the share of positions where both find the same token
+    likeliest.
+    """
+
+    kl: float
+    error: float
+    median: float
+    largest: float
+    same_top: float
+    perplexity: Perplexity
+    baseline: Perplexity
+
+    @property
+    def tokens(self) -> int:
+        """Positions compared."""
+        return self.perplexity.tokens
+
+    def __float__(self) -> float:
+        return self.kl
+
+    def __str__(self) -> str:
+        change = 100 * (self.perplexity.value / self.baseline.value - 1)
+        return (
+            f"KL divergence {self.kl:.3e} +/- {self.error:.1e} (median {self.median:.1e}, largest {self.largest:.2g}), "
+            f"same top token {100 * self.same_top:.2f} %\n"
+            f"{self.perplexity}\n"
+            f"baseline {self.baseline}; difference {change:+.3f} %"
+        )
+
+
 def perplexity(
     model: Llama,
     ids: np.ndarray,
@@ -42,42 +78,109 @@ def perplexity(
     bos: int | None = None,
     nbytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    kv: str = "f32",
 ) -> Perplexity:
     """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given what precedes it there.
 
     Each window starts afresh; with ``bos`` its first token is replaced by that one. Tokens after the last whole
     window are not scored. Position j >= context/2 predicts token j + 1, as in llama.cpp's perplexity tool.
-    ``progress(done, windows)`` is called after each window.
+    ``progress(done, windows)`` is called after each window; ``kv`` is the precision of the KV cache.
 
     Raises:
         TypeError: ids are no integers.
-        ValueError: context < 4 or above the model's, or fewer ids than one window.
+        ValueError: context < 4 or above the model's, fewer ids than one window, or an unknown ``kv``.
     """
+    ids = _checked(model, ids, context)
+    cache = model.new_cache(context, kv)
+    losses = []
+    for window, targets in _windows(ids, context, bos):
+        losses.append(_losses(_log_probabilities(model, cache, window), targets))
+        if progress:
+            progress(len(losses), len(ids) // context)
+    return _perplexity(losses, context, len(ids), nbytes)
+
+
+def divergence(
+    model: Llama,
+    baseline: Llama,
+    ids: np.ndarray,
+    context: int = 512,
+    bos: int | None = None,
+    nbytes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    kv: str = "f32",
+) -> Divergence:
+    """How ``model``, with a cache of precision ``kv``, departs from ``baseline``, with a float32 cache.
+
+    Windows, positions and arguments are those of ``perplexity``.
+
+    Raises:
+        TypeError, ValueError: as perplexity does; also where the vocabularies differ in size.
+    """
+    if model.config.vocab_size != baseline.config.vocab_size:
+        sizes = f"{model.config.vocab_size} and {baseline.config.vocab_size}"
+        raise ValueError(f"baseline: expected a model of the same vocabulary, found sizes {sizes}")
+    ids = _checked(model, ids, context)
+    caches = model.new_cache(context, kv), baseline.new_cache(context)
+    losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    divergences, same = [], []
+    for window, targets in _windows(ids, context, bos):
+        q = _log_probabilities(model, caches[0], window)
+        p = _log_probabilities(baseline, caches[1], window)
+        losses[0].append(_losses(q, targets))
+        losses[1].append(_losses(p, targets))
+        divergences.append((np.exp(p) * (p - q)).sum(axis=1))
+        same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        if progress:
+            progress(len(same), len(ids) // context)
+    each = np.concatenate(divergences)
+    return Divergence(
+        kl=float(each.mean()),
+        error=float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf,
+        median=float(np.median(each)),
+        largest=float(each.max()),
+        same_top=float(np.concatenate(same).mean()),
+        perplexity=_perplexity(losses[0], context, len(ids), nbytes),
+        baseline=_perplexity(losses[1], context, len(ids), nbytes),
+    )
+
+
+def _checked(model: Llama, ids: np.ndarray, context: int) -> np.ndarray:
     limit = model.config.max_position_embeddings
     if not isinstance(context, int) or not 4 <= context <= limit:
         raise ValueError(f"context: expected 4 to {limit}, found {context!r}")
     ids = integers("ids", ids)
-    windows = len(ids) // context
-    if not windows:
+    if len(ids) < context:
         raise ValueError(f"text: expected at least {context} tokens, found {len(ids)}")
-    cache = model.new_cache(context)
-    first = context // 2
-    losses = []
-    for w in range(windows):
-        window = ids[w * context : (w + 1) * context].copy()
-        targets = window[first + 1 :].copy()
+    return ids
+
+
+def _windows(ids: np.ndarray, context: int, bos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each window's tokens, and those that its second half is to predict."""
+    for start in range(0, len(ids) - context + 1, context):
+        window = ids[start : start + context].copy()
+        targets = window[context // 2 + 1 :].copy()
         if bos is not None:
             window[0] = bos
-        cache.clear()
-        logits = model.forward(window, cache)[first:-1].astype(np.float64)
-        top = logits.max(axis=1)
-        total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
-        losses.append(total - logits[np.arange(len(targets)), targets])
-        if progress:
-            progress(w + 1, windows)
+        yield window, targets
+
+
+def _log_probabilities(model: Llama, cache: KVCache, window: np.ndarray) -> np.ndarray:
+    """Log-probabilities (positions, V) in float64 that the second half of a window gives to its next tokens."""
+    cache.clear()
+    logits = model.forward(window, cache)[len(window) // 2 : -1].astype(np.float64)
+    top = logits.max(axis=1, keepdims=True)
+    return logits - (np.log(np.exp(logits - top).sum(axis=1, keepdims=True)) + top)
+
+
+def _losses(log_probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -log_probabilities[np.arange(len(targets)), targets]
+
+
+def _perplexity(losses: list[np.ndarray], context: int, tokens: int, nbytes: int | None) -> Perplexity:
     nll = np.concatenate(losses)
     mean = float(nll.mean())
     value = math.exp(mean)
     error = value * float(nll.std(ddof=1)) / math.sqrt(len(nll)) if len(nll) > 1 else math.inf
-    per_byte = None if nbytes is None else mean / math.log(2) * len(ids) / nbytes
-    return Perplexity(value, error, mean, len(nll), windows, context, per_byte)
+    per_byte = None if nbytes is None else mean / math.log(2) * tokens / nbytes
+    return Perplexity(value, error, mean, len(nll), len(losses), context, per_byte)

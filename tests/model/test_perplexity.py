@@ -1,5 +1,6 @@
 """Perplexity against the definition in float64, window by window."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from ruvllm.kernels import reference
 from ruvllm.model import Llama
-from ruvllm.model.perplexity import Perplexity, perplexity
+from ruvllm.model.perplexity import Perplexity, divergence, perplexity
 from tests.model.model_cases import small_model, text
 
 
@@ -83,3 +84,43 @@ def test_options_are_refused_by_name(model: Llama) -> None:
         perplexity(model, text(64).astype(np.float64), 64)
     with pytest.raises(ValueError, match="^ids: expected token ids from 0 to 210, found 211"):
         perplexity(model, np.full(64, 211), 64)
+
+
+# --- divergence --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("context", "bos", "kv"), [(64, None, "f32"), (33, 1, "int8")])
+def test_divergence_is_its_definition(model: Llama, context: int, bos: int | None, kv: str) -> None:
+    rounded, ids = small_model("int4"), text(150, seed=2)
+    result = divergence(rounded, model, ids, context, bos, nbytes=500, kv=kv)
+    each, same = [], []
+    for start in range(0, len(ids) - context + 1, context):
+        window = ids[start : start + context].copy()
+        if bos is not None:
+            window[0] = bos
+        p = reference.log_softmax(model.forward(window, model.new_cache(context)))
+        q = reference.log_softmax(rounded.forward(window, rounded.new_cache(context, kv)))
+        for j in range(context // 2, context - 1):
+            each.append(float((np.exp(p[j]) * (p[j] - q[j])).sum()))
+            same.append(p[j].argmax() == q[j].argmax())
+    assert result.kl == float(result) == pytest.approx(np.mean(each), rel=1e-5)
+    assert result.error == pytest.approx(np.std(each, ddof=1) / math.sqrt(len(each)), rel=1e-5)
+    assert (result.median, result.largest) == pytest.approx((np.median(each), max(each)), rel=1e-5)
+    assert result.same_top == pytest.approx(np.mean(same)) and 0 < result.same_top < 1
+    assert result.tokens == len(each)
+    assert result.perplexity == perplexity(rounded, ids, context, bos, nbytes=500, kv=kv)
+    assert result.baseline == perplexity(model, ids, context, bos, nbytes=500)
+
+
+def test_nothing_diverges_from_itself(model: Llama) -> None:
+    counted: list[tuple[int, int]] = []
+    result = divergence(model, model, text(130), 64, progress=lambda *done: counted.append(done))
+    assert (result.kl, result.largest, result.same_top) == (0, 0, 1)
+    assert counted == [(1, 2), (2, 2)]
+    assert "same top token 100.00 %" in str(result) and "difference +0.000 %" in str(result)
+
+
+def test_divergence_needs_one_vocabulary(model: Llama) -> None:
+    other = Llama(dataclasses.replace(model.config, vocab_size=200))
+    with pytest.raises(ValueError, match="^baseline: expected .* same vocabulary, found sizes 211 and 200$"):
+        divergence(model, other, text(100), 64)

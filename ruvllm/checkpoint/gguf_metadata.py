@@ -1,0 +1,142 @@
+"""What the header of a GGUF file says of a model: of another GGUF file word by word, of a directory translated.
+
+Keys and their meaning are llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, PREFIX, vocabulary_from_metadata
+from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
+from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.checkpoint.gguf_config import ARCHITECTURE
+from ruvllm.checkpoint.gguf_writer import encoded
+from ruvllm.checkpoint.loader import Checkpoint
+from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
+from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
+from ruvllm.errors import ModelFormatError
+from ruvllm.kernels.rope_frequencies import rope_inv_freq
+from ruvllm.model.config import ModelConfig
+
+# Text that the pre-tokenizers known by name split differently: letters, digits, spaces, lines, scripts, marks.
+_PROBE = (
+    "Hello World's 12345 1 22 333 4444, it'S we'LL  two   spaces\n\n\nlines\r\n\ttabs ÅÄö señor naïveté Ελληνικά "
+    "中文字符和標點。ひらがな カタカナ 한국어 👍🏽 (x+y)^2=a_b*c/d; foo_bar fooBar HTTPServer ...!!! ## $5.60 <|x|> ~`"
+)
+_SPLITS = ("llama-bpe", "gpt-2", *sorted(set(PRE_TOKENIZERS.values()) - {"llama-bpe", "gpt-2"}))
+_NO_MERGE = -1e6  # below it, scores of pieces that no merge makes; none like another
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Key -> encoded value. Raises: ModelFormatError where GGUF has no word for something in a directory."""
+    source = checkpoint.tokenizer_source
+    if isinstance(source, GGUFFile):
+        return {key: source.metadata_bytes(key) for key in source.metadata}
+    values = _model(checkpoint.config) | tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
+    return {key: encoded(value) for key, value in values.items()}
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "general.architecture": ARCHITECTURE,
+        "general.name": config.name or "model",
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope.theta),
+        "llama.vocab_size": config.vocab_size,
+    }
+    if config.rope.scaling == "linear":
+        values |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(config.rope.factor)}
+    if config.sliding_window is not None:
+        values["llama.attention.sliding_window"] = config.sliding_window
+    return values
+
+
+def rope_factors(checkpoint: Checkpoint) -> np.ndarray | None:
+    """The divisors (D/2,) of each pair's frequency that GGUF keeps as a tensor; None where metadata say it all."""
+    config, source = checkpoint.config, checkpoint.tokenizer_source
+    if isinstance(source, GGUFFile):
+        return source.tensor(GGUF_ROPE_FACTORS).float32()[0] if GGUF_ROPE_FACTORS in source.tensors else None
+    rope = config.rope
+    if rope.scaling in (None, "linear"):
+        return None
+    scaled = rope_inv_freq(
+        config.head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
+        rope.original_max_position, rope.factors,
+    )  # fmt: skip
+    return (rope_inv_freq(config.head_dim, rope.theta) / scaled).astype(np.float32)
+
+
+def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """The keys ``tokenizer.*`` for a directory's tokenizer and an embedding of ``vocab_size`` rows."""
+    vocabulary = vocabulary_from_directory(directory)
+    missing = vocab_size - len(vocabulary.pieces)  # rows of the embedding that no token has
+    spelt = [*vocabulary.pieces, *[None] * missing]
+    kinds = [*vocabulary.kinds, *[int(Kind.UNUSED)] * missing]
+    pieces = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(spelt)]
+    values: dict[str, Any] = {
+        PREFIX + "model": "gpt2" if vocabulary.byte_level else "llama",
+        PREFIX + "tokens": pieces,
+        PREFIX + "token_type": kinds,
+        PREFIX + "add_bos_token": vocabulary.bos_id is not None and vocabulary.bos_id in vocabulary.prefix,
+        PREFIX + "add_eos_token": bool(vocabulary.suffix),
+    }
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    if vocabulary.bos_id is not None:
+        values[PREFIX + "bos_token_id"] = vocabulary.bos_id
+    for key, name in (("unknown_token_id", "unk_token"), ("padding_token_id", "pad_token")):
+        if vocabulary.names.get(name) in ids:
+            values[PREFIX + key] = ids[vocabulary.names[name]]
+    for key, token in zip(("eos_token_id", "eot_token_id", "eom_token_id"), vocabulary.eos_ids, strict=False):
+        values[PREFIX + key] = int(token)
+    if vocabulary.chat_template is not None:
+        values["tokenizer.chat_template"] = vocabulary.chat_template
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
+    if vocabulary.byte_level:
+        values[PREFIX + "merges"] = merges
+        values[PREFIX + "pre"] = _pre_tokenizer(directory, vocabulary, values)
+    else:
+        values[PREFIX + "scores"] = _scores(pieces, merges)
+        values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"
+    return values
+
+
+def _merges(vocabulary: Vocabulary) -> list[Any]:
+    found: list[Any] = json.loads(vocabulary.engine.to_str())["model"]["merges"]
+    return found
+
+
+def _scores(pieces: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece joins the pair whose piece has the highest score: scores in the order of the merges."""
+    order: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        order.setdefault(merge.replace(" ", "", 1), rank)
+    return [-float(order[piece]) if piece in order else _NO_MERGE - i for i, piece in enumerate(pieces)]
+
+
+def _pre_tokenizer(directory: Path, vocabulary: Vocabulary, values: dict[str, Any]) -> str:
+    """llama.cpp's name for how this tokenizer cuts text into words: the first that gives the same ones."""
+    wanted = vocabulary.engine.pre_tokenizer.pre_tokenize_str(_PROBE)
+    for name in _SPLITS:
+        named = vocabulary_from_metadata(str(directory), values | {PREFIX + "pre": name})
+        if named.engine.pre_tokenizer.pre_tokenize_str(_PROBE) == wanted:
+            return name
+    raise ModelFormatError(
+        directory / "tokenizer.json",
+        field="pre_tokenizer",
+        found="a way to split text that GGUF has no name for",
+        expected="that of " + ", ".join(_SPLITS),
+    )

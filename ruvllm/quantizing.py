@@ -1,0 +1,151 @@
+"""quantize: a GGUF file or a Hugging Face directory as a GGUF file of another precision, which llama.cpp reads too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ruvllm.checkpoint.encode import encode_rows
+from ruvllm.checkpoint.gguf_metadata import metadata_of, rope_factors
+from ruvllm.checkpoint.gguf_writer import Described, encoded, pad, write_header
+from ruvllm.checkpoint.hub import resolve
+from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
+from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, gguf_name, half_split_rows
+from ruvllm.checkpoint.storage import BLOCKS
+from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.errors import ModelFormatError
+
+# Type of the matrices: its name in files, and llama.cpp's number for files of it (llama_ftype).
+TYPES = {
+    "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2), "q4_1": ("Q4_1", 3), "f16": ("F16", 1), "f32": ("F32", 0),
+    "bf16": ("BF16", 32),
+}  # fmt: skip
+_QUANTIZATION_VERSION = 2
+_ELEMENTS_AT_ONCE = 1 << 22
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Write the model ``source`` as the GGUF file ``target`` with matrices of another type.
+
+    Vectors (norms, biases) become float32. Of the 4-bit types, embedding and head are Q8_0; a matrix whose rows are no
+    whole blocks of 32 becomes F16. A tensor that has the wanted type already is copied. The tokenizer, and all that a
+    GGUF source says of the model, is kept. The file appears under its name when it is complete.
+
+    Args:
+        source: a name known to ``ruvllm pull``, a .gguf file, or a Hugging Face directory.
+        target: where to write.
+        type: "q8_0", "q4_0", "q4_1", "f16", "f32" or "bf16".
+        overwrite: replace ``target`` if it exists.
+        progress: show a bar; None: where stderr is a terminal or a notebook.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: an unknown type, or weights that it cannot hold.
+        FileNotFoundError: no such source, or no directory for the target.
+        FileExistsError: ``target`` exists.
+        ModelFormatError: the source is no model that this library runs, or its tokenizer is of a kind unknown to GGUF.
+        OSError: the disk has too little room.
+    """
+    if type not in TYPES:
+        raise ValueError(f"type: expected one of {', '.join(TYPES)}, found {type!r}")
+    target = Path(target)
+    where = Path(resolve(source))
+    if target.exists() and target.samefile(where):
+        raise ValueError(f"target: expected another file than the source, found {target}")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise FileExistsError(f"{target} exists")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such directory: {target.parent}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with open_checkpoint(where) as checkpoint:
+        try:
+            with open(partial, "xb") as file:
+                _write(file, checkpoint, type, progress)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | None) -> None:
+    kind, number = TYPES[type]
+    metadata = metadata_of(checkpoint)
+    metadata |= {"general.file_type": encoded(number), "general.quantization_version": encoded(_QUANTIZATION_VERSION)}
+    metadata.pop("general.alignment", None)  # ours is the default
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    described = {
+        name: Described(gguf_name(name), tensor.shape, _dtype(name, tensor, kind)) for name, tensor in tensors.items()
+    }
+    factors = rope_factors(checkpoint)
+    first = [] if factors is None else [Described(GGUF_ROPE_FACTORS, factors.shape, "F32")]
+    _require_room(file, sum(tensor.nbytes for tensor in [*first, *described.values()]))
+    write_header(file, metadata, [*first, *described.values()])
+    if factors is not None:
+        file.write(encode_rows("F32", factors[None]).tobytes())
+        pad(file)
+    total = sum(tensor.rows * tensor.columns for tensor in tensors.values())
+    quiet = None if progress is None else not progress
+    with tqdm(total=total, desc=f"writing {type}", unit="", unit_scale=True, leave=False, disable=quiet) as bar:
+        for name, tensor in tensors.items():
+            _write_tensor(file, _in_file_order(checkpoint, name, tensor), described[name].dtype, bar)
+            tensor.release()
+            pad(file)
+
+
+def _dtype(name: str, tensor: Tensor, kind: str) -> str:
+    """The storage type that a tensor is written in."""
+    if len(tensor.shape) == 1:
+        return "F32"
+    if kind in ("Q4_0", "Q4_1") and name in ("embed", "head"):
+        kind = "Q8_0"
+    return "F16" if tensor.columns % BLOCKS[kind][0] else kind
+
+
+def _in_file_order(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """Rows of q and k as GGUF has them: the pairs that are turned together are neighbours."""
+    part = name.rpartition(".")[2].removesuffix("_bias")
+    if part not in ("q", "k"):
+        return tensor
+    config = checkpoint.config
+    heads = config.num_attention_heads if part == "q" else config.num_key_value_heads
+    return tensor.permuted(np.argsort(half_split_rows(heads, config.head_dim)))
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: str, bar: Any) -> None:
+    step = max(1, _ELEMENTS_AT_ONCE // tensor.columns)
+    for lo in range(0, tensor.rows, step):
+        hi = min(lo + step, tensor.rows)
+        if tensor.dtype == dtype:
+            rows = tensor.raw(lo, hi)
+        else:
+            try:
+                rows = encode_rows(dtype, tensor.float32(lo, hi))
+            except ValueError as error:
+                found = str(error).rpartition("found ")[2]
+                raise ModelFormatError(
+                    tensor.path, field=f"tensor {tensor.name!r} rows {lo}:{hi}", found=found,
+                    expected=f"finite numbers that {dtype} can hold",
+                ) from None  # fmt: skip
+        file.write(rows.tobytes())
+        bar.update((hi - lo) * tensor.columns)
+
+
+def _require_room(file: BinaryIO, nbytes: int) -> None:
+    free = shutil.disk_usage(Path(file.name).parent).free
+    if nbytes > free:
+        raise OSError(f"{Path(file.name).parent}: {nbytes / 1e9:.2f} GB needed on the disk, {free / 1e9:.2f} GB free")

@@ -28,12 +28,14 @@ def float32(
     """
     if type(array) is not _ndarray or array.dtype is not _FLOAT32 or not array.flags.carray:
         array = _converted(name, array)
-    if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimensions, found shape {array.shape}")
-    if array.ndim < min_ndim:
+    if shape is not None:
+        if array.shape != shape:
+            _require_shape(name, array, shape)
+    elif ndim is not None:
+        if array.ndim != ndim:
+            raise ValueError(f"{name}: expected {ndim} dimensions, found shape {array.shape}")
+    elif array.ndim < min_ndim:
         raise ValueError(f"{name}: expected at least {min_ndim} dimensions, found shape {array.shape}")
-    if shape is not None and array.shape != shape:
-        _require_shape(name, array, shape)
     return array
 
 

@@ -22,6 +22,7 @@ from numba.core.registry import cpu_target
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._simd import (
     LANES,
+    add_rows,
     f32_load,
     f32_load_first,
     f32_store,
@@ -73,26 +74,43 @@ def ask_for(
 
 
 @inline_kernel
-def two_panels(zeros: Any, w: Any, wi: Any, wj: Any, tile: Any, count: Any, sums: Any) -> None:
-    """sums[r, 0:16 and 16:32] = sum_k tile[r, k] times the panels at wi and wj, as many rows as ``zeros`` has."""
+def leave(rows: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any, sums: Any, si: Any) -> None:
+    """Rows of 16 sums to where they belong, if the ``whole`` tile does; else to ``sums``, from which some are taken."""
+    if not whole:
+        store_rows(sums, si, 2 * LANES, rows)
+    elif add:
+        add_rows(out, oi, out_row, rows)
+    else:
+        store_rows(out, oi, out_row, rows)
+
+
+@inline_kernel
+def two_panels(
+    zeros: Any, w: Any, wi: Any, wj: Any, tile: Any, count: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any,
+    sums: Any,
+) -> None:  # fmt: skip
+    """sum_k tile[r, k] times the panels at wi and wj, for as many rows as ``zeros`` has; see leave."""
     left = right = zeros
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
         prefetch_l2(w, wj + k * LANES + _AHEAD)
         left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
         right = fma_rows(load(w, wj + k * LANES), tile, k, _X_STEP, right)
-    store_rows(sums, 0, 2 * LANES, left)
-    store_rows(sums, LANES, 2 * LANES, right)
+    leave(left, whole, add, out, oi, out_row, sums, 0)
+    leave(right, whole, add, out, oi + LANES, out_row, sums, LANES)
 
 
 @inline_kernel
-def one_panel(zeros: Any, w: Any, wi: Any, tile: Any, count: Any, sums: Any) -> None:
+def one_panel(
+    zeros: Any, w: Any, wi: Any, tile: Any, count: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any,
+    sums: Any,
+) -> None:  # fmt: skip
     """two_panels for one."""
     left = zeros
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
         left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
-    store_rows(sums, 0, 2 * LANES, left)
+    leave(left, whole, add, out, oi, out_row, sums, 0)
 
 
 @inline_kernel
@@ -105,25 +123,29 @@ def tile_times_panels(
     W is ``panels`` panels, the first at wi and each w_step after the one before; ``columns`` of out are there.
     The next tile will be made of ``x_rows`` rows of x from xi on, x_row apart.
     """
+    many = rows > _FEW_ROWS
+    full = rows == (_ROWS if many else _FEW_ROWS)
     paired = panels - panels % 2 if _PAIRS else 0
     for p in range(0, paired, 2):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
         ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 2) // panels, count, out, to, out_row, rows)
-        if rows > _FEW_ROWS:
-            two_panels(f32_zeros(_ROWS), w, at, at + w_step, tile, count, sums)
+        whole = full and left >= 2 * LANES
+        if many:
+            two_panels(f32_zeros(_ROWS), w, at, at + w_step, tile, count, whole, add, out, to, out_row, sums)
         else:
-            two_panels(f32_zeros(_FEW_ROWS), w, at, at + w_step, tile, count, sums)
-        for r in range(rows):
+            two_panels(f32_zeros(_FEW_ROWS), w, at, at + w_step, tile, count, whole, add, out, to, out_row, sums)
+        for r in range(0 if whole else rows):
             put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
             put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
     for p in range(paired, panels):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
         ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 1) // panels, count, out, to, out_row, rows)
-        if rows > _FEW_ROWS:
-            one_panel(f32_zeros(_ROWS), w, at, tile, count, sums)
+        whole = full and left >= LANES
+        if many:
+            one_panel(f32_zeros(_ROWS), w, at, tile, count, whole, add, out, to, out_row, sums)
         else:
-            one_panel(f32_zeros(_FEW_ROWS), w, at, tile, count, sums)
-        for r in range(rows):
+            one_panel(f32_zeros(_FEW_ROWS), w, at, tile, count, whole, add, out, to, out_row, sums)
+        for r in range(0 if whole else rows):
             put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
 
 

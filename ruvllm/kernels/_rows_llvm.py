@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 from ruvllm.kernels._simd_llvm import LANES, _constant, _pointer, _splat, f32x16
 from ruvllm.kernels._views import _view
 
-__all__ = ["f32_zeros", "fma_rows", "load_rows", "stack_f32", "store_rows", "zip_rows"]
+__all__ = ["add_rows", "f32_zeros", "fma_rows", "load_rows", "stack_f32", "store_rows", "zip_rows"]
 
 _I32 = ir.IntType(32)
 
@@ -80,6 +80,23 @@ def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> 
         for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
             pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
             instruction = builder.store(value, builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+            instruction.align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, rows), codegen
+
+
+@intrinsic
+def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> Any:
+    """Add the vectors of a tuple to what is at index, at index + step, ..."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
+            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
+            before = builder.load(pointer)
+            before.align = 4
+            instruction = builder.store(builder.fadd(before, value), pointer)
             instruction.align = 4
         return context.get_dummy_value()
 

@@ -18,6 +18,7 @@ from ruvllm.kernels._jit import DISABLE_JIT
 if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels._simd_python import *  # noqa: F403
 else:
+    from ruvllm.kernels._bounds_llvm import *  # noqa: F403
     from ruvllm.kernels._dot_llvm import *  # noqa: F403
     from ruvllm.kernels._dot_rows_llvm import *  # noqa: F403
     from ruvllm.kernels._kv_llvm import *  # noqa: F403

@@ -439,19 +439,8 @@ def to_f32(typingctx: Any, v: Any) -> Any:
 
 
 @intrinsic
-def power_of_two(typingctx: Any, v: Any) -> Any:
-    """2**n for each integer lane n in -126..127, by writing the exponent bits."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        biased = builder.add(args[0], _constant(i32x16, 127))
-        return builder.bitcast(builder.shl(biased, _constant(i32x16, 23)), f32x16.llvm)
-
-    return f32x16(i32x16), codegen
-
-
-@intrinsic
 def nan_or_zero_below(typingctx: Any, x: Any, limit: Any, y: Any) -> Any:
-    """Lane by lane: x where x is NaN, 0 where x < limit, else y (the ends of exp)."""
+    """Lane by lane: x where x is NaN, 0 where x < limit, else y."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x, limit, y = args
@@ -482,6 +471,7 @@ evens = _two_vector_shuffle("evens", list(range(0, 32, 2)), "a0 a2 … a14 b0 b2
 odds = _two_vector_shuffle("odds", list(range(1, 32, 2)), "a1 a3 … a15 b1 b3 … b15")
 zip_low = _two_vector_shuffle("zip_low", [i // 2 + i % 2 * 16 for i in range(16)], "a0 b0 a1 b1 … a7 b7")
 zip_high = _two_vector_shuffle("zip_high", [i // 2 + i % 2 * 16 for i in range(16, 32)], "a8 b8 … a15 b15")
+low_halves = _two_vector_shuffle("low_halves", [i % 8 + i // 8 * 16 for i in range(16)], "a0 a1 … a7 b0 b1 … b7")
 
 
 def _prefetch(name: str, locality: int, doc: str) -> Any:

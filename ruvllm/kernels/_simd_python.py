@@ -113,7 +113,15 @@ def to_f32(v: Any) -> Any:
 
 
 def power_of_two(v: Any) -> Any:
-    return ((v + np.int32(127)) << np.int32(23)).view(np.float32)
+    return ((v.view(np.int32) << np.int32(23)) + np.int32(127 << 23)).view(np.float32)
+
+
+def at_most(v: Any, limit: Any) -> Any:
+    return np.where(v > limit, np.float32(limit), v)
+
+
+def zero_below(x: Any, limit: Any, y: Any) -> Any:
+    return np.where(x < limit, np.float32(0), y)
 
 
 def nan_or_zero_below(x: Any, limit: Any, y: Any) -> Any:
@@ -134,6 +142,10 @@ def zip_low(a: Any, b: Any) -> Any:
 
 def zip_high(a: Any, b: Any) -> Any:
     return np.stack((a, b), 1).reshape(-1)[LANES:]
+
+
+def low_halves(a: Any, b: Any) -> Any:
+    return np.concatenate((a[:8], b[:8]))
 
 
 def prefetch(array: Any, index: int) -> None:
@@ -205,6 +217,11 @@ def load_rows(array: Any, index: int, step: int, rows: int) -> Any:
 def store_rows(array: Any, index: int, step: int, rows: Any) -> None:
     for row, value in enumerate(rows):
         f32_store(array, index + row * step, value)
+
+
+def add_rows(array: Any, index: int, step: int, rows: Any) -> None:
+    for row, value in enumerate(rows):
+        f32_store(array, index + row * step, f32_load(array, index + row * step) + value)
 
 
 def zip_rows(rows: Any) -> Any:

@@ -7,7 +7,7 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._math import exp, silu
+from ruvllm.kernels._math import exp_of_few, silu
 from ruvllm.kernels._simd import (
     LANES,
     f32_load,
@@ -15,7 +15,7 @@ from ruvllm.kernels._simd import (
     f32_store,
     f32_store_first,
     f32_zero,
-    fmax,
+    greater,
     hmax,
     hsum,
     lanes_between,
@@ -38,14 +38,14 @@ def maximum(x: Any, start: Any, n: Any) -> Any:
     m1, m2, m3 = m0, m0, m0
     whole = n - n % (4 * LANES)
     for i in range(start, start + whole, 4 * LANES):
-        m0 = fmax(m0, f32_load(x, i))
-        m1 = fmax(m1, f32_load(x, i + LANES))
-        m2 = fmax(m2, f32_load(x, i + 2 * LANES))
-        m3 = fmax(m3, f32_load(x, i + 3 * LANES))
+        m0 = greater(f32_load(x, i), m0)
+        m1 = greater(f32_load(x, i + LANES), m1)
+        m2 = greater(f32_load(x, i + 2 * LANES), m2)
+        m3 = greater(f32_load(x, i + 3 * LANES), m3)
     for i in range(whole, n, LANES):
         v = f32_load_first(x, start + i, n - i)
-        m0 = fmax(m0, lanes_between(v, 0, n - i, _MINUS_INFINITY))
-    return hmax(fmax(fmax(m0, m1), fmax(m2, m3)))
+        m0 = greater(lanes_between(v, 0, n - i, _MINUS_INFINITY), m0)
+    return hmax(greater(greater(m0, m1), greater(m2, m3)))
 
 
 @inline_kernel
@@ -55,11 +55,11 @@ def exp_shifted_sum(x: Any, start: Any, n: Any, shift: Any, out: Any, out_start:
     offset = splat(shift)
     whole = n - n % LANES
     for i in range(0, whole, LANES):
-        e = exp(f32_load(x, start + i) - offset)
+        e = exp_of_few(f32_load(x, start + i) - offset)
         f32_store(out, out_start + i, e)
         sums = sums + e
     if whole < n:
-        e = exp(f32_load_first(x, start + whole, n - whole) - offset)
+        e = exp_of_few(f32_load_first(x, start + whole, n - whole) - offset)
         f32_store_first(out, out_start + whole, e, n - whole)
         sums = sums + lanes_between(e, 0, n - whole, _ZERO)
     return hsum(sums)

@@ -199,11 +199,12 @@ def checked_adapter(x: Any, a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.
     """x, a and b as float32 arrays whose shapes fit each other."""
     x = _check.float32("x", x, min_ndim=1)
     a = _check.float32("a", a, ndim=2)
-    if a.shape[0] != x.shape[-1] or not a.shape[1]:
+    n, rank = a.shape
+    if n != x.shape[-1] or not rank:
         raise ValueError(f"a: expected shape ({x.shape[-1]}, R) with R >= 1, found {a.shape}")
     b = _check.float32("b", b, ndim=2)
-    if b.shape[0] != a.shape[1]:
-        raise ValueError(f"b: expected shape ({a.shape[1]}, E_out), found {b.shape}")
+    if len(b) != rank:
+        raise ValueError(f"b: expected shape ({rank}, E_out), found {b.shape}")
     return x, a, b
 
 
@@ -218,10 +219,11 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     if not out.size:
         return out
     to = _check.rows(out)
-    count, rank = to.shape[0], a.shape[1]
-    rows = x.reshape(count, x.shape[-1])
+    count, width = to.shape
+    n, rank = a.shape
+    rows = x if x.ndim == 2 else x.reshape(count, n)
     h = np.empty((count, rank), np.float32)
-    threads = threads_for(count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, count * b.shape[1])
+    threads = threads_for(count * rank * (n + width), PARALLEL_MACS, count * width)
     if threads == 1:
         lora_rows(rows, a, b, scaling, add, h, to, 0, count)
     else:

@@ -7,7 +7,7 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_zero, fma, splat, splat_at, zip_high, zip_low
+from ruvllm.kernels._simd import LANES, f32_load, f32_zero, fma, low_halves, splat, splat_at, zip_high, zip_low
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
@@ -55,6 +55,8 @@ def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any
         lora_grad_b_columns(g, x, scaling, grad_a.reshape(1, -1), lo, hi)
     elif rank == 2:
         grad_a_rank_two(x, g, scaling, grad_a, lo, hi)
+    elif rank == 8:
+        grad_a_rank_eight(x, g, scaling, grad_a, lo, hi)
     else:
         rows, n = x.shape
         factor = splat(np.float32(scaling))
@@ -81,6 +83,20 @@ def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any)
         even, odd = even * factor, odd * factor
         put(grad_a, 2 * i, zip_low(even, odd), 2 * count, True)
         put(grad_a, 2 * i + LANES, zip_high(even, odd), 2 * count - LANES, True)
+
+
+@inline_kernel
+def grad_a_rank_eight(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+    """lora_grad_a_rows for R = 8: two rows share a vector."""
+    rows, n = x.shape
+    factor = splat(np.float32(scaling))
+    for i in range(lo, hi, 2):
+        count = min(hi - i, 2)
+        s = f32_zero()
+        for t in range(rows):
+            v = first_of(g, t * 8, 8)
+            s = fma(low_halves(splat_at(x, t * n + i), splat_at(x, t * n + i + count - 1)), low_halves(v, v), s)
+        put(grad_a, i * 8, s * factor, count * 8, True)
 
 
 @parallel_kernel

@@ -7,49 +7,49 @@ import numpy as np
 from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zero, fma, hsum
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._tile import LANES, STREAMS
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
 
-@kernel
+@inline_kernel
+def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any, far: Any) -> None:
+    """out[i + r far] = sum_k w[at + r step + k] x[k] for r < 4: each load of x serves four rows."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    r1, r2, r3 = at + step, at + 2 * step, at + 3 * step
+    whole = columns - columns % LANES
+    for k in range(0, whole, LANES):
+        v = f32_load(x, k)
+        s0 = fma(f32_load(w, at + k), v, s0)
+        s1 = fma(f32_load(w, r1 + k), v, s1)
+        s2 = fma(f32_load(w, r2 + k), v, s2)
+        s3 = fma(f32_load(w, r3 + k), v, s3)
+    if whole < columns:
+        rest = columns - whole
+        v = f32_load_first(x, whole, rest)
+        s0 = fma(f32_load_first(w, at + whole, rest), v, s0)
+        s1 = fma(f32_load_first(w, r1 + whole, rest), v, s1)
+        s2 = fma(f32_load_first(w, r2 + whole, rest), v, s2)
+        s3 = fma(f32_load_first(w, r3 + whole, rest), v, s3)
+    out[i], out[i + far], out[i + 2 * far], out[i + 3 * far] = hsum(s0), hsum(s1), hsum(s2), hsum(s3)
+
+
+@kernel(strict=True)
 def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """out[i] = sum_k a[i, k] x[k] for rows lo:hi: four rows at a time share each load of x."""
+    """out[i] = sum_k a[i, k] x[k] for rows lo:hi: four rows that lie far apart are read side by side (see STREAMS)."""
     columns = a.shape[1]
     w = flat(a)
-    whole = columns - columns % LANES
-    rest = columns - whole
-    for i in range(lo, hi):
-        if i + 4 <= hi and (i - lo) % 4 == 0:
-            r0 = i * columns
-            r1, r2, r3 = r0 + columns, r0 + 2 * columns, r0 + 3 * columns
-            s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-            for k in range(0, whole, LANES):
-                v = f32_load(x, k)
-                s0 = fma(f32_load(w, r0 + k), v, s0)
-                s1 = fma(f32_load(w, r1 + k), v, s1)
-                s2 = fma(f32_load(w, r2 + k), v, s2)
-                s3 = fma(f32_load(w, r3 + k), v, s3)
-            if rest:
-                v = f32_load_first(x, whole, rest)
-                s0 = fma(f32_load_first(w, r0 + whole, rest), v, s0)
-                s1 = fma(f32_load_first(w, r1 + whole, rest), v, s1)
-                s2 = fma(f32_load_first(w, r2 + whole, rest), v, s2)
-                s3 = fma(f32_load_first(w, r3 + whole, rest), v, s3)
-            out[i], out[i + 1], out[i + 2], out[i + 3] = hsum(s0), hsum(s1), hsum(s2), hsum(s3)
-        elif i >= hi - (hi - lo) % 4:
-            s0 = f32_zero()
-            for k in range(0, whole, LANES):
-                s0 = fma(f32_load(w, i * columns + k), f32_load(x, k), s0)
-            if rest:
-                s0 = fma(f32_load_first(w, i * columns + whole, rest), f32_load_first(x, whole, rest), s0)
-            out[i] = hsum(s0)
+    far = (hi - lo) // STREAMS
+    for i in range(lo, lo + far):
+        four_rows(w, i * columns, far * columns, columns, x, out, i, far)
+    for i in range(lo + STREAMS * far, hi):
+        four_rows(w, i * columns, 0, columns, x, out, i, 0)
 
 
 @parallel_kernel
@@ -96,7 +96,9 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         ValueError: shapes do not match.
     """
     a = _rows("a", a)
-    b = _check.float32("b", b, shape=(a.shape[-1], None))
+    b = _check.float32("b", b)
+    if b.ndim != 2 or len(b) != a.shape[-1]:
+        raise ValueError(f"b: expected shape ({a.shape[-1]}, any), found {b.shape}")
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[1])), a, b)
     _multiply(a, b, False, out)
     return out
@@ -115,7 +117,9 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
         ValueError: shapes do not match.
     """
     a = _rows("a", a)
-    b = _check.float32("b", b, shape=(None, a.shape[-1]))
+    b = _check.float32("b", b)
+    if b.ndim != 2 or b.shape[1] != a.shape[-1]:
+        raise ValueError(f"b: expected shape (any, {a.shape[-1]}), found {b.shape}")
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[0])), a, b)
     _multiply(a, b, True, out)
     return out
@@ -161,29 +165,29 @@ def _rows(name: str, a: Any) -> np.ndarray:
     return a
 
 
-def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
-    size = scratch_size(inner, panels)
-    return scratch(threads * size).reshape(threads, size)
-
-
 def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray) -> None:
     """out = a b, or a b^T, where leading dimensions of a and out are stacked rows."""
     inner, columns = a.shape[-1], out.shape[-1]
     if not out.size or not inner:
         out[...] = 0
         return
-    left, product = a.reshape(-1, inner), out.reshape(-1, columns)
-    rows, panels = len(product), panel_count(columns)
+    if a.ndim > 2:
+        a, out = a.reshape(-1, inner), out.reshape(-1, columns)
+    rows, panels = len(out), (columns + LANES - 1) // LANES
     pairs = (panels + 1) // 2  # of panels, which a thread has for itself
     threads = threads_for(rows * columns * inner, PARALLEL_MACS, max(pairs, rows))
     by_rows = pairs % threads != 0 and pairs < 4 * threads <= rows
     if not by_rows:
         threads = min(threads, pairs)
-    groups = _groups(threads, inner, panels)
     if threads == 1:
-        gemm_part(left, b, transposed, groups[0], product, 0, rows, 0, panels)
+        gemm_part(a, b, transposed, scratch(scratch_size(inner, panels)), out, 0, rows, 0, panels)
     else:
-        launch(gemm_parallel, left, b, transposed, groups, product, by_rows, threads)
+        launch(gemm_parallel, a, b, transposed, _groups(threads, inner, panels), out, by_rows, threads)
+
+
+def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
+    size = scratch_size(inner, panels)
+    return scratch(threads * size).reshape(threads, size)
 
 
 def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:

@@ -26,21 +26,6 @@ from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 
 
 @inline_kernel
-def sum_of(x: Any, start: Any, n: Any) -> Any:
-    """The sum of n elements from the flat index ``start``."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    whole = n - n % (4 * LANES)
-    for i in range(start, start + whole, 4 * LANES):
-        s0 = s0 + f32_load(x, i)
-        s1 = s1 + f32_load(x, i + LANES)
-        s2 = s2 + f32_load(x, i + 2 * LANES)
-        s3 = s3 + f32_load(x, i + 3 * LANES)
-    for i in range(whole, n, LANES):
-        s0 = s0 + f32_load_first(x, start + i, n - i)
-    return hsum((s0 + s1) + (s2 + s3))
-
-
-@inline_kernel
 def sum_of_squares(x: Any, start: Any, n: Any) -> Any:
     """The sum of the squares of n elements from the flat index ``start``."""
     s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
@@ -154,46 +139,52 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 # --- LayerNorm ----------------------------------------------------------------------------------------------------
 
 
+@inline_kernel
+def mean_and_variance(x: Any, start: Any, n: Any, guess: Any) -> Any:
+    """Mean of d = x - guess over n elements from the flat index ``start``, and their variance, which is that of x."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    q0, q1, q2, q3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    center = splat(guess)
+    whole = n - n % (4 * LANES)
+    for i in range(start, start + whole, 4 * LANES):
+        a, b = f32_load(x, i) - center, f32_load(x, i + LANES) - center
+        c, d = f32_load(x, i + 2 * LANES) - center, f32_load(x, i + 3 * LANES) - center
+        s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
+        q0, q1, q2, q3 = fma(a, a, q0), fma(b, b, q1), fma(c, c, q2), fma(d, d, q3)
+    for i in range(whole, n, LANES):
+        a = lanes_between(f32_load_first(x, start + i, n - i) - center, 0, n - i, np.float32(0))
+        s0, q0 = s0 + a, fma(a, a, q0)
+    mean = hsum((s0 + s1) + (s2 + s3)) / np.float32(n)
+    return mean, max(hsum((q0 + q1) + (q2 + q3)) / np.float32(n) - mean * mean, np.float32(0))
+
+
 @kernel(strict=True)
 def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias.
 
-    E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so the deviations d = x - mean are
-    squared instead. The float32 mean is off by a rounding of that large number; sum(d), which would be 0, says by
-    how much, and both results are corrected by it. (That needs strict: (x - mean) - error must not become
-    x - (mean + error).)
+    E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so deviations d = x - c from a guess c of
+    the mean are summed and squared instead: variance = E[d^2] - E[d]^2, mean = c + E[d]. The guess is the mean of the
+    row's first elements; where it turns out to be off by more than the deviation, a second pass takes the mean that
+    the first has found. (That needs strict: (x - c) - E[d] must not become x - (c + E[d]).)
     """
     n = x.shape[1]
     whole = n - n % LANES
     rest = n - whole
-    per_n = np.float32(1) / np.float32(n)
+    first = min(n, LANES)
     for row in range(lo, hi):
         at = row * n
-        mean = splat(sum_of(x, at, n) * per_n)
-        s0, s1, q0, q1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        pairs = n - n % (2 * LANES)
-        for i in range(at, at + pairs, 2 * LANES):
-            d0 = f32_load(x, i) - mean
-            d1 = f32_load(x, i + LANES) - mean
-            s0 = s0 + d0
-            s1 = s1 + d1
-            q0 = fma(d0, d0, q0)
-            q1 = fma(d1, d1, q1)
-        for i in range(pairs, n, LANES):
-            d = f32_load_first(x, at + i, n - i) - mean
-            d = lanes_between(d, 0, n - i, np.float32(0))
-            s0 = s0 + d
-            q0 = fma(d, d, q0)
-        error = hsum(s0 + s1) * per_n
-        variance = max(hsum(q0 + q1) * per_n - error * error, np.float32(0))
+        guess = hsum(f32_load_first(x, at, first)) / np.float32(first)
+        error, variance = mean_and_variance(x, at, n, guess)
+        if error * error > variance:
+            guess = guess + error
+            error, variance = mean_and_variance(x, at, n, guess)
         scale = splat(np.float32(1) / np.sqrt(variance + np.float32(eps)))
-        correction = splat(error)
+        center, correction = splat(guess), splat(error)
         for i in range(0, whole, LANES):
-            d = f32_load(x, at + i) - mean - correction
-            y = d * scale * f32_load(weight, i)
+            y = (f32_load(x, at + i) - center - correction) * scale * f32_load(weight, i)
             f32_store(out, at + i, y + f32_load(bias, i) if with_bias else y)
         if rest:
-            d = f32_load_first(x, at + whole, rest) - mean - correction
+            d = f32_load_first(x, at + whole, rest) - center - correction
             y = d * scale * f32_load_first(weight, whole, rest)
             y = y + f32_load_first(bias, whole, rest) if with_bias else y
             f32_store_first(out, at + whole, y, rest)
@@ -231,10 +222,12 @@ def layer_norm(
     "Algorithms for Computing the Sample Variance".
     """
     x = _check.float32("x", x, min_ndim=1)
-    weight = _check.float32("weight", weight, shape=x.shape[-1:])
+    shape = x.shape
+    last = shape[-1:]
+    weight = _check.float32("weight", weight, shape=last)
     with_bias = bias is not None
-    bias = _check.float32("bias", bias, shape=x.shape[-1:]) if with_bias else weight
-    out = _check.output("out", out, x.shape)
+    bias = _check.float32("bias", bias, shape=last) if with_bias else weight
+    out = _check.output("out", out, shape)
     eps = _check.number("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)

@@ -67,7 +67,7 @@ def test_arithmetic(sign: str) -> None:
             np.testing.assert_array_equal(out, ARITHMETIC[sign].py_func(a, b))
 
 
-@pytest.mark.parametrize("name", ["fmax", "fmin", "evens", "odds", "zip_low", "zip_high"])
+@pytest.mark.parametrize("name", ["fmax", "fmin", "evens", "odds", "zip_low", "zip_high", "low_halves", "greater"])
 def test_two_vectors(name: str) -> None:
     run, out = _binary(getattr(_simd, name)), np.empty(LANES, np.float32)
     for a in _vectors(3):
@@ -169,7 +169,7 @@ def test_integer_vectors() -> None:
 
     @njit
     def powers(n, out):
-        f32_store(out, 0, power(load(n, 0)))
+        f32_store(out, 0, power(f32_load(n, 0)))
 
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-(2**15), 2**15, 16).astype(np.int32) for _ in range(2))
@@ -181,9 +181,34 @@ def test_integer_vectors() -> None:
     convert(halves, out, floats)
     np.testing.assert_array_equal(out[:16], np.rint(halves).astype(np.int32))
     np.testing.assert_array_equal(floats, np.rint(halves))
-    exponents = np.array([-126, -100, -2, -1, 0, 1, 2, 3, 10, 23, 24, 31, 64, 100, 126, 127], np.int32)
-    powers(exponents, floats)
-    np.testing.assert_array_equal(floats, np.ldexp(np.float32(1), exponents))
+    exponents = np.array([-126, -100, -2, -1, 0, 1, 2, 3, 10, 23, 24, 31, 64, 100, 127, 128], np.int32)
+    shifted = np.float32(1.5 * 2**23) + exponents.astype(np.float32)
+    powers(shifted, floats)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(floats, np.ldexp(np.float32(1), exponents))
+    np.testing.assert_array_equal(_simd_python.power_of_two(shifted), floats)
+
+
+@pytest.mark.parametrize("name", ["at_most", "zero_below"])
+def test_bounds(name: str) -> None:
+    f32_load, f32_store, bound, with_y = _simd.f32_load, _simd.f32_store, getattr(_simd, name), name == "zero_below"
+
+    if with_y:
+
+        @njit
+        def run(x, limit, y, out):
+            f32_store(out, 0, bound(f32_load(x, 0), limit, f32_load(y, 0)))
+    else:
+
+        @njit
+        def run(x, limit, y, out):
+            f32_store(out, 0, bound(f32_load(x, 0), limit))
+
+    out, y = np.empty(LANES, np.float32), np.arange(100, 116, dtype=np.float32)
+    for limit in _f32([-1, 0, 1e10]):
+        run(SPECIAL, limit, y, out)
+        arguments = (SPECIAL, limit, y) if with_y else (SPECIAL, limit)
+        np.testing.assert_array_equal(out, getattr(_simd_python, name)(*arguments))
 
 
 def test_nan_or_zero_below() -> None:

@@ -11,9 +11,10 @@ import numba
 from numba.core import config
 from numba.np.ufunc.parallel import threading_layer
 
-# Work per call below which one thread is as fast: a parallel launch costs a few microseconds (omp, tbb).
+# Work per call from which two threads were faster than one, by measurement: a launch costs about 3 us (omp, Zen 4).
 PARALLEL_ELEMENTS = 32768  # elements streamed by a kernel that does little arithmetic on each
-PARALLEL_MACS = 262144  # multiply-adds
+PARALLEL_MACS = 131072  # multiply-adds that each read a number of their own: matrix times vector, adapters
+PARALLEL_TILE_MACS = 524288  # multiply-adds in tiles, which take a quarter of the time
 
 _one_at_a_time = threading.Lock()
 _pool_started = False  # numba's threads run in this process

@@ -11,9 +11,10 @@ from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zero, fma, hsum
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS
 from ruvllm.kernels._views import flat
+from ruvllm.kernels.blas import blas_gemm, takes_blas
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
@@ -83,45 +84,49 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     return out
 
 
-def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: str = "auto") -> np.ndarray:
     """C = A B.
 
     Args:
         a: (..., M, K) float32: leading dimensions are stacked rows of one product.
         b: (K, N) float32.
         out: (..., M, N) float32 to write into; not an input.
+        backend: "numba" for the kernels here, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be
+            much faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
 
     Raises:
         TypeError: not float32.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or there is no such backend.
     """
     a = _rows("a", a)
     b = _check.float32("b", b)
     if b.ndim != 2 or len(b) != a.shape[-1]:
         raise ValueError(f"b: expected shape ({a.shape[-1]}, any), found {b.shape}")
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[1])), a, b)
-    _multiply(a, b, False, out)
+    _multiply(a, b, False, out, backend)
     return out
 
 
-def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: str = "auto") -> np.ndarray:
     """C = A B^T: a linear layer with weights b.
 
     Args:
         a: (..., M, K) float32: leading dimensions are stacked rows of one product.
         b: (N, K) float32.
         out: (..., M, N) float32 to write into; not an input.
+        backend: "numba" for the kernels here, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be
+            much faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
 
     Raises:
         TypeError: not float32.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or there is no such backend.
     """
     a = _rows("a", a)
     b = _check.float32("b", b)
     if b.ndim != 2 or b.shape[1] != a.shape[-1]:
         raise ValueError(f"b: expected shape (any, {a.shape[-1]}), found {b.shape}")
     out = _check.apart("out", _check.output("out", out, (*a.shape[:-1], b.shape[0])), a, b)
-    _multiply(a, b, True, out)
+    _multiply(a, b, True, out, backend)
     return out
 
 
@@ -145,7 +150,7 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
         out[...] = 0
         return out
     left, right, product = (array.reshape(count, *array.shape[-2:]) for array in (a, b, out))
-    threads = threads_for(out.size * a.shape[-1], PARALLEL_MACS, max(count, 2))
+    threads = threads_for(out.size * a.shape[-1], PARALLEL_TILE_MACS, max(count, 2))
     if threads > count:
         for i in range(count):
             _multiply(left[i], right[i], False, product[i])
@@ -165,17 +170,21 @@ def _rows(name: str, a: Any) -> np.ndarray:
     return a
 
 
-def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray) -> None:
+def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, backend: str = "numba") -> None:
     """out = a b, or a b^T, where leading dimensions of a and out are stacked rows."""
     inner, columns = a.shape[-1], out.shape[-1]
-    if not out.size or not inner:
-        out[...] = 0
-        return
     if a.ndim > 2:
-        a, out = a.reshape(-1, inner), out.reshape(-1, columns)
+        a, out = a.reshape(math.prod(a.shape[:-1]), inner), out.reshape(math.prod(out.shape[:-1]), columns)
     rows, panels = len(out), (columns + LANES - 1) // LANES
     pairs = (panels + 1) // 2  # of panels, which a thread has for itself
-    threads = threads_for(rows * columns * inner, PARALLEL_MACS, max(pairs, rows))
+    macs = rows * columns * inner
+    threads = threads_for(macs, PARALLEL_TILE_MACS, max(pairs, rows))
+    if takes_blas(backend, macs, threads, _times):
+        blas_gemm(a, b.T if transposed else b, out, threads)
+        return
+    if not macs:
+        out[...] = 0
+        return
     by_rows = pairs % threads != 0 and pairs < 4 * threads <= rows
     if not by_rows:
         threads = min(threads, pairs)
@@ -183,6 +192,10 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray) -
         gemm_part(a, b, transposed, scratch(scratch_size(inner, panels)), out, 0, rows, 0, panels)
     else:
         launch(gemm_parallel, a, b, transposed, _groups(threads, inner, panels), out, by_rows, threads)
+
+
+def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    _multiply(a, b, False, out)
 
 
 def _groups(threads: int, inner: int, panels: int) -> np.ndarray:

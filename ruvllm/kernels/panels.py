@@ -14,7 +14,7 @@ from numba import prange
 from ruvllm.kernels._float_tile import GROUP, K_BLOCK, group_times_rows
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at
-from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, put, token_times_panels
 from ruvllm.kernels._views import flat
 
@@ -105,7 +105,8 @@ def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
     For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
     """
-    threads = threads_for(x.shape[0] * w.size, PARALLEL_MACS, w.shape[0])
+    worth = PARALLEL_MACS if x.shape[0] == 1 else PARALLEL_TILE_MACS
+    threads = threads_for(x.shape[0] * w.size, worth, w.shape[0])
     if threads == 1:
         panels_matmul(w, x, out, 0, w.shape[0])
     else:

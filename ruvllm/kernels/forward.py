@@ -51,11 +51,11 @@ LAYER_FIELDS = _MLP_NORM + 1
 
 # The table of the region: numbers, then addresses.
 (
-    THREADS, TOKENS, LOGIT_ROWS, LAYER_COUNT, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS, WIDEST,
-    SCRATCH_SIZE, BLOCKS, KEY_ROWS, WIDE, KV_BYTES, SYNC_SIZE,
+    THREADS, TOKENS, LOGIT_ROWS, FIRST_LAYER, LAYER_END, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS,
+    WIDEST, SCRATCH_SIZE, BLOCKS, KEY_ROWS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
     PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
-) = range(48)  # fmt: skip
+) = range(49)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
@@ -78,7 +78,7 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
         return
     T, E, F, heads, kv_heads, dim = t[TOKENS], t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
     eps, scale = _floats(t[FLOATS], 1, 2)[0]
-    layers = array_at(t[LAYERS], (t[LAYER_COUNT], LAYER_FIELDS), np.int64)
+    layers = array_at(t[LAYERS], (t[LAYER_END], LAYER_FIELDS), np.int64)
     cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
     positions = array_at(t[POSITIONS], T, np.int64)
     x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
@@ -95,7 +95,7 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
     e_lo, e_hi = _share(E, rank, size)
     f_lo, f_hi = _share(F, rank, size)
     # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
-    for layer in range(t[LAYER_COUNT]):
+    for layer in range(t[FIRST_LAYER], t[LAYER_END]):
         rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
         _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi)
         _meet(sync, rank, size, alone)

@@ -18,7 +18,8 @@ from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
 
-PREFILL_TOKENS = 126  # tokens per forward pass, whole tiles of six: Ctrl-C is seen between passes
+PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
+LAYER_MACS = 25_000_000_000  # multiply-adds per layer and pass at the most: Ctrl-C is seen between two layers
 WEIGHTS = ("auto", *LAYOUTS)
 
 
@@ -83,6 +84,12 @@ class Llama:
         self._plan: ForwardPlan | None = None
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of one forward pass: PREFILL_TOKENS, but whole tiles of six fewer where a layer is very large."""
+        weights = sum(linear.rows * linear.columns for linear in self.layers[0].linears().values())
+        return max(6, min(PREFILL_TOKENS, LAYER_MACS // weights // 6 * 6))
+
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
         """A KV cache with room for ``max_tokens`` positions."""
         return KVCache(self.config, max_tokens, kv)
@@ -112,15 +119,15 @@ class Llama:
             return self._forward_all(ids, cache, last_only, out)
 
     def _forward_all(self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None) -> np.ndarray:
-        """``forward`` in passes of PREFILL_TOKENS."""
+        """``forward`` in passes of ``prefill_tokens``."""
         cache.require_room(len(ids))
         V = self.config.vocab_size
         logits = K._check.output("out", out, (V,) if last_only else (len(ids), V))
         before = cache.length
         try:
             with limited_to(self.threads):
-                for lo in range(0, len(ids), PREFILL_TOKENS):
-                    part = ids[lo : lo + PREFILL_TOKENS]
+                for lo in range(0, len(ids), self.prefill_tokens):
+                    part = ids[lo : lo + self.prefill_tokens]
                     last = lo + len(part) == len(ids)
                     rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
                     self._forward(part, cache, rows)

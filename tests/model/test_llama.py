@@ -12,8 +12,10 @@ import pytest
 
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ContextFullError
-from ruvllm.model import Llama, ModelConfig, RopeConfig
+from ruvllm.kernels._region import Region
+from ruvllm.model import Llama, ModelConfig, RopeConfig, forward_plan, llama
 from ruvllm.model.forward_plan import ForwardPlan
+from ruvllm.model.llama import PREFILL_TOKENS
 from ruvllm.model.random_weights import RandomWeights
 from tests.model import tiny
 from tests.model.model_cases import KINDS, LAYOUTS, SMALL, WINDOWED, load, logits, run, small_model, text
@@ -307,6 +309,45 @@ def test_an_interrupted_prompt_counts_as_not_taken(models: dict[str, Llama], mon
         model.forward(ids[10:], cache)
     assert len(passes) == 2 and cache.length == 10
     np.testing.assert_array_equal(model.forward(ids[10:], cache), expected)
+
+
+@pytest.mark.parametrize("kv", ["f32", "int8"])
+def test_layers_in_several_calls(kv: str, models: dict[str, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the calls of a long prompt Ctrl-C is seen: the results are the same, and nothing of it remains."""
+    layout = "int8" if kv == "int8" else "f32"  # pairs that other tests compile as well
+    model, ids = models[layout], text(60)
+    parts = [41, 1, 18]
+    expected = run(model, model.new_cache(60, kv), ids, parts)
+    calls: list[int] = []
+    original = Region.run
+
+    def counted(region: Region, table: np.ndarray, threads: int) -> None:
+        calls.append(1)
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        original(region, table, threads)
+
+    monkeypatch.setattr(forward_plan, "MACS_AT_ONCE", 1)
+    monkeypatch.setattr(Region, "run", counted)
+    interrupt_at = 0
+    cache = model.new_cache(60, kv)
+    np.testing.assert_array_equal(run(model, cache, ids, parts), expected)
+    assert len(calls) == len(parts) * model.config.num_hidden_layers
+    cache.truncate(41)
+    interrupt_at = len(calls) + 2
+    with pytest.raises(KeyboardInterrupt):
+        model.forward(ids[41:], cache)
+    assert cache.length == 41
+    np.testing.assert_array_equal(run(model, cache, ids[41:], parts[1:]), expected[41:])
+
+
+def test_passes_of_large_models_have_fewer_tokens(models: dict[str, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models["f32"]
+    weights = sum(linear.rows * linear.columns for linear in model.layers[0].linears().values())
+    assert model.prefill_tokens == PREFILL_TOKENS
+    for most, expected in ((20 * weights, 18), (18 * weights, 18), (18 * weights - 1, 12), (weights, 6)):
+        monkeypatch.setattr(llama, "LAYER_MACS", most)
+        assert model.prefill_tokens == expected
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

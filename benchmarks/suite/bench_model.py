@@ -1,6 +1,5 @@
-"""Tokens per second of a model of SmolLM2-135M's shape, with random weights: nothing need be fetched."""
+"""A prompt and a token through a model of SmolLM2-135M's shape, with random weights: nothing need be fetched."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -27,40 +26,32 @@ class _Model:
 
 
 class Prefill(_Model):
-    """A prompt at once: tokens per second, and the memory that it takes."""
+    """A prompt at once: its time, and the memory that it takes."""
 
     params: Any = (_LAYOUTS, [32, 512])
     param_names = ("weights", "tokens")
-    unit = "tokens/s"
 
-    def track_prefill(self, weights: str, tokens: int) -> float:
-        times = []
-        for _ in range(5):
-            self.cache.clear()
-            start = time.perf_counter()
-            self.model.forward(self.ids, self.cache, last_only=True, out=self.out)
-            times.append(time.perf_counter() - start)
-        return tokens / float(np.median(times))
+    def time_prompt(self, weights: str, tokens: int) -> None:
+        self.cache.clear()
+        self.model.forward(self.ids, self.cache, last_only=True, out=self.out)
 
     def peakmem_prefill(self, weights: str, tokens: int) -> None:
         self.model.forward(self.ids, self.cache, last_only=True, out=self.out)
 
 
 class Decode(_Model):
-    """Token by token after so many others: tokens per second."""
+    """One token after so many others."""
 
     params: Any = (_LAYOUTS, [16, 1024])
     param_names = ("weights", "cached")
-    unit = "tokens/s"
 
-    def track_decode(self, weights: str, cached: int) -> float:
+    def setup(self, weights: str, cached: int) -> None:
+        super().setup(weights, cached)
         self.model.forward(self.ids, self.cache, last_only=True)
-        times = []
-        for _ in range(50):
-            start = time.perf_counter()
-            self.model.forward([1], self.cache, last_only=True, out=self.out)
-            times.append(time.perf_counter() - start)
-        return 1 / float(np.median(times))
+
+    def time_token(self, weights: str, cached: int) -> None:
+        self.cache.truncate(cached)
+        self.model.forward([1], self.cache, last_only=True, out=self.out)
 
 
 class Drift:

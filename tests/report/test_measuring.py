@@ -79,6 +79,7 @@ SMALL = {
     "layer_norm": {"rows": 1, "n": 77},
     "gemv": {"m": 33, "k": 47},
     "gemm": {"m": 17, "n": 33, "k": 9},
+    "gemm_nt": {"m": 17, "n": 33, "k": 9},
     "apply_rope": {"tokens": 3, "heads": 1, "dim": 64},
     "apply_rope_tables": {"tokens": 3, "heads": 1, "dim": 64},
     "lora_forward": {"rows": 1, "dim": 77, "rank": 2},

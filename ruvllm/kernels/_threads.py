@@ -3,8 +3,9 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numba
@@ -81,13 +82,20 @@ def share_out(task: Callable[[int], None], items: Sequence[int], threads: int) -
         for item in items:
             alone(item)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(alone, item) for item in items]
-        try:
-            for done in waiting:
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    waiting = [_helpers(threads).submit(alone, item) for item in items]
+    try:
+        for done in waiting:
+            done.result()
+    finally:
+        for left in waiting:
+            left.cancel()
+        wait(waiting)  # those under way still write
+
+
+@cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Python threads that stay: a model has hundreds of matrices to share out, and a new thread costs 0.3 ms."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ruvllm")
 
 
 def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
@@ -117,6 +125,7 @@ def _after_fork() -> None:
     global _forked, _one_at_a_time
     _forked = _forked or _pool_started
     _one_at_a_time = threading.Lock()  # the parent may have held it
+    _helpers.cache_clear()  # its threads are not here
 
 
 if hasattr(os, "register_at_fork"):

@@ -7,7 +7,7 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_store, splat
+from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, splat
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._views import flat
@@ -29,8 +29,9 @@ def cross_entropy_rows(logits: Any, targets: Any, scale: Any, losses: Any, grad:
         whole = n - n % LANES
         for i in range(at, at + whole, LANES):
             f32_store(g, i, f32_load(g, i) * splat(factor))
-        for i in range(at + whole, at + n):
-            g[i] *= factor
+        if whole < n:
+            rest = f32_load_first(g, at + whole, n - whole) * splat(factor)
+            f32_store_first(g, at + whole, rest, n - whole)
         g[at + targets[row]] -= np.float32(scale)
 
 

@@ -16,10 +16,13 @@ def adamw_range(p: Any, g: Any, m: Any, v: Any, numbers: Any, lo: Any, hi: Any) 
     """Elements lo:hi of adamw. numbers (6,) float32: beta1, beta2, eps, keep, step size, root of v's correction."""
     beta1, beta2, eps, keep, step, root = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
     one = np.float32(1)
-    for i in range(lo, hi):
-        m[i] = beta1 * m[i] + (one - beta1) * g[i]
-        v[i] = beta2 * v[i] + (one - beta2) * g[i] * g[i]
-        p[i] = p[i] * keep - step * m[i] / (np.sqrt(v[i]) * root + eps)
+    # Indices that begin at 0 cannot be negative: with lo:hi, which might be, LLVM makes no vectors of the loop.
+    p, g, m, v = p[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi]
+    for i in range(p.size):
+        mean = beta1 * m[i] + (one - beta1) * g[i]
+        square = beta2 * v[i] + (one - beta2) * g[i] * g[i]
+        m[i], v[i] = mean, square
+        p[i] = p[i] * keep - step * mean / (np.sqrt(square) * root + eps)
 
 
 @parallel_kernel

@@ -21,6 +21,8 @@ _ADDRESS = re.compile(
     r"movabsq\s+\$([A-Za-z_][\w.$]*), %(\w+)|adrp\s+(x\d+), (\w+)@GOTPAGE|mov[zk]\s+(x\d+), #:abs_g\d\w*:([\w.$]+)"
 )
 
+_MOVE = re.compile(r"movq\s+(%\w+|-?\d*\(%rsp\)), (%\w+|-?\d*\(%rsp\))")
+
 _X86_REGISTER = re.compile(r"%([xyz])mm\d+")
 _ARM_VECTOR = re.compile(r"\bv\d+|\bq\d+")
 _PACKED = re.compile(
@@ -93,6 +95,11 @@ def called(assembly: str) -> Counter[str]:
     return Counter(name for text in assembly.splitlines() if (name := callees.of(text.strip())))
 
 
+def defined(assembly: str) -> set[str]:
+    """Functions whose code stands in the assembly."""
+    return {_plain(match[1]) for text in assembly.splitlines() if (match := _FUNCTION.match(text))}
+
+
 class _Callees:
     """Follows a listing and says what is called where: calls go through registers that took an address before."""
 
@@ -104,8 +111,10 @@ class _Callees:
         if match := _ADDRESS.match(text):
             name = match[1] or match[4] or match[6]
             self._held[match[2] or match[3] or match[5]] = name
+        elif match := _MOVE.match(text):  # to another register, or to the stack and back
+            self._held[match[2].lstrip("%")] = self._held.get(match[1].lstrip("%"), "")
         if match := _CALL.match(text):
-            return _plain(self._held.get(match[1], match[1]))
+            return _plain(self._held.get(match[1]) or match[1])
         return ""
 
 

@@ -18,7 +18,7 @@ from numba.core.serialize import dumps
 
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels._jit import COMPILED, DISABLE_JIT
-from ruvllm.lab._assembly import Loop, called, innermost_loops
+from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
 from ruvllm.lab._calls import Call, calls_of_kernel, calls_of_models
 from ruvllm.lab._cross import Body, Compiled, Target, compile_bodies
 from ruvllm.lab._display import as_html, as_text, axis
@@ -48,7 +48,7 @@ class Explanation:
     """What became of a kernel's bodies. print() it, or let a notebook show it.
 
     loops: the innermost loops, in the order of the code. calls: functions that are called from compiled code, with
-    how many calls there are. remarks: why loops were not vectorised. assembly: all of it.
+    how many calls there are. defined: functions whose code stands here. remarks: why loops were not vectorised. assembly: all of it.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Explanation:
     bodies: tuple[str, ...]
     loops: tuple[Loop, ...]
     calls: Counter[str]
+    defined: frozenset[str]
     remarks: tuple[Remark, ...]
     assembly: str
 
@@ -76,8 +77,9 @@ class Explanation:
 
     @property
     def scalar_calls(self) -> tuple[str, ...]:
-        """Functions called from loops, which compute one number at a time."""
-        return tuple(dict.fromkeys(name for loop in self.loops for name in loop.calls if name not in _HARMLESS))
+        """Functions called from loops, which compute one number at a time; not those whose own loops stand here."""
+        harmless = {*_HARMLESS, *self.defined}
+        return tuple(dict.fromkeys(name for loop in self.loops for name in loop.calls if name not in harmless))
 
     @property
     def vectorized(self) -> bool:
@@ -231,7 +233,8 @@ def _explanation(name: str, target: str, bodies: tuple[str, ...], compiled: list
         if any(_within(remark := Remark(match[1], int(match[2]), match[3]), loop) for loop in slow)
     )
     assembly = "\n".join(each.assembly for each in compiled)
-    return Explanation(name, _described(target), bodies, loops, calls, tuple(remarks), assembly)
+    names = frozenset().union(*(defined(each.assembly) for each in compiled))
+    return Explanation(name, _described(target), bodies, loops, calls, names, tuple(remarks), assembly)
 
 
 def _within(remark: Remark, loop: Loop) -> bool:

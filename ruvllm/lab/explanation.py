@@ -47,8 +47,9 @@ class Remark:
 class Explanation:
     """What became of a kernel's bodies. print() it, or let a notebook show it.
 
-    loops: the innermost loops, in the order of the code. calls: functions that are called from compiled code, with
-    how many calls there are. defined: functions whose code stands here. remarks: why loops were not vectorised. assembly: all of it.
+    loops: the innermost loops, in the order of the code. calls: functions that are called from compiled code, with how
+    many calls there are. defined: functions whose code stands here. remarks: why loops were not vectorised.
+    assembly: all of it.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,14 @@ def measure_peaks(threads: int | None = None) -> Peaks:
     """
     threads = _checked(threads)
     return Peaks(threads, fma_peak(threads), int8_dot_peak(threads), read_levels(threads))
+
+
+def measured_peaks(threads: int | None = None) -> Peaks:
+    """``measure_peaks``, once in a process for each number of threads."""
+    return _measured_once(_checked(threads))
+
+
+_measured_once = cache(measure_peaks)
 
 
 def _checked(threads: int | None) -> int:

@@ -1,0 +1,157 @@
+"""cost(config): memory, bytes and arithmetic of a token, and the tokens/s that this machine's limits allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.lab.peaks import Peaks, measured_peaks
+from ruvllm.machine import size
+from ruvllm.model.config import PRESETS, ModelConfig
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, bytes_per_weight
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cost under one layout of weights.
+
+    weights, cache: bytes in memory, of the cache at the context's length. bytes_per_token, flops_per_token: read and
+    computed for one token at the end of the context. decode, prefill: tokens/s that the limits allow. limit: what
+    decoding waits for, "memory" or "arithmetic".
+    """
+
+    name: str
+    weights: float
+    cache: float
+    bytes_per_token: float
+    flops_per_token: float
+    decode: float
+    prefill: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs at a context of ``context`` tokens, by layout of weights."""
+
+    name: str
+    parameters: int
+    context: int
+    peaks: Peaks
+    layouts: tuple[Layout, ...]
+
+    def __getitem__(self, layout: str) -> Layout:
+        return next(x for x in self.layouts if x.name == layout)
+
+    def heading(self) -> str:
+        """One line: which model, and on what it is to run."""
+        threads = f"{self.peaks.threads} thread{'s' * (self.peaks.threads > 1)}"
+        memory = f"memory {self.peaks.memory / 1e9:.0f} GB/s"
+        return (
+            f"{self.name}: {self.parameters / 1e9:.2f} B parameters, context {self.context:,}; "
+            f"bounds for {threads} of this machine ({memory}, {self.peaks.fma / 1e9:.0f} GFLOP/s float32, "
+            f"{self.peaks.int8_dot / 1e9:.0f} GOP/s int8)"
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table, as text; the first row has the headings."""
+        found: list[tuple[str, ...]] = [
+            (
+                "weights", "memory", "KV cache", "read per token", "GFLOP per token", "decode tok/s <=",
+                "prefill tok/s <=", "decode waits for",
+            )
+        ]  # fmt: skip
+        return found + [
+            (
+                x.name, size(x.weights), size(x.cache), size(x.bytes_per_token), f"{x.flops_per_token / 1e9:.2f}",
+                f"{x.decode:.1f}", f"{x.prefill:.1f}", x.limit,
+            )
+            for x in self.layouts
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Bounds of decoding and prefill by layout; returns the matplotlib axis."""
+        ax = axis(ax)
+        for shift, what in ((-0.2, "decode"), (0.2, "prefill")):
+            bars = ax.bar([i + shift for i in range(len(self.layouts))], [getattr(x, what) for x in self.layouts], 0.4)
+            bars.set_label(what)
+            ax.bar_label(bars, fmt="%.3g", padding=2)
+        ax.set_xticks(range(len(self.layouts)), [x.name for x in self.layouts])
+        ax.set_yscale("log")
+        ax.set_ylabel("tokens/s at most")
+        ax.set_title(f"{self.name}, context {self.context:,}")
+        ax.legend(frameon=False)
+        return ax
+
+
+def cost(
+    config: ModelConfig | str,
+    weights: str | Sequence[str] = LAYOUTS,
+    context: int = 1024,
+    kv: str = "f32",
+    peaks: Peaks | None = None,
+) -> Cost:
+    """Memory, bytes and arithmetic of a model per token, and the tokens/s that this machine's limits allow.
+
+    decode <= 1 / max(bytes / read bandwidth, arithmetic / peak), prefill <= peak / arithmetic, where
+
+    - bytes = all matrices (of an embedding that is not the head too, one row) + keys and values of the context,
+    - arithmetic = 2 N K of each matrix + 4 context H D of each layer's attention, at the float32 peak; matrices of
+      integers at the integer peak.
+
+    Args:
+        config: a configuration, or the name of a known one ("llama3-8b").
+        weights: one or several of LAYOUTS.
+        context: tokens that are in the cache.
+        kv: how keys and values are kept, see ``KVCache``.
+        peaks: limits; None measures those of this machine, once in a process (three seconds).
+
+    Raises:
+        ValueError: an unknown name or layout, or context < 1.
+    """
+    if isinstance(config, str):
+        if config.lower() not in PRESETS:
+            raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, found {config!r}")
+        config = PRESETS[config.lower()]
+    if context < 1:
+        raise ValueError(f"context: expected at least 1, found {context}")
+    chosen = (weights,) if isinstance(weights, str) else tuple(weights)
+    for layout in chosen:
+        if layout not in LAYOUTS:
+            raise ValueError(f"weights: expected some of {', '.join(LAYOUTS)}, found {layout!r}")
+    peaks = peaks or measured_peaks()
+    found = tuple(_layout(config, layout, context, kv, peaks) for layout in chosen)
+    return Cost(config.name or "model", config.parameter_count(), context, peaks, found)
+
+
+def _layout(config: ModelConfig, layout: str, context: int, kv: str, peaks: Peaks) -> Layout:
+    shapes = config.tensor_shapes()
+    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    vectors = 4 * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    read = dict(matrices)
+    if not config.tie_word_embeddings:
+        read["embed"] = config.hidden_size  # one row
+    per_weight = bytes_per_weight(layout)
+    held = KVCache.bytes_for(config, context, kv)
+    products = 2.0 * sum(n for name, n in read.items() if name != "embed" or config.tie_word_embeddings)
+    visible = min(context, config.sliding_window or context)
+    attention = 4.0 * visible * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    nbytes = per_weight * sum(read.values()) + vectors + held * visible / context
+    integer = layout in INTEGER_LAYOUTS
+    seconds = products / (peaks.int8_dot if integer else peaks.fma) + attention / peaks.fma
+    waiting = nbytes / peaks.bandwidth(nbytes)
+    return Layout(
+        name=layout, weights=per_weight * sum(matrices.values()) + vectors, cache=float(held), bytes_per_token=nbytes,
+        flops_per_token=products + attention, decode=1 / max(seconds, waiting), prefill=1 / seconds,
+        limit="memory" if waiting > seconds else "arithmetic",
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""drift(llm, prompt): how far each layer of any path is from float64; quantisation_error(path): each tensor's error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ruvllm.checkpoint.hub import resolve
+from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
+from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.lab.swapping import readable_path
+from ruvllm.llm import LLM, Prompt
+from ruvllm.model.layer import TransformerLayer
+from ruvllm.model.reference import reference_states
+from ruvllm.model.weights import LAYOUTS, load_weights
+
+_ROWS = 512  # of a tensor that its quantisation error is taken from, evenly spread
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Distance of a model's path from float64 on the file's own weights.
+
+    errors: ||x - r|| / ||r|| of the residual stream after the embedding and after each layer, all tokens together.
+    largest: the largest difference of one number there. logits: the largest difference of a logit. divergence: mean
+    Kullback-Leibler divergence of the predicted tokens, in nats. agreement: share of positions with the same likeliest.
+    """
+
+    name: str
+    tokens: int
+    errors: tuple[float, ...]
+    largest: tuple[float, ...]
+    logits: float
+    divergence: float
+    agreement: float
+
+    def heading(self) -> str:
+        """One line: the path, and what its error does to predictions."""
+        return (
+            f"{self.name}, {self.tokens} tokens, against float64: logits within {self.logits:.2g}, "
+            f"KL divergence {self.divergence:.2g}, same likeliest token {self.agreement:.1%}"
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of the layers, as text; the first row has the headings."""
+        names = ["embedding", *(f"layer {i}" for i in range(len(self.errors) - 1))]
+        found: list[tuple[str, ...]] = [("after", "relative error", "largest difference")]
+        return found + [(n, f"{e:.2e}", f"{d:.2e}") for n, e, d in zip(names, self.errors, self.largest, strict=True)]
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Relative error by layer; several fit on one axis. Returns the matplotlib axis."""
+        ax = axis(ax)
+        ax.plot(range(len(self.errors)), np.maximum(self.errors, 1e-9), marker=".", label=self.name)
+        ax.set_yscale("log")
+        ax.set_xlabel("layers passed")
+        ax.set_ylabel("relative error of the residual stream")
+        ax.legend(frameon=False)
+        return ax
+
+
+def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | None = None) -> Drift:
+    """Error of each layer of a model against float64, on the weights that its file holds.
+
+    What the path rounds shows: weights that were converted at load, activations in 8 bits, and kernels that are
+    swapped, if called inside ``swap``. Adapters are not in the reference: detach them first.
+
+    Args:
+        llm: a loaded model; its file must still be there.
+        prompt: text, token ids or messages, as for ``LLM.generate``; all at once, at most a few hundred tokens.
+        name: for tables and plots; None names the layouts of the weights.
+        progress: show a bar; None: where stderr is a terminal or a notebook.
+
+    Raises:
+        FileNotFoundError: the model's file is gone.
+        ValueError: an empty prompt.
+    """
+    ids = llm._ids(prompt)
+    states: dict[int, list[np.ndarray]] = {}
+    original = TransformerLayer.__call__
+
+    def recorded(layer: Any, step: Any, cache: Any, i: int) -> None:
+        if i == 0:
+            states.setdefault(0, []).append(step.x.copy())
+        original(layer, step, cache, i)
+        states.setdefault(i + 1, []).append(step.x.copy())
+
+    with readable_path(), patch.object(TransformerLayer, "__call__", recorded):
+        logits = llm.logits(ids)
+    errors, largest = [], []
+    with open_checkpoint(llm.path) as checkpoint:
+        total = llm.config.num_hidden_layers + 2
+        quiet = None if progress is None else not progress
+        found = tqdm(
+            reference_states(checkpoint, ids), total=total, desc="float64", unit="layer", leave=False, disable=quiet
+        )
+        for i, r in enumerate(found):
+            if i in states:
+                difference = np.concatenate(states[i]) - r
+                errors.append(float(np.linalg.norm(difference) / np.linalg.norm(r)))
+                largest.append(float(np.abs(difference).max()))
+            else:
+                expected = r
+    p, q = _log_softmax(expected), _log_softmax(logits.astype(np.float64))
+    return Drift(
+        name=name or " and ".join(sorted({linear.layout for linear in llm.model.linears().values()})),
+        tokens=len(ids), errors=tuple(errors), largest=tuple(largest), logits=float(np.abs(logits - expected).max()),
+        divergence=float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))),
+        agreement=float(np.mean(expected.argmax(-1) == logits.argmax(-1))),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantisationError:
+    """Relative error ||w - r|| / ||r|| of each matrix of a file when kept in each layout."""
+
+    name: str
+    dtypes: dict[str, str]
+    errors: dict[str, dict[str, float]]  # by layout, then by tensor
+
+    def heading(self) -> str:
+        """One line: the mean error of each layout."""
+        means = (f"{layout} {np.mean(list(errors.values())):.2%}" for layout, errors in self.errors.items())
+        return f"{self.name}: relative error of {len(self.dtypes)} matrices, on average {', '.join(means)}"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of the tensors, as text; the first row has the headings."""
+        found: list[tuple[str, ...]] = [("tensor", "in the file", *self.errors)]
+        for tensor, dtype in self.dtypes.items():
+            found.append((tensor, dtype, *(f"{errors[tensor]:.2e}" for errors in self.errors.values())))
+        return found
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Error of each tensor in the order of the file, one mark for each layout; returns the matplotlib axis."""
+        ax = axis(ax)
+        for layout, errors in self.errors.items():
+            ax.plot(range(len(errors)), np.maximum(list(errors.values()), 1e-9), ".", label=layout)
+        ax.set_yscale("log")
+        ax.set_xlabel("matrix, from the embedding to the last layer")
+        ax.set_ylabel("relative error")
+        ax.set_title(self.name)
+        ax.legend(frameon=False)
+        return ax
+
+
+def quantisation_error(
+    path: Any, layouts: Sequence[str] = ("f16", "int8", "int4"), progress: bool | None = None
+) -> QuantisationError:
+    """How much each matrix of a model file changes when it is kept in a layout; 0 where the layout holds it exactly.
+
+    Args:
+        path: as for ``ruvllm.load``.
+        layouts: some of LAYOUTS.
+        progress: show a bar; None: where stderr is a terminal or a notebook.
+
+    Returns:
+        Relative errors, from 512 rows of each matrix, evenly spread.
+
+    Raises:
+        ValueError: an unknown layout.
+        FileNotFoundError, ModelFormatError: as for ``ruvllm.load``.
+    """
+    for layout in layouts:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layouts: expected some of {', '.join(LAYOUTS)}, found {layout!r}")
+    where = resolve(path)
+    with open_checkpoint(where) as checkpoint:
+        names = [name for name in checkpoint.config.tensor_shapes() if len(checkpoint.tensor(name).shape) == 2]
+        errors: dict[str, dict[str, float]] = {layout: {} for layout in layouts}
+        bar = tqdm(names, desc="quantising", leave=False, disable=None if progress is None else not progress)
+        for name in bar:
+            for layout in layouts:
+                errors[layout][name] = _tensor_error(checkpoint, name, layout)
+        dtypes = {name: checkpoint.tensor(name).dtype for name in names}
+        return QuantisationError(checkpoint.config.name or str(where), dtypes, errors)
+
+
+def _tensor_error(checkpoint: Checkpoint, name: str, layout: str) -> float:
+    tensor = checkpoint.tensor(name)
+    weights = load_weights(tensor, layout)
+    squares, size = 0.0, 0.0
+    for i in np.unique(np.linspace(0, tensor.shape[0] - 1, _ROWS).astype(int)).tolist():
+        wanted = tensor.float32(i, i + 1).reshape(-1).astype(np.float64)
+        squares += float(np.sum((weights.row(i) - wanted) ** 2))
+        size += float(np.sum(wanted**2))
+    return float(np.sqrt(squares / size)) if size else 0.0
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))

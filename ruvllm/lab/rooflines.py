@@ -1,0 +1,160 @@
+"""roofline(): kernels between the limits of this machine: arithmetic against bytes, each where it was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import KERNELS
+from ruvllm.kernels._threads import limited_to
+from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.lab.peaks import Peaks, measured_peaks
+from ruvllm.model.activations import Activations
+from ruvllm.model.linear import Linear
+from ruvllm.model.random_weights import RandomTensor
+from ruvllm.model.weights import INTEGER_LAYOUTS
+
+_SECONDS = 0.02  # of measuring one kernel, and at least five calls
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kernel at one size: its work, compulsory bytes, and median seconds; integer: its work is on int8."""
+
+    name: str
+    sizes: str
+    flops: float
+    nbytes: float
+    seconds: float
+    integer: bool
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte."""
+        return self.flops / self.nbytes
+
+    def limit(self, peaks: Peaks) -> float:
+        """Seconds that it takes at least: its arithmetic, or its bytes from the cache that holds them."""
+        peak = peaks.int8_dot if self.integer else peaks.fma
+        return max(self.flops / peak, self.nbytes / peaks.bandwidth(self.nbytes))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Kernels beside the limits of ``peaks.threads`` threads."""
+
+    peaks: Peaks
+    points: tuple[Point, ...]
+
+    def heading(self) -> str:
+        """One line: on how many threads."""
+        return f"{len(self.points)} kernels on {self.peaks.threads} thread{'s' * (self.peaks.threads > 1)}"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of the kernels, as text; the first row has the headings."""
+        found: list[tuple[str, ...]] = [
+            ("kernel", "sizes", "us", "op per byte", "Gop/s", "GB/s", "of limit", "limited by")
+        ]
+        for x in self.points:
+            reading = x.nbytes / self.peaks.bandwidth(x.nbytes)
+            found.append(
+                (
+                    x.name, x.sizes, f"{x.seconds * 1e6:.1f}", f"{x.intensity:.2f}", f"{x.flops / x.seconds / 1e9:.1f}",
+                    f"{x.nbytes / x.seconds / 1e9:.1f}", f"{x.limit(self.peaks) / x.seconds:.0%}",
+                    "bytes" if reading >= x.limit(self.peaks) else "arithmetic",
+                )
+            )  # fmt: skip
+        return found
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Roofs of each level of memory and of arithmetic, kernels as points; returns the matplotlib axis."""
+        ax = axis(ax)
+        low = min((x.intensity for x in self.points), default=0.1) / 2
+        high = max([10 * self.peaks.int8_dot / self.peaks.memory, *(2 * x.intensity for x in self.points)])
+        along = np.geomspace(low, high, 200)
+        for i, level in enumerate(self.peaks.levels):
+            ax.plot(
+                along, np.minimum(along * level.bandwidth, self.peaks.int8_dot) / 1e9, color=f"C{i}", lw=1,
+                label=f"read, {level.name}: {level.bandwidth / 1e9:.0f} GB/s",
+            )  # fmt: skip
+        for value, name in ((self.peaks.fma, "float32 multiply-add"), (self.peaks.int8_dot, "int8 dot product")):
+            ax.axhline(value / 1e9, color="0.4", lw=1, ls="--")
+            ax.annotate(f"{name}: {value / 1e9:.0f}", (high, value / 1e9), ha="right", va="bottom", fontsize=8)
+        for x in self.points:
+            y = x.flops / x.seconds / 1e9
+            ax.plot(x.intensity, y, "s" if x.integer else "o", color="k", ms=4)
+            ax.annotate(x.name, (x.intensity, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("operations per byte")
+        ax.set_ylabel("Gop/s")
+        ax.set_title(self.heading())
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+        return ax
+
+
+def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roofline:
+    """Measure kernels at their largest example size, and matrices of models as "linear int4", beside the limits.
+
+    Args:
+        kernels: names in KERNELS, "linear f32", "linear int8", "linear int4" (2048 x 2048; one token, and 96); none
+            for all.
+        threads: how many threads a kernel may use.
+        peaks: limits at this number of threads; None measures them, once in a process (three seconds).
+
+    Raises:
+        ValueError: no kernel has this name, or threads < 1.
+    """
+    linears = [f"linear {layout}" for layout in ("f32", "int8", "int4")]
+    for name in kernels:
+        if name not in KERNELS and name not in linears:
+            raise ValueError(f"no kernel {name!r}: expected some of {', '.join([*sorted(KERNELS), *linears])}")
+    peaks = peaks or measured_peaks(threads)
+    points: list[Point] = []
+    with limited_to(threads):
+        for name in kernels or [*KERNELS, *linears]:
+            points.extend(_linear(name.split()[1]) if name in linears else [_kernel(name)])
+    return Roofline(peaks, tuple(points))
+
+
+def _kernel(name: str) -> Point:
+    spec = KERNELS[name]
+    sizes = max(spec.sizes, key=lambda s: spec.flops(**s))
+    arguments = spec.example(np.random.default_rng(0), **sizes)
+    seconds = _median(lambda: spec.function(**arguments))
+    text = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
+    return Point(name, text, spec.flops(**sizes), spec.bytes(**sizes), seconds, False)
+
+
+def _linear(layout: str) -> Iterable[Point]:
+    n = 2048
+    linear = Linear.load(RandomTensor("linear", (n, n), 0), layout)
+    for tokens in (1, 96):
+        x = Activations(tokens, n).of(np.random.default_rng(0).standard_normal((tokens, n), np.float32))
+        out = np.empty((tokens, n), np.float32)
+        seconds = _median(lambda x=x, out=out: linear(x, out))
+        nbytes = linear.nbytes + 8.0 * tokens * n
+        yield Point(
+            f"linear {layout} x{tokens}", f"tokens {tokens}, {n} x {n}", 2.0 * tokens * n * n, nbytes, seconds,
+            layout in INTEGER_LAYOUTS,
+        )  # fmt: skip
+
+
+def _median(call: Any) -> float:
+    call()
+    times: list[float] = []
+    while sum(times) < _SECONDS or len(times) < 5:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

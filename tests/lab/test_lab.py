@@ -1,0 +1,258 @@
+"""swap, drift, quantisation_error, profile, roofline, cost: on tiny models, and against figures worked out by hand."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numba
+import numpy as np
+import pytest
+
+import ruvllm.kernels as K
+from ruvllm import lab
+from ruvllm.checkpoint.loader import open_checkpoint
+from ruvllm.kernels import KERNELS
+from ruvllm.lab.peaks import Level, Peaks
+from ruvllm.llm import LLM
+from ruvllm.model import Llama, ModelConfig
+from ruvllm.model.reference import reference_logits, reference_states
+from tests.model import tiny
+
+matplotlib.use("Agg")
+LIMITS = Peaks(
+    2, 1e11, 4e11, (Level("L1", 32 << 10, 4e11), Level("L2", 1 << 20, 2e11), Level("memory", math.inf, 2e10))
+)
+IDS = [5, 9, 2, 11, 3, 7]
+
+
+def loaded(case: str, layout: str = "f32") -> LLM:
+    """A tiny model with no tokenizer, from its file."""
+    path = tiny.directory(case)
+    with open_checkpoint(path) as checkpoint:
+        return LLM(Llama(checkpoint.config, checkpoint, layout, threads=1), _NoText(), Path(path))
+
+
+class _NoText:
+    eos_ids = ()
+
+    def stream_decoder(self, **_):
+        return self
+
+    def push(self, token):
+        return ""
+
+    def finish(self):
+        return ""
+
+
+def numpy_rms_norm(x, weight, eps=1e-5):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+
+
+@numba.njit
+def compiled_rms_norm(x, weight, eps):
+    out = np.empty_like(x)
+    for row in range(x.shape[0]):
+        s = np.float32(0)
+        for i in range(x.shape[1]):
+            s += x[row, i] * x[row, i]
+        scale = np.float32(1) / np.sqrt(s / np.float32(x.shape[1]) + np.float32(eps))
+        for i in range(x.shape[1]):
+            out[row, i] = x[row, i] * scale * weight[i]
+    return out
+
+
+# --- swap ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_swapped_kernel_is_what_a_model_uses() -> None:
+    llm = loaded("llama2_mha")
+    before = llm.logits(IDS)
+    with lab.swap(rms_norm=numpy_rms_norm) as swapped:
+        assert not llm.model.fused and K.rms_norm is not KERNELS["rms_norm"].function
+        during = llm.logits(IDS)
+        assert swapped["rms_norm"].calls == 2 * llm.config.num_hidden_layers + 1
+    np.testing.assert_allclose(during, before, atol=1e-4)
+    assert llm.model.fused and K.rms_norm is KERNELS["rms_norm"].function
+    assert "fused" not in vars(Llama)
+    assert all(error < 1e-12 for error in swapped["rms_norm"].errors)
+    for text in (str(swapped), swapped._repr_html_()):
+        assert "rows 1, n 768" in text
+    assert len(swapped.plot().patches) == 2 * len(KERNELS["rms_norm"].sizes)
+
+
+def test_a_wrong_function_never_goes_live() -> None:
+    for wrong, message in (
+        (lambda x, weight, eps: x, "rms_norm: at .* error is .*: not swapped"),
+        (lambda x, weight, eps: x[0], "rms_norm: expected results of shape"),
+    ):
+        with pytest.raises(ValueError, match=message), lab.swap(rms_norm=wrong):
+            raise AssertionError("unreachable")
+        assert K.rms_norm is KERNELS["rms_norm"].function
+    with pytest.raises(ValueError, match="no kernel 'rmsnorm'"), lab.swap(rmsnorm=numpy_rms_norm):
+        pass
+    with pytest.raises(TypeError, match="rms_norm: expected a function"), lab.swap(rms_norm=3):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValueError, match="expected at least one"), lab.swap():
+        pass
+
+
+def test_a_compiled_function_can_be_swapped_in() -> None:
+    with lab.swap(rms_norm=compiled_rms_norm) as swapped:
+        x = np.ones((2, 8), np.float32)
+        out = np.empty_like(x)
+        assert K.rms_norm(x, x[0], 1e-5, out=out) is out
+    assert swapped["rms_norm"].calls == 1 and np.allclose(out, 1, atol=1e-4)
+
+
+def test_an_error_inside_puts_the_kernel_back() -> None:
+    with pytest.raises(ZeroDivisionError), lab.swap(silu_mul=lambda gate, up: gate / (1 + np.exp(-gate)) * up):
+        raise ZeroDivisionError
+    assert K.silu_mul is KERNELS["silu_mul"].function and "fused" not in vars(Llama)
+
+
+def test_tolerance_lets_an_approximation_in() -> None:
+    rough = lambda x, weight, eps: numpy_rms_norm(x, weight, eps) * np.float32(1.001)
+    llm = loaded("llama2_mha")
+    exact = lab.drift(llm, IDS, progress=False)
+    with lab.swap(tolerance=1e-5, rms_norm=rough):
+        rougher = lab.drift(llm, IDS, progress=False)
+    assert rougher.errors[-1] > 50 * exact.errors[-1]
+
+
+# --- drift, quantisation ------------------------------------------------------------------------------------------
+
+
+def test_drift_of_each_layer_against_float64() -> None:
+    """The last state's error is that of the logits' own comparison; coarser weights are farther away."""
+    found = {layout: lab.drift(loaded("llama2_mha", layout), IDS, progress=False) for layout in ("f32", "f16", "int8")}
+    layers = loaded("llama2_mha").config.num_hidden_layers
+    assert all(len(d.errors) == layers + 1 for d in found.values())
+    assert found["f32"].errors[0] == 0 and found["f32"].errors[-1] < 1e-6 and found["f32"].agreement == 1
+    assert found["f32"].errors[-1] < found["f16"].errors[-1] < found["int8"].errors[-1]
+    with open_checkpoint(tiny.directory("llama2_mha")) as checkpoint:
+        expected = reference_logits(checkpoint, IDS)
+        states = list(reference_states(checkpoint, IDS))
+    assert len(states) == layers + 2 and np.array_equal(states[-1], expected)
+    llm = loaded("llama2_mha", "int8")
+    assert found["int8"].logits == pytest.approx(np.abs(llm.logits(IDS) - expected).max(), rel=1e-6)
+    ax = found["f32"].plot()
+    assert found["int8"].plot(ax) is ax and len(ax.lines) == 2
+    assert "layer 0" in str(found["int8"]) and "KL divergence" in found["int8"]._repr_html_()
+
+
+def test_quantisation_error_of_each_tensor() -> None:
+    path = tiny.directory("llama2_mha")
+    found = lab.quantisation_error(path, ("f32", "f16", "int8", "int4"), progress=False)
+    with open_checkpoint(path) as checkpoint:
+        w = checkpoint.tensor("layers.0.q").float32().astype(np.float64)
+    half = np.linalg.norm(w.astype(np.float16) - w) / np.linalg.norm(w)
+    assert found.errors["f32"]["layers.0.q"] == 0
+    assert found.errors["f16"]["layers.0.q"] == pytest.approx(half, rel=1e-3)
+    assert all(found.errors["int8"][n] < found.errors["int4"][n] < 0.2 for n in found.dtypes)
+    assert "layers.1.down" in str(found) and "int4" in found._repr_html_()
+    assert len(found.plot().lines) == 4
+    with pytest.raises(ValueError, match="layouts: expected some of"):
+        lab.quantisation_error(path, ("int3",))
+
+
+# --- profile ------------------------------------------------------------------------------------------------------
+
+
+def test_profile_counts_every_operation_and_its_work() -> None:
+    for layout in ("f32", "int8"):
+        llm = loaded("llama2_mha", layout)
+        config, before = llm.config, dict(vars(Llama))
+        found = lab.profile(llm, IDS, max_tokens=4, peaks=LIMITS)
+        assert [tokens for *_, tokens in found.steps] == [len(IDS), 1, 1, 1]
+        decode = [x for x in found.operations if x.step == 2]
+        names = [x.name for x in decode if x.layer == 0 and x.name != "round to 8 bits"]
+        assert names == ["rms_norm", "q", "k", "v", "rope", "rope", "kv_append", "attention", "o", "rms_norm", "gate",
+                         "up", "silu_mul", "down"]  # fmt: skip
+        assert {x.layer for x in decode} == {-1, *range(config.num_hidden_layers)}
+        assert sum(x.name == "round to 8 bits" for x in decode) == (
+            4 * config.num_hidden_layers + 1 if layout == "int8" else 0
+        )
+        gate = next(x for x in decode if x.name == "gate")
+        linear = llm.model.layers[0].mlp.gate
+        assert gate.flops == 2 * linear.rows * linear.columns
+        assert gate.nbytes == linear.nbytes + 4 * (linear.rows + linear.columns)
+        peak = 4e11 if layout == "int8" else 1e11
+        assert gate.limit == max(gate.flops / peak, gate.nbytes / LIMITS.bandwidth(llm.model.nbytes))
+        attention = next(x for x in decode if x.name == "attention")
+        assert attention.flops == 4 * config.num_attention_heads * config.head_dim * (len(IDS) + 2)
+        assert all(
+            start <= x.start <= x.end <= end for x in found.operations for start, end, _ in [found.steps[x.step]]
+        )
+        assert dict(vars(Llama)) == before and found.overhead > 0 and found.fused > 0 and found.decode > 0
+
+
+def test_profile_is_shown() -> None:
+    found = lab.profile(loaded("llama2_mha"), IDS, max_tokens=3, peaks=LIMITS)
+    for text in (str(found), found._repr_html_()):
+        for wanted in ("prompt, by operation", "decoding, by operation", "decoding, by layer", "layer 0", "fused path"):
+            assert wanted in text
+    rows = found.table()
+    shares = [float(row[3].rstrip("%")) for row in rows[1:]]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    ax = found.plot()
+    assert "attention" in [label.get_text() for label in ax.get_yticklabels()]
+    with pytest.raises(ValueError, match="max_tokens: expected at least 2"):
+        lab.profile(loaded("llama2_mha"), IDS, max_tokens=1, peaks=LIMITS)
+
+
+# --- roofline, cost -----------------------------------------------------------------------------------------------
+
+
+def test_roofline_places_kernels() -> None:
+    found = lab.roofline("rms_norm", "gemv", "linear int4", peaks=LIMITS)
+    assert [x.name for x in found.points] == ["rms_norm", "gemv", "linear int4 x1", "linear int4 x96"]
+    norm = found.points[0]
+    sizes = max(KERNELS["rms_norm"].sizes, key=lambda s: KERNELS["rms_norm"].flops(**s))
+    assert norm.flops == 4 * sizes["rows"] * sizes["n"] and norm.seconds > 0
+    assert norm.limit(LIMITS) == max(norm.flops / 1e11, norm.nbytes / LIMITS.bandwidth(norm.nbytes))
+    assert found.points[3].integer and found.points[3].limit(LIMITS) == max(
+        found.points[3].flops / 4e11, found.points[3].nbytes / LIMITS.bandwidth(found.points[3].nbytes)
+    )
+    assert "linear int4 x96" in str(found) and "op per byte" in found._repr_html_()
+    assert len(found.plot().lines) == len(LIMITS.levels) + 2 + len(found.points)
+    with pytest.raises(ValueError, match="no kernel 'gemw'"):
+        lab.roofline("gemw", peaks=LIMITS)
+
+
+def test_cost_by_hand() -> None:
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, name="small",
+    )  # fmt: skip
+    found = lab.cost(config, ("f32", "int8"), context=100, peaks=LIMITS)
+    layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
+    vectors = 4 * 64 * 5
+    cache = 4 * 2 * 2 * 2 * 16 * 112  # positions are kept in blocks of 16
+    f32, int8 = found["f32"], found["int8"]
+    assert f32.weights == 4 * (2 * 64 * 1000 + 2 * layer) + vectors
+    assert f32.cache == cache
+    assert f32.bytes_per_token == 4 * (64 * 1000 + 64 + 2 * layer) + vectors + cache
+    attention = 4 * 100 * 4 * 16 * 2
+    assert f32.flops_per_token == int8.flops_per_token == 2 * (64 * 1000 + 2 * layer) + attention
+    assert f32.prefill == pytest.approx(1e11 / f32.flops_per_token)
+    assert int8.prefill == pytest.approx(1 / ((int8.flops_per_token - attention) / 4e11 + attention / 1e11))
+    # All of it fits into two L2 caches, from which it is read faster than it is computed.
+    assert f32.decode == f32.prefill < 2e11 / f32.bytes_per_token and f32.limit == "arithmetic"
+    far = lab.cost(config, "f32", context=100, peaks=Peaks(2, 1e11, 4e11, LIMITS.levels[-1:]))["f32"]
+    assert far.decode == pytest.approx(2e10 / f32.bytes_per_token) and far.limit == "memory"
+    assert int8.weights == pytest.approx((1 + 4 / 32) * (2 * 64 * 1000 + 2 * layer) + vectors)
+
+
+def test_cost_of_known_models_and_wrong_arguments() -> None:
+    found = lab.cost("llama3-8b", "int4", peaks=LIMITS)
+    assert found["int4"].weights == pytest.approx(5.02e9, rel=0.01)
+    assert "LLaMA3-8B: 8.03 B parameters" in str(found) and "int4" in found._repr_html_()
+    assert found.plot().get_ylabel() == "tokens/s at most"
+    for arguments, message in (
+        ({"config": "gpt-5"}, "config: expected a ModelConfig or one of"),
+        ({"config": "llama3-8b", "weights": "int3"}, "weights: expected some of"),
+        ({"config": "llama3-8b", "context": 0}, "context: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lab.cost(**arguments, peaks=LIMITS)

@@ -9,7 +9,9 @@ from numba.extending import intrinsic
 from ruvllm.kernels._simd_llvm import LANES, _constant, _pointer, _splat, f32x16
 from ruvllm.kernels._views import _view
 
-__all__ = ["add_rows", "f32_zeros", "fma_rows", "load_rows", "stack_f32", "store_rows", "zip_rows"]
+__all__ = [
+    "add_rows", "f32_zeros", "fma_each", "fma_rows", "load_rows", "stack_f32", "store_rows", "sum_lanes", "zip_rows",
+]  # fmt: skip
 
 _I32 = ir.IntType(32)
 
@@ -51,6 +53,43 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(f32x16, x, types.intp, types.intp, sums), codegen
+
+
+@intrinsic
+def fma_each(typingctx: Any, w: Any, rows: Any, sums: Any) -> Any:
+    """The tuple of sums[r] + w rows[r]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
+        )
+        pairs = zip(cgutils.unpack_tuple(builder, args[1]), cgutils.unpack_tuple(builder, args[2]), strict=True)
+        return context.make_tuple(builder, sums, [builder.call(function, [args[0], row, s]) for row, s in pairs])
+
+    return sums(f32x16, rows, sums), codegen
+
+
+@intrinsic
+def sum_lanes(typingctx: Any, rows: Any) -> Any:
+    """The vector whose lane r is the sum of the lanes of vector r of a tuple of sixteen.
+
+    Each of four rounds merges two vectors, a0 b0 a1 b1 .., and adds the two halves of the result.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vectors = cgutils.unpack_tuple(builder, args[0])
+        while len(vectors) > 1:
+            half, merged = len(vectors) // 2, []
+            for a, b in zip(vectors[:half], vectors[half:], strict=True):
+                parts = []
+                for first in (0, LANES // 2):
+                    order = [_I32(first + i // 2 + i % 2 * LANES) for i in range(LANES)]
+                    parts.append(builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), order)))
+                merged.append(builder.fadd(*parts))
+            vectors = merged
+        return vectors[0]
+
+    return f32x16(rows), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -210,6 +210,14 @@ def fma_rows(w: Any, x: Any, index: int, step: int, sums: Any) -> Any:
     return tuple(w * _elements(x, index + row * step, 1)[0] + total for row, total in enumerate(sums))
 
 
+def fma_each(w: Any, rows: Any, sums: Any) -> Any:
+    return tuple(fma(w, row, total) for row, total in zip(rows, sums, strict=True))
+
+
+def sum_lanes(rows: Any) -> Any:
+    return np.array([hsum(row) for row in rows], np.float32)
+
+
 def load_rows(array: Any, index: int, step: int, rows: int) -> Any:
     return tuple(f32_load(array, index + row * step) for row in range(rows))
 

@@ -3,94 +3,16 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._math import exp
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._simd import (
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_zero,
-    fma,
-    fmax,
-    hmax,
-    hsum,
-    lanes_between,
-    splat,
-    splat_at,
-)
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
-from ruvllm.kernels._tile import LANES, put
-from ruvllm.kernels._views import flat
+from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import cached_attention, scratch_size
 from ruvllm.kernels.kv import append, padded
-
-_NEGATIVE_INFINITY = np.float32(-np.inf)
-
-
-@kernel
-def attend_one_heads(
-    q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, out: Any, scores: Any, lo: Any, hi: Any
-) -> None:
-    """Attention of one token, q and out (H, D), for query heads lo:hi.
-
-    k, v (blocks, block_size, KV, D): row s of the sequence is row s % block_size of block table[s // block_size].
-    scores: (H, length + 16) float32 of scratch.
-    """
-    heads, dim = q.shape
-    size, kv_heads = k.shape[1], k.shape[2]
-    group = heads // kv_heads
-    wide = scores.shape[1]
-    queries, keys, values = flat(q), flat(k), flat(v)
-    outs, weights = flat(out), flat(scores)
-    row_step = kv_heads * dim
-    for head in range(lo, hi):
-        qi, base, offset = head * dim, head * wide, head // group * dim
-        for s in range(length):
-            at = (table[s // size] * size + s % size) * row_step + offset
-            total = f32_zero()
-            for d in range(0, dim - LANES + 1, LANES):
-                total = fma(f32_load(queries, qi + d), f32_load(keys, at + d), total)
-            rest = dim % LANES
-            if rest:
-                d = dim - rest
-                total = fma(f32_load_first(queries, qi + d, rest), f32_load_first(keys, at + d, rest), total)
-            weights[base + s] = hsum(total) * scale
-        largest = splat(_NEGATIVE_INFINITY)
-        for s in range(0, length, LANES):
-            largest = fmax(largest, lanes_between(f32_load(weights, base + s), 0, length - s, _NEGATIVE_INFINITY))
-        top = splat(hmax(largest))
-        sums = f32_zero()
-        for s in range(0, length, LANES):
-            e = lanes_between(exp(f32_load(weights, base + s) - top), 0, length - s, np.float32(0))
-            f32_store(weights, base + s, e)
-            sums = sums + e
-        inverse = splat(np.float32(1) / hsum(sums))
-        for d in range(0, dim, LANES):
-            count = dim - d
-            a, b = f32_zero(), f32_zero()
-            for s in range(length):
-                at = (table[s // size] * size + s % size) * row_step + offset + d
-                row = f32_load(values, at) if count >= LANES else f32_load_first(values, at, count)
-                if s % 2:
-                    b = fma(splat_at(weights, base + s), row, b)
-                else:
-                    a = fma(splat_at(weights, base + s), row, a)
-            put(outs, qi + d, (a + b) * inverse, count, False)
-
-
-@parallel_kernel
-def attend_one_parallel(
-    q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, out: Any, scores: Any, threads: Any
-) -> None:
-    """attend_one_heads with the heads split over threads."""
-    heads = q.shape[0]
-    for t in prange(threads):
-        attend_one_heads(q, k, v, table, length, scale, out, scores, heads * t // threads, heads * (t + 1) // threads)
+from ruvllm.kernels.row_attention import attend_row_chunks, attend_rows_parallel, row_scratch_size
+from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
 
 
 def paged_attention(
@@ -133,12 +55,16 @@ def paged_attention(
         raise ValueError(f"block_table: expected blocks 0 to {len(k) - 1}, found {table[:used].tolist()}")
     out = _check.output("out", out, q.shape)
     scale32 = np.float32(dim**-0.5 if scale is None else _check.number("scale", scale))
-    scores = np.empty((heads, length + LANES), np.float32)
-    threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, heads)
+    group, chunks = heads // k.shape[2], chunk_count(length)
+    units = k.shape[2] * chunks
+    threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, units)
+    partial = np.empty((heads, chunks, partial_width(dim)), np.float32)
+    scratch = np.empty((threads, row_scratch_size(dim, group)), np.float32)
     if threads == 1:
-        attend_one_heads(q, k, v, table, length, scale32, out, scores, 0, heads)
+        attend_row_chunks(q, k, v, table, length, scale32, partial, scratch[0], 0, units)
     else:
-        launch(attend_one_parallel, q, k, v, table, length, scale32, out, scores, threads)
+        launch(attend_rows_parallel, q, k, v, table, length, scale32, partial, scratch, threads)
+    merge_chunks(partial, chunks, out, 0, heads)
     return out
 
 
@@ -288,7 +214,7 @@ SPECS = [
     KernelSpec(
         name="softmax_attention",
         function=softmax_attention,
-        compiled=(attend_one_heads,),
+        compiled=(attend_row_chunks, merge_chunks),
         reference=reference.softmax_attention,
         formula="softmax(q k^T / sqrt(D)) v, one query, one head",
         example=lambda rng, length, dim: {
@@ -303,7 +229,7 @@ SPECS = [
     KernelSpec(
         name="multi_query_attention",
         function=multi_query_attention,
-        compiled=(attend_one_heads, attend_one_parallel),
+        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
         reference=reference.multi_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, one kv head for all query heads",
         example=lambda rng, heads, length, dim: {
@@ -318,7 +244,7 @@ SPECS = [
     KernelSpec(
         name="paged_attention",
         function=paged_attention,
-        compiled=(attend_one_heads, attend_one_parallel),
+        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
         reference=reference.paged_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, keys and values in blocks of a pool",
         example=_paged,
@@ -332,7 +258,7 @@ SPECS = [
     KernelSpec(
         name="grouped_query_attention",
         function=grouped_query_attention,
-        compiled=(attend_one_heads, attend_one_parallel),
+        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
         reference=reference.grouped_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, H / KV query heads per kv head",
         example=_one_token,

@@ -33,6 +33,7 @@ from ruvllm.kernels._simd import (
     hsum,
     lane,
     load,
+    load_rows,
     splat,
     splat_at,
     store_rows,
@@ -106,11 +107,13 @@ def attend_token_chunks(
                 )  # fmt: skip
                 parts[at] = top
                 parts[at + 1] = hsum(total)
-            weights = r * CHUNK + start
+            for i in range(sums, sums + GROUP * wide, LANES):
+                f32_store(scratch, i, f32_zero())
+            weights, count = r * CHUNK + start, stop - start
             if group == 1:
-                _weighted_values(f32_zeros(1), values_flat, vi, wide, scratch, weights, stop - start, sums)
+                add_weighted_values(f32_zeros(1), values_flat, vi, wide, wide, scratch, weights, count, sums)
             else:
-                _weighted_values(f32_zeros(GROUP), values_flat, vi, wide, scratch, weights, stop - start, sums)
+                add_weighted_values(f32_zeros(GROUP), values_flat, vi, wide, wide, scratch, weights, count, sums)
             for head in range(r, min(r + GROUP, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width
                 for d in range(0, wide, LANES):
@@ -118,18 +121,21 @@ def attend_token_chunks(
 
 
 @inline_kernel
-def _weighted_values(
-    zeros: Any, values: Any, vi: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any
+def add_weighted_values(
+    zeros: Any, values: Any, vi: Any, step: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any
 ) -> None:
-    """scratch[sums + r wide + d] = sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], for d < wide.
+    """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s step + d], for d < wide.
 
     A run of four vectors of each value while it is there: memory is read in long pieces.
     """
     d = 0
     while (PAIRS or len(zeros) == 1) and d + 4 * LANES <= wide:
-        s0 = s1 = s2 = s3 = zeros
+        s0 = load_rows(scratch, sums + d, wide, len(zeros))
+        s1 = load_rows(scratch, sums + d + LANES, wide, len(zeros))
+        s2 = load_rows(scratch, sums + d + 2 * LANES, wide, len(zeros))
+        s3 = load_rows(scratch, sums + d + 3 * LANES, wide, len(zeros))
         for s in range(count):
-            at, w = vi + s * wide + d, weights + s
+            at, w = vi + s * step + d, weights + s
             s0 = fma_rows(load(values, at), scratch, w, CHUNK, s0)
             s1 = fma_rows(load(values, at + LANES), scratch, w, CHUNK, s1)
             s2 = fma_rows(load(values, at + 2 * LANES), scratch, w, CHUNK, s2)
@@ -140,9 +146,9 @@ def _weighted_values(
         store_rows(scratch, sums + d + 3 * LANES, wide, s3)
         d += 4 * LANES
     while d < wide:
-        s0 = zeros
+        s0 = load_rows(scratch, sums + d, wide, len(zeros))
         for s in range(count):
-            s0 = fma_rows(load(values, vi + s * wide + d), scratch, weights + s, CHUNK, s0)
+            s0 = fma_rows(load(values, vi + s * step + d), scratch, weights + s, CHUNK, s0)
         store_rows(scratch, sums + d, wide, s0)
         d += LANES
 

@@ -2,8 +2,8 @@
 
 Chunks of 256 positions give partial results that are merged, as in token_attention.py. Rows of keys are not panels, so
 sixteen positions' products with a query are summed lane by lane first, and their lanes then together: 45 operations
-for sixteen scores. Rows that are no whole vectors, and groups of 16 positions that lie in several blocks or end
-early, are copied together before; the results are the same bits.
+for sixteen scores. Rows that are no whole vectors, or crowd each other out of the cache, and groups of 16 positions
+that lie in several blocks or end early, are copied together before; the results are the same bits.
 """
 
 from typing import Any
@@ -30,6 +30,7 @@ from ruvllm.kernels._views import flat
 from ruvllm.kernels.token_attention import GROUP, add_weighted_values
 
 _ONE = np.float32(1)
+_CROWDED = 512  # rows so many floats apart, or a multiple, have too few places in the first-level cache for 16 of them
 
 
 def row_scratch_size(head_dim: int, group: int) -> int:
@@ -67,7 +68,7 @@ def attend_row_chunks(
         for i in range(sums, rows, LANES):
             f32_store(scratch, i, f32_zero())
         for s in range(0, count, LANES):
-            at = _run(table, base + s, length, size, step, wide == dim)
+            at = _run(table, base + s, length, size, wide == dim and (group == 1 or step % _CROWDED != 0))
             if at >= 0:
                 _scores(k_flat, at * step + kv * dim, step, scratch, queries, wide, group, s)
             else:
@@ -82,7 +83,7 @@ def attend_row_chunks(
         for r in range(0, group, GROUP):
             s = 0
             while s < count:
-                at = _run(table, base + s, length, size, step, wide == dim)
+                at = _run(table, base + s, length, size, wide == dim)
                 weights, to = r * CHUNK + s, sums + r * wide
                 n = min(count - s, LANES)
                 if at >= 0 and size >= length:  # one run of rows
@@ -104,7 +105,7 @@ def attend_row_chunks(
 
 
 @inline_kernel
-def _run(table: Any, position: Any, length: Any, size: Any, step: Any, whole: Any) -> Any:
+def _run(table: Any, position: Any, length: Any, size: Any, whole: Any) -> Any:
     """The row of the pool where 16 positions in a row begin, or -1 if they do not lie in one block, or not whole."""
     if not whole or position + LANES > length or position % size + LANES > size:
         return -1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -20,6 +20,11 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
+
+if TYPE_CHECKING:
+    from ruvllm.model.training import Step, Trainer
+    from ruvllm.model.training_data import Example
+    from ruvllm.training_text import Record
 
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
@@ -180,6 +185,54 @@ class LLM:
 
         adapter = load_adapter(path, self.config)
         return self.lora.attach(adapter, Path(path).resolve().stem if name is None else name, weight)
+
+    def fit(
+        self, data: str | os.PathLike[str] | Iterable[Record], name: str = "trained", context: int = 512, **options: Any
+    ) -> Trainer:
+        """Train an adapter and let it act. The base weights stay as they are, also where they have 4 bits.
+
+        Args:
+            data: a .jsonl or text file, or records; see ``training_text.to_example`` for their forms.
+            name: of the adapter in ``llm.lora``, new or one that learns on.
+            context: longer examples are cut to this many tokens.
+            options: ``config`` (LoraConfig), ``training`` (TrainingConfig), ``penalty``, ``on_step``: see
+                ``MicroLora.fit``. Without ``on_step`` a bar shows the loss.
+
+        Raises:
+            TrainingDataError: the data holds nothing to learn, or a line is not what it must be.
+            FloatingPointError: the loss is no longer a finite number.
+        """
+        examples = self.examples(data, context)
+        if "on_step" in options:
+            return self.lora.fit(examples, name, **options)
+        with tqdm(desc="training", unit="step", disable=None) as bar:
+
+            def advance(step: Step, total: int) -> None:
+                bar.total = total
+                bar.set_postfix(loss=f"{step.loss:.3f}")
+                bar.update()
+
+            return self.lora.fit(examples, name, on_step=advance, **options)
+
+    def examples(self, data: str | os.PathLike[str] | Iterable[Record], context: int = 512) -> list[Example]:
+        """The tokens of data to learn from, or to measure with; see ``fit``."""
+        from ruvllm.training_text import read_examples, to_examples
+
+        context = min(context, self.config.max_position_embeddings)
+        if isinstance(data, str | os.PathLike):
+            return read_examples(data, self.tokenizer, context)
+        return to_examples(data, self.tokenizer, context)
+
+    def adapt(self, feedback: Record, **options: Any) -> float:
+        """One gradient step on a piece of feedback; see ``MicroLora.adapt`` for the options.
+
+        Args:
+            feedback: a record as ``fit`` takes them: {"prompt": ..., "completion": what should have been answered}.
+
+        Returns:
+            The mean loss of the feedback before the step.
+        """
+        return self.lora.adapt(self.examples([feedback], self.config.max_position_embeddings)[0], **options)
 
     @property
     def config(self) -> ModelConfig:

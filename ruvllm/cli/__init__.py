@@ -80,6 +80,12 @@ def _chat(args: argparse.Namespace) -> None:
     chat(args)
 
 
+def _train(args: argparse.Namespace) -> None:
+    from ruvllm.cli._train import train
+
+    train(args)
+
+
 def _perplexity(args: argparse.Namespace) -> None:
     from ruvllm.cli._talk import perplexity
 
@@ -142,6 +148,7 @@ _COMMANDS = {
     "generate": _generate,
     "chat": _chat,
     "perplexity": _perplexity,
+    "train": _train,
     "info": _info,
     "memory": _memory,
     "quantize": _quantize,

@@ -57,6 +57,19 @@ examples:
   ruvllm perplexity model.gguf book.txt --kl --kv int8
 """
 
+_TRAIN = """\
+Train a LoRA adapter on a file and write it as PEFT does (default model: smollm2-135m). The model itself stays as it is,
+in 4 or 8 bits if it has so few.
+
+FILE.jsonl holds one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ...,
+"output": ...} or {"text": ...}; only answers are learned. Any other file is plain text, cut into windows of --context.
+
+examples:
+  ruvllm train --data questions.jsonl --out mine --epochs 5
+  ruvllm train model.gguf --data book.txt --rank 16 --targets q,k,v,o,gate,up,down --lr 5e-4
+  ruvllm generate smollm2-135m --lora mine "And now?"
+"""
+
 _INFO = """\
 This machine as ruvllm sees it: versions, CPU features, threads, threading layer, memory, cache directories;
 with MODEL also what the model is and the memory that it takes.
@@ -184,6 +197,8 @@ def build_parser() -> Parser:
 
     add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
 
+    _add_training(add("train", "[MODEL]", "train an adapter on a file", _TRAIN, _loading(context=512)))
+
     loading = _loading(context=512)
     perplexity = add("perplexity", "[MODEL] FILE", "how well a model predicts a text", _PERPLEXITY, loading)
     perplexity.add_argument("-f", "--file", metavar="FILE", help="the text; - is stdin")
@@ -241,6 +256,45 @@ def _loading(context: int | None = None, said: str = "the model's, at most 8192"
     )  # fmt: skip
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     return parser
+
+
+def _add_training(parser: Parser) -> None:
+    """Options that say what an adapter learns from, what it is, and how it learns."""
+    files = parser.add_argument_group("data")
+    files.add_argument("-d", "--data", metavar="FILE", help="what to learn from: .jsonl or text")
+    files.add_argument("--eval", metavar="FILE", help="what to measure with, before and after")
+    files.add_argument(
+        "--eval-share", type=float, default=0.1, metavar="P",
+        help="without --eval: share of the examples that is held out to measure with (default: %(default)s)",
+    )  # fmt: skip
+    files.add_argument("-o", "--out", default="adapter", metavar="DIR", help="where to write (default: %(default)s)")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    files.add_argument("--save-every", type=int, default=0, metavar="N", help="write a checkpoint every N steps")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--rank", "--lora-r", type=int, default=8, metavar="R", help="rank (default: %(default)s)")
+    adapter.add_argument("--alpha", "--lora-alpha", type=float, default=16.0, metavar="A", help="(default: 16)")
+    adapter.add_argument("--dropout", "--lora-dropout", type=float, default=0.0, metavar="P", help="of its inputs")
+    adapter.add_argument(
+        "--targets", "--target-modules", default="q,v", metavar="LIST",
+        help="matrices that get one, of q,k,v,o,gate,up,down (default: %(default)s)",
+    )  # fmt: skip
+    adapter.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead of alpha / rank")
+    learning = parser.add_argument_group("training")
+    learning.add_argument("--epochs", type=float, default=3.0, metavar="N", help="(default: %(default)s)")
+    learning.add_argument("--steps", "--max-steps", type=int, metavar="N", help="number of steps, instead of --epochs")
+    learning.add_argument("-b", "--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    learning.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of one step")
+    learning.add_argument("--lr", "--learning-rate", type=float, default=1e-3, metavar="X", help="(default: 0.001)")
+    learning.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of lr")
+    learning.add_argument(
+        "--warmup", type=float, default=0.1, metavar="N", help="steps, or share of them, until lr is reached"
+    )
+    learning.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default: %(default)s)")
+    learning.add_argument("--momentum", type=float, default=0.0, metavar="X", help="of sgd")
+    learning.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="(default: %(default)s)")
+    learning.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="0: no clipping")
+    learning.add_argument("-s", "--seed", type=int, default=0, metavar="N", help="same seed, same adapter")
+    learning.add_argument("--checkpointing", action="store_true", help="a tenth of the memory for activations, slower")
 
 
 def _sampling(max_tokens: int, temperature: float) -> Parser:

@@ -35,7 +35,7 @@ def generate(args: argparse.Namespace) -> None:
     prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt")
     if args.raw and args.system is not None:
         raise ValueError("--system needs the chat template that --raw leaves out")
-    llm = _load(args, model)
+    llm = load_model(args, model)
     if args.raw or llm.tokenizer.chat_template is None:
         if args.system is not None:
             raise ValueError(f"{model} has no chat template, so it knows no --system message")
@@ -53,7 +53,7 @@ def chat(args: argparse.Namespace) -> None:
     if (operand := take_last(args)) is not None:
         raise ValueError(f"unexpected argument {operand!r}")
     interactive = sys.stdin.isatty()
-    llm = _load(args, model)
+    llm = load_model(args, model)
     if llm.tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template; continue a text with: ruvllm generate {model} --raw")
     cache = _cache(llm, args)
@@ -106,15 +106,16 @@ def perplexity(args: argparse.Namespace) -> None:
     if (operand := take_last(args)) is not None:
         raise ValueError(f"unexpected argument {operand!r}")
     text = read_text(None, file, "text")
-    llm = _load(args, model)
+    llm = load_model(args, model)
     if not args.kl:
         print(llm.perplexity(text, context=args.context, kv=args.kv))
         return
     exact = argparse.Namespace(**{**vars(args), "weights": "f32"})
-    print(llm.divergence(text, _load(exact, model), context=args.context, kv=args.kv))
+    print(llm.divergence(text, load_model(exact, model), context=args.context, kv=args.kv))
 
 
-def _load(args: argparse.Namespace, model: str) -> LLM:
+def load_model(args: argparse.Namespace, model: str) -> LLM:
+    """The model that the command line asks for, with its adapters."""
     import ruvllm
 
     llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)

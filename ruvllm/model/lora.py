@@ -10,7 +10,7 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.weights import FLOAT_LAYOUTS, FloatWeights
 
 if TYPE_CHECKING:
+    from ruvllm.model.adaptation import Consolidation
     from ruvllm.model.llama import Llama
+    from ruvllm.model.training import Penalty, Step, Trainer, TrainingConfig
+    from ruvllm.model.training_data import Example
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_RANK = 1024
@@ -236,6 +239,87 @@ class MicroLora:
         self.adapters[self._known(name)].require_finite()
         self._forget(name)
         self._apply(self._active)
+
+    def fit(
+        self, examples: Sequence[Example], name: str = "default", config: LoraConfig | None = None,
+        training: TrainingConfig | None = None, penalty: Penalty | None = None,
+        on_step: Callable[[Step, int], object] | None = None,
+    ) -> Trainer:  # fmt: skip
+        """Train the adapter ``name``, a new one of ``config`` if there is none, and let it act.
+
+        Others that act meanwhile stay as they are, and are part of the model that it learns beside.
+
+        Args:
+            examples: what it learns from.
+            name: of the adapter.
+            config: of a new adapter; one that exists keeps its own.
+            training: how it learns.
+            penalty: added to the loss, for example ``adaptation.consolidate``.
+            on_step: called after each step with its report and the number of all steps.
+
+        Returns:
+            The Trainer, with ``history`` and ``evaluate``.
+
+        Raises:
+            ValueError: no examples, token ids that the model does not know, or a ``config`` for one that exists.
+            FloatingPointError: the loss is no longer a finite number.
+        """
+        trainer = self.trainer(examples, name, config, training, penalty)
+        try:
+            for step in trainer.run():
+                if on_step:
+                    on_step(step, trainer.total)
+        finally:
+            self.refresh(name)
+        return trainer
+
+    def trainer(
+        self, examples: Sequence[Example], name: str = "default", config: LoraConfig | None = None,
+        training: TrainingConfig | None = None, penalty: Penalty | None = None,
+    ) -> Trainer:  # fmt: skip
+        """What ``fit`` runs, to be stepped by hand; after that ``refresh(name)`` lets the model speak so."""
+        from ruvllm.model.training import Trainer, TrainingConfig
+
+        training = training or TrainingConfig()
+        if name in self.adapters and config not in (None, self.adapters[name].config):
+            raise ValueError(f"config: there is an adapter {name!r} of other settings: {self.adapters[name]!r}")
+        if name not in self.adapters:
+            self.attach(LoraAdapter(self.model.config, config, training.seed), name)
+        fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
+        return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty)
+
+    def adapt(
+        self, feedback: Example, name: str = "micro", rank: int = 2, lr: float = 0.3, max_norm: float = 0.2,
+        penalty: Consolidation | None = None,
+    ) -> float:  # fmt: skip
+        """One gradient step on a piece of feedback, in milliseconds: an adapter of rank 1 or 2 that learns as it goes.
+
+        Args:
+            feedback: a text, and which of its tokens were to be said.
+            name: of the adapter, made at the first call; its targets are q and v.
+            rank: of a new adapter.
+            lr: the step is lr times the gradient of the mean loss ...
+            max_norm: ... and at most this long, whatever the feedback.
+            penalty: see ``adaptation.consolidate``.
+
+        Returns:
+            The mean loss of the feedback before the step.
+
+        Raises:
+            ValueError: token ids that the model does not know, or an option outside its range.
+        """
+        from ruvllm.model.adaptation import adapt_once
+        from ruvllm.model.training_data import require_examples
+
+        for option, value in (("lr", lr), ("max_norm", max_norm)):
+            _require(option, value, _is_number(value) and 0 < value < math.inf, "a finite number above 0")
+        require_examples("feedback", [feedback], self.model.config.vocab_size)
+        if name not in self.adapters:
+            self.attach(LoraAdapter(self.model.config, LoraConfig(rank, alpha=float(rank)), seed=0), name)
+        fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
+        loss = adapt_once(self.model, self.adapters[name], feedback, lr, max_norm, fixed, penalty)
+        self.refresh(name)
+        return loss
 
     def merge(self) -> None:
         """Write what acts now into the weights, after which it costs nothing; the originals are kept for ``unmerge``.

@@ -1,0 +1,61 @@
+"""Checkpoints of a training run: a directory with all that a later run needs to go on exactly where this one was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ruvllm.checkpoint.adapters import save_adapter
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.safetensors import SafetensorsFile
+from ruvllm.checkpoint.safetensors_writer import replacing, write_safetensors
+from ruvllm.checkpoint.strict_json import read_json_object
+from ruvllm.errors import ModelFormatError
+from ruvllm.model.training import Trainer
+
+STATE_FILE, ARRAYS_FILE = "trainer_state.json", "trainer_state.safetensors"
+_MAX_STATE_BYTES = 1 << 24
+
+
+def save_training(trainer: Trainer, path: str | os.PathLike[str], base: str | None = None) -> Path:
+    """Write the adapter as PEFT does, and beside it the state of the run.
+
+    Args:
+        trainer: the run.
+        path: the directory; made if need be.
+        base: name or path of the base model, noted for PEFT.
+    """
+    path = save_adapter(trainer.adapter, path, trainer.model.config, base)
+    arrays, description = trainer.state()
+    write_safetensors(path / ARRAYS_FILE, arrays, {"step": str(description["done"])})
+    with replacing(path / STATE_FILE) as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def resume_training(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Go on from a checkpoint: the steps that follow are those that the run which wrote it would have made.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at ``path``.
+        ModelFormatError: it is unsound, or of a run with another model, adapter, data or other settings.
+    """
+    state_path, arrays_path = Path(path) / STATE_FILE, Path(path) / ARRAYS_FILE
+    description = read_json_object(state_path, _MAX_STATE_BYTES)
+    fields = Fields(state_path, description)
+    done = fields.require("done", int)
+    fields.require("fingerprint", dict)
+    fields.require("history", list)
+    with SafetensorsFile(arrays_path) as file:
+        if file.metadata.get("step") != str(done):  # killed between the two files
+            found = f"step {file.metadata.get('step')}"
+            raise ModelFormatError(arrays_path, field="step", found=found, expected=f"step {done}, as {STATE_FILE} has")
+        missing = {"parameters", "m", "v"} - file.tensors.keys()
+        if missing:
+            raise ModelFormatError(arrays_path, field="tensors", found=f"no {min(missing)}", expected="a run's state")
+        arrays = {name: file.tensor(name).float32().reshape(-1).copy() for name in ("parameters", "m", "v")}
+    try:
+        trainer.restore(arrays, description)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ModelFormatError(state_path, field="run", found=error, expected="a checkpoint of this run") from None

@@ -1,0 +1,168 @@
+"""Texts to learn from: JSON lines and plain text become the tokens of examples, with the answers marked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ruvllm.checkpoint.chat import encode_chat
+from ruvllm.errors import RuvllmError, printable
+from ruvllm.model.training_data import Example
+
+_FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "output": ...} or {"text": ...}'
+_ANSWERS = ("completion", "response", "answer")
+
+Record = Mapping[str, Any] | str | Example
+
+
+class TrainingDataError(RuvllmError, ValueError):
+    """Data that nothing can be learned from: which file and line, and why."""
+
+
+def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) -> list[Example]:
+    """The examples of a file: one a line of .jsonl (see ``to_example``), or windows of ``context`` tokens of a text.
+
+    Raises:
+        OSError: it cannot be read.
+        TrainingDataError: it is empty, or a line is no JSON or of no known form; the line is named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TrainingDataError(f"{printable(path)}: byte {error.start} is not UTF-8") from None
+    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+        examples = [
+            _numbered(f"{printable(path)} line {number}", _parsed, line, tokenizer, context)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    else:
+        examples = list(_windows(text, tokenizer, context))
+    if not examples:
+        raise TrainingDataError(f"{printable(path)}: expected at least one example, found none")
+    return examples
+
+
+def to_examples(data: Iterable[Record], tokenizer: Any, context: int) -> list[Example]:
+    """Records in memory as examples. Raises TrainingDataError, naming the record by its number from 0."""
+    examples = [_numbered(f"example {n}", to_example, record, tokenizer, context) for n, record in enumerate(data)]
+    if not examples:
+        raise TrainingDataError("data: expected at least one example, found none")
+    return examples
+
+
+def to_example(record: Record, tokenizer: Any, context: int) -> Example:
+    """One record as tokens, of which those of answers are to be learned.
+
+    Args:
+        record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned;
+            {"prompt": ..., "completion": ...} ("response" or "answer" for "completion"; {"instruction": ..., "input":
+            ..., "output": ...} likewise): a chat of two messages where the model has a chat template, else one text;
+            {"text": ...} or a str: all of it is learned; an Example: as it is.
+        tokenizer: of the model.
+        context: longer examples are cut to this many tokens.
+
+    Raises:
+        ValueError: it has no such form, or nothing to be learned is left of it.
+    """
+    if isinstance(record, Example):
+        return record
+    if isinstance(record, str):
+        record = {"text": record}
+    if not isinstance(record, Mapping):
+        raise ValueError(f"expected {_FORMS}, found {type(record).__name__}")
+    if "messages" in record:
+        ids, learn = _chat(record["messages"], tokenizer)
+    elif "text" in record:
+        ids = tokenizer.encode(_text(record, "text"), parse_special=False) + _end(tokenizer)
+        learn = np.ones(len(ids), bool)
+    else:
+        ids, learn = _pair(*_question_and_answer(record), tokenizer)
+    if len(ids) > 1 and learn[1:].any() and not learn[1:context].any():
+        raise ValueError(f"its answer begins after {context} tokens, the context")
+    if not learn[1:].any():
+        raise ValueError("it holds nothing to be learned")
+    return Example(np.array(ids[:context]), learn[:context])
+
+
+def _question_and_answer(record: Mapping[str, Any]) -> tuple[str, str]:
+    if "instruction" in record and "output" in record:
+        more = _text(record, "input") if record.get("input") else ""
+        return _text(record, "instruction") + (f"\n\n{more}" if more else ""), _text(record, "output")
+    answers = [key for key in _ANSWERS if key in record]
+    if "prompt" not in record or len(answers) != 1:
+        raise ValueError(f"expected {_FORMS}, found the keys {printable(', '.join(map(str, record)) or 'none')}")
+    return _text(record, "prompt"), _text(record, answers[0])
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: expected a string, found {type(value).__name__}")
+    return value
+
+
+def _pair(question: str, answer: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    if tokenizer.chat_template is not None:
+        return _chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
+    before = tokenizer.encode(question, parse_special=False)
+    after = tokenizer.encode(answer, add_special=False, parse_special=False) + _end(tokenizer)
+    return before + after, np.arange(len(before) + len(after)) >= len(before)
+
+
+def _end(tokenizer: Any) -> list[int]:
+    """The token that ends a text, if the model has one."""
+    return list(tokenizer.eos_ids)[:1]
+
+
+def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    """A chat in the model's own form; learned is what stands between the assistant's cue and the end of its turn."""
+    if tokenizer.chat_template is None:
+        raise ValueError("messages: the model has no chat template; give prompt and completion, or text")
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+    learn = np.zeros(len(ids), bool)
+    ends = set(tokenizer.eos_ids)
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if n == 0:
+            raise ValueError("messages: the first is the assistant's: there is nothing that it answers")
+        cue = encode_chat(tokenizer, messages[:n], add_generation_prompt=True)
+        turn = encode_chat(tokenizer, messages[: n + 1], add_generation_prompt=False)
+        if turn[: len(cue)] != cue or ids[: len(turn)] != turn:
+            raise ValueError("messages: the chat template changes earlier turns, so answers cannot be told apart")
+        closing = [i for i in range(len(cue), len(turn)) if turn[i] in ends]
+        learn[len(cue) : closing[-1] + 1 if closing else len(turn)] = True
+    return ids, learn
+
+
+def _windows(text: str, tokenizer: Any, context: int) -> Iterator[Example]:
+    ids = np.array(tokenizer.encode(text, parse_special=False), np.int64)
+    for lo in range(0, len(ids), context):
+        part = ids[lo : lo + context]
+        if len(part) > 1:
+            yield Example(part, np.ones(len(part), bool))
+
+
+def _parsed(line: str, tokenizer: Any, context: int) -> Example:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {printable(error)}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, {_FORMS}, found a JSON {type(record).__name__}")
+    return to_example(record, tokenizer, context)
+
+
+def _numbered(where: str, make: Any, record: Any, tokenizer: Any, context: int) -> Example:
+    try:
+        example: Example = make(record, tokenizer, context)
+    except ValueError as error:
+        raise TrainingDataError(f"{where}: {error}") from None
+    return example

@@ -1,0 +1,131 @@
+"""What is learned from files: chats, questions with answers, texts; and lines that are refused by their number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ruvllm.cli import main
+from ruvllm.llm import LLM
+from ruvllm.model import LoraConfig
+from ruvllm.model.training import TrainingConfig
+from ruvllm.training_text import TrainingDataError, read_examples, to_example
+from tests.llm_cases import END, byte_llm, write_directory
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
+
+
+def learned(llm: LLM, record) -> str:
+    example = to_example(record, llm.tokenizer, 512)
+    return llm.tokenizer.decode(example.ids[example.learn].tolist())
+
+
+def test_only_answers_are_learned(llm: LLM) -> None:
+    chat = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "See you.")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    assert learned(llm, {"messages": messages}) == "Hello!<|end|>See you.<|end|>"
+    example = to_example({"messages": messages}, llm.tokenizer, 512)
+    spelt = "<|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|>See you.<|end|>"
+    assert llm.tokenizer.decode(example.ids.tolist()) == spelt
+    for key in ("completion", "response", "answer"):
+        assert learned(llm, {"prompt": "2+2?", key: "4"}) == "4<|end|>"
+    asked = {"instruction": "Add.", "input": "2 2", "output": "4"}
+    assert learned(llm, asked) == "4<|end|>"
+    both = llm.tokenizer.decode(to_example(asked, llm.tokenizer, 512).ids.tolist())
+    assert both == "<|user|>Add.\n\n2 2<|end|><|assistant|>4<|end|>"
+
+
+def test_plain_texts(llm: LLM, tmp_path: Path) -> None:
+    example = to_example("a <|end|> b", llm.tokenizer, 512)
+    assert example.learn.all() and example.ids.tolist() == [*b"a <|end|> b", END]  # text is no control token
+    (tmp_path / "book.txt").write_text("abcdefghij" * 3)
+    windows = read_examples(tmp_path / "book.txt", llm.tokenizer, 8)
+    assert [len(e.ids) for e in windows] == [8, 8, 8, 6] and all(e.learn.all() for e in windows)
+
+
+def test_long_examples_are_cut(llm: LLM) -> None:
+    example = to_example({"prompt": "Q", "completion": "x" * 100}, llm.tokenizer, 20)
+    assert len(example.ids) == 20 and example.learn.sum() == 20 - len("Q") - 3
+    with pytest.raises(ValueError, match="its answer begins after 20 tokens"):
+        to_example({"prompt": "Q" * 50, "completion": "x"}, llm.tokenizer, 20)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "line 3: not JSON"),
+        ("[1, 2]", "line 3: expected an object"),
+        ('{"question": "a", "completion": "b"}', "line 3: expected .*found the keys question, completion"),
+        ('{"prompt": 1, "completion": "b"}', "line 3: prompt: expected a string, found int"),
+        ('{"messages": []}', "line 3: messages"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 3: it holds nothing to be learned"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 3: messages: the first is the assistant's"),
+        ('{"text": ""}', "line 3: it holds nothing to be learned"),
+    ],
+)
+def test_bad_lines_are_named(line: str, message: str, llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(TrainingDataError, match=message):
+        read_examples(path, llm.tokenizer, 64)
+
+
+def test_empty_and_foreign_files(llm: LLM, tmp_path: Path) -> None:
+    for name in ("data.jsonl", "data.txt"):
+        (tmp_path / name).write_text("\n")
+        (tmp_path / name).write_text("" if name.endswith("txt") else "\n\n")
+        with pytest.raises(TrainingDataError, match="expected at least one example, found none"):
+            read_examples(tmp_path / name, llm.tokenizer, 64)
+    (tmp_path / "data.txt").write_bytes(b"abc\xff")
+    with pytest.raises(TrainingDataError, match="byte 3 is not UTF-8"):
+        read_examples(tmp_path / "data.txt", llm.tokenizer, 64)
+
+
+def test_the_facade_learns_and_adapts(llm: LLM) -> None:
+    data = [{"prompt": "2+2?", "completion": "four"}]
+    training = TrainingConfig(steps=20, lr=0.03)
+    trainer = llm.fit(data, "sums", config=LoraConfig(4), training=training, on_step=lambda step, total: None)
+    assert trainer.evaluate().loss < 0.5 * trainer.history[0].loss
+    assert "sums" in llm.lora.active
+    assert llm.adapt(data[0]) < trainer.history[0].loss
+    with pytest.raises(TrainingDataError, match="example 1: text: expected a string"):
+        llm.fit([data[0], {"text": 3}])
+    for name in list(llm.lora.adapters):
+        llm.lora.detach(name)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trains, measures, writes; goes on with --resume; the result changes what generate says; errors are one line."""
+    model = str(write_directory(tmp_path / "model"))
+    lines = [json.dumps({"prompt": "ab", "completion": "cd" * n}) for n in range(1, 7)]
+    data, out = tmp_path / "data.jsonl", str(tmp_path / "out")
+    data.write_text("\n".join(lines))
+    command = ["train", model, "--data", str(data), "-o", out, "--steps", "4", "-b", "2", "--lr", "0.01", "-t", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "5 examples" in printed and "1 held out" in printed and "step 4/4" in printed
+    measured = [line for line in printed.splitlines() if line.startswith(("before:", "after:"))]
+    before, after = (float(line.split()[2].rstrip(",")) for line in measured)
+    assert after < before
+    assert main(command) == 2 and "is not empty: --resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0 and "resumed after step 4 of 4" in capsys.readouterr().out
+    assert main([*command, "--resume", "--rank", "4"]) == 2
+    assert "rank was 8 there, and is 4 here" in capsys.readouterr().err
+
+    speak = ["generate", model, "--raw", "-p", "ab", "-n", "8", "-q", "-t", "1"]
+    answers = []
+    for more in ([], ["--lora", out], ["--lora", f"{out}=0"], ["--lora", f"{out}=0.5", "--lora", f"{out}=0.5"]):
+        assert main([*speak, *more]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[2] and answers[1] == answers[3]
+    assert main([*speak, "--lora", str(tmp_path / "none")]) == 2
+    assert "no such adapter" in capsys.readouterr().err.lower()
+    data.write_text(lines[0] + "\nnot json\n")
+    assert main(["train", model, "--data", str(data), "-o", str(tmp_path / "other")]) == 2
+    assert "line 2: not JSON" in capsys.readouterr().err
+    assert main(["train", model]) == 2 and "which data?" in capsys.readouterr().err

@@ -169,10 +169,9 @@ def summary(result: Generation) -> str:
     times = result.timings
     reused = f" ({times.reused_tokens} of them from before)" if times.reused_tokens else ""
     ended = "stopped at the token limit" if result.finish_reason == "length" else "reached its end"
-    return (
-        f"[{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s; "
-        f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s; {ended}]"
-    )
+    made = f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s" if times.tokens > 1 else "1 token"
+    prompt = f"{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s"
+    return f"[{prompt}; {made}; {ended}]"
 
 
 def _note(text: str) -> None:

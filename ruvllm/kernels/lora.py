@@ -28,6 +28,7 @@ from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
 from ruvllm.kernels.vector import dot_flat
 
+_STREAMS = 8
 _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
 
 
@@ -116,28 +117,30 @@ def lora_up_columns(
     h (T, R); b (R, E_out); out (T, E_out).
     """
     rank, n = b.shape
-    factor = splat(np.float32(scaling))
+    factor = np.float32(scaling)
     whole = col_lo + (col_hi - col_lo) // _WIDE * _WIDE
     for row in range(row_lo, row_hi):
-        for j in range(col_lo, whole, _WIDE):
-            s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-            for r in range(rank):
-                v = splat_at(h, row * rank + r)
-                at = r * n + j
-                s0 = fma(v, f32_load(b, at), s0)
-                s1 = fma(v, f32_load(b, at + LANES), s1)
-                s2 = fma(v, f32_load(b, at + 2 * LANES), s2)
-                s3 = fma(v, f32_load(b, at + 3 * LANES), s3)
-            at = row * n + j
-            put(out, at, s0 * factor, LANES, add)
-            put(out, at + LANES, s1 * factor, LANES, add)
-            put(out, at + 2 * LANES, s2 * factor, LANES, add)
-            put(out, at + 3 * LANES, s3 * factor, LANES, add)
-        for j in range(whole, col_hi, LANES):
-            s0 = f32_zero()
-            for r in range(rank):
-                s0 = fma(splat_at(h, row * rank + r), first_of(b, r * n + j, col_hi - j), s0)
-            put(out, row * n + j, s0 * factor, col_hi - j, add)
+        for first in range(0, rank, _STREAMS):  # more rows of B than these at once are more than memory foresees
+            last, more = min(first + _STREAMS, rank), add or first > 0
+            for j in range(col_lo, whole, _WIDE):
+                s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+                for r in range(first, last):
+                    v = splat(h[row, r] * factor)
+                    at = r * n + j
+                    s0 = fma(v, f32_load(b, at), s0)
+                    s1 = fma(v, f32_load(b, at + LANES), s1)
+                    s2 = fma(v, f32_load(b, at + 2 * LANES), s2)
+                    s3 = fma(v, f32_load(b, at + 3 * LANES), s3)
+                at = row * n + j
+                put(out, at, s0, LANES, more)
+                put(out, at + LANES, s1, LANES, more)
+                put(out, at + 2 * LANES, s2, LANES, more)
+                put(out, at + 3 * LANES, s3, LANES, more)
+            for j in range(whole, col_hi, LANES):
+                s0 = f32_zero()
+                for r in range(first, last):
+                    s0 = fma(splat(h[row, r] * factor), first_of(b, r * n + j, col_hi - j), s0)
+                put(out, row * n + j, s0, col_hi - j, more)
 
 
 @kernel(strict=True)

@@ -18,6 +18,8 @@ from ruvllm.kernels.blas import blas_gemm, takes_blas
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
+_FAR = 1 << 16  # numbers in a quarter of a matrix that does not fit into the second-level cache
+
 
 @inline_kernel
 def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any, far: Any) -> None:
@@ -43,13 +45,18 @@ def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any
 
 @kernel(strict=True)
 def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """out[i] = sum_k a[i, k] x[k] for rows lo:hi: four rows that lie far apart are read side by side (see STREAMS)."""
+    """out[i] = sum_k a[i, k] x[k] for rows lo:hi, four at a time.
+
+    Where they come from memory, they are rows that lie far apart (see STREAMS); in a small matrix such rows would
+    compete for one place in the first-level cache.
+    """
     columns = a.shape[1]
     w = flat(a)
-    far = (hi - lo) // STREAMS
-    for i in range(lo, lo + far):
+    quarter = (hi - lo) // STREAMS
+    far, step = (quarter, 1) if quarter * columns >= _FAR else (1, STREAMS)
+    for i in range(lo, lo + quarter * step, step):
         four_rows(w, i * columns, far * columns, columns, x, out, i, far)
-    for i in range(lo + STREAMS * far, hi):
+    for i in range(lo + STREAMS * quarter, hi):
         four_rows(w, i * columns, 0, columns, x, out, i, 0)
 
 

@@ -77,7 +77,7 @@ def scratch(count: int) -> np.ndarray:
     """``count`` float32 numbers for the time of one call, at a multiple of 64 bytes; whatever was there is there."""
     array = _kept.array
     if array.size < count:
-        array = aligned_empty(count)
+        array = aligned_empty(max(count, _LARGE // 4))
         if count <= _KEPT_FLOATS:
             _kept.array = array
     return array[:count]

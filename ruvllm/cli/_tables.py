@@ -36,7 +36,7 @@ def show_memory(names: list[str]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
-    for heading in ("parameters", "FP16", "INT8", "INT4", "KV cache per 1k tokens (FP16)", "(FP32)"):
+    for heading in ("parameters", "FP16", "INT8", "INT4", "KV cache per 1k tokens (FP16)", "(FP32)", "(INT8)"):
         table.add_column(heading, justify="right")
     for name in names or list(PRESETS):
         config = PRESETS[name.lower()] if name.lower() in PRESETS else _config_of(name)
@@ -49,6 +49,7 @@ def show_memory(names: list[str]) -> None:
             *(size(n) for n in (estimate.fp16, estimate.int8, estimate.int4)),
             size(KV_TOKENS * estimate.kv_bytes_per_token_fp16),
             size(KV_TOKENS * estimate.kv_bytes_per_token_fp32),
+            size(KV_TOKENS * estimate.kv_bytes_per_token_int8),
         )
     show(table)
 
@@ -127,7 +128,8 @@ def _model(name: str) -> dict[str, str]:
         + (f", sliding window {config.sliding_window:,}" if config.sliding_window else ""),
         "rope": f"base {config.rope.theta:g}, scaling {config.rope.scaling or 'none'}",
         "memory": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
-        "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32",
+        "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32, "
+        f"{size(KV_TOKENS * estimate.kv_bytes_per_token_int8)} in INT8",
     }
 
 

@@ -116,7 +116,8 @@ class MemoryEstimate:
 
     parameters: number of weights. fp16: two bytes for each. int8, int4: matrices in whole bytes or nibbles
     with one float16 scale for each group of 32 along a row, vectors (norms, biases) at two bytes.
-    kv_bytes_per_token_fp16 / fp32: keys and values of one position in all layers, two or four bytes a value.
+    kv_bytes_per_token_fp16 / fp32 / int8: keys and values of one position in all layers, two or four bytes a value, or
+    one and a float32 scale for each key and each value of a head.
     """
 
     parameters: int
@@ -125,6 +126,7 @@ class MemoryEstimate:
     int4: int
     kv_bytes_per_token_fp16: int
     kv_bytes_per_token_fp32: int
+    kv_bytes_per_token_int8: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,7 @@ class ModelConfig:
             int4=self._total(lambda shape: _quantized_bytes(shape, 4)),
             kv_bytes_per_token_fp16=2 * kv_values,
             kv_bytes_per_token_fp32=4 * kv_values,
+            kv_bytes_per_token_int8=kv_values + 4 * kv_values // self.head_dim,
         )
 
     def _total(self, cost: Callable[[tuple[int, ...]], int]) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from ruvllm.errors import RuvllmError
 from ruvllm.model.config import PRESETS, ConfigError, ModelConfig, RopeConfig
+from ruvllm.model.kv_cache import KVCache
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 50, "intermediate_size": 67, "num_hidden_layers": 3,
@@ -48,6 +49,7 @@ def test_kv_cache_per_thousand_tokens():
     for config in PRESETS.values():
         estimate = config.memory_estimate()
         assert estimate.kv_bytes_per_token_fp32 == 2 * estimate.kv_bytes_per_token_fp16
+        assert 16 * estimate.kv_bytes_per_token_int8 == KVCache.bytes_for(config, 16, "int8")
 
 
 @pytest.mark.parametrize("config", [small(mlp_bias=True, attention_bias=True), PRESETS["smollm2-135m"]])

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weights", default="auto", help="how ruvllm holds the base weights (default: %(default)s)")
     made.add_argument("--examples", type=int, default=120, help="to learn from (default: %(default)s)")
     made.add_argument("--steps", type=int, default=60, help="of four examples (default: %(default)s)")
+    made.add_argument("--checkpointing", action="store_true", help="on ruvllm's side")
     return made
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 def settings(args: argparse.Namespace) -> TrainingConfig:
     """The same on both sides."""
-    return TrainingConfig(steps=args.steps, batch_size=4, lr=2e-3, warmup=5)
+    return TrainingConfig(steps=args.steps, batch_size=4, lr=2e-3, warmup=5, checkpointing=args.checkpointing)
 
 
 def learn(llm: ruvllm.LLM, args: argparse.Namespace) -> None:
@@ -107,8 +108,12 @@ class Peer:
     """PyTorch + PEFT in another process."""
 
     def __init__(self, python: str) -> None:
-        command = [python, str(Path(__file__).with_name("_torch_trainer.py"))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # -P: files beside the script, such as kernels.py, are not taken for packages of these names.
+        command = [python, "-P", str(Path(__file__).with_name("_torch_trainer.py"))]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
@@ -211,8 +216,8 @@ def adapters(llm: ruvllm.LLM) -> None:
         print(f"| {', '.join(names) or 'no adapter'} | {1e3 * median(times[names]):.3f} | {100 * (ratio - 1):.1f} % |")
     print(f"swap: {1e3 * median(swaps):.3f} ms")
     llm.lora.use()
-    feedback = {"prompt": "Where is the spare key?", "completion": "Under the third flower pot."}
-    example = llm.examples([feedback])[0]
+    text = "The spare key of the summer house lies under the third flower pot beside the door. "
+    example = llm.examples([3 * text], context=32)[0]
     steps = []
     for _ in range(8):
         started = time.perf_counter()

@@ -24,7 +24,7 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
         exec(compile(example, f"README example {number}", "exec"), names)
         printed.append(capsys.readouterr().out)
         assert printed[-1].strip(), example
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 10
     assert names["answer"].finish_reason in ("stop", "length") and "tokens/s" in printed[0]
     assert len(names["cache"]) == len(names["ids"]) + 1
     assert names["llm"].tokenizer.decode(names["ids"]) in printed[2].strip("'\n")
@@ -32,7 +32,7 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
     np.testing.assert_allclose([float(n) for n in re.findall(r"[\d.]+", printed[4])], 1, rtol=1e-4)
     assert "(3, 1000)" in printed[5]
     assert printed[6].startswith("perplexity ")
-    assert re.match(r"loss \d\.\d\d -> \d\.\d\d, LoraAdapter\(rank 4", printed[7])
+    assert re.match(r"loss \d\.\d\d -> \d\.\d\d, LoraAdapter\(rank 4", printed[8])
 
 
 def test_commands_are_understood() -> None:

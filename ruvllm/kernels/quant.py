@@ -7,7 +7,7 @@ instruction serves 16 rows with four activations in a broadcast.
     w = scale (code - zero)      symmetric        or      w = scale code + min
     y[r] = sum over groups g of  scale[r, g] xs[g] sum((code - zero) xq)  +  min[r, g] xs[g] sum(xq)
 
-A block holds one group of one panel: lines of 64 bytes of codes, then 16 scales and perhaps 16 mins as IEEE halfs.
+A block holds one group of one panel: 16 scales and perhaps 16 mins as IEEE halfs, then lines of 64 bytes of codes.
 
 - ``INT4``: codes 0..15 in 4 lines; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
 - ``INT5``: codes 0..31 in 5 lines; four as above, bit j of byte i of the fifth is that of quad j.
@@ -103,7 +103,7 @@ def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, lo
             offsets[t, g, _NO_ZERO] = 0
 
 
-# For each token of a tile (as many as ``rows`` has vectors), the block at byte ``at`` times group ``xi`` of the
+# For each token of a tile (as many as ``rows`` has vectors), the codes at byte ``at`` times group ``xi`` of the
 # activations, sum((code - zero) xq); the next token's group is ``groups`` further.
 
 
@@ -145,25 +145,25 @@ def _dots_int8(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has
 
 @inline_kernel
 def _add_block(
-    dots: Any, lines: Any, has_mins: Any, w: Any, at: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    dots: Any, has_mins: Any, w: Any, at: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
     xi: Any, groups: Any, acc: Any,
 ) -> Any:  # fmt: skip
     """acc + the block at byte ``at`` times group ``xi`` of the activations, for each token of the tile."""
-    sums = dots(w, at, xq, offsets, xi, groups, has_mins, acc)
-    if has_mins:
-        acc = fma_rows(halfs_load(w, at + lines * _LINE + _HALFS), totals, xi, groups, acc)
-    return scale_rows(acc, sums, halfs_load(w, at + lines * _LINE), xs, xi, groups)
+    if has_mins:  # first, as they lie: memory is read fastest in order
+        acc = fma_rows(halfs_load(w, at + _HALFS), totals, xi, groups, acc)
+    sums = dots(w, at + (2 * _HALFS if has_mins else _HALFS), xq, offsets, xi, groups, has_mins, acc)
+    return scale_rows(acc, sums, halfs_load(w, at), xs, xi, groups)
 
 
 @inline_kernel
 def _tile(
-    dots: Any, lines: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    dots: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
     p: Any, t: Any, groups: Any, acc: Any, out: Any, rows: Any,
 ) -> None:  # fmt: skip
     """The 16 outputs of panel p for the tokens from t on, as many as ``acc`` has zeros: weights are unpacked once."""
     for g in range(groups):
         at, xi = (p * groups + g) * size, t * groups + g
-        acc = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, xi, groups, acc)
+        acc = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, xi, groups, acc)
     at, count = t * rows + p * LANES, rows - p * LANES
     if count >= LANES:
         store_rows(out, at, rows, acc)
@@ -174,7 +174,7 @@ def _tile(
 
 @inline_kernel
 def _panels(
-    dots: Any, lines: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any, groups: Any,
+    dots: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any, groups: Any,
     out: Any, tokens: Any, rows: Any, lo: Any, hi: Any,
 ) -> None:  # fmt: skip
     """quant_matmul for one kind of weights, on flat arrays; ``size``: bytes of a block."""
@@ -187,13 +187,13 @@ def _panels(
             apart = step * groups * size
             for g in range(groups):
                 at = (p * groups + g) * size
-                a = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
+                a = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
                 at += apart
-                b = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
+                b = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
                 at += apart
-                c = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
+                c = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
                 at += apart
-                d = _add_block(dots, lines, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
+                d = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
             store_rows(out, p * LANES, rows, a)
             store_rows(out, (p + step) * LANES, rows, b)
             store_rows(out, (p + 2 * step) * LANES, rows, c)
@@ -202,13 +202,13 @@ def _panels(
     for p in range(lo, hi):
         t = 0
         while t + height <= tokens:
-            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, tile_zeros(), out, rows)
+            _tile(dots, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, tile_zeros(), out, rows)
             t += height
         while t + _FEW <= tokens:
-            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(_FEW), out, rows)
+            _tile(dots, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(_FEW), out, rows)
             t += _FEW
         while t < tokens:
-            _tile(dots, lines, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(1), out, rows)
+            _tile(dots, has_mins, w, size, xq, xs, offsets, totals, p, t, groups, f32_zeros(1), out, rows)
             t += 1
 
 
@@ -221,11 +221,11 @@ def quant_matmul(
     _, groups, size = blocks.shape
     w, o, q, s, z, t = flat(blocks), flat(out), flat(xq), flat(xs), flat(offsets), flat(totals)
     if kind == INT4:
-        _panels(_dots_int4, 4, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int4, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
     elif kind == INT5:
-        _panels(_dots_int5, 5, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int5, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
     else:
-        _panels(_dots_int8, 8, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
+        _panels(_dots_int8, has_mins, w, size, q, s, z, t, groups, o, tokens, rows, lo, hi)
 
 
 @parallel_kernel

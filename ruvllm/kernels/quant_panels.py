@@ -35,19 +35,18 @@ class Panels(NamedTuple):
     @property
     def codes(self) -> np.ndarray:
         """A view of the lines of codes, (P, G, 4, 5 or 8, 64) uint8."""
-        lines = LINES[self.kind]
-        return self.blocks[:, :, : 64 * lines].reshape(*self.blocks.shape[:2], lines, 64)
+        head = 64 if self.has_mins else 32
+        return self.blocks[:, :, head:].reshape(*self.blocks.shape[:2], LINES[self.kind], 64)
 
     @property
     def scales(self) -> np.ndarray:
         """A view of the scales, (P, G, 16) uint16."""
-        first = 32 * LINES[self.kind]
-        return self.blocks.view(np.uint16)[:, :, first : first + LANES]
+        return self.blocks.view(np.uint16)[:, :, :LANES]
 
     @property
     def mins(self) -> np.ndarray:
         """A view of the mins, (P, G, 16) uint16, or (P, G, 0)."""
-        return self.blocks.view(np.uint16)[:, :, 32 * LINES[self.kind] + LANES :]
+        return self.blocks.view(np.uint16)[:, :, LANES : 2 * LANES if self.has_mins else LANES]
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +68,12 @@ def pack_rows(kind: Any, quads: Any, scales: Any, mins: Any, words: Any, halfs: 
     """
     count, groups = quads.shape[0], words.shape[1]
     lines = LINES[kind]
+    numbers = words.shape[2] - lines * LANES  # words of scales and mins, before the codes
     for p in range(lo, hi):
         first = p * LANES
         rows = min(LANES, count - first)
         for g in range(groups):
-            to, numbers = words[p, g], halfs[p, g, lines * 2 * LANES :]
+            to, halves = words[p, g, numbers:], halfs[p, g]
             for r in range(rows):
                 at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
                 if kind == INT8:
@@ -87,14 +87,14 @@ def pack_rows(kind: Any, quads: Any, scales: Any, mins: Any, words: Any, halfs: 
                     for j in range(8):
                         fifth |= ((at[j] >> _NIBBLE) & _ONES) << np.uint32(j)
                     to[4 * LANES + r] = fifth
-                numbers[r] = scales[first + r, g]
+                halves[r] = scales[first + r, g]
                 if mins.shape[1] > 0:
-                    numbers[LANES + r] = mins[first + r, g]
+                    halves[LANES + r] = mins[first + r, g]
             for r in range(rows, LANES):
                 for j in range(lines):
                     to[j * LANES + r] = 0
-                for j in range(0, numbers.shape[0], LANES):
-                    numbers[j + r] = 0
+                for j in range(0, 2 * numbers, LANES):
+                    halves[j + r] = 0
 
 
 def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:

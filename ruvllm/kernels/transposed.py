@@ -17,7 +17,7 @@ from ruvllm.kernels._simd import f16_to_f32, f32_load, f32_store, f32_zero, load
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES
+from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
 
 _BLOCK = LANES * LANES
 _HALVES = GROUP // LANES
@@ -118,22 +118,22 @@ def transposed_quant(
     tokens, rows = dy.shape
     columns = dx.shape[1]
     groups, size = words.shape[1], words.shape[2]
-    scales = 2 * LANES * LINES[kind]
+    head = LANES // 2 * (2 if has_mins else 1)  # words of scales and mins before the codes
     codes, dys, dxs = flat(words), flat(dy), flat(dx)
     for g in range(lo, hi):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
             for p in range(first // LANES, (first + n + LANES - 1) // LANES):
                 for r in range(LANES):
-                    scale = f16_to_f32(halfs[p, g, scales + r])
+                    scale = f16_to_f32(halfs[p, g, r])
                     scratch[_SCALES + r] = scale
                     if has_mins:
-                        scratch[_SCALES + LANES + r] = f16_to_f32(halfs[p, g, scales + LANES + r])
+                        scratch[_SCALES + LANES + r] = f16_to_f32(halfs[p, g, LANES + r])
                     elif kind == INT8:
                         scratch[_SCALES + LANES + r] = np.float32(0)
                     else:
                         scratch[_SCALES + LANES + r] = scale * (_ZERO4 if kind == INT4 else _ZERO5)
-                at = (p * groups + g) * size
+                at = (p * groups + g) * size + head
                 if kind == INT4:
                     _unpack_group(INT4, codes, at, scratch)
                 elif kind == INT5:

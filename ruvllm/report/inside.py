@@ -35,6 +35,8 @@ class Inside:
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
         self._body, self._arguments = seen[0]
+        if self._body is not spec.compiled[0]:  # what does the work was called by another name, and not seen
+            raise LookupError(f"{spec.name}: {spec.compiled[0].__name__} was not seen")
         self.rest = 0.0  # one thread
         _repeat(self._body, 1, self._arguments)  # compiles
 

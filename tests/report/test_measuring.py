@@ -139,6 +139,10 @@ def test_inside_refuses_what_is_not_one_call() -> None:
     inputs = spec.example(np.random.default_rng(0), m=4, n=4, k=4)
     with pytest.raises(LookupError, match="compiled calls"):
         Inside(dataclasses.replace(spec, compiled=()), tuple(inputs.values()))
+    spec = KERNELS["rms_norm"]
+    inputs = spec.example(np.random.default_rng(0), rows=1, n=64)
+    with pytest.raises(LookupError, match="rms_norm_parallel was not seen"):
+        Inside(dataclasses.replace(spec, compiled=spec.compiled[::-1]), tuple(inputs.values()))
 
 
 def test_engines_take_turns() -> None:

@@ -254,7 +254,8 @@ class LLM:
             ValueError: no ids, or one outside the vocabulary.
             ContextFullError: they do not fit; the cache stays as it was.
         """
-        return self.model.forward(ids, self.new_cache(max(1, len(ids))) if cache is None else cache, last_only)
+        ids = self.model.checked_ids(ids)
+        return self.model.forward(ids, self.new_cache(len(ids)) if cache is None else cache, last_only)
 
     def stream(
         self,
@@ -290,7 +291,7 @@ class LLM:
             ContextFullError: the prompt does not fit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop: expected non-empty strings, found {stop!r}")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
@@ -303,6 +304,9 @@ class LLM:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
         if cache is None:
             cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)), kv)
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
+        cache.claim(self.model)
         held = cache.keep_common_prefix(ids)
         cache.require_room(len(ids) - held)
         tokens = generate(

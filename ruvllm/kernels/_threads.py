@@ -42,11 +42,16 @@ def threads_for(work: int, threshold: int, pieces: int) -> int:
     return min(num_threads(), pieces)
 
 
+def most_threads() -> int:
+    """Threads of numba's pool (NUMBA_NUM_THREADS), which no call can exceed."""
+    return int(getattr(config, "NUMBA_NUM_THREADS", 1))
+
+
 @contextmanager
 def limited_to(threads: int) -> Iterator[None]:
     """Parallel calls of this Python thread use at most ``threads`` threads inside the block."""
     before = int(numba.get_num_threads())
-    numba.set_num_threads(min(threads, int(getattr(config, "NUMBA_NUM_THREADS", 1))))
+    numba.set_num_threads(min(threads, most_threads()))
     try:
         yield
     finally:
@@ -65,7 +70,7 @@ def physical_cores() -> int:
         cores = psutil.cpu_count(logical=False) or allowed
     except ImportError:  # kernels need numpy and numba alone
         cores = allowed
-    return max(1, min(cores, allowed, int(getattr(config, "NUMBA_NUM_THREADS", 1))))
+    return max(1, min(cores, allowed, most_threads()))
 
 
 def share_out(task: Callable[[int], None], items: Sequence[int], threads: int) -> None:

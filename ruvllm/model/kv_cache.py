@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
-        if kv not in DTYPES:
+        if not isinstance(kv, str) or kv not in DTYPES:
             raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
@@ -45,6 +46,7 @@ class KVCache:
         self.dtype = kv
         self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, bool], Any] = {}
+        self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
         self.keys = aligned_zeros((layers, heads, blocks, key_rows(dim, DTYPES[kv]), LANES), DTYPES[kv])
         self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
 
@@ -87,6 +89,22 @@ class KVCache:
         finally:
             self._owner.clear()
 
+    def claim(self, model: Any) -> None:
+        """Make this the cache of ``model``, whose working memory and tokens it holds from now on.
+
+        Raises ValueError if it is for a model of other sizes, or holds tokens of another model.
+        """
+        if self._model() is model:
+            return
+        for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+            found, expected = getattr(self.config, name), getattr(model.config, name)
+            if found != expected:
+                raise ValueError(f"cache: it was made for a model with {name} = {found}, this one has {expected}")
+        if self.length:
+            raise ValueError("cache: it holds tokens of another model: clear() it, or make a new one")
+        self._buffers.clear()
+        self._model = weakref.ref(model)
+
     def buffers_for(self, path: str, tokens: int, make: Callable[[int], Any]) -> Any:
         """The working memory of the model that fills this cache: for one token, or for as many as the largest pass."""
         key = (path, tokens == 1)
@@ -97,7 +115,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on."""
-        if not 0 <= length <= self.length:
+        if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, found {length}")
         self.length = length
 

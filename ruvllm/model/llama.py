@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.kernels._threads import limited_to, physical_cores
+from ruvllm.kernels._threads import limited_to, most_threads, physical_cores
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan
 from ruvllm.model.kv_cache import KVCache
@@ -40,7 +40,7 @@ class Llama:
         config: sizes and variants.
         weights: where the tensors come from; None makes random ones from ``seed``.
         layout: "auto" keeps the precision of the file; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
-        threads: None uses the physical cores that this process may run on.
+        threads: None uses the physical cores that this process may run on; at most those of numba's pool are used.
         progress: called with the number of weights read, as they are.
 
     Raises:
@@ -110,12 +110,15 @@ class Llama:
 
         Raises:
             TypeError: ids are no integers.
-            ValueError: no ids, or an id outside the vocabulary.
+            ValueError: no ids, or an id outside the vocabulary; a cache of another model.
             ContextFullError: they do not fit into the cache, which stays as it was.
             RuntimeError: another thread is using the cache.
         """
         ids = self.checked_ids(ids)
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
         with cache.in_use():
+            cache.claim(self)
             return self._forward_all(ids, cache, last_only, out)
 
     def _forward_all(self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None) -> np.ndarray:
@@ -228,4 +231,4 @@ def _checked_threads(threads: int | None) -> int:
         return physical_cores()
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads: expected a positive integer, found {threads!r}")
-    return threads
+    return min(threads, most_threads())

@@ -86,6 +86,7 @@ def rms_norm_backward(
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     dy = _check.float32("dy", dy, shape=x.shape)
+    eps = _check.number("eps", eps)
     if add and out is None:
         raise TypeError("out: expected a float32 NumPy array to add to, found None")
     out = _check.output("out", out, x.shape)
@@ -93,9 +94,9 @@ def rms_norm_backward(
         rows, dys, to = _check.rows(x), _check.rows(dy), _check.rows(out)
         threads = threads_for(x.size, PARALLEL_ELEMENTS, len(rows))
         if threads == 1:
-            rms_norm_backward_rows(rows, weight, float(eps), dys, add, to, 0, len(rows))
+            rms_norm_backward_rows(rows, weight, eps, dys, add, to, 0, len(rows))
         else:
-            launch(rms_norm_backward_parallel, rows, weight, float(eps), dys, add, to, threads)
+            launch(rms_norm_backward_parallel, rows, weight, eps, dys, add, to, threads)
     return out
 
 

@@ -61,6 +61,7 @@ def cross_entropy(
         TypeError: logits are not float32, or targets no integers.
         ValueError: shapes do not match, or a target is outside the vocabulary.
     """
+    scale = _check.number("scale", scale)
     logits = _check.float32("logits", logits, ndim=2)
     targets = _check.integers("targets", targets)
     rows, n = logits.shape
@@ -72,9 +73,9 @@ def cross_entropy(
     losses = np.empty(rows, np.float32)
     threads = threads_for(logits.size, PARALLEL_ELEMENTS, rows)
     if threads == 1:
-        cross_entropy_rows(logits, targets, float(scale), losses, grad, 0, rows)
+        cross_entropy_rows(logits, targets, scale, losses, grad, 0, rows)
     else:
-        launch(cross_entropy_parallel, logits, targets, float(scale), losses, grad, threads)
+        launch(cross_entropy_parallel, logits, targets, scale, losses, grad, threads)
     return losses, grad
 
 

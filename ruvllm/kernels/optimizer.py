@@ -60,8 +60,11 @@ def adamw(
         if array is None:
             raise TypeError(f"{name}: expected a float32 NumPy array, found None")
         _check.output(name, array, grad.shape)
-    if step < 1:
+    if _check.integer("step", step) < 1:
         raise ValueError(f"step: expected 1 or more, found {step}")
+    lr, weight_decay, eps = (
+        _check.number(name, value) for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps))
+    )
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     numbers = np.array([beta1, beta2, eps, 1 - lr * weight_decay, size, root], np.float32)
     threads = threads_for(grad.size, PARALLEL_ELEMENTS, grad.size)

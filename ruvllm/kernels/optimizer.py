@@ -10,6 +10,8 @@ from ruvllm.kernels._jit import kernel, parallel_kernel
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 
+_MOST_STEPS = 1 << 53  # a float still counts them one by one
+
 
 @kernel(strict=True)
 def adamw_range(p: Any, g: Any, m: Any, v: Any, numbers: Any, lo: Any, hi: Any) -> None:
@@ -60,8 +62,8 @@ def adamw(
         if array is None:
             raise TypeError(f"{name}: expected a float32 NumPy array, found None")
         _check.output(name, array, grad.shape)
-    if _check.integer("step", step) < 1:
-        raise ValueError(f"step: expected 1 or more, found {step}")
+    if not 1 <= _check.integer("step", step) <= _MOST_STEPS:
+        raise ValueError(f"step: expected 1 to {_MOST_STEPS}, found {step}")
     lr, weight_decay, eps = (
         _check.number(name, value) for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps))
     )

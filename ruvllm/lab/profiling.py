@@ -19,6 +19,7 @@ from ruvllm.lab.swapping import readable_path
 from ruvllm.llm import LLM, Prompt
 from ruvllm.model import layer as layer_module
 from ruvllm.model.activations import Activations
+from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.layer import TransformerLayer
 from ruvllm.model.linear import Linear
 from ruvllm.model.llama import Llama
@@ -154,15 +155,21 @@ def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None 
     ids = llm._ids(prompt)
     for fused in (True, False):  # compiles and warms
         with readable_path() if not fused else ExitStack():
-            llm.generate(ids, max_tokens=2)
-    unprofiled = llm.generate(ids, max_tokens=max_tokens).timings.tokens_per_second
+            _tokens_per_second(llm, ids, 2)
+    fused_speed = _tokens_per_second(llm, ids, max_tokens)
     recorder = _Recorder(llm, peaks)
     with readable_path(), recorder.installed():
-        result = llm.generate(ids, max_tokens=max_tokens)
+        speed = _tokens_per_second(llm, ids, max_tokens)
     overhead = len(recorder.operations) * _cost_of_recording(llm, peaks)
-    return Profile(
-        tuple(recorder.operations), tuple(recorder.steps), overhead, result.timings.tokens_per_second, unprofiled, peaks
-    )
+    return Profile(tuple(recorder.operations), tuple(recorder.steps), overhead, speed, fused_speed, peaks)
+
+
+def _tokens_per_second(llm: LLM, ids: np.ndarray, max_tokens: int) -> float:
+    """Speed of the tokens after the first, whether or not the model would have ended."""
+    tokens = generate(llm.model, llm.new_cache(len(ids) + max_tokens), ids, Sampling(), max_tokens)
+    next(tokens)
+    start = time.perf_counter()
+    return sum(1 for _ in tokens) / (time.perf_counter() - start)
 
 
 class _Recorder:

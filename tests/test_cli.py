@@ -16,7 +16,7 @@ from ruvllm.llm import Generation, Timings
 from ruvllm.model import llama
 from ruvllm.model.perplexity import Perplexity
 
-DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None}
+DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "f32"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -54,8 +54,8 @@ class FakeLLM:
         self.loaded = (model, options)
         return self
 
-    def new_cache(self, max_tokens):
-        return f"a cache of {max_tokens} tokens"
+    def new_cache(self, max_tokens, kv):
+        return f"a cache of {max_tokens} tokens in {kv}"
 
     def stream(self, prompt, **options):
         self.asked.append((prompt, options))
@@ -163,6 +163,7 @@ def test_sampling_options_in_both_spellings(llm, argv):
         "seed": 4,
         "stop": ["A", "B"],
         "cache": None,
+        "kv": "f32",
     }
 
 
@@ -178,7 +179,10 @@ def test_weights_on_offer_are_those_of_the_models():
 def test_context_and_unlimited_answers_get_a_cache(llm, capsys):
     main(["generate", "m", "x", "-c", "64"])
     main(["generate", "m", "x", "-n", "-1"])
-    assert [options["cache"] for _, options in llm.asked] == ["a cache of 64 tokens", "a cache of 8192 tokens"]
+    assert [options["cache"] for _, options in llm.asked] == [
+        "a cache of 64 tokens in f32",
+        "a cache of 8192 tokens in f32",
+    ]
     assert [options["max_tokens"] for _, options in llm.asked] == [256, None]
     capsys.readouterr()
     assert main(["generate", "m", "x", "-c", "10001"]) == 2
@@ -297,7 +301,7 @@ def test_chat_keeps_the_conversation_and_resets_it(llm, typed, capsys):
     second = [*system, *user("first"), {"role": "assistant", "content": "one"}, *user("second")]
     assert [prompt for prompt, _ in llm.asked] == [[*system, *user("first")], second, [*system, *user("third")]]
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
-    assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens"}
+    assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens in f32"}
 
 
 def test_chat_needs_a_template(llm, typed, capsys):

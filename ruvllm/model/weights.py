@@ -22,7 +22,7 @@ _ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small 
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
 INTEGER_LAYOUTS = {"int4": INT4, "int5": INT5, "int8": INT8}
-LAYOUTS = (*FLOAT_LAYOUTS, "int8", "int4")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
+LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
 
 # What "auto" makes of the storage types: as many bits as the file has, rounded up to what the kernels know.
 _AUTO = {

@@ -207,7 +207,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_cannot_be_explained_is_refused() -> None:
     x = np.ones(4, np.float32)
-    with pytest.raises(ValueError, match="no kernel 'nothing': expected one of add, .*quant_matmul"):
+    with pytest.raises(ValueError, match="no kernel 'nothing': expected one of adamw, add, .*quant_matmul"):
         explain("nothing")
     with pytest.raises(ValueError, match=f"target: expected one of {', '.join(TARGETS)}, found 'i386'"):
         explain(doubled, x, x, target="i386")

@@ -55,8 +55,8 @@ def test_commands_are_understood() -> None:
 
 def test_what_make_runs_is_told_as_it_is() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    settings = dict(re.findall(r"^([A-Z]+) \?= (.*)$", makefile, flags=re.MULTILINE)) | {"BIN": ".venv/bin"}
-    expanded = re.sub(r"\$\(([A-Z]+)\)", lambda m: settings.get(m[1], ""), makefile)
+    settings = dict(re.findall(r"^([A-Z_]+) \?= (.*)$", makefile, flags=re.MULTILINE)) | {"BIN": ".venv/bin"}
+    expanded = re.sub(r"\$\(([A-Z_]+)\)", lambda m: settings.get(m[1], ""), makefile)
     told = [line.strip() for line in COMMANDS if line.startswith((".venv/bin/", "python3 "))]
     demo_and_test = [line for line in told if "benchmarks" not in line]
     assert len(demo_and_test) == 6

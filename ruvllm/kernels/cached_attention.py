@@ -126,7 +126,7 @@ def attend_units(
                     f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, sums + tile * wide, wide
                 )
         for row in range(rows):
-            top = scratch[tops + row]  # -inf where every score was: no weights follow from them, as softmax says with NaN
+            top = scratch[tops + row]  # -inf where every score was: from them no weights follow, so NaN
             inverse = splat(np.float32(1) / hsum(f32_load(scratch, totals + row * LANES)) + (top - top))
             oi = query_at(first_row + row, kv, group, heads, dim)
             for d in range(0, dim, LANES):

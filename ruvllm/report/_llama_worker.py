@@ -7,12 +7,11 @@ request is open, so that two engines never compute at the same time.
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import sys
 import time
 from importlib import import_module
 from typing import Any
+
+from _serve import serve  # type: ignore[import-not-found]  # beside this program, which is no part of a package
 
 BATCH = 2048  # tokens per call, llama-bench's default; cut into UBATCH by the engine
 UBATCH = 512
@@ -114,23 +113,5 @@ def _cut(ids: list[int], size: int) -> list[list[int]]:
     return [ids[lo : lo + size] for lo in range(0, len(ids), size)]
 
 
-def main() -> None:
-    """Answer requests until stdin ends."""
-    # What the engine itself prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    worker: Worker | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        name = request.pop("do")
-        try:
-            worker = worker or Worker()
-            answer = {"result": getattr(worker, name)(**request)}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker)

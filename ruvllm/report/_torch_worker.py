@@ -6,15 +6,13 @@ runs once for its result, which is compared with the float64 reference, and is t
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import timeit
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numpy as np
+from _serve import serve  # type: ignore[import-not-found]  # beside this program, which is no part of a package
 
 
 def _heads_first(t: Any) -> Any:
@@ -207,23 +205,5 @@ class Worker:
             return timeit.Timer(self.operation).timeit(calls)
 
 
-def main() -> None:
-    """Answer requests until stdin ends."""
-    # What torch itself prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    worker: Worker | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        name = request.pop("do")
-        try:
-            worker = worker or Worker()
-            answer = {"result": getattr(worker, name)(**request)}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker)

@@ -15,6 +15,7 @@ from ruvllm.kernels import KernelSpec
 from ruvllm.kernels._jit import DISABLE_JIT
 
 
+# Not a kernel but a user of them, made anew for each body that it is given: it has no place in the cache.
 @numba.njit(nogil=True)
 def _repeat(body: Any, calls: int, arguments: Any) -> None:
     for _ in range(calls):

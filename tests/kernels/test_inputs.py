@@ -136,8 +136,8 @@ def test_a_nan_or_infinity_goes_where_the_formula_takes_it(spec: KernelSpec) -> 
                     expected = cases.results(spec.reference(**arguments))
                 got = cases.run(spec, arguments)
                 if spec.name == "attention_backward":
-                    # The reference multiplies what is masked by 0, which the kernel never touches. A NaN must still come
-                    # out somewhere.
+                    # The reference multiplies what is masked by 0, which the kernel never touches. A NaN must still
+                    # come out somewhere.
                     assert np.isinf(bad) or not all(np.isfinite(y).all() for y in got), f"{name} {bad} at {at}"
                     continue
                 for y, r in zip(got, expected, strict=True):

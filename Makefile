@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 22
 
-demo: $(VENV)/.installed ## install, fetch a small model (98 MB, once) and let it answer a question
+demo: $(VENV)/.installed ## install, fetch a small model (93 MB, once) and let it answer a question
 	$(BIN)/ruvllm pull $(MODEL)
 	$(BIN)/ruvllm generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 120
 

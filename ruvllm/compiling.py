@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.llama import Llama
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout_for
 
+logger = logging.getLogger(__name__)
+
 _FUNCTIONS = 75  # compiled for one kind of model: how long the progress bar is expected to become
 
 
@@ -27,7 +30,7 @@ def compile_for(dtypes: Iterable[str], weights: str, progress: bool | None = Non
     """Compile what a model needs whose file has these storage types and which is kept as ``weights``.
 
     Nothing is done where it was done before: the machine code is in the user's cache directory.
-    progress: show a bar; None: where stderr is a terminal or a notebook.
+    progress: show a bar; None: where stderr is a terminal or a notebook. Where there is none, the log says it.
     """
     kinds = sorted({(dtype, layout_for(weights, dtype)) for dtype in dtypes})
     layouts = {layout for _, layout in kinds} | ({weights} & set(LAYOUTS))
@@ -90,6 +93,8 @@ def _compile_bar(progress: bool | None) -> Iterator[None]:
         total=_FUNCTIONS, desc="compiling kernels (first run only)", unit="function", leave=False,
         disable=None if progress is None else not progress,
     )  # fmt: skip
+    if bar.disable:
+        logger.info("compiling kernels for this processor: about 20 s, the first time only")
 
     class Counter(event.Listener):
         def on_start(self, event: Any) -> None:

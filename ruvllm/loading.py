@@ -16,8 +16,8 @@ from ruvllm.kernels._memory import require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.forward_plan import working_bytes
 from ruvllm.model.kv_cache import KVCache
-from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama
-from ruvllm.model.weights import bytes_per_weight, layout_for
+from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama, choose_layouts
+from ruvllm.model.weights import bytes_per_weight
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
 
@@ -68,9 +68,14 @@ def load(
 
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
     """Refuse a model that does not fit with a cache for a short text, before anything is allocated."""
-    tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
-    needed = sum(math.prod(t.shape) * bytes_per_weight(layout_for(weights, t.dtype)) for t in tensors)
     tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
     working = KVCache.bytes_for(checkpoint.config, tokens) + working_bytes(checkpoint.config, PREFILL_TOKENS)
     what = f"{checkpoint.path}: weights={weights!r} and a KV cache of {tokens} tokens"
-    require_memory(needed + working, what)
+    require_memory(weight_bytes(checkpoint, weights) + working, what)
+
+
+def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> float:
+    """Bytes that the weights of a model take once they are loaded as ``weights``; see ``load``."""
+    layouts = choose_layouts(checkpoint.config, checkpoint, weights)
+    shapes = checkpoint.config.tensor_shapes()
+    return sum(math.prod(shape) * bytes_per_weight(layouts.get(name, "f32")) for name, shape in shapes.items())

@@ -179,14 +179,26 @@ def test_weights_on_offer_are_those_of_the_models():
 def test_context_and_unlimited_answers_get_a_cache(llm, capsys):
     main(["generate", "m", "x", "-c", "64"])
     main(["generate", "m", "x", "-n", "-1"])
+    main(["generate", "m", "x", "-n", "-2", "-c", "0"])
     assert [options["cache"] for _, options in llm.asked] == [
         "a cache of 64 tokens in f32",
         "a cache of 8192 tokens in f32",
+        "a cache of 10000 tokens in f32",
     ]
-    assert [options["max_tokens"] for _, options in llm.asked] == [256, None]
+    assert [options["max_tokens"] for _, options in llm.asked] == [256, None, None]
     capsys.readouterr()
     assert main(["generate", "m", "x", "-c", "10001"]) == 2
-    assert "expected 1 to 10000 tokens" in capsys.readouterr().err
+    assert "--ctx-size: expected at most 10000 tokens" in capsys.readouterr().err
+
+
+def test_numbers_that_mean_something_to_users_of_llama_cpp(llm, tmp_path):
+    main(["generate", "m", "x", "-s", "-1", "--top-k", "0", "--top-p", "1", "--repeat-penalty", "1"])
+    _, options = llm.asked[0]
+    assert {"seed": None, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}.items() <= options.items()
+    file = tmp_path / "t.txt"
+    file.write_text("some text", encoding="utf-8")
+    main(["perplexity", "m", str(file), "-c", "0"])
+    assert llm.asked[1][1]["context"] == 10000
 
 
 def test_raw_and_models_without_a_template_get_plain_text(llm):
@@ -216,6 +228,14 @@ def test_prompt_from_a_file(llm, tmp_path):
     assert llm.asked[0][0] == user("from a file ü")
 
 
+@pytest.mark.parametrize("argv", [["m"], ["m", "-"], ["m", "-f", "-"], ["m", ""], ["m", "-p", " "]])
+def test_no_prompt_is_said_and_not_answered(llm, piped, capsys, argv):
+    piped("\n")
+    assert main(["generate", *argv]) == 2
+    assert capsys.readouterr().err.startswith("ruvllm: error: no prompt: ")
+    assert llm.asked == []
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -227,6 +247,8 @@ def test_prompt_from_a_file(llm, tmp_path):
         (["generate", "m", "a", "--raw", "--system", "s"], "--raw"),
         (["chat", "m", "a"], "unexpected argument 'a'"),
         (["perplexity", "m", "a", "b"], "unexpected argument"),
+        (["info", __file__], "expected b'GGUF', with which every GGUF file begins"),
+        (["info", ROOT], "found no config.json in this directory, expected the directory of a Hugging Face model"),
         (["memory", "gpt-17"], "no configuration or file called 'gpt-17': known configurations are llama2-7b"),
         (["warmup", "x"], "unexpected argument 'x'"),
         (["pull", "no-such-model"], "no model called 'no-such-model': known names are smollm2-135m"),
@@ -247,8 +269,19 @@ def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
     [
         ([], "COMMAND"),
         (["generatee"], "invalid choice: 'generatee'"),
-        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp for generate"),
-        (["generate", "m", "x", "-n", "many"], "invalid int value: 'many'"),
+        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp (see `ruvllm generate --help`)"),
+        (["generate", "m", "x", "-n", "many"], "-n/--max-tokens/--n-predict/--max-new-tokens: invalid integer value"),
+        (["generate", "m", "x", "-n", "0"], "--max-new-tokens: expected 1 or more or -1 or -2, found 0"),
+        (["generate", "m", "x", "-n", "-5"], "--max-new-tokens: expected 1 or more or -1 or -2, found -5"),
+        (["generate", "m", "x", "-s", "-2"], "-s/--seed: expected 0 or more or -1, found -2"),
+        (["chat", "m", "-c", "-1"], "-c/--ctx-size/--context: expected 0 or more, found -1"),
+        (["chat", "m", "-t", "0"], "-t/--threads: expected 1 or more, found 0"),
+        (["chat", "m", "--temp", "-0.1"], "--temp/--temperature: expected a number of 0 or more, found -0.1"),
+        (["chat", "m", "--temp", "nan"], "--temp/--temperature: expected a number of 0 or more, found nan"),
+        (["chat", "m", "--top-k", "-1"], "--top-k: expected 0 or more, found -1"),
+        (["chat", "m", "--top-p", "0"], "--top-p: expected a number above 0, at most 1, found 0"),
+        (["chat", "m", "--min-p", "1.5"], "--min-p: expected a number of 0 or more, at most 1, found 1.5"),
+        (["chat", "m", "--repeat-penalty", "inf"], "--repetition-penalty: expected a number above 0, found inf"),
         (["generate", "m", "x", "--weights", "f64"], "invalid choice: 'f64'"),
     ],
 )
@@ -403,6 +436,33 @@ def test_piped_output_has_no_colours_and_fits_no_terminal():
     assert result.stderr == ""
     assert "\x1b" not in result.stdout
     assert "..." not in result.stdout
+
+
+COMPILES = """
+import sys
+from ruvllm import compiling
+from ruvllm.cli import main
+compiling.is_warm, compiling.mark_warm = lambda what: False, print
+compiling._run_tiny_model = compiling._read_rows = print
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("options", "said"), [([], 1), (["-q"], 0)])
+def test_compiling_is_said_where_no_bar_can_be_seen(smollm2_path, options, said):
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILES, "generate", str(smollm2_path), "x", "-n", "1", *options],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("ruvllm: compiling kernels for this processor: about 20 s, the first time only") == said
+
+
+def test_info_tells_what_a_model_takes(smollm2_path):
+    result = run("info", str(smollm2_path))
+    assert result.returncode == 0, result.stderr
+    assert "98.3 MB as it is loaded (--weights auto)" in result.stdout
+    assert "FP16 269.0 MB, INT8 143.0 MB, INT4 75.7 MB" in result.stdout
 
 
 def test_closed_pipe_is_quiet():

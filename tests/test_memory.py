@@ -19,7 +19,9 @@ import psutil
 import pytest
 
 import ruvllm
+from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import InsufficientMemoryError
+from ruvllm.loading import weight_bytes
 from ruvllm.model import KVCache
 from ruvllm.model.config import PRESETS
 from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan, working_bytes
@@ -58,6 +60,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     message = r"tiny\.gguf: weights='f32' and a KV cache of 256 tokens: \d+\.\d GB needed, \d+\.\d GB free$"
     assert caught.match(message)
     assert isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize(("weights", "share"), [("auto", 0.02), ("f32", 0.0)])
+def test_what_is_said_of_a_file_is_what_it_takes(smollm2_path: Path, weights: str, share: float) -> None:
+    """As `ruvllm info` shows it: to the byte for floats; for integers with mins, which one of the matrices has not."""
+    with open_checkpoint(smollm2_path) as checkpoint:
+        said = weight_bytes(checkpoint, weights)
+    assert said == pytest.approx(ruvllm.load(smollm2_path, weights=weights).model.nbytes, rel=share, abs=0)
 
 
 def test_a_cache_that_does_not_fit_is_refused(free: Any) -> None:

@@ -93,7 +93,7 @@ class HeaderReader:
             raise self.error("file", "0 bytes", "a GGUF file", 0)
         magic = bytes(self._at(0, 4, "magic"))
         if magic != b"GGUF":
-            raise self.error("magic", magic, b"GGUF", 0)
+            raise self.error("magic", magic, "b'GGUF', with which every GGUF file begins", 0)
         version = self.u32(4, "version")
         if version not in (2, 3):
             if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3):

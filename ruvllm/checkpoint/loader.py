@@ -126,8 +126,9 @@ def _open_gguf(path: Path, mmap: bool) -> Checkpoint:
 def _open_directory(path: Path, mmap: bool) -> Checkpoint:
     if not (path / "config.json").is_file():
         others = sorted(entry.name for entry in path.glob("*.gguf"))
-        found = f"no config.json, but {others[0]}: open that" if others else "no config.json"
-        raise ModelFormatError(path, field="directory", found=found, expected="a Hugging Face model or a .gguf file")
+        found = f"no config.json, but {others[0]}: open that" if others else "no config.json in this directory"
+        expected = "the directory of a Hugging Face model, or the path of a .gguf file"
+        raise ModelFormatError(path, field="model", found=found, expected=expected)
     config = config_from_directory(path)
     files = open_safetensors(path, mmap=mmap)
     try:

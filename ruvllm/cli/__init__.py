@@ -19,8 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parse(argv)
     debug = getattr(args, "debug", False)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="ruvllm: %(levelname)s: %(message)s")
-    logging.getLogger("numba").setLevel(logging.WARNING)  # its debug log is the compiler's, page after page
+    _show_log(debug, quiet=getattr(args, "quiet", False))
     try:
         _COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -36,6 +35,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ruvllm: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Line(logging.Formatter):
+    """`ruvllm: ...`; what is more, or less, than a remark is said to be so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return f"ruvllm: {level}{record.getMessage()}"
+
+
+def _show_log(debug: bool, quiet: bool) -> None:
+    """Show remarks of the library (not with --quiet), and warnings of all, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
+    logging.getLogger("ruvllm").setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("numba").setLevel(logging.WARNING)  # its debug log is the compiler's, page after page
 
 
 def _one_line(error: Exception) -> str:

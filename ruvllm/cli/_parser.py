@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 import ruvllm
+from ruvllm.cli._numbers import integer, number
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
@@ -241,10 +242,10 @@ def _loading(context: int | None = None, said: str = "the model's, at most 8192"
     parser = Parser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the model, as an option")
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
+    group.add_argument("-t", "--threads", type=integer(1), metavar="N", help="threads (default: physical cores)")
     group.add_argument(
-        "-c", "--ctx-size", "--context", dest="context", type=int, default=context, metavar="N",
-        help=f"context length in tokens (default: {context or said})",
+        "-c", "--ctx-size", "--context", dest="context", type=integer(0), default=context, metavar="N",
+        help=f"context length in tokens, 0: what the model was made for (default: {context or said})",
     )  # fmt: skip
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
@@ -302,23 +303,29 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
     parser = Parser(add_help=False)
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "-n", "--max-tokens", "--n-predict", "--max-new-tokens", dest="max_tokens", type=int, default=max_tokens,
-        metavar="N", help="at most N tokens, -1 for no limit but the context (default: %(default)s)",
+        "-n", "--max-tokens", "--n-predict", "--max-new-tokens", dest="max_tokens", type=integer(1, -1, -2),
+        default=max_tokens, metavar="N",
+        help="at most N tokens, -1 or -2: until the context is full (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--temp", "--temperature", dest="temperature", type=float, default=temperature, metavar="T",
+        "--temp", "--temperature", dest="temperature", type=number(0), default=temperature, metavar="T",
         help="0 always takes the likeliest token, higher is more varied (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that sum to P")
-    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
+    group.add_argument("--top-k", type=integer(0), metavar="K", help="choose among the K likeliest tokens, 0: all")
     group.add_argument(
-        "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", type=float, metavar="R",
-        help="above 1 makes tokens that already occurred less likely",
+        "--top-p", type=number(0, 1, above=True), metavar="P", help="choose among the likeliest that sum to P"
+    )
+    group.add_argument(
+        "--min-p", type=number(0, 1), metavar="P", help="drop tokens less likely than P times the likeliest"
+    )
+    group.add_argument(
+        "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", metavar="R",
+        type=number(0, above=True), help="above 1 makes tokens that already occurred less likely",
     )  # fmt: skip
     group.add_argument(
-        "-s", "--seed", type=int, metavar="N", help="same seed, same answer (default: a new one each time)"
-    )
+        "-s", "--seed", type=integer(0, -1), metavar="N",
+        help="same seed, same answer; -1: a new one each time (the default)",
+    )  # fmt: skip
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer at this text; may be repeated")
     return parser
 
@@ -340,7 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args, leftovers = parser.parse_known_args(argv)
     for argument in leftovers:
         if argument.startswith("-") and argument != "-":
-            parser.error(f"unknown option {argument} for {args.command}")
+            parser.exit(2, f"ruvllm: error: unknown option {argument} (see `ruvllm {args.command} --help`)\n")
         args.operands.append(argument)
     return args
 
@@ -365,14 +372,22 @@ def take_last(args: argparse.Namespace) -> str | None:
 
 
 def read_text(given: str | None, file: str | None, what: str) -> str:
-    """A prompt or document: the text given, or that of a file, or of stdin for "-" or where stdin is a pipe."""
+    """A prompt or document: the text given, or that of a file, or of stdin for "-" or where stdin is a pipe.
+
+    Raises:
+        ValueError: there is none, it is given twice, or holds nothing but white space.
+    """
     if given is not None and file is not None:
         raise ValueError(f"{what} given twice")
     if given is not None and given != "-":
-        return given
-    if file is not None and file != "-":
+        text, source = given, "it"
+    elif file is not None and file != "-":
         with open(file, encoding="utf-8") as handle:
-            return handle.read()
-    if given is None and file is None and sys.stdin.isatty():
+            text, source = handle.read(), file
+    elif given is None and file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}: give one as an argument, with --file, or on stdin")
-    return sys.stdin.read()
+    else:
+        text, source = sys.stdin.read(), "stdin"
+    if not text.strip():
+        raise ValueError(f"no {what}: {source} is empty")
+    return text

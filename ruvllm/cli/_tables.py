@@ -111,6 +111,7 @@ def _files() -> dict[str, str]:
 def _model(name: str) -> dict[str, str]:
     from ruvllm.checkpoint.hub import resolve
     from ruvllm.checkpoint.loader import open_checkpoint
+    from ruvllm.loading import weight_bytes
 
     checkpoint = open_checkpoint(resolve(name))
     config = checkpoint.config
@@ -127,7 +128,8 @@ def _model(name: str) -> dict[str, str]:
         "context": f"{config.max_position_embeddings:,} tokens"
         + (f", sliding window {config.sliding_window:,}" if config.sliding_window else ""),
         "rope": f"base {config.rope.theta:g}, scaling {config.rope.scaling or 'none'}",
-        "memory": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
+        "memory": f"{size(weight_bytes(checkpoint))} as it is loaded (--weights auto)",
+        "if all were": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
         "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32, "
         f"{size(KV_TOKENS * estimate.kv_bytes_per_token_int8)} in INT8",
     }

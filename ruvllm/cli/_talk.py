@@ -107,11 +107,12 @@ def perplexity(args: argparse.Namespace) -> None:
         raise ValueError(f"unexpected argument {operand!r}")
     text = read_text(None, file, "text")
     llm = load_model(args, model)
+    context = context_of(llm, args)
     if not args.kl:
-        print(llm.perplexity(text, context=args.context, kv=args.kv))
+        print(llm.perplexity(text, context=context, kv=args.kv))
         return
     exact = argparse.Namespace(**{**vars(args), "weights": "f32"})
-    print(llm.divergence(text, load_model(exact, model), context=args.context, kv=args.kv))
+    print(llm.divergence(text, load_model(exact, model), context=context, kv=args.kv))
 
 
 def load_model(args: argparse.Namespace, model: str) -> LLM:
@@ -143,16 +144,22 @@ def _system(args: argparse.Namespace) -> list[Message]:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that were given, as `LLM.stream` takes them."""
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
-    return given | {"seed": args.seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
+    seed = None if args.seed == -1 else args.seed
+    return given | {"seed": seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
+
+
+def context_of(llm: LLM, args: argparse.Namespace) -> int:
+    """The tokens that --ctx-size asks for; 0 is the model's own context."""
+    limit = llm.config.max_position_embeddings
+    context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context or limit
+    if context > limit:
+        raise ValueError(f"--ctx-size: expected at most {limit} tokens, which the model was made for, found {context}")
+    return int(context)
 
 
 def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
-    """A KV cache of --context tokens."""
-    limit = llm.config.max_position_embeddings
-    context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context
-    if not 1 <= context <= limit:
-        raise ValueError(f"context: expected 1 to {limit} tokens, which the model was made for, found {context}")
-    return llm.new_cache(context, args.kv)
+    """A KV cache of --ctx-size tokens."""
+    return llm.new_cache(context_of(llm, args), args.kv)
 
 
 def _show_answer(stream: Stream, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.cli._parser import DEFAULT_MODEL, take_last, take_model
-from ruvllm.cli._talk import load_model
+from ruvllm.cli._talk import context_of, load_model
 
 if TYPE_CHECKING:
     from ruvllm.model.training import Trainer
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
     from ruvllm.model.training import TrainingConfig
     from ruvllm.training_text import read_examples
 
-    context = min(args.context, llm.config.max_position_embeddings)
+    context = context_of(llm, args)
     examples = read_examples(args.data, llm.tokenizer, context)
     if args.eval is not None:
         held_out = read_examples(args.eval, llm.tokenizer, context)

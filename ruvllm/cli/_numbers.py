@@ -1,0 +1,36 @@
+"""Numbers on the command line, refused by the option's name where they lie outside its range."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def integer(low: int, *others: int) -> Callable[[str], int]:
+    """What reads an integer from ``low`` on, or one of ``others``, which have a meaning of their own."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < low and value not in others:
+            also = "".join(f" or {other}" for other in others)
+            raise argparse.ArgumentTypeError(f"expected {low} or more{also}, found {value}")
+        return value
+
+    read.__name__ = "integer"  # argparse says "invalid integer value" where it is none
+    return read
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """What reads a finite number from ``low``, or only ``above`` it, to ``high``."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+            lowest = f"above {low:g}" if above else f"of {low:g} or more"
+            most = "" if high == math.inf else f", at most {high:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {lowest}{most}, found {text}")
+        return value
+
+    read.__name__ = "number"
+    return read

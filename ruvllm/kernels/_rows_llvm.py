@@ -10,7 +10,8 @@ from ruvllm.kernels._simd_llvm import LANES, _constant, _pointer, _splat, f32x16
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_rows", "load_rows", "stack_f32", "store_rows", "sum_lanes", "zip_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "load_rows", "stack_f32", "store_rows", "sum_lanes",
+    "zip_rows",
 ]  # fmt: skip
 
 _I32 = ir.IntType(32)
@@ -67,6 +68,22 @@ def fma_each(typingctx: Any, w: Any, rows: Any, sums: Any) -> Any:
         return context.make_tuple(builder, sums, [builder.call(function, [args[0], row, s]) for row, s in pairs])
 
     return sums(f32x16, rows, sums), codegen
+
+
+@intrinsic
+def fma_outer(typingctx: Any, left: Any, right: Any, sums: Any) -> Any:
+    """The tuple of sums[i n + j] + left[i] right[j], n vectors in ``right``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
+        )
+        left, right, sums = (cgutils.unpack_tuple(builder, rows) for rows in args)
+        pairs = [(a, b) for a in left for b in right]
+        found = [builder.call(function, [a, b, s]) for (a, b), s in zip(pairs, sums, strict=True)]
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return sums(left, right, sums), codegen
 
 
 @intrinsic

@@ -214,6 +214,10 @@ def fma_each(w: Any, rows: Any, sums: Any) -> Any:
     return tuple(fma(w, row, total) for row, total in zip(rows, sums, strict=True))
 
 
+def fma_outer(left: Any, right: Any, sums: Any) -> Any:
+    return tuple(fma(a, b, sums[i * len(right) + j]) for i, a in enumerate(left) for j, b in enumerate(right))
+
+
 def sum_lanes(rows: Any) -> Any:
     return np.array([hsum(row) for row in rows], np.float32)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numba
 from numba.core import config
+from numba.np.ufunc import parallel
 from numba.np.ufunc.parallel import threading_layer
 
 # Work per call from which two threads were faster than one, by measurement: a launch costs about 3 us (omp, Zen 4).
@@ -31,8 +32,12 @@ def num_threads() -> int:
     global _pool_started
     if _forked:
         return 1
-    _pool_started = True
-    return int(numba.get_num_threads())
+    if not _pool_started:
+        _pool_started = True
+        return int(numba.get_num_threads())
+    # What numba.get_num_threads asks after taking two locks, which cost more than a small kernel.
+    count = getattr(parallel, "_get_num_threads", numba.get_num_threads)
+    return int(count())
 
 
 def threads_for(work: int, threshold: int, pieces: int) -> int:

@@ -26,6 +26,7 @@ from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
+_STRIP = 512  # elements that are summed in float32
 
 
 @inline_kernel
@@ -50,19 +51,32 @@ def maximum(x: Any, start: Any, n: Any) -> Any:
 
 @inline_kernel
 def exp_shifted_sum(x: Any, start: Any, n: Any, shift: Any, out: Any, out_start: Any) -> Any:
-    """Write exp(x - shift) for n elements and return their sum."""
-    sums = f32_zero()
+    """Write exp(x - shift) for n elements and return their sum as float64.
+
+    A float32 sum of thousands of terms loses digits that every result then lacks: four vectors are summed over _STRIP
+    elements, and these sums in float64.
+    """
+    total = 0.0
     offset = splat(shift)
-    whole = n - n % LANES
-    for i in range(0, whole, LANES):
-        e = exp_of_few(f32_load(x, start + i) - offset)
-        f32_store(out, out_start + i, e)
-        sums = sums + e
-    if whole < n:
-        e = exp_of_few(f32_load_first(x, start + whole, n - whole) - offset)
-        f32_store_first(out, out_start + whole, e, n - whole)
-        sums = sums + lanes_between(e, 0, n - whole, _ZERO)
-    return hsum(sums)
+    whole = n - n % (4 * LANES)
+    for first in range(0, whole, _STRIP):
+        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+        for i in range(first, min(first + _STRIP, whole), 4 * LANES):
+            e0 = exp_of_few(f32_load(x, start + i) - offset)
+            e1 = exp_of_few(f32_load(x, start + i + LANES) - offset)
+            e2 = exp_of_few(f32_load(x, start + i + 2 * LANES) - offset)
+            e3 = exp_of_few(f32_load(x, start + i + 3 * LANES) - offset)
+            f32_store(out, out_start + i, e0)
+            f32_store(out, out_start + i + LANES, e1)
+            f32_store(out, out_start + i + 2 * LANES, e2)
+            f32_store(out, out_start + i + 3 * LANES, e3)
+            s0, s1, s2, s3 = s0 + e0, s1 + e1, s2 + e2, s3 + e3
+        total += np.float64(hsum((s0 + s1) + (s2 + s3)))
+    for i in range(whole, n, LANES):
+        e0 = exp_of_few(f32_load_first(x, start + i, n - i) - offset)
+        f32_store_first(out, out_start + i, e0, n - i)
+        total += np.float64(hsum(lanes_between(e0, 0, n - i, _ZERO)))
+    return total
 
 
 @kernel(strict=True)
@@ -71,9 +85,13 @@ def softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
     n = x.shape[1]
     for row in range(lo, hi):
         total = exp_shifted_sum(x, row * n, n, maximum(x, row * n, n), out, row * n)
-        scale = np.float32(1) / total
-        for i in range(n):
-            out[row, i] *= scale
+        at = row * n
+        scale = splat(np.float32(1.0 / total))
+        whole = n - n % LANES
+        for i in range(at, at + whole, LANES):
+            f32_store(out, i, f32_load(out, i) * scale)
+        if whole < n:
+            f32_store_first(out, at + whole, f32_load_first(out, at + whole, n - whole) * scale, n - whole)
 
 
 @parallel_kernel

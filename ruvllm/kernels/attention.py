@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._memory import aligned_empty, scratch
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES
@@ -13,6 +13,8 @@ from ruvllm.kernels.cached_attention import cached_attention, scratch_size
 from ruvllm.kernels.kv import append, padded
 from ruvllm.kernels.row_attention import attend_row_chunks, attend_rows_parallel, row_scratch_size
 from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
+
+_ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
 
 
 def paged_attention(
@@ -53,17 +55,27 @@ def paged_attention(
     used = -(-length // size)
     if table[:used].min() < 0 or table[:used].max() >= len(k):
         raise ValueError(f"block_table: expected blocks 0 to {len(k) - 1}, found {table[:used].tolist()}")
-    out = _check.output("out", out, q.shape)
-    scale32 = np.float32(dim**-0.5 if scale is None else _check.number("scale", scale))
-    group, chunks = heads // k.shape[2], chunk_count(length)
-    units = k.shape[2] * chunks
+    return _attend(q, k, v, table, length, scale, _check.output("out", out, q.shape))
+
+
+def _attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, table: np.ndarray, length: int, scale: float | None, out: np.ndarray
+) -> np.ndarray:
+    """paged_attention of checked arrays."""
+    heads, dim = q.shape
+    kv_heads = k.shape[2]
+    factor = np.float32(dim**-0.5 if scale is None else _check.number("scale", scale))
+    chunks, width = chunk_count(length), partial_width(dim)
+    units, size = kv_heads * chunks, row_scratch_size(dim, heads, kv_heads)
     threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, units)
-    partial = np.empty((heads, chunks, partial_width(dim)), np.float32)
-    scratch = np.empty((threads, row_scratch_size(dim, group)), np.float32)
+    parts = heads * chunks * width
+    memory = scratch(parts + threads * size)
+    partial = memory[:parts].reshape(heads, chunks, width)
     if threads == 1:
-        attend_row_chunks(q, k, v, table, length, scale32, partial, scratch[0], 0, units)
+        attend_row_chunks(q, k, v, table, length, factor, partial, memory[parts:], 0, units)
     else:
-        launch(attend_rows_parallel, q, k, v, table, length, scale32, partial, scratch, threads)
+        each = memory[parts:].reshape(threads, size)
+        launch(attend_rows_parallel, q, k, v, table, length, factor, partial, each, threads)
     merge_chunks(partial, chunks, out, 0, heads)
     return out
 
@@ -85,9 +97,15 @@ def grouped_query_attention(
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
     """
+    q = _check.float32("q", q, ndim=2)
     k = _check.float32("k", k, ndim=3)
+    length, kv_heads, dim = k.shape
     v = _check.float32("v", v, shape=k.shape)
-    return paged_attention(q, k[None], v[None], np.zeros(1, np.int64), len(k), scale, out)
+    if not length:
+        raise ValueError(f"k: expected at least one position, found shape {k.shape}")
+    if q.shape[1] != dim or not kv_heads or len(q) % kv_heads:
+        raise ValueError(f"q: {len(q)} heads of {q.shape[1]} do not fit k of {kv_heads} kv heads of {dim}")
+    return _attend(q, k[None], v[None], _ONE_BLOCK, length, scale, _check.output("out", out, q.shape))
 
 
 def multi_query_attention(
@@ -170,7 +188,7 @@ def flash_attention(
     values = aligned_empty((kv_heads, blocks * LANES, padded(dim)))
     keys[:, -1] = 0  # lanes past the last position are read, and masked
     values[:, :, dim:] = 0
-    scratch = aligned_empty((num_threads(), scratch_size(dim)))
+    own = aligned_empty((num_threads(), scratch_size(dim)))
     positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
     every = np.arange(length)
     for qs, ks, vs, outs in zip(
@@ -178,7 +196,7 @@ def flash_attention(
         out.reshape(-1, tokens, heads, dim), strict=True,
     ):  # fmt: skip
         append(ks, vs, keys, values, every)
-        cached_attention(qs, keys, values, positions, window and min(window, length), scale, outs, scratch)
+        cached_attention(qs, keys, values, positions, window and min(window, length), scale, outs, own)
     return out
 
 

@@ -22,6 +22,8 @@ from ruvllm.kernels._simd import (
     odds,
     splat,
     splat_at,
+    zip_high,
+    zip_low,
 )
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
@@ -29,6 +31,7 @@ from ruvllm.kernels._tile import put
 from ruvllm.kernels.vector import dot_flat
 
 _STREAMS = 8
+_BLOCK = 128  # rows of A whose products are added up before they join the sum: long sums lose digits
 _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
 
 
@@ -63,35 +66,57 @@ def down_rank_two(x: Any, xi: Any, a: Any, n: Any, h: Any, hi: Any) -> None:
 
 
 @inline_kernel
-def down_columns(x: Any, xi: Any, a: Any, n: Any, rank: Any, h: Any, hi: Any) -> None:
-    """h[0:R] = x A for any R: 64 columns of A at a time, then 16 with four sums over every fourth row."""
+def down_rank_eight(x: Any, xi: Any, a: Any, lo: Any, end: Any, h: Any, hi: Any, add: Any) -> None:
+    """down_columns for R = 8: two rows of A share a vector, which takes eight lanes of each of two numbers of x."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    for i in range(lo, end, LANES):
+        count = 8 * (end - i)
+        v, at = first_of(x, xi + i, end - i), 8 * i
+        low, high = zip_low(v, v), zip_high(v, v)
+        a0, a1, a2, a3 = zip_low(low, low), zip_high(low, low), zip_low(high, high), zip_high(high, high)
+        s0 = fma(zip_low(a0, a0), first_of(a, at, count), s0)
+        s1 = fma(zip_high(a0, a0), first_of(a, at + LANES, count - LANES), s1)
+        s2 = fma(zip_low(a1, a1), first_of(a, at + 2 * LANES, count - 2 * LANES), s2)
+        s3 = fma(zip_high(a1, a1), first_of(a, at + 3 * LANES, count - 3 * LANES), s3)
+        s0 = fma(zip_low(a2, a2), first_of(a, at + 4 * LANES, count - 4 * LANES), s0)
+        s1 = fma(zip_high(a2, a2), first_of(a, at + 5 * LANES, count - 5 * LANES), s1)
+        s2 = fma(zip_low(a3, a3), first_of(a, at + 6 * LANES, count - 6 * LANES), s2)
+        s3 = fma(zip_high(a3, a3), first_of(a, at + 7 * LANES, count - 7 * LANES), s3)
+    total = (s0 + s1) + (s2 + s3)
+    other = zip_high(total, total)
+    put(h, hi, total + evens(other, other), 8, add)
+
+
+@inline_kernel
+def down_columns(x: Any, xi: Any, a: Any, lo: Any, end: Any, rank: Any, h: Any, hi: Any, add: Any) -> None:
+    """h[0:R] = x A over rows lo:end of A, or += with ``add``: 64 columns at a time, then 16 in four sums."""
     wide = rank - rank % _WIDE
     for r in range(0, wide, _WIDE):
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        for i in range(n):
+        for i in range(lo, end):
             v = splat_at(x, xi + i)
             at = i * rank + r
             s0 = fma(v, f32_load(a, at), s0)
             s1 = fma(v, f32_load(a, at + LANES), s1)
             s2 = fma(v, f32_load(a, at + 2 * LANES), s2)
             s3 = fma(v, f32_load(a, at + 3 * LANES), s3)
-        put(h, hi + r, s0, LANES, False)
-        put(h, hi + r + LANES, s1, LANES, False)
-        put(h, hi + r + 2 * LANES, s2, LANES, False)
-        put(h, hi + r + 3 * LANES, s3, LANES, False)
+        put(h, hi + r, s0, LANES, add)
+        put(h, hi + r + LANES, s1, LANES, add)
+        put(h, hi + r + 2 * LANES, s2, LANES, add)
+        put(h, hi + r + 3 * LANES, s3, LANES, add)
     for r in range(wide, rank, LANES):
         count = rank - r
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        whole = n - n % 4
-        for i in range(0, whole, 4):
+        whole = end - (end - lo) % 4
+        for i in range(lo, whole, 4):
             at = i * rank + r
             s0 = fma(splat_at(x, xi + i), first_of(a, at, count), s0)
             s1 = fma(splat_at(x, xi + i + 1), first_of(a, at + rank, count), s1)
             s2 = fma(splat_at(x, xi + i + 2), first_of(a, at + 2 * rank, count), s2)
             s3 = fma(splat_at(x, xi + i + 3), first_of(a, at + 3 * rank, count), s3)
-        for i in range(whole, n):
+        for i in range(whole, end):
             s0 = fma(splat_at(x, xi + i), first_of(a, i * rank + r, count), s0)
-        put(h, hi + r, (s0 + s1) + (s2 + s3), count, False)
+        put(h, hi + r, (s0 + s1) + (s2 + s3), count, add)
 
 
 @kernel(strict=True)
@@ -105,7 +130,12 @@ def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
         elif rank == 2:
             down_rank_two(x, row * n, a, n, flat, row * 2)
         else:
-            down_columns(x, row * n, a, n, rank, flat, row * rank)
+            for i in range(0, max(n, 1), _BLOCK):
+                end = min(i + _BLOCK, n)
+                if rank == 8:
+                    down_rank_eight(x, row * n, a, i, end, flat, row * rank, i > 0)
+                else:
+                    down_columns(x, row * n, a, i, end, rank, flat, row * rank, i > 0)
 
 
 @kernel(strict=True)

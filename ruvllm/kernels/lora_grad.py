@@ -101,9 +101,10 @@ def grad_a_rank_eight(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: An
 
 @parallel_kernel
 def lora_grad_parallel(
-    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any, threads: Any
+    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, hidden: Any, threads: Any
 ) -> None:
     """lora_accumulate_grad: h and g split by tokens, then the gradients by their own rows and columns."""
+    h, g = hidden[0], hidden[1]
     rows = x.shape[0]
     blocks, vectors = (a.shape[0] + LANES - 1) // LANES, (b.shape[1] + LANES - 1) // LANES
     for t in prange(threads):
@@ -118,8 +119,9 @@ def lora_grad_parallel(
 
 
 @kernel(strict=True)
-def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, h: Any, g: Any) -> None:
-    """lora_accumulate_grad on one thread. h, g (T, R) float32 of scratch."""
+def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, hidden: Any) -> None:
+    """lora_accumulate_grad on one thread. hidden (2, T, R) float32 of scratch, left holding x A and dy B^T."""
+    h, g = hidden[0], hidden[1]
     lora_down_rows(x, a, h, 0, x.shape[0])
     lora_back_rows(dy, b, g, 0, x.shape[0])
     lora_grad_a_rows(x, g, scaling, grad_a, 0, a.shape[0])
@@ -157,8 +159,7 @@ def lora_accumulate_grad(
     if x.size and dy.size:
         rows, dys = _check.rows(x), _check.rows(dy)
         count, rank = rows.shape[0], a.shape[1]
-        h, g = np.empty((2, count, rank), np.float32)
-        arguments = (rows, dys, a, b, scaling, grad_a, grad_b, h, g)
+        arguments = (rows, dys, a, b, scaling, grad_a, grad_b, np.empty((2, count, rank), np.float32))
         threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
         if threads == 1:
             lora_grad(*arguments)

@@ -24,8 +24,8 @@ def cross_entropy_rows(logits: Any, targets: Any, scale: Any, losses: Any, grad:
         top = maximum(x, at, n)
         wanted = x[at + targets[row]]
         total = exp_shifted_sum(x, at, n, top, g, at)
-        losses[row] = np.log(total) - (wanted - top)
-        factor = np.float32(scale) / total
+        losses[row] = np.log(total) - np.float64(wanted - top)
+        factor = np.float32(scale / total)
         whole = n - n % LANES
         for i in range(at, at + whole, LANES):
             f32_store(g, i, f32_load(g, i) * splat(factor))

@@ -220,9 +220,10 @@ def rope_angles(positions: Any, inv_freq: Any, cos: Any, sin: Any, lo: Any, hi: 
 
 @kernel(strict=True)
 def rope_tokens(
-    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, cos: Any, sin: Any, out: Any, lo: Any, hi: Any
+    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, tables: Any, out: Any, lo: Any, hi: Any
 ) -> None:
-    """Tokens lo:hi of apply_rope. x, out (T, H, D); cos, sin (T, D/2) float32 of scratch, left holding the tables."""
+    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, D/2) float32 of scratch, left holding cos and sin."""
+    cos, sin = tables[0], tables[1]
     rope_angles(positions, inv_freq, cos, sin, lo, hi)
     if interleaved:
         rope_rows_interleaved(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
@@ -232,13 +233,13 @@ def rope_tokens(
 
 @parallel_kernel
 def rope_tokens_parallel(
-    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, cos: Any, sin: Any, out: Any, threads: Any
+    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, tables: Any, out: Any, threads: Any
 ) -> None:
     """rope_tokens with the tokens split over threads."""
     tokens = x.shape[0]
     for t in prange(threads):
         lo, hi = tokens * t // threads, tokens * (t + 1) // threads
-        rope_tokens(x, positions, inv_freq, sign, interleaved, cos, sin, out, lo, hi)
+        rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, lo, hi)
 
 
 def apply_rope(
@@ -278,16 +279,17 @@ def apply_rope(
     if inv_freq.shape != (dim // 2,):
         raise ValueError(f"inv_freq: expected shape ({dim // 2},), found {inv_freq.shape}")
     out = _check.output("out", out, x.shape)
-    cos, sin = np.empty((2, tokens, dim // 2), np.float32)
+    tables = np.empty((2, tokens, dim // 2), np.float32)
     if x.ndim > 3:
+        cos, sin = tables
         rope_angles(positions, inv_freq, cos, sin, 0, tokens)
         return apply_rope_tables(x, cos, sin, interleaved, inverse, out)
     sign = _BACKWARD if inverse else _FORWARD
     threads = threads_for(x.size, PARALLEL_ELEMENTS, tokens)
     if threads == 1:
-        rope_tokens(x, positions, inv_freq, sign, interleaved, cos, sin, out, 0, tokens)
+        rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, 0, tokens)
     else:
-        launch(rope_tokens_parallel, x, positions, inv_freq, sign, interleaved, cos, sin, out, threads)
+        launch(rope_tokens_parallel, x, positions, inv_freq, sign, interleaved, tables, out, threads)
     return out
 
 

@@ -1,9 +1,12 @@
 """Attention of one token over keys and values that lie in rows, perhaps in blocks of a pool (paged).
 
-Chunks of 256 positions give partial results that are merged, as in token_attention.py. Rows of keys are not panels, so
-sixteen positions' products with a query are summed lane by lane first, and their lanes then together: 45 operations
-for sixteen scores. Rows that are no whole vectors, or crowd each other out of the cache, and groups of 16 positions
-that lie in several blocks or end early, are copied together before; the results are the same bits.
+Chunks of 256 positions give partial results that are merged, as in token_attention.py. In a chunk, sixteen positions
+are done for all kv heads before the next sixteen: memory is read in the order in which it lies.
+
+Rows of keys are not panels, so products with a query are summed lane by lane first, and their lanes then together.
+Four heads take four positions at a time: eight loads serve sixteen multiply-adds, and sixteen sums of lanes need 45
+operations. Rows that are no whole vectors, and groups of 16 positions that lie in several blocks or end early, are
+copied together before; the results are the same bits.
 """
 
 from typing import Any
@@ -20,88 +23,113 @@ from ruvllm.kernels._simd import (
     f32_zero,
     f32_zeros,
     fma_each,
+    fma_outer,
     hsum,
     load_rows,
     splat,
+    store_rows,
     sum_lanes,
+    zip_rows,
 )
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.token_attention import GROUP, add_weighted_values
 
 _ONE = np.float32(1)
-_CROWDED = 512  # rows so many floats apart, or a multiple, have too few places in the first-level cache for 16 of them
 
 
-def row_scratch_size(head_dim: int, group: int) -> int:
-    """Floats of scratch that one thread needs: scores, queries and sums of a group's heads; 16 rows."""
-    heads = (group + GROUP - 1) // GROUP * GROUP
-    return heads * CHUNK + (2 * heads + LANES) * ((head_dim + LANES - 1) // LANES * LANES)
+def padded_heads(group: int) -> int:
+    """Heads of a group in scratch: one alone, or whole tiles of GROUP."""
+    return 1 if group == 1 else (group + GROUP - 1) // GROUP * GROUP
+
+
+_padded_heads = inline_kernel(padded_heads)
+
+
+def row_scratch_size(head_dim: int, heads: int, kv_heads: int) -> int:
+    """Floats of scratch that one thread needs: scores, queries and sums of all heads; 16 rows; 4 vectors."""
+    tiled = kv_heads * padded_heads(heads // kv_heads)
+    wide = (head_dim + LANES - 1) // LANES * LANES
+    return tiled * (CHUNK + 2 * wide) + LANES * wide + GROUP * LANES
 
 
 @kernel(strict=True)
 def attend_row_chunks(
     q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, partial: Any, scratch: Any, lo: Any, hi: Any
 ) -> None:
-    """Units lo:hi of one token: unit = kv head * chunks + chunk.
+    """Units lo:hi of one token: unit = chunk * kv heads + kv head.
 
     q (H, D); k, v (blocks, block_size, KV, D): row s of the sequence is row s % block_size of block
-    table[s // block_size]. partial (H, chunks, partial_width(D)); scratch (row_scratch_size(D, H / KV),).
+    table[s // block_size]. partial (H, chunks, partial_width(D)); scratch (row_scratch_size(D, H, KV),).
     """
     heads, dim = q.shape
     size, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
+    tiled = _padded_heads(group)
     step = kv_heads * dim
     wide = (dim + LANES - 1) // LANES * LANES
     width = partial.shape[2]
-    chunks = (length + CHUNK - 1) // CHUNK
     q_flat, k_flat, v_flat, parts = flat(q), flat(k), flat(v), flat(partial)
-    tiled = (group + GROUP - 1) // GROUP * GROUP
-    queries = tiled * CHUNK
-    sums = queries + tiled * wide
-    rows = sums + tiled * wide
-    for unit in range(lo, hi):
-        kv, c = unit // chunks, unit % chunks
+    queries = kv_heads * tiled * CHUNK
+    sums = queries + kv_heads * tiled * wide
+    rows = sums + kv_heads * tiled * wide
+    stage = rows + LANES * wide
+    for i in range(queries, sums, LANES):  # heads that pad a tile
+        f32_store(scratch, i, f32_zero())
+    for kv in range(kv_heads):
+        to = queries + kv * tiled * wide
+        _copy_rows(q_flat, kv * group * dim, dim, group, dim, wide, scale * LOG2_E, scratch, to)
+    unit = lo
+    while unit < hi:
+        c, first = unit // kv_heads, unit % kv_heads
+        end = min(kv_heads, first + hi - unit)
+        unit += end - first
         base = c * CHUNK
         count = min(length - base, CHUNK)
-        _copy_rows(q_flat, kv * group * dim, dim, group, dim, wide, scale * LOG2_E, scratch, queries)
         for i in range(sums, rows, LANES):
             f32_store(scratch, i, f32_zero())
         for s in range(0, count, LANES):
-            at = _run(table, base + s, length, size, wide == dim and (group == 1 or step % _CROWDED != 0))
-            if at >= 0:
-                _scores(k_flat, at * step + kv * dim, step, scratch, queries, wide, group, s)
-            else:
-                _gather(k_flat, table, base + s, length, size, step, kv * dim, dim, wide, scratch, rows)
-                _scores(scratch, rows, wide, scratch, queries, wide, group, s)
-        for head in range(group):
-            at = ((kv * group + head) * partial.shape[1] + c) * width + wide
-            top = largest_score(scratch, head * CHUNK, 0, count, 0, count)
-            total = to_weights(scratch, head * CHUNK, 0, count, 0, count, top, k_flat, 0, 0)
-            parts[at] = top
-            parts[at + 1] = hsum(total)
-        for r in range(0, group, GROUP):
-            s = 0
-            while s < count:
-                at = _run(table, base + s, length, size, wide == dim)
-                weights, to = r * CHUNK + s, sums + r * wide
-                n = min(count - s, LANES)
-                if at >= 0 and size >= length:  # one run of rows
-                    n = count - s
-                if at >= 0 and group == 1:
-                    add_weighted_values(f32_zeros(1), v_flat, at * step + kv * dim, step, wide, scratch, weights, n, to)
-                elif at >= 0:
-                    add_weighted_values(
-                        f32_zeros(GROUP), v_flat, at * step + kv * dim, step, wide, scratch, weights, n, to
-                    )
+            at = _run(table, base + s, length, size, wide == dim)
+            for kv in range(first, end):
+                keys, ki, k_step = k_flat, at * step + kv * dim, step
+                if at < 0:
+                    _gather(k_flat, table, base + s, length, size, step, kv * dim, dim, wide, scratch, rows)
+                    keys, ki, k_step = scratch, rows, wide
+                to, query = kv * tiled * CHUNK + s, queries + kv * tiled * wide
+                if group == 1:
+                    _scores_of_one(keys, ki, k_step, scratch, query, wide, to)
                 else:
+                    for r in range(0, tiled, GROUP):
+                        _scores_of_four(keys, ki, k_step, scratch, query + r * wide, wide, to + r * CHUNK, stage)
+        for kv in range(first, end):
+            for head in range(group):
+                at = ((kv * group + head) * partial.shape[1] + c) * width + wide
+                row = (kv * tiled + head) * CHUNK
+                top = largest_score(scratch, row, 0, count, 0, count)
+                total = to_weights(scratch, row, 0, count, 0, count, top, k_flat, 0, 0)
+                parts[at] = top
+                parts[at + 1] = hsum(total)
+        for s in range(0, count, LANES):
+            at = _run(table, base + s, length, size, wide == dim)
+            n = min(count - s, LANES)
+            for kv in range(first, end):
+                values, vi, v_step = v_flat, at * step + kv * dim, step
+                if at < 0:
                     _gather(v_flat, table, base + s, length, size, step, kv * dim, dim, wide, scratch, rows)
-                    add_weighted_values(f32_zeros(GROUP), scratch, rows, wide, wide, scratch, weights, n, to)
-                s += n
-        for head in range(group):
-            at = ((kv * group + head) * partial.shape[1] + c) * width
-            for d in range(0, wide, LANES):
-                f32_store(parts, at + d, f32_load(scratch, sums + head * wide + d))
+                    values, vi, v_step = scratch, rows, wide
+                weights, to = kv * tiled * CHUNK + s, sums + kv * tiled * wide
+                if group == 1:
+                    add_weighted_values(f32_zeros(1), values, vi, v_step, wide, scratch, weights, n, to)
+                else:
+                    for r in range(0, tiled, GROUP):
+                        add_weighted_values(
+                            f32_zeros(GROUP), values, vi, v_step, wide, scratch, weights + r * CHUNK, n, to + r * wide
+                        )
+        for kv in range(first, end):
+            for head in range(group):
+                at = ((kv * group + head) * partial.shape[1] + c) * width
+                for d in range(0, wide, LANES):
+                    f32_store(parts, at + d, f32_load(scratch, sums + (kv * tiled + head) * wide + d))
 
 
 @inline_kernel
@@ -140,20 +168,34 @@ def _copy_rows(
 
 
 @inline_kernel
-def _scores(keys: Any, ki: Any, step: Any, scratch: Any, queries: Any, wide: Any, group: Any, to: Any) -> None:
-    """scratch[to + r CHUNK + j] = query r times the key at ki + j step, for j < 16."""
-    for r in range(group):
+def _scores_of_one(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any) -> None:
+    """scratch[to + j] = the query times the key at ki + j step, for j < 16."""
+    sums = f32_zeros(LANES)
+    for d in range(0, wide, LANES):
+        sums = fma_each(f32_load(scratch, query + d), load_rows(keys, ki + d, step, LANES), sums)
+    f32_store(scratch, to, sum_lanes(sums))
+
+
+@inline_kernel
+def _scores_of_four(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any, stage: Any) -> None:
+    """scratch[to + r CHUNK + j] = query r times the key at ki + j step, for r < GROUP and j < 16.
+
+    Of sixteen keys, every fourth is in one tile: two rounds of merging then put a query's scores in order.
+    """
+    for j in range(GROUP):
         sums = f32_zeros(LANES)
         for d in range(0, wide, LANES):
-            sums = fma_each(f32_load(scratch, queries + r * wide + d), load_rows(keys, ki + d, step, LANES), sums)
-        f32_store(scratch, to + r * CHUNK, sum_lanes(sums))
+            rows = load_rows(keys, ki + j * step + d, GROUP * step, GROUP)
+            sums = fma_outer(load_rows(scratch, query + d, wide, GROUP), rows, sums)
+        f32_store(scratch, stage + j * LANES, sum_lanes(sums))
+    store_rows(scratch, to, CHUNK, zip_rows(zip_rows(load_rows(scratch, stage, LANES, GROUP))))
 
 
 @parallel_kernel
 def attend_rows_parallel(
     q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, partial: Any, scratch: Any, threads: Any
 ) -> None:
-    """attend_row_chunks with the units split over threads; scratch (threads, row_scratch_size(D, H / KV))."""
+    """attend_row_chunks with the units split over threads; scratch (threads, row_scratch_size(D, H, KV))."""
     units = k.shape[2] * ((length + CHUNK - 1) // CHUNK)
     for t in prange(threads):
         attend_row_chunks(

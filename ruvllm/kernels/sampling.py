@@ -105,7 +105,7 @@ def cut_and_draw(
     kept = k
     complete = last_chance
     if top_p < 1.0:
-        among = np.float64(exp_shifted_sum(values, 0, k, values[0], weights, 0))
+        among = exp_shifted_sum(values, 0, k, values[0], weights, 0)
         goal = top_p * (total if total > 0.0 else among)
         running = 0.0
         for i in range(k):

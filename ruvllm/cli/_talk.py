@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,11 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
     """The model that the command line asks for, with its adapters."""
     import ruvllm
 
-    llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+    gc.disable()  # half a million objects come, of which nothing is garbage: looking for it costs a tenth of the start
+    try:
+        llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+    finally:
+        gc.enable()
     for number, given in enumerate(args.lora or ()):
         path, weight = _adapter(given)
         llm.load_adapter(path, weight, name=f"{number}: {path}")

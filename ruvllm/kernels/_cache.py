@@ -27,6 +27,7 @@ from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from ruvllm.paths import cache_directory
@@ -165,7 +166,8 @@ class KernelCache(_Cache):
         """Forget nothing on disk: entries are keyed by content and cannot be stale."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
+        # What code at rest needs of numba. Its refresh() would also load all that compiling needs, a tenth of a second.
+        rtsys.initialize(target_context)
         path, key = self._entry(sig, target_context.codegen())
         if path is None:
             return None

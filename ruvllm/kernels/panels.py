@@ -46,7 +46,7 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
 @inline_kernel
 def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any, hi: Any) -> None:
     """panels_matmul for one token. Memory is the limit: four panels that lie far apart are read side by side."""
-    step = (min(hi, rows // LANES) - lo) // STREAMS
+    step = max(0, min(hi, rows // LANES) - lo) // STREAMS
     for p in range(lo, lo + step):
         for k in range(0, columns, K_BLOCK):
             wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)

@@ -181,7 +181,7 @@ def _panels(
     height = len(tile_zeros())
     if tokens == 1:
         # Memory is the limit: four panels that lie far apart are read side by side.
-        step = (min(hi, rows // LANES) - lo) // STREAMS
+        step = max(0, min(hi, rows // LANES) - lo) // STREAMS
         for p in range(lo, lo + step):
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
             apart = step * groups * size

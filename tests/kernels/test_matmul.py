@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels import batched_gemm, dot, gemm, gemm_nt, gemv
-from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
+from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, panels_matmul, unpack_row
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -137,3 +137,14 @@ def test_halves_are_rounded_to_nearest_even() -> None:
         np.testing.assert_array_equal(bits, x.astype(np.float16).view(np.uint16))
     halve(np.full(3, np.nan, np.float32), bits[:3])
     assert np.isnan(bits[:3].view(np.float16)).all()
+
+
+def test_an_empty_range_of_panels_writes_nothing() -> None:
+    """Also after the last, ragged, panel."""
+    rng = np.random.default_rng(9)
+    panels = np.empty((panel_count(100), 33, 16), np.float32)
+    pack(rng.standard_normal((100, 33), np.float32), panels)
+    out = np.full((1, 100), np.float32(-5))
+    for p in range(len(panels) + 1):
+        panels_matmul(panels, rng.standard_normal((1, 33), np.float32), out, p, p)
+    assert (out == -5).all()

@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul_parallel, quantize_activations_parallel
+from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul, quant_matmul_parallel, quantize_activations_parallel
 from tests.kernels import quant_cases as cases
 
 EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
@@ -80,6 +80,18 @@ def test_only_its_own_outputs_are_written(kind: int, mins: bool) -> None:
         quant_matmul_parallel(*w.panels, *x, out, 2)
         np.testing.assert_array_equal(out, cases.multiply(w, x))
         assert (buffer[:32] == -5).all() and (buffer[-32:] == -5).all()
+
+
+@EVERY_KIND
+def test_an_empty_range_of_panels_writes_nothing(kind: int, mins: bool) -> None:
+    """Also after the last, ragged, panel."""
+    rng = np.random.default_rng(8)
+    w = cases.random_weights(rng, kind, mins, 100, 64)
+    x = cases.activations(rng.standard_normal((1, 64), np.float32))
+    out = np.full((1, 100), np.float32(-5))
+    for p in range(8):
+        quant_matmul(*w.panels, *x, out, p, p)
+    assert (out == -5).all()
 
 
 @EVERY_KIND

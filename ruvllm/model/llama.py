@@ -67,6 +67,7 @@ class Llama:
         def linear(name: str) -> Linear:
             tensor, bias = source.tensor(name), f"{name}_bias"
             loaded = Linear.load(tensor, layouts[name], source.tensor(bias) if bias in source else None)
+            tensor.release()
             if progress:
                 progress(tensor.shape[0] * tensor.shape[1])
             return loaded

@@ -55,6 +55,9 @@ class RandomTensor:
         share_out(make, starts, threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts)))
         return panels
 
+    def release(self) -> None:
+        """Nothing is held."""
+
     def _rows(self, block: int) -> np.ndarray:
         columns = self.shape[1]
         noise = np.random.default_rng((*self._seed, block)).standard_normal((_BLOCK, columns), np.float32)

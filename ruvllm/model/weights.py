@@ -46,6 +46,10 @@ class WeightTensor(Protocol):
         """The whole matrix as "int4", "int5" or "int8" panels: the file's own codes where it has such, else rounded."""
         ...
 
+    def release(self) -> None:
+        """It has been read: what of its file is mapped may leave this process's memory."""
+        ...
+
 
 def layout_for(weights: str, dtype: str) -> str:
     """The layout of a tensor of type ``dtype`` under the user's choice; "auto" keeps the precision of the file."""

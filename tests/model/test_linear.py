@@ -32,6 +32,9 @@ class ArrayTensor:
     def quantized(self, layout: str) -> Panels:
         raise NotImplementedError
 
+    def release(self) -> None:
+        pass
+
 
 def as_float64(layout: str, tensor: RandomTensor) -> np.ndarray:
     """The weights of a float layout, rounded by NumPy; those of an integer layout, decoded row by row."""

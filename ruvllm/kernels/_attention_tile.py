@@ -22,6 +22,7 @@ from ruvllm.kernels._simd import (
     lanes_between,
     load,
     load_rows,
+    prefetch_l2,
     read_scales,
     scaled,
     scaled_rows,
@@ -77,8 +78,10 @@ def scores(
     s = start
     while PAIRS and s + LANES < stop:
         left = right = zeros
-        other = ki + block
+        other, ahead = ki + block, ki + 2 * block
         for d in range(dim):
+            prefetch_l2(keys, ahead + d * LANES)
+            prefetch_l2(keys, ahead + block + d * LANES)
             left = fma_rows(load(keys, ki + d * LANES), scratch, queries + d * Q_STEP, 1, left)
             right = fma_rows(load(keys, other + d * LANES), scratch, queries + d * Q_STEP, 1, right)
         store_rows(scratch, base + s, CHUNK, scaled_rows(keys, left, read_scales(keys, ki + dim * LANES)))

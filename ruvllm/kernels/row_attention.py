@@ -7,6 +7,9 @@ Rows of keys are not panels, so products with a query are summed lane by lane fi
 Four heads take four positions at a time: eight loads serve sixteen multiply-adds, and sixteen sums of lanes need 45
 operations. Rows that are no whole vectors, and groups of 16 positions that lie in several blocks or end early, are
 copied together before; the results are the same bits.
+
+What the next sixteen positions need is asked for meanwhile, line by line: a core waits for two dozen lines at once, too
+few for memory's latency, but where it sees lines asked for in order its prefetcher brings the rest of a page.
 """
 
 from typing import Any
@@ -26,6 +29,7 @@ from ruvllm.kernels._simd import (
     fma_outer,
     hsum,
     load_rows,
+    prefetch_l2,
     splat,
     store_rows,
     sum_lanes,
@@ -95,12 +99,15 @@ def attend_row_chunks(
                 if at < 0:
                     _gather(k_flat, table, base + s, length, size, step, kv * dim, dim, wide, scratch, rows)
                     keys, ki, k_step = scratch, rows, wide
+                ahead = (at + LANES) * step + kv * LANES * dim
                 to, query = kv * tiled * CHUNK + s, queries + kv * tiled * wide
                 if group == 1:
-                    _scores_of_one(keys, ki, k_step, scratch, query, wide, to)
+                    _scores_of_one(keys, ki, k_step, scratch, query, wide, to, ahead)
                 else:
                     for r in range(0, tiled, GROUP):
-                        _scores_of_four(keys, ki, k_step, scratch, query + r * wide, wide, to + r * CHUNK, stage)
+                        _scores_of_four(
+                            keys, ki, k_step, scratch, query + r * wide, wide, to + r * CHUNK, stage, ahead
+                        )
         for kv in range(first, end):
             for head in range(group):
                 at = ((kv * group + head) * partial.shape[1] + c) * width + wide
@@ -117,13 +124,15 @@ def attend_row_chunks(
                 if at < 0:
                     _gather(v_flat, table, base + s, length, size, step, kv * dim, dim, wide, scratch, rows)
                     values, vi, v_step = scratch, rows, wide
+                ahead = (at + LANES) * step + kv * LANES * dim
                 weights, to = kv * tiled * CHUNK + s, sums + kv * tiled * wide
                 if group == 1:
-                    add_weighted_values(f32_zeros(1), values, vi, v_step, wide, scratch, weights, n, to)
+                    add_weighted_values(f32_zeros(1), values, vi, v_step, wide, scratch, weights, n, to, ahead)
                 else:
                     for r in range(0, tiled, GROUP):
                         add_weighted_values(
-                            f32_zeros(GROUP), values, vi, v_step, wide, scratch, weights + r * CHUNK, n, to + r * wide
+                            f32_zeros(GROUP), values, vi, v_step, wide, scratch, weights + r * CHUNK, n, to + r * wide,
+                            ahead,
                         )
         for kv in range(first, end):
             for head in range(group):
@@ -168,16 +177,26 @@ def _copy_rows(
 
 
 @inline_kernel
-def _scores_of_one(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any) -> None:
+def _ask_for(x: Any, xi: Any, lines: Any) -> None:
+    """Have memory bring so many cache lines from x[xi] on."""
+    for i in range(lines):
+        prefetch_l2(x, xi + i * LANES)
+
+
+@inline_kernel
+def _scores_of_one(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any, ahead: Any) -> None:
     """scratch[to + j] = the query times the key at ki + j step, for j < 16."""
     sums = f32_zeros(LANES)
     for d in range(0, wide, LANES):
+        _ask_for(keys, ahead + d * LANES, LANES)
         sums = fma_each(f32_load(scratch, query + d), load_rows(keys, ki + d, step, LANES), sums)
     f32_store(scratch, to, sum_lanes(sums))
 
 
 @inline_kernel
-def _scores_of_four(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any, stage: Any) -> None:
+def _scores_of_four(
+    keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wide: Any, to: Any, stage: Any, ahead: Any
+) -> None:
     """scratch[to + r CHUNK + j] = query r times the key at ki + j step, for r < GROUP and j < 16.
 
     Of sixteen keys, every fourth is in one tile: two rounds of merging then put a query's scores in order.
@@ -186,6 +205,7 @@ def _scores_of_four(keys: Any, ki: Any, step: Any, scratch: Any, query: Any, wid
         sums = f32_zeros(LANES)
         for d in range(0, wide, LANES):
             rows = load_rows(keys, ki + j * step + d, GROUP * step, GROUP)
+            _ask_for(keys, ahead + (j * wide + d) * GROUP, GROUP)
             sums = fma_outer(load_rows(scratch, query + d, wide, GROUP), rows, sums)
         f32_store(scratch, stage + j * LANES, sum_lanes(sums))
     store_rows(scratch, to, CHUNK, zip_rows(zip_rows(load_rows(scratch, stage, LANES, GROUP))))

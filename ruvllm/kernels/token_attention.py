@@ -34,6 +34,7 @@ from ruvllm.kernels._simd import (
     lane,
     load,
     load_rows,
+    prefetch_l2,
     splat,
     splat_at,
     store_rows,
@@ -110,10 +111,11 @@ def attend_token_chunks(
             for i in range(sums, sums + GROUP * wide, LANES):
                 f32_store(scratch, i, f32_zero())
             weights, count = r * CHUNK + start, stop - start
+            ahead = vi + count * wide
             if group == 1:
-                add_weighted_values(f32_zeros(1), values_flat, vi, wide, wide, scratch, weights, count, sums)
+                add_weighted_values(f32_zeros(1), values_flat, vi, wide, wide, scratch, weights, count, sums, ahead)
             else:
-                add_weighted_values(f32_zeros(GROUP), values_flat, vi, wide, wide, scratch, weights, count, sums)
+                add_weighted_values(f32_zeros(GROUP), values_flat, vi, wide, wide, scratch, weights, count, sums, ahead)
             for head in range(r, min(r + GROUP, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width
                 for d in range(0, wide, LANES):
@@ -122,11 +124,13 @@ def attend_token_chunks(
 
 @inline_kernel
 def add_weighted_values(
-    zeros: Any, values: Any, vi: Any, step: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any
-) -> None:
+    zeros: Any, values: Any, vi: Any, step: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any,
+    ahead: Any,
+) -> None:  # fmt: skip
     """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s step + d], for d < wide.
 
-    A run of four vectors of each value while it is there: memory is read in long pieces.
+    A run of four vectors of each value while it is there: memory is read in long pieces. As many values from ``ahead``
+    on, which come next, are asked for in the order in which they lie: then the processor foresees what follows.
     """
     d = 0
     while (PAIRS or len(zeros) == 1) and d + 4 * LANES <= wide:
@@ -135,7 +139,9 @@ def add_weighted_values(
         s2 = load_rows(scratch, sums + d + 2 * LANES, wide, len(zeros))
         s3 = load_rows(scratch, sums + d + 3 * LANES, wide, len(zeros))
         for s in range(count):
-            at, w = vi + s * step + d, weights + s
+            at, w, line = vi + s * step + d, weights + s, ahead + d * count + 4 * s * LANES
+            for i in range(4):
+                prefetch_l2(values, line + i * LANES)
             s0 = fma_rows(load(values, at), scratch, w, CHUNK, s0)
             s1 = fma_rows(load(values, at + LANES), scratch, w, CHUNK, s1)
             s2 = fma_rows(load(values, at + 2 * LANES), scratch, w, CHUNK, s2)

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ruvllm.kernels._simd_llvm import Vector, _call, _constant, _pointer, _reduce, _splat, i32x16
+from ruvllm.kernels._simd_llvm import Vector, _call, _constant, _pointer, _reduce, _splat, f32x16, i32x16
 
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_I8, 64)
@@ -168,6 +168,19 @@ def with_fifth_bit(typingctx: Any, nibbles: Any, bits: Any, j: Any) -> Any:
         return builder.or_(nibbles, builder.shl(one, _all_bytes(4)))
 
     return u8x64(u8x64, u8x64, types.intp), codegen
+
+
+@intrinsic
+def bytes_to_f32(typingctx: Any, v: Any, j: Any) -> Any:
+    """Byte j, signed, of each of 16 times four, as float32: the 16 rows of one column."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words, up = builder.bitcast(args[0], i32x16.llvm), builder.trunc(args[1], _I32)
+        up = _splat(builder, builder.sub(_I32(24), builder.mul(up, _I32(8))), 16)
+        byte = builder.ashr(builder.shl(words, up), _constant(i32x16, 24))
+        return builder.sitofp(byte, f32x16.llvm)
+
+    return f32x16(u8x64, types.intp), codegen
 
 
 @intrinsic

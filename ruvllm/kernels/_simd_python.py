@@ -171,6 +171,10 @@ def high_nibbles(v: Any) -> Any:
     return v >> np.uint8(4)
 
 
+def bytes_to_f32(v: Any, j: int) -> Any:
+    return v.reshape(LANES, 4)[:, j].view(np.int8).astype(np.float32)
+
+
 def dot_begin() -> Any:
     return np.zeros(LANES, np.int32)
 

@@ -1,69 +1,123 @@
 """Packed weights transposed: dx = dy W, what a linear layer hands back to the layer before it (training).
 
-Weights lie in panels of 16 rows of W, whatever their precision (see panels.py and quant.py). 32 columns at a time are
-unpacked to float32, 16 x 16 numbers are turned over by four rounds of shuffles, and panels of W^T result, small enough
-for the second-level cache, which the same tile multiplies as in the forward product. Integer weights count as
-the numbers that they stand for; dy is not rounded.
+Weights lie in panels of 16 rows of W, whatever their precision (see panels.py and quant.py): 16 rows of one column are
+a vector. So columns are unpacked to float32 just as they lie, and it is dy that is turned over: its tokens become the
+lanes, and dx^T = W^T dy^T is the tile of some columns of W against one panel of 16 tokens or two. The results are
+turned back where they are added to dx. Integer weights count as the numbers that they stand for; dy is not rounded.
 """
 
 from typing import Any
 
 import numpy as np
 from numba import prange
+from numba.core.registry import cpu_target
 
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._simd import f16_to_f32, f32_load, f32_store, f32_zero, load, zip_high, zip_low
+from ruvllm.kernels._memory import scratch
+from ruvllm.kernels._simd import (
+    bytes_to_f32,
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_zero,
+    f32_zeros,
+    fma,
+    fma_rows,
+    halfs_load,
+    high_nibbles,
+    load,
+    load_rows,
+    low_nibbles,
+    splat,
+    store_rows,
+    u8_load,
+    with_fifth_bit,
+    zip_rows,
+)
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
-from ruvllm.kernels._tile import LANES, TILE, tile_times_panel, token_times_panel
+from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
 
-_BLOCK = LANES * LANES
-_HALVES = GROUP // LANES
-_ROWS = 512  # rows of W at a time: two panels of W^T, 64 KB
-_SCALES = 2 * GROUP * LANES  # where scales and mins of 16 rows stand in the scratch, behind two times 32 x 16 numbers
-_PANELS = _SCALES + 2 * LANES  # and where the panels of W^T begin
-SCRATCH = _PANELS + _HALVES * _ROWS * LANES  # floats that one thread needs
-_BYTE, _NIBBLE, _ONE = np.uint32(0xFF), np.uint32(0xF), np.uint32(1)
+# Columns of a tile, which divide GROUP, and panels of tokens at a time, by the target's registers: see _float_tile.py.
+_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_COLUMNS, _PAIRS = (8, True) if _WIDE else (4, False)
+_ROWS = 512  # rows of W at a time
+_TOKENS = 128  # tokens at a time: their dy^T, 256 KB, stays in the second-level cache
+_STEP = _ROWS + LANES  # from a column of W to the next: they begin at different places of a page
+# What stands where in the scratch: columns of W, panels of dy^T, and what is to be turned over.
+_WEIGHTS = 0
+_PANELS = _WEIGHTS + GROUP * _STEP
+_STAGE = _PANELS + _TOKENS * _ROWS
+SCRATCH = _STAGE + _TOKENS * GROUP  # floats that one thread needs
+_LINE, _HALFS = 64, 32  # bytes of 16 rows x 4 columns of codes, and of 16 scales or mins
 _ZERO4, _ZERO5 = np.float32(-8), np.float32(-16)  # times the scale: the min of symmetric weights
 
 
 @inline_kernel
-def _shuffle(source: Any, si: Any, target: Any, ti: Any) -> None:
-    """One round: rows i and i + 8 of 16 are zipped into rows 2i and 2i + 1; four rounds transpose."""
-    for i in range(LANES // 2):
-        a, b = f32_load(source, si + i * LANES), f32_load(source, si + i * LANES + _BLOCK // 2)
-        f32_store(target, ti + 2 * i * LANES, zip_low(a, b))
-        f32_store(target, ti + (2 * i + 1) * LANES, zip_high(a, b))
+def _turn(scratch: Any, at: Any, to: Any) -> None:
+    """The 16 x 16 numbers at ``at`` turned over, to ``to``."""
+    rows = load_rows(scratch, at, LANES, LANES)
+    store_rows(scratch, to, LANES, zip_rows(zip_rows(zip_rows(zip_rows(rows)))))
 
 
 @inline_kernel
-def _transpose(scratch: Any, at: Any, to: Any) -> None:
-    """The 16 x 16 numbers at ``at`` turned over, to ``to``; the block that lies 32 x 16 behind is used up."""
-    other = at + GROUP * LANES
-    _shuffle(scratch, at, scratch, other)
-    _shuffle(scratch, other, scratch, at)
-    _shuffle(scratch, at, scratch, other)
-    _shuffle(scratch, other, scratch, to)
+def _turn_dy(dy: Any, rows: Any, first: Any, n: Any, t: Any, tokens: Any, scratch: Any, to: Any) -> None:
+    """scratch[to + 16 r + j] = dy[t + j, first + r] for r < n; tokens past the end are zero."""
+    for r in range(0, n, LANES):
+        for j in range(LANES):
+            numbers, at = f32_zero(), (t + j) * rows + first + r
+            if t + j < tokens:
+                numbers = f32_load(dy, at) if r + LANES <= n else f32_load_first(dy, at, n - r)
+            f32_store(scratch, _STAGE + j * LANES, numbers)
+        _turn(scratch, _STAGE, to + r * LANES)
 
 
 @inline_kernel
-def _multiply(
-    scratch: Any, dy: Any, dx: Any, tokens: Any, rows: Any, columns: Any, first: Any, n: Any, g: Any, add: Any
-) -> None:
-    """dx[:, 32 g:] (+)= dy[:, first : first + n] times the panels of W^T in the scratch."""
-    tiled = tokens - tokens % TILE
-    for half in range(_HALVES):
-        column = g * GROUP + half * LANES
-        wi, count = _PANELS + half * _ROWS * LANES, columns - column
-        if count > 0:
-            for t in range(0, tiled, TILE):
-                tile_times_panel(
-                    scratch, wi, LANES, dy, t * rows + first, rows, n, dx, t * columns + column, columns, count, add
-                )
-            for t in range(tiled, tokens):
-                token_times_panel(scratch, wi, LANES, dy, t * rows + first, n, dx, t * columns + column, count, add)
+def _columns_times_two(zeros: Any, scratch: Any, wi: Any, at: Any, other: Any, n: Any, to: Any) -> None:
+    """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``: sums to ``to`` and a group behind."""
+    left = right = zeros
+    for r in range(n):
+        left = fma_rows(load(scratch, at + r * LANES), scratch, wi + r, _STEP, left)
+        right = fma_rows(load(scratch, other + r * LANES), scratch, wi + r, _STEP, right)
+    store_rows(scratch, to, LANES, left)
+    store_rows(scratch, to + GROUP * LANES, LANES, right)
+
+
+@inline_kernel
+def _columns_times_one(zeros: Any, scratch: Any, wi: Any, at: Any, n: Any, to: Any) -> None:
+    """_columns_times_two for one panel."""
+    sums = zeros
+    for r in range(n):
+        sums = fma_rows(load(scratch, at + r * LANES), scratch, wi + r, _STEP, sums)
+    store_rows(scratch, to, LANES, sums)
+
+
+@inline_kernel
+def _put_turned(scratch: Any, at: Any, dx: Any, columns: Any, column: Any, t: Any, tokens: Any, add: Any) -> None:
+    """dx[t : t + 16, column : column + 32] (+)= the group of sums at ``at``, as far as dx goes."""
+    for half in range(0, GROUP, LANES):
+        _turn(scratch, at + half * LANES, at + half * LANES)
+        count = columns - column - half
+        for j in range(min(LANES, tokens - t) if count > 0 else 0):
+            put(dx, (t + j) * columns + column + half, f32_load(scratch, at + half * LANES + j * LANES), count, add)
+
+
+@inline_kernel
+def _multiply(scratch: Any, n: Any, dx: Any, columns: Any, g: Any, start: Any, tokens: Any, add: Any) -> None:
+    """dx[start : start + _TOKENS, 32 g :] (+)= the group of columns in the scratch times the panels there."""
+    panels = (min(_TOKENS, tokens - start) + LANES - 1) // LANES
+    paired = panels - panels % 2 if _PAIRS else 0
+    for c in range(0, GROUP, _COLUMNS):
+        wi, to = _WEIGHTS + c * _STEP, _STAGE + c * LANES
+        for p in range(0, paired, 2):
+            at = _PANELS + p * LANES * _ROWS
+            _columns_times_two(f32_zeros(_COLUMNS), scratch, wi, at, at + LANES * _ROWS, n, to + p * GROUP * LANES)
+        for p in range(paired, panels):
+            at = _PANELS + p * LANES * _ROWS
+            _columns_times_one(f32_zeros(_COLUMNS), scratch, wi, at, n, to + p * GROUP * LANES)
+    for p in range(panels):
+        _put_turned(scratch, _STAGE + p * GROUP * LANES, dx, columns, g * GROUP, start + p * LANES, tokens, add)
 
 
 @kernel(strict=True)
@@ -72,78 +126,64 @@ def transposed_float(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, 
     tokens, rows = dy.shape
     columns = w.shape[1]
     panels, dys, dxs = flat(w), flat(dy), flat(dx)
-    for g in range(lo, hi):
-        here = min(GROUP, columns - g * GROUP)
+    for start in range(0, tokens, _TOKENS):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
-            for p in range(first // LANES, (first + n + LANES - 1) // LANES):
-                at = (p * columns + g * GROUP) * LANES
-                for c in range(here):
-                    f32_store(scratch, c * LANES, load(panels, at + c * LANES))
-                for c in range(here, GROUP):
-                    f32_store(scratch, c * LANES, f32_zero())
-                to = _PANELS + (p * LANES - first) * LANES
-                for half in range(_HALVES):
-                    _transpose(scratch, half * _BLOCK, to + half * _ROWS * LANES)
-            _multiply(scratch, dys, dxs, tokens, rows, columns, first, n, g, add or first > 0)
+            for t in range(start, min(start + _TOKENS, tokens), LANES):
+                _turn_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
+            for g in range(lo, hi):
+                for p in range(first // LANES, (first + n + LANES - 1) // LANES):
+                    at, to = (p * columns + g * GROUP) * LANES, _WEIGHTS + p * LANES - first
+                    for c in range(min(GROUP, columns - g * GROUP)):
+                        f32_store(scratch, to + c * _STEP, load(panels, at + c * LANES))
+                _multiply(scratch, n, dxs, columns, g, start, tokens, add or first > 0)
 
 
 @inline_kernel
-def _unpack_group(kind: Any, quads: Any, at: Any, scratch: Any) -> None:
-    """The 32 columns of a group of 16 rows to scratch[16 column + row]; scale and min of each row are at _SCALES.
-
-    quads are uint32: four columns of a row. Inner loops run over the rows, 16 lanes of a vector.
-    """
+def _unpack_group(kind: Any, has_mins: Any, blocks: Any, at: Any, scratch: Any, to: Any) -> None:
+    """The block at byte ``at``, 32 columns of 16 rows: scratch[to + column _STEP + row]."""
+    scale = halfs_load(blocks, at)
+    if has_mins:
+        low = halfs_load(blocks, at + _HALFS)
+    elif kind == INT8:
+        low = f32_zero()
+    else:
+        low = scale * splat(_ZERO4 if kind == INT4 else _ZERO5)
+    at += 2 * _HALFS if has_mins else _HALFS
     for j in range(GROUP // 4):
+        line = u8_load(blocks, at + (j if kind == INT8 else j % 4) * _LINE)
+        if kind != INT8:
+            line = low_nibbles(line) if j < 4 else high_nibbles(line)
+        if kind == INT5:
+            line = with_fifth_bit(line, u8_load(blocks, at + 4 * _LINE), j)
         for c in range(4):
-            to, shift = (4 * j + c) * LANES, np.uint32(8 * c)
-            for r in range(LANES):
-                if kind == INT8:
-                    code = np.int32(np.uint32(quads[at + j * LANES + r] >> shift) & _BYTE)
-                    code = code - np.int32((code & np.int32(128)) << np.int32(1))
-                else:
-                    word = quads[at + (j % 4) * LANES + r] >> (shift + np.uint32(4 * (j // 4)))
-                    code = np.int32(np.uint32(word) & _NIBBLE)
-                    if kind == INT5:
-                        bit = np.uint32(quads[at + 4 * LANES + r] >> (shift + np.uint32(j))) & _ONE
-                        code = code + np.int32(bit << np.uint32(4))
-                scratch[to + r] = np.float32(code) * scratch[_SCALES + r] + scratch[_SCALES + LANES + r]
+            f32_store(scratch, to + (4 * j + c) * _STEP, fma(bytes_to_f32(line, c), scale, low))
 
 
 @kernel(strict=True)
 def transposed_quant(
-    kind: Any, has_mins: Any, words: Any, halfs: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any
+    kind: Any, has_mins: Any, blocks: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any
 ) -> None:
-    """transposed_float for 4, 5 or 8 bits: words and halfs are the blocks (P, G, ...) of quant.py in those units."""
+    """transposed_float for 4, 5 or 8 bits: blocks (P, G, bytes), see quant.py."""
     tokens, rows = dy.shape
     columns = dx.shape[1]
-    groups, size = words.shape[1], words.shape[2]
-    head = LANES // 2 * (2 if has_mins else 1)  # words of scales and mins before the codes
-    codes, dys, dxs = flat(words), flat(dy), flat(dx)
-    for g in range(lo, hi):
+    groups, size = blocks.shape[1], blocks.shape[2]
+    w, dys, dxs = flat(blocks), flat(dy), flat(dx)
+    for start in range(0, tokens, _TOKENS):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
-            for p in range(first // LANES, (first + n + LANES - 1) // LANES):
-                for r in range(LANES):
-                    scale = f16_to_f32(halfs[p, g, r])
-                    scratch[_SCALES + r] = scale
-                    if has_mins:
-                        scratch[_SCALES + LANES + r] = f16_to_f32(halfs[p, g, LANES + r])
-                    elif kind == INT8:
-                        scratch[_SCALES + LANES + r] = np.float32(0)
+            for t in range(start, min(start + _TOKENS, tokens), LANES):
+                _turn_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
+            for g in range(lo, hi):
+                for p in range(first // LANES, (first + n + LANES - 1) // LANES):
+                    at, to = (p * groups + g) * size, _WEIGHTS + p * LANES - first
+                    if kind == INT4:
+                        _unpack_group(INT4, has_mins, w, at, scratch, to)
+                    elif kind == INT5:
+                        _unpack_group(INT5, has_mins, w, at, scratch, to)
                     else:
-                        scratch[_SCALES + LANES + r] = scale * (_ZERO4 if kind == INT4 else _ZERO5)
-                at = (p * groups + g) * size + head
-                if kind == INT4:
-                    _unpack_group(INT4, codes, at, scratch)
-                elif kind == INT5:
-                    _unpack_group(INT5, codes, at, scratch)
-                else:
-                    _unpack_group(INT8, codes, at, scratch)
-                to = _PANELS + (p * LANES - first) * LANES
-                for half in range(_HALVES):
-                    _transpose(scratch, half * _BLOCK, to + half * _ROWS * LANES)
-            _multiply(scratch, dys, dxs, tokens, rows, columns, first, n, g, add or first > 0)
+                        _unpack_group(INT8, has_mins, w, at, scratch, to)
+                _multiply(scratch, n, dxs, columns, g, start, tokens, add or first > 0)
 
 
 @parallel_kernel
@@ -156,13 +196,17 @@ def transposed_float_parallel(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, 
 
 @parallel_kernel
 def transposed_quant_parallel(
-    kind: Any, has_mins: Any, words: Any, halfs: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any
+    kind: Any, has_mins: Any, blocks: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any
 ) -> None:
     """transposed_quant with the columns of W split over threads; scratch (threads, SCRATCH)."""
     units = (dx.shape[1] + GROUP - 1) // GROUP
     for t in prange(threads):
         lo, hi = units * t // threads, units * (t + 1) // threads
-        transposed_quant(kind, has_mins, words, halfs, dy, add, dx, scratch[t], lo, hi)
+        transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch[t], lo, hi)
+
+
+def _scratch_of_all() -> np.ndarray:
+    return scratch(num_threads() * SCRATCH).reshape(-1, SCRATCH)
 
 
 def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False) -> np.ndarray:
@@ -173,9 +217,9 @@ def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool =
     units = -(-dx.shape[1] // GROUP)
     threads = threads_for(len(dy) * w.size, PARALLEL_MACS, units)
     if threads == 1:
-        transposed_float(w, dy, add, dx, aligned_empty(SCRATCH), 0, units)
+        transposed_float(w, dy, add, dx, scratch(SCRATCH), 0, units)
     else:
-        launch(transposed_float_parallel, w, dy, add, dx, aligned_empty((num_threads(), SCRATCH)), threads)
+        launch(transposed_float_parallel, w, dy, add, dx, _scratch_of_all(), threads)
     return dx
 
 
@@ -183,12 +227,10 @@ def quant_transposed(
     kind: int, has_mins: bool, blocks: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False
 ) -> np.ndarray:
     """linear_transposed for panels of integers, see ``quant_panels.Panels``."""
-    words, halfs = blocks.view(np.uint32), blocks.view(np.uint16)
     units = blocks.shape[1]
     threads = threads_for(len(dy) * dx.shape[1] * dy.shape[1], PARALLEL_MACS, units)
     if threads == 1:
-        transposed_quant(kind, has_mins, words, halfs, dy, add, dx, aligned_empty(SCRATCH), 0, units)
+        transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch(SCRATCH), 0, units)
     else:
-        scratch = aligned_empty((num_threads(), SCRATCH))
-        launch(transposed_quant_parallel, kind, has_mins, words, halfs, dy, add, dx, scratch, threads)
+        launch(transposed_quant_parallel, kind, has_mins, blocks, dy, add, dx, _scratch_of_all(), threads)
     return dx

@@ -20,6 +20,7 @@ from ruvllm.kernels._team import barrier, join_team, part
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
+from ruvllm.kernels.low_rank import PARTS, join_parts
 from ruvllm.kernels.quant import GROUP, LINES, OFFSETS
 from ruvllm.kernels.token_attention import token_scratch_size
 
@@ -35,6 +36,7 @@ merge_chunks = as_part(token_attention.merge_chunks)
 _split = inline_kernel(attend_split)
 silu_mul_range = as_part(activation.silu_mul_range)
 low_rank_down = as_part(low_rank.low_rank_down)
+low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
 low_rank_up = as_part(low_rank.low_rank_up)
 
 # Layouts of a matrix in the table; the first three are quant.INT4, INT5 and INT8.
@@ -97,8 +99,8 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
     # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
     for layer in range(t[FIRST_LAYER], t[LAYER_END]):
         rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
-        _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi)
-        _meet(sync, rank, size, alone)
+        if _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi, rank, size):
+            barrier(sync, rank, size)
         for at in range(_Q, _O, FIELDS):
             _matrix(t, layers, layer, at, float_weights, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
         barrier(sync, rank, size)
@@ -113,21 +115,21 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
             barrier(sync, rank, size)
             _attend(t, layer, kv, q_heads, attended_heads, positions, scale, rank, size)
             barrier(sync, rank, size)
-        _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi)
-        _meet(sync, rank, size, alone)
+        if _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi, rank, size):
+            barrier(sync, rank, size)
         _matrix(t, layers, layer, np.int64(_O), float_weights, attended, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
         barrier(sync, rank, size)
         rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
-        _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi)
-        _meet(sync, rank, size, alone)
+        if _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi, rank, size):
+            barrier(sync, rank, size)
         for at in range(_GATE, _DOWN, FIELDS):
             _matrix(t, layers, layer, at, float_weights, h, mine, gate if at == _GATE else up, rank, size)
         for row in range(T):
             silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
         barrier(sync, rank, size)
-        _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi)
-        _meet(sync, rank, size, alone)
+        if _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi, rank, size):
+            barrier(sync, rank, size)
         _matrix(t, layers, layer, np.int64(_DOWN), float_weights, gate, mine, sums_of, rank, size)
         _add(x, sums_of, e_lo, e_hi)
         barrier(sync, rank, size)
@@ -142,13 +144,6 @@ def _floats(address: Any, rows: Any, columns: Any) -> Any:
 @inline_kernel
 def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
     return array_at(address, (tokens, heads, dim), np.float32)
-
-
-@inline_kernel
-def _meet(sync: Any, rank: Any, size: Any, alone: Any) -> None:
-    """A barrier after work on tokens that was shared out; one token's work every member has done for itself."""
-    if not alone:
-        barrier(sync, rank, size)
 
 
 @inline_kernel
@@ -179,44 +174,65 @@ def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
 
 @part_kernel
 def _round(
-    t: Any, table: Any, layer: Any, first: Any, end: Any, x: Any, mine: Any, lo: Any, hi: Any
-) -> None:
-    """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so; begin their adapters."""
+    t: Any, table: Any, layer: Any, first: Any, end: Any, x: Any, mine: Any, lo: Any, hi: Any, rank: Any, size: Any
+) -> Any:
+    """Round rows lo:hi of x to 8 bits if any of the matrices at first:end takes them so; begin their adapters.
+
+    Returns whether members must meet before they go on: if work was shared out, that on tokens or that of adapters.
+    """
     for at in range(first, end, FIELDS):
         if table[layer, at] <= Q8:
             xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], x.shape[1])
             quantize_activations(x, xq, xs, offsets, totals, lo, hi)
             break
+    shared = x.shape[0] > 1
     for at in range(first, end, FIELDS):
         if table[layer, at + ADAPTER]:
-            _adapter_down(t, table, layer, at, x, mine, lo, hi)
+            _adapter_down(t, table, layer, at, x, lo, hi, rank, size)
+            shared = True
+    return shared
 
 
 @inline_kernel
-def _adapter(t: Any, table: Any, layer: Any, at: Any, mine: Any, tokens: Any) -> Any:
-    """An adapter's numbers, its count of 16 ranks, and h (T, 16 P): its buffer for matrix ``at``."""
+def _adapter(t: Any, table: Any, layer: Any, at: Any) -> Any:
+    """An adapter's numbers, its count of 16 ranks, and where its buffer is: h (T, 16 P).
+
+    For one token: PARTS rows of sums that members share, then the row h of each member.
+    """
     numbers = array_at(table[layer, at + ADAPTER], ADAPTER_FIELDS, np.int64)
-    panels = (numbers[3] + LANES - 1) // LANES
     slot = at // FIELDS % ADAPTERS_AT_ONCE
-    h = _floats(t[LOW] + (slot * t[LOW_SIZE] + mine * panels * LANES) * 4, tokens, panels * LANES)
-    return numbers, panels, h
+    return numbers, (numbers[3] + LANES - 1) // LANES, t[LOW] + slot * t[LOW_SIZE] * 4
 
 
 @part_kernel
-def _adapter_down(t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of x through the first matrix of an adapter."""
-    numbers, panels, h = _adapter(t, table, layer, at, mine, x.shape[0])
+def _adapter_down(t: Any, table: Any, layer: Any, at: Any, x: Any, lo: Any, hi: Any, rank: Any, size: Any) -> None:
+    """Rows lo:hi of x through the first matrix of an adapter; of one token, this member's share of the sums."""
+    numbers, panels, low = _adapter(t, table, layer, at)
     shape = (panels, x.shape[1], LANES)
-    if numbers[0] == F16:
-        low_rank_down(array_at(numbers[1], shape, np.uint16), x, h, lo, hi)
+    if x.shape[0] == 1:
+        parts = _floats(low, PARTS, panels * LANES)
+        lo, hi = part(panels * PARTS, rank, size)
+        if numbers[0] == F16:
+            low_rank_down_parts(array_at(numbers[1], shape, np.uint16), x, parts, lo, hi)
+        else:
+            low_rank_down_parts(array_at(numbers[1], shape, np.float32), x, parts, lo, hi)
     else:
-        low_rank_down(array_at(numbers[1], shape, np.float32), x, h, lo, hi)
+        h = _floats(low, x.shape[0], panels * LANES)
+        if numbers[0] == F16:
+            low_rank_down(array_at(numbers[1], shape, np.uint16), x, h, lo, hi)
+        else:
+            low_rank_down(array_at(numbers[1], shape, np.float32), x, h, lo, hi)
 
 
 @part_kernel
 def _adapter_up(t: Any, table: Any, layer: Any, at: Any, mine: Any, out: Any, lo: Any, hi: Any) -> None:
     """Panels lo:hi of out += what an adapter adds."""
-    numbers, _, h = _adapter(t, table, layer, at, mine, out.shape[0])
+    numbers, panels, low = _adapter(t, table, layer, at)
+    wide = panels * LANES
+    h = _floats(low, out.shape[0], wide)
+    if out.shape[0] == 1:
+        h = _floats(low + (PARTS + mine) * wide * 4, 1, wide)
+        join_parts(_floats(low, PARTS, wide), h)
     shape = ((out.shape[1] + LANES - 1) // LANES, numbers[3], LANES)
     if numbers[0] == F16:
         low_rank_up(array_at(numbers[2], shape, np.uint16), h, out, lo, hi)
@@ -326,8 +342,8 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
     h = _floats(t[INPUT] + mine * E * 4, rows, E)
     head = array_at(t[HEAD], (1, FIELDS), np.int64)
     rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
-    _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi)
-    _meet(sync, rank, size, alone)
+    if _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi, rank, size):
+        barrier(sync, rank, size)
     logits = _floats(t[LOGITS], rows, t[VOCABULARY])
     _matrix(t, head, np.int64(0), np.int64(0), float_weights, h, mine, logits, rank, size)
 

@@ -10,11 +10,30 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import f32_zero, fma, load, splat_at
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, fma, load, splat_at
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
+
+PARTS = 4  # a token's product with ``down`` is summed in so many parts, which threads can share
+
+
+@inline_kernel
+def _down_part(w: Any, wi: Any, xs: Any, xi: Any, columns: Any, part: Any) -> Any:
+    """A panel's product with one of the PARTS parts of a row of x."""
+    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+    first, end = columns * part // PARTS, columns * (part + 1) // PARTS
+    whole = end - (end - first) % 4
+    for k in range(first, whole, 4):
+        at = wi + k * LANES
+        s0 = fma(load(w, at), splat_at(xs, xi + k), s0)
+        s1 = fma(load(w, at + LANES), splat_at(xs, xi + k + 1), s1)
+        s2 = fma(load(w, at + 2 * LANES), splat_at(xs, xi + k + 2), s2)
+        s3 = fma(load(w, at + 3 * LANES), splat_at(xs, xi + k + 3), s3)
+    for k in range(whole, end):
+        s0 = fma(load(w, wi + k * LANES), splat_at(xs, xi + k), s0)
+    return (s0 + s1) + (s2 + s3)
 
 
 @kernel(strict=True)
@@ -22,21 +41,37 @@ def low_rank_down(down: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of h (T, 16 P) = x down^T. down (P, K, 16) panels; x (T, K)."""
     panels, columns = down.shape[0], down.shape[1]
     w, xs, hs = flat(down), flat(x), flat(h)
-    whole = columns - columns % 4
     for t in range(lo, hi):
-        xi = t * columns
         for p in range(panels):
-            s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-            wi = p * columns * LANES
-            for k in range(0, whole, 4):
-                at = wi + k * LANES
-                s0 = fma(load(w, at), splat_at(xs, xi + k), s0)
-                s1 = fma(load(w, at + LANES), splat_at(xs, xi + k + 1), s1)
-                s2 = fma(load(w, at + 2 * LANES), splat_at(xs, xi + k + 2), s2)
-                s3 = fma(load(w, at + 3 * LANES), splat_at(xs, xi + k + 3), s3)
-            for k in range(whole, columns):
-                s0 = fma(load(w, wi + k * LANES), splat_at(xs, xi + k), s0)
-            put(hs, (t * panels + p) * LANES, (s0 + s1) + (s2 + s3), LANES, False)
+            total = f32_zero()
+            for i in range(PARTS):
+                total = total + _down_part(w, p * columns * LANES, xs, t * columns, columns, i)
+            f32_store(hs, (t * panels + p) * LANES, total)
+
+
+@kernel(strict=True)
+def low_rank_down_parts(down: Any, x: Any, parts: Any, lo: Any, hi: Any) -> None:
+    """What low_rank_down adds up for one token, unit by unit: part u % PARTS of panel u // PARTS, for u in lo:hi.
+
+    x (1, K); parts (PARTS, 16 P).
+    """
+    panels, columns = down.shape[0], down.shape[1]
+    w, xs, sums = flat(down), flat(x), flat(parts)
+    for unit in range(lo, hi):
+        p, i = unit // PARTS, unit % PARTS
+        total = _down_part(w, p * columns * LANES, xs, 0, columns, i)
+        f32_store(sums, (i * panels + p) * LANES, total)
+
+
+@inline_kernel
+def join_parts(parts: Any, h: Any) -> None:
+    """h (1, 16 P) = the sum of low_rank_down_parts (PARTS, 16 P)."""
+    sums, hs = flat(parts), flat(h)
+    for at in range(0, h.shape[1], LANES):
+        total = f32_zero()
+        for i in range(PARTS):
+            total = total + f32_load(sums, i * h.shape[1] + at)
+        f32_store(hs, at, total)
 
 
 @kernel(strict=True)

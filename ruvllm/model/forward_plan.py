@@ -12,6 +12,7 @@ from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import NO_WINDOW
+from ruvllm.kernels.low_rank import PARTS
 from ruvllm.kernels.panels import panel_count
 from ruvllm.kernels.quant import GROUP, OFFSETS
 from ruvllm.kernels.token_attention import chunk_count, partial_width
@@ -134,7 +135,7 @@ class ForwardBuffers:
     def reserve_rank(self, rank: int) -> None:
         """Make room for adapters of this rank."""
         if rank > self.rank:
-            size = self.rows * panel_count(rank) * LANES
+            size = (PARTS + self.rows) * panel_count(rank) * LANES
             low = self.arrays[f.LOW] = aligned_empty((f.ADAPTERS_AT_ONCE, size))
             self.table[f.LOW], self.table[f.LOW_SIZE] = low.ctypes.data, size
             self.rank = rank

@@ -22,6 +22,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
+from jinja2.lexer import TokenStream
 from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
@@ -114,6 +115,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         jinjas: dict[str, Any] = dict(self.tests)
         self.tests = {name: _hooked_test(jinjas[name]) for name in functions.TESTS}
         self.globals = dict(functions.GLOBALS)
+
+    def _tokenize(
+        self, source: str, name: str | None, filename: str | None = None, state: str | None = None
+    ) -> TokenStream:
+        # All tokens at once: a generator that is dropped where the parser runs out of stack complains on stderr.
+        return TokenStream(list(super()._tokenize(source, name, filename, state)), name, filename)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, LoopContext | Namespace):

@@ -100,7 +100,7 @@ def attention_backward_units(
                             LANES, False,
                         )  # fmt: skip
                 for j in range(0, QUERIES, LANES):
-                    _softmax_and_back(scratch, p + j, ds + j, begin, end, first + j, window, scale)
+                    _softmax_and_back(scratch, p + j, ds + j, begin, end, first + j, n, window, scale)
                 for s in range(begin, end, TILE):
                     for d in range(0, wide, LANES):
                         tile_times_panel(
@@ -127,24 +127,26 @@ def attention_backward_units(
 
 
 @inline_kernel
-def _softmax_and_back(x: Any, p: Any, ds: Any, begin: Any, end: Any, first: Any, window: Any, scale: Any) -> None:
+def _softmax_and_back(
+    x: Any, p: Any, ds: Any, begin: Any, end: Any, first: Any, n: Any, window: Any, scale: Any
+) -> None:
     """Scores at p (row s, 16 queries first ..) become P; dP at ds becomes scale P (dP - sum(P dP))."""
-    factor = splat(scale)
+    factor, queries = splat(scale), min(n - first, LANES)
     top = splat(_MINUS_INFINITY)
     for s in range(begin, end):
         at = p + s * QUERIES
-        # Query first + j sees key s if s <= first + j < s + window.
-        seen = lanes_between(f32_load(x, at) * factor, s - first, min(s + window - first, LANES), _MINUS_INFINITY)
+        # Query first + j sees key s if s <= first + j < s + window; queries past the end see nothing.
+        seen = lanes_between(f32_load(x, at) * factor, s - first, min(s + window - first, queries), _MINUS_INFINITY)
         top = fmax(top, seen)
-    top = fmax(top, splat(np.float32(-1e30)))  # queries past the end see nothing
+    top = fmax(top, splat(np.float32(-1e30)))  # where every score is -inf
     total, delta = f32_zero(), f32_zero()
     for s in range(begin, end):
         at = s * QUERIES
-        e = lanes_between(exp(f32_load(x, p + at) * factor - top), s - first, min(s + window - first, LANES), _ZERO)
+        e = lanes_between(exp(f32_load(x, p + at) * factor - top), s - first, min(s + window - first, queries), _ZERO)
         f32_store(x, p + at, e)
         total = total + e
         delta = fma(e, f32_load(x, ds + at), delta)
-    inverse = splat(_ONE) / fmax(total, splat(np.float32(1e-30)))
+    inverse = splat(_ONE) / lanes_between(total, 0, queries, _ONE)
     delta = delta * inverse
     for s in range(begin, end):
         at = s * QUERIES

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.auto import tqdm
 
 from ruvllm.checkpoint import hub
 from ruvllm.errors import DownloadError
@@ -132,7 +133,7 @@ def test_bar_follows_the_growing_file(tmp_path):
 
 def test_client_keeps_its_temporary_files_where_ours_are_removed(tmp_path):
     script = "import sys, tempfile; sys.exit(tempfile.gettempdir() != sys.argv[1])"
-    hub._run("tiny", [sys.executable, "-c", script, str(tmp_path)], tmp_path, None)
+    hub._run("tiny", [sys.executable, "-c", script, str(tmp_path)], tmp_path, tqdm(total=1, disable=True))
 
 
 def test_cut_file_in_the_cache_is_fetched_again(shelf, cache):

@@ -11,12 +11,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
 
-from ruvllm.kernels import KERNELS, KernelSpec
+from ruvllm.kernels import KERNELS, KernelSpec, reference
 
 LENGTHS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 1023)
 FEW = (1, 2, 15, 16, 17, 33)  # for runs without a compiler
@@ -39,6 +40,28 @@ IN_PLACE = {
     "kv_append": ("keys", "values"), "lora_accumulate_grad": ("grad_a", "grad_b"), "lora_forward_add": ("out",),
     "adamw": ("parameters", "m", "v"),
 }  # fmt: skip
+
+
+def attention_backward_of_the_seen(
+    q: Any, k: Any, v: Any, do: Any, starts: Any = None, window: int | None = None, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """attention_backward query by query from the keys that it sees: what is masked is not even multiplied by zero."""
+    q, k, v, do = (np.asarray(array, np.float64) for array in (q, k, v, do))
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    tokens, heads, dim = q.shape
+    factor = dim**-0.5 if scale is None else scale
+    for a, b in pairwise([0, tokens] if starts is None else starts):
+        for t in range(a, b):
+            seen = slice(max(a, t + 1 - (window or tokens)), t + 1)
+            for h in range(heads):
+                kv = h // (heads // k.shape[1])
+                p = reference.softmax(factor * k[seen, kv] @ q[t, h])
+                dp = v[seen, kv] @ do[t, h]
+                ds = factor * p * (dp - p @ dp)
+                dq[t, h] = ds @ k[seen, kv]
+                dk[seen, kv] += np.outer(ds, q[t, h])
+                dv[seen, kv] += np.outer(p, do[t, h])
+    return dq, dk, dv
 
 
 def odd_sizes(spec: KernelSpec, lengths: tuple[int, ...] = LENGTHS) -> Iterator[dict[str, int]]:

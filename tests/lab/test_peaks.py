@@ -51,7 +51,7 @@ def test_reads_are_those_that_are_counted() -> None:
 
 def test_everything_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "_SECONDS", 1e-4)
-    monkeypatch.setattr(peaks, "_REPEATS", 1)
+    monkeypatch.setattr(peaks, "_REPEATS", 3)
     monkeypatch.setattr(peaks, "_MEMORY_BYTES", 1 << 20)
     monkeypatch.setattr(peaks, "cache_sizes", lambda: {"L1": 32 << 10, "L2": 256 << 10})
     for threads in (1, 2):

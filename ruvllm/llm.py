@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm
 
+from ruvllm.compiling import compile_training
 from ruvllm.errors import ContextFullError
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, Token, generate
@@ -166,9 +167,7 @@ class LLM:
         self.path = path
         self.lora = MicroLora(model)  # the adapters over the model
 
-    def load_adapter(
-        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None
-    ) -> LoraAdapter:
+    def load_adapter(self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None) -> LoraAdapter:
         """Read a LoRA adapter and let it act, beside those that do; ``llm.lora`` mixes, swaps and removes them.
 
         Args:
@@ -203,6 +202,7 @@ class LLM:
             FloatingPointError: the loss is no longer a finite number.
         """
         examples = self.examples(data, context)
+        compile_training(linear.layout for linear in self.model.linears().values())
         if "on_step" in options:
             return self.lora.fit(examples, name, **options)
         with tqdm(desc="training", unit="step", disable=None) as bar:
@@ -232,7 +232,9 @@ class LLM:
         Returns:
             The mean loss of the feedback before the step.
         """
-        return self.lora.adapt(self.examples([feedback], self.config.max_position_embeddings)[0], **options)
+        example = self.examples([feedback], self.config.max_position_embeddings)[0]
+        compile_training(linear.layout for linear in self.model.linears().values())
+        return self.lora.adapt(example, **options)
 
     @property
     def config(self) -> ModelConfig:

@@ -25,7 +25,7 @@ from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.lora import MAX_RANK, TARGETS, LoraAdapter, LoraConfig
+from ruvllm.model.lora_adapter import MAX_RANK, TARGETS, LoraAdapter, LoraConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -35,6 +35,7 @@ def train(args: argparse.Namespace) -> None:
     llm = load_model(args, model)
 
     from ruvllm.checkpoint.training_state import resume_training, save_training
+    from ruvllm.compiling import compile_training
     from ruvllm.model.lora import LoraConfig
     from ruvllm.model.training import TrainingConfig
     from ruvllm.training_text import read_examples
@@ -47,6 +48,7 @@ def train(args: argparse.Namespace) -> None:
         examples, held_out = _split(examples, args.eval_share, args.seed)
     lora = LoraConfig(targets=tuple(args.targets.split(",")), **{name: getattr(args, name) for name in _LORA})
     training = TrainingConfig(**{name: getattr(args, name) for name in _TRAINING})
+    compile_training(linear.layout for linear in llm.model.linears().values())
     trainer = llm.lora.trainer(examples, _NAME, lora, training)
     if args.resume:
         resume_training(trainer, out)

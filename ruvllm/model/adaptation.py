@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruvllm.model.llama import Llama
-from ruvllm.model.lora import LoraAdapter
+from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors
 from ruvllm.model.training import clip
 from ruvllm.model.training_data import Example, make_batch, require_examples

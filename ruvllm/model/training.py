@@ -12,7 +12,7 @@ import numpy as np
 
 import ruvllm.kernels as K
 from ruvllm.model.llama import Llama
-from ruvllm.model.lora import LoraAdapter
+from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors
 from ruvllm.model.training_data import Example, make_batch, require_examples, step_batches, steps_per_epoch
 from ruvllm.model.training_pass import TrainingPass

@@ -21,7 +21,7 @@ from ruvllm.kernels._threads import limited_to
 from ruvllm.model.activations import Activations
 from ruvllm.model.layer import TransformerLayer
 from ruvllm.model.llama import Llama
-from ruvllm.model.lora import TARGETS, LoraAdapter
+from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
 from ruvllm.model.low_rank import Factors
 
 NO_TARGET = -1

@@ -11,6 +11,7 @@ import pytest
 from ruvllm.checkpoint.adapters import load_adapter
 from ruvllm.model import Llama, LoraAdapter, LoraConfig, MicroLora
 from ruvllm.model.lora import TARGETS
+from ruvllm.model.training_data import Example
 from tests.model import tiny
 from tests.model.model_cases import LAYOUTS, SMALL, load, logits, run, small_model, text
 
@@ -176,6 +177,46 @@ def test_merge_needs_float_weights_and_keeps_the_layout() -> None:
     assert np.abs(logits(model, IDS) - applied).max() <= 0.02  # W + AB is rounded to 16 bits
     with pytest.raises(ValueError, match="merged already"):
         lora.merge()
+
+
+def test_merged_adapters_are_left_alone() -> None:
+    """Several with their weights; what would let one act twice, or change what is in the weights, is refused."""
+    model = small_model("f32")
+    lora, before = MicroLora(model), logits(model, IDS)
+    with pytest.raises(ValueError, match="no adapter acts, see use"):
+        lora.merge()
+    lora.attach(adapter(seed=1), "a", 0.7)
+    lora.attach(adapter(seed=2, rank=3, targets=("o", "down")), "b", -0.5)
+    applied = logits(model, IDS)
+    with lora.disabled(), pytest.raises(ValueError, match="no adapter acts, they are disabled"):
+        lora.merge()
+    assert lora.active == {"a": 0.7, "b": -0.5}
+    lora.merge()
+    assert np.abs(logits(model, IDS) - applied).max() <= 1e-4
+    example = Example(np.arange(5), np.ones(5, bool))
+    for refused in (
+        lambda: lora.use("a"), lambda: lora.detach("b"), lambda: lora.refresh("a"), lambda: lora.adapt(example, "a"),
+        lambda: lora.trainer([example], "b"), lambda: lora.attach(lora.adapters["a"], "a"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="is merged into the weights; unmerge first"):
+            refused()
+    lora.attach(adapter(seed=3), "c")
+    lora.unmerge()
+    assert lora.active == {"c": 1.0}
+    lora.use()
+    np.testing.assert_array_equal(logits(model, IDS), before)
+    lora.use({"a": 0.7, "b": -0.5})
+    np.testing.assert_array_equal(logits(model, IDS), applied)
+
+
+def test_an_adapter_too_large_for_16_bits_is_not_kept() -> None:
+    lora, large = MicroLora(small_model("int4")), adapter()
+    large.b["layers.0.q"][:] = 1e15
+    large.a["layers.0.q"][:] = 1e15
+    with pytest.raises(ValueError, match="do not fit 16 bits"):
+        lora.attach(large, "a")
+    assert not lora.adapters and not lora.active
+    lora.attach(adapter(), "a")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ How large tiles and blocks are is decided here, by the registers of the processo
   compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
 - What is left over of the rows is done by a tile of half as many.
-- K_BLOCK columns at a time: the rows of x, copied together so that they never compete for one place in a cache, take
-  17 KB of the first-level cache; GROUP panels, 512 KB, stay in the second-level cache while _ROW_BLOCK rows of x pass
-  by; and the outputs of those rows and panels, to which every block of columns adds, stay there as well (128 KB).
+- K_BLOCK columns at a time: the rows of x take 17 KB of the first-level cache, copied together where they are parts of
+  longer rows, which would compete for one place in it; GROUP panels, 512 KB, stay in the second-level cache while
+  _ROW_BLOCK rows of x pass by; and the outputs of those rows and panels, to which every block of columns adds, stay
+  there as well (128 KB).
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
 """
@@ -45,6 +46,7 @@ _ROW_BLOCK = 128
 _X_STEP = K_BLOCK + LANES  # from a row of x to the next: they begin at different places of a page
 _TILE_SIZE = _ROWS * _X_STEP
 _SUMS_SIZE = _ROWS * 2 * LANES
+_FAR = 1 << 18  # numbers of x and out that the second-level cache does not hold
 _AHEAD = 2048  # weights between what is read and what is asked for: memory answers while some hundred columns are done
 
 
@@ -74,79 +76,92 @@ def ask_for(
 
 
 @inline_kernel
-def leave(rows: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any, sums: Any, si: Any) -> None:
-    """Rows of 16 sums to where they belong, if the ``whole`` tile does; else to ``sums``, from which some are taken."""
-    if not whole:
-        store_rows(sums, si, 2 * LANES, rows)
-    elif add:
-        add_rows(out, oi, out_row, rows)
-    else:
-        store_rows(out, oi, out_row, rows)
-
-
-@inline_kernel
 def two_panels(
-    zeros: Any, w: Any, wi: Any, wj: Any, tile: Any, count: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any,
-    sums: Any,
+    zeros: Any, w: Any, wi: Any, wj: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any,
+    add: Any,
 ) -> None:  # fmt: skip
-    """sum_k tile[r, k] times the panels at wi and wj, for as many rows as ``zeros`` has; see leave."""
+    """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] times the panels at wi and wj, or += with ``add``.
+
+    For as many rows as ``zeros`` has.
+    """
     left = right = zeros
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
         prefetch_l2(w, wj + k * LANES + _AHEAD)
-        left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
-        right = fma_rows(load(w, wj + k * LANES), tile, k, _X_STEP, right)
-    leave(left, whole, add, out, oi, out_row, sums, 0)
-    leave(right, whole, add, out, oi + LANES, out_row, sums, LANES)
+        left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
+        right = fma_rows(load(w, wj + k * LANES), x, xi + k, x_step, right)
+    if add:
+        add_rows(out, oi, out_row, left)
+        add_rows(out, oi + LANES, out_row, right)
+    else:
+        store_rows(out, oi, out_row, left)
+        store_rows(out, oi + LANES, out_row, right)
 
 
 @inline_kernel
 def one_panel(
-    zeros: Any, w: Any, wi: Any, tile: Any, count: Any, whole: Any, add: Any, out: Any, oi: Any, out_row: Any,
-    sums: Any,
-) -> None:  # fmt: skip
+    zeros: Any, w: Any, wi: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any, add: Any
+) -> None:
     """two_panels for one."""
     left = zeros
     for k in range(count):
         prefetch_l2(w, wi + k * LANES + _AHEAD)
-        left = fma_rows(load(w, wi + k * LANES), tile, k, _X_STEP, left)
-    leave(left, whole, add, out, oi, out_row, sums, 0)
+        left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
+    if add:
+        add_rows(out, oi, out_row, left)
+    else:
+        store_rows(out, oi, out_row, left)
 
 
 @inline_kernel
 def tile_times_panels(
-    rows: Any, tile: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, sums: Any,
-    out: Any, oi: Any, out_row: Any, columns: Any, add: Any, x: Any, xi: Any, x_row: Any, x_rows: Any,
+    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, sums: Any,
+    out: Any, oi: Any, out_row: Any, columns: Any, add: Any, far: Any, y: Any, yi: Any, y_row: Any, y_rows: Any,
 ) -> None:  # fmt: skip
-    """out[oi + r out_row + j] = sum_k tile[r, k] W[j, k], or += with ``add``, for ``rows`` <= _ROWS rows.
+    """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] W[j, k], or += with ``add``, for ``rows`` <= _ROWS rows.
 
     W is ``panels`` panels, the first at wi and each w_step after the one before; ``columns`` of out are there.
-    The next tile will be made of ``x_rows`` rows of x from xi on, x_row apart.
+    Where things are ``far``, out is asked for, and what the next tile will be made of: y_rows rows of y from yi on.
+    A tile that is not whole leaves its sums in ``sums``, from which those that are wanted are taken.
     """
     many = rows > _FEW_ROWS
     full = rows == (_ROWS if many else _FEW_ROWS)
     paired = panels - panels % 2 if _PAIRS else 0
     for p in range(0, paired, 2):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
-        ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 2) // panels, count, out, to, out_row, rows)
+        if far:
+            ask_for(y, yi, y_row, y_rows * p // panels, y_rows * (p + 2) // panels, count, out, to, out_row, rows)
         whole = full and left >= 2 * LANES
+        target, ti, t_row = out, to, out_row
+        if not whole:
+            target, ti, t_row = sums, 0, 2 * LANES
         if many:
-            two_panels(f32_zeros(_ROWS), w, at, at + w_step, tile, count, whole, add, out, to, out_row, sums)
+            two_panels(
+                f32_zeros(_ROWS), w, at, at + w_step, x, xi, x_step, count, target, ti, t_row, whole and add
+            )
         else:
-            two_panels(f32_zeros(_FEW_ROWS), w, at, at + w_step, tile, count, whole, add, out, to, out_row, sums)
-        for r in range(0 if whole else rows):
-            put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
-            put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
+            two_panels(
+                f32_zeros(_FEW_ROWS), w, at, at + w_step, x, xi, x_step, count, target, ti, t_row, whole and add
+            )
+        if not whole:
+            for r in range(rows):
+                put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
+                put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
     for p in range(paired, panels):
         at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
-        ask_for(x, xi, x_row, x_rows * p // panels, x_rows * (p + 1) // panels, count, out, to, out_row, rows)
+        if far:
+            ask_for(y, yi, y_row, y_rows * p // panels, y_rows * (p + 1) // panels, count, out, to, out_row, rows)
         whole = full and left >= LANES
+        target, ti, t_row = out, to, out_row
+        if not whole:
+            target, ti, t_row = sums, 0, 2 * LANES
         if many:
-            one_panel(f32_zeros(_ROWS), w, at, tile, count, whole, add, out, to, out_row, sums)
+            one_panel(f32_zeros(_ROWS), w, at, x, xi, x_step, count, target, ti, t_row, whole and add)
         else:
-            one_panel(f32_zeros(_FEW_ROWS), w, at, tile, count, whole, add, out, to, out_row, sums)
-        for r in range(0 if whole else rows):
-            put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
+            one_panel(f32_zeros(_FEW_ROWS), w, at, x, xi, x_step, count, target, ti, t_row, whole and add)
+        if not whole:
+            for r in range(rows):
+                put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
 
 
 @inline_kernel
@@ -155,17 +170,21 @@ def group_times_rows(
 ) -> None:
     """out[lo:hi, column:] = x[lo:hi] W^T for up to GROUP panels of W, the first at wi and each w_step after the last.
 
-    x (.., inner); out (.., columns).
+    x (.., inner); out (.., columns). Rows of one block lie side by side and are read where they are.
     """
     tile, sums = stack_f32(_TILE_SIZE), stack_f32(_SUMS_SIZE)
+    far = (hi - lo) * (inner + columns) > _FAR
     for first in range(lo, hi, _ROW_BLOCK):
         end = min(first + _ROW_BLOCK, hi)
         for k in range(0, inner, K_BLOCK):
             count = min(K_BLOCK, inner - k)
             for t in range(first, end, _ROWS):
                 n = min(_ROWS, end - t)
-                copy_rows(x, t * inner + k, inner, n, count, tile)
+                source, at, step = x, t * inner, inner
+                if inner > K_BLOCK or (n != _ROWS and n != _FEW_ROWS):  # a tile of more rows than there are
+                    copy_rows(x, t * inner + k, inner, n, count, tile)
+                    source, at, step = tile, 0, _X_STEP
                 tile_times_panels(
-                    n, tile, count, w, wi + k * LANES, w_step, panels, sums, out, t * columns + column, columns,
-                    columns - column, k > 0, x, (t + n) * inner + k, inner, min(_ROWS, end - t - n),
+                    n, source, at, step, count, w, wi + k * LANES, w_step, panels, sums, out, t * columns + column,
+                    columns, columns - column, k > 0, far, x, (t + n) * inner + k, inner, min(_ROWS, end - t - n),
                 )  # fmt: skip

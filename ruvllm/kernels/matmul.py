@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 from numba import prange
+from numba.core.registry import cpu_target
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
-from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zero, fma, hsum
+from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS
@@ -18,37 +19,46 @@ from ruvllm.kernels.blas import blas_gemm, takes_blas
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
-_FAR = 1 << 16  # numbers in a quarter of a matrix that does not fit into the second-level cache
+_MANY_REGISTERS = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
 
 
 @inline_kernel
 def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any, far: Any) -> None:
-    """out[i + r far] = sum_k w[at + r step + k] x[k] for r < 4: each load of x serves four rows."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    r1, r2, r3 = at + step, at + 2 * step, at + 3 * step
-    whole = columns - columns % LANES
-    for k in range(0, whole, LANES):
-        v = f32_load(x, k)
-        s0 = fma(f32_load(w, at + k), v, s0)
-        s1 = fma(f32_load(w, r1 + k), v, s1)
-        s2 = fma(f32_load(w, r2 + k), v, s2)
-        s3 = fma(f32_load(w, r3 + k), v, s3)
-    if whole < columns:
-        rest = columns - whole
-        v = f32_load_first(x, whole, rest)
-        s0 = fma(f32_load_first(w, at + whole, rest), v, s0)
-        s1 = fma(f32_load_first(w, r1 + whole, rest), v, s1)
-        s2 = fma(f32_load_first(w, r2 + whole, rest), v, s2)
-        s3 = fma(f32_load_first(w, r3 + whole, rest), v, s3)
-    out[i], out[i + far], out[i + 2 * far], out[i + 3 * far] = hsum(s0), hsum(s1), hsum(s2), hsum(s3)
+    """out[i + r far] = sum_k w[at + r step + k] x[k] for r < 4: each load of x serves four rows.
+
+    Of every row, four parts are summed side by side where there are registers for them.
+    """
+    s0 = f32_zeros(STREAMS)
+    s1, s2, s3 = s0, s0, s0
+    wide = columns - columns % (4 * LANES) if _MANY_REGISTERS else 0
+    whole = wide if _MANY_REGISTERS else columns - columns % LANES
+    for k in range(0, wide, 4 * LANES):
+        row = at + k
+        s0 = fma_each(f32_load(x, k), load_rows(w, row, step, STREAMS), s0)
+        s1 = fma_each(f32_load(x, k + LANES), load_rows(w, row + LANES, step, STREAMS), s1)
+        s2 = fma_each(f32_load(x, k + 2 * LANES), load_rows(w, row + 2 * LANES, step, STREAMS), s2)
+        s3 = fma_each(f32_load(x, k + 3 * LANES), load_rows(w, row + 3 * LANES, step, STREAMS), s3)
+    for k in range(wide, whole, LANES):
+        s0 = fma_each(f32_load(x, k), load_rows(w, at + k, step, STREAMS), s0)
+    for k in range(whole, columns, LANES):
+        row, n = at + k, columns - k
+        rows = (
+            f32_load_first(w, row, n), f32_load_first(w, row + step, n), f32_load_first(w, row + 2 * step, n),
+            f32_load_first(w, row + 3 * step, n),
+        )  # fmt: skip
+        s0 = fma_each(f32_load_first(x, k, n), rows, s0)
+    out[i] = hsum((s0[0] + s1[0]) + (s2[0] + s3[0]))
+    out[i + far] = hsum((s0[1] + s1[1]) + (s2[1] + s3[1]))
+    out[i + 2 * far] = hsum((s0[2] + s1[2]) + (s2[2] + s3[2]))
+    out[i + 3 * far] = hsum((s0[3] + s1[3]) + (s2[3] + s3[3]))
 
 
 @kernel(strict=True)
 def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     """out[i] = sum_k a[i, k] x[k] for rows lo:hi, four at a time.
 
-    Where they come from memory, they are rows that lie far apart (see STREAMS); in a small matrix such rows would
-    compete for one place in the first-level cache.
+    Where they come from memory, they are rows that lie far apart (see STREAMS); in a cache, neighbours are faster.
     """
     columns = a.shape[1]
     w = flat(a)
@@ -192,7 +202,7 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     if not macs:
         out[...] = 0
         return
-    by_rows = pairs % threads != 0 and pairs < 4 * threads <= rows
+    by_rows = threads > 1 and pairs % threads != 0 and pairs < 4 * threads <= rows
     if not by_rows:
         threads = min(threads, pairs)
     if threads == 1:
@@ -207,7 +217,7 @@ def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 
 def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
     size = scratch_size(inner, panels)
-    return scratch(threads * size).reshape(threads, size)
+    return scratch(threads * size)[: threads * size].reshape(threads, size)
 
 
 def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:

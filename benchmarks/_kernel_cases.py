@@ -11,6 +11,9 @@ import numpy as np
 
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._threads import num_threads
+from ruvllm.kernels.cached_attention import cached_attention, scratch_size
+from ruvllm.kernels.kv import append
 from ruvllm.kernels.panels import linear_panels, pack, panel_count, panels_matmul, panels_matmul_parallel
 from ruvllm.report.inside import Inside
 from ruvllm.report.peers import KernelPeer, own_copies
@@ -23,18 +26,21 @@ _SHORT = {"heads": "H", "kv_heads": "KV", "dim": "D", "tokens": "T", "length": "
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at given sizes. seed: seconds of the seed's own code on a Zen 4, one thread."""
+    """One kernel at given sizes. seed: seconds of the seed's own code on a Zen 4, one thread.
+
+    packed: in the layout that a model keeps: the weights of a linear layer, or the keys and values of a cache.
+    """
 
     group: str
     kernel: str
     sizes: dict[str, int]
     seed: float | None = None
-    packed: bool = False  # weights packed beforehand, as a linear layer's are
+    packed: bool = False
 
     @property
     def label(self) -> str:
         """Kernel and sizes."""
-        name = "linear" if self.packed else self.kernel
+        name = {"gemm_nt": "linear", "grouped_query_attention": "cached"}[self.kernel] if self.packed else self.kernel
         return f"{name} {' '.join(f'{_SHORT.get(axis, axis)}={size}' for axis, size in self.sizes.items())}"
 
     @property
@@ -54,13 +60,14 @@ class Job:
         spec = KERNELS[case.kernel]
         self.inputs = spec.example(np.random.default_rng(0), **case.sizes)
         self.flops, self.nbytes = spec.flops(**case.sizes), spec.bytes(**case.sizes)
-        if case.packed:
-            a, b = self.inputs["a"], self.inputs["b"]
-            panels = aligned_empty((panel_count(len(b)), b.shape[1], 16))
-            pack(b, panels)
-            self._arguments: tuple[Any, ...] = (panels, a, np.empty((len(a), len(b)), np.float32))
+        self._arguments: tuple[Any, ...]
+        if case.packed and case.kernel == "gemm_nt":
             compiled = (panels_matmul, panels_matmul_parallel)
             self.spec = replace(spec, function=linear_panels, compiled=compiled)
+            self._arguments = _packed_weights(**self.inputs)
+        elif case.packed:
+            self.spec = replace(spec, function=cached_attention, compiled=())
+            self._arguments = _cached(**self.inputs)
         else:
             self.spec = spec
             self._arguments = _arguments(spec.function, own_copies(self.inputs))
@@ -95,6 +102,20 @@ def _arguments(function: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
     return bound.args
 
 
+def _packed_weights(a: np.ndarray, b: np.ndarray) -> tuple[Any, ...]:
+    panels = aligned_empty((panel_count(len(b)), b.shape[1], 16))
+    pack(b, panels)
+    return panels, a, np.empty((len(a), len(b)), np.float32)
+
+
+def _cached(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[Any, ...]:
+    length, kv_heads, dim = k.shape
+    keys, values = aligned_empty((kv_heads, length // 16, dim, 16)), aligned_empty((kv_heads, length, dim))
+    append(k, v, keys, values, np.arange(length))
+    scratch = np.empty((num_threads(), scratch_size(dim)), np.float32)
+    return q[None], keys, values, np.array([length - 1]), None, dim**-0.5, np.empty((1, *q.shape), np.float32), scratch
+
+
 def _gemm(n: int, seed_ms: float | None = None) -> Case:
     return Case("gemm", "gemm", {"m": n, "n": n, "k": n}, seed_ms and seed_ms * 1e-3)
 
@@ -107,8 +128,10 @@ def _linear(tokens: int) -> Case:
     return Case("linear", "gemm_nt", {"m": tokens, "n": 4096, "k": 4096}, packed=True)
 
 
-def _decode(kv_heads: int, length: int) -> Case:
+def _decode(kv_heads: int, length: int, packed: bool = False) -> Case:
     sizes = {"heads": 32, "kv_heads": kv_heads, "length": length, "dim": 128}
+    if packed:
+        return Case("attention", "grouped_query_attention", sizes, packed=True)
     return Case("attention", "grouped_query_attention", sizes, 1140e-6 if (kv_heads, length) == (4, 512) else None)
 
 
@@ -142,7 +165,10 @@ CASES: tuple[Case, ...] = (
     Case("attention", "softmax_attention", {"length": 512, "dim": 128}, 22.1e-6),
     Case("attention", "softmax_attention", {"length": 4096, "dim": 128}, 179e-6),
     Case("attention", "grouped_query_attention", {"heads": 16, "kv_heads": 4, "length": 512, "dim": 128}, 702e-6),
-    *(_decode(kv_heads, length) for kv_heads in (8, 4) for length in (128, 512, 2048, 8192)),
+    *(
+        _decode(kv_heads, length, packed)
+        for kv_heads in (8, 4) for length in (128, 512, 2048, 8192) for packed in (False, True)
+    ),
     *(
         Case("attention", "flash_attention", {"tokens": t, "heads": 32, "kv_heads": 8, "dim": 128})
         for t in (128, 512, 2048, 4096)

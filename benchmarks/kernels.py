@@ -3,10 +3,13 @@
 python -m benchmarks.kernels [--only gemm,norm,...] [--threads 1,2] [--quick] [--json OUT] [--torch-python PYTHON]
 
 The engines take turns, A B A B, and never compute at the same time; figures are medians. NumPy (OpenBLAS) runs in this
-process, PyTorch in one of its own: ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it. "call" is the
-time as called from Python, "kernel" that of the compiled kernel alone, called in a loop of compiled code. "ratio" is
-the best peer's time over that of the call. "limit" is the share of what the machine could do at most, measured in the
-same run: multiply-adds at their peak, or reads at the bandwidth of the cache or memory that the arrays fit into.
+process, PyTorch in one of its own: ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it.
+
+Rows named "linear" and "cached" are in the layouts that a model keeps: weights packed at load, keys and values of a
+cache. "call" is the time as called from Python, "kernel" that of the compiled kernel alone, in a loop of compiled code.
+"ratio" is the best peer's time over that of the call. "limit" is the share of what the machine could do at most,
+measured in the same run: multiply-adds at their peak, or reads at the bandwidth of the cache or memory that the arrays
+fit into.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +34,7 @@ from ruvllm.report.timing import Effort, Engine, Timing, alternate
 from ruvllm.report.worker import python_for
 
 NOT_INSTALLED = "not installed"
-_AWAKE_SECONDS = 0.01  # after a rest, the system may wake a thread on the core that another one uses already
+_AWAKE_SECONDS = 0.05  # after a rest, the system may wake a thread on the core that another one uses already
 FULL = Effort(turns=9, seconds=2e-3, longest=1.0)
 QUICK = Effort(turns=3, seconds=5e-4, longest=0.2)
 HEADINGS = (
@@ -90,11 +94,12 @@ class Awake:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.rest = engine.rest
-        self._calls = max(1, int(_AWAKE_SECONDS / engine.seconds(1)))
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
-        self._engine.seconds(self._calls)
+        end = time.perf_counter() + _AWAKE_SECONDS
+        while time.perf_counter() < end:
+            self._engine.seconds(1)
         return self._engine.seconds(calls)
 
 

@@ -8,10 +8,10 @@ How large tiles and blocks are is decided here, by the registers of the processo
   compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
 - What is left over of the rows is done by a tile of half as many.
-- K_BLOCK columns at a time: the rows of x take 17 KB of the first-level cache, copied together where they are parts of
-  longer rows, which would compete for one place in it; GROUP panels, 512 KB, stay in the second-level cache while
-  _ROW_BLOCK rows of x pass by; and the outputs of those rows and panels, to which every block of columns adds, stay
-  there as well (128 KB).
+- K_BLOCK columns at a time: GROUP panels, 512 KB, stay in the second-level cache while _ROW_BLOCK rows of x pass by;
+  and the outputs of those rows and panels, to which every block of columns adds, stay there as well (128 KB). The
+  tile's rows of x, 16 KB, are read where they lie: copies that fit the first-level cache better cost more than they
+  brought, for panels push either out of it.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
 """
@@ -43,7 +43,7 @@ _ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if _WIDE else (6, 3, False)
 K_BLOCK = 512
 GROUP = 16
 _ROW_BLOCK = 128
-_X_STEP = K_BLOCK + LANES  # from a row of x to the next: they begin at different places of a page
+_X_STEP = K_BLOCK + LANES  # from a copied row of x to the next: they begin at different places of a page
 _TILE_SIZE = _ROWS * _X_STEP
 _SUMS_SIZE = _ROWS * 2 * LANES
 _FAR = 1 << 18  # numbers of x and out that the second-level cache does not hold
@@ -52,7 +52,10 @@ _AHEAD = 2048  # weights between what is read and what is asked for: memory answ
 
 @inline_kernel
 def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, count: Any, tile: Any) -> None:
-    """tile[r _X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers."""
+    """tile[r _X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers.
+
+    For the last rows, where a tile of more would read what is not there.
+    """
     whole = count - count % LANES
     for r in range(rows):
         source, target = xi + r * x_row, r * _X_STEP
@@ -170,7 +173,7 @@ def group_times_rows(
 ) -> None:
     """out[lo:hi, column:] = x[lo:hi] W^T for up to GROUP panels of W, the first at wi and each w_step after the last.
 
-    x (.., inner); out (.., columns). Rows of one block lie side by side and are read where they are.
+    x (.., inner); out (.., columns).
     """
     tile, sums = stack_f32(_TILE_SIZE), stack_f32(_SUMS_SIZE)
     far = (hi - lo) * (inner + columns) > _FAR
@@ -180,8 +183,8 @@ def group_times_rows(
             count = min(K_BLOCK, inner - k)
             for t in range(first, end, _ROWS):
                 n = min(_ROWS, end - t)
-                source, at, step = x, t * inner, inner
-                if inner > K_BLOCK or (n != _ROWS and n != _FEW_ROWS):  # a tile of more rows than there are
+                source, at, step = x, t * inner + k, inner
+                if n != _ROWS and n != _FEW_ROWS:  # the tile has more rows than there are
                     copy_rows(x, t * inner + k, inner, n, count, tile)
                     source, at, step = tile, 0, _X_STEP
                 tile_times_panels(

@@ -4,7 +4,8 @@
 
 Rounds take turns: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all of its threads,
 which then wait, perhaps spinning, while ours run; and the same with PyTorch, if it is installed. Only the decoding is
-timed. A ratio near 1 means that the threads do not disturb each other.
+timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's spin for 2^26 cycles unless
+OPENBLAS_THREAD_TIMEOUT, which NumPy reads when it is loaded, is the logarithm of fewer.
 """
 
 from __future__ import annotations

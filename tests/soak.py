@@ -3,14 +3,15 @@
     python -m tests.soak [--minutes 60] [--model smollm2-135m] [--plot soak.png]
 
 What a long-lived program does to a model comes in random order: answers, chats that grow, streams left early, threads,
-interrupts, full caches, bad arguments, hostile files, adapters, loading again. In between, a probe: one greedy text,
-always the same, and its speed. The table shows each probe; the plot needs matplotlib.
+interrupts, full caches, bad arguments, hostile files, adapters that learn and are swapped, loading again. In between, a
+probe: one greedy text, always the same, and its speed. The table shows each probe; the plot needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import random
 import signal
@@ -23,11 +24,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 import ruvllm
 from ruvllm.errors import ContextFullError, ModelFormatError
 from ruvllm.llm import LLM
+from ruvllm.model.lora import LoraAdapter, LoraConfig
+from ruvllm.model.weights import FLOAT_LAYOUTS
 from tests import llm_cases
 from tests.checkpoint import corpus
 
@@ -69,8 +73,9 @@ class Soak:
         self.actions: Sequence[Callable[[], None]] = (
             self.generate, self.chat, self.leave_early, self.logits, self.fill_a_cache, self.ask_wrongly,
             self.open_hostile_files, self.interrupt, self.several_threads, self.perplexity, self.load_again,
+            self.learn, self.swap_adapters,
         )  # fmt: skip
-        self.often = (8, 6, 6, 4, 2, 2, 2, 4, 2, 1, 1)
+        self.often = (8, 6, 6, 4, 2, 2, 2, 4, 2, 1, 1, 2, 3)
 
     def step(self) -> str:
         """Do one thing and say what it was."""
@@ -121,15 +126,16 @@ class Soak:
         assert self.llm.logits(ids, last_only=self.random.random() < 0.5).shape[-1] == self.llm.config.vocab_size
 
     def fill_a_cache(self) -> None:
-        cache = self.llm.new_cache(20, kv=self.random.choice(("f32", "f16")))
-        self.llm.logits([1] * 18, cache)
-        try:
-            self.llm.logits([1] * 3, cache)
-        except ContextFullError:
-            assert len(cache) == 18
-        else:
-            raise AssertionError("more than there was room for")
-        self.llm.logits([1] * 2, cache)
+        for kv in ("f32", "f16"):
+            cache = self.llm.new_cache(20, kv)
+            self.llm.logits([1] * 18, cache)
+            try:
+                self.llm.logits([1] * 3, cache)
+            except ContextFullError:
+                assert len(cache) == 18
+            else:
+                raise AssertionError("more than there was room for")
+            self.llm.logits([1] * 2, cache)
 
     def ask_wrongly(self) -> None:
         wrong: tuple[tuple[type[Exception], Callable[[], object]], ...] = (
@@ -182,6 +188,34 @@ class Soak:
 
     def perplexity(self) -> None:
         assert self.llm.perplexity(self._text(60), context=16, progress=False).value > 1
+
+    def learn(self) -> None:
+        """Steps on pieces of feedback, after which the adapter, which stays, acts no longer."""
+        for _ in range(2):
+            loss = self.llm.adapt({"prompt": self._text(4), "completion": self._text(3)})
+            assert math.isfinite(loss)
+        self.llm.lora.use()
+
+    def swap_adapters(self) -> None:
+        """Two adapters come, take turns between tokens of an answer, are merged where weights are floats, and go."""
+        lora, names = self.llm.lora, ("one", "other")
+        for name in names:
+            adapter = LoraAdapter(self.llm.config, LoraConfig(self.random.randrange(1, 9)))
+            adapter.parameters[:] = np.random.default_rng(self.random.randrange(1 << 30)).normal(
+                0, 0.05, adapter.param_count
+            )
+            lora.attach(adapter, name)
+        stream = self.llm.stream(self._text(5), max_tokens=12, temperature=1.0)
+        for active in ({"one": 1.0}, {"one": 0.5, "other": 0.5}, {}, {"other": -1.0}):
+            lora.use(active)
+            next(stream, None)
+        if self.llm.model.embed.layout in FLOAT_LAYOUTS:
+            lora.merge()
+            assert self._answer() != self.expected
+            lora.unmerge()
+        lora.use()
+        for name in names:
+            lora.detach(name)
 
     def load_again(self) -> None:
         self.cache = self.llm.new_cache(self.cache.max_tokens)  # the old one knows the old model

@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernels [--only gemm,norm,...] [--threads 1,2] [--quick] [--json OUT] [--torch-python PYTHON]
 
-The engines take turns, A B A B, and never compute at the same time; figures are medians. NumPy (OpenBLAS) runs in this
+The engines take turns, A B B A, and never compute at the same time; figures are medians. NumPy (OpenBLAS) runs in this
 process, PyTorch in one of its own: ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it.
 
 Rows named "linear" and "cached" are in the layouts that a model keeps: weights packed at load, keys and values of a

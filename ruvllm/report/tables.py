@@ -19,7 +19,7 @@ _SHOWN_LABELS = 8
 
 NOTES = (
     "Times are medians; the spread is the distance between the quartiles over the median. The engines of a row take "
-    "turns (A B A B) on the same arrays, and their results are compared with float64 before they are timed.",
+    "turns (A B B A) on the same arrays, and their results are compared with float64 before they are timed.",
     "“Call” is as called from Python, with the output given. “Kernel alone” is its compiled body, called again and "
     "again by compiled code; GFLOP/s, GB/s, the share of the limit and the comparison with the M4 Pro take it where it "
     "was measured (calls under 100 us on one thread), because the seed's figures have no Python in them.",

@@ -150,7 +150,7 @@ def test_engines_take_turns() -> None:
     engines = {name: Call(lambda name=name: order.append(name)) for name in "ab"}  # type: ignore[misc]
     found = alternate(engines, Effort(turns=4, seconds=0.0))
     turns = re.sub(r"(.)\1*", r"\1", "".join(order))
-    assert turns == "ab" * 5  # once to estimate, then four turns
+    assert turns == "abababa"  # ab to estimate, then four turns: ab, ba, ab, ba
     assert [found[name].turns for name in "ab"] == [4, 4]
 
 

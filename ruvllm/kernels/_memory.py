@@ -80,13 +80,13 @@ _kept = _Kept()
 
 
 def scratch(count: int) -> np.ndarray:
-    """At least ``count`` float32 numbers for the time of one call, at a multiple of 64 bytes. They hold anything."""
+    """``count`` float32 numbers for the time of one call, at a multiple of 64 bytes; whatever was there is there."""
     array = _kept.array
     if array.size < count:
         array = aligned_empty(max(count, _LARGE // 4))
         if count <= _KEPT_FLOATS:
             _kept.array = array
-    return array
+    return array[:count]
 
 
 def require_memory(needed: float, what: str) -> None:

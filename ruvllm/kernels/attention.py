@@ -74,7 +74,7 @@ def _attend(
     if threads == 1:
         attend_row_chunks(q, k, v, table, length, factor, partial, memory[parts:], 0, units)
     else:
-        each = memory[parts : parts + threads * size].reshape(threads, size)
+        each = memory[parts:].reshape(threads, size)
         launch(attend_rows_parallel, q, k, v, table, length, factor, partial, each, threads)
     merge_chunks(partial, chunks, out, 0, heads)
     return out

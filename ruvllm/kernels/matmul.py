@@ -217,7 +217,7 @@ def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 
 def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
     size = scratch_size(inner, panels)
-    return scratch(threads * size)[: threads * size].reshape(threads, size)
+    return scratch(threads * size).reshape(threads, size)
 
 
 def _matrices(rng: Any, m: int, n: int, k: int) -> dict[str, Any]:

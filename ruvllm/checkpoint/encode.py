@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.checkpoint.storage import BLOCKS
-from ruvllm.kernels.quant import GROUP
+from ruvllm.kernels.quant_layout import GROUP
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 
 ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")

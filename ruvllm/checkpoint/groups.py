@@ -29,7 +29,7 @@ from ruvllm.errors import ModelFormatError
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_to_f16
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
+from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 

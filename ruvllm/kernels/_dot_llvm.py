@@ -184,6 +184,19 @@ def bytes_to_f32(typingctx: Any, v: Any, j: Any) -> Any:
 
 
 @intrinsic
+def bits_at(typingctx: Any, v: Any, first: Any, count: Any) -> Any:
+    """``count`` bits of each row's four bytes, from bit ``first`` on, as 16 integers."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        v, first, count = args
+        words = builder.lshr(builder.bitcast(v, i32x16.llvm), _splat(builder, builder.trunc(first, _I32), 16))
+        mask = builder.sub(builder.shl(_I32(1), builder.trunc(count, _I32)), _I32(1))
+        return builder.and_(words, _splat(builder, mask, 16))
+
+    return i32x16(u8x64, types.intp, types.intp), codegen
+
+
+@intrinsic
 def dot_begin(typingctx: Any) -> Any:
     """An accumulator for ``dot_add``, which only ``dot_end`` can read."""
     return i32x16(), lambda context, builder, sig, args: _constant(i32x16, 0)
@@ -278,6 +291,31 @@ def largest_magnitude(typingctx: Any, a: Any, b: Any) -> Any:
         return builder.bitcast(_reduce(builder, bits, larger), ir.FloatType())
 
     return types.float32(a, b), codegen
+
+
+@intrinsic
+def find_magnitude(typingctx: Any, v: Any, magnitude: Any) -> Any:
+    """The first of 16 float32 lanes with |v| = magnitude; 16 if there is none."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.and_(builder.bitcast(args[0], i32x16.llvm), _constant(i32x16, 0x7FFFFFFF))
+        equal = builder.icmp_signed("==", bits, _splat(builder, builder.bitcast(args[1], _I32), 16))
+        mask = builder.or_(builder.zext(builder.bitcast(equal, ir.IntType(16)), _I32), _I32(1 << 16))
+        return builder.zext(_call(builder, "llvm.cttz.i32", _I32, [mask, ir.IntType(1)(1)]), ir.IntType(64))
+
+    return types.intp(v, types.float32), codegen
+
+
+@intrinsic
+def without_lane(typingctx: Any, v: Any, i: Any) -> Any:
+    """v with lane i made 0; none, if i lies outside 0..15."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = ir.Constant(i32x16.llvm, [_I32(lane) for lane in range(16)])
+        chosen = builder.icmp_signed("==", lanes, _splat(builder, builder.trunc(args[1], _I32), 16))
+        return builder.select(chosen, ir.Constant(args[0].type, [ir.FloatType()(0.0)] * 16), args[0])
+
+    return v(v, types.intp), codegen
 
 
 @intrinsic

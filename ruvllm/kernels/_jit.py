@@ -45,7 +45,8 @@ def inline_kernel(function: Callable) -> Any:
 
 def part_kernel(function: Callable) -> Any:
     """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
-    return _compile(function, cached=False, fastmath=False, pipeline_class=_NoMachineCode)
+    # forceinline is said because numba compiles a function with the options of its first caller where it says nothing.
+    return _compile(function, cached=False, fastmath=False, forceinline=False, pipeline_class=_NoMachineCode)
 
 
 def as_part(body: Any) -> Any:

@@ -6,12 +6,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from ruvllm.kernels._simd_llvm import LANES, _constant, _pointer, _splat, f32x16
+from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat, f32x16
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "load_rows", "stack_f32", "store_rows", "sum_lanes",
-    "zip_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "load_rows", "never_inline", "stack_f32",
+    "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
 _I32 = ir.IntType(32)
@@ -84,6 +84,39 @@ def fma_outer(typingctx: Any, left: Any, right: Any, sums: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(left, right, sums), codegen
+
+
+@intrinsic
+def fma_places(
+    typingctx: Any, vectors: Any, places: Any, index: Any, x: Any, x_index: Any, step: Any, sums: Any
+) -> Any:
+    """The tuple of sums[r] + v x[x_index + 2 r step], v: the 16 numbers at vectors[places[index + r step]]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vectors, places, index, x, x_index, step, sums = args
+        found = []
+        for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
+            place = builder.load(_pointer(context, builder, sig.args[1], places, _at(builder, index, step, row)))
+            pointer = _pointer(context, builder, sig.args[0], vectors, builder.zext(place, index.type))
+            vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+            vector.align = 4
+            number = builder.load(_pointer(context, builder, sig.args[3], x, _at(builder, x_index, step, 2 * row)))
+            operands = [vector, _splat(builder, number, LANES), total]
+            found.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, operands))
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return sums(vectors, places, types.intp, x, types.intp, types.intp, sums), codegen
+
+
+@intrinsic
+def sum_rows(typingctx: Any, a: Any, b: Any) -> Any:
+    """The tuple of a[r] + b[r]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pairs = zip(*(cgutils.unpack_tuple(builder, rows) for rows in args), strict=True)
+        return context.make_tuple(builder, a, [builder.fadd(x, y) for x, y in pairs])
+
+    return a(a, a), codegen
 
 
 @intrinsic
@@ -179,17 +212,37 @@ def zip_rows(typingctx: Any, rows: Any) -> Any:
     return rows(rows), codegen
 
 
-@intrinsic(prefer_literal=True)
-def stack_f32(typingctx: Any, count: Any) -> Any:
-    """An uninitialised float32 array of constant size on the stack, at a multiple of 64 bytes; gone after the call."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    result = types.Array(types.float32, 1, "C")
+def _stack(name: str, element: Any) -> Any:
+    def stack(typingctx: Any, count: Any) -> Any:
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        result = types.Array(element, 1, "C")
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            number = context.get_data_type(element)
+            with builder.goto_entry_block():  # cgutils.alloca_once would fill it with zeros, at compile time one by one
+                block = builder.alloca(ir.ArrayType(number, count.literal_value), name=name)
+            block.align = 64
+            data = builder.bitcast(block, number.as_pointer())
+            return _view(context, builder, result, data, [context.get_constant(types.intp, count.literal_value)])
+
+        return result(count), codegen
+
+    stack.__name__ = name
+    stack.__doc__ = f"An uninitialised {element} array of constant size on the stack, at 64 bytes; gone after the call."
+    return intrinsic(prefer_literal=True)(stack)
+
+
+stack_f32 = _stack("stack_f32", types.float32)
+stack_i32 = _stack("stack_i32", types.int32)
+
+
+@intrinsic
+def never_inline(typingctx: Any) -> Any:
+    """The function that calls this stays one of its own: it gets all registers, and its loops are optimised alone."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        block = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), count.literal_value), name="stack")
-        block.align = 64
-        data = builder.bitcast(block, ir.FloatType().as_pointer())
-        return _view(context, builder, result, data, [context.get_constant(types.intp, count.literal_value)])
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
 
-    return result(count), codegen
+    return types.void(), codegen

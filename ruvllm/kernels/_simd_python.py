@@ -175,6 +175,10 @@ def bytes_to_f32(v: Any, j: int) -> Any:
     return v.reshape(LANES, 4)[:, j].view(np.int8).astype(np.float32)
 
 
+def bits_at(v: Any, first: int, count: int) -> Any:
+    return (v.view(np.uint32) >> np.uint32(first) & np.uint32((1 << count) - 1)).astype(np.int32)
+
+
 def dot_begin() -> Any:
     return np.zeros(LANES, np.int32)
 
@@ -199,6 +203,15 @@ def largest_magnitude(a: Any, b: Any) -> Any:
     return np.max(np.abs((a, b)))
 
 
+def find_magnitude(v: Any, magnitude: Any) -> int:
+    found = np.flatnonzero(np.abs(v) == magnitude)
+    return int(found[0]) if len(found) else LANES
+
+
+def without_lane(v: Any, i: int) -> Any:
+    return np.where(np.arange(LANES) == i, np.float32(0), v)
+
+
 def i32_hsum(v: Any) -> Any:
     return v.sum(dtype=np.int32)
 
@@ -220,6 +233,18 @@ def fma_each(w: Any, rows: Any, sums: Any) -> Any:
 
 def fma_outer(left: Any, right: Any, sums: Any) -> Any:
     return tuple(fma(a, b, sums[i * len(right) + j]) for i, a in enumerate(left) for j, b in enumerate(right))
+
+
+def fma_places(vectors: Any, places: Any, index: int, x: Any, x_index: int, step: int, sums: Any) -> Any:
+    at = [places[index + row * step] for row in range(len(sums))]
+    return tuple(
+        fma(f32_load(vectors, place), splat_at(x, x_index + 2 * row * step), total)
+        for row, (place, total) in enumerate(zip(at, sums, strict=True))
+    )
+
+
+def sum_rows(a: Any, b: Any) -> Any:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def sum_lanes(rows: Any) -> Any:
@@ -246,8 +271,16 @@ def zip_rows(rows: Any) -> Any:
     return tuple(merged for a, b in pairs for merged in (zip_low(a, b), zip_high(a, b)))
 
 
+def never_inline() -> None:
+    """Nothing is."""
+
+
 def stack_f32(count: int) -> Any:
     return np.zeros(count, np.float32)
+
+
+def stack_i32(count: int) -> Any:
+    return np.zeros(count, np.int32)
 
 
 def tile_zeros() -> Any:

@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, cached_attention, kv, low_rank, norm, panels, quant, rope, token_attention
+from ruvllm.kernels import (
+    activation,
+    cached_attention,
+    kv,
+    low_rank,
+    norm,
+    panels,
+    quant,
+    rope,
+    rounding,
+    token_attention,
+)
 from ruvllm.kernels._attention_tile import CHUNK
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
@@ -21,11 +32,11 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
 from ruvllm.kernels.low_rank import PARTS, join_parts
-from ruvllm.kernels.quant import GROUP, LINES, OFFSETS
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, block_bytes
 from ruvllm.kernels.token_attention import token_scratch_size
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
-quantize_activations = as_part(quant.quantize_activations)
+quantize_activations = as_part(rounding.quantize_activations)
 quant_matmul = as_part(quant.quant_matmul)
 panels_matmul = as_part(panels.panels_matmul)
 rope_rows = as_part(rope.rope_rows)
@@ -34,12 +45,13 @@ attend_units = as_part(cached_attention.attend_units)
 attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
 _split = inline_kernel(attend_split)
+_block_bytes = inline_kernel(block_bytes)
 silu_mul_range = as_part(activation.silu_mul_range)
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
 low_rank_up = as_part(low_rank.low_rank_up)
 
-# Layouts of a matrix in the table; the first three are quant.INT4, INT5 and INT8.
+# Layouts of a matrix in the table; the first three are quant_layout.INT4, INT5 and INT8.
 Q4, Q5, Q8, F32, F16, BF16 = range(6)
 FIELDS = 7  # layout, weights, whether they have mins, bias, rows, columns, adapter
 _WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
@@ -56,8 +68,9 @@ LAYER_FIELDS = _MLP_NORM + 1
     THREADS, TOKENS, LOGIT_ROWS, FIRST_LAYER, LAYER_END, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS,
     WIDEST, SCRATCH_SIZE, BLOCKS, KEY_ROWS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
-    PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, SCRATCH, TABLE_SIZE,
-) = range(49)  # fmt: skip
+    PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, OUTLIERS_OF, SCRATCH,
+    TABLE_SIZE,
+) = range(50)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
@@ -71,7 +84,7 @@ def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
 
     ``float_weights`` and ``kv`` are the dtypes of the float matrices and of the KV cache. For one token every member
     norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For more, members share the tokens out,
-    and a barrier follows. ``INPUT``, ``XQ`` .. ``TOTALS`` hold one row per member, or one per token.
+    and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one row per member, or one per token.
     """
     t = array_at(table, TABLE_SIZE, np.int64)
     sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
@@ -163,13 +176,14 @@ def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
 
 @inline_kernel
 def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
-    """xq, xs, offsets, totals of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
+    """xq, xs, offsets, totals, outliers of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
     groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
     xq = array_at(t[XQ] + mine * t[WIDEST], (T, groups * GROUP), np.int8)
     xs = array_at(t[XS] + mine * widest * 4, (T, groups), np.float32)
     offsets = array_at(t[OFFSETS_OF] + mine * widest * 4 * OFFSETS, (T, groups, OFFSETS), np.int32)
     totals = array_at(t[TOTALS] + mine * widest * 4, (T, groups), np.float32)
-    return xq, xs, offsets, totals
+    outliers = array_at(t[OUTLIERS_OF] + mine * OUTLIERS * 2 * 4, (T, OUTLIERS, 2), np.float32)
+    return xq, xs, offsets, totals, outliers
 
 
 @part_kernel
@@ -182,8 +196,8 @@ def _round(
     """
     for at in range(first, end, FIELDS):
         if table[layer, at] <= Q8:
-            xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], x.shape[1])
-            quantize_activations(x, xq, xs, offsets, totals, lo, hi)
+            xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], x.shape[1])
+            quantize_activations(x, xq, xs, offsets, totals, outliers, lo, hi)
             break
     shared = x.shape[0] > 1
     for at in range(first, end, FIELDS):
@@ -252,10 +266,9 @@ def _matrix(
     if layout <= Q8:
         groups = (columns + GROUP - 1) // GROUP
         has_mins = table[layer, at + _HAS_MINS]
-        size = (2 * LINES[layout] + 1 + has_mins) * 2 * LANES
-        blocks = array_at(weights, (count, groups, size), np.uint8)
-        xq, xs, offsets, totals = _rounded(t, mine, x.shape[0], columns)
-        quant_matmul(layout, has_mins, blocks, xq, xs, offsets, totals, out, lo, hi)
+        blocks = array_at(weights, (count, groups, _block_bytes(layout, has_mins)), np.uint8)
+        xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], columns)
+        quant_matmul(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
     else:
         w = array_at(weights, (count, columns, LANES), float_weights)
         panels_matmul(w, x, out, lo, hi)

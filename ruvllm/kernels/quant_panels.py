@@ -7,7 +7,7 @@ import numpy as np
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES, block_bytes
+from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8, LINES, block_bytes
 
 _QUADS = GROUP // 4  # of one row's group: four columns each
 _NIBBLE = np.uint32(4)

@@ -35,7 +35,7 @@ from ruvllm.kernels._simd import (
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.quant import GROUP, INT4, INT8
+from ruvllm.kernels.quant_layout import GROUP, INT4, INT8
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _INFINITY = np.float32(np.inf)

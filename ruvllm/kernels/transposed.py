@@ -37,7 +37,7 @@ from ruvllm.kernels._simd import (
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8
+from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8
 
 # Columns of a tile, which divide GROUP, and panels of tokens at a time, by the target's registers: see _float_tile.py.
 _WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")

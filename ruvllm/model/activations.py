@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.quant import GROUP, OFFSETS, round_activations
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS
+from ruvllm.kernels.rounding import round_activations
 
-Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, see ``kernels.quant``
+Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, outliers
 
 
 class Activations:
@@ -18,6 +19,7 @@ class Activations:
         self._codes = aligned_empty(tokens * groups * GROUP, np.int8)
         self._scales, self._totals = aligned_empty(tokens * groups), aligned_empty(tokens * groups)
         self._offsets = aligned_empty(tokens * groups * OFFSETS, np.int32)
+        self._outliers = aligned_empty((tokens, OUTLIERS, 2))
         self._rounded: Rounded | None = None
         self.x = np.empty((0, columns), np.float32)
 
@@ -35,6 +37,7 @@ class Activations:
             self._rounded = (
                 self._codes[: T * G * GROUP].reshape(T, G * GROUP), self._scales[: T * G].reshape(T, G),
                 self._offsets[: T * G * OFFSETS].reshape(T, G, OFFSETS), self._totals[: T * G].reshape(T, G),
+                self._outliers[:T],
             )  # fmt: skip
             round_activations(self.x, *self._rounded)
         return self._rounded

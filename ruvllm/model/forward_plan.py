@@ -14,7 +14,7 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import NO_WINDOW
 from ruvllm.kernels.low_rank import PARTS
 from ruvllm.kernels.panels import panel_count
-from ruvllm.kernels.quant import GROUP, OFFSETS
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS
 from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
@@ -124,7 +124,7 @@ class ForwardBuffers:
             f.PARTIAL: aligned_empty((heads, chunks, partial_width(D))),
             f.XQ: aligned_empty((rows, groups * GROUP), np.int8), f.XS: aligned_empty((rows, groups)),
             f.OFFSETS_OF: aligned_empty((rows, groups, OFFSETS), np.int32), f.TOTALS: aligned_empty((rows, groups)),
-            f.SCRATCH: aligned_empty((threads, scratch)),
+            f.OUTLIERS_OF: aligned_empty((rows, OUTLIERS, 2)), f.SCRATCH: aligned_empty((threads, scratch)),
         }  # fmt: skip
         self.table = np.zeros(f.TABLE_SIZE, np.int64)
         for index, number in numbers.items():
@@ -147,4 +147,4 @@ def working_bytes(config: ModelConfig, tokens: int) -> int:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     floats = 3 * E + 2 * F + 2 * heads * D + 2 * kv_heads * D
     groups = -(-max(E, F, heads * D) // GROUP)
-    return tokens * (4 * floats + groups * (GROUP + 8 + 4 * OFFSETS))
+    return tokens * (4 * floats + groups * (GROUP + 8 + 4 * OFFSETS) + 8 * OUTLIERS)

@@ -11,7 +11,8 @@ from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.forward import BF16, F16, F32
 from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
-from ruvllm.kernels.quant import GROUP, INT4, INT5, INT8, LINES, linear_quant
+from ruvllm.kernels.quant import linear_quant
+from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8, LINES
 from ruvllm.kernels.quant_panels import Panels
 from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
 from ruvllm.kernels.transposed import linear_transposed, quant_transposed

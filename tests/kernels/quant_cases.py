@@ -12,9 +12,11 @@ import numpy as np
 
 from ruvllm.kernels._jit import DISABLE_JIT, kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_number
-from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul, quantize_activations
+from ruvllm.kernels.quant import quant_matmul
+from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+from ruvllm.kernels.rounding import quantize_activations
 
 TOKENS = (*range(1, 14), 17, 64)
 SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
@@ -44,6 +46,7 @@ class Activations(NamedTuple):
     xs: np.ndarray
     offsets: np.ndarray
     totals: np.ndarray
+    outliers: np.ndarray
 
     @property
     def sums(self) -> np.ndarray:
@@ -52,7 +55,10 @@ class Activations(NamedTuple):
 
     def matrix(self) -> np.ndarray:
         """x (T, 32 G) in float64, as rounded."""
-        return np.repeat(self.xs.astype(np.float64), 32, 1) * self.xq
+        x = np.repeat(self.xs.astype(np.float64), 32, 1) * self.xq
+        for t, kept in enumerate(self.outliers):
+            np.add.at(x[t], kept[:, 0].astype(np.int64), kept[:, 1])
+        return x
 
 
 def weights(kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None) -> Weights:
@@ -98,15 +104,17 @@ def activations(x: np.ndarray) -> Activations:
     xq = np.full((tokens, groups * 32), 99, np.int8)
     xs, totals = np.full((2, tokens, groups), np.float32(99))
     offsets = np.full((tokens, groups, 4), 99, np.int32)
-    quantize_activations(x, xq, xs, offsets, totals, 0, tokens)
-    return Activations(xq, xs, offsets, totals)
+    outliers = np.full((tokens, OUTLIERS, 2), np.float32(99))
+    quantize_activations(x, xq, xs, offsets, totals, outliers, 0, tokens)
+    return Activations(xq, xs, offsets, totals, outliers)
 
 
 def unit_activations(xq: np.ndarray) -> Activations:
-    """Scales of 1."""
+    """Scales of 1, no outliers."""
     sums = xq.reshape(len(xq), -1, 32).sum(2, dtype=np.int32)
     offsets = sums[:, :, None] * np.array([-8, -16, -128, 0], np.int32)
-    return Activations(xq, np.ones(sums.shape, np.float32), offsets, sums.astype(np.float32))
+    none = np.zeros((len(xq), OUTLIERS, 2), np.float32)
+    return Activations(xq, np.ones(sums.shape, np.float32), offsets, sums.astype(np.float32), none)
 
 
 def multiply(w: Weights, x: Activations) -> np.ndarray:

@@ -10,7 +10,9 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from ruvllm.kernels.quant import INT4, INT5, INT8, quant_matmul, quant_matmul_parallel, quantize_activations_parallel
+from ruvllm.kernels.quant import quant_matmul, quant_matmul_parallel
+from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS
+from ruvllm.kernels.rounding import quantize_activations_parallel
 from tests.kernels import quant_cases as cases
 
 EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
@@ -109,29 +111,65 @@ def test_nan_in_activations_is_not_lost(kind: int, mins: bool, bad: float) -> No
         np.testing.assert_array_equal(np.delete(y, 3, 0), np.delete(expected, 3, 0))
 
 
+def greedy_outliers(x: np.ndarray) -> tuple[list[tuple[int, np.float32]], np.ndarray]:
+    """Four times the largest |x| of the row, and what is left of it."""
+    left, kept = x.copy(), []
+    for _ in range(OUTLIERS):
+        k = int(np.abs(left).argmax())
+        kept.append((k if left[k] else 0, left[k]))
+        left[k] = 0
+    return sorted(kept), left
+
+
 def test_activations_are_rounded_to_the_nearest() -> None:
     rng = np.random.default_rng(7)
     for k in (*range(1, 66), 95, 96, 97, 576):
         x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-30, 30, (3, 1))).astype(np.float32)
         found = cases.activations(x)
-        filled = np.concatenate((x, np.zeros((3, -k % 32), np.float32)), 1).reshape(3, -1, 32)
+        rows = [greedy_outliers(row) for row in x]
+        left = np.array([row for _, row in rows])
+        filled = np.concatenate((left, np.zeros((3, -k % 32), np.float32)), 1).reshape(3, -1, 32)
+        np.testing.assert_array_equal(found.outliers, np.array([kept for kept, _ in rows], np.float32))
         np.testing.assert_array_equal(found.xs, np.abs(filled).max(2) / np.float32(127))
         exact = filled.astype(np.float64) / np.maximum(found.xs, np.float32(1e-45)).astype(np.float64)[:, :, None]
         codes = found.xq.reshape(filled.shape)
         assert np.abs(codes - exact).max() <= 0.5 + 1e-4
-        assert np.abs(codes).max(2).min() == 127
+        assert (np.abs(codes).max(2)[found.xs > 0] == 127).all()
         np.testing.assert_array_equal(found.offsets, found.sums[:, :, None] * np.array([-8, -16, -128, 0]))
-        np.testing.assert_array_equal(found.totals, found.xs * found.sums.astype(np.float32))
+        totals = (found.xs * found.sums).astype(np.float64)
+        for row, (kept, _) in zip(totals, rows, strict=True):
+            for column, value in kept:
+                row[column // 32] += value
+        np.testing.assert_allclose(found.totals, totals, rtol=1e-5, atol=1e-5 * np.abs(x).max(1).min())
+
+
+@EVERY_KIND
+def test_outliers_are_not_rounded(kind: int, mins: bool) -> None:
+    """Rows of small integers are exact in 8 bits: all that is left of an error is that of the outliers."""
+    rng = np.random.default_rng(11)
+    for tokens, n, k in ((1, 65, 96), (1, 17, 33), (5, 31, 95), (30, 16, 576)):
+        w = cases.unit_weights(kind, rng.integers(0, cases.CODES[kind], (n, -(-k // 32) * 32), np.uint8), mins)
+        x = rng.integers(-127, 128, (tokens, k)).astype(np.float32)
+        x[:, 0::32] = 127  # so that each group's scale is 1
+        for row in x:
+            large = rng.choice(k, OUTLIERS, replace=False)
+            large = large[large % 32 > 0]
+            row[large] = rng.standard_normal(len(large)) * 1e4
+        filled = np.concatenate((x, np.zeros((tokens, -k % 32), np.float32)), 1).astype(np.float64)
+        expected = filled @ w.matrix().T
+        found = cases.multiply(w, cases.activations(x))
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6 * np.abs(filled).sum(1).max() * 260)
 
 
 def test_activations_at_the_ends_of_float32() -> None:
     tiny, huge = np.float32(1e-45), np.finfo(np.float32).max
-    x = np.zeros((5, 32), np.float32)
-    x[1, 3], x[2, 5], x[3, 0::16], x[4, 0] = tiny, np.float32(2.0**-119), huge, -huge
+    x = np.zeros((5, 64), np.float32)
+    x[:, :32][1, 3], x[2, 5], x[3, 0:32:4], x[4, 0] = tiny, np.float32(2.0**-119), huge, -huge
     found = cases.activations(x)
     assert np.isfinite(found.xs).all() and not np.isnan(found.totals).any()
-    np.testing.assert_array_equal(found.sums[:, 0], [0, 0, 127, 254, -127])
+    np.testing.assert_array_equal(found.sums[:, 0], [0, 0, 0, 4 * 127, 0])  # all but four of eight numbers are kept
     np.testing.assert_array_equal(found.xq.sum(1), found.sums[:, 0])
+    np.testing.assert_array_equal(found.outliers[:, :, 1].sum(1)[[0, 1, 2, 4]], [0, tiny, np.float32(2.0**-119), -huge])
 
 
 def run_cases(*tokens: str, **environment: str) -> list[str]:
@@ -176,7 +214,7 @@ def array(element, axes):
     return types.Array(element, axes, "C")
 blocks, x = array(types.uint8, 3), array(types.float32, 2)
 xq, offsets = array(types.int8, 2), array(types.int32, 3)
-quant_matmul.compile((int64, types.boolean, blocks, xq, x, offsets, x, x, int64, int64))
+quant_matmul.compile((int64, types.boolean, blocks, xq, x, offsets, x, array(types.float32, 3), x, int64, int64))
 print(*quant_matmul.inspect_asm().values())
 """
 

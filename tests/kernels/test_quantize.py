@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant import INT4, INT5, INT8
+from ruvllm.kernels.quant_layout import INT4, INT5, INT8
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups, unpack_row
 from ruvllm.kernels.quantize import dequantize, quantize_int4, quantize_int8, quantize_parallel, quantize_rows
 

@@ -1,0 +1,120 @@
+"""Activations rounded to 8 bits in groups of 32, all but their outliers (see quant_layout.py)."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._simd import (
+    f32_load,
+    f32_load_first,
+    f32_zero,
+    find_magnitude,
+    i8_store,
+    i32_hsum,
+    largest_magnitude,
+    round_to_i32,
+    splat,
+    without_lane,
+)
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._views import flat
+from ruvllm.kernels.quant_layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
+
+_SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
+
+
+@inline_kernel
+def _load_group(flat_x: Any, at: Any, left: Any) -> Any:
+    """A group of numbers as two vectors; those past the end of the row, ``left`` numbers away, are 0."""
+    if left >= GROUP:
+        return f32_load(flat_x, at), f32_load(flat_x, at + LANES)
+    b = f32_load_first(flat_x, at + LANES, left - LANES) if left > LANES else f32_zero()
+    return f32_load_first(flat_x, at, left), b
+
+
+@inline_kernel
+def _without(a: Any, b: Any, k: Any) -> Any:
+    """The group of a and b with number ``k`` made 0, if it is one of theirs."""
+    return without_lane(a, k), without_lane(b, k - LANES)
+
+
+@inline_kernel
+def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any) -> None:
+    """Write the codes, scale, offsets and total of group ``at``: the vectors a and b, of which max|x| = ``largest``."""
+    inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
+    qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
+    i8_store(codes, at * GROUP, qa)
+    i8_store(codes, at * GROUP + LANES, qb)
+    xs[at] = largest / np.float32(127) + (largest - largest)  # NaN for infinity too
+    total = i32_hsum(qa + qb)
+    totals[at] = xs[at] * np.float32(total)
+    offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
+    offsets[at * OFFSETS + NO_ZERO] = 0
+
+
+@kernel(strict=True)
+def quantize_activations(
+    x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any
+) -> None:
+    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers.
+
+    xq (T, 32 G); xs, totals (T, G); offsets (T, G, 4); outliers (T, 4, 2). ``totals`` counts outliers too. A NaN or
+    infinity makes its group's scale NaN, so that it is not lost. Groups of numbers below 2^-120 become zeros.
+    """
+    columns = x.shape[1]
+    groups = xs.shape[1]
+    xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
+    for t in range(lo, hi):
+        row = t * groups
+        for g in range(groups):
+            a, b = _load_group(xf, t * columns + g * GROUP, columns - g * GROUP)
+            _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + g)
+        for i in range(OUTLIERS):
+            largest, found = np.float32(0), 0
+            for g in range(groups):
+                if scales[row + g] > largest:
+                    largest, found = scales[row + g], g
+            column, value = 0, np.float32(0)
+            if largest > np.float32(0):  # some group is finite, and not all zeros
+                first = found * GROUP
+                a, b = _load_group(xf, t * columns + first, columns - first)
+                for j in range(i):  # one group may have several
+                    a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
+                largest = largest_magnitude(a, b)
+                k = find_magnitude(a, largest)
+                if k == LANES:
+                    k += find_magnitude(b, largest)
+                column, value = first + k, xf[t * columns + first + k]
+                a, b = _without(a, b, k)
+                _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + found)
+            at = i
+            while at > 0 and outliers[t, at - 1, 0] > np.float32(column):  # in the order of the columns
+                outliers[t, at, 0], outliers[t, at, 1] = outliers[t, at - 1, 0], outliers[t, at - 1, 1]
+                at -= 1
+            outliers[t, at, 0], outliers[t, at, 1] = np.float32(column), value
+        for i in range(OUTLIERS):
+            sums[row + np.int64(outliers[t, i, 0]) // GROUP] += outliers[t, i, 1]
+
+
+@parallel_kernel
+def quantize_activations_parallel(
+    x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, threads: Any
+) -> None:
+    """quantize_activations with the rows split over threads."""
+    rows = x.shape[0]
+    for t in prange(threads):
+        quantize_activations(x, xq, xs, offsets, totals, outliers, rows * t // threads, rows * (t + 1) // threads)
+
+
+def round_activations(
+    x: np.ndarray, xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, outliers: np.ndarray
+) -> None:
+    """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
+    threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
+    if threads == 1:
+        quantize_activations(x, xq, xs, offsets, totals, outliers, 0, len(x))
+    else:
+        launch(quantize_activations_parallel, x, xq, xs, offsets, totals, outliers, threads)

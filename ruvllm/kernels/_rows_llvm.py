@@ -10,8 +10,8 @@ from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat,
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "load_rows", "never_inline", "stack_f32",
-    "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "load_rows", "never_inline",
+    "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
 _I32 = ir.IntType(32)

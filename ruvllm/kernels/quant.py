@@ -69,6 +69,7 @@ _AT_ONCE = 128  # tokens whose outliers' columns are listed together
 _LISTED = _AT_ONCE * OUTLIERS
 _UNPACKED = _LISTED * 16  # floats: 32 KB, of which little is used
 _NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
+_NONE = np.float32(-1)  # no column either, and a whole number
 
 
 # For each token of a tile (as many as ``rows`` has vectors), the codes at byte ``at`` times group ``xi`` of the
@@ -225,7 +226,7 @@ def _one_token(
 ) -> None:  # fmt: skip
     """The only token times STREAMS runs of ``step`` panels from lo on, read side by side: memory is the limit."""
     never_inline()
-    groups, size, rows = blocks.shape[1], blocks.shape[2], out.shape[1]
+    groups, size = blocks.shape[1], blocks.shape[2]
     w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
     outliers, out = flat(outliers), flat(out)
     for p in range(lo, lo + step):
@@ -249,7 +250,7 @@ def _one_token(
                 c_kept = fma(_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
                 d_kept = fma(_column(column, zero, has_mins, w, at, k), x, d_kept)
                 i += 1
-                k = np.int64(outliers[2 * i]) if i < OUTLIERS else -1
+                k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
         f32_store(out, p * LANES, a[0] + a_kept)
         f32_store(out, (p + step) * LANES, b[0] + b_kept)
         f32_store(out, (p + 2 * step) * LANES, c[0] + c_kept)

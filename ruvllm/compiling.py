@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numba.core import event
 from tqdm.auto import tqdm
 
-from ruvllm.checkpoint.dequant import dequantize_rows
-from ruvllm.checkpoint.groups import decode_groups
+from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
+from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.kernels._cache import is_warm, mark_warm
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._threads import limited_to, num_threads
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.llama import Llama
-from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout_for
+from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +30,21 @@ _FUNCTIONS = 75  # compiled for one kind of model: how long the progress bar is 
 _TRAINING_FUNCTIONS = 150  # and for training on it
 
 
-def compile_for(dtypes: Iterable[str], weights: str, progress: bool | None = None) -> None:
-    """Compile what a model needs whose file has these storage types and which is kept as ``weights``.
+def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
+    """Compile what a model needs whose matrices have these pairs of a storage type and the layout it is kept in.
 
     Nothing is done where it was done before: the machine code is in the user's cache directory.
     progress: show a bar; None: where stderr is a terminal or a notebook. Where there is none, the log says it.
     """
-    kinds = sorted({(dtype, layout_for(weights, dtype)) for dtype in dtypes})
-    layouts = {layout for _, layout in kinds} | ({weights} & set(LAYOUTS))
-    if len(layouts & FLOAT_LAYOUTS.keys()) > 1:  # as choose_layouts does
-        layouts = (layouts - FLOAT_LAYOUTS.keys()) | {"f32"}
-    what = f"{kinds} {sorted(layouts)}"
-    if DISABLE_JIT or is_warm(what):
+    kinds = sorted(set(kinds))
+    if DISABLE_JIT or is_warm(str(kinds)):
         return
     with _compile_bar(progress):
         for dtype, layout in kinds:
-            _read_rows(dtype, layout)
-        # One function multiplies by integers of all widths.
-        for layout in sorted({"int8" if layout in INTEGER_LAYOUTS else layout for layout in layouts}):
-            _run_tiny_model(layout)
-    mark_warm(what)
+            load_weights(_zeros("matrix", (16, 256), dtype), layout)
+        # One function multiplies by integers of all widths, and by floats of one.
+        _run_tiny_model(*min(kinds, key=lambda kind: kind[1] not in FLOAT_LAYOUTS))
+    mark_warm(str(kinds))
 
 
 def compile_training(layouts: Iterable[str], progress: bool | None = None) -> None:
@@ -70,24 +67,60 @@ def warmup(progress: bool | None = True) -> None:
     if DISABLE_JIT:
         return
     for layout in LAYOUTS:
-        compile_for(["F32"], layout, progress)
+        compile_for([("F32", layout)], progress)
     for dtype in BLOCKS:
-        compile_for([dtype, "F32"], "auto", progress)
+        compile_for([(dtype, layout_for("auto", dtype))], progress)
     compile_training(LAYOUTS, progress)
 
 
-def _tiny_model(layout: str, threads: int | None = None) -> Llama:
-    """One layer of random weights, large enough for kernels to use several threads."""
+class _Nothing:
+    """A file of zeros."""
+
+    path = Path("zeros")
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """``count`` zeros that nobody can write to, as in a mapped file."""
+        zeros = np.zeros(count, np.uint8)
+        zeros.flags.writeable = False
+        return zeros
+
+    def release(self, offset: int, count: int) -> None:
+        """Nothing is held."""
+
+
+def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor of zeros, read as if it came from a file."""
+    size = math.prod(shape[:-1]) * row_bytes(dtype, shape[-1])
+    return Tensor(TensorInfo(name, shape, dtype, 0, size), cast(Source, _Nothing()))
+
+
+class _ZeroWeights:
+    """Every tensor of a configuration, zero; the matrices in one storage type."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self._shapes, self._dtype = config.tensor_shapes(), dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a canonical name."""
+        shape = self._shapes[name]
+        return _zeros(name, shape, self._dtype if len(shape) > 1 else "F32")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+
+def _tiny_model(dtype: str, layout: str, threads: int | None = None) -> Llama:
+    """One layer, large enough for kernels to use several threads."""
     config = ModelConfig(
         vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
-    return Llama(config, layout=layout, threads=threads)
+    return Llama(config, _ZeroWeights(config, dtype), layout, threads)
 
 
-def _run_tiny_model(layout: str) -> None:
-    """Prefill, decode and sampling with random weights of one layout."""
-    model = _tiny_model(layout)
+def _run_tiny_model(dtype: str, layout: str) -> None:
+    """Prefill, decode and sampling with weights of one layout."""
+    model = _tiny_model(dtype, layout)
     cache = model.new_cache(80)
     sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
     list(generate(model, cache, np.arange(64), sampling, max_tokens=2, logprobs=2))
@@ -102,22 +135,11 @@ def _train_tiny_model(layout: str) -> None:
     from ruvllm.model.training_data import Example
 
     for threads, tokens in ((None, 80), (None, 3), (1, 3)):
-        lora = MicroLora(_tiny_model(layout, threads))
+        lora = MicroLora(_tiny_model("Q8_0" if layout in INTEGER_LAYOUTS else "F32", layout, threads))
         example = Example(np.arange(tokens), np.ones(tokens, bool))
         with limited_to(threads or num_threads()):
             config = TrainingConfig(steps=1, warmup=0, max_grad_norm=1e-3)
             lora.fit([example], config=LoraConfig(8, targets=TARGETS), training=config).evaluate()
-
-
-def _read_rows(dtype: str, layout: str) -> None:
-    """A few rows of one storage type, as they are read for one layout."""
-    columns = 256
-    raw = np.zeros((16, row_bytes(dtype, columns)), np.uint8)
-    raw.flags.writeable = False  # as rows of a mapped file are
-    if layout in FLOAT_LAYOUTS or BLOCKS[dtype][0] == 1:
-        dequantize_rows(dtype, raw, columns, np.empty((16, columns), np.float32))
-    else:
-        decode_groups(dtype, raw, columns)
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def load(
     with open_checkpoint(where, mmap=mmap) as checkpoint:
         _require_memory(checkpoint, weights)
         tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
-        compile_for(checkpoint.weight_dtypes, weights, progress)
+        layouts = choose_layouts(checkpoint.config, checkpoint, weights)
+        compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), progress)
         with tqdm(
             total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,
             delay=_SLOW_LOAD_SECONDS, disable=quiet,

@@ -269,7 +269,7 @@ def _matrix(
         blocks = array_at(weights, (count, groups, _block_bytes(layout, has_mins)), np.uint8)
         xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], columns)
         quant_matmul(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
-    else:
+    elif float_weights is not None:  # known when this is compiled: a model without such matrices needs no code for them
         w = array_at(weights, (count, columns, LANES), float_weights)
         panels_matmul(w, x, out, lo, hi)
     if table[layer, at + _BIAS]:
@@ -362,10 +362,11 @@ def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, 
 
 
 @cache
-def forward_region(float_weights: type, kv: type) -> Region:
+def forward_region(float_weights: type | None, kv: type) -> Region:
     """The region for float matrices and a KV cache of these dtypes: compiled for what a model has, not for all.
 
-    float_weights: np.float32, np.uint16 (IEEE half) or np.int16 (bfloat16); kv: np.float32, np.uint16 or np.int8.
+    float_weights: np.float32, np.uint16 (IEEE half), np.int16 (bfloat16), or None where no matrix is float;
+    kv: np.float32, np.uint16 or np.int8.
     """
 
     def forward_member(table: Any) -> None:

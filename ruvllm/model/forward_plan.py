@@ -46,7 +46,7 @@ class ForwardPlan:
         self._adapted: tuple[AdapterSet | None, np.ndarray] = (None, self.layers)
         self.head = np.array(model.head.address_fields(), np.int64)
         floats = {matrix.layout for matrix in model.linears().values()} & FLOAT_LAYOUTS.keys()
-        self.float_dtype: type = FLOAT_LAYOUTS[floats.pop()] if floats else np.float32
+        self.float_dtype: type | None = FLOAT_LAYOUTS[floats.pop()] if floats else None
         self.layer_weights = sum(matrix.rows * matrix.columns for matrix in model.layers[0].linears().values())
         self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
 

@@ -219,97 +219,105 @@ def _tile(
             f32_store_first(out, at + r * rows, acc[r], count)
 
 
-@part_kernel
-def _one_token(
-    dots: Any, column: Any, zero: Any, has_mins: Any, blocks: Any,
-    xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, out: Any, lo: Any, step: Any,
-) -> None:  # fmt: skip
-    """The only token times STREAMS runs of ``step`` panels from lo on, read side by side: memory is the limit."""
-    never_inline()
-    groups, size = blocks.shape[1], blocks.shape[2]
-    w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
-    outliers, out = flat(outliers), flat(out)
-    for p in range(lo, lo + step):
-        a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
-        a_kept, b_kept, c_kept, d_kept = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        i, k = 0, np.int64(outliers[0])
-        apart = step * groups * size
-        for g in range(groups):
-            at = (p * groups + g) * size
-            a = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
-            at += apart
-            b = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
-            at += apart
-            c = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
-            at += apart
-            d = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
-            while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
-                x = splat_at(outliers, 2 * i + 1)
-                a_kept = fma(_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
-                b_kept = fma(_column(column, zero, has_mins, w, at - 2 * apart, k), x, b_kept)
-                c_kept = fma(_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
-                d_kept = fma(_column(column, zero, has_mins, w, at, k), x, d_kept)
-                i += 1
-                k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
-        f32_store(out, p * LANES, a[0] + a_kept)
-        f32_store(out, (p + step) * LANES, b[0] + b_kept)
-        f32_store(out, (p + 2 * step) * LANES, c[0] + c_kept)
-        f32_store(out, (p + 3 * step) * LANES, d[0] + d_kept)
+def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
+    """quant_matmul for one kind of weights: how it multiplies, what a column of it is, and its code of 0."""
+
+    @part_kernel
+    def _one_token(
+        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
+        out: Any, lo: Any, step: Any,
+    ) -> None:  # fmt: skip
+        """The only token times STREAMS runs of ``step`` panels from lo on, read side by side: memory is the limit."""
+        never_inline()
+        groups, size = blocks.shape[1], blocks.shape[2]
+        w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
+        outliers, out = flat(outliers), flat(out)
+        for p in range(lo, lo + step):
+            a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
+            a_kept, b_kept, c_kept, d_kept = f32_zero(), f32_zero(), f32_zero(), f32_zero()
+            i, k = 0, np.int64(outliers[0])
+            apart = step * groups * size
+            for g in range(groups):
+                at = (p * groups + g) * size
+                a = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
+                at += apart
+                b = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
+                at += apart
+                c = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
+                at += apart
+                d = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
+                while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
+                    x = splat_at(outliers, 2 * i + 1)
+                    a_kept = fma(_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
+                    b_kept = fma(_column(column, zero, has_mins, w, at - 2 * apart, k), x, b_kept)
+                    c_kept = fma(_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
+                    d_kept = fma(_column(column, zero, has_mins, w, at, k), x, d_kept)
+                    i += 1
+                    k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
+            f32_store(out, p * LANES, a[0] + a_kept)
+            f32_store(out, (p + step) * LANES, b[0] + b_kept)
+            f32_store(out, (p + 2 * step) * LANES, c[0] + c_kept)
+            f32_store(out, (p + 3 * step) * LANES, d[0] + d_kept)
+
+    @part_kernel
+    def _tokens(
+        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
+        out: Any, lo: Any, hi: Any,
+    ) -> None:  # fmt: skip
+        """All tokens times panels lo:hi, in tiles."""
+        never_inline()
+        groups, size, tokens, rows = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1]
+        w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
+        outliers, out = flat(outliers), flat(out)
+        height = len(tile_zeros())
+        found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
+        for first in range(0, tokens, _AT_ONCE):
+            end = min(first + _AT_ONCE, tokens)
+            count = _list_columns(outliers, first, end, found, places)
+            for p in range(lo, hi):
+                _unpack_columns(column, zero, has_mins, w, size, p, groups, found, count, columns)
+                t = first
+                while t + height <= end:
+                    _tile(
+                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                        p, t, groups, tile_zeros(), out, rows,
+                    )  # fmt: skip
+                    t += height
+                while t + _FEW <= end:
+                    _tile(
+                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                        p, t, groups, f32_zeros(_FEW), out, rows,
+                    )  # fmt: skip
+                    t += _FEW
+                while t < end:
+                    _tile(
+                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                        p, t, groups, f32_zeros(1), out, rows,
+                    )  # fmt: skip
+                    t += 1
+
+    @inline_kernel
+    def _panels(
+        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
+        out: Any, lo: Any, hi: Any,
+    ) -> None:  # fmt: skip
+        """quant_matmul for one kind of weights."""
+        step = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
+        if out.shape[0] == 1 and step > 0:
+            if has_mins:  # constants, so that each has code of its own: one loop for both spills registers
+                _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
+            else:
+                _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
+            lo += STREAMS * step
+        if lo < hi:
+            _tokens(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+
+    return _panels
 
 
-@part_kernel
-def _tokens(
-    dots: Any, column: Any, zero: Any, has_mins: Any, blocks: Any,
-    xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, out: Any, lo: Any, hi: Any,
-) -> None:  # fmt: skip
-    """All tokens times panels lo:hi, in tiles."""
-    never_inline()
-    groups, size, tokens, rows = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1]
-    w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
-    outliers, out = flat(outliers), flat(out)
-    height = len(tile_zeros())
-    found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
-    for first in range(0, tokens, _AT_ONCE):
-        end = min(first + _AT_ONCE, tokens)
-        count = _list_columns(outliers, first, end, found, places)
-        for p in range(lo, hi):
-            _unpack_columns(column, zero, has_mins, w, size, p, groups, found, count, columns)
-            t = first
-            while t + height <= end:
-                _tile(
-                    dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                    p, t, groups, tile_zeros(), out, rows,
-                )  # fmt: skip
-                t += height
-            while t + _FEW <= end:
-                _tile(
-                    dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                    p, t, groups, f32_zeros(_FEW), out, rows,
-                )  # fmt: skip
-                t += _FEW
-            while t < end:
-                _tile(
-                    dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                    p, t, groups, f32_zeros(1), out, rows,
-                )  # fmt: skip
-                t += 1
-
-
-@inline_kernel
-def _panels(
-    dots: Any, column: Any, zero: Any, has_mins: Any, blocks: Any,
-    xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, out: Any, lo: Any, hi: Any,
-) -> None:  # fmt: skip
-    """quant_matmul for one kind of weights."""
-    step = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
-    if out.shape[0] == 1 and step > 0:
-        if has_mins:  # constants, so that each has code of its own: one loop for both spills registers
-            _one_token(dots, column, zero, True, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
-        else:
-            _one_token(dots, column, zero, False, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
-        lo += STREAMS * step
-    if lo < hi:
-        _tokens(dots, column, zero, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+_panels_int4 = _panels_of(_dots_int4, _column_int4, ZERO4)
+_panels_int5 = _panels_of(_dots_int5, _column_int5, ZERO5)
+_panels_int8 = _panels_of(_dots_int8, _column_int8, ZERO8)
 
 
 @kernel(strict=True)
@@ -319,11 +327,11 @@ def quant_matmul(
 ) -> None:  # fmt: skip
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     if kind == INT4:
-        _panels(_dots_int4, _column_int4, ZERO4, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        _panels_int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
     elif kind == INT5:
-        _panels(_dots_int5, _column_int5, ZERO5, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        _panels_int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
     else:
-        _panels(_dots_int8, _column_int8, ZERO8, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        _panels_int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
 
 
 @parallel_kernel

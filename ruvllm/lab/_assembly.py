@@ -54,16 +54,18 @@ class Instruction:
 class Loop:
     """An innermost loop.
 
-    width: bits of its widest vector arithmetic, 0 if it has none. fma, dot: multiply-add and integer dot-product
-    instructions on vectors. scalar_math: arithmetic on single floats. spills: instructions that save or restore vectors
-    on the stack. bytes_read, bytes_written: memory that one turn touches. elements: numbers that one turn makes, of
-    the kind ``element``: "multiply-add" where it sums products, "store" where it writes, else "load".
+    width: bits of its widest vector arithmetic, 0 if it has none. moved: bits of its widest load or store.
+    fma, dot: multiply-add and integer dot-product instructions on vectors. scalar_math: arithmetic on single floats.
+    spills: instructions that save or restore vectors on the stack. bytes_read, bytes_written: memory that one turn
+    touches. elements: numbers that one turn makes, of the kind ``element``: "multiply-add" where it sums products,
+    "store" where it writes, else "load".
     """
 
     function: str
     file: str
     line: int
     width: int
+    moved: int
     fma: int
     dot: int
     loads: int
@@ -185,6 +187,7 @@ def _loop(function: str, lines: list[Instruction]) -> Loop:
     fma, dot = sum(bool(_FMA.match(n)) for n in names), sum(bool(_DOT.match(n)) for n in names)
     read = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _reads(t)]
     written = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _writes(t)]
+    moved = max((min(_width(t), 8 * _bytes(t)) for t in code if _reads(t) or _writes(t)), default=0)
     products = sum(_width(t) // 32 for t, n in zip(code, names, strict=True) if _FMA.match(n))
     products += sum(_width(t) // 8 for t, n in zip(code, names, strict=True) if _DOT.match(n))
     if sum(written) and not dot:
@@ -196,7 +199,8 @@ def _loop(function: str, lines: list[Instruction]) -> Loop:
     counted = Counter((x.file, x.line) for x in lines if x.line).most_common(1)
     file, line = counted[0][0] if counted else ("", 0)
     return Loop(
-        function=function, file=file, line=line, width=width, fma=fma, dot=dot, loads=len(read), stores=len(written),
+        function=function, file=file, line=line, width=width, moved=moved, fma=fma, dot=dot,
+        loads=len(read), stores=len(written),
         scalar_math=sum(bool(_SCALAR.match(n)) for n in names),
         spills=sum(x.spill and bool(_X86_REGISTER.search(x.text) or _ARM_VECTOR.search(x.text)) for x in lines),
         calls=tuple(x.calls for x in lines if x.calls),

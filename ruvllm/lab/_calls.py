@@ -64,9 +64,10 @@ def calls_of_kernel(spec: KernelSpec) -> list[Call]:
 
 @cache
 def calls_of_models() -> dict[str, Call]:
-    """The bodies that models call, by name: with 4-bit and with float32 weights, one token and several."""
+    """The bodies that models call, by name: with 4-bit and with float32 weights, one token and several, adapters."""
     from ruvllm.model.config import ModelConfig
     from ruvllm.model.llama import Llama
+    from ruvllm.model.lora import LoraAdapter, LoraConfig, MicroLora
 
     config = ModelConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -80,5 +81,10 @@ def calls_of_models() -> dict[str, Call]:
             cache = model.new_cache(32)
             model.forward(range(7), cache)
             model.forward([1], cache)
+            MicroLora(model).attach(LoraAdapter(config, LoraConfig(16)))
+            model.forward([1, 2], cache)
+            gate = model.layers[0].linears()["gate"]
+            dy, dx = np.ones((2, gate.rows), np.float32), np.empty((2, gate.columns), np.float32)
+            gate.weights.matmul_transposed(dy, dx, False)
 
     return {body.py_func.__name__: (body, signature) for body, signature in reversed(calls_of(run))}

@@ -87,6 +87,16 @@ class Explanation:
         """Whether there is vector arithmetic, and no loop computes on single floats or calls a function."""
         return bool(self.width) and not self.scalar_loops and not self.scalar_calls
 
+    @property
+    def moved(self) -> int:
+        """Bits of the widest load or store in any loop, 0 if there is none."""
+        return max((loop.moved for loop in self.loops), default=0)
+
+    @property
+    def moves_only(self) -> bool:
+        """Whether its loops only copy: there is no float arithmetic, and no call."""
+        return bool(self.loops) and not self.width and not self.scalar_loops and not self.scalar_calls
+
     def annotated(self, loop: int | None = None) -> str:
         """Assembly of one loop (or of all), each instruction to the right of the source line that it comes from."""
         chosen = range(len(self.loops)) if loop is None else (loop,)
@@ -150,8 +160,8 @@ class Explanation:
             return "no loop is left"
         if self.vectorized:
             return f"vectorised, {self.width} bits"
-        if not self.width and not self.scalar_loops and not self.scalar_calls:
-            return "no arithmetic in its loops"
+        if self.moves_only:
+            return f"moves memory, up to {self.moved} bits at a time, and computes nothing"
         if not self.width:
             return "not vectorised" + (f", calls in loops: {', '.join(self.scalar_calls)}" if self.scalar_calls else "")
         parts = [f"{len(self.scalar_loops)} scalar loops"] if self.scalar_loops else []

@@ -32,6 +32,7 @@ from ruvllm.kernels._simd import (
     low_nibbles,
     never_inline,
     offset_rows,
+    prefetch_l2,
     scale_rows,
     sdot_rows,
     signed_offset_rows,
@@ -275,6 +276,8 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
             end = min(first + _AT_ONCE, tokens)
             count = _list_columns(outliers, first, end, found, places)
             for p in range(lo, hi):
+                for at in range((p + 1) * groups * size, (p + 2) * groups * size, LINE):
+                    prefetch_l2(w, at)  # the next panel: its columns are read here and there, which no machine foresees
                 _unpack_columns(column, zero, has_mins, w, size, p, groups, found, count, columns)
                 t = first
                 while t + height <= end:

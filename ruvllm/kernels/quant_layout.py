@@ -18,9 +18,8 @@ Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, totals (T, G) = xs sum
 sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs nothing.
 
 A few features of a language model are far larger than the rest, and set the scale of their group (LLM.int8(), Dettmers
-et al. 2022). So the largest number of each of the four groups of a row that have the largest scales is left out of xq
-and kept whole in outliers (T, 4, 2) float32, (column, x), in the order of the columns: one column of W times x is added
-for each in float32.
+et al. 2022). So the four largest numbers of a row are left out of xq and kept whole in outliers (T, 4, 2) float32,
+(column, x), in the order of the columns: one column of W times x is added for each in float32.
 """
 
 import numpy as np

@@ -59,7 +59,9 @@ def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any
 def quantize_activations(
     x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any
 ) -> None:
-    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers.
+    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
+
+    the largest number of the group with the largest scale is taken out, four times.
 
     xq (T, 32 G); xs, totals (T, G); offsets (T, G, 4); outliers (T, 4, 2). ``totals`` counts outliers too. A NaN or
     infinity makes its group's scale NaN, so that it is not lost. Groups of numbers below 2^-120 become zeros.

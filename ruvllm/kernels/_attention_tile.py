@@ -7,7 +7,6 @@ dimension by dimension, so that a row's result depends neither on the tile's siz
 from typing import Any
 
 import numpy as np
-from numba.core.registry import cpu_target
 
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._math import exp2_of_negative
@@ -30,12 +29,11 @@ from ruvllm.kernels._simd import (
     store_rows,
     zip_rows,
 )
-from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._tile import LANES, WIDE
 
 # Rows of a tile and panels at a time, by the target's registers: 8 x 2 sums of AVX-512's 32 (10 loads serve 16
 # multiply-adds), 6 x 1 of two registers each of AVX2's 16, 6 x 1 of four each of NEON's 32.
-_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-ROWS, PAIRS = (8, True) if _WIDE else (6, False)
+ROWS, PAIRS = (8, True) if WIDE else (6, False)
 Q_STEP = 8  # from one number of a tile's first query to its next: at least ROWS, a power of two
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
 LOG2_E = np.float32(1.4426950408889634)

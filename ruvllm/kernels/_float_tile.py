@@ -18,8 +18,6 @@ Sums are taken in one order, block by block, whatever the tile: a row's result d
 
 from typing import Any
 
-from numba.core.registry import cpu_target
-
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._simd import (
     LANES,
@@ -36,10 +34,9 @@ from ruvllm.kernels._simd import (
     stack_f32,
     store_rows,
 )
-from ruvllm.kernels._tile import put
+from ruvllm.kernels._tile import WIDE, put
 
-_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-_ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if _WIDE else (6, 3, False)
+_ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if WIDE else (6, 3, False)
 K_BLOCK = 512
 GROUP = 16
 _ROW_BLOCK = 128

@@ -1,4 +1,4 @@
-"""The micro-kernels: a 16-column panel times one row, or times six rows at once.
+"""The micro-kernels: 16-column panels times one row, or one panel times six rows at once.
 
 Linear layers, attention scores (K cache blocks are panels of 16 positions) and attention outputs (V rows are
 panels of 16 features) are all this one product: sums[r] += splat_at(x, r, k) * panel[k]. With 6 rows, 6 x 16
@@ -7,11 +7,14 @@ sums stay in registers (12 of AVX2's 16, 24 of NEON's 32) and each weight vector
 
 from typing import Any
 
+from numba.core.registry import cpu_target
+
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, load, splat_at
 
 LANES = 16
 TILE = 6
+WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # 32 registers of a whole vector
 STREAMS = 4  # runs of memory that one token's product reads by turns: one core of a Zen 2 reads 26 GB/s so, from one 18
 
 
@@ -22,24 +25,6 @@ def put(out: Any, index: Any, value: Any, count: Any, add: Any) -> None:
         f32_store(out, index, f32_load(out, index) + value if add else value)
     else:
         f32_store_first(out, index, f32_load_first(out, index, count) + value if add else value, count)
-
-
-@inline_kernel
-def token_times_panel(
-    w: Any, wi: Any, w_step: Any, x: Any, xi: Any, k_count: Any, out: Any, oi: Any, count: Any, add: Any
-) -> None:
-    """out[oi + j] = sum_k x[xi + k] w[wi + k w_step + j], j < 16: four sums hide the latency of the multiply-add."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    whole = k_count - k_count % 4
-    for k in range(0, whole, 4):
-        at = wi + k * w_step
-        s0 = fma(load(w, at), splat_at(x, xi + k), s0)
-        s1 = fma(load(w, at + w_step), splat_at(x, xi + k + 1), s1)
-        s2 = fma(load(w, at + 2 * w_step), splat_at(x, xi + k + 2), s2)
-        s3 = fma(load(w, at + 3 * w_step), splat_at(x, xi + k + 3), s3)
-    for k in range(whole, k_count):
-        s0 = fma(load(w, wi + k * w_step), splat_at(x, xi + k), s0)
-    put(out, oi, (s0 + s1) + (s2 + s3), count, add)
 
 
 @inline_kernel
@@ -66,7 +51,7 @@ def tile_times_panel(
     w: Any, wi: Any, w_step: Any, x: Any, xi: Any, x_row: Any, k_count: Any,
     out: Any, oi: Any, out_row: Any, count: Any, add: Any,
 ) -> None:  # fmt: skip
-    """The same for six rows of x, ``x_row`` elements apart, into six rows of out, ``out_row`` apart."""
+    """out[oi + r out_row + j] = sum_k x[xi + r x_row + k] w[wi + k w_step + j], r < 6, j < 16; or += with ``add``."""
     s0, s1, s2, s3, s4, s5 = f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero(), f32_zero()
     x1, x2, x3, x4, x5 = xi + x_row, xi + 2 * x_row, xi + 3 * x_row, xi + 4 * x_row, xi + 5 * x_row
     for k in range(k_count):

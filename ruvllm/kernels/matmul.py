@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numba import prange
-from numba.core.registry import cpu_target
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
@@ -13,13 +12,12 @@ from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, STREAMS
+from ruvllm.kernels._tile import LANES, STREAMS, WIDE
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.blas import blas_gemm, takes_blas
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
-_MANY_REGISTERS = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 _FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
 
 
@@ -31,8 +29,8 @@ def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any
     """
     s0 = f32_zeros(STREAMS)
     s1, s2, s3 = s0, s0, s0
-    wide = columns - columns % (4 * LANES) if _MANY_REGISTERS else 0
-    whole = wide if _MANY_REGISTERS else columns - columns % LANES
+    wide = columns - columns % (4 * LANES) if WIDE else 0
+    whole = wide if WIDE else columns - columns % LANES
     for k in range(0, wide, 4 * LANES):
         row = at + k
         s0 = fma_each(f32_load(x, k), load_rows(w, row, step, STREAMS), s0)

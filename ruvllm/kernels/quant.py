@@ -158,9 +158,7 @@ def _list_columns(outliers: Any, lo: Any, hi: Any, found: Any, places: Any) -> A
 
 
 @inline_kernel
-def _column(
-    column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any
-) -> Any:
+def _column(column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any) -> Any:
     """Column k of W, in the block at byte ``at``, as it multiplies an outlier; mins do so in the totals."""
     codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
     return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numba import prange
-from numba.core.registry import cpu_target
 
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
@@ -35,13 +34,12 @@ from ruvllm.kernels._simd import (
     zip_rows,
 )
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
-from ruvllm.kernels._tile import LANES, put
+from ruvllm.kernels._tile import LANES, WIDE, put
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8
 
 # Columns of a tile, which divide GROUP, and panels of tokens at a time, by the target's registers: see _float_tile.py.
-_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-_COLUMNS, _PAIRS = (8, True) if _WIDE else (4, False)
+_COLUMNS, _PAIRS = (8, True) if WIDE else (4, False)
 _ROWS = 512  # rows of W at a time
 _TOKENS = 128  # tokens at a time: their dy^T, 256 KB, stays in the second-level cache
 _STEP = _ROWS + LANES  # from a column of W to the next: they begin at different places of a page

@@ -20,6 +20,9 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 
+# Bytes: Linux maps up to a huge page around the byte that is read, if that is how the file lies in its cache.
+_MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
+
 
 class Source:
     """Bytes ``[0, size)`` of one file, read-only.
@@ -96,10 +99,9 @@ class Source:
         """Tell the system that these mapped pages are not needed for now; reading them again still works."""
         if self._map is None or not hasattr(_mmap, "MADV_DONTNEED"):
             return
-        start = -(-offset // _mmap.PAGESIZE) * _mmap.PAGESIZE  # whole pages only: neighbours may be in use
-        end = (offset + count) // _mmap.PAGESIZE * _mmap.PAGESIZE
-        if end > start:
-            self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
+        start = offset // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE  # neighbours too: they came along, and come again if read
+        end = min(-(-(offset + count) // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE, self.size)
+        self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Let go of the file. Arrays taken from a map stay valid: the map goes with the last of them."""

@@ -65,15 +65,21 @@ class Llama:
         layouts = choose_layouts(config, source, layout)
 
         def linear(name: str) -> Linear:
-            tensor, bias = source.tensor(name), f"{name}_bias"
-            loaded = Linear.load(tensor, layouts[name], source.tensor(bias) if bias in source else None)
-            tensor.release()
+            tensor, named = source.tensor(name), f"{name}_bias"
+            bias = source.tensor(named) if named in source else None
+            loaded = Linear.load(tensor, layouts[name], bias)
+            for read in (tensor, bias):
+                if read is not None:
+                    read.release()
             if progress:
                 progress(tensor.shape[0] * tensor.shape[1])
             return loaded
 
         def vector(name: str) -> np.ndarray:
-            return np.array(source.tensor(name).float32().reshape(-1))
+            tensor = source.tensor(name)
+            loaded = np.array(tensor.float32().reshape(-1))
+            tensor.release()
+            return loaded
 
         with limited_to(self.threads):
             self.embed = linear("embed")

@@ -443,7 +443,7 @@ import sys
 from ruvllm import compiling
 from ruvllm.cli import main
 compiling.is_warm, compiling.mark_warm = lambda what: False, print
-compiling._run_tiny_model = compiling._read_rows = print
+compiling._run_tiny_model = print
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -42,6 +42,13 @@ def _without(a: Any, b: Any, k: Any) -> Any:
 
 
 @inline_kernel
+def _find(a: Any, b: Any, magnitude: Any) -> Any:
+    """The first of the group's numbers with this magnitude, without a branch that nobody could foretell."""
+    k, later = find_magnitude(a, magnitude), find_magnitude(b, magnitude)
+    return k + later if k == LANES else k
+
+
+@inline_kernel
 def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any) -> None:
     """Write the codes, scale, offsets and total of group ``at``: the vectors a and b, of which max|x| = ``largest``."""
     inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
@@ -53,6 +60,27 @@ def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any
     totals[at] = xs[at] * np.float32(total)
     offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
     offsets[at * OFFSETS + NO_ZERO] = 0
+
+
+@inline_kernel
+def _largest_scale(scales: Any, row: Any, groups: Any) -> Any:
+    """The largest of the scales from ``row`` on, and the first group that has it; 0 if all are 0, or NaN is there."""
+    largest, found = np.float32(0), 0
+    for g in range(0, groups, GROUP):
+        a, b = _load_group(scales, row + g, groups - g)
+        here = largest_magnitude(a, b)  # NaN, which is larger than nothing, if there is one
+        if here > largest:
+            largest, found = here, g + _find(a, b, here)
+    return largest, found
+
+
+@inline_kernel
+def _in_order(outliers: Any, t: Any, at: Any) -> None:
+    """Exchange outlier ``at`` of row t and the one before, if its column is the smaller one."""
+    k, x, later, y = outliers[t, at - 1, 0], outliers[t, at - 1, 1], outliers[t, at, 0], outliers[t, at, 1]
+    wrong = later < k
+    outliers[t, at - 1, 0], outliers[t, at - 1, 1] = (later if wrong else k), (y if wrong else x)
+    outliers[t, at, 0], outliers[t, at, 1] = (k if wrong else later), (x if wrong else y)
 
 
 @kernel(strict=True)
@@ -75,28 +103,21 @@ def quantize_activations(
             a, b = _load_group(xf, t * columns + g * GROUP, columns - g * GROUP)
             _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + g)
         for i in range(OUTLIERS):
-            largest, found = np.float32(0), 0
-            for g in range(groups):
-                if scales[row + g] > largest:
-                    largest, found = scales[row + g], g
+            largest, found = _largest_scale(scales, row, groups)
             column, value = 0, np.float32(0)
-            if largest > np.float32(0):  # some group is finite, and not all zeros
+            if largest > np.float32(0):
                 first = found * GROUP
                 a, b = _load_group(xf, t * columns + first, columns - first)
                 for j in range(i):  # one group may have several
                     a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
                 largest = largest_magnitude(a, b)
-                k = find_magnitude(a, largest)
-                if k == LANES:
-                    k += find_magnitude(b, largest)
+                k = _find(a, b, largest)
                 column, value = first + k, xf[t * columns + first + k]
                 a, b = _without(a, b, k)
                 _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + found)
-            at = i
-            while at > 0 and outliers[t, at - 1, 0] > np.float32(column):  # in the order of the columns
-                outliers[t, at, 0], outliers[t, at, 1] = outliers[t, at - 1, 0], outliers[t, at - 1, 1]
-                at -= 1
-            outliers[t, at, 0], outliers[t, at, 1] = np.float32(column), value
+            outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
+            for at in range(i, 0, -1):
+                _in_order(outliers, t, at)
         for i in range(OUTLIERS):
             sums[row + np.int64(outliers[t, i, 0]) // GROUP] += outliers[t, i, 1]
 

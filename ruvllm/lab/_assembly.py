@@ -93,7 +93,7 @@ def innermost_loops(assembly: str) -> list[Loop]:
 
 def called(assembly: str) -> Counter[str]:
     """Functions that the assembly calls, with how many calls there are."""
-    callees = _Callees()
+    callees = _Callees(assembly)
     return Counter(name for text in assembly.splitlines() if (name := callees.of(text.strip())))
 
 
@@ -103,21 +103,37 @@ def defined(assembly: str) -> set[str]:
 
 
 class _Callees:
-    """Follows a listing and says what is called where: calls go through registers that took an address before."""
+    """Follows a listing and says what is called where: calls go through registers that took an address before.
 
-    def __init__(self) -> None:
+    The listing's order is not the program's: where a register was last used for something else, it holds what the
+    listing ever puts there, if that is one function.
+    """
+
+    def __init__(self, assembly: str) -> None:
         self._held: dict[str, str] = {}
+        self._ever: dict[str, set[str]] = {}
+        for text in assembly.splitlines():
+            if match := _ADDRESS.match(text.strip()):
+                self._ever.setdefault(_register(match), set()).add(_name(match))
 
     def of(self, text: str) -> str:
         """The function that this instruction calls, "" if it is no call."""
         if match := _ADDRESS.match(text):
-            name = match[1] or match[4] or match[6]
-            self._held[match[2] or match[3] or match[5]] = name
+            self._held[_register(match)] = _name(match)
         elif match := _MOVE.match(text):  # to another register, or to the stack and back
             self._held[match[2].lstrip("%")] = self._held.get(match[1].lstrip("%"), "")
         if match := _CALL.match(text):
-            return _plain(self._held.get(match[1]) or match[1])
+            ever = self._ever.get(match[1], set())
+            return _plain(self._held.get(match[1]) or (min(ever) if len(ever) == 1 else match[1]))
         return ""
+
+
+def _register(address: re.Match[str]) -> str:
+    return address[2] or address[3] or address[5]
+
+
+def _name(address: re.Match[str]) -> str:
+    return address[1] or address[4] or address[6]
 
 
 def _plain(symbol: str) -> str:
@@ -137,7 +153,7 @@ def _bodies(assembly: str) -> Iterator[tuple[str, list[Instruction]]]:
     where, function, block, owner = ("", 0), "", "", ""
     blocks: dict[tuple[str, str], list[Instruction]] = {}  # by loop: LLVM may put some before the loop's header
     innermost: list[tuple[str, str]] = []
-    callees = _Callees()
+    callees = _Callees(assembly)
     for text in assembly.splitlines():
         if match := _BLOCK.match(text):
             block, owner = match[1] or match[2], ""

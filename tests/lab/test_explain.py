@@ -82,6 +82,13 @@ def test_x86_loops() -> None:
     assert called(X86) == {"expf": 1, "memset": 1}
 
 
+def test_a_register_that_the_listing_used_in_between_holds_the_one_function_it_ever_held() -> None:
+    reloaded = X86.replace("\t.loc\t1 12 5", "\tmovq\t48(%rsp), %r14                # 8-byte Reload")
+    assert called(reloaded) == {"expf": 1, "memset": 1}
+    two = reloaded.replace("# %bb.2:", "\tmovabsq\t$logf, %r14\n# %bb.2:")
+    assert called(two) == {"r14": 1, "memset": 1}
+
+
 def test_arm_loops() -> None:
     """macOS's syntax, and Linux's, where the arrangement stands with the registers."""
     linux = ARM.replace("fmla.4s\tv3, v0, v2", "fmla\tv3.4s, v0.4s, v2.4s").replace("sdot.4s\tv4", "sdot\tv4.4s")

@@ -196,7 +196,7 @@ class KernelCache(_Cache):
                 file.write(hashlib.sha256(content).digest() + content)
             os.replace(temporary, path)
         except OSError as error:  # disk full, read-only: this process has the code, the next compiles again
-            log.warning("could not write to the compile cache: %s", error)
+            _say_that_nothing_is_kept(error.strerror or str(error))
             if temporary is not None and os.path.exists(temporary):
                 os.unlink(temporary)
 
@@ -209,6 +209,12 @@ class KernelCache(_Cache):
         identity = (self._file, code.co_firstlineno, code.co_qualname, self._flags)
         key = hashlib.sha256(repr((identity, sig, codegen.magic_tuple())).encode()).digest()
         return directory / f"{code.co_name}-{key.hex()[:24]}.nbc", key
+
+
+@cache
+def _say_that_nothing_is_kept(reason: str) -> None:
+    """Once for each reason: the next kernel will hardly fare better."""
+    log.warning("could not write to the compile cache, so each start compiles again: %s", reason)
 
 
 def _cachable(compiled: Any) -> bool:

@@ -362,12 +362,12 @@ def test_a_full_disk(empty: Setup) -> None:
     """No file can have more than 2000 bytes: half an entry is never left, and the next process makes it good."""
     if sys.platform == "win32":
         return
-    outcome = empty.run(FULL_DISK + PROGRAM)
+    another = "import numpy, ruvllm.kernels\nruvllm.kernels.dot(numpy.ones(3, 'f'), numpy.ones(3, 'f'))\n"
+    outcome = empty.run(FULL_DISK + another + PROGRAM)
     assert outcome.is_right()
-    assert outcome.compiled >= 1
-    assert outcome.log.count("could not write to the compile cache") == outcome.compiled
+    assert outcome.log.count("could not write to the compile cache") == 1 < outcome.compiled
     assert list(empty.generation.iterdir()) == []
-    assert empty.run().compiled == outcome.compiled
+    assert empty.run(another + PROGRAM).compiled == outcome.compiled
     assert empty.run().compiled == 0
 
 

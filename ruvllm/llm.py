@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,7 +326,12 @@ class LLM:
         return stream.result
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
-        """The answer to a conversation, through the model's own chat template; options as in ``stream``."""
+        """The answer to a conversation, through the model's own chat template; options as in ``stream``.
+
+        messages: [{"role": "user", "content": "..."}, ...]. Raises TypeError for anything else.
+        """
+        if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
+            raise TypeError(f"messages: expected [{{'role': 'user', 'content': '...'}}, ...], found {messages!r:.60}")
         return self.generate(list(messages), **options)
 
     def perplexity(

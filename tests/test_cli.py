@@ -40,6 +40,12 @@ class FakeStream:
             raise self.error
 
 
+class FakeCache(str):
+    """What was asked for, in words; ``max_tokens`` as the length of the words makes a full one."""
+
+    max_tokens = 1000
+
+
 class FakeLLM:
     """Records what it is asked and answers from a script; the last answer serves ever after."""
 
@@ -55,7 +61,7 @@ class FakeLLM:
         return self
 
     def new_cache(self, max_tokens, kv):
-        return f"a cache of {max_tokens} tokens in {kv}"
+        return FakeCache(f"a cache of {max_tokens} tokens in {kv}")
 
     def stream(self, prompt, **options):
         self.asked.append((prompt, options))
@@ -188,7 +194,7 @@ def test_context_and_unlimited_answers_get_a_cache(llm, capsys):
     assert [options["max_tokens"] for _, options in llm.asked] == [256, None, None]
     capsys.readouterr()
     assert main(["generate", "m", "x", "-c", "10001"]) == 2
-    assert "--ctx-size: expected at most 10000 tokens" in capsys.readouterr().err
+    assert "--context (-c): expected at most 10000 tokens" in capsys.readouterr().err
 
 
 def test_numbers_that_mean_something_to_users_of_llama_cpp(llm, tmp_path):
@@ -221,9 +227,32 @@ def test_prompt_from_stdin(llm, piped, argv):
     assert llm.asked[0][0] == user("from a\npipe ü")
 
 
+def test_the_line_end_of_a_pipe_or_file_is_no_part_of_the_prompt(llm, piped):
+    piped("hi\n\n")
+    assert main(["generate", "m"]) == 0
+    assert llm.asked[0][0] == user("hi\n")
+
+
+def test_a_full_context_is_no_limit_of_tokens(llm, capsys, monkeypatch):
+    llm.answers[0].result.finish_reason = "length"
+    monkeypatch.setattr(FakeStream, "__init__", lambda self, *_: vars(self).update(vars(llm.answers[0])))
+    main(["generate", "m", "x"])
+    assert capsys.readouterr().err.endswith("; stopped at the token limit]\n")
+    monkeypatch.setattr(FakeCache, "max_tokens", len("a cache of 64 tokens in f32"))
+    main(["generate", "m", "x", "-c", "64"])
+    assert capsys.readouterr().err.endswith("; the context is full: --context (-c) makes room]\n")
+
+
+def test_a_file_that_is_no_text_is_named(llm, tmp_path, capsys):
+    file = tmp_path / "picture"
+    file.write_bytes(b"ab\xff\x00")
+    assert main(["perplexity", "m", str(file)]) == 2
+    assert capsys.readouterr().err == f"ruvllm: error: {file}: expected a text in UTF-8, found byte 0xff at 2\n"
+
+
 def test_prompt_from_a_file(llm, tmp_path):
     file = tmp_path / "p.txt"
-    file.write_text("from a file ü", encoding="utf-8")
+    file.write_bytes("from a file ü\r\n".encode())
     assert main(["generate", "m", "--file", str(file)]) == 0
     assert llm.asked[0][0] == user("from a file ü")
 

@@ -277,6 +277,12 @@ def test_an_answer_that_is_left_alone_midway(llm: LLM) -> None:
 # --- chats -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("messages", ["hi", [], {"role": "user", "content": "hi"}, ["hi"], None])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(TypeError, match="^messages: expected .*'role': 'user'"):
+        llm.chat(messages)
+
+
 def test_chats_go_through_the_template(llm: LLM) -> None:
     text = "<|user|>hi<|end|><|assistant|>"
     ids = llm.tokenizer.encode(text)

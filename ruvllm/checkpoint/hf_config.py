@@ -125,8 +125,8 @@ def _rope(keys: Fields, max_positions: int) -> RopeConfig:
         if factor not in (None, 1.0):
             raise rope.error("rope_type", "no such key", "the type of scaling that `factor` belongs to")
         kind = "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise rope.error("rope_type", kind, "'default', 'linear' or 'llama3'")
+    if kind not in ("default", "linear", "ntk", "llama3"):
+        raise rope.error("rope_type", kind, "'default', 'linear', 'ntk' or 'llama3'")
     for holder in (keys, rope):
         partial = holder.get("partial_rotary_factor", float)
         if partial not in (None, 1.0):
@@ -142,8 +142,8 @@ def _rope(keys: Fields, max_positions: int) -> RopeConfig:
         if kind == "default":
             return RopeConfig(theta=theta)
         factor = rope.require("factor", float)
-        if kind == "linear":
-            return RopeConfig(theta=theta, scaling="linear", factor=factor)
+        if kind in ("linear", "ntk"):
+            return RopeConfig(theta=theta, scaling=kind, factor=factor)
         return RopeConfig(
             theta=theta,
             scaling="llama3",

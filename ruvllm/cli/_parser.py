@@ -371,6 +371,15 @@ def take_last(args: argparse.Namespace) -> str | None:
     return operand
 
 
+def _decoded(content: bytes, source: str) -> str:
+    """UTF-8 text with the line ends of any system."""
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        found = f"byte {content[error.start]:#04x} at {error.start}"
+        raise ValueError(f"{source}: expected a text in UTF-8, found {found}") from None
+
+
 def read_text(given: str | None, file: str | None, what: str) -> str:
     """A prompt or document: the text given, or that of a file, or of stdin for "-" or where stdin is a pipe.
 
@@ -382,8 +391,8 @@ def read_text(given: str | None, file: str | None, what: str) -> str:
     if given is not None and given != "-":
         text, source = given, "it"
     elif file is not None and file != "-":
-        with open(file, encoding="utf-8") as handle:
-            text, source = handle.read(), file
+        with open(file, "rb") as handle:
+            text, source = _decoded(handle.read(), file), file
     elif given is None and file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}: give one as an argument, with --file, or on stdin")
     else:

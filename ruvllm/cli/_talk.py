@@ -33,7 +33,7 @@ def generate(args: argparse.Namespace) -> None:
     operand = take_last(args)
     if operand is not None and args.prompt is not None:
         raise ValueError("prompt given twice: as an argument and as --prompt")
-    prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt")
+    prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt").removesuffix("\n")
     if args.raw and args.system is not None:
         raise ValueError("--system needs the chat template that --raw leaves out")
     llm = load_model(args, model)
@@ -45,7 +45,7 @@ def generate(args: argparse.Namespace) -> None:
         request = [*_system(args), {"role": "user", "content": prompt}]
     # Without a limit of tokens the facade makes a cache as long as the prompt and the answer.
     cache = None if args.context is None and args.max_tokens >= 0 else _cache(llm, args)
-    _show_answer(llm.stream(request, cache=cache, kv=args.kv, **_options(args)), args)
+    _show_answer(llm.stream(request, cache=cache, kv=args.kv, **_options(args)), cache, args)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -86,10 +86,10 @@ def _turn(
     except ContextFullError as error:
         if not interactive:
             raise
-        _note(f"{error}\nthe message was not taken in; /reset starts a new conversation")
+        _note(f"{error}\nthe message was not taken in; /reset starts a new conversation, --context (-c) makes room")
         return
     try:
-        _show_answer(stream, args)
+        _show_answer(stream, cache, args)
     except KeyboardInterrupt:
         if not interactive:
             raise
@@ -158,7 +158,7 @@ def context_of(llm: LLM, args: argparse.Namespace) -> int:
     limit = llm.config.max_position_embeddings
     context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context or limit
     if context > limit:
-        raise ValueError(f"--ctx-size: expected at most {limit} tokens, which the model was made for, found {context}")
+        raise ValueError(f"--context (-c): expected at most {limit} tokens, the model's own, found {context}")
     return int(context)
 
 
@@ -167,20 +167,21 @@ def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
     return llm.new_cache(context_of(llm, args), args.kv)
 
 
-def _show_answer(stream: Stream, args: argparse.Namespace) -> None:
+def _show_answer(stream: Stream, cache: KVCache | None, args: argparse.Namespace) -> None:
     """Print an answer to stdout as it comes, then its times to stderr."""
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
     if not args.quiet:
-        _note(summary(stream.result))
+        _note(_summary(stream.result, cache is not None and len(cache) >= cache.max_tokens))
 
 
-def summary(result: Generation) -> str:
+def _summary(result: Generation, full: bool) -> str:
     """One line: the time to the first token, the speed after it, and why the answer ended."""
     times = result.timings
     reused = f" ({times.reused_tokens} of them from before)" if times.reused_tokens else ""
-    ended = "stopped at the token limit" if result.finish_reason == "length" else "reached its end"
+    limit = "the context is full: --context (-c) makes room" if full else "stopped at the token limit"
+    ended = limit if result.finish_reason == "length" else "reached its end"
     made = f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s" if times.tokens > 1 else "1 token"
     prompt = f"{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s"
     return f"[{prompt}; {made}; {ended}]"

@@ -56,6 +56,17 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected a number that a float can hold, found one of many digits") from None
 
 
+def attention_scale(scale: Any, dim: int) -> float:
+    """The scale given, or 1 / sqrt(dim).
+
+    Raises:
+        TypeError, ValueError: the scale is no number, or heads have no numbers.
+    """
+    if not dim:
+        raise ValueError("q: expected heads of at least one number, found none")
+    return float(dim**-0.5 if scale is None else number("scale", scale))
+
+
 def integer(name: str, value: Any) -> int:
     """``value`` as an int. Raises TypeError unless it is an integer."""
     if type(value) is int:
@@ -93,12 +104,12 @@ def float64(name: str, array: Any) -> np.ndarray:
     return np.ascontiguousarray(found, np.float64)
 
 
-def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """``out`` if it can take the result, or a new float32 array.
+def output(name: str, out: Any, shape: tuple[int, ...], *inputs: np.ndarray) -> np.ndarray:
+    """``out`` if it can take the result, or a new float32 array. It may be one of the inputs, but not a piece of one.
 
     Raises:
         TypeError: not a float32 NumPy array.
-        ValueError: wrong shape, not C-contiguous, or read-only.
+        ValueError: wrong shape, not C-contiguous, or read-only; or it begins within an input, or an input within it.
     """
     if out is None:
         return np.empty(shape, np.float32)
@@ -108,7 +119,16 @@ def output(name: str, out: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"{name}: expected shape {shape}, found {out.shape}")
     if not out.flags.carray:  # C-contiguous, aligned, writable
         raise ValueError(f"{name}: must be C-contiguous, aligned and writable")
+    for array in inputs:
+        # Arrays that own their memory cannot overlap, and asking takes longer than a small kernel.
+        if array is not out and (array.base is not None or out.base is not None) and np.may_share_memory(out, array):
+            if array.nbytes != out.nbytes or _address(array) != _address(out):
+                raise ValueError(f"{name}: overlaps an input; it may be the input itself")
     return out
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def apart(name: str, out: np.ndarray, *inputs: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     and softmax functions".
     """
     x = _check.float32("x", x, min_ndim=1)
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
@@ -172,7 +172,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     """
     gate = _check.float32("gate", gate)
     up = _check.float32("up", up, shape=gate.shape)
-    out = _check.output("out", out, gate.shape)
+    out = _check.output("out", out, gate.shape, gate, up)
     flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
     if threads == 1:

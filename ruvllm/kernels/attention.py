@@ -9,8 +9,8 @@ from ruvllm.kernels._memory import aligned_empty, scratch
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import cached_attention, scratch_size
-from ruvllm.kernels.kv import append, padded
+from ruvllm.kernels.cached_attention import attend_units, cached_attention, scratch_size
+from ruvllm.kernels.kv import append, kv_append_heads, padded
 from ruvllm.kernels.row_attention import attend_row_chunks, attend_rows_parallel, row_scratch_size
 from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
 
@@ -64,7 +64,7 @@ def _attend(
     """paged_attention of checked arrays."""
     heads, dim = q.shape
     kv_heads = k.shape[2]
-    factor = np.float32(dim**-0.5 if scale is None else _check.number("scale", scale))
+    factor = np.float32(_check.attention_scale(scale, dim))
     chunks, width = chunk_count(length), partial_width(dim)
     units, size = kv_heads * chunks, row_scratch_size(dim, heads, kv_heads)
     threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, units)
@@ -178,7 +178,7 @@ def flash_attention(
         raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
     if causal and length < tokens:
         raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")
-    scale = dim**-0.5 if scale is None else _check.number("scale", scale)
+    scale = _check.attention_scale(scale, dim)
     if window is not None and (not causal or _check.integer("window", window) < 1):
         raise ValueError(f"window: expected a positive integer with causal=True, found {window!r}")
     if not q.size:
@@ -291,7 +291,7 @@ SPECS = [
     KernelSpec(
         name="flash_attention",
         function=flash_attention,
-        compiled=(),
+        compiled=(kv_append_heads, attend_units),
         reference=reference.flash_attention,
         formula="softmax(q k^T / sqrt(D), causal) v, many queries",
         example=_many_tokens,

@@ -203,7 +203,7 @@ def attention_backward(
         raise ValueError(f"starts: expected ascending numbers from 0 to {tokens}, found {starts.tolist()}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected a positive integer, found {window!r}")
-    reach, scale32 = NO_WINDOW if window is None else window, np.float32(dim**-0.5 if scale is None else scale)
+    reach, scale32 = NO_WINDOW if window is None else window, np.float32(_check.attention_scale(scale, dim))
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     if q.size:
         units = len(lengths) * kv_heads

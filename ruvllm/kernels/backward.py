@@ -89,7 +89,7 @@ def rms_norm_backward(
     eps = _check.number("eps", eps)
     if add and out is None:
         raise TypeError("out: expected a float32 NumPy array to add to, found None")
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x, weight, dy)
     if x.size:
         rows, dys, to = _check.rows(x), _check.rows(dy), _check.rows(out)
         threads = threads_for(x.size, PARALLEL_ELEMENTS, len(rows))
@@ -148,8 +148,8 @@ def silu_mul_backward(
     gate = _check.float32("gate", gate)
     up = _check.float32("up", up, shape=gate.shape)
     dy = _check.float32("dy", dy, shape=gate.shape)
-    d_gate = _check.output("d_gate", d_gate, gate.shape)
-    d_up = _check.output("d_up", d_up, gate.shape)
+    d_gate = _check.output("d_gate", d_gate, gate.shape, gate, up, dy)
+    d_up = _check.output("d_up", d_up, gate.shape, gate, up, dy)
     arrays = gate.ravel(), up.ravel(), dy.ravel(), d_gate.ravel(), d_up.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
     if threads == 1:

@@ -131,7 +131,9 @@ def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, p
 def kv_append(
     k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Store keys and values of new tokens in the cache of one layer, in place.
+    """keys[h, p // 16, :, p % 16] = k[t, h] and values[h, p] = v[t, h] for the position p of each token t, in place.
+
+    Into a cache of int8, each k[t, h] and v[t, h] goes rounded, with its scale max|x| / 127.
 
     Args:
         k, v: (T, KV, D) float32.

@@ -69,7 +69,7 @@ def cross_entropy(
         raise ValueError(f"targets: expected {rows}, one per row of logits, found {len(targets)}")
     if rows and not 0 <= targets.min() <= targets.max() < n:
         raise ValueError(f"targets: expected 0 to {n - 1}, found {targets.min()} to {targets.max()}")
-    grad = _check.output("grad", grad, logits.shape)
+    grad = _check.output("grad", grad, logits.shape, logits)
     losses = np.empty(rows, np.float32)
     threads = threads_for(logits.size, PARALLEL_ELEMENTS, rows)
     if threads == 1:

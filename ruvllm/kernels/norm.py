@@ -90,7 +90,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     """
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x, weight)
     eps = _check.number("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
@@ -131,7 +131,7 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     x = _check.float32("x", x, min_ndim=1)
     if not x.shape[-1]:
         raise ValueError(f"x: the mean over an empty last axis is undefined, found shape {x.shape}")
-    out = _check.output("out", out, x.shape[:-1])
+    out = _check.output("out", out, x.shape[:-1], x)
     rms_rows(_check.rows(x), out.reshape(-1), 0, out.size)
     return out
 
@@ -227,7 +227,7 @@ def layer_norm(
     weight = _check.float32("weight", weight, shape=last)
     with_bias = bias is not None
     bias = _check.float32("bias", bias, shape=last) if with_bias else weight
-    out = _check.output("out", out, shape)
+    out = _check.output("out", out, shape, x, weight, bias)
     eps = _check.number("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)

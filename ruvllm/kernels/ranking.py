@@ -214,7 +214,7 @@ def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
         ValueError: ``x`` has no dimension, or ``out`` does not match.
     """
     x = _check.float32("x", x, min_ndim=1)
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x)
     if x.size:
         rows = _check.rows(x)
         log_softmax_rows(rows, _check.rows(out), 0, rows.shape[0])

@@ -162,7 +162,7 @@ def apply_rope_tables(
     _require_pairs(dim)
     cos = _check.float32("cos", cos, shape=(tokens, dim // 2))
     sin = _check.float32("sin", sin, shape=(tokens, dim // 2))
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x, cos, sin)
     if x.size:
         sequences = x if x.ndim == 3 else x.reshape(-1, heads, dim)
         to = out if x.ndim == 3 else out.reshape(-1, heads, dim)
@@ -278,7 +278,7 @@ def apply_rope(
     inv_freq = rope_inv_freq(dim) if inv_freq is None else _check.float64("inv_freq", inv_freq)
     if inv_freq.shape != (dim // 2,):
         raise ValueError(f"inv_freq: expected shape ({dim // 2},), found {inv_freq.shape}")
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x)
     tables = np.empty((2, tokens, dim // 2), np.float32)
     if x.ndim > 3:
         cos, sin = tables

@@ -53,7 +53,7 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     """
     a = _check.float32("a", a, min_ndim=1)
     b = _check.float32("b", b, shape=a.shape)
-    out = _check.output("out", out, a.shape[:-1])
+    out = _check.output("out", out, a.shape[:-1], a, b)
     if a.size:
         dot_rows(_check.rows(a), _check.rows(b), out.ravel(), 0, out.size)
     else:
@@ -97,7 +97,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
         ValueError: ``out`` does not match.
     """
     x = _check.float32("x", x)
-    out = _check.output("out", out, x.shape)
+    out = _check.output("out", out, x.shape, x)
     factor = _check.number("factor", factor)
     threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
     if threads == 1:
@@ -144,7 +144,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     """
     a = _check.float32("a", a)
     b = _check.float32("b", b, shape=a.shape)
-    out = _check.output("out", out, a.shape)
+    out = _check.output("out", out, a.shape, a, b)
     threads = threads_for(a.size, PARALLEL_ELEMENTS, a.size)
     if threads == 1:
         add_range(a.ravel(), b.ravel(), out.ravel(), 0, a.size)

@@ -151,7 +151,7 @@ def _checked(model: Llama, ids: np.ndarray, context: int) -> np.ndarray:
         raise ValueError(f"context: expected 4 to {limit}, found {context!r}")
     ids = integers("ids", ids)
     if len(ids) < context:
-        raise ValueError(f"text: expected at least {context} tokens, found {len(ids)}")
+        raise ValueError(f"text: expected at least {context} tokens, one window (context), found {len(ids)}")
     return ids
 
 

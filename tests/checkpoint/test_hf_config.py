@@ -28,6 +28,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         ({"rope_parameters": {"rope_theta": 7.5, "rope_type": "default"}, "rope_theta": 3.0}, RopeConfig(7.5)),
         ({"rope_scaling": None, "rope_parameters": None}, RopeConfig(10000.0)),
         ({"rope_scaling": {"type": "linear", "factor": 4}}, RopeConfig(10000.0, "linear", 4.0)),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, RopeConfig(10000.0, "ntk", 2.0)),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, RopeConfig(10000.0, "linear", 4.0)),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},

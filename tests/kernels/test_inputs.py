@@ -168,3 +168,34 @@ def test_an_output_that_shares_memory_with_an_input_is_refused(name: str) -> Non
         np.testing.assert_array_equal(spec.function(**{**arguments, argument: inside}, out=beside), expected)
         tried += 1
     assert tried >= 2
+
+
+@EVERY_SPEC
+def test_an_output_over_a_piece_of_an_input_is_refused_or_right(spec: KernelSpec) -> None:
+    if "out" not in inspect.signature(spec.function).parameters or spec.name in cases.IN_PLACE:
+        return
+    arguments = cases.example(spec, dict.fromkeys(spec.axes, 4))
+    (expected,) = cases.run(spec, arguments)
+    for argument, array in cases.arrays(arguments).items():
+        for shift in (-1, 1, 5):
+            buffer = np.zeros(array.size + expected.size + 10, np.float32)
+            inside = buffer[5:][: array.size].reshape(array.shape)
+            inside[...] = array
+            over = buffer[5 + shift :][: expected.size].reshape(expected.shape)
+            try:
+                found = spec.function(**{**arguments, argument: inside}, out=over)
+            except ValueError as error:
+                assert str(error).startswith(("out: overlaps an input", "out: shares memory")), argument
+            else:
+                np.testing.assert_array_equal(found, expected, err_msg=argument)
+
+
+@pytest.mark.parametrize("name", ["softmax", "silu_mul", "rms_norm", "layer_norm", "add", "scale", "apply_rope"])
+def test_an_output_may_be_the_input_itself(name: str) -> None:
+    spec = KERNELS[name]
+    arguments = cases.example(spec, dict.fromkeys(spec.axes, 6))
+    (expected,) = cases.run(spec, arguments)
+    for argument, array in cases.arrays(arguments).items():
+        if array.shape == expected.shape:
+            for own in (array.copy(), np.concatenate([array, array])[: len(array)]):  # the second is a view
+                np.testing.assert_array_equal(spec.function(**{**arguments, argument: own}, out=own), expected)

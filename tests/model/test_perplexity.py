@@ -78,7 +78,7 @@ def test_options_are_refused_by_name(model: Llama) -> None:
     for context in (3, 0, -5, 1025, 64.0, None):
         with pytest.raises(ValueError, match="^context: expected 4 to 1024, found"):
             perplexity(model, text(2000), context)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^text: expected at least 64 tokens, one window (context), found 63$"):
+    with pytest.raises(ValueError, match=r"^text: expected at least 64 tokens, one window \(context\), found 63$"):
         perplexity(model, text(63), 64)
     with pytest.raises(TypeError, match="^ids: expected integers"):
         perplexity(model, text(64).astype(np.float64), 64)

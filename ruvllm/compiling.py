@@ -154,7 +154,7 @@ def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS) -> Iterator
         disable=None if progress is None else not progress,
     )  # fmt: skip
     if bar.disable:
-        logger.info("compiling kernels for this processor: about 20 s, the first time only")
+        logger.info("compiling kernels for this processor: 20 to 30 s, the first time only")
 
     class Counter(event.Listener):
         def on_start(self, event: Any) -> None:

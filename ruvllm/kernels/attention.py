@@ -86,10 +86,13 @@ def grouped_query_attention(
     """softmax(scale q k^T) v of one token: query head h attends with kv head h // (H / KV).
 
     Args:
-        q: (H, D) float32.
-        k, v: (S, KV, D) float32, S >= 1, H a multiple of KV.
+        q: (..., H, D) float32; leading dimensions are sequences of their own.
+        k, v: (..., S, KV, D) float32, S >= 1, H a multiple of KV.
         scale: 1 / sqrt(D) if None.
-        out: (H, D) float32 to write into.
+        out: (..., H, D) float32 to write into.
+
+    Returns:
+        (..., H, D) float32.
 
     Raises:
         TypeError: not float32.
@@ -97,7 +100,14 @@ def grouped_query_attention(
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
     """
-    q = _check.float32("q", q, ndim=2)
+    q = _check.float32("q", q, min_ndim=2)
+    if q.ndim > 2:
+        k = _check.float32("k", k, shape=(*q.shape[:-2], None, None, q.shape[-1]))
+        v = _check.float32("v", v, shape=k.shape)
+        out = _check.apart("out", _check.output("out", out, q.shape, q), k, v)
+        for batch in np.ndindex(q.shape[:-2]):
+            grouped_query_attention(q[batch], k[batch], v[batch], scale, out[batch])
+        return out
     k = _check.float32("k", k, ndim=3)
     length, kv_heads, dim = k.shape
     v = _check.float32("v", v, shape=k.shape)
@@ -111,7 +121,9 @@ def grouped_query_attention(
 def multi_query_attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """softmax(scale q k^T) v of one token whose heads share one kv head: q (H, D), k and v (S, D); see GQA.
+    """softmax(scale q k^T) v of one token whose heads share one kv head; see grouped_query_attention.
+
+    q (..., H, D), k and v (..., S, D), result (..., H, D).
 
     Raises:
         TypeError: not float32.
@@ -119,15 +131,17 @@ def multi_query_attention(
 
     Source: Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need".
     """
-    k = _check.float32("k", k, ndim=2)
+    k = _check.float32("k", k, min_ndim=2)
     v = _check.float32("v", v, shape=k.shape)
-    return grouped_query_attention(q, k[:, None], v[:, None], scale, out)
+    return grouped_query_attention(q, k[..., None, :], v[..., None, :], scale, out)
 
 
 def softmax_attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """softmax(scale q k^T) v of one query and one head: q (D,), k and v (S, D), result (D,); scale 1/sqrt(D) if None.
+    """softmax(scale q k^T) v of one query and one head; scale 1 / sqrt(D) if None.
+
+    q (..., D), k and v (..., S, D), result (..., D).
 
     Raises:
         TypeError: not float32.
@@ -135,9 +149,9 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need".
     """
-    q = _check.float32("q", q, ndim=1)
+    q = _check.float32("q", q, min_ndim=1)
     out = _check.output("out", out, q.shape)
-    multi_query_attention(q[None], k, v, scale, out[None])
+    multi_query_attention(q[..., None, :], k, v, scale, out[..., None, :])
     return out
 
 

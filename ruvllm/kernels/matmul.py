@@ -80,22 +80,26 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     """y = A x.
 
     Args:
-        a: (M, K) float32, row-major.
+        a: (..., M, K) float32, row-major: leading dimensions are stacked rows of one product.
         x: (K,) float32.
-        out: (M,) float32 to write into; not x.
+        out: (..., M) float32 to write into; not an input.
+
+    Returns:
+        (..., M) float32.
 
     Raises:
         TypeError: not float32.
         ValueError: shapes do not match.
     """
-    a = _check.float32("a", a, ndim=2)
-    x = _check.float32("x", x, shape=(a.shape[1],))
-    out = _check.apart("out", _check.output("out", out, (a.shape[0],)), a, x)
-    threads = threads_for(a.size, PARALLEL_MACS, a.shape[0])
+    a = _check.float32("a", a, min_ndim=2)
+    x = _check.float32("x", x, shape=a.shape[-1:])
+    out = _check.apart("out", _check.output("out", out, a.shape[:-1]), a, x)
+    rows, y = (a, out) if a.ndim == 2 else (_check.rows(a), out.reshape(-1))
+    threads = threads_for(a.size, PARALLEL_MACS, y.size)
     if threads == 1:
-        gemv_rows(a, x, out, 0, a.shape[0])
+        gemv_rows(rows, x, y, 0, y.size)
     else:
-        launch(gemv_parallel, a, x, out, threads)
+        launch(gemv_parallel, rows, x, y, threads)
     return out
 
 

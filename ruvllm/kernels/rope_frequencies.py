@@ -86,22 +86,28 @@ def rope_tables(
     high_freq_factor: float = 4.0,
     original_max_position: int = 8192,
     factors: Sequence[float] | np.ndarray | None = None,
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos[t, i] = cos(positions[t] inv_freq[i]), and sin alike; frequencies as in ``rope_inv_freq``.
 
     Args:
         positions: (T,) integers.
         head_dim: D, even. The other arguments are those of ``rope_inv_freq``.
+        out: (cos, sin), each (T, D/2) float32, to write into.
 
     Returns:
         (cos, sin), each (T, D/2) float32, from float64 angles.
 
     Raises:
-        TypeError: positions are not integers.
-        ValueError: as ``rope_inv_freq``.
+        TypeError: positions are not integers, or ``out`` is no pair of float32 arrays.
+        ValueError: as ``rope_inv_freq``; or ``out`` has another shape.
     """
     inv_freq = rope_inv_freq(
         head_dim, theta, scaling, factor, low_freq_factor, high_freq_factor, original_max_position, factors
     )
     angles = _check.integers("positions", positions)[:, None] * inv_freq
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    if out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
+        raise TypeError(f"out: expected two arrays, (cos, sin), found {type(out).__name__}")
+    cos, sin = (_check.output("out", table, angles.shape) for table in out or (None, None))
+    cos[:], sin[:] = np.cos(angles), np.sin(angles)
+    return cos, sin

@@ -43,6 +43,22 @@ def assert_near(got: Array, expected: Array, tolerance: float = 1e-10) -> None:
     assert ((got - expected) ** 2).sum() <= tolerance * (expected**2).sum()
 
 
+def test_leading_dimensions_are_sequences_of_their_own() -> None:
+    q, k, v = normal(2, 3, 4, 17), normal(2, 3, 33, 2, 17, seed=1), normal(2, 3, 33, 2, 17, seed=2)
+    got = grouped_query_attention(q, k, v, out=np.empty_like(q))
+    shared = multi_query_attention(q, k[..., 0, :], v[..., 0, :])
+    single = softmax_attention(q[..., 0, :], k[..., 0, :], v[..., 0, :])
+    for batch in np.ndindex(2, 3):
+        for found, kv in ((got, 2), (shared, 1)):
+            expected = attended(q[batch][None], k[batch][:, :kv], v[batch][:, :kv], lambda t: range(33))[0]
+            assert_near(found[batch], expected)
+        assert_near(single[batch], attended(q[batch][None, :1], k[batch][:, :1], v[batch][:, :1], lambda t: range(33))[0, 0])
+    with pytest.raises(ValueError, match="^k: expected shape"):
+        grouped_query_attention(q, k[0], v[0])
+    with pytest.raises(ValueError, match="^out: shares memory"):
+        grouped_query_attention(q, k, v, out=k.reshape(-1)[: q.size].reshape(q.shape))
+
+
 # --- many queries ------------------------------------------------------------------------------------------------
 
 

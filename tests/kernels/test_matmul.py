@@ -61,7 +61,7 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
     ("call", "message"),
     [
         (lambda: gemv(normal(3, 4), normal(5)), "x: expected shape (4), found (5,)"),
-        (lambda: gemv(normal(3), normal(3)), "a: expected 2 dimensions, found shape (3,)"),
+        (lambda: gemv(normal(3), normal(3)), "a: expected at least 2 dimensions, found shape (3,)"),
         (lambda: gemm(normal(3, 4), normal(5, 6)), "b: expected shape (4, any), found (5, 6)"),
         (lambda: gemm(normal(4), normal(4, 6)), "a: expected (..., M, K), found shape (4,)"),
         (lambda: gemm(normal(3, 4), normal(2, 4, 6)), "b: expected shape (4, any), found (2, 4, 6)"),
@@ -148,3 +148,10 @@ def test_an_empty_range_of_panels_writes_nothing() -> None:
     for p in range(len(panels) + 1):
         panels_matmul(panels, rng.standard_normal((1, 33), np.float32), out, p, p)
     assert (out == -5).all()
+
+
+def test_gemv_of_stacked_rows() -> None:
+    a, x = normal(2, 3, 5, 37), normal(37)
+    y = gemv(a, x, out=np.empty((2, 3, 5), np.float32))
+    np.testing.assert_array_equal(y, np.array([[gemv(part, x) for part in parts] for parts in a]))
+    np.testing.assert_allclose(y, a.astype(np.float64) @ x, rtol=1e-4, atol=1e-5)

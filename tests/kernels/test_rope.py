@@ -199,3 +199,15 @@ def test_shapes_that_do_not_fit() -> None:
         apply_rope(x, np.arange(3.0))
     with pytest.raises(ValueError, match=r"inv_freq: expected shape \(4,\), found \(8,\)"):
         apply_rope(x, np.arange(3), np.ones(8))
+
+
+def test_tables_into_arrays_of_the_caller() -> None:
+    out = np.empty((3, 8), np.float32), np.empty((3, 8), np.float32)
+    cos, sin = rope_tables(np.arange(3), 16, out=out)
+    assert cos is out[0] and sin is out[1]
+    for got, expected in zip(out, rope_tables(np.arange(3), 16), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(TypeError, match="^out: expected two arrays"):
+        rope_tables(np.arange(3), 16, out=out[0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^out: expected shape"):
+        rope_tables(np.arange(4), 16, out=out)

@@ -52,7 +52,8 @@ def test_leading_dimensions_are_sequences_of_their_own() -> None:
         for found, kv in ((got, 2), (shared, 1)):
             expected = attended(q[batch][None], k[batch][:, :kv], v[batch][:, :kv], lambda t: range(33))[0]
             assert_near(found[batch], expected)
-        assert_near(single[batch], attended(q[batch][None, :1], k[batch][:, :1], v[batch][:, :1], lambda t: range(33))[0, 0])
+        one = attended(q[batch][None, :1], k[batch][:, :1], v[batch][:, :1], lambda t: range(33))[0, 0]
+        assert_near(single[batch], one)
     with pytest.raises(ValueError, match="^k: expected shape"):
         grouped_query_attention(q, k[0], v[0])
     with pytest.raises(ValueError, match="^out: shares memory"):

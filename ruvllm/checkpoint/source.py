@@ -101,7 +101,8 @@ class Source:
             return
         start = offset // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE  # neighbours too: they came along, and come again if read
         end = min(-(-(offset + count) // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE, self.size)
-        self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
+        if end > start:
+            self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Let go of the file. Arrays taken from a map stay valid: the map goes with the last of them."""

@@ -64,7 +64,10 @@ def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any
 
 @inline_kernel
 def _largest_scale(scales: Any, row: Any, groups: Any) -> Any:
-    """The largest of the scales from ``row`` on, and the first group that has it; 0 if all are 0, or NaN is there."""
+    """The largest of the scales from ``row`` on, and the first group that has it; 0 if all are 0.
+
+    32 scales of which one is NaN do not count.
+    """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
         a, b = _load_group(scales, row + g, groups - g)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from ruvllm import compiling
@@ -23,3 +29,29 @@ def test_warm_up_asks_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("dtype", "layout"), sorted(set(PLAIN + BY_FILE)))
 def test_a_tiny_model_of_every_kind_loads_and_speaks(dtype: str, layout: str) -> None:
     compiling._run_tiny_model(dtype, layout)
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", ""])
+def test_compiling_goes_on_without_the_other_process(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    with compiling._compiling_aside([("Q8_0", "int8")]):
+        pass
+
+
+def test_the_other_process_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside a first load it packs weights and samples, and is gone afterwards."""
+    seen = []
+
+    class Seen(subprocess.Popen):
+        def __init__(self, arguments: list[str], **options: Any) -> None:
+            super().__init__(arguments, **options, env=os.environ | {"RUVLLM_CACHE": str(tmp_path)})
+            seen.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Seen)
+    with compiling._compiling_aside([("Q8_0", "int8")]):
+        assert seen[0].wait(60) == 0
+    names = {path.name.rpartition("-")[0] for path in tmp_path.rglob("*.nbc")}
+    assert {"argmax_index", "top_kselect", "log_softmax_rows"} <= names
+    with compiling._compiling_aside([("Q8_0", "int8")]):
+        assert seen[1].poll() is None
+    assert seen[1].poll() is not None

@@ -22,6 +22,8 @@ import numpy as np
 import ruvllm
 from ruvllm.llm import LLM
 
+REST_SECONDS = 0.5  # before each round, so that the last one's threads spin no more
+
 
 def seconds_per_token(llm: LLM, tokens: int, between: Callable[[], object]) -> float:
     """Of greedy decoding after a short prompt, without what is done between the tokens."""
@@ -63,6 +65,7 @@ def main() -> None:
         seconds_per_token(llm, 4, between)
     for _ in range(arguments.rounds):
         for name, between in others.items():
+            time.sleep(REST_SECONDS)
             times[name].append(seconds_per_token(llm, arguments.tokens, between))
     alone = statistics.median(times["alone"])
     print(f"{llm}, {llm.model.threads} threads, medians of {arguments.rounds} rounds of {arguments.tokens} tokens")

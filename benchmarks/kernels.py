@@ -93,7 +93,6 @@ class Awake:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.rest = engine.rest
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
@@ -101,6 +100,10 @@ class Awake:
         while time.perf_counter() < end:
             self._engine.seconds(1)
         return self._engine.seconds(calls)
+
+    def settle(self) -> None:
+        """See Engine."""
+        self._engine.settle()
 
 
 def measure(case: Case, bench: Bench, peers: list[KernelPeer]) -> Iterator[Row]:
@@ -117,7 +120,7 @@ def measure(case: Case, bench: Bench, peers: list[KernelPeer]) -> Iterator[Row]:
                     missing[peer.name] = str(why)
             if threads > 1:
                 engines = {name: Awake(engine) for name, engine in engines.items()}
-            found = alternate(engines, bench.effort, rest=threads > 1)
+            found = alternate(engines, bench.effort, settle=threads > 1)
             inside = job.inside() if threads == 1 else None
             kernel = alternate({OWN: inside}, bench.effort)[OWN].median if inside else None
         least, bound = least_seconds(peaks, job.flops, job.nbytes)

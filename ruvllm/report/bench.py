@@ -18,7 +18,7 @@ from ruvllm.lab.peaks import Peaks
 from ruvllm.report.results import Entry
 from ruvllm.report.timing import Call, Effort, Engine, Timing, alternate
 
-_TURNS_OF_MANY = 7  # where several threads work, since engines then rest between turns
+_TURNS_OF_MANY = 7  # where several threads work, since engines then settle between turns
 _FREE_SHARE = 0.8  # of the free memory, that a row may take
 _BUFFER_BYTES = 1 << 28
 OWN, _READ = "ruvllm", "read"
@@ -46,7 +46,7 @@ class Bench:
         effort = replace(self.effort, turns=min(self.effort.turns, _TURNS_OF_MANY)) if many else self.effort
         if from_memory := nbytes > max((level.size for level in peaks.levels[:-1]), default=0.0):
             engines = {**engines, _READ: Call(partial(buffer_sum, self._buffer))}
-        found = alternate(engines, effort, rest=many)
+        found = alternate(engines, effort, settle=many)
         if from_memory:
             peaks = with_memory(peaks, self._buffer.nbytes / found.pop(_READ).median)
         seconds, bound = least_seconds(peaks, flops, nbytes, integer)

@@ -38,7 +38,6 @@ class Inside:
         self._body, self._arguments = seen[0]
         if self._body is not spec.compiled[0]:  # what does the work was called by another name, and not seen
             raise LookupError(f"{spec.name}: {spec.compiled[0].__name__} was not seen")
-        self.rest = 0.0  # one thread
         _repeat(self._body, 1, self._arguments)  # compiles
 
     def seconds(self, calls: int) -> float:
@@ -47,6 +46,9 @@ class Inside:
         start = time.perf_counter()
         _repeat(self._body, calls, self._arguments)
         return time.perf_counter() - start
+
+    def settle(self) -> None:
+        """See ``timing.Engine``: it has one thread."""
 
 
 @contextmanager

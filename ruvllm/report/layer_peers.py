@@ -16,7 +16,7 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.paths import cache_directory
 from ruvllm.report import gguf_file, layers
 from ruvllm.report.peers import PeerError, Torch, relative_error
-from ruvllm.report.timing import REST_SECONDS, Engine
+from ruvllm.report.timing import Engine
 from ruvllm.report.worker import Worker
 
 _SAME = 0.1  # relative error of logits up to which a peer computes the same: its 8-bit sums and f16 cache are its own
@@ -72,12 +72,15 @@ class LlamaCpp:
 class _OneToken:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.rest = REST_SECONDS
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
         self._once()
         return sum(self._once() for _ in range(calls))
+
+    def settle(self) -> None:
+        """See Engine."""
+        self._worker.call("settle")
 
     def _once(self) -> float:
         self._worker.call("truncate", length=layers.CONTEXT)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ruvllm.kernels import KernelSpec
 from ruvllm.report.numpy_peer import OPERATIONS
-from ruvllm.report.timing import OPENBLAS_REST_SECONDS, REST_SECONDS, Call, Engine
+from ruvllm.report.timing import Call, Engine
 from ruvllm.report.worker import Worker
 
 SAME = 1e-2  # relative error up to which a peer computes the same: float32 angles of PyTorch's RoPE are off by 1e-5
@@ -59,7 +59,7 @@ class NumPy:
             raise PeerError("no counterpart in NumPy")
         call = make(**own_copies(inputs))
         _require_same(self.about, relative_error(call(), exact))
-        return Call(call, OPENBLAS_REST_SECONDS)
+        return Call(call)
 
 
 class Torch:
@@ -104,11 +104,14 @@ class Torch:
 class _Remote:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.rest = REST_SECONDS
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
         return float(self._worker.call("seconds", calls=calls))
+
+    def settle(self) -> None:
+        """See Engine."""
+        self._worker.call("settle")
 
 
 def _require_same(who: str, error: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from timeit import Timer
@@ -11,9 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-# A team of threads spins for some milliseconds after its work, that of OpenBLAS for 2^26 clock ticks: where several
-# threads work, the next engine's turn begins after that.
-REST_SECONDS, OPENBLAS_REST_SECONDS = 0.02, 0.05
+from ruvllm.report._quiet import wait_until_quiet
 
 
 @dataclass(frozen=True)
@@ -38,26 +35,31 @@ class Timing:
 
 
 class Engine(Protocol):
-    """Something that can be timed. rest: seconds until its threads no longer spin, where it has several."""
-
-    rest: float
+    """Something that can be timed."""
 
     def seconds(self, calls: int) -> float:
         """Seconds of so many calls, after one that wakes threads and caches."""
+        ...
+
+    def settle(self) -> None:
+        """Return when its threads no longer spin, which would take a core from the next engine."""
         ...
 
 
 class Call:
     """A function without arguments, in this process."""
 
-    def __init__(self, function: Callable[[], object], rest: float = REST_SECONDS) -> None:
+    def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
-        self.rest = rest
 
     def seconds(self, calls: int) -> float:
         """See Engine."""
         self._function()
         return Timer(self._function).timeit(calls)
+
+    def settle(self) -> None:
+        """See Engine."""
+        wait_until_quiet()
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ FULL = Effort(turns=15, seconds=2e-3)
 QUICK = Effort(turns=5, seconds=5e-4, longest=0.4)
 
 
-def alternate(engines: Mapping[str, Engine], effort: Effort, rest: bool = False) -> dict[str, Timing]:
-    """Time the engines in turns, A B B A; with ``rest`` between them, where one could disturb the next.
+def alternate(engines: Mapping[str, Engine], effort: Effort, settle: bool = False) -> dict[str, Timing]:
+    """Time the engines in turns, A B B A; each ``settle``s where its threads could disturb the next.
 
     A quarter of the calls come before, untimed: caches are then the engine's own, not those of the one before it,
     whose arrays may be the same.
@@ -90,8 +92,8 @@ def alternate(engines: Mapping[str, Engine], effort: Effort, rest: bool = False)
     calls = {}
     for name, engine in engines.items():
         calls[name] = effort.calls(_estimate(engine))
-        if rest:
-            time.sleep(engine.rest)
+        if settle:
+            engine.settle()
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     slowest, turn = 0.0, 0
     while turn < (effort.turns_of(slowest) if turn else 1):
@@ -99,8 +101,8 @@ def alternate(engines: Mapping[str, Engine], effort: Effort, rest: bool = False)
             if calls[name] > 1:
                 engine.seconds(calls[name] // 4)
             seconds[name].append(engine.seconds(calls[name]) / calls[name])
-            if rest:
-                time.sleep(engine.rest)
+            if settle:
+                engine.settle()
         slowest = max(min(found) for found in seconds.values())
         turn += 1
     return {name: Timing.of(found) for name, found in seconds.items()}

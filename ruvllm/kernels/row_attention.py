@@ -37,7 +37,7 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.token_attention import GROUP, add_weighted_values
+from ruvllm.kernels.token_attention import GROUP, add_weighted_values, chunk_count, merge_chunks, partial_width
 
 _ONE = np.float32(1)
 
@@ -48,6 +48,8 @@ def padded_heads(group: int) -> int:
 
 
 _padded_heads = inline_kernel(padded_heads)
+_chunk_count = inline_kernel(chunk_count)
+_partial_width = inline_kernel(partial_width)
 
 
 def row_scratch_size(head_dim: int, heads: int, kv_heads: int) -> int:
@@ -139,6 +141,17 @@ def attend_row_chunks(
                 at = ((kv * group + head) * partial.shape[1] + c) * width
                 for d in range(0, wide, LANES):
                     f32_store(parts, at + d, f32_load(scratch, sums + (kv * tiled + head) * wide + d))
+
+
+@kernel(strict=True)
+def attend_rows(q: Any, k: Any, v: Any, table: Any, length: Any, scale: Any, memory: Any, out: Any) -> None:
+    """All units on one thread, merged: out (H, D). memory: float32, the partial results and then the scratch."""
+    heads, dim = q.shape
+    chunks = _chunk_count(length)
+    parts = heads * chunks * _partial_width(dim)
+    partial = memory[:parts].reshape(heads, chunks, _partial_width(dim))
+    attend_row_chunks(q, k, v, table, length, scale, partial, memory[parts:], 0, k.shape[2] * chunks)
+    merge_chunks(partial, chunks, out, 0, heads)
 
 
 @inline_kernel

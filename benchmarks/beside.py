@@ -4,8 +4,9 @@
 
 Rounds take turns: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all of its threads,
 which then wait, perhaps spinning, while ours run; and the same with PyTorch, if it is installed. Only the decoding is
-timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's spin for 2^26 cycles unless
-OPENBLAS_THREAD_TIMEOUT, which NumPy reads when it is loaded, is the logarithm of fewer.
+timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's spin for 2^OPENBLAS_THREAD_TIMEOUT
+clock ticks, which NumPy reads when it is loaded. Here NumPy is imported first, as in most programs, so that is 26 or
+28; a program that imports ruvllm first gets what OPENBLAS_THREAD_TIMEOUT=18 shows.
 """
 
 from __future__ import annotations

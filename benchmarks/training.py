@@ -26,6 +26,7 @@ import numpy as np
 
 import ruvllm
 from benchmarks._orders import orders
+from ruvllm._spinning import environment_of_others
 from ruvllm.checkpoint.adapters import save_adapter
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import open_checkpoint
@@ -110,7 +111,7 @@ class Peer:
     def __init__(self, python: str) -> None:
         # -P: files beside the script, such as kernels.py, are not taken for packages of these names.
         command = [python, "-P", str(Path(__file__).with_name("_torch_trainer.py"))]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {name: value for name, value in environment_of_others().items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -67,18 +67,22 @@ def compile_training(layouts: Iterable[str], progress: bool | None = None) -> No
 
 
 def warmup(progress: bool | None = True) -> None:
-    """Compile the kernels for every kind of weights and file into the user's compile cache, with a progress bar.
+    """Compile the kernels for every kind of weights and file into the user's compile cache, with progress bars.
 
     Loading a model, or training on it, compiles what is needed by itself, the first time after an installation or an
     upgrade.
     """
     if DISABLE_JIT:
         return
-    for layout in LAYOUTS:
-        compile_for([("F32", layout)], progress)
-    for dtype in BLOCKS:
-        compile_for([(dtype, layout_for("auto", dtype))], progress)
-    compile_training(LAYOUTS, progress)
+    kinds = [("F32", layout) for layout in LAYOUTS] + [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(kinds) + len(LAYOUTS), desc="warming up", unit="kind", leave=False, disable=hidden) as bar:
+        for kind in kinds:
+            compile_for([kind], progress)
+            bar.update()
+        for layout in LAYOUTS:
+            compile_training([layout], progress)
+            bar.update()
 
 
 @contextmanager

@@ -147,3 +147,30 @@ def test_a_token_allocates_nothing_on_its_way_through_the_layers(layout: str, kv
     assert found["compiled"] == 0
     assert found["token"] < 1024 * 4  # bytes of the hidden state
     assert found["left"] < 4 * 1024 * 4  # after sixty tokens
+
+
+# --- idle threads ------------------------------------------------------------------------------------------------
+
+SPINNING = """
+import json, os, ruvllm, sys
+from ruvllm._spinning import environment_of_others
+names = "GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT"
+print(json.dumps([[os.environ.get(n) for n in names], [environment_of_others().get(n) for n in names]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("of_user", "here"),
+    [
+        ({}, ["30000", "18"]),
+        ({"GOMP_SPINCOUNT": "7", "OPENBLAS_THREAD_TIMEOUT": "4"}, ["7", "4"]),
+        ({"OMP_WAIT_POLICY": "active"}, [None, "18"]),
+    ],
+)
+def test_idle_threads_spin_for_less_unless_the_user_has_said_how_long(
+    monkeypatch: pytest.MonkeyPatch, of_user: dict[str, str], here: list[str | None]
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    found = _python(SPINNING, **of_user)
+    assert found == [here, [of_user.get("GOMP_SPINCOUNT"), of_user.get("OPENBLAS_THREAD_TIMEOUT")]]

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from ruvllm.kernels import KERNELS
 from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.report import bench, kernel_rows, layer_peers, layer_rows, layers, run
+from ruvllm.report._quiet import wait_until_quiet
 from ruvllm.report.inside import Inside
 from ruvllm.report.numpy_peer import OPERATIONS
 from ruvllm.report.peers import NumPy, PeerError, Torch, relative_error
@@ -271,3 +273,32 @@ def test_the_torch_worker_is_asked_and_its_answer_checked(tmp_path: Path, monkey
             torch.engine(spec, spec.example(np.random.default_rng(0), **SMALL["kv_append"]), (0.0, 0.0), 1)
     finally:
         torch.close()
+
+
+def test_an_engine_is_quiet_when_its_threads_no_longer_spin() -> None:
+    done = threading.Event()
+
+    def spin() -> None:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        done.set()
+
+    threading.Thread(target=spin).start()
+    wait_until_quiet()
+    assert done.is_set()
+
+
+def test_waiting_for_quiet_ends_where_threads_spin_for_ever() -> None:
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    wait_until_quiet()
+    assert not stop.is_set() and thread.is_alive()
+    stop.set()
+    thread.join()

@@ -22,29 +22,43 @@ def paged_attention(
     k_pool: np.ndarray,
     v_pool: np.ndarray,
     block_table: np.ndarray,
-    length: int,
+    length: Any,
     scale: float | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """softmax(scale q k^T) v of one token over keys and values that lie in blocks of a shared pool.
 
     Args:
-        q: (H, D) float32.
+        q: (..., H, D) float32; leading dimensions are sequences of their own, which share the pools.
         k_pool, v_pool: (blocks, block_size, KV, D) float32, H a multiple of KV: head h uses kv head h // (H / KV).
-        block_table: integers; position s is row s % block_size of block block_table[s // block_size].
-        length: positions to attend to, >= 1.
+        block_table: (..., n) integers; position s is row s % block_size of block block_table[s // block_size].
+        length: (...) integers, positions to attend to, >= 1; one number is that of all sequences.
         scale: 1 / sqrt(D) if None.
-        out: (H, D) float32 to write into.
+        out: (..., H, D) float32 to write into.
+
+    Returns:
+        (..., H, D) float32.
 
     Raises:
-        TypeError: not float32, or a table that holds no integers.
+        TypeError: not float32, or a table or length that holds no integers.
         ValueError: shapes do not match, or the table is too short or points outside the pool.
 
     Source: Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
     """
-    q = _check.float32("q", q, ndim=2)
+    q = _check.float32("q", q, min_ndim=2)
     k = _check.float32("k_pool", k_pool, ndim=4)
     v = _check.float32("v_pool", v_pool, shape=k.shape)
+    if q.ndim > 2:
+        sequences = q.shape[:-2]
+        tables = _check.integers("block_table", block_table, q.ndim - 1)
+        lengths = _check.integers("length", length, q.ndim - 2 if np.ndim(length) else 0)
+        if tables.shape[:-1] != sequences or (lengths.ndim and lengths.shape != sequences):
+            found = f"{tables.shape} and length {lengths.shape}"
+            raise ValueError(f"block_table: {found} do not fit q of shape {q.shape}")
+        out = _check.apart("out", _check.output("out", out, q.shape, q), k, v)
+        for one, count in zip(np.ndindex(sequences), np.broadcast_to(lengths, sequences).flat, strict=True):
+            paged_attention(q[one], k, v, tables[one], int(count), scale, out[one])
+        return out
     heads, dim = q.shape
     if k.shape[3] != dim or not k.shape[2] or heads % k.shape[2]:
         raise ValueError(f"q: {heads} heads of {dim} do not fit k_pool of {k.shape[2]} kv heads of {k.shape[3]}")

@@ -157,6 +157,28 @@ def test_blocks_in_any_order(size: int, length: int) -> None:
     np.testing.assert_array_equal(paged_attention(q, pools[0], pools[1], longer, length), expected)
 
 
+def test_paged_sequences_share_the_pools() -> None:
+    q, pool = normal(2, 3, 6, 20), normal(2, 9, 4, 2, 20, seed=1)
+    tables = np.random.default_rng(3).integers(0, 9, (2, 3, 5))
+    lengths = np.array([[1, 20, 7], [4, 13, 16]])
+    got = paged_attention(q, pool[0], pool[1], tables, lengths, out=np.empty_like(q))
+    same = paged_attention(q, pool[0], pool[1], tables.tolist(), 7)
+    for one in np.ndindex(2, 3):
+        rows = pool[:, tables[one]].reshape(2, 20, 2, 20)
+        for found, length in ((got, int(lengths[one])), (same, 7)):
+            visible = range(length)
+            expected = attended(q[one][None], rows[0, :length], rows[1, :length], lambda t, seen=visible: seen)[0]
+            assert_near(found[one], expected)
+    arguments = {"q": q, "k_pool": pool[0], "v_pool": pool[1], "block_table": tables, "length": 7}
+    for name, wrong in (("block_table", tables[0]), ("block_table", tables[:, :2]), ("length", lengths[:1])):
+        with pytest.raises(ValueError, match="^block_table: "):
+            paged_attention(**{**arguments, name: wrong})
+    with pytest.raises(ValueError, match="^length: expected 1 to 20, found 21"):
+        paged_attention(q, pool[0], pool[1], tables, 21)
+    with pytest.raises(TypeError, match="^length: expected integers"):
+        paged_attention(q, pool[0], pool[1], tables, 7.0)
+
+
 def test_one_kv_head_and_one_head_are_special_cases() -> None:
     q, k, v = normal(5, 16), normal(70, 16, seed=1), normal(70, 16, seed=2)
     grouped = grouped_query_attention(q, k[:, None], v[:, None], scale=0.7)

@@ -25,11 +25,19 @@ _MOVE = re.compile(r"movq\s+(%\w+|-?\d*\(%rsp\)), (%\w+|-?\d*\(%rsp\))")
 
 _X86_REGISTER = re.compile(r"%([xyz])mm\d+")
 _ARM_VECTOR = re.compile(r"\bv\d+|\bq\d+")
+# Arithmetic on vectors: of floats, of integers, and conversions between kinds of numbers.
 _PACKED = re.compile(
-    r"v?(?:fn?m(?:add|sub)\w*|add|sub|mul|div|max|min|sqrt)p[sd]$|f(?:mla|mls|mul|add|sub|div|maxnm|minnm|sqrt)\.[24]"
+    r"v?(?:fn?m(?:add|sub)\w*|add|sub|mul|div|max|min|sqrt)p[sd]$|f(?:mla|mls|mul|add|sub|div|maxn?m?|minn?m?|sqrt)\.[24]"
+    r"|v?p(?:add|sub|mull|muludq|muldq|abs|max[su]|min[su])[bwdq]*$|(?:add|sub|mul|ml[as]|abs|[su](?:max|min))\.\d+[bhsd]"
+    r"|v?cvt(?:p[sdh]|dq|udq|qq|uqq|tp[sd])2\w+$|(?:fcvt\w*|[su]cvtf)\.[24][sd]"
 )
-_FMA = re.compile(r"vfn?m(?:add|sub)\d+ps$|fml[as]\.4s")
-_SCALAR = re.compile(r"v?(?:add|sub|mul|div|sqrt|fn?m(?:add|sub)\d+)s[sd]$|f(?:n?m?add|n?m?sub|mul|div|sqrt)$")
+_FMA = re.compile(r"vfn?m(?:add|sub)\d+p[sd]$|fml[as]\.[24][sd]")
+_SCALAR = re.compile(
+    r"v?(?:add|sub|mul|div|sqrt|max|min|fn?m(?:add|sub)\d+)s[sd]$"
+    r"|f(?:n?m?add|n?m?sub|mul|div|sqrt|max|min|maxnm|minnm)$"
+)
+# Arithmetic on numbers of 8 bytes.
+_DOUBLE = re.compile(r"v?(?:fn?m|add|sub|mul|div|max|min|sqrt)\w*[ps]d$|v?p(?:add|sub|mull|max[su]|min[su])q$|\w+\.2d")
 _ONE_FLOAT = re.compile(r"v?(?:mov|add|sub|mul|div|sqrt|max|min|u?comi|insertp|fn?m(?:add|sub)\d+)(s[sd]?)$")
 _DOT = re.compile(r"vpdpbusd|vpmaddubsw|[su]dot\.")
 _NARROW = {"vcvtph2ps": 2, "vpmovzxwd": 2, "vpmovsxwd": 2, "vpmovzxbd": 4, "vpmovsxbd": 4}  # width / bytes in memory
@@ -204,14 +212,15 @@ def _loop(function: str, lines: list[Instruction]) -> Loop:
     read = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _reads(t)]
     written = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _writes(t)]
     moved = max((min(_width(t), 8 * _bytes(t)) for t in code if _reads(t) or _writes(t)), default=0)
-    products = sum(_width(t) // 32 for t, n in zip(code, names, strict=True) if _FMA.match(n))
+    size = 8 if any(_DOUBLE.match(n) for n in names) else 4  # bytes of a number
+    products = sum(_width(t) // (8 * size) for t, n in zip(code, names, strict=True) if _FMA.match(n))
     products += sum(_width(t) // 8 for t, n in zip(code, names, strict=True) if _DOT.match(n))
     if sum(written) and not dot:
-        elements, element = sum(written) // 4, "store"
+        elements, element = sum(written) // size, "store"
     elif products:
         elements, element = products, "multiply-add"
     else:
-        elements, element = sum(read) // 4, "load"
+        elements, element = sum(read) // size, "load"
     counted = Counter((x.file, x.line) for x in lines if x.line).most_common(1)
     file, line = counted[0][0] if counted else ("", 0)
     return Loop(

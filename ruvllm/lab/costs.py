@@ -11,6 +11,7 @@ from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.lab.peaks import Peaks, measured_peaks
 from ruvllm.machine import size
 from ruvllm.model.config import PRESETS, ModelConfig
+from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, bytes_per_weight
 
@@ -103,7 +104,8 @@ def cost(
 ) -> Cost:
     """Memory, bytes and arithmetic of a model per token, and the tokens/s that this machine's limits allow.
 
-    decode <= 1 / max(bytes / read bandwidth, arithmetic / peak), prefill <= peak / arithmetic, where
+    decode <= 1 / max(bytes / read bandwidth, arithmetic / peak); prefill <= context / (arithmetic of a prompt of that
+    length / peak), whose tokens see half of it on average, and of which only the last meets the head; where
 
     - bytes = all matrices (of an embedding that is not the head too, one row) + keys and values of the context,
     - arithmetic = 2 N K of each matrix + 4 context H D of each layer's attention, at the float32 peak; matrices of
@@ -117,12 +119,19 @@ def cost(
         peaks: limits; None measures those of this machine, once in a process (three seconds).
 
     Raises:
-        ValueError: an unknown name or layout, or context < 1.
+        TypeError: no configuration, or a context that is no integer.
+        ValueError: an unknown name, layout or kv, or context < 1.
     """
     if isinstance(config, str):
         if config.lower() not in PRESETS:
             raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, found {config!r}")
         config = PRESETS[config.lower()]
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config: expected a ModelConfig or a name, found {type(config).__name__}")
+    if not isinstance(context, int):
+        raise TypeError(f"context: expected an integer, found {context!r}")
+    if kv not in KV_DTYPES:
+        raise ValueError(f"kv: expected one of {', '.join(KV_DTYPES)}, found {kv!r}")
     if context < 1:
         raise ValueError(f"context: expected at least 1, found {context}")
     chosen = (weights,) if isinstance(weights, str) else tuple(weights)
@@ -148,10 +157,14 @@ def _layout(config: ModelConfig, layout: str, context: int, kv: str, peaks: Peak
     attention = 4.0 * visible * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     nbytes = per_weight * sum(read.values()) + vectors + held * visible / context
     integer = layout in INTEGER_LAYOUTS
-    seconds = products / (peaks.int8_dot if integer else peaks.fma) + attention / peaks.fma
+    peak = peaks.int8_dot if integer else peaks.fma
+    seconds = products / peak + attention / peaks.fma
+    head = 2.0 * matrices["embed" if config.tie_word_embeddings else "head"]
+    seen = visible * (2 * context - visible + 1) / (2 * context)  # positions, on average over a prompt's tokens
+    prompt = (products - head + head / context) / peak + attention * seen / visible / peaks.fma
     waiting = nbytes / peaks.bandwidth(nbytes)
     return Layout(
         name=layout, weights=per_weight * sum(matrices.values()) + vectors, cache=float(held), bytes_per_token=nbytes,
-        flops_per_token=products + attention, decode=1 / max(seconds, waiting), prefill=1 / seconds,
+        flops_per_token=products + attention, decode=1 / max(seconds, waiting), prefill=1 / prompt,
         limit="memory" if waiting > seconds else "arithmetic",
     )  # fmt: skip

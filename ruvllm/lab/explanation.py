@@ -94,8 +94,9 @@ class Explanation:
 
     @property
     def moves_only(self) -> bool:
-        """Whether its loops only copy: there is no float arithmetic, and no call."""
-        return bool(self.loops) and not self.width and not self.scalar_loops and not self.scalar_calls
+        """Whether its loops only copy, several numbers at a time: there is no arithmetic, and no call."""
+        copies = any(loop.stores and loop.moved >= 64 for loop in self.loops)
+        return copies and not self.width and not self.scalar_loops and not self.scalar_calls
 
     def annotated(self, loop: int | None = None) -> str:
         """Assembly of one loop (or of all), each instruction to the right of the source line that it comes from."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,10 @@ from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.lab._calls import replaced
 from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.model.llama import Llama
+
+_changing = threading.Lock()
+_in_place: set[str] = set()  # kernels that are swapped now, by any thread
+_walks = [0]  # blocks in which models walk their layers in Python
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Swap:
         ax.set_xscale("log")
         ax.invert_yaxis()
         ax.set_xlabel("normalised mean squared error against float64")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         return ax
 
 
@@ -85,15 +90,17 @@ def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Ite
 
     Args:
         tolerance: the largest normalised mean squared error sum((y - r)^2) / sum(r^2); None: that of each kernel.
-        functions: by the kernel's name. A function takes the kernel's arguments; one without ``out`` returns its
-            result, which is copied to where the caller wants it.
+        functions: by the kernel's name. A function takes the kernel's arguments by their names; one without ``out``
+            returns its result, which is copied to where the caller wants it. It changes none of its arguments that the
+            kernel does not change. Where it calls the kernel itself, it gets the library's.
 
     Yields:
         The errors, and the calls as they are made.
 
     Raises:
-        ValueError: no kernel has this name, or a result is not that of the reference; nothing is swapped.
-        TypeError: a value that cannot be called.
+        ValueError: no kernel has this name, it is swapped already, a result is not that of the reference, or the
+            function changes its arguments; nothing is swapped.
+        TypeError: a value that cannot be called as the kernel is, or that returns no numbers.
     """
     if not functions:
         raise ValueError("functions: expected at least one, such as rms_norm=my_function")
@@ -110,9 +117,25 @@ def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Ite
         record.calls, record.seconds = 0, 0.0
         swapped[name] = record
     with ExitStack() as stack:
+        stack.enter_context(_only_here(swapped))
         stack.enter_context(replaced(lambda kernel: callers[id(kernel)], lambda value: id(value) in callers))
         stack.enter_context(readable_path())
         yield Swap(swapped)
+
+
+@contextmanager
+def _only_here(names: Iterable[str]) -> Iterator[None]:
+    """Nobody else swaps these kernels inside the block."""
+    with _changing:
+        for name in names:
+            if name in _in_place:
+                raise ValueError(f"{name}: swapped already; leave that block first")
+        _in_place.update(names)
+    try:
+        yield
+    finally:
+        with _changing:
+            _in_place.difference_update(names)
 
 
 @contextmanager
@@ -126,23 +149,43 @@ def readable_path() -> Iterator[None]:
         def __set__(self, model: Any, value: bool) -> None:
             model.__dict__["fused"] = value
 
-    nested = "fused" in vars(Llama)
-    if not nested:
-        setattr(Llama, "fused", Never())  # noqa: B010  a class has it only here: an instance's own would come first
+    with _changing:
+        _walks[0] += 1
+        if _walks[0] == 1:
+            setattr(Llama, "fused", Never())  # noqa: B010  a class has it only here: an instance's own would come first
     try:
         yield
     finally:
-        if not nested:
-            delattr(Llama, "fused")
+        with _changing:
+            _walks[0] -= 1
+            if not _walks[0]:
+                delattr(Llama, "fused")
 
 
 def _as_kernel(spec: KernelSpec, function: Callable[..., Any], record: Swapped) -> Callable[..., Any]:
     """The function with the kernel's way of being called: ``out`` is filled and returned."""
-    parameters = inspect.signature(getattr(function, "py_func", function)).parameters
-    takes_out = "out" in parameters
+    signature = inspect.signature(getattr(function, "py_func", function))
+    takes_out = "out" in signature.parameters
     has_out = "out" in inspect.signature(spec.function).parameters
+    try:
+        signature.bind(**_example(spec, spec.sizes[0]))
+    except TypeError as error:
+        raise TypeError(
+            f"{spec.name}: expected a function of ({', '.join(_example(spec, spec.sizes[0]))}), "
+            f"found one of {signature} ({error})"
+        ) from None
+    inside = threading.local()
 
     def call(*arguments: Any, **named: Any) -> Any:
+        if getattr(inside, "now", False):  # the function itself calls the kernel
+            return spec.function(*arguments, **named)
+        inside.now = True
+        try:
+            return run(*arguments, **named)
+        finally:
+            inside.now = False
+
+    def run(*arguments: Any, **named: Any) -> Any:
         out = named.pop("out", None) if has_out else None
         started = time.perf_counter()
         if takes_out and out is not None:
@@ -162,9 +205,13 @@ def _as_kernel(spec: KernelSpec, function: Callable[..., Any], record: Swapped) 
 def _check(spec: KernelSpec, call: Callable[..., Any], record: Swapped, tolerance: float) -> None:
     """Compare with the reference at the kernel's example sizes."""
     for sizes in spec.sizes:
-        expected = _arrays(spec.reference(**_example(spec, sizes)))
-        got = _arrays(call(**_example(spec, sizes)))
-        usual = _arrays(spec.function(**_example(spec, sizes)))
+        expected = _arrays(spec.name, spec.reference(**_example(spec, sizes)))
+        result, changed = _called(call, spec, sizes)
+        got = _arrays(spec.name, result)
+        usual_result, usually_changed = _called(spec.function, spec, sizes)
+        usual = _arrays(spec.name, usual_result)
+        if spoilt := changed - usually_changed:
+            raise ValueError(f"{spec.name}: the function changes its arguments: {', '.join(sorted(spoilt))}")
         shapes, wanted = [y.shape for y in got], [r.shape for r in expected]
         if shapes != wanted:
             raise ValueError(f"{spec.name}: expected results of shape {wanted} at {sizes}, found {shapes}")
@@ -184,8 +231,23 @@ def _example(spec: KernelSpec, sizes: dict[str, int]) -> dict[str, Any]:
     return spec.example(np.random.default_rng(0), **sizes)
 
 
-def _arrays(value: Any) -> list[np.ndarray]:
-    return [np.asarray(v, np.float64) for v in (value if isinstance(value, tuple) else (value,))]
+def _called(call: Callable[..., Any], spec: KernelSpec, sizes: dict[str, int]) -> tuple[Any, set[str]]:
+    """What it returns for the example, and the names of the arguments that are other numbers afterwards."""
+    given = _example(spec, sizes)
+    result = call(**given)
+    fresh = _example(spec, sizes).items()
+    return result, {name for name, value in fresh if not np.array_equal(value, given[name])}
+
+
+def _arrays(name: str, value: Any) -> list[np.ndarray]:
+    found = []
+    for part in value if isinstance(value, tuple) else (value,):
+        array = np.asarray(part)
+        if array.dtype.kind not in "fiu":
+            what = type(part).__name__ if array.dtype == object or not array.ndim else f"an array of {array.dtype}"
+            raise TypeError(f"{name}: expected a result of real numbers, found {what}")
+        found.append(array.astype(np.float64))
+    return found
 
 
 def _error(y: np.ndarray, r: np.ndarray) -> float:

@@ -224,3 +224,45 @@ def test_what_cannot_be_explained_is_refused() -> None:
         explain(doubled)
     with pytest.raises(RuntimeError, match="doubled: could not be compiled for haswell: .*"):
         explain(doubled, "text", x, target="haswell")
+
+
+@numba.njit
+def _integer_sum(a, b, out):
+    for i in range(a.size):
+        out[i] = a[i] + b[i]
+
+
+@numba.njit
+def _largest(a):
+    found = a[0]
+    for i in range(a.size):
+        found = max(found, a[i])
+    return found
+
+
+@numba.njit(fastmath=True)
+def _double_dot(a, b):
+    total = 0.0
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@numba.njit
+def _converted(a, out):
+    for i in range(a.size):
+        out[i] = a[i]
+
+
+@pytest.mark.parametrize("target", ["host", "haswell", "apple-m4"])
+def test_what_is_no_float32_arithmetic_is_seen_too(target: str) -> None:
+    whole, single, double = np.arange(64, dtype=np.int32), np.ones(64, np.float32), np.ones(64)
+    added = explain(_integer_sum, whole, whole, whole.copy(), target=target)
+    assert added.vectorized and added.loops[0].lines_per_element == 3 / 16
+    assert not explain(_largest, single, target=target).vectorized
+    assert "not vectorised" in explain(_largest, single, target=target).heading()
+    dot = explain(_double_dot, double, double, target=target)
+    assert dot.vectorized and dot.loops[0].fma >= 4 and dot.loops[0].lines_per_element == 2 / 8
+    narrowed = explain(_converted, double, single.copy(), target=target)
+    assert narrowed.vectorized and not narrowed.moves_only
+    assert explain(_converted, single, single.copy(), target=target).moves_only

@@ -14,6 +14,11 @@ class _Model:
     version = "1"
     timeout = 300
 
+    def setup_cache(self) -> None:
+        """Compile, in a process of its own: the memory that a compiler takes is none of the model's."""
+        for weights in _LAYOUTS:
+            _Model.setup(self, weights, 8)
+
     def setup(self, weights: str, tokens: int) -> None:
         """A model and a cache that has room for the tokens; everything compiled."""
         self.model = Llama(PRESETS["smollm2-135m"], layout=weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ def report(args: argparse.Namespace) -> None:
 
     given = take_last(args)
     old = load(args.compare) if args.compare else None
-    stem = Path(args.output)
-    if not stem.parent.is_dir():
-        raise FileNotFoundError(f"--output: there is no directory {stem.parent}")
+    stem = _stem(args.output)
     if given is not None:
         found = load(given)
     else:
@@ -31,6 +30,22 @@ def report(args: argparse.Namespace) -> None:
             show(_table(block), markup=False)
     for path in paths:
         print(path)
+
+
+def _stem(given: str) -> Path:
+    """Where the files go, known to be writable before anything is measured."""
+    stem = Path(given)
+    if stem.suffix in (".md", ".json", ".html"):
+        stem = stem.with_suffix("")
+    if stem.is_dir():
+        stem /= "ruvllm-report"
+    if not stem.parent.is_dir():
+        raise FileNotFoundError(f"--output: there is no directory {stem.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=stem.parent):
+            return stem
+    except OSError as error:
+        raise type(error)(f"--output: nothing can be written into {stem.parent} ({error.strerror})") from None
 
 
 def _threads(given: str | None) -> list[int] | None:

@@ -52,6 +52,12 @@ def most_threads() -> int:
     return int(getattr(config, "NUMBA_NUM_THREADS", 1))
 
 
+def require_threads(threads: int) -> None:
+    """Raise ValueError unless so many threads can be had, for measurements that say how many there were."""
+    if not 1 <= threads <= most_threads():
+        raise ValueError(f"threads: expected 1 to {most_threads()} (NUMBA_NUM_THREADS), found {threads}")
+
+
 @contextmanager
 def limited_to(threads: int) -> Iterator[None]:
     """Parallel calls of this Python thread use at most ``threads`` threads inside the block."""

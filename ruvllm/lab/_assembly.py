@@ -25,17 +25,17 @@ _MOVE = re.compile(r"movq\s+(%\w+|-?\d*\(%rsp\)), (%\w+|-?\d*\(%rsp\))")
 
 _X86_REGISTER = re.compile(r"%([xyz])mm\d+")
 _ARM_VECTOR = re.compile(r"\bv\d+|\bq\d+")
-# Arithmetic on vectors: of floats, of integers, and conversions between kinds of numbers.
+# Arithmetic on vectors of floats, and conversions between kinds of numbers.
 _PACKED = re.compile(
     r"v?(?:fn?m(?:add|sub)\w*|add|sub|mul|div|max|min|sqrt)p[sd]$|f(?:mla|mls|mul|add|sub|div|maxn?m?|minn?m?|sqrt)\.[24]"
-    r"|v?p(?:add|sub|mull|muludq|muldq|abs|max[su]|min[su])[bwdq]*$|(?:add|sub|mul|ml[as]|abs|[su](?:max|min))\.\d+[bhsd]"
     r"|v?cvt(?:p[sdh]|dq|udq|qq|uqq|tp[sd])2\w+$|(?:fcvt\w*|[su]cvtf)\.[24][sd]"
 )
-_FMA = re.compile(r"vfn?m(?:add|sub)\d+p[sd]$|fml[as]\.[24][sd]")
-_SCALAR = re.compile(
-    r"v?(?:add|sub|mul|div|sqrt|max|min|fn?m(?:add|sub)\d+)s[sd]$"
-    r"|f(?:n?m?add|n?m?sub|mul|div|sqrt|max|min|maxnm|minnm)$"
+# On vectors of integers: where a loop gathers or scatters, these make addresses.
+_INTEGERS = re.compile(
+    r"v?p(?:add|sub|mull|muludq|muldq|abs|max[su]|min[su])[bwdq]*$|(?:add|sub|mul|ml[as]|abs|[su](?:max|min))\.\d+[bhsd]"
 )
+_FMA = re.compile(r"vfn?m(?:add|sub)\d+p[sd]$|fml[as]\.[24][sd]")
+_SCALAR = re.compile(r"v?(?:add|sub|mul|div|sqrt|fn?m(?:add|sub)\d+)s[sd]$|f(?:n?m?add|n?m?sub|mul|div|sqrt)$")
 # Arithmetic on numbers of 8 bytes.
 _DOUBLE = re.compile(r"v?(?:fn?m|add|sub|mul|div|max|min|sqrt)\w*[ps]d$|v?p(?:add|sub|mull|max[su]|min[su])q$|\w+\.2d")
 _ONE_FLOAT = re.compile(r"v?(?:mov|add|sub|mul|div|sqrt|max|min|u?comi|insertp|fn?m(?:add|sub)\d+)(s[sd]?)$")
@@ -206,7 +206,8 @@ def _split(text: str) -> tuple[str, str]:
 def _loop(function: str, lines: list[Instruction]) -> Loop:
     code = [x.text for x in lines]
     names = [text.split()[0] for text in code]
-    packed = [t for t, name in zip(code, names, strict=True) if _PACKED.match(name) or _DOT.match(name)]
+    kinds = [_PACKED, _DOT] if any("gather" in n or "scatter" in n for n in names) else [_PACKED, _DOT, _INTEGERS]
+    packed = [t for t, name in zip(code, names, strict=True) if any(kind.match(name) for kind in kinds)]
     width = max((_width(text) for text in packed), default=0)
     fma, dot = sum(bool(_FMA.match(n)) for n in names), sum(bool(_DOT.match(n)) for n in names)
     read = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _reads(t)]

@@ -56,13 +56,23 @@ def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[li
             capture_output=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
             names = ", ".join(body.name for body in bodies)
-            raise RuntimeError(f"{names}: could not be compiled for {target.cpu}: {lines[-1]}")
+            why = _reason(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}"
+            raise RuntimeError(f"{names}: could not be compiled for {target.cpu}: {why}")
         return [Compiled(*texts) for texts in pickle.loads(done.stdout)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, targets))
+
+
+def _reason(trace: str) -> str:
+    """What numba says is wrong: the lines after the error's name and its "Failed in nopython mode"; else the last."""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    for at, line in enumerate(lines):
+        if line.startswith("numba.core.errors."):
+            told = [text for text in lines[at:] if not text.startswith(("numba.core.errors.", "Failed in", "During:"))]
+            return " ".join(told[:2]) or line
+    return lines[-1] if lines else ""
 
 
 # --- the other process --------------------------------------------------------------------------------------------

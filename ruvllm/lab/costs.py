@@ -46,7 +46,7 @@ class Cost:
     layouts: tuple[Layout, ...]
 
     def __getitem__(self, layout: str) -> Layout:
-        return next(x for x in self.layouts if x.name == layout)
+        return {x.name: x for x in self.layouts}[layout]
 
     def heading(self) -> str:
         """One line: which model, and on what it is to run."""

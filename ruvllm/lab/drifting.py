@@ -160,13 +160,13 @@ class QuantisationError:
 
 
 def quantisation_error(
-    path: Any, layouts: Sequence[str] = ("f16", "int8", "int4"), progress: bool | None = None
+    path: Any, layouts: str | Sequence[str] = ("f16", "int8", "int4"), progress: bool | None = None
 ) -> QuantisationError:
     """How much each matrix of a model file changes when it is kept in a layout; 0 where the layout holds it exactly.
 
     Args:
         path: as for ``ruvllm.load``.
-        layouts: some of LAYOUTS.
+        layouts: one or several of LAYOUTS.
         progress: show a bar; None: where stderr is a terminal or a notebook.
 
     Returns:
@@ -176,6 +176,7 @@ def quantisation_error(
         ValueError: an unknown layout.
         FileNotFoundError, ModelFormatError: as for ``ruvllm.load``.
     """
+    layouts = (layouts,) if isinstance(layouts, str) else tuple(layouts)
     for layout in layouts:
         if layout not in LAYOUTS:
             raise ValueError(f"layouts: expected some of {', '.join(LAYOUTS)}, found {layout!r}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._simd import LANES
-from ruvllm.kernels._threads import launch, limited_to, physical_cores
+from ruvllm.kernels._threads import launch, limited_to, physical_cores, require_threads
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.lab import _peak_loops as loops
 from ruvllm.lab._caches import cache_sizes
@@ -102,7 +102,7 @@ class Peaks:
 def fma_peak(threads: int | None = None) -> float:
     """Float32 FLOP/s of fused multiply-adds on vectors, two operations each; the best of several tries.
 
-    threads: None for the physical cores. Raises ValueError for threads < 1.
+    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
     """
     threads = _checked(threads)
     out = np.empty(threads, np.float32)
@@ -115,7 +115,7 @@ def fma_peak(threads: int | None = None) -> float:
 def int8_dot_peak(threads: int | None = None) -> float:
     """Operations/s of the integer dot products that the quantised kernels use, two for each multiply-add of bytes.
 
-    threads: None for the physical cores. Raises ValueError for threads < 1.
+    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
     """
     threads = _checked(threads)
     weights, quads, out = np.full(64, 7, np.uint8), np.ones(1024, np.int8), np.empty(threads, np.float32)
@@ -142,7 +142,7 @@ def cache_bandwidth(nbytes: int, threads: int | None = None) -> float:
 def read_levels(threads: int | None = None) -> tuple[Level, ...]:
     """Read bandwidth of each cache, from half of its size, and of memory.
 
-    threads: None for the physical cores. Raises ValueError for threads < 1.
+    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
     """
     threads = _checked(threads)
     levels, below = [], 0
@@ -158,7 +158,7 @@ def read_levels(threads: int | None = None) -> tuple[Level, ...]:
 def measure_peaks(threads: int | None = None) -> Peaks:
     """All limits of this machine at ``threads`` threads (None: the physical cores); takes about three seconds.
 
-    Leave the machine alone meanwhile. Raises ValueError for threads < 1.
+    Leave the machine alone meanwhile. Raises ValueError for threads that cannot be had.
     """
     threads = _checked(threads)
     return Peaks(threads, fma_peak(threads), int8_dot_peak(threads), read_levels(threads))
@@ -175,8 +175,7 @@ _measured_once = cache(measure_peaks)
 def _checked(threads: int | None) -> int:
     if threads is None:
         return physical_cores()
-    if threads < 1:
-        raise ValueError(f"threads: expected at least 1, found {threads}")
+    require_threads(threads)
     return threads
 
 

@@ -113,7 +113,7 @@ def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roo
         peaks: limits at this number of threads; None measures them, once in a process (three seconds).
 
     Raises:
-        ValueError: no kernel has this name, or threads < 1.
+        ValueError: no kernel has this name, or so many threads cannot be had.
     """
     linears = [f"linear {layout}" for layout in ("f32", "int8", "int4")]
     for name in kernels:

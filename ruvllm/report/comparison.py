@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ruvllm.report.results import Entry, Report
+from ruvllm.report.results import Report
+from ruvllm.report.timing import Timing
 
 _LEAST = 0.05  # a change of less than this is called none, however quiet the machine was
 FASTER, SLOWER, SAME = "faster", "slower", "same"
@@ -12,7 +13,7 @@ FASTER, SLOWER, SAME = "faster", "slower", "same"
 
 @dataclass(frozen=True)
 class Change:
-    """A row at a number of threads, in seconds of a call; change is FASTER, SLOWER or SAME."""
+    """A row at a number of threads, in seconds of a call, or of the kernel alone; change: FASTER, SLOWER or SAME."""
 
     id: str
     label: str
@@ -56,13 +57,10 @@ def compare(old: Report, new: Report) -> Comparison:
             if held is None:
                 only_new.append(f"{result.label} (threads: {entry.threads})")
             else:
-                noise = _noise(held, entry)
-                changes.append(
-                    Change(
-                        id, result.label, entry.threads, held.call.median, entry.call.median, noise,
-                        _kind(held.call.median / entry.call.median, noise),
-                    )
-                )  # fmt: skip
+                changes.append(_change(id, result.label, entry.threads, held.call, entry.call))
+                if held.inside is not None and entry.inside is not None:
+                    label = f"{result.label}, kernel alone"
+                    changes.append(_change(id, label, entry.threads, held.inside, entry.inside))
         if was is not None and was.right and result.right is False:
             less_right.append(result.label)
     for id, result in before.items():
@@ -75,15 +73,11 @@ def compare(old: Report, new: Report) -> Comparison:
     )
 
 
-def _noise(old: Entry, new: Entry) -> float:
-    """Half of both spreads together: medians this far apart may be of the same speed."""
-    return max(_LEAST, (old.call.spread + new.call.spread) / 2)
-
-
-def _kind(speedup: float, noise: float) -> str:
-    if speedup > 1 + noise:
-        return FASTER
-    return SLOWER if speedup < 1 / (1 + noise) else SAME
+def _change(id: str, label: str, threads: int, old: Timing, new: Timing) -> Change:
+    """The noise is half of both spreads together: medians this far apart may be of the same speed."""
+    noise, speedup = max(_LEAST, (old.spread + new.spread) / 2), old.median / new.median
+    kind = FASTER if speedup > 1 + noise else SLOWER if speedup < 1 / (1 + noise) else SAME
+    return Change(id, label, threads, old.median, new.median, noise, kind)
 
 
 def _warnings(old: Report, new: Report) -> tuple[str, ...]:

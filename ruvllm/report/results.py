@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,46 @@ def load(path: str | Path) -> Report:
             SectionResult(s["name"], s["title"], s["about"], tuple(_result(row) for row in s["results"]))
             for s in data["sections"]
         )
-        return Report(**{**data, "threads": tuple(data["threads"]), "sections": sections})
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        found = Report(**{**data, "threads": tuple(data["threads"]), "sections": sections})
+        _require_kinds(found)
+        return found
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"{path}: not a report of ruvllm ({type(error).__name__}: {error})") from None
+
+
+def _require_kinds(report: Report) -> None:
+    """Raise TypeError where something is not of the kind that everybody who reads a report counts on."""
+    _require("created", report.created, str)
+    _require("threads", list(report.threads), list, int)
+    _require("peers", report.peers, dict, str)
+    _require("about", report.about, dict, dict)
+    for name, facts in {"machine": report.about["machine"], **report.about}.items():
+        _require(f"about {name}", facts, dict, str)
+    for count in report.threads:
+        _require(f"peaks {count}", report.peaks[str(count)], dict, float)
+    for section in report.sections:
+        for row in section.results:
+            _require("label", row.label, str)
+            _require(f"{row.label}: sizes", row.sizes, dict, float)
+            _require(f"{row.label}: missing", row.missing, dict, str)
+            _require(f"{row.label}: flops, bytes", [row.flops, row.bytes], list, float)
+            optional = [number for number in (row.seed, row.error, row.tolerance) if number is not None]
+            _require(f"{row.label}: seed, error, tolerance", optional, list, float)
+            for entry in row.entries:
+                for timing in (entry.call, entry.inside or entry.call, *entry.peers.values()):
+                    times = [timing.median, timing.low, timing.high]
+                    _require(f"{row.label}: times", times, list, float)
+                    if not all(0 < seconds < math.inf for seconds in times):
+                        raise TypeError(f"{row.label}: times: expected seconds, found {times}")
+                _require(f"{row.label}: limit", [entry.limit], list, float)
+
+
+def _require(name: str, value: Any, kind: type, of: type | None = None) -> None:
+    """Raise TypeError unless ``value`` is a ``kind`` of ``of`` each; an int counts as a float."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    wanted = (int, float) if of is float else of
+    if not isinstance(value, kind) or (wanted and not all(isinstance(item, wanted) for item in items)):
+        raise TypeError(f"{name}: found {value!r:.60}")
 
 
 def _result(row: dict[str, Any]) -> Result:

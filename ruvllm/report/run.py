@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ruvllm import machine
-from ruvllm.kernels._threads import physical_cores
+from ruvllm.kernels._threads import physical_cores, require_threads
 from ruvllm.lab.peaks import Peaks, measure_peaks
 from ruvllm.model.config import PRESETS
 from ruvllm.report.bench import Bench
@@ -43,12 +43,12 @@ def measure(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: ``only`` names nothing, or threads < 1.
+        ValueError: ``only`` names nothing, or threads < 1 or more than numba's pool.
     """
     chosen = choose(only)
     counts = sorted(set(threads or ((1,) if quick else (1, physical_cores()))))
-    if counts[0] < 1:
-        raise ValueError(f"threads: expected positive numbers, found {counts[0]}")
+    for count in counts:
+        require_threads(count)
     start, created, about = time.perf_counter(), datetime.now(UTC), machine.machine()
     with ExitStack() as stack:
         total = sum(len(rows) for _, rows in chosen)

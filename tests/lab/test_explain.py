@@ -266,3 +266,13 @@ def test_what_is_no_float32_arithmetic_is_seen_too(target: str) -> None:
     narrowed = explain(_converted, double, single.copy(), target=target)
     assert narrowed.vectorized and not narrowed.moves_only
     assert explain(_converted, single, single.copy(), target=target).moves_only
+
+
+@numba.njit
+def _of_no_type(a):
+    return a.no_such_thing
+
+
+def test_why_a_function_cannot_be_compiled_is_said() -> None:
+    with pytest.raises(RuntimeError, match=r"_of_no_type: could not be compiled for .*no_such_thing"):
+        explain(_of_no_type, np.ones(3))

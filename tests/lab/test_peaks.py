@@ -78,7 +78,7 @@ def test_text_html_and_plot_agree() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     for measure in (peaks.fma_peak, peaks.int8_dot_peak, peaks.read_levels, peaks.measure_peaks):
-        with pytest.raises(ValueError, match="threads: expected at least 1, found 0"):
+        with pytest.raises(ValueError, match="threads: expected 1 to .*, found 0"):
             measure(0)
     with pytest.raises(ValueError, match="nbytes: expected at least 512, found 100"):
         peaks.cache_bandwidth(100)

@@ -5,12 +5,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ruvllm.cli._report import _stem
 from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.report import compare, html, load, markdown, run, write
-from ruvllm.report.results import ReportError
+from ruvllm.report.results import Report, ReportError
 from ruvllm.report.seed import TARGETS
 from ruvllm.report.summary import FAIL, NOT_MEASURED, PASS, accuracy, standings, verdicts
 from ruvllm.report.tables import blocks, duration
@@ -149,6 +151,73 @@ def test_files_that_are_no_report(tmp_path: Path, text: str, message: str) -> No
         load(tmp_path / "r.json")
 
 
+def _change(data: dict[str, Any], path: str, value: object) -> None:
+    *way, last = path.split("/")
+    for step in way:
+        data = data[int(step)] if isinstance(data, list) else data[step]
+    data[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("created", 5), ("threads", "12"), ("about", {}), ("about/machine", []), ("peaks", []),
+        ("peaks", {"1": {"x": "y"}}),
+        ("sections/0/results/0/error", "x"), ("sections/0/results/0/entries/0/call/median", "abc"),
+        ("sections/0/results/0/entries/0/call/median", None), ("sections/0/results/0/entries/0/call/median", 0),
+        ("sections/0/results/0/entries/0/limit", None), ("sections/0/results/0/sizes", {"fp16": "much"}),
+    ],
+)  # fmt: skip
+def test_damaged_reports_are_named_when_they_are_read(tmp_path: Path, path: str, value: object) -> None:
+    data = json.loads(a_report({ALL_ROWS[0].id: 1e-3}).json())
+    _change(data, path, value)
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(ReportError, match=r"r\.json: not a report of ruvllm"):
+        load(tmp_path / "r.json")
+
+
+def test_deep_nesting_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("[" * 100_000)
+    with pytest.raises(ReportError, match="not a report"):
+        load(tmp_path / "r.json")
+
+
+def test_where_the_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, stem in (("r", "r"), ("r.json", "r"), ("r.2", "r.2"), (".", "ruvllm-report"), ("", "ruvllm-report")):
+        found = _stem(f"{tmp_path}/{given}")
+        assert found == tmp_path / stem, given
+    with pytest.raises(OSError, match="^--output: there is no directory"):
+        _stem(f"{tmp_path}/none/r")
+
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match="^--output: nothing can be written into .*No space left"):
+        _stem(f"{tmp_path}/r")
+
+
+def test_a_change_of_the_kernel_alone_is_seen() -> None:
+    """A call's overhead hides what a kernel of a tenth of a microsecond does."""
+    old = a_report({ALL_ROWS[0].id: 1e-3})
+    section = old.sections[0]
+    row = section.results[0]
+
+    def with_inside(seconds: float) -> Report:
+        entry = dataclasses.replace(row.entries[0], inside=timing(seconds))
+        changed = dataclasses.replace(row, entries=(entry,))
+        return dataclasses.replace(old, sections=(dataclasses.replace(section, results=(changed,)),))
+
+    found = compare(with_inside(1e-7), with_inside(3e-7))
+    assert [change.label for change in found.of("slower")] == [f"{row.label}, kernel alone"]
+    assert [change.label for change in found.of("same")] == [row.label]
+
+
+def test_threads_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^threads: expected 1 to \d+ .*, found 9999"):
+        run.measure(threads=[1, 9999])
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (2.5e-8, 9.996e-6, 1.5e-3, 0.1234, 12.34)] == [
         "25.0 ns", "10.0 us", "1.50 ms", "123 ms", "12.3 s",
@@ -168,6 +237,6 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(s.name, len(s.results)) for s in report.sections] == [("norms", 1), ("memory", 4)]
     assert report.results()["llama3-8b memory"].sizes["fp16"] == 16060522496
     assert main(["report", "ruvllm-report.json", "--compare", "ruvllm-report.json", "-o", "same"]) == 0
-    assert "0 rows faster, 0 slower, 1 the same" in Path("same.md").read_text(encoding="utf-8")
+    assert "0 rows faster, 0 slower, 2 the same" in Path("same.md").read_text(encoding="utf-8")
     for wrong in (["--only", "nothing"], ["-t", "x"], ["-t", "0"], ["--compare", "none.json"], ["-o", "none/x"]):
         assert main(["report", *wrong]) == 2

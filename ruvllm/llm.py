@@ -218,6 +218,8 @@ class LLM:
         """The tokens of data to learn from, or to measure with; see ``fit``."""
         from ruvllm.training_text import read_examples, to_examples
 
+        if isinstance(context, bool) or not isinstance(context, int) or context < 2:
+            raise ValueError(f"context: expected an integer >= 2, found {context!r}")
         context = min(context, self.config.max_position_embeddings)
         if isinstance(data, str | os.PathLike):
             return read_examples(data, self.tokenizer, context)

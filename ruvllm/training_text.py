@@ -33,7 +33,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) ->
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise TrainingDataError(f"{printable(path)}: byte {error.start} is not UTF-8") from None
     if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
@@ -50,7 +50,14 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) ->
 
 
 def to_examples(data: Iterable[Record], tokenizer: Any, context: int) -> list[Example]:
-    """Records in memory as examples. Raises TrainingDataError, naming the record by its number from 0."""
+    """Records in memory as examples.
+
+    Raises:
+        TypeError: one record where several are expected.
+        TrainingDataError: nothing can be learned from a record, which is named by its number from 0.
+    """
+    if isinstance(data, Mapping | str):
+        raise TypeError(f"data: expected a list of records, found one {type(data).__name__}")
     examples = [_numbered(f"example {n}", to_example, record, tokenizer, context) for n, record in enumerate(data)]
     if not examples:
         raise TrainingDataError("data: expected at least one example, found none")

@@ -11,7 +11,7 @@ from ruvllm.cli import main
 from ruvllm.llm import LLM
 from ruvllm.model import LoraConfig
 from ruvllm.model.training import TrainingConfig
-from ruvllm.training_text import TrainingDataError, read_examples, to_example
+from ruvllm.training_text import TrainingDataError, read_examples, to_example, to_examples
 from tests.llm_cases import END, byte_llm, write_directory
 
 
@@ -129,3 +129,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["train", model, "--data", str(data), "-o", str(tmp_path / "other")]) == 2
     assert "line 2: not JSON" in capsys.readouterr().err
     assert main(["train", model]) == 2 and "which data?" in capsys.readouterr().err
+
+
+def test_one_record_is_no_list_of_records(llm: LLM) -> None:
+    record = {"prompt": "2+2?", "completion": "4"}
+    for one in (record, "a text"):
+        with pytest.raises(TypeError, match="^data: expected a list of records"):
+            to_examples(one, llm.tokenizer, 512)
+    for context in (1, 0, -3, 40.5, None):
+        with pytest.raises(ValueError, match="^context: expected an integer >= 2"):
+            llm.examples([record], context)  # type: ignore[arg-type]
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(llm: LLM, tmp_path: Path) -> None:
+    lines, text = tmp_path / "data.jsonl", tmp_path / "data.txt"
+    lines.write_text(json.dumps({"text": "hello"}) + "\n", encoding="utf-8-sig")
+    text.write_text("hello", encoding="utf-8-sig")
+    assert llm.tokenizer.decode(read_examples(lines, llm.tokenizer, 64)[0].ids.tolist()).startswith("hello")
+    assert llm.tokenizer.decode(read_examples(text, llm.tokenizer, 64)[0].ids.tolist()) == "hello"
+
+
+def test_where_nothing_can_be_written_nothing_is_learned(llm: LLM, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "hello"}) + "\n")
+    assert main(["train", "no-such-model", "--data", str(data), "--out", str(data)]) == 2
+    assert "--out: nothing can be written into" in capsys.readouterr().err

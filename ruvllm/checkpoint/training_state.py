@@ -14,12 +14,16 @@ from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.training import Trainer
 
-STATE_FILE, ARRAYS_FILE = "trainer_state.json", "trainer_state.safetensors"
+STATE_FILE = "trainer_state.json"
+_ARRAYS = "trainer_state-{step}.safetensors"
 _MAX_STATE_BYTES = 1 << 24
 
 
 def save_training(trainer: Trainer, path: str | os.PathLike[str], base: str | None = None) -> Path:
     """Write the adapter as PEFT does, and beside it the state of the run.
+
+    The arrays go into a file of their own for each step, and the description, written last, says which: whenever this
+    is killed, the state before or the one after is there.
 
     Args:
         trainer: the run.
@@ -28,9 +32,13 @@ def save_training(trainer: Trainer, path: str | os.PathLike[str], base: str | No
     """
     path = save_adapter(trainer.adapter, path, trainer.model.config, base)
     arrays, description = trainer.state()
-    write_safetensors(path / ARRAYS_FILE, arrays, {"step": str(description["done"])})
+    kept = path / _ARRAYS.format(step=description["done"])
+    write_safetensors(kept, arrays, {"step": str(description["done"])})
     with replacing(path / STATE_FILE) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    for older in path.glob(_ARRAYS.format(step="*")):
+        if older != kept:
+            older.unlink()
     return path
 
 
@@ -41,14 +49,17 @@ def resume_training(trainer: Trainer, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no checkpoint at ``path``.
         ModelFormatError: it is unsound, or of a run with another model, adapter, data or other settings.
     """
-    state_path, arrays_path = Path(path) / STATE_FILE, Path(path) / ARRAYS_FILE
+    state_path = Path(path) / STATE_FILE
     description = read_json_object(state_path, _MAX_STATE_BYTES)
     fields = Fields(state_path, description)
     done = fields.require("done", int)
     fields.require("fingerprint", dict)
     fields.require("history", list)
+    arrays_path = Path(path) / _ARRAYS.format(step=done)
+    if not arrays_path.is_file():
+        raise ModelFormatError(state_path, field="done", found=done, expected=f"{arrays_path.name} beside it")
     with SafetensorsFile(arrays_path) as file:
-        if file.metadata.get("step") != str(done):  # killed between the two files
+        if file.metadata.get("step") != str(done):
             found = f"step {file.metadata.get('step')}"
             raise ModelFormatError(arrays_path, field="step", found=found, expected=f"step {done}, as {STATE_FILE} has")
         missing = {"parameters", "m", "v"} - file.tensors.keys()

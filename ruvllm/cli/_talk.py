@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.cli._parser import DEFAULT_MODEL, read_text, take_last, take_model
@@ -134,7 +135,7 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
 def _adapter(given: str) -> tuple[str, float]:
     """PATH[=WEIGHT]: a path and a number."""
     path, equals, weight = given.rpartition("=")
-    if equals:
+    if equals and not Path(given).exists():
         try:
             return path, float(weight)
         except ValueError:

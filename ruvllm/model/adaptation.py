@@ -45,7 +45,9 @@ class Consolidation:
         return float(self.strength / 2 * np.sum(self.fisher * distance**2))
 
     def add_gradient(self, parameters: np.ndarray, into: np.ndarray) -> None:
-        """Add its gradient at ``parameters``, strength fisher (p - anchor)."""
+        """Add its gradient at ``parameters``, strength fisher (p - anchor). Raises ValueError for another size."""
+        if parameters.shape != self.anchor.shape:
+            raise ValueError(f"penalty: of {self.anchor.size} numbers, where the adapter has {parameters.size}")
         into += np.float32(self.strength) * self.fisher * (parameters - self.anchor)
 
 

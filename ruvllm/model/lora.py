@@ -57,8 +57,11 @@ class MicroLora:
         """Add an adapter and let it act beside those that do.
 
         Raises:
+            TypeError: the name is no string.
             ValueError: it was made for another model, holds NaN, or the name is taken by another adapter or merged.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, found {name!r}")
         self._require_not_merged(name)
         if self.adapters.get(name, adapter) is not adapter:
             raise ValueError(f"name: there is an adapter {name!r} already; detach it first or choose another name")
@@ -162,13 +165,22 @@ class MicroLora:
                 adapter that is merged.
             FloatingPointError: the loss is no longer a finite number.
         """
+        known = name in self.adapters
         trainer = self.trainer(examples, name, config, training, penalty)
         try:
             for step in trainer.run():
                 if on_step:
                     on_step(step, trainer.total)
-        finally:
-            self.refresh(name)
+        except Exception:
+            if known:
+                self.refresh(name)
+            else:
+                self.detach(name)
+            raise
+        except KeyboardInterrupt:  # what was learned so far is kept
+            self._act(name)
+            raise
+        self._act(name)
         return trainer
 
     def trainer(
@@ -182,10 +194,13 @@ class MicroLora:
         self._require_not_merged(name)
         if name in self.adapters and config not in (None, self.adapters[name].config):
             raise ValueError(f"config: there is an adapter {name!r} of other settings: {self.adapters[name]!r}")
-        if name not in self.adapters:
-            self.attach(LoraAdapter(self.model.config, config, training.seed), name)
         fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
-        return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty)
+        if name in self.adapters:
+            return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty)
+        adapter = LoraAdapter(self.model.config, config, training.seed)
+        trainer = Trainer(self.model, adapter, examples, training, fixed, penalty)
+        self.attach(adapter, name)
+        return trainer
 
     def adapt(
         self, feedback: Example, name: str = "micro", rank: int = 2, lr: float = 3.0, max_norm: float = 0.4,
@@ -221,7 +236,7 @@ class MicroLora:
             self.attach(LoraAdapter(self.model.config, LoraConfig(rank, alpha=float(rank)), seed=0), name)
         fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
         loss = adapt_once(self.model, self.adapters[name], feedback, lr, max_norm, fixed, penalty)
-        self.refresh(name)
+        self._act(name)
         return loss
 
     def merge(self) -> None:
@@ -276,15 +291,27 @@ class MicroLora:
         return found
 
     def factors(self, active: Mapping[str, float]) -> dict[str, Factors]:
-        """down (R, K) and up (N, R) of every matrix, R the sum of the ranks of the adapters on it."""
+        """down (R, K) and up (N, R) of every matrix, R the sum of the ranks of the adapters on it.
+
+        Raises ValueError where a weight makes numbers of them that float32 does not hold.
+        """
         parts: dict[str, list[Factors]] = {}
         for name, weight in active.items():
             for matrix in self.adapters[name].names:
-                parts.setdefault(matrix, []).append(self.adapters[name].factors(matrix, weight))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    down, up = self.adapters[name].factors(matrix, weight)
+                if not np.isfinite(up).all():
+                    raise ValueError(f"weight of {name!r}: {weight:g} makes numbers that float32 does not hold")
+                parts.setdefault(matrix, []).append((down, up))
         return {
             matrix: (np.concatenate([down for down, _ in some]), np.concatenate([up for _, up in some], axis=1))
             for matrix, some in parts.items()
         }
+
+    def _act(self, name: str) -> None:
+        """Let an adapter act whose numbers were changed: with the weight that it has, else 1."""
+        self._active = {**self._active, name: self._active.get(name, 1.0)}
+        self.refresh(name)
 
     def _forget(self, name: str) -> None:
         """Drop packed sets in which an adapter has a part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ class TrainingConfig:
         rising = self.warmup if self.warmup >= 1 else self.warmup * total
         if step <= rising:
             return self.lr * step / max(rising, 1)
-        done = (step - 1 - rising) / max(total - rising, 1)
+        done = max(0.0, step - 1 - rising) / max(total - rising, 1)
         left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
         return self.lr * left[self.schedule]
 
@@ -165,7 +166,8 @@ class Trainer:
         """Learn from the next batches.
 
         Raises:
-            FloatingPointError: the loss is no longer a finite number; the adapter stays as it was before the step.
+            FloatingPointError: the loss, or a number of the adapter, would no longer be finite; the adapter stays as
+                it was before the step.
         """
         started, c = time.perf_counter(), self.config
         batches = list(step_batches(self.examples, self.done, c.batch_size, c.accumulation, c.seed))
@@ -182,7 +184,11 @@ class Trainer:
             raise FloatingPointError(f"step {self.done + 1}: loss {total / targets}, gradient norm {norm}; lower lr")
         number = self.done + 1
         rate = c.learning_rate(number, self.total)
+        before = self.adapter.parameters.copy()
         self._update(number, rate)
+        if not np.isfinite(self.adapter.parameters).all():
+            self.adapter.parameters[:] = before
+            raise FloatingPointError(f"step {number}: the adapter's numbers are no longer finite; lower lr")
         self.done = number
         tokens = sum(len(batch.ids) for batch in batches)
         report = Step(number, total / targets, norm, rate, tokens, time.perf_counter() - started)
@@ -218,6 +224,8 @@ class Trainer:
         for name, array in (("parameters", self.adapter.parameters), ("m", self.m), ("v", self.v)):
             if arrays[name].shape != array.shape:
                 raise ValueError(f"checkpoint: {name} has {arrays[name].size} numbers there, {array.size} here")
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"checkpoint: {name} holds NaN or infinity")
             array[:] = arrays[name]
         self.done = int(description["done"])
         self.history = [Step(**step) for step in description["history"]]
@@ -227,7 +235,14 @@ class Trainer:
         lora, model = self.adapter.config, self.model.config
         data = hash_of(self.examples)
         shape = [model.vocab_size, model.hidden_size, model.intermediate_size, model.num_hidden_layers]
-        return {**asdict(self.config), **asdict(lora), "targets": list(lora.targets), "model": shape, "data": data}
+        beside = hashlib.sha256()
+        for name, factors in sorted((self.fixed or {}).items()):
+            beside.update(name.encode() + b"".join(part.tobytes() for part in factors))
+        return {
+            **asdict(self.config), **asdict(lora), "targets": list(lora.targets), "model": shape, "data": data,
+            "weights": sorted({linear.layout for linear in self.model.linears().values()}),
+            "adapters beside": beside.hexdigest()[:16] if self.fixed else None,
+        }  # fmt: skip
 
     def _update(self, number: int, rate: float) -> None:
         c, p, g = self.config, self.adapter.parameters, self._gradient
@@ -272,8 +287,6 @@ def evaluate(
 
 def hash_of(examples: Sequence[Example]) -> str:
     """A fingerprint of examples."""
-    import hashlib
-
     state = hashlib.sha256()
     for example in examples:
         state.update(len(example.ids).to_bytes(8, "little") + example.ids.tobytes() + example.learn.tobytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ruvllm.checkpoint import training_state
 from ruvllm.checkpoint.training_state import resume_training, save_training
 from ruvllm.errors import ModelFormatError
 from ruvllm.model import LoraAdapter, LoraConfig, MicroLora
@@ -92,7 +93,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         resume_training(run, tmp_path / "none")
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     (tmp_path / "trainer_state.json").write_text(json.dumps({**state, "done": 2}))
-    with pytest.raises(ModelFormatError, match="step: found step 1, expected step 2"):
+    with pytest.raises(ModelFormatError, match="done: found 2, expected trainer_state-2.safetensors beside it"):
         resume_training(run, tmp_path)
     (tmp_path / "trainer_state.json").write_text("[")
     with pytest.raises(ModelFormatError, match="no JSON"):
@@ -225,3 +226,89 @@ def test_what_cannot_be_learned_from() -> None:
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
         trainer.step()
     assert trainer.done == before
+
+
+@pytest.mark.parametrize("killed_in", ["write_safetensors", "replacing"])
+def test_a_save_that_is_killed_leaves_the_state_before(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(steps=4, batch_size=3, lr=0.01)
+    run = Trainer(small_model("f32", 1), LoraAdapter(SMALL, LORA), task(1), config)
+    run.step()
+    save_training(run, tmp_path)
+    kept = run.adapter.parameters.copy()
+    run.step()
+
+    def killed(*_: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training_state, killed_in, killed)
+        save_training(run, tmp_path)
+    again = Trainer(small_model("f32", 1), LoraAdapter(SMALL, LORA), task(1), config)
+    resume_training(again, tmp_path)
+    assert again.done == 1
+    np.testing.assert_array_equal(again.adapter.parameters, kept)
+    save_training(run, tmp_path)
+    assert [path.name for path in tmp_path.glob("trainer_state-*")] == ["trainer_state-2.safetensors"]
+
+
+def test_a_run_on_other_weights_or_beside_other_adapters_is_another_run(tmp_path: Path) -> None:
+    config = TrainingConfig(steps=4, batch_size=3, lr=0.01)
+    lora = MicroLora(small_model("f32", 1))
+    run = lora.trainer(task(1), "a", LORA, config)
+    run.step()
+    save_training(run, tmp_path)
+    with pytest.raises(ModelFormatError, match="weights was .'f32'. there, and is .'int8'. here"):
+        resume_training(MicroLora(small_model("int8", 1)).trainer(task(1), "a", LORA, config), tmp_path)
+    lora.attach(LoraAdapter(SMALL, LORA), "beside")
+    with pytest.raises(ModelFormatError, match="adapters beside was None there"):
+        resume_training(lora.trainer(task(1), "b", LORA, config), tmp_path)
+    for other in ("beside", "b"):
+        lora.detach(other)
+    run.m[0] = np.nan
+    save_training(run, tmp_path)
+    with pytest.raises(ModelFormatError, match="m holds NaN"):
+        resume_training(lora.trainer(task(1), "a", LORA, config), tmp_path)
+
+
+def test_a_weight_too_large_for_float32_is_refused() -> None:
+    lora = MicroLora(small_model("f32", 1))
+    lora.attach(LoraAdapter(SMALL, LORA), "a").parameters[:] = 1
+    lora.refresh("a")
+    with pytest.raises(ValueError, match="^weight of 'a': 1e\\+300 makes numbers"):
+        lora.use({"a": 1e300})
+    assert lora.active == {"a": 1.0}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3, 2.0])
+def test_no_step_is_faster_than_asked_for(schedule: str, warmup: float) -> None:
+    config = TrainingConfig(schedule=schedule, warmup=warmup, lr=1e-3)
+    for total in (1, 4, 15, 100):
+        rates = [config.learning_rate(step, total) for step in range(1, total + 1)]
+        assert max(rates) <= 1e-3 and min(rates) >= 0
+
+
+def test_a_fit_that_fails_leaves_nothing_behind() -> None:
+    lora = MicroLora(small_model("int4", 1))
+    wild = TrainingConfig(steps=3, batch_size=2, lr=1e38, warmup=0, max_grad_norm=0, optimizer="sgd")
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        lora.fit(task(1), "hot", LORA, wild)
+    with pytest.raises(ValueError, match="examples: expected at least one"):
+        lora.fit([], "ghost", LORA)
+    three = Consolidation(np.zeros(3, np.float32), np.ones(3, np.float32), 1.0)
+    with pytest.raises(ValueError, match="penalty: of 3 numbers, where the adapter has"):
+        lora.fit(task(1), "ewc", LORA, TrainingConfig(steps=1), three)
+    assert lora.adapters == {} and lora.active == {}
+
+
+def test_what_learns_acts_also_if_it_had_been_set_aside() -> None:
+    lora = MicroLora(small_model("f32", 1))
+    lora.adapt(task(1)[0])
+    lora.use()
+    lora.adapt(task(1)[0])
+    assert lora.active == {"micro": 1.0}
+    lora.use({"micro": 0.5})
+    lora.fit(task(1), "micro", training=TrainingConfig(steps=1))
+    assert lora.active == {"micro": 0.5}

@@ -3,7 +3,7 @@
     python -m benchmarks.interrupt [MODEL] [--tokens 1024] [--times 10]     (MODEL: a name, file or directory; seven-b)
 
 A timer sends this process SIGINT at some moment of a long prompt; the time from the signal to KeyboardInterrupt is
-measured. Afterwards the cache is cut back and the same tokens must give the same logits as before. ``seven-b`` is the
+measured. Afterwards the same tokens must give the same logits as before. ``seven-b`` is the
 random Q4_0 file of LLaMA-2-7B's shape that ``benchmarks.make_7b`` writes (3.8 GB).
 """
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -32,3 +33,12 @@ def _home() -> Path:
         return Path.home()
     except RuntimeError:
         raise FileNotFoundError("this user has no home directory: say with RUVLLM_CACHE where files may lie") from None
+
+
+def require_writable(option: str, directory: Path) -> None:
+    """Raise OSError, naming the option, unless files can be written into a directory that is there."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise type(error)(f"{option}: nothing can be written into {directory} ({error.strerror})") from None

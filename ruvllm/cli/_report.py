@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ruvllm.cli._parser import take_last
 from ruvllm.cli._tables import show
+from ruvllm.paths import require_writable
 
 
 def report(args: argparse.Namespace) -> None:
@@ -41,11 +41,8 @@ def _stem(given: str) -> Path:
         stem /= "ruvllm-report"
     if not stem.parent.is_dir():
         raise FileNotFoundError(f"--output: there is no directory {stem.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=stem.parent):
-            return stem
-    except OSError as error:
-        raise type(error)(f"--output: nothing can be written into {stem.parent} ({error.strerror})") from None
+    require_writable("--output", stem.parent)
+    return stem
 
 
 def _threads(given: str | None) -> list[int] | None:

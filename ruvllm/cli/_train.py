@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.cli._parser import DEFAULT_MODEL, take_last, take_model
 from ruvllm.cli._talk import context_of, load_model
+from ruvllm.paths import require_writable
 
 if TYPE_CHECKING:
     from ruvllm.model.training import Trainer
@@ -33,7 +33,11 @@ def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not args.resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: --resume goes on with the run there, or choose another --out")
-    _require_writable(out)
+    try:  # before anything is learned that could not be kept
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"--out: nothing can be written into {out} ({error.strerror})") from None
+    require_writable("--out", out)
     llm = load_model(args, model)
 
     from ruvllm.checkpoint.training_state import resume_training, save_training
@@ -73,16 +77,6 @@ def train(args: argparse.Namespace) -> None:
     if held_out:
         print(f"after:  {trainer.evaluate(held_out)}")
     print(f"written to {out}; use it: ruvllm generate {model} --lora {out} PROMPT")
-
-
-def _require_writable(out: Path) -> None:
-    """Make the directory and try it, before anything is learned that could not be kept."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise type(error)(f"--out: nothing can be written into {out} ({error.strerror})") from None
 
 
 def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -171,13 +171,13 @@ class MicroLora:
             for step in trainer.run():
                 if on_step:
                     on_step(step, trainer.total)
-        except Exception:
+        except (FloatingPointError, ValueError):
             if known:
                 self.refresh(name)
-            else:
+            else:  # nothing came of it
                 self.detach(name)
             raise
-        except KeyboardInterrupt:  # what was learned so far is kept
+        except BaseException:  # what was learned until the caller ended it is kept
             self._act(name)
             raise
         self._act(name)

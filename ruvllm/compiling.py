@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -23,13 +24,12 @@ from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.kernels._cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._threads import limited_to, num_threads
-from ruvllm.kernels.forward import forward_region
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.forward_plan import region_for
 from ruvllm.model.generate import Sampling, generate
-from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
-from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
+from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,9 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     if DISABLE_JIT or is_warm(str(kinds)):
         return
     with _compile_bar(progress), _compiling_aside(kinds):
-        # One function multiplies by integers of all widths, and by floats of one. It takes longest, so it comes first.
-        dtype, layout = min(kinds, key=lambda kind: kind[1] not in FLOAT_LAYOUTS)
-        _ = forward_region(FLOAT_LAYOUTS.get(layout), KV_DTYPES["f32"]).address
+        _ = region_for((layout for _, layout in kinds), "f32").address  # takes longest, so it comes first
         _load_and_sample(kinds)
-        _run_tiny_model(dtype, layout)
+        _run_tiny_model(kinds)
     mark_warm(str(kinds))
 
 
@@ -74,11 +72,11 @@ def warmup(progress: bool | None = True) -> None:
     """
     if DISABLE_JIT:
         return
-    kinds = [("F32", layout) for layout in LAYOUTS] + [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
+    kinds = [[("F32", layout)] for layout in LAYOUTS] + [[(dtype, layout_for("auto", dtype))] for dtype in BLOCKS]
     hidden = None if progress is None else not progress
     with tqdm(total=len(kinds) + len(LAYOUTS), desc="warming up", unit="kind", leave=False, disable=hidden) as bar:
         for kind in kinds:
-            compile_for([kind], progress)
+            compile_for(kind, progress)
             bar.update()
         for layout in LAYOUTS:
             compile_training([layout], progress)
@@ -87,7 +85,7 @@ def warmup(progress: bool | None = True) -> None:
 
 @contextmanager
 def _compiling_aside(kinds: list[tuple[str, str]]) -> Iterator[None]:
-    """Meanwhile another process compiles what is small into the cache, where this one finds it: 4 of some 25 s.
+    """Meanwhile another process compiles what is small into the cache, where this one finds it: 4 of some 20 s.
 
     numba compiles one function at a time in a process. If the other fails, this one compiles all by itself.
     """
@@ -145,33 +143,36 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 class _ZeroWeights:
-    """Every tensor of a configuration, zero; the matrices in one storage type."""
+    """Every tensor of a configuration, zero; the matrices in these storage types by turns."""
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
-        self._shapes, self._dtype = config.tensor_shapes(), dtype
+    def __init__(self, config: ModelConfig, dtypes: Iterable[str]) -> None:
+        self._shapes = config.tensor_shapes()
+        matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]
+        self._dtypes = dict(zip(matrices, itertools.cycle(dtypes), strict=False))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a canonical name."""
-        shape = self._shapes[name]
-        return _zeros(name, shape, self._dtype if len(shape) > 1 else "F32")
+        return _zeros(name, self._shapes[name], self._dtypes.get(name, "F32"))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
 
-def _tiny_model(dtype: str, layout: str, threads: int | None = None) -> Llama:
-    """One layer, large enough for kernels to use several threads."""
-    weights = layout if layout in LAYOUTS else "auto"  # nobody can ask for 5 bits: it is how a file of them is kept
+def _tiny_model(kinds: Iterable[tuple[str, str]], threads: int | None = None) -> Llama:
+    """Two layers that have matrices of all these kinds, large enough for kernels to use several threads."""
+    dtypes, layouts = zip(*kinds, strict=True)
+    # A choice of the user is one layout for all; but nobody can ask for 5 bits: it is how a file of them is kept.
+    weights = layouts[0] if len(set(layouts)) == 1 and layouts[0] in LAYOUTS else "auto"
     config = ModelConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
-    return Llama(config, _ZeroWeights(config, dtype), weights, threads)
+    return Llama(config, _ZeroWeights(config, dtypes), weights, threads)
 
 
-def _run_tiny_model(dtype: str, layout: str) -> None:
-    """Prefill and decode with weights of one layout."""
-    model = _tiny_model(dtype, layout)
+def _run_tiny_model(kinds: Iterable[tuple[str, str]]) -> None:
+    """Prefill and decode with matrices of these kinds."""
+    model = _tiny_model(kinds)
     cache = model.new_cache(80)
     list(generate(model, cache, np.arange(64), Sampling(), max_tokens=2))
     cache.clear()
@@ -185,7 +186,7 @@ def _train_tiny_model(layout: str) -> None:
     from ruvllm.model.training_data import Example
 
     for threads, tokens in ((None, 80), (None, 3), (1, 3)):
-        lora = MicroLora(_tiny_model("Q8_0" if layout in INTEGER_LAYOUTS else "F32", layout, threads))
+        lora = MicroLora(_tiny_model([("Q8_0" if layout in INTEGER_LAYOUTS else "F32", layout)], threads))
         example = Example(np.arange(tokens), np.ones(tokens, bool))
         with limited_to(threads or num_threads()):
             trainer = lora.fit(
@@ -203,7 +204,7 @@ def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS) -> Iterator
         disable=None if progress is None else not progress,
     )  # fmt: skip
     if bar.disable:
-        logger.info("compiling kernels for this processor: 15 to 25 s, the first time only")
+        logger.info("compiling kernels for this processor: 10 to 20 s, the first time only")
 
     class Counter(event.Listener):
         def on_start(self, event: Any) -> None:

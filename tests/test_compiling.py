@@ -28,7 +28,7 @@ def test_warm_up_asks_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("dtype", "layout"), sorted(set(PLAIN + BY_FILE)))
 def test_a_tiny_model_of_every_kind_loads_and_speaks(dtype: str, layout: str) -> None:
-    compiling._run_tiny_model(dtype, layout)
+    compiling._run_tiny_model([(dtype, layout)])
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", ""])

@@ -29,17 +29,16 @@ def enter(address: Any, table: Any, threads: Any) -> None:
 
 
 class Region:
-    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict."""
+    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict.
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    variant: what distinguishes functions made by one line of source, the values they enclose.
+    """
+
+    def __init__(self, function: Callable[[Any], None], variant: str = "") -> None:
         self.function = function
+        self._variant = variant
         self.__name__ = getattr(function, "__name__", "region")
         self.__doc__ = function.__doc__
-
-    @property
-    def _variant(self) -> str:
-        """What distinguishes functions made by one line of source: the values they enclose."""
-        return repr([cell.cell_contents for cell in self.function.__closure__ or ()])
 
     @cached_property
     def address(self) -> int:

@@ -19,7 +19,6 @@ from ruvllm.kernels import (
     low_rank,
     norm,
     panels,
-    quant,
     rope,
     rounding,
     token_attention,
@@ -32,12 +31,12 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
 from ruvllm.kernels.low_rank import PARTS, join_parts
+from ruvllm.kernels.quant import quant_matmul_part
 from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, block_bytes
 from ruvllm.kernels.token_attention import token_scratch_size
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
 quantize_activations = as_part(rounding.quantize_activations)
-quant_matmul = as_part(quant.quant_matmul)
 panels_matmul = as_part(panels.panels_matmul)
 rope_rows = as_part(rope.rope_rows)
 kv_append_heads = as_part(kv.kv_append_heads)
@@ -76,77 +75,6 @@ LAYER_FIELDS = _MLP_NORM + 1
 def thread_scratch(head_dim: int, group: int) -> int:
     """Floats of scratch that one thread needs, for one token or for many."""
     return max(scratch_size(head_dim), token_scratch_size(head_dim, group))
-
-
-@part_kernel
-def _forward_member(table: Any, float_weights: Any, kv: Any) -> None:
-    """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
-
-    ``float_weights`` and ``kv`` are the dtypes of the float matrices and of the KV cache. For one token every member
-    norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For more, members share the tokens out,
-    and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one row per member, or one per token.
-    """
-    t = array_at(table, TABLE_SIZE, np.int64)
-    sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
-    rank, size = join_team(sync, t[THREADS])
-    if rank < 0:
-        return
-    T, E, F, heads, kv_heads, dim = t[TOKENS], t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
-    eps, scale = _floats(t[FLOATS], 1, 2)[0]
-    layers = array_at(t[LAYERS], (t[LAYER_END], LAYER_FIELDS), np.int64)
-    cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
-    positions = array_at(t[POSITIONS], T, np.int64)
-    x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
-    q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
-    gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
-    q_heads = _heads(t[Q], T, heads, dim)
-    k_heads, v_heads = _heads(t[K], T, kv_heads, dim), _heads(t[V], T, kv_heads, dim)
-    alone = T == 1
-    mine = rank if alone else 0
-    attended_at = t[ATTENDED] + mine * heads * dim * 4
-    attended, attended_heads = _floats(attended_at, T, heads * dim), _heads(attended_at, T, heads, dim)
-    h = _floats(t[INPUT] + mine * E * 4, T, E)
-    lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
-    e_lo, e_hi = _share(E, rank, size)
-    f_lo, f_hi = _share(F, rank, size)
-    # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
-    for layer in range(t[FIRST_LAYER], t[LAYER_END]):
-        rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
-        if _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi, rank, size):
-            barrier(sync, rank, size)
-        for at in range(_Q, _O, FIELDS):
-            _matrix(t, layers, layer, at, float_weights, h, mine, q if at == _Q else (k if at == _K else v), rank, size)
-        barrier(sync, rank, size)
-        if alone:
-            _attend_token(
-                t, layer, kv, q_heads, k_heads, v_heads, cos, sin, attended_heads, positions, scale, sync, rank, size
-            )
-        else:
-            rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
-            rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
-            _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
-            barrier(sync, rank, size)
-            _attend(t, layer, kv, q_heads, attended_heads, positions, scale, rank, size)
-            barrier(sync, rank, size)
-        if _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi, rank, size):
-            barrier(sync, rank, size)
-        _matrix(t, layers, layer, np.int64(_O), float_weights, attended, mine, sums_of, rank, size)
-        _add(x, sums_of, e_lo, e_hi)
-        barrier(sync, rank, size)
-        rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
-        if _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi, rank, size):
-            barrier(sync, rank, size)
-        for at in range(_GATE, _DOWN, FIELDS):
-            _matrix(t, layers, layer, at, float_weights, h, mine, gate if at == _GATE else up, rank, size)
-        for row in range(T):
-            silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
-        barrier(sync, rank, size)
-        if _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi, rank, size):
-            barrier(sync, rank, size)
-        _matrix(t, layers, layer, np.int64(_DOWN), float_weights, gate, mine, sums_of, rank, size)
-        _add(x, sums_of, e_lo, e_hi)
-        barrier(sync, rank, size)
-    _logits(t, float_weights, x, eps, sync, rank, size)
 
 
 @inline_kernel
@@ -254,31 +182,37 @@ def _adapter_up(t: Any, table: Any, layer: Any, at: Any, mine: Any, out: Any, lo
         low_rank_up(array_at(numbers[2], shape, np.float32), h, out, lo, hi)
 
 
-@part_kernel
-def _matrix(
-    t: Any, table: Any, layer: Any, at: Any, float_weights: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
-) -> None:
-    """out (T, N) = x W^T + bias for this member's share of the rows of the matrix described at table[layer, at:]."""
-    layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
-    count = (rows + LANES - 1) // LANES
-    lo, hi = part(count, rank, size)
-    weights = table[layer, at + _WEIGHTS]
-    if layout <= Q8:
-        groups = (columns + GROUP - 1) // GROUP
-        has_mins = table[layer, at + _HAS_MINS]
-        blocks = array_at(weights, (count, groups, _block_bytes(layout, has_mins)), np.uint8)
-        xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], columns)
-        quant_matmul(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
-    elif float_weights is not None:  # known when this is compiled: a model without such matrices needs no code for them
-        w = array_at(weights, (count, columns, LANES), float_weights)
-        panels_matmul(w, x, out, lo, hi)
-    if table[layer, at + _BIAS]:
-        bias = array_at(table[layer, at + _BIAS], rows, np.float32)
-        for row in range(x.shape[0]):
-            for i in range(lo * LANES, min(hi * LANES, rows)):
-                out[row, i] += bias[i]
-    if table[layer, at + ADAPTER]:
-        _adapter_up(t, table, layer, at, mine, out, lo, hi)
+def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
+    """The product with one matrix. What is None, numba leaves out."""
+    products = quant_matmul_part(integers) if integers else None
+
+    @part_kernel
+    def _matrix(
+        t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
+    ) -> None:
+        """out (T, N) = x W^T + bias for this member's share of the rows of the matrix at table[layer, at:]."""
+        layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
+        count = (rows + LANES - 1) // LANES
+        lo, hi = part(count, rank, size)
+        weights = table[layer, at + _WEIGHTS]
+        if products is not None and layout <= Q8:
+            groups = (columns + GROUP - 1) // GROUP
+            has_mins = table[layer, at + _HAS_MINS]
+            blocks = array_at(weights, (count, groups, _block_bytes(layout, has_mins)), np.uint8)
+            xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], columns)
+            products(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        elif float_weights is not None:
+            w = array_at(weights, (count, columns, LANES), float_weights)
+            panels_matmul(w, x, out, lo, hi)
+        if table[layer, at + _BIAS]:
+            bias = array_at(table[layer, at + _BIAS], rows, np.float32)
+            for row in range(x.shape[0]):
+                for i in range(lo * LANES, min(hi * LANES, rows)):
+                    out[row, i] += bias[i]
+        if table[layer, at + ADAPTER]:
+            _adapter_up(t, table, layer, at, mine, out, lo, hi)
+
+    return _matrix
 
 
 @inline_kernel
@@ -342,34 +276,110 @@ def _scratch(t: Any, rank: Any) -> Any:
     return array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)
 
 
-@part_kernel
-def _logits(t: Any, float_weights: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
-    """Logits of the last LOGIT_ROWS tokens: none, one or all."""
-    T, E = x.shape
-    rows = t[LOGIT_ROWS]
-    if rows == 0:
-        return
-    alone = rows == 1
-    mine = rank if alone else 0
-    lo, hi = (np.int64(0), np.int64(1)) if alone else part(rows, rank, size)
-    h = _floats(t[INPUT] + mine * E * 4, rows, E)
-    head = array_at(t[HEAD], (1, FIELDS), np.int64)
-    rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
-    if _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi, rank, size):
-        barrier(sync, rank, size)
-    logits = _floats(t[LOGITS], rows, t[VOCABULARY])
-    _matrix(t, head, np.int64(0), np.int64(0), float_weights, h, mine, logits, rank, size)
+def _logits_of(matrix: Any) -> Any:
+    """The end of the model: norm and head."""
+
+    @part_kernel
+    def _logits(t: Any, x: Any, eps: Any, sync: Any, rank: Any, size: Any) -> None:
+        """Logits of the last LOGIT_ROWS tokens: none, one or all."""
+        T, E = x.shape
+        rows = t[LOGIT_ROWS]
+        if rows == 0:
+            return
+        alone = rows == 1
+        mine = rank if alone else 0
+        lo, hi = (np.int64(0), np.int64(1)) if alone else part(rows, rank, size)
+        h = _floats(t[INPUT] + mine * E * 4, rows, E)
+        head = array_at(t[HEAD], (1, FIELDS), np.int64)
+        rms_norm_rows(x[T - rows :], array_at(t[NORM], E, np.float32), eps, h, lo, hi)
+        if _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi, rank, size):
+            barrier(sync, rank, size)
+        out = _floats(t[LOGITS], rows, t[VOCABULARY])
+        matrix(t, head, np.int64(0), np.int64(0), h, mine, out, rank, size)
+
+    return _logits
 
 
 @cache
-def forward_region(float_weights: type | None, kv: type) -> Region:
-    """The region for float matrices and a KV cache of these dtypes: compiled for what a model has, not for all.
+def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: type) -> Region:
+    """The region for a model of such matrices and a KV cache of this dtype: what it does not have is not compiled.
 
     float_weights: np.float32, np.uint16 (IEEE half), np.int16 (bfloat16), or None where no matrix is float;
-    kv: np.float32, np.uint16 or np.int8.
+    integers: layouts of its integer matrices; kv: np.float32, np.uint16 or np.int8.
     """
+    matrix = _matrix_of(float_weights, integers)
+    logits = _logits_of(matrix)
 
     def forward_member(table: Any) -> None:
-        _forward_member(table, float_weights, kv)
+        """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
-    return Region(forward_member)
+        For one token every member norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For
+        more, members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one row
+        per member, or one per token.
+        """
+        t = array_at(table, TABLE_SIZE, np.int64)
+        sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
+        rank, size = join_team(sync, t[THREADS])
+        if rank < 0:
+            return
+        T, E, F, heads, kv_heads, dim = t[TOKENS], t[HIDDEN], t[FEED], t[HEADS], t[KV_HEADS], t[DIM]
+        eps, scale = _floats(t[FLOATS], 1, 2)[0]
+        layers = array_at(t[LAYERS], (t[LAYER_END], LAYER_FIELDS), np.int64)
+        cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
+        positions = array_at(t[POSITIONS], T, np.int64)
+        x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
+        q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
+        gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
+        q_heads = _heads(t[Q], T, heads, dim)
+        k_heads, v_heads = _heads(t[K], T, kv_heads, dim), _heads(t[V], T, kv_heads, dim)
+        alone = T == 1
+        mine = rank if alone else 0
+        attended_at = t[ATTENDED] + mine * heads * dim * 4
+        attended, attended_heads = _floats(attended_at, T, heads * dim), _heads(attended_at, T, heads, dim)
+        h = _floats(t[INPUT] + mine * E * 4, T, E)
+        lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
+        e_lo, e_hi = _share(E, rank, size)
+        f_lo, f_hi = _share(F, rank, size)
+        # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
+        for layer in range(t[FIRST_LAYER], t[LAYER_END]):
+            rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
+            if _round(t, layers, layer, np.int64(_Q), np.int64(_O), h, mine, lo, hi, rank, size):
+                barrier(sync, rank, size)
+            for at in range(_Q, _O, FIELDS):
+                out = q if at == _Q else (k if at == _K else v)
+                matrix(t, layers, layer, at, h, mine, out, rank, size)
+            barrier(sync, rank, size)
+            if alone:
+                _attend_token(
+                    t, layer, kv, q_heads, k_heads, v_heads, cos, sin, attended_heads, positions, scale,
+                    sync, rank, size,
+                )  # fmt: skip
+            else:
+                rope_rows(q_heads, cos, sin, np.float32(1), q_heads, lo * heads, hi * heads)
+                rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
+                _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
+                barrier(sync, rank, size)
+                _attend(t, layer, kv, q_heads, attended_heads, positions, scale, rank, size)
+                barrier(sync, rank, size)
+            if _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi, rank, size):
+                barrier(sync, rank, size)
+            matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, rank, size)
+            _add(x, sums_of, e_lo, e_hi)
+            barrier(sync, rank, size)
+            rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
+            if _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi, rank, size):
+                barrier(sync, rank, size)
+            for at in range(_GATE, _DOWN, FIELDS):
+                out = gate if at == _GATE else up
+                matrix(t, layers, layer, at, h, mine, out, rank, size)
+            for row in range(T):
+                silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
+            barrier(sync, rank, size)
+            if _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi, rank, size):
+                barrier(sync, rank, size)
+            matrix(t, layers, layer, np.int64(_DOWN), gate, mine, sums_of, rank, size)
+            _add(x, sums_of, e_lo, e_hi)
+            barrier(sync, rank, size)
+        logits(t, x, eps, sync, rank, size)
+
+    return Region(forward_member, variant=repr((float_weights, integers, kv)))

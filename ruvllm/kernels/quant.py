@@ -7,6 +7,7 @@ Integer sums are exact, and float sums are taken in one order whatever the numbe
 the same integers, and a token's result does not depend on its neighbours.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ from ruvllm.kernels.quant_layout import (
     HALFS,
     INT4,
     INT5,
+    INT8,
     LINE,
     NO_ZERO,
     OFFSETS,
@@ -316,9 +318,34 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
     return _panels
 
 
-_panels_int4 = _panels_of(_dots_int4, _column_int4, ZERO4)
-_panels_int5 = _panels_of(_dots_int5, _column_int5, ZERO5)
-_panels_int8 = _panels_of(_dots_int8, _column_int8, ZERO8)
+_PANELS = {
+    INT4: _panels_of(_dots_int4, _column_int4, ZERO4),
+    INT5: _panels_of(_dots_int5, _column_int5, ZERO5),
+    INT8: _panels_of(_dots_int8, _column_int8, ZERO8),
+}
+
+
+@cache
+def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
+    """quant_matmul as a part of larger kernels, for these kinds alone: each takes seconds to compile."""
+    int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
+
+    @part_kernel
+    def products(
+        kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
+        out: Any, lo: Any, hi: Any,
+    ) -> None:  # fmt: skip
+        if int4 is not None and kind == INT4:
+            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        if int5 is not None and kind == INT5:
+            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        if int8 is not None and kind == INT8:
+            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+
+    return products
+
+
+_matmul = quant_matmul_part((INT4, INT5, INT8))
 
 
 @kernel(strict=True)
@@ -327,12 +354,7 @@ def quant_matmul(
     out: Any, lo: Any, hi: Any,
 ) -> None:  # fmt: skip
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
-    if kind == INT4:
-        _panels_int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
-    elif kind == INT5:
-        _panels_int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
-    else:
-        _panels_int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
 
 
 @parallel_kernel

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ruvllm.kernels import forward as f
 from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._region import Region
 from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
 from ruvllm.kernels._tile import LANES
@@ -19,7 +21,7 @@ from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.low_rank import AdapterSet
-from ruvllm.model.weights import FLOAT_LAYOUTS
+from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
 
 if TYPE_CHECKING:
     from ruvllm.model.config import ModelConfig
@@ -29,6 +31,22 @@ if TYPE_CHECKING:
 # Multiply-adds of one compiled call, in whole layers: 0.2 s at 20 GFLOP/s, which any core does. One token of a small
 # model takes one call for all layers, a prompt of a large one a call for each.
 MACS_AT_ONCE = 2_000_000_000
+
+
+# Sets of integer layouts that have a region of their own: files mix them, and each region is compiled apart.
+_MIXTURES = ((), (f.Q8,), (f.Q4, f.Q8), (f.Q4, f.Q5, f.Q8))
+
+
+def region_for(layouts: Iterable[str], kv: str) -> Region:
+    """The region for a model whose matrices have these layouts, at most one of them float, and a KV cache of dtype kv.
+
+    It is the smallest that serves them, because a kind of matrix takes seconds to compile.
+    """
+    layouts = set(layouts)
+    integers = {INTEGER_LAYOUTS[layout] for layout in layouts & INTEGER_LAYOUTS.keys()}
+    floats = [FLOAT_LAYOUTS[layout] for layout in layouts & FLOAT_LAYOUTS.keys()]
+    mixture = next(mixture for mixture in _MIXTURES if integers <= set(mixture))
+    return f.forward_region(floats[0] if floats else None, mixture, KV_DTYPES[kv])
 
 
 class ForwardPlan:
@@ -45,8 +63,7 @@ class ForwardPlan:
         # The adapters pointed at by the latest pass, and the table that points at them.
         self._adapted: tuple[AdapterSet | None, np.ndarray] = (None, self.layers)
         self.head = np.array(model.head.address_fields(), np.int64)
-        floats = {matrix.layout for matrix in model.linears().values()} & FLOAT_LAYOUTS.keys()
-        self.float_dtype: type | None = FLOAT_LAYOUTS[floats.pop()] if floats else None
+        self.layouts = {matrix.layout for matrix in model.linears().values()}
         self.layer_weights = sum(matrix.rows * matrix.columns for matrix in model.layers[0].linears().values())
         self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
 
@@ -68,7 +85,7 @@ class ForwardPlan:
         table[f.LOGITS] = 0 if logits is None else logits.ctypes.data
         table[f.COS], table[f.SIN] = cos.ctypes.data, sin.ctypes.data
         threads = table[f.THREADS] = min(num_threads(), buffers.threads)
-        region, count = f.forward_region(self.float_dtype, KV_DTYPES[cache.dtype]), len(self.layers)
+        region, count = region_for(self.layouts, cache.dtype), len(self.layers)
         step = max(1, MACS_AT_ONCE // (T * self.layer_weights))
         for first in range(0, count, step):  # Ctrl-C is seen between calls
             end = min(first + step, count)

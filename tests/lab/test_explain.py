@@ -16,6 +16,7 @@ from ruvllm.kernels._jit import COMPILED
 from ruvllm.lab import TARGETS, explain
 from ruvllm.lab._assembly import called, innermost_loops
 from ruvllm.lab._calls import calls_of_kernel
+from ruvllm.lab.explanation import _calls, _explain
 
 matplotlib.use("Agg")
 
@@ -254,18 +255,22 @@ def _converted(a, out):
         out[i] = a[i]
 
 
-@pytest.mark.parametrize("target", ["host", "haswell", "apple-m4"])
-def test_what_is_no_float32_arithmetic_is_seen_too(target: str) -> None:
+def test_what_is_no_float32_arithmetic_is_seen_too() -> None:
     whole, single, double = np.arange(64, dtype=np.int32), np.ones(64, np.float32), np.ones(64)
-    added = explain(_integer_sum, whole, whole, whole.copy(), target=target)
-    assert added.vectorized and added.loops[0].lines_per_element == 3 / 16
-    assert not explain(_largest, single, target=target).vectorized
-    assert "not vectorised" in explain(_largest, single, target=target).heading()
-    dot = explain(_double_dot, double, double, target=target)
-    assert dot.vectorized and dot.loops[0].fma >= 4 and dot.loops[0].lines_per_element == 2 / 8
-    narrowed = explain(_converted, double, single.copy(), target=target)
-    assert narrowed.vectorized and not narrowed.moves_only
-    assert explain(_converted, single, single.copy(), target=target).moves_only
+    asked = {
+        "added": (_integer_sum, whole, whole, whole.copy()), "largest": (_largest, single),
+        "dot": (_double_dot, double, double), "narrowed": (_converted, double, single.copy()),
+        "copied": (_converted, single, single.copy()),
+    }  # fmt: skip
+    targets = ("host", "haswell", "apple-m4")
+    found = _explain({name: _calls(function, rest)[1] for name, (function, *rest) in asked.items()}, targets)
+    for target in targets:
+        added, largest, dot, narrowed, copied = (found[name, target] for name in asked)
+        assert added.vectorized and added.loops[0].lines_per_element == 3 / 16
+        assert not largest.vectorized and "not vectorised" in largest.heading()
+        assert dot.vectorized and dot.loops[0].fma >= 4 and dot.loops[0].lines_per_element == 2 / 8
+        assert narrowed.vectorized and not narrowed.moves_only
+        assert copied.moves_only
 
 
 @numba.njit

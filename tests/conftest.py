@@ -1,5 +1,6 @@
 """Fixtures that the whole suite shares."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ settings.register_profile(
     "ruvllm", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ruvllm"))
+
+gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: looking for garbage is a tenth of its time
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from ruvllm.kernels import (
     optimizer,
     ranking,
     rope,
+    sampling,
     vector,
 )
 from ruvllm.kernels._spec import KernelSpec
@@ -43,7 +44,7 @@ from ruvllm.kernels.sampling import apply_repetition_penalty, sample
 from ruvllm.kernels.vector import add, dot, scale
 
 _MODULES = (
-    activation, attention, bandwidth, kv, lora, lora_grad, matmul, norm, ranking, rope, vector,
+    activation, attention, bandwidth, kv, lora, lora_grad, matmul, norm, ranking, rope, sampling, vector,
     attention_grad, backward, loss, optimizer,
 )  # fmt: skip
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}

@@ -84,6 +84,14 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def not_negative(name: str, value: float) -> float:
+    """``value`` as a float. Raises TypeError unless it is a number, ValueError unless it is finite and >= 0."""
+    value = number(name, value)
+    if not 0 <= value < np.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, found {value}")
+    return value
+
+
 def integers(name: str, array: Any, ndim: int = 1) -> np.ndarray:
     """``array`` as a C-contiguous int64 array. Raises TypeError for anything but integers, ValueError for shape."""
     if type(array) is _ndarray and array.dtype is _INT64 and array.flags.carray and array.ndim == ndim:

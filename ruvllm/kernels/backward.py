@@ -86,7 +86,7 @@ def rms_norm_backward(
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     dy = _check.float32("dy", dy, shape=x.shape)
-    eps = _check.number("eps", eps)
+    eps = _check.not_negative("eps", eps)
     if add and out is None:
         raise TypeError("out: expected a float32 NumPy array to add to, found None")
     out = _check.output("out", out, x.shape, x, weight, dy)

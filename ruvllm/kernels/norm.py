@@ -84,14 +84,14 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or eps is negative.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape, x, weight)
-    eps = _check.number("eps", eps)
+    eps = _check.not_negative("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
@@ -216,7 +216,7 @@ def layer_norm(
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or eps is negative.
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
     "Algorithms for Computing the Sample Variance".
@@ -228,7 +228,7 @@ def layer_norm(
     with_bias = bias is not None
     bias = _check.float32("bias", bias, shape=last) if with_bias else weight
     out = _check.output("out", out, shape, x, weight, bias)
-    eps = _check.number("eps", eps)
+    eps = _check.not_negative("eps", eps)
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]

@@ -267,6 +267,18 @@ SPECS = [
         tolerance=0.0,
     ),
     KernelSpec(
+        name="top_k",
+        function=top_k,
+        compiled=(argmax_index, top_kselect),
+        reference=reference.top_k,
+        formula="the k largest of x, falling, and where they are",
+        example=lambda rng, n, k: {"x": rng.standard_normal(n, np.float32), "k": min(k, n)},
+        flops=lambda n, k: float(n),
+        bytes=lambda n, k: 4.0 * n + 12.0 * k,
+        sizes=tuple({**size, "k": 40} for size in _SIZES),
+        tolerance=0.0,
+    ),
+    KernelSpec(
         name="log_softmax",
         function=log_softmax,
         compiled=(log_softmax_rows,),

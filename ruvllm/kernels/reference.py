@@ -52,6 +52,35 @@ def argmax(x: Any) -> np.ndarray:
     return np.argmax(_f64(x), axis=-1)
 
 
+def top_k(x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of x (n,) in falling order, of equal ones the first, and their indices."""
+    order = np.argsort(-_f64(x), kind="stable")[:k]
+    return _f64(x)[order], order
+
+
+def apply_repetition_penalty(logits: Any, ids: Any, penalty: float) -> np.ndarray:
+    """logits / penalty where positive, else logits * penalty, at each of ids once."""
+    x, seen = _f64(logits).copy(), np.unique(ids)
+    x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
+    return x
+
+
+def sample(
+    logits: Any, u: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
+    """The token whose probability takes the running sum past u: in falling order, or as they lie without filters."""
+    x = _f64(logits)
+    ids = np.arange(x.size) if not 0 < top_k < x.size and top_p == 1 and not min_p else np.argsort(-x, kind="stable")
+    ids = ids[: top_k or x.size]
+    p = softmax(x[ids])
+    if top_p < 1:
+        ids = ids[: np.searchsorted(np.cumsum(p), top_p) + 1]
+    if min_p:
+        ids = ids[p[: len(ids)] >= min_p * p[0]]
+    running = np.cumsum(softmax(x[ids] / temperature))
+    return ids[min(int(np.searchsorted(running, u, side="right")), len(ids) - 1)]
+
+
 def silu_mul(gate: Any, up: Any) -> np.ndarray:
     """gate * sigmoid(gate) * up."""
     gate, up = _f64(gate, up)

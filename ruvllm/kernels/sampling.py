@@ -4,11 +4,21 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _check
+from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._simd import LANES, hsum, lane
+from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels.activation import exp_shifted_sum
-from ruvllm.kernels.ranking import exp_sum, largest, log_sum_exp, scaled_exp, select, vector
+from ruvllm.kernels.ranking import (
+    argmax_index,
+    exp_sum,
+    largest,
+    log_sum_exp,
+    scaled_exp,
+    select,
+    top_kselect,
+    vector,
+)
 
 _FIRST_CANDIDATES = 256  # sorted for top-p before it is known how many it keeps
 _ZERO = np.float32(0)
@@ -188,3 +198,41 @@ def sample(
 def _require(name: str, value: float, ok: bool, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, found {value!r}")
+
+
+SPECS = [
+    KernelSpec(
+        name="apply_repetition_penalty",
+        function=apply_repetition_penalty,
+        compiled=(penalise,),
+        reference=reference.apply_repetition_penalty,
+        formula="logits[i] / penalty if positive else logits[i] * penalty, for the distinct i of ids, in place",
+        example=lambda rng, n, tokens: {
+            "logits": 4 * rng.standard_normal(n, np.float32),
+            "ids": rng.integers(0, n, tokens),
+            "penalty": 1.1,
+        },
+        flops=lambda n, tokens: float(tokens),
+        bytes=lambda n, tokens: 16.0 * tokens,
+        sizes=({"n": 49152, "tokens": 512}, {"n": 128256, "tokens": 4096}),
+    ),
+    KernelSpec(
+        name="sample",
+        function=sample,
+        compiled=(argmax_index, count_at_least, top_kselect, cut_and_draw),
+        reference=reference.sample,
+        formula="i with probability softmax(logits / temperature)[i] over what top-k, top-p and min-p keep",
+        example=lambda rng, n: {
+            "logits": 4 * rng.standard_normal(n, np.float32),
+            "u": float(rng.random()),
+            "temperature": 0.8,
+            "top_k": 40,
+            "top_p": 0.95,
+            "min_p": 0.05,
+        },
+        flops=lambda n: 2.0 * n,
+        bytes=lambda n: 8.0 * n,
+        sizes=({"n": 32000}, {"n": 49152}, {"n": 128256}),
+        tolerance=0.0,
+    ),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
+
+logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
 LAYER_MACS = 25_000_000_000  # multiply-adds per layer and pass at the most: Ctrl-C is seen between two layers
@@ -238,4 +241,7 @@ def _checked_threads(threads: int | None) -> int:
         return physical_cores()
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads: expected a positive integer, found {threads!r}")
-    return min(threads, most_threads())
+    most = most_threads()
+    if threads > most:
+        logger.warning("threads: %d asked for, this process can have %d", threads, most)
+    return min(threads, most)

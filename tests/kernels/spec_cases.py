@@ -38,7 +38,7 @@ COUNTS = {
 EVEN = {"apply_rope", "apply_rope_tables"}  # head_dim is a number of pairs, times two
 IN_PLACE = {
     "kv_append": ("keys", "values"), "lora_accumulate_grad": ("grad_a", "grad_b"), "lora_forward_add": ("out",),
-    "adamw": ("parameters", "m", "v"),
+    "adamw": ("parameters", "m", "v"), "apply_repetition_penalty": ("logits",),
 }  # fmt: skip
 
 

@@ -87,3 +87,11 @@ def test_shapes_that_do_not_fit() -> None:
         layer_norm(x, np.ones(8, np.float32), np.ones(9, np.float32))
     with pytest.raises(ValueError, match="x: the mean over an empty last axis"):
         rms(np.empty((2, 0), np.float32))
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf")])
+def test_an_eps_that_is_none_is_refused(eps: float) -> None:
+    x = np.ones(8, np.float32)
+    for call in (rms_norm, layer_norm):
+        with pytest.raises(ValueError, match=r"eps: expected a finite number >= 0"):
+            call(x, x, eps=eps)

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from typing import Any
 
 import matplotlib
 import numba
@@ -257,13 +258,13 @@ def _converted(a, out):
 
 def test_what_is_no_float32_arithmetic_is_seen_too() -> None:
     whole, single, double = np.arange(64, dtype=np.int32), np.ones(64, np.float32), np.ones(64)
-    asked = {
+    asked: dict[str, tuple[Any, ...]] = {
         "added": (_integer_sum, whole, whole, whole.copy()), "largest": (_largest, single),
         "dot": (_double_dot, double, double), "narrowed": (_converted, double, single.copy()),
         "copied": (_converted, single, single.copy()),
     }  # fmt: skip
     targets = ("host", "haswell", "apple-m4")
-    found = _explain({name: _calls(function, rest)[1] for name, (function, *rest) in asked.items()}, targets)
+    found = _explain({name: _calls(function, tuple(rest))[1] for name, (function, *rest) in asked.items()}, targets)
     for target in targets:
         added, largest, dot, narrowed, copied = (found[name, target] for name in asked)
         assert added.vectorized and added.loops[0].lines_per_element == 3 / 16

@@ -13,6 +13,7 @@ import pytest
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels._region import Region
+from ruvllm.kernels._threads import most_threads
 from ruvllm.model import Llama, ModelConfig, RopeConfig, forward_plan, llama
 from ruvllm.model.forward_plan import ForwardPlan
 from ruvllm.model.llama import PREFILL_TOKENS
@@ -417,3 +418,10 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert tied.head is tied.embed
     assert set(untied.linears()) - set(tied.linears()) == {"head"}
     assert untied.nbytes - tied.nbytes == untied.head.nbytes
+
+
+def test_threads_that_cannot_be_had_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    most = most_threads()
+    assert Llama(SMALL, threads=most).threads == most and not caplog.records
+    assert Llama(SMALL, threads=most + 7).threads == most
+    assert f"threads: {most + 7} asked for, this process can have {most}" in caplog.text

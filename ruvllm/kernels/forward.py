@@ -55,7 +55,7 @@ Q4, Q5, Q8, F32, F16, BF16 = range(6)
 FIELDS = 7  # layout, weights, whether they have mins, bias, rows, columns, adapter
 _WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
 ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
-ADAPTER_FIELDS = 4  # layout (F32 or F16), down, up, rank
+ADAPTER_FIELDS = 5  # layout (F32 or Q8), down, up, rank, scales
 ADAPTERS_AT_ONCE = 3  # matrices that share an input: q, k, v
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
 MATRIX_FIELDS = _ATTN_NORM = 7 * FIELDS
@@ -154,16 +154,16 @@ def _adapter_down(t: Any, table: Any, layer: Any, at: Any, x: Any, lo: Any, hi: 
     if x.shape[0] == 1:
         parts = _floats(low, PARTS, panels * LANES)
         lo, hi = part(panels * PARTS, rank, size)
-        if numbers[0] == F16:
-            low_rank_down_parts(array_at(numbers[1], shape, np.uint16), x, parts, lo, hi)
+        if numbers[0] == Q8:
+            low_rank_down_parts(array_at(numbers[1], shape, np.int8), x, parts, lo, hi)
         else:
             low_rank_down_parts(array_at(numbers[1], shape, np.float32), x, parts, lo, hi)
     else:
-        h = _floats(low, x.shape[0], panels * LANES)
-        if numbers[0] == F16:
-            low_rank_down(array_at(numbers[1], shape, np.uint16), x, h, lo, hi)
+        h, scales = _floats(low, x.shape[0], panels * LANES), array_at(numbers[4], panels * LANES, np.float32)
+        if numbers[0] == Q8:
+            low_rank_down(array_at(numbers[1], shape, np.int8), scales, x, h, lo, hi)
         else:
-            low_rank_down(array_at(numbers[1], shape, np.float32), x, h, lo, hi)
+            low_rank_down(array_at(numbers[1], shape, np.float32), scales, x, h, lo, hi)
 
 
 @part_kernel
@@ -174,10 +174,10 @@ def _adapter_up(t: Any, table: Any, layer: Any, at: Any, mine: Any, out: Any, lo
     h = _floats(low, out.shape[0], wide)
     if out.shape[0] == 1:
         h = _floats(low + (PARTS + mine) * wide * 4, 1, wide)
-        join_parts(_floats(low, PARTS, wide), h)
+        join_parts(_floats(low, PARTS, wide), array_at(numbers[4], wide, np.float32), h)
     shape = ((out.shape[1] + LANES - 1) // LANES, numbers[3], LANES)
-    if numbers[0] == F16:
-        low_rank_up(array_at(numbers[2], shape, np.uint16), h, out, lo, hi)
+    if numbers[0] == Q8:
+        low_rank_up(array_at(numbers[2], shape, np.int8), h, out, lo, hi)
     else:
         low_rank_up(array_at(numbers[2], shape, np.float32), h, out, lo, hi)
 

@@ -1,8 +1,9 @@
-"""Adapters on packed layers: out += (x down^T) up^T, beside the layer's own product in the same parallel region.
+"""Adapters on packed layers: out += (s * (x down^T)) up^T, beside the layer's own product in the same parallel region.
 
-down (R, K) and up (N, R) are panels as all weights are (see panels.py), float32 or IEEE half bits; the adapter's
-scaling is part of ``up``. Several adapters at once are one of the sum of their ranks. A token's result does not depend
-on its neighbours, nor on the number of threads.
+down (R, K) and up (N, R) are panels as all weights are (see panels.py), float32 or int8; s has one scale for each rank,
+which for int8 is that of both factors, and 1 for float32. The adapter's scaling is part of ``up``. Several adapters at
+once are one of the sum of their ranks. A token's result does not depend on its neighbours, nor on the number of
+threads.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ def _down_part(w: Any, wi: Any, xs: Any, xi: Any, columns: Any, part: Any) -> An
 
 
 @kernel(strict=True)
-def low_rank_down(down: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of h (T, 16 P) = x down^T. down (P, K, 16) panels; x (T, K)."""
+def low_rank_down(down: Any, scales: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of h (T, 16 P) = scales * (x down^T). down (P, K, 16) panels; scales (16 P,); x (T, K)."""
     panels, columns = down.shape[0], down.shape[1]
     w, xs, hs = flat(down), flat(x), flat(h)
     for t in range(lo, hi):
@@ -46,7 +47,7 @@ def low_rank_down(down: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
             total = f32_zero()
             for i in range(PARTS):
                 total = total + _down_part(w, p * columns * LANES, xs, t * columns, columns, i)
-            f32_store(hs, (t * panels + p) * LANES, total)
+            f32_store(hs, (t * panels + p) * LANES, total * f32_load(scales, p * LANES))
 
 
 @kernel(strict=True)
@@ -64,14 +65,14 @@ def low_rank_down_parts(down: Any, x: Any, parts: Any, lo: Any, hi: Any) -> None
 
 
 @inline_kernel
-def join_parts(parts: Any, h: Any) -> None:
-    """h (1, 16 P) = the sum of low_rank_down_parts (PARTS, 16 P)."""
+def join_parts(parts: Any, scales: Any, h: Any) -> None:
+    """h (1, 16 P) = scales * the sum of low_rank_down_parts (PARTS, 16 P)."""
     sums, hs = flat(parts), flat(h)
     for at in range(0, h.shape[1], LANES):
         total = f32_zero()
         for i in range(PARTS):
             total = total + f32_load(sums, i * h.shape[1] + at)
-        f32_store(hs, at, total)
+        f32_store(hs, at, total * f32_load(scales, at))
 
 
 @kernel(strict=True)
@@ -94,17 +95,17 @@ def low_rank_up(up: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @parallel_kernel
-def low_rank_parallel(down: Any, up: Any, x: Any, h: Any, out: Any, threads: Any) -> None:
+def low_rank_parallel(down: Any, scales: Any, up: Any, x: Any, h: Any, out: Any, threads: Any) -> None:
     """Both products: the first with the tokens split over threads, the second with the panels."""
     tokens, panels = x.shape[0], up.shape[0]
     for t in prange(threads):
-        low_rank_down(down, x, h, tokens * t // threads, tokens * (t + 1) // threads)
+        low_rank_down(down, scales, x, h, tokens * t // threads, tokens * (t + 1) // threads)
     for t in prange(threads):
         low_rank_up(up, h, out, panels * t // threads, panels * (t + 1) // threads)
 
 
-def add_low_rank(down: np.ndarray, up: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
-    """out (T, N) += (x down^T) up^T for packed down (P, K, 16) and up (ceil(N / 16), R, 16), x (T, K).
+def add_low_rank(down: np.ndarray, scales: np.ndarray, up: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    """out (T, N) += (scales * (x down^T)) up^T for packed down (P, K, 16) and up (ceil(N / 16), R, 16), x (T, K).
 
     For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
     """
@@ -112,7 +113,7 @@ def add_low_rank(down: np.ndarray, up: np.ndarray, x: np.ndarray, out: np.ndarra
     h = np.empty((tokens, down.shape[0] * LANES), np.float32)
     threads = threads_for(tokens * (down.size + up.size), PARALLEL_MACS, up.shape[0])
     if threads == 1:
-        low_rank_down(down, x, h, 0, tokens)
+        low_rank_down(down, scales, x, h, 0, tokens)
         low_rank_up(up, h, out, 0, len(up))
     else:
-        launch(low_rank_parallel, down, up, x, h, out, threads)
+        launch(low_rank_parallel, down, scales, up, x, h, out, threads)

@@ -74,7 +74,7 @@ class MicroLora:
         try:
             self._set_for({name: 1.0})  # packed now, so that a swap to it takes no time
             self._apply({**self._active, name: weight})
-        except ValueError:  # numbers too large for 16 bits
+        except ValueError:  # numbers too large
             if not known:
                 del self.adapters[name]
             raise
@@ -283,8 +283,8 @@ class MicroLora:
         found = self._sets.get(key)
         if found is None:
             model = self.model
-            half = not any(linear.layout in FLOAT_LAYOUTS for linear in model.linears().values())
-            found = AdapterSet(len(model.layers), TARGETS, self.factors(active), half)
+            rounded = not any(linear.layout in FLOAT_LAYOUTS for linear in model.linears().values())
+            found = AdapterSet(len(model.layers), TARGETS, self.factors(active), rounded)
             while len(self._sets) >= _SETS_KEPT:
                 self._sets.pop(next(iter(self._sets)))
             self._sets[key] = found

@@ -10,9 +10,9 @@ from ruvllm.kernels import forward as f
 from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.low_rank import add_low_rank
-from ruvllm.kernels.panels import halve, pack, panel_count
+from ruvllm.kernels.panels import pack, panel_count
 
-_HALF_MAX = 65504.0
+_LARGEST = np.float32(127)  # of int8
 
 Factors = tuple[np.ndarray, np.ndarray]  # down (R, K) and up (N, R), float32, scaling included
 
@@ -23,16 +23,17 @@ _TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class LowRank:
-    """What is added to one matrix: out += (x down^T) up^T; down and up are panels of float32 or of IEEE half bits."""
+    """What is added to one matrix: out += (scales * (x down^T)) up^T; down and up are panels of float32 or of int8."""
 
-    def __init__(self, down: np.ndarray, up: np.ndarray) -> None:
-        self.down, self.up, self.rank = down, up, up.shape[1]
-        layout = f.F16 if down.dtype == np.uint16 else f.F32
-        self.numbers = np.array([layout, down.ctypes.data, up.ctypes.data, self.rank], np.int64)
+    def __init__(self, down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> None:
+        self.down, self.up, self.scales, self.rank = down, up, scales, up.shape[1]
+        layout = f.Q8 if down.dtype == np.int8 else f.F32
+        addresses = [array.ctypes.data for array in (down, up)]
+        self.numbers = np.array([layout, *addresses, self.rank, scales.ctypes.data], np.int64)
 
     def add(self, x: np.ndarray, out: np.ndarray) -> None:
         """out (T, N) += what the adapter makes of x (T, K)."""
-        add_low_rank(self.down, self.up, x, out)
+        add_low_rank(self.down, self.scales, self.up, x, out)
 
 
 class AdapterSet:
@@ -42,16 +43,18 @@ class AdapterSet:
         layers: of the model.
         modules: the matrices of a layer in the order of the layers' table.
         factors: of the matrices that have an adapter, by name.
-        half: keep them in 16 bits.
+        rounded: keep them in 8 bits, with one scale for each rank: they are read with every token. What an adapter adds
+            changes by about 1 % of it.
 
     Raises:
-        ValueError: numbers too large for 16 bits.
+        ValueError: numbers too large for float32.
     """
 
-    def __init__(self, layers: int, modules: tuple[str, ...], factors: Mapping[str, Factors], half: bool) -> None:
-        if half:
-            factors = {name: _balanced(*pair) for name, pair in factors.items()}
-        dtype = np.uint16 if half else np.float32
+    def __init__(self, layers: int, modules: tuple[str, ...], factors: Mapping[str, Factors], rounded: bool) -> None:
+        scales = {name: np.ones(panel_count(len(down)) * LANES, np.float32) for name, (down, _) in factors.items()}
+        if rounded:
+            factors = {name: _rounded(*pair, scales[name]) for name, pair in factors.items()}
+        dtype = np.int8 if rounded else np.float32
         together = [[f"layers.{i}.{module}" for module in group] for i in range(layers) for group in _TOGETHER]
         parts = [(name, part) for group in together for part in (0, 1) for name in group if name in factors]
         sizes = [panel_count(len(factors[name][part])) * factors[name][part].shape[1] * LANES for name, part in parts]
@@ -61,7 +64,7 @@ class AdapterSet:
             packed[name, part] = _pack(factors[name][part], storage[at : at + size])
             at += size
         self.nbytes = storage.nbytes
-        self.matrices = {name: LowRank(packed[name, 0], packed[name, 1]) for name in factors}
+        self.matrices = {name: LowRank(packed[name, 0], packed[name, 1], scales[name]) for name in factors}
         self.rank = max((m.rank for m in self.matrices.values()), default=0)
         # Addresses in the columns of the layers' table.
         self.addresses = np.zeros((layers, len(modules)), np.int64)
@@ -70,28 +73,19 @@ class AdapterSet:
             self.addresses[int(layer), modules.index(module)] = matrix.numbers.ctypes.data
 
 
-def _balanced(down: np.ndarray, up: np.ndarray) -> Factors:
-    """The same product, each rank's share of it of like size in both: exact, by powers of two."""
-    a, b = np.abs(down).max(axis=1), np.abs(up).max(axis=0)
-    used = (a > 0) & (b > 0)
-    if not used.all():  # a rank that adds nothing
-        down, up = np.where(used[:, None], down, 0), np.where(used, up, 0)
-    ratio = np.divide(b, a, out=np.ones_like(a), where=used)
-    step = np.exp2(np.rint(np.log2(ratio) / 2)).astype(np.float32)
-    down, up = down * step[:, None], up / step
-    largest = max(float(np.abs(down).max()), float(np.abs(up).max()))
-    if largest > _HALF_MAX:
-        raise ValueError(f"adapter: numbers up to {largest:g} do not fit 16 bits; load the model with weights='f32'")
-    return down, up
+def _rounded(down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> Factors:
+    """Both as int8; ``scales`` gets what each rank's product is to be multiplied by."""
+    a, b = np.abs(down).max(axis=1) / _LARGEST, np.abs(up).max(axis=0) / _LARGEST
+    with np.errstate(over="ignore"):
+        scales[: len(a)] = a * b
+    if not np.isfinite(scales).all():
+        raise ValueError("adapter: float32 does not hold products of its numbers; they are too large")
+    a, b = np.where(a > 0, a, 1), np.where(b > 0, b, 1)  # of a rank that adds nothing
+    return np.rint(down / a[:, None]).astype(np.int8), np.rint(up / b).astype(np.int8)
 
 
 def _pack(rows: np.ndarray, storage: np.ndarray) -> np.ndarray:
     """Rows (n, K) as panels (ceil(n / 16), K, 16) in ``storage``."""
-    rows = np.ascontiguousarray(rows, np.float32)
-    if storage.dtype == np.uint16:
-        halves = np.empty(rows.shape, np.uint16)
-        halve(rows.reshape(-1), halves.reshape(-1))
-        rows = halves
     panels = storage.reshape(panel_count(len(rows)), rows.shape[1], LANES)
-    pack(rows, panels)
+    pack(np.ascontiguousarray(rows, storage.dtype), panels)
     return panels

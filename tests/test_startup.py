@@ -100,6 +100,24 @@ def test_later_starts_compile_nothing_and_say_the_same(dtype: str, tmp_path: Pat
         assert _python(GENERATE, path, threads, NUMBA_NUM_THREADS=threads) == expected
 
 
+SPEAK = """
+import json, sys, ruvllm
+models = [ruvllm.load(path, weights=weights, progress=False) for path, weights in zip(sys.argv[1::2], sys.argv[2::2])]
+print(json.dumps([llm.generate("Once upon a time", max_tokens=20, temperature=0).text for llm in models]))
+"""
+
+
+def test_models_of_several_kinds_live_in_one_process(tmp_path: Path) -> None:
+    """Each says what it says alone, whichever was loaded first."""
+    kinds = {
+        kind: (str(tiny.write_gguf("mlp_bias_f16", tmp_path / f"{kind}.gguf", kind)), weights)
+        for kind, weights in (("F32", "auto"), ("Q8_0", "auto"), ("Q4_0", "int4"))
+    }
+    alone = {kind: _python(SPEAK, *kinds[kind])[0] for kind in kinds}
+    for order in (list(kinds), list(kinds)[::-1]):
+        assert _python(SPEAK, *(x for kind in order for x in kinds[kind])) == [alone[kind] for kind in order]
+
+
 # --- a token -----------------------------------------------------------------------------------------------------
 
 DECODE = """

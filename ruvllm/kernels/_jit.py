@@ -6,6 +6,8 @@ NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf in
 """
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +106,27 @@ def _not_callable() -> Any:
     return [].clear
 
 
+def name_by_closure(function: Callable) -> str:
+    """Add what a function encloses to its name, and return that: "" where it encloses nothing.
+
+    Numba makes a symbol of a function's name, its argument types and a counter of this process. Machine code of several
+    processes meets in one through the cache, and of two functions with one symbol the linker takes the first: what one
+    line of source makes for several values needs several names.
+    """
+    enclosed = ", ".join(_described(cell.cell_contents) for cell in function.__closure__ or ())
+    if enclosed:
+        function.__qualname__ += f"_{hashlib.sha256(enclosed.encode()).hexdigest()[:12]}"
+    return enclosed
+
+
+def _described(value: Any) -> str:
+    """The same in every process: a compiled function by its name, which tells what it encloses in turn."""
+    function = getattr(value, "py_func", value)
+    return function.__qualname__ if inspect.isfunction(function) else repr(value)
+
+
 def _compile(function: Callable, cached: bool = True, **options: Any) -> Any:
+    name_by_closure(function)
     dispatcher = njit(function, error_model="numpy", nogil=True, **options)
     if DISABLE_JIT:  # njit handed the plain Python function back: a debugger can step through it
         return dispatcher

@@ -16,7 +16,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from ruvllm.kernels._cache import KernelCache
-from ruvllm.kernels._jit import DISABLE_JIT, parallel_kernel
+from ruvllm.kernels._jit import DISABLE_JIT, name_by_closure, parallel_kernel
 from ruvllm.kernels._team import call_address
 from ruvllm.kernels._threads import launch
 
@@ -29,14 +29,11 @@ def enter(address: Any, table: Any, threads: Any) -> None:
 
 
 class Region:
-    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict.
+    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict."""
 
-    variant: what distinguishes functions made by one line of source, the values they enclose.
-    """
-
-    def __init__(self, function: Callable[[Any], None], variant: str = "") -> None:
+    def __init__(self, function: Callable[[Any], None]) -> None:
         self.function = function
-        self._variant = variant
+        self._enclosed = name_by_closure(function)
         self.__name__ = getattr(function, "__name__", "region")
         self.__doc__ = function.__doc__
 
@@ -46,7 +43,7 @@ class Region:
         with global_compiler_lock:
             options = {"nopython": True, "error_model": "numpy", "fastmath": False}
             compiled: Any = CFunc(self.function, ((types.int64,), types.void), {}, options)
-            compiled._cache = KernelCache(self.function, "region", self._variant)
+            compiled._cache = KernelCache(self.function, "region", self._enclosed)
             compiled.compile()
         self._kept = compiled
         return int(compiled.address)

@@ -382,4 +382,4 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
             barrier(sync, rank, size)
         logits(t, x, eps, sync, rank, size)
 
-    return Region(forward_member, variant=repr((float_weights, integers, kv)))
+    return Region(forward_member)

@@ -151,7 +151,7 @@ def _plain(symbol: str) -> str:
         while digits := re.match(r"\d+", symbol[at:]):
             at += len(digits[0])
             name, at = symbol[at : at + int(digits[0])], at + int(digits[0])
-        return name
+        return re.sub(r"_[0-9a-f]{12}$", "", name)  # of what the function encloses
     return symbol.removeprefix("_")
 
 

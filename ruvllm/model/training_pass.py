@@ -19,13 +19,13 @@ import ruvllm.kernels as K
 from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._threads import limited_to
 from ruvllm.model.activations import Activations
-from ruvllm.model.layer import TransformerLayer
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
 from ruvllm.model.low_rank import Factors
 
 NO_TARGET = -1
 _LOGIT_ROWS = 64  # positions whose logits exist at one time
+_NONE = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Kept:
     q: np.ndarray  # (T, H, D) turned
     k: np.ndarray  # (T, KV, D) turned
     v: np.ndarray  # (T, KV, D)
-    attended: np.ndarray  # (T, H, D)
+    attended: np.ndarray  # (T, H D); _NONE where o does not learn
     middle: np.ndarray  # (T, E) the residual stream between attention and feed-forward
     gate: np.ndarray  # (T, F)
     up: np.ndarray  # (T, F)
@@ -118,8 +118,7 @@ class TrainingPass:
             before = x
             x, saved = self._layer(i, x, batch)
             if keep:
-                none = np.empty(0, np.float32)
-                kept.append(_Kept(before, *[none] * 7) if self.checkpointing else saved)
+                kept.append(_Kept(before, *[_NONE] * 7) if self.checkpointing else saved)
         return x, kept
 
     def _layer(self, i: int, x: np.ndarray, batch: Batch) -> tuple[np.ndarray, _Kept]:
@@ -144,7 +143,7 @@ class TrainingPass:
         inner = K.silu_mul(gate, up)
         out = self._linear(i, "down", Activations(*inner.shape).of(inner))
         K.add(out, middle, out=out)
-        return out, _Kept(x, q, k, v, attended, middle, gate, up)
+        return out, _Kept(x, q, k, v, flat if self.learns(i, "o") else _NONE, middle, gate, up)
 
     def _linear(self, i: int, module: str, x: Activations) -> np.ndarray:
         """W x + bias + what the fixed adapters and the learning one add."""
@@ -155,7 +154,7 @@ class TrainingPass:
             out += linear.bias
         if name in self._fixed:
             K.lora_forward_add(x.x, *self._fixed[name], 1.0, out)
-        if name in self.adapter.a:
+        if self.learns(i, module):
             inputs = self.dropped(i, module, x.x)
             K.lora_forward_add(inputs, self.adapter.a[name], self.adapter.b[name], self.adapter.config.scaling, out)
         return out
@@ -178,6 +177,10 @@ class TrainingPass:
                 model.head.weights.matmul_transposed(part, dh, False)
                 dx[some] = K.rms_norm_backward(at, model.norm, dh, eps)
         return losses
+
+    def learns(self, i: int, *modules: str) -> bool:
+        """Whether the adapter that learns sits on any of these matrices of layer i."""
+        return any(f"layers.{i}.{module}" in self.adapter.a for module in modules)
 
     def angles(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (T, D/2) of each token's position in its sequence."""
@@ -217,21 +220,24 @@ class _Backward:
 
     def layer(self, i: int, kept: _Kept, dx: np.ndarray) -> None:
         """dx (T, E), the gradient of layer i's output, becomes that of its input."""
-        layer: TransformerLayer = self.forward.model.layers[i]
+        layer, learns = self.forward.model.layers[i], self.forward.learns
         T, window = len(dx), layer.attention.window
+        # The input of a matrix is what its adapter learns from, and needed for nothing else.
+        inner = K.silu_mul(kept.gate, kept.up) if learns(i, "down") else _NONE
         d_inner = np.empty_like(kept.gate)
-        self._linear(i, "down", K.silu_mul(kept.gate, kept.up), dx, d_inner)
+        self._linear(i, "down", inner, dx, d_inner)
         d_gate, d_up = K.silu_mul_backward(kept.gate, kept.up, d_inner)
-        h, dh = K.rms_norm(kept.middle, layer.mlp_norm, layer.eps), np.empty_like(dx)
+        h = K.rms_norm(kept.middle, layer.mlp_norm, layer.eps) if learns(i, "gate", "up") else _NONE
+        dh = np.empty_like(dx)
         self._linear(i, "gate", h, d_gate, dh)
         self._linear(i, "up", h, d_up, dh, add=True)
         K.rms_norm_backward(kept.middle, layer.mlp_norm, dh, layer.eps, add=True, out=dx)
-        d_attended = np.empty_like(kept.attended)
-        self._linear(i, "o", kept.attended.reshape(T, -1), dx, d_attended.reshape(T, -1))
+        d_attended = np.empty_like(kept.q)
+        self._linear(i, "o", kept.attended, dx, d_attended.reshape(T, -1))
         dq, dk, dv = K.attention_backward(kept.q, kept.k, kept.v, d_attended, self.batch.starts, window)
         K.apply_rope_tables(dq, self.cos, self.sin, inverse=True, out=dq)
         K.apply_rope_tables(dk, self.cos, self.sin, inverse=True, out=dk)
-        h = K.rms_norm(kept.x, layer.attn_norm, layer.eps)
+        h = K.rms_norm(kept.x, layer.attn_norm, layer.eps) if learns(i, "q", "k", "v") else _NONE
         into = None if i == 0 else dh  # nothing below the first layer learns
         self._linear(i, "q", h, dq.reshape(T, -1), into)
         self._linear(i, "k", h, dk.reshape(T, -1), into, add=True)
@@ -242,7 +248,10 @@ class _Backward:
     def _linear(
         self, i: int, module: str, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, add: bool = False
     ) -> None:
-        """The adapter's gradients from x (T, K) and dy (T, N); dx (T, K) = dy W + adapters, or += with ``add``."""
+        """The adapter's gradients from x (T, K) and dy (T, N); dx (T, K) = dy W + adapters, or += with ``add``.
+
+        x may be _NONE where nothing learns.
+        """
         forward, name = self.forward, f"layers.{i}.{module}"
         adapter, scaling = forward.adapter, forward.adapter.config.scaling
         if dx is not None:
@@ -250,7 +259,7 @@ class _Backward:
             if name in forward.fixed:
                 a, b = forward.fixed[name]
                 K.lora_forward_add(dy, np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), 1.0, dx)
-        if name not in adapter.a:
+        if not forward.learns(i, module):
             return
         a, b = adapter.a[name], adapter.b[name]
         inputs = forward.dropped(i, module, x)

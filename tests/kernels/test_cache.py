@@ -419,3 +419,14 @@ def test_a_closure_is_not_cached() -> None:
     assert (double(1.0), triple(1.0)) == (2.0, 3.0)
     assert not sum(double.stats.cache_hits.values())
     assert not sum(triple.stats.cache_hits.values())
+
+
+def test_functions_that_differ_in_what_they_enclose_are_kept_apart(tmp_path: Path) -> None:
+    """Compiled in processes of their own, they meet in one through the cache, in either order."""
+    environment = {**os.environ, "RUVLLM_CACHE": str(tmp_path)}
+    for values in ("3", "5", "3 5", "5 3"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kernels.closure_cases", *values.split()],
+            env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.split() == values.split()

@@ -1,0 +1,37 @@
+"""Regions made by one line of source for several values, as a program: ``python closure_cases.py 3 5`` prints 3 5."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels._jit import part_kernel
+from ruvllm.kernels._region import Region
+from ruvllm.kernels._simd import never_inline
+from ruvllm.kernels._views import array_at
+
+
+def region_that_tells(value: int) -> Region:
+    """A region that writes ``value`` into the first number of its table, by way of two functions with own code."""
+
+    @part_kernel
+    def inner() -> Any:
+        never_inline()
+        return value
+
+    @part_kernel
+    def outer() -> Any:
+        never_inline()
+        return inner()
+
+    def member(table: Any) -> None:
+        array_at(table, 1, np.int64)[0] = outer()
+
+    return Region(member)
+
+
+if __name__ == "__main__":
+    table = np.zeros(1, np.int64)
+    for value in map(int, sys.argv[1:]):
+        region_that_tells(value).run(table, 1)
+        print(table[0])

@@ -8,8 +8,9 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,12 +22,14 @@ from tqdm.auto import tqdm
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
+from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels._cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._threads import limited_to, num_threads
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.forward_plan import region_for
 from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
@@ -34,7 +37,9 @@ from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weig
 logger = logging.getLogger(__name__)
 
 _FUNCTIONS = 185  # compiled for one kind of model, about: how long the progress bar becomes
-_TRAINING_FUNCTIONS = 110  # and for training on it
+_REGION_FUNCTIONS = 90  # for another kind of KV cache
+_TRAINING_FUNCTIONS = 110  # for training on it
+_WARM_FLOPS = 2e9  # of a call that is made to compile what it needs
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
@@ -53,6 +58,16 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     mark_warm(str(kinds))
 
 
+def compile_cache(layouts: Iterable[str], kv: str, progress: bool | None = None) -> None:
+    """Compile what a model of matrices in these layouts needs beside for a KV cache of ``kv``; see ``compile_for``."""
+    layouts = sorted(set(layouts))
+    if kv == "f32" or kv not in KV_DTYPES or DISABLE_JIT or is_warm(f"{kv} cache, {layouts}"):
+        return  # what is no dtype is refused by the cache
+    with _compile_bar(progress, _REGION_FUNCTIONS):
+        _ = region_for(layouts, kv).address
+    mark_warm(f"{kv} cache, {layouts}")
+
+
 def compile_training(layouts: Iterable[str], progress: bool | None = None) -> None:
     """Compile what training an adapter needs on weights of these layouts; see ``compile_for``."""
     # One function goes back through integers of all widths.
@@ -65,22 +80,31 @@ def compile_training(layouts: Iterable[str], progress: bool | None = None) -> No
 
 
 def warmup(progress: bool | None = True) -> None:
-    """Compile the kernels for every kind of weights and file into the user's compile cache, with progress bars.
+    """Compile the kernels for every kind of weights, file and cache into the user's compile cache, with progress bars.
 
     Loading a model, or training on it, compiles what is needed by itself, the first time after an installation or an
-    upgrade.
+    upgrade. So do files that mix 16-bit floats with integers, which are not among these kinds.
     """
     if DISABLE_JIT:
         return
-    kinds = [[("F32", layout)] for layout in LAYOUTS] + [[(dtype, layout_for("auto", dtype))] for dtype in BLOCKS]
+    kinds = [("F32", layout) for layout in LAYOUTS] + [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
+    steps: list[Callable[[], None]] = [partial(compile_for, [kind], progress) for kind in kinds]
+    for layout in (*LAYOUTS, "int5"):
+        steps += [partial(compile_cache, [layout], kv, progress) for kv in KV_DTYPES]
+    steps += [partial(compile_training, [layout], progress) for layout in LAYOUTS]
+    steps += [partial(_run_kernel, spec) for spec in KERNELS.values()]
     hidden = None if progress is None else not progress
-    with tqdm(total=len(kinds) + len(LAYOUTS), desc="warming up", unit="kind", leave=False, disable=hidden) as bar:
-        for kind in kinds:
-            compile_for(kind, progress)
+    with tqdm(total=len(steps), desc="warming up", unit="kind", leave=False, disable=hidden) as bar:
+        for step in steps:
+            step()
             bar.update()
-        for layout in LAYOUTS:
-            compile_training([layout], progress)
-            bar.update()
+
+
+def _run_kernel(spec: KernelSpec) -> None:
+    """Call a public kernel at the sizes that its record names, but those that take long: some need several threads."""
+    for sizes in spec.sizes:
+        if spec.flops(**sizes) <= _WARM_FLOPS:
+            spec.function(**spec.example(np.random.default_rng(0), **sizes))
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm
 
-from ruvllm.compiling import compile_training
+from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.generate import Sampling, Token, generate
+from ruvllm.model.generate import Sampling, Token, generate, is_integer
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
@@ -202,7 +202,7 @@ class LLM:
             FloatingPointError: the loss is no longer a finite number.
         """
         examples = self.examples(data, context)
-        compile_training(linear.layout for linear in self.model.linears().values())
+        compile_training(self.model.layouts)
         if "on_step" in options:
             return self.lora.fit(examples, name, **options)
         with tqdm(desc="training", unit="step", disable=None) as bar:
@@ -235,7 +235,7 @@ class LLM:
             The mean loss of the feedback before the step.
         """
         example = self.examples([feedback], self.config.max_position_embeddings)[0]
-        compile_training(linear.layout for linear in self.model.linears().values())
+        compile_training(self.model.layouts)
         return self.lora.adapt(example, **options)
 
     @property
@@ -245,6 +245,7 @@ class LLM:
 
     def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
         """An empty KV cache with room for ``max_tokens`` (the model's context length if None)."""
+        compile_cache(self.model.layouts, kv)
         return self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
 
     def logits(
@@ -271,7 +272,7 @@ class LLM:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int = 0,
         cache: KVCache | None = None,
         kv: str = "f32",
@@ -295,12 +296,12 @@ class LLM:
             ContextFullError: the prompt does not fit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable | None) else tuple(stop or ())
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop: expected non-empty strings, found {stop!r}")
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
-        if not isinstance(logprobs, int) or not 0 <= logprobs <= self.config.vocab_size:
+        if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
         ids = self._ids(prompt)
         limit = self.config.max_position_embeddings
@@ -351,18 +352,14 @@ class LLM:
             TypeError: ids that are no integers.
             ValueError: a context outside of 4 .. the model's, a text shorter than one window, or an unknown ``kv``.
         """
-        ids, bos, nbytes = self._scored(text)
+        ids, bos, nbytes = self._scored(text, kv)
         with _bar("perplexity", progress) as advance:
             return perplexity(self.model, ids, context, bos, nbytes, advance, kv)
 
     def divergence(
-        self,
-        text: str | Sequence[int] | np.ndarray,
-        baseline: LLM,
-        context: int = 512,
-        progress: bool | None = None,
+        self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int = 512, progress: bool | None = None,
         kv: str = "f32",
-    ) -> Divergence:
+    ) -> Divergence:  # fmt: skip
         """How far this model's predictions of a text lie from another's: mean KL divergence, same top token.
 
         To see what quantisation costs, load the same file a second time with ``weights="f32"`` and give it as
@@ -372,12 +369,13 @@ class LLM:
         Raises:
             TypeError, ValueError: as perplexity does; also where the vocabularies differ in size.
         """
-        ids, bos, nbytes = self._scored(text)
+        ids, bos, nbytes = self._scored(text, kv)
         with _bar("divergence", progress) as advance:
             return divergence(self.model, baseline.model, ids, context, bos, nbytes, advance, kv)
 
-    def _scored(self, text: str | Sequence[int] | np.ndarray) -> tuple[np.ndarray, int | None, int | None]:
-        """Token ids of a text, the token that begins each window, the text's bytes."""
+    def _scored(self, text: str | Sequence[int] | np.ndarray, kv: str) -> tuple[np.ndarray, int | None, int | None]:
+        """Token ids of a text, the token that begins each window, the text's bytes; all is compiled then."""
+        compile_cache(self.model.layouts, kv)
         bos = self.tokenizer.bos_id if bool(getattr(self.tokenizer, "add_bos", False)) else None
         if not isinstance(text, str):
             return np.asarray(text), bos, None

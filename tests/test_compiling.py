@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ruvllm import compiling
 from ruvllm.checkpoint.storage import BLOCKS
+from ruvllm.kernels import KERNELS
 from ruvllm.model.weights import LAYOUTS, layout_for
 
 PLAIN = [("F32", layout) for layout in LAYOUTS]
@@ -19,11 +21,24 @@ BY_FILE = [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
 
 
 def test_warm_up_asks_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[Any] = []
     monkeypatch.setattr(compiling, "compile_for", lambda kinds, progress: asked.extend(kinds))
-    monkeypatch.setattr(compiling, "compile_training", lambda layouts, progress: None)
+    monkeypatch.setattr(compiling, "compile_cache", lambda layouts, kv, progress: asked.append((*layouts, kv)))
+    monkeypatch.setattr(compiling, "compile_training", lambda layouts, progress: asked.extend(layouts))
+    monkeypatch.setattr(compiling, "_run_kernel", lambda spec: asked.append(spec.name))
     compiling.warmup(progress=False)
-    assert set(asked) >= set(PLAIN + BY_FILE)
+    caches = {(layout, kv) for layout in (*LAYOUTS, "int5") for kv in ("f16", "int8")}
+    assert set(asked) >= {*PLAIN, *BY_FILE, *caches, *LAYOUTS, *KERNELS}
+
+
+def test_another_kind_of_cache_is_compiled_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(compiling, "region_for", lambda layouts, kv: asked.append(kv) or SimpleNamespace(address=0))
+    monkeypatch.setattr(compiling, "is_warm", lambda what: False)
+    monkeypatch.setattr(compiling, "mark_warm", asked.append)
+    for kv in ("f32", "f16", "int8", "f64"):  # float32 is compiled with the model; what is none the cache refuses
+        compiling.compile_cache(["int4", "int8", "int4"], kv, progress=False)
+    assert asked == ["f16", "f16 cache, ['int4', 'int8']", "int8", "int8 cache, ['int4', 'int8']"]
 
 
 @pytest.mark.parametrize(("dtype", "layout"), sorted(set(PLAIN + BY_FILE)))

@@ -391,3 +391,10 @@ def test_python_threads_on_one_model_say_what_one_says(llm: LLM) -> None:
     for thread in threads:
         thread.join()
     assert found == [expected, expected]
+
+
+def test_numbers_of_numpy_are_taken_and_truth_values_are_not(llm: LLM) -> None:
+    answer = llm.generate("Once", max_tokens=np.int64(3), logprobs=np.int64(2), stop=None)
+    assert len(answer.ids) == 3 and answer.logprobs is not None and len(answer.logprobs) == 3
+    with pytest.raises(ValueError, match="max_tokens: expected a positive integer or None, found True"):
+        llm.generate("Once", max_tokens=True)

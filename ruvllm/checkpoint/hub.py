@@ -88,11 +88,14 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: neither a known name nor an existing path.
         DownloadError: a known name that could not be fetched.
+        TypeError: neither a string nor a path.
     """
-    if isinstance(name_or_path, str) and name_or_path in MODELS:
-        return pull(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"model: expected a name or a path, found {name_or_path!r}")
+    if name_or_path in MODELS:
+        return pull(str(name_or_path))
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if path.exists() and os.fspath(name_or_path):
         return path
     raise FileNotFoundError(
         f"no model or file called {os.fspath(name_or_path)!r}: give a .gguf file, a Hugging Face directory "

@@ -54,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
         examples, held_out = _split(examples, args.eval_share, args.seed)
     lora = LoraConfig(targets=tuple(args.targets.split(",")), **{name: getattr(args, name) for name in _LORA})
     training = TrainingConfig(**{name: getattr(args, name) for name in _TRAINING})
-    compile_training(linear.layout for linear in llm.model.linears().values())
+    compile_training(llm.model.layouts)
     trainer = llm.lora.trainer(examples, _NAME, lora, training)
     if args.resume:
         resume_training(trainer, out)

@@ -49,7 +49,7 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
             builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
         )
         for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
-            pointer = _pointer(context, builder, sig.args[1], x, _at(builder, index, step, row))
+            pointer = _pointer(context, builder, sig.args[1], x, _at(builder, index, step, row), types.float32)
             found.append(builder.call(function, [w, _splat(builder, builder.load(pointer), LANES), total]))
         return context.make_tuple(builder, sig.return_type, found)
 
@@ -152,7 +152,8 @@ def load_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> A
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         found = []
         for row in range(result.count):
-            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            at = _at(builder, args[1], args[2], row)
+            pointer = _pointer(context, builder, sig.args[0], args[0], at, types.float32)
             value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
             value.align = 4
             found.append(value)
@@ -167,7 +168,8 @@ def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> 
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
-            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            at = _at(builder, args[1], args[2], row)
+            pointer = _pointer(context, builder, sig.args[0], args[0], at, types.float32)
             instruction = builder.store(value, builder.bitcast(pointer, f32x16.llvm.as_pointer()))
             instruction.align = 4
         return context.get_dummy_value()
@@ -181,7 +183,8 @@ def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> An
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
-            pointer = _pointer(context, builder, sig.args[0], args[0], _at(builder, args[1], args[2], row))
+            at = _at(builder, args[1], args[2], row)
+            pointer = _pointer(context, builder, sig.args[0], args[0], at, types.float32)
             pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
             before = builder.load(pointer)
             before.align = 4

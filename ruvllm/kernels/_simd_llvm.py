@@ -7,6 +7,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.core.datamodel.registry import register_default
+from numba.core.errors import TypingError
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
@@ -49,7 +50,16 @@ def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value) -> ir.Value:
+def _pointer(
+    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, element: Any = None
+) -> ir.Value:
+    """The address of a C-contiguous array's element at a flat index.
+
+    Raises TypingError for an array that lies otherwise, or whose elements are not of type ``element``: a function of
+    the user's may call any kernel, and vectors are taken from memory as it is.
+    """
+    if array_type.layout != "C" or element not in (None, array_type.dtype):
+        raise TypingError(f"kernels take C-contiguous arrays{f' of {element}' if element else ''}, found {array_type}")
     data = arrayobj.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
@@ -161,7 +171,8 @@ def splat_at(typingctx: Any, array: Any, index: Any) -> Any:
     """All lanes equal to the float32 array[index]: one broadcast load, without Python's wraparound of indices."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _splat(builder, builder.load(_pointer(context, builder, sig.args[0], *args)), LANES)
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        return _splat(builder, builder.load(pointer), LANES)
 
     return f32x16(array, types.intp), codegen
 
@@ -228,7 +239,7 @@ def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
     @intrinsic
     def load(typingctx: Any, array: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, sig.args[0], *args)
+            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], element)
             value = builder.load(builder.bitcast(pointer, vector.llvm.as_pointer()))
             value.align = size
             return value
@@ -238,7 +249,7 @@ def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
     @intrinsic
     def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], element)
             instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_pointer()))
             instruction.align = size
             return context.get_dummy_value()
@@ -257,7 +268,7 @@ def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: A
     """Store only the first ``count`` lanes (the ragged end of a row)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
         if "+avx512f" in context.codegen().magic_tuple()[2]:
             _store_masked(builder, pointer, args[2], args[3])
         else:  # AVX2's masked store takes dozens of cycles, NEON has none
@@ -316,7 +327,8 @@ def f32_load_first(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
     """Load the first ``count`` lanes; the others are zero and their memory is not touched."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], args[1]), f32x16.llvm.as_pointer())
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
         mask = _first_lanes(builder, args[2])
         function = cgutils.get_or_insert_function(
             builder.module,

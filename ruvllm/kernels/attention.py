@@ -208,7 +208,9 @@ def flash_attention(
     out = _check.apart("out", _check.output("out", out, q.shape), q, k, v)
     tokens, heads, dim = q.shape[-3:]
     length, kv_heads = k.shape[-3:-1]
-    if not kv_heads or heads % kv_heads or not length:
+    if not length:
+        raise ValueError(f"k: expected at least one position, found shape {k.shape}")
+    if not kv_heads or heads % kv_heads:
         raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
     if causal and length < tokens:
         raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")

@@ -55,11 +55,13 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
     logits = _check.output("logits", logits, getattr(logits, "shape", ()))
     if logits.ndim != 1:
         raise ValueError(f"logits: expected 1 dimension, found shape {logits.shape}")
-    penalty = _check.positive("penalty", penalty)
+    factor = np.float32(_check.positive("penalty", penalty))
+    if not 0 < factor < np.inf:
+        raise ValueError(f"penalty: expected a number > 0 that float32 holds, found {penalty}")
     distinct = np.unique(_check.integers("ids", ids))
     if distinct.size and not 0 <= distinct[0] <= distinct[-1] < logits.size:
         raise ValueError(f"ids: expected 0 to {logits.size - 1}, found {distinct[0]} to {distinct[-1]}")
-    penalise(logits, distinct, np.float32(penalty))
+    penalise(logits, distinct, factor)
     return logits
 
 
@@ -219,7 +221,7 @@ SPECS = [
     KernelSpec(
         name="sample",
         function=sample,
-        compiled=(argmax_index, count_at_least, top_kselect, cut_and_draw),
+        compiled=(argmax_index, log_sum_exp, count_at_least, top_kselect, cut_and_draw, draw_from_all),
         reference=reference.sample,
         formula="i with probability softmax(logits / temperature)[i] over what top-k, top-p and min-p keep",
         example=lambda rng, n: {

@@ -63,7 +63,7 @@ class ForwardPlan:
         # The adapters pointed at by the latest pass, and the table that points at them.
         self._adapted: tuple[AdapterSet | None, np.ndarray] = (None, self.layers)
         self.head = np.array(model.head.address_fields(), np.int64)
-        self.layouts = {matrix.layout for matrix in model.linears().values()}
+        self.layouts = model.layouts
         self.layer_weights = sum(matrix.rows * matrix.columns for matrix in model.layers[0].linears().values())
         self.floats = np.array([config.rms_norm_eps, config.head_dim**-0.5], np.float32)
 

@@ -218,6 +218,11 @@ class Llama:
         return found if self.head is self.embed else found | {"head": self.head}
 
     @property
+    def layouts(self) -> set[str]:
+        """How the matrices are kept: what is compiled for a model depends on it."""
+        return {linear.layout for linear in self.linears().values()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weights in memory."""
         vectors = self.norm.nbytes + sum(layer.attn_norm.nbytes + layer.mlp_norm.nbytes for layer in self.layers)
@@ -239,9 +244,9 @@ def choose_layouts(config: ModelConfig, weights: Weights, layout: str) -> dict[s
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return physical_cores()
-    if not isinstance(threads, int) or threads < 1:
+    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
         raise ValueError(f"threads: expected a positive integer, found {threads!r}")
     most = most_threads()
     if threads > most:
         logger.warning("threads: %d asked for, this process can have %d", threads, most)
-    return min(threads, most)
+    return min(int(threads), most)

@@ -118,7 +118,7 @@ def test_all_scores_far_below_zero() -> None:
         ({"k": normal(9, 2, 6), "v": normal(9, 2, 6)}, "k: expected shape"),
         ({"v": normal(8, 2, 8)}, "v: expected shape"),
         ({"k": normal(9, 3, 8), "v": normal(9, 3, 8)}, "9 positions of 3 kv heads do not fit 4 query heads"),
-        ({"k": normal(0, 2, 8), "v": normal(0, 2, 8)}, "0 positions of 2 kv heads"),
+        ({"k": normal(0, 2, 8), "v": normal(0, 2, 8)}, "k: expected at least one position, found shape"),
         ({"k": normal(4, 2, 8), "v": normal(4, 2, 8)}, "causal attention of 5 queries needs as many"),
         ({"window": 0}, "window: expected a positive integer with causal=True, found 0"),
         ({"window": 3, "causal": False}, "window: expected a positive integer with causal=True, found 3"),

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.errors import NumbaError
 
 import ruvllm.kernels as K
 from ruvllm.kernels import KERNELS, KernelSpec, quantize
+from ruvllm.kernels.activation import softmax_rows
+from ruvllm.kernels.norm import rms_norm_rows
+from ruvllm.kernels.ranking import argmax_index
 from tests.kernels import spec_cases as cases
 
 EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())
@@ -22,12 +26,7 @@ EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys(
 _X = np.linspace(-2, 2, 12, dtype=np.float32)
 # Public functions without a record, and arguments that they take.
 OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "sample": (K.sample, {"logits": _X, "u": 0.5, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.1}),
-    "top_k": (K.top_k, {"x": _X, "k": 3}),
     "top_logprobs": (K.top_logprobs, {"logits": _X, "n": 3}),
-    "apply_repetition_penalty": (
-        K.apply_repetition_penalty, {"logits": _X, "ids": np.array([1, 2]), "penalty": 1.5},
-    ),
     "rope_inv_freq": (
         K.rope_inv_freq,
         {"head_dim": 8, "theta": 1e4, "scaling": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
@@ -199,3 +198,14 @@ def test_an_output_may_be_the_input_itself(name: str) -> None:
         if array.shape == expected.shape:
             for own in (array.copy(), np.concatenate([array, array])[: len(array)]):  # the second is a view
                 np.testing.assert_array_equal(spec.function(**{**arguments, argument: own}, out=own), expected)
+
+
+@pytest.mark.parametrize("bad", [np.ones((4, 8)), np.asfortranarray(np.ones((4, 8), np.float32))], ids=["f64", "F"])
+def test_bodies_refuse_arrays_that_they_would_misread(bad: np.ndarray) -> None:
+    """A function of the user's calls a body without the checks of its public function."""
+    weight, out = np.ones(8, np.float32), np.empty((4, 8), np.float32)
+    for body, arguments in (
+        (rms_norm_rows, (bad, weight, 1e-5, out, 0, 4)), (softmax_rows, (bad, out, 0, 4)), (argmax_index, (bad[0],)),
+    ):  # fmt: skip
+        with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of float32, found"):
+            body(*arguments)

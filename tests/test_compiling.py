@@ -33,7 +33,12 @@ def test_warm_up_asks_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_kind_of_cache_is_compiled_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(compiling, "region_for", lambda layouts, kv: asked.append(kv) or SimpleNamespace(address=0))
+
+    def region(layouts: list[str], kv: str) -> Any:
+        asked.append(kv)
+        return SimpleNamespace(address=0)
+
+    monkeypatch.setattr(compiling, "region_for", region)
     monkeypatch.setattr(compiling, "is_warm", lambda what: False)
     monkeypatch.setattr(compiling, "mark_warm", asked.append)
     for kv in ("f32", "f16", "int8", "f64"):  # float32 is compiled with the model; what is none the cache refuses

@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_model_that_speaks(layout: str) -> None:
     losses = TrainingPass(model, learning, fixed).losses(batch_of(ids))
     if layout == "f32":
         assert np.abs(losses - expected).max() <= 1e-4
-    else:  # adapters in 16 bits there; one activation rounded the other way moves a single loss further
+    else:  # adapters in 8 bits there; one activation rounded the other way moves a single loss further
         assert abs(losses.mean() - expected.mean()) <= 5e-3
 
 

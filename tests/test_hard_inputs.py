@@ -30,7 +30,7 @@ IDS: list[Any] = [
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_tokens": (0, -1, 1.5, "3"), "temperature": ("x", None, -1, math.nan, math.inf, 10**400),
     "top_k": (-1, 1.5, None, "x"), "top_p": (0, 1.1, None, math.nan), "min_p": (-1, 2, None, math.nan),
-    "repetition_penalty": (0, -1, math.inf, None), "seed": (-1, 1.5, "x"), "stop": (5, None, [""], [5], b"x"),
+    "repetition_penalty": (0, -1, math.inf, None), "seed": (-1, 1.5, "x"), "stop": (5, [None], [""], [5], b"x"),
     "logprobs": (-1, 1.5, None, CONFIG.vocab_size + 1), "cache": (5, "x", CONFIG), "kv": ("f64", None, ["f32"]),
 }  # fmt: skip
 

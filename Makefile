@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m
 PROMPT ?= Explain in three sentences why the sky is blue.
-PYTEST_ARGS ?= -n auto --dist loadfile
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 ASV_ARGS ?=
 
 BIN := $(VENV)/bin

@@ -16,6 +16,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ruvllm"))
 
 gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: looking for garbage is a tenth of its time
 
+# Files that take a minute or more. They begin first, so that no worker is left alone with one of them at the end.
+_LONGEST = ("test_notebooks.py", "test_codegen.py", "test_specs.py", "test_quant.py", "test_guarded.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order is otherwise pytest's."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:

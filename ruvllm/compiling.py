@@ -61,8 +61,10 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
 def compile_cache(layouts: Iterable[str], kv: str, progress: bool | None = None) -> None:
     """Compile what a model of matrices in these layouts needs beside for a KV cache of ``kv``; see ``compile_for``."""
     layouts = sorted(set(layouts))
-    if kv not in [*KV_DTYPES] or kv == "f32" or DISABLE_JIT or is_warm(f"{kv} cache, {layouts}"):
+    if not isinstance(kv, str) or kv not in KV_DTYPES or kv == "f32":
         return  # what is no dtype is refused by the cache
+    if DISABLE_JIT or is_warm(f"{kv} cache, {layouts}"):
+        return
     with _compile_bar(progress, _REGION_FUNCTIONS):
         _ = region_for(layouts, kv).address
     mark_warm(f"{kv} cache, {layouts}")

@@ -245,8 +245,9 @@ class LLM:
 
     def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
         """An empty KV cache with room for ``max_tokens`` (the model's context length if None)."""
+        cache = self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
         compile_cache(self.model.layouts, kv)
-        return self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
+        return cache
 
     def logits(
         self, ids: Sequence[int] | np.ndarray, cache: KVCache | None = None, last_only: bool = False

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ruvllm.kernels._simd_llvm import Vector, _call, _constant, _pointer, _reduce, _splat, f32x16, i32x16
+from ruvllm.kernels._simd_llvm import Vector, _call, _constant, _pointer, _reduce, _splat, _target, f32x16, i32x16
 
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_I8, 64)
@@ -266,7 +266,8 @@ def i8_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         narrow = ir.VectorType(_I8, 16)
-        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], args[1]), narrow.as_pointer())
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.int8)
+        pointer = builder.bitcast(pointer, narrow.as_pointer())
         instruction = builder.store(builder.trunc(args[2], narrow), pointer)
         instruction.align = 1
         return context.get_dummy_value()

@@ -52,7 +52,8 @@ def _splats(context: Any, builder: Any, sig: Any, args: Any, column: int = 0) ->
     found = []
     for row in range(sig.return_type.count):
         at = builder.add(_row(builder, index, step, row), index.type(column))
-        found.append(_splat(builder, builder.load(_pointer(context, builder, sig.args[0], offsets, at)), LANES))
+        pointer = _pointer(context, builder, sig.args[0], offsets, at, types.int32)
+        found.append(_splat(builder, builder.load(pointer), LANES))
     return context.make_tuple(builder, sig.return_type, found)
 
 
@@ -110,7 +111,7 @@ def _step(add: Any) -> Any:
             kind = _dot_llvm.target_kind(context)
             found = []
             for row, acc in enumerate(cgutils.unpack_tuple(builder, sums)):
-                pointer = _pointer(context, builder, sig.args[2], xq, _row(builder, index, step, row))
+                pointer = _pointer(context, builder, sig.args[2], xq, _row(builder, index, step, row), types.int8)
                 quad = builder.load(builder.bitcast(pointer, ir.IntType(32).as_pointer()))
                 quad.align = 1
                 found.append(add(builder, kind, acc, w, _splat(builder, quad, LANES)))
@@ -134,8 +135,8 @@ def scale_rows(typingctx: Any, acc: Any, sums: Any, scale: Any, xs: Any, index: 
         found = []
         pairs = zip(cgutils.unpack_tuple(builder, acc), cgutils.unpack_tuple(builder, sums), strict=True)
         for row, (a, s) in enumerate(pairs):
-            x = builder.load(_pointer(context, builder, sig.args[3], xs, _row(builder, index, step, row)))
-            factor = builder.fmul(scale, _splat(builder, x, LANES))
+            pointer = _pointer(context, builder, sig.args[3], xs, _row(builder, index, step, row), types.float32)
+            factor = builder.fmul(scale, _splat(builder, builder.load(pointer), LANES))
             number = builder.sitofp(s, f32x16.llvm)
             found.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [number, factor, a]))
         return context.make_tuple(builder, sig.return_type, found)

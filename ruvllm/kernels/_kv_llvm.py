@@ -10,7 +10,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ruvllm.kernels._half_llvm import narrow
-from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, f32x16
+from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _target, f32x16
 
 __all__ = [
     "read_scales", "scaled", "scaled_rows", "store_number", "store_number_rows", "store_numbers", "store_scale",
@@ -31,7 +31,7 @@ def _as_numbers(context: Any, builder: ir.IRBuilder, dtype: Any, vector: ir.Valu
 
 def _store(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, index: ir.Value, vector: ir.Value) -> None:
     numbers = _as_numbers(context, builder, kind.dtype, vector)
-    pointer = _pointer(context, builder, kind, array, index)
+    pointer = _target(context, builder, kind, array, index, types.float32, types.uint16, types.int8)
     instruction = builder.store(numbers, builder.bitcast(pointer, numbers.type.as_pointer()))
     instruction.align = kind.dtype.bitwidth // 8
 

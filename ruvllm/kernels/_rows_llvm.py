@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat, f32x16
+from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat, _target, f32x16
 from ruvllm.kernels._views import _view
 
 __all__ = [
@@ -96,11 +96,13 @@ def fma_places(
         vectors, places, index, x, x_index, step, sums = args
         found = []
         for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
-            place = builder.load(_pointer(context, builder, sig.args[1], places, _at(builder, index, step, row)))
-            pointer = _pointer(context, builder, sig.args[0], vectors, builder.zext(place, index.type))
+            at = _at(builder, index, step, row)
+            place = builder.load(_pointer(context, builder, sig.args[1], places, at, types.int32))
+            pointer = _pointer(context, builder, sig.args[0], vectors, builder.zext(place, index.type), types.float32)
             vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
             vector.align = 4
-            number = builder.load(_pointer(context, builder, sig.args[3], x, _at(builder, x_index, step, 2 * row)))
+            at = _at(builder, x_index, step, 2 * row)
+            number = builder.load(_pointer(context, builder, sig.args[3], x, at, types.float32))
             operands = [vector, _splat(builder, number, LANES), total]
             found.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, operands))
         return context.make_tuple(builder, sig.return_type, found)
@@ -169,7 +171,7 @@ def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
             at = _at(builder, args[1], args[2], row)
-            pointer = _pointer(context, builder, sig.args[0], args[0], at, types.float32)
+            pointer = _target(context, builder, sig.args[0], args[0], at, types.float32)
             instruction = builder.store(value, builder.bitcast(pointer, f32x16.llvm.as_pointer()))
             instruction.align = 4
         return context.get_dummy_value()
@@ -184,7 +186,7 @@ def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> An
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
             at = _at(builder, args[1], args[2], row)
-            pointer = _pointer(context, builder, sig.args[0], args[0], at, types.float32)
+            pointer = _target(context, builder, sig.args[0], args[0], at, types.float32)
             pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
             before = builder.load(pointer)
             before.align = 4

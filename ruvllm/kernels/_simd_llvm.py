@@ -51,17 +51,27 @@ def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
 
 
 def _pointer(
-    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, element: Any = None
+    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, *elements: Any
 ) -> ir.Value:
     """The address of a C-contiguous array's element at a flat index.
 
-    Raises TypingError for an array that lies otherwise, or whose elements are not of type ``element``: a function of
+    Raises TypingError for an array that lies otherwise, or whose elements are of none of these types: a function of
     the user's may call any kernel, and vectors are taken from memory as it is.
     """
-    if array_type.layout != "C" or element not in (None, array_type.dtype):
-        raise TypingError(f"kernels take C-contiguous arrays{f' of {element}' if element else ''}, found {array_type}")
+    if array_type.layout != "C" or (elements and array_type.dtype not in elements):
+        kinds = f" of {' or '.join(map(str, elements))}" if elements else ""
+        raise TypingError(f"kernels take C-contiguous arrays{kinds}, found {array_type}")
     data = arrayobj.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
+
+
+def _target(
+    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, *elements: Any
+) -> ir.Value:
+    """_pointer, to write to. Raises TypingError for a read-only array too."""
+    if not array_type.mutable:
+        raise TypingError(f"kernels write to arrays that can be written, found {array_type}")
+    return _pointer(context, builder, array_type, array, index, *elements)
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
@@ -249,8 +259,8 @@ def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
     @intrinsic
     def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], element)
-            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_pointer()))
+            pointer = _target(context, builder, sig.args[0], args[0], args[1], element)
+            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_target()))
             instruction.align = size
             return context.get_dummy_value()
 
@@ -268,7 +278,7 @@ def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: A
     """Store only the first ``count`` lanes (the ragged end of a row)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.float32)
         if "+avx512f" in context.codegen().magic_tuple()[2]:
             _store_masked(builder, pointer, args[2], args[3])
         else:  # AVX2's masked store takes dozens of cycles, NEON has none
@@ -397,6 +407,8 @@ def _read_i8(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen numbers as float32, by the array's type: float32, uint16 (IEEE half), int16 (bfloat16) or int8."""
     readers = {types.float32: _read_f32, types.uint16: _read_f16, types.int16: _read_bf16, types.int8: _read_i8}
+    if array.dtype not in readers:
+        raise TypingError(f"kernels take arrays of {', '.join(map(str, readers))}, found {array}")
     return f32x16(array, types.intp), readers[array.dtype]
 
 

@@ -19,6 +19,7 @@ from ruvllm.kernels import KERNELS, KernelSpec, quantize
 from ruvllm.kernels.activation import softmax_rows
 from ruvllm.kernels.norm import rms_norm_rows
 from ruvllm.kernels.ranking import argmax_index
+from ruvllm.kernels.rounding import quantize_activations
 from tests.kernels import spec_cases as cases
 
 EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())
@@ -209,3 +210,14 @@ def test_bodies_refuse_arrays_that_they_would_misread(bad: np.ndarray) -> None:
     ):  # fmt: skip
         with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of float32, found"):
             body(*arguments)
+
+
+def test_bodies_refuse_to_write_what_they_would_spoil() -> None:
+    x, read_only, doubles = np.ones((4, 8), np.float32), np.ones((4, 8), np.float32), np.ones((4, 8))
+    read_only.flags.writeable = False
+    for out, message in ((read_only, "kernels write to arrays that can be written"), (doubles, "of float32, found")):
+        with pytest.raises(NumbaError, match=message):
+            softmax_rows(x, out, 0, 4)
+    rounded = [np.zeros((4, 32), np.int32), np.zeros((4, 1), np.float32), np.zeros((4, 1, 4), np.int32)]
+    with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8, found"):
+        quantize_activations(x, *rounded, np.zeros((4, 1), np.float32), np.zeros((4, 4, 2), np.float32), 0, 4)

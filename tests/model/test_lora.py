@@ -76,6 +76,17 @@ def test_what_an_adapter_adds(layout: str) -> None:
     assert np.abs(q(x) - before - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_factors_at_the_end_of_float32_keep_their_signs() -> None:
+    """The step of denormals is a whole one, and 190 of it are more than 127."""
+    model, made = small_model("int8"), adapter(rank=2, targets=("q",))
+    for a, b in zip(made.a.values(), made.b.values(), strict=True):
+        a[:], b[:] = 190 * np.float32(2.0**-149), 1e38
+    MicroLora(model).attach(made)
+    assert model.adapters is not None
+    for matrix in model.adapters.matrices.values():
+        assert matrix.down.min() >= 0 and matrix.up.min() >= 0
+
+
 def rounded(x: np.ndarray, axis: int) -> np.ndarray:
     """x as whole multiples, up to 127, of a step for each rank."""
     step = np.abs(x).max(axis, keepdims=True) / 127

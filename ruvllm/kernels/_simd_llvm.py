@@ -260,7 +260,7 @@ def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
     def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             pointer = _target(context, builder, sig.args[0], args[0], args[1], element)
-            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_target()))
+            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_pointer()))
             instruction.align = size
             return context.get_dummy_value()
 

@@ -266,7 +266,7 @@ def i8_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         narrow = ir.VectorType(_I8, 16)
-        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.int8)
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.int8, types.uint8)
         pointer = builder.bitcast(pointer, narrow.as_pointer())
         instruction = builder.store(builder.trunc(args[2], narrow), pointer)
         instruction.align = 1

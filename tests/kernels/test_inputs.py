@@ -219,5 +219,5 @@ def test_bodies_refuse_to_write_what_they_would_spoil() -> None:
         with pytest.raises(NumbaError, match=message):
             softmax_rows(x, out, 0, 4)
     rounded = [np.zeros((4, 32), np.int32), np.zeros((4, 1), np.float32), np.zeros((4, 1, 4), np.int32)]
-    with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8, found"):
+    with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8 or uint8, found"):
         quantize_activations(x, *rounded, np.zeros((4, 1), np.float32), np.zeros((4, 4, 2), np.float32), 0, 4)

@@ -111,7 +111,7 @@ def _run_kernel(spec: KernelSpec) -> None:
 
 @contextmanager
 def _compiling_aside(kinds: list[tuple[str, str]]) -> Iterator[None]:
-    """Meanwhile another process compiles what is small into the cache, where this one finds it: 4 of some 20 s.
+    """Meanwhile another process compiles what is small into the cache, where this one finds it.
 
     numba compiles one function at a time in a process. If the other fails, this one compiles all by itself.
     """

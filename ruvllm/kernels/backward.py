@@ -79,7 +79,7 @@ def rms_norm_backward(
 
     Raises:
         TypeError: an argument is not a float32 array, or there is no ``out`` to add to.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or eps is negative.
 
     Source: the chain rule on Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """

@@ -61,6 +61,6 @@ def test_quantised_products_use_the_integer_dot_product(
 
 @pytest.mark.parametrize("name", ["gemv", "panels_matmul", "dot", "lora_forward"])
 def test_products_are_fused(explanations: dict[tuple[str, str], Explanation], name: str) -> None:
-    for target in WIDTHS:
+    for target in [target for target in ("host", *WIDTHS) if (name, target) in explanations]:
         widest = max(explanations[name, target].loops, key=lambda loop: loop.fma)
         assert widest.fma >= 4, str(explanations[name, target])

@@ -36,9 +36,9 @@ from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weig
 
 logger = logging.getLogger(__name__)
 
-_FUNCTIONS = 185  # compiled for one kind of model, about: how long the progress bar becomes
+_FUNCTIONS = 135  # compiled for one kind of model, about: how long the progress bar becomes
 _REGION_FUNCTIONS = 90  # for another kind of KV cache
-_TRAINING_FUNCTIONS = 110  # for training on it
+_TRAINING_FUNCTIONS = 140  # for training on it
 _WARM_FLOPS = 2e9  # of a call that is made to compile what it needs
 
 
@@ -76,7 +76,7 @@ def compile_training(layouts: Iterable[str], progress: bool | None = None) -> No
     for layout in sorted({"int8" if layout in INTEGER_LAYOUTS else layout for layout in layouts}):
         if DISABLE_JIT or is_warm(f"training {layout}"):
             continue
-        with _compile_bar(progress, _TRAINING_FUNCTIONS):
+        with _compile_bar(progress, _TRAINING_FUNCTIONS, "about a minute"):
             _train_tiny_model(layout)
         mark_warm(f"training {layout}")
 
@@ -223,14 +223,16 @@ def _train_tiny_model(layout: str) -> None:
 
 
 @contextmanager
-def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS) -> Iterator[None]:
+def _compile_bar(
+    progress: bool | None, functions: int = _FUNCTIONS, takes: str = "10 to 20 s"
+) -> Iterator[None]:
     """A bar that advances with each function that numba has compiled meanwhile."""
     bar = tqdm(
         total=functions, desc="compiling kernels (first run only)", unit="function", leave=False,
         disable=None if progress is None else not progress,
     )  # fmt: skip
     if bar.disable:
-        logger.info("compiling kernels for this processor: 10 to 20 s, the first time only")
+        logger.info("compiling kernels for this processor: %s, the first time only", takes)
 
     class Counter(event.Listener):
         def on_start(self, event: Any) -> None:

@@ -39,6 +39,9 @@ if TYPE_CHECKING or DISABLE_JIT:
         raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(int(address))
         return np.frombuffer(raw, dtype).reshape(shape)
 
+    def address(array: Any) -> Any:
+        return array.ctypes.data
+
     def flat(array: Any) -> Any:
         return array.reshape(-1)
 
@@ -61,6 +64,16 @@ else:
             return _view(context, builder, result, data, extents)
 
         return result(types.int64, shape, dtype), codegen
+
+    @intrinsic
+    def address(typingctx: Any, array: Any) -> Any:
+        """Where the first element of an array lies: ``array.ctypes.data``."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = arrayobj.make_array(array)(context, builder, args[0]).data
+            return builder.ptrtoint(data, context.get_value_type(types.int64))
+
+        return types.int64(array), codegen
 
     @intrinsic
     def flat(typingctx: Any, array: Any) -> Any:

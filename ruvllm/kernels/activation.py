@@ -21,8 +21,10 @@ from ruvllm.kernels._simd import (
     lanes_between,
     splat,
 )
+from ruvllm.kernels._small import may_write, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._views import flat
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
@@ -102,6 +104,15 @@ def softmax_parallel(x: Any, out: Any, threads: Any) -> None:
         softmax_rows(x, out, rows * t // threads, rows * (t + 1) // threads)
 
 
+@small_call((2, 2), (1, 1))
+def softmax_small(x: Any, out: Any) -> bool:
+    """softmax of little."""
+    if out.shape != x.shape or not 0 < x.size < PARALLEL_ELEMENTS or not may_write(out, x):
+        return False
+    softmax_rows(rows_of(x), rows_of(out), 0, x.size // x.shape[-1])
+    return True
+
+
 def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     """y = exp(x - max(x)) / sum(exp(x - max(x))), over the last axis.
 
@@ -119,6 +130,8 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     Source: subtracting the maximum is Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp
     and softmax functions".
     """
+    if out is not None and softmax_small(x, out):
+        return out
     x = _check.float32("x", x, min_ndim=1)
     out = _check.output("out", out, x.shape, x)
     if x.size:
@@ -153,6 +166,17 @@ def silu_mul_parallel(gate: Any, up: Any, out: Any, threads: Any) -> None:
         silu_mul_range(gate, up, out, vectors * t // threads * LANES, min(end, n))
 
 
+@small_call((2, 2, 2), (1, 1, 1))
+def silu_mul_small(gate: Any, up: Any, out: Any) -> bool:
+    """silu_mul of little."""
+    if up.shape != gate.shape or out.shape != gate.shape or gate.size >= PARALLEL_ELEMENTS:
+        return False
+    if not may_write(out, gate) or not may_write(out, up):
+        return False
+    silu_mul_range(flat(gate), flat(up), flat(out), 0, gate.size)
+    return True
+
+
 def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     """y = gate * sigmoid(gate) * up: the gated activation of LLaMA's feed-forward ("SwiGLU").
 
@@ -170,6 +194,8 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
+    if out is not None and silu_mul_small(gate, up, out):
+        return out
     gate = _check.float32("gate", gate)
     up = _check.float32("up", up, shape=gate.shape)
     out = _check.output("out", out, gate.shape, gate, up)

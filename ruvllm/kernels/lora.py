@@ -22,12 +22,15 @@ from ruvllm.kernels._simd import (
     odds,
     splat,
     splat_at,
+    stack_f32,
     zip_high,
     zip_low,
 )
+from ruvllm.kernels._small import FEW, apart, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
+from ruvllm.kernels._views import address, array_at
 from ruvllm.kernels.vector import dot_flat
 
 _STREAMS = 8
@@ -191,6 +194,24 @@ def lora_parallel(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: A
         lora_up_columns(h, b, scaling, add, out, 0, rows, vectors * t // threads * LANES, end)
 
 
+@small_call((2, 2, 2, float, bool, 2), (1, 2, 2, float, bool, 1))
+def lora_small(x: Any, a: Any, b: Any, scaling: Any, add: Any, out: Any) -> bool:
+    """lora_forward of little, or lora_forward_add."""
+    (n, rank), width = a.shape, b.shape[1]
+    if x.shape[-1] != n or b.shape[0] != rank or out.shape[-1] != width or out.shape[:-1] != x.shape[:-1]:
+        return False
+    if not x.size or not out.size:
+        return False
+    rows = x.size // n
+    if not 0 < rows * rank <= FEW or rows * rank * (n + width) >= PARALLEL_MACS:
+        return False
+    if not (apart(out, x) and apart(out, a) and apart(out, b)):
+        return False
+    h = array_at(address(stack_f32(FEW)), (rows, rank), np.float32)
+    lora_rows(rows_of(x), a, b, scaling, add, h, rows_of(out), 0, rows)
+    return True
+
+
 def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray | None = None) -> np.ndarray:
     """y = scaling (x A) B.
 
@@ -210,6 +231,8 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
+    if out is not None and lora_small(x, a, b, scaling, False, out):
+        return out
     x, a, b = checked_adapter(x, a, b)
     out = _check.apart("out", _check.output("out", out, (*x.shape[:-1], b.shape[1])), x, a, b)
     return _forward(x, a, b, scaling, False, out)
@@ -222,6 +245,8 @@ def lora_forward_add(x: Any, a: Any, b: Any, scaling: float, out: np.ndarray) ->
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
+    if lora_small(x, a, b, scaling, True, out):
+        return out
     x, a, b = checked_adapter(x, a, b)
     require_given("out", out)
     out = _check.apart("out", _check.output("out", out, (*x.shape[:-1], b.shape[1])), x, a, b)

@@ -7,10 +7,23 @@ from numba import prange
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_zero, fma, low_halves, splat, splat_at, zip_high, zip_low
+from ruvllm.kernels._simd import (
+    LANES,
+    f32_load,
+    f32_zero,
+    fma,
+    low_halves,
+    splat,
+    splat_at,
+    stack_f32,
+    zip_high,
+    zip_low,
+)
+from ruvllm.kernels._small import FEW, apart, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
+from ruvllm.kernels._views import address, array_at
 from ruvllm.kernels.lora import checked_adapter, example, first_of, lora_down_rows, require_given
 from ruvllm.kernels.vector import dot_flat
 
@@ -128,6 +141,27 @@ def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b
     lora_grad_b_columns(h, dy, scaling, grad_b, 0, b.shape[1])
 
 
+@small_call((2, 2, 2, 2, float, 2, 2), (1, 1, 2, 2, float, 2, 2))
+def lora_grad_small(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any) -> bool:
+    """lora_accumulate_grad of little."""
+    (n, rank), width = a.shape, b.shape[1]
+    if x.shape[-1] != n or b.shape[0] != rank or dy.shape[-1] != width or dy.shape[:-1] != x.shape[:-1]:
+        return False
+    if grad_a.shape != a.shape or grad_b.shape != b.shape or not x.size or not dy.size:
+        return False
+    rows = x.size // n
+    if not 0 < 2 * rows * rank <= FEW or 2 * rows * rank * (n + width) >= PARALLEL_MACS:
+        return False
+    for grad in (grad_a, grad_b):
+        if not (apart(grad, x) and apart(grad, dy) and apart(grad, a) and apart(grad, b)):
+            return False
+    if not apart(grad_a, grad_b):
+        return False
+    hidden = array_at(address(stack_f32(FEW)), (2, rows, rank), np.float32)
+    lora_grad(rows_of(x), rows_of(dy), a, b, scaling, grad_a, grad_b, hidden)
+    return True
+
+
 def lora_accumulate_grad(
     x: Any, dy: Any, a: Any, b: Any, scaling: float, grad_a: np.ndarray, grad_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -149,6 +183,8 @@ def lora_accumulate_grad(
 
     Source: the chain rule on y = scaling (x A) B.
     """
+    if lora_grad_small(x, dy, a, b, scaling, grad_a, grad_b):
+        return grad_a, grad_b
     x, a, b = checked_adapter(x, a, b)
     dy = _check.float32("dy", dy, shape=(*x.shape[:-1], b.shape[1]))
     require_given("grad_a", grad_a)

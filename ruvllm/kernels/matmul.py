@@ -10,6 +10,7 @@ from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
+from ruvllm.kernels._small import apart, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, WIDE
@@ -76,6 +77,17 @@ def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
         gemv_rows(a, x, out, rows * t // threads, rows * (t + 1) // threads)
 
 
+@small_call((2, 1, 1))
+def gemv_small(a: Any, x: Any, out: Any) -> bool:
+    """gemv of little."""
+    if a.shape[1] != x.size or a.shape[0] != out.size or a.size >= PARALLEL_MACS:
+        return False
+    if not apart(out, a) or not apart(out, x):
+        return False
+    gemv_rows(a, x, out, 0, out.size)
+    return True
+
+
 def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """y = A x.
 
@@ -91,6 +103,8 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         TypeError: not float32.
         ValueError: shapes do not match.
     """
+    if out is not None and gemv_small(a, x, out):
+        return out
     a = _check.float32("a", a, min_ndim=2)
     x = _check.float32("x", x, shape=a.shape[-1:])
     out = _check.apart("out", _check.output("out", out, a.shape[:-1]), a, x)

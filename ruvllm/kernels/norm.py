@@ -19,6 +19,7 @@ from ruvllm.kernels._simd import (
     lanes_between,
     splat,
 )
+from ruvllm.kernels._small import may_write, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 
@@ -70,6 +71,17 @@ def rms_norm_parallel(x: Any, weight: Any, eps: Any, out: Any, threads: Any) -> 
         rms_norm_rows(x, weight, eps, out, rows * t // threads, rows * (t + 1) // threads)
 
 
+@small_call((2, 1, float, 2), (1, 1, float, 1))
+def rms_norm_small(x: Any, weight: Any, eps: Any, out: Any) -> bool:
+    """rms_norm of little."""
+    if out.shape != x.shape or weight.size != x.shape[-1] or not 0 <= eps < np.inf:
+        return False
+    if not 0 < x.size < PARALLEL_ELEMENTS or not may_write(out, x) or not may_write(out, weight):
+        return False
+    rms_norm_rows(rows_of(x), weight, eps, rows_of(out), 0, x.size // weight.size)
+    return True
+
+
 def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = None) -> np.ndarray:
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last axis.
 
@@ -88,6 +100,8 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
+    if out is not None and rms_norm_small(x, weight, eps, out):
+        return out
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape, x, weight)
@@ -199,6 +213,20 @@ def layer_norm_parallel(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any
         layer_norm_rows(x, weight, bias, with_bias, eps, out, lo, hi)
 
 
+@small_call((2, 1, 1, bool, float, 2), (1, 1, 1, bool, float, 1))
+def layer_norm_small(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any) -> bool:
+    """layer_norm of little."""
+    n = x.shape[-1]
+    if out.shape != x.shape or weight.size != n or bias.size != n or not 0 <= eps < np.inf:
+        return False
+    if not (may_write(out, x) and may_write(out, weight) and may_write(out, bias)):
+        return False
+    if not 0 < x.size < PARALLEL_ELEMENTS:
+        return False
+    layer_norm_rows(rows_of(x), weight, bias, with_bias, eps, rows_of(out), 0, x.size // n)
+    return True
+
+
 def layer_norm(
     x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np.ndarray | None = None
 ) -> np.ndarray:
@@ -221,6 +249,8 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
     "Algorithms for Computing the Sample Variance".
     """
+    if out is not None and layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, out):
+        return out
     x = _check.float32("x", x, min_ndim=1)
     shape = x.shape
     last = shape[-1:]

@@ -24,6 +24,7 @@ from ruvllm.kernels._simd import (
     zip_high,
     zip_low,
 )
+from ruvllm.kernels._small import may_write, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
@@ -136,6 +137,18 @@ def rope_parallel(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: 
             rope_rows(x, cos, sin, sign, out, lo, hi)
 
 
+@small_call((3, 2, 2, bool, bool, 3))
+def rope_small(x: Any, cos: Any, sin: Any, interleaved: Any, inverse: Any, out: Any) -> bool:
+    """apply_rope_tables of little."""
+    tokens, heads, dim = x.shape
+    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] != dim:
+        return False
+    if not 0 < x.size < PARALLEL_ELEMENTS or not (may_write(out, x) and may_write(out, cos) and may_write(out, sin)):
+        return False
+    rotate_rows(x, cos, sin, _BACKWARD if inverse else _FORWARD, interleaved, out, 0, tokens * heads)
+    return True
+
+
 def apply_rope_tables(
     x: Any, cos: Any, sin: Any, interleaved: bool = False, inverse: bool = False, out: np.ndarray | None = None
 ) -> np.ndarray:
@@ -157,6 +170,8 @@ def apply_rope_tables(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
+    if out is not None and rope_small(x, cos, sin, interleaved, inverse, out):
+        return out
     x = _check.float32("x", x, min_ndim=3)
     tokens, heads, dim = x.shape[-3:]
     _require_pairs(dim)

@@ -8,8 +8,10 @@ from numba import prange
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
+from ruvllm.kernels._small import apart, may_write, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._views import flat
 
 _WIDE = 4 * LANES  # four running sums, because each waits for the one before it
 
@@ -36,6 +38,17 @@ def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
         out[row] = dot_flat(a, row * n, b, row * n, n)
 
 
+@small_call((2, 2, 1), (1, 1, 0))
+def dot_small(a: Any, b: Any, out: Any) -> bool:
+    """dot of little."""
+    if b.shape != a.shape or out.shape != a.shape[:-1] or not 0 < a.size < PARALLEL_ELEMENTS:
+        return False
+    if not apart(out, a) or not apart(out, b):
+        return False
+    dot_rows(rows_of(a), rows_of(b), flat(out), 0, out.size)
+    return True
+
+
 def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     """y = sum(a * b), over the last axis.
 
@@ -51,6 +64,8 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match, or ``a`` has no dimension.
     """
+    if out is not None and dot_small(a, b, out):
+        return out
     a = _check.float32("a", a, min_ndim=1)
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape[:-1], a, b)
@@ -81,6 +96,15 @@ def scale_parallel(x: Any, factor: Any, out: Any, threads: Any) -> None:
         scale_range(x, factor, out, vectors * t // threads * LANES, end)
 
 
+@small_call((2, float, 2), (1, float, 1))
+def scale_small(x: Any, factor: Any, out: Any) -> bool:
+    """scale of little."""
+    if out.shape != x.shape or x.size >= PARALLEL_ELEMENTS or not may_write(out, x):
+        return False
+    scale_range(flat(x), factor, flat(out), 0, x.size)
+    return True
+
+
 def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     """y = factor x.
 
@@ -96,6 +120,8 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``out`` does not match.
     """
+    if out is not None and scale_small(x, factor, out):
+        return out
     x = _check.float32("x", x)
     out = _check.output("out", out, x.shape, x)
     factor = _check.number("factor", factor)
@@ -127,6 +153,17 @@ def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
         add_range(a, b, out, vectors * t // threads * LANES, end)
 
 
+@small_call((2, 2, 2), (1, 1, 1))
+def add_small(a: Any, b: Any, out: Any) -> bool:
+    """add of little."""
+    if b.shape != a.shape or out.shape != a.shape or a.size >= PARALLEL_ELEMENTS:
+        return False
+    if not may_write(out, a) or not may_write(out, b):
+        return False
+    add_range(flat(a), flat(b), flat(out), 0, a.size)
+    return True
+
+
 def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     """y = a + b.
 
@@ -142,6 +179,8 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
+    if out is not None and add_small(a, b, out):
+        return out
     a = _check.float32("a", a)
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape, a, b)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ruvllm.kernels import KernelSpec
 from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels._small import SMALL, declined
 from ruvllm.kernels._threads import limited_to
 
 Call = tuple[Any, tuple[Any, ...]]  # a compiled body, and the numba types of its arguments
@@ -48,11 +49,13 @@ def calls_of(run: Callable[[], Any]) -> list[Call]:
 
         return call
 
-    bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")}
+    small = {id(body) for body in SMALL}  # each calls one of the others, which is the one to be shown
+    bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")} - small
     with limited_to(1):
         run()  # compiles what is new here: recorders are not compiled code, which bodies may call
-        with replaced(recorder, lambda value: id(value) in bodies):
-            run()
+        with replaced(lambda body: declined, lambda value: id(value) in small):
+            with replaced(recorder, lambda value: id(value) in bodies):
+                run()
     return list(found.values())
 
 

@@ -1,0 +1,194 @@
+"""Small calls: they do all of the work or none, and what they leave alone the long way does or refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ruvllm.kernels import KERNELS, activation, lora, lora_grad, matmul, norm, rope, vector
+from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._small import SMALL, declined
+
+pytestmark = pytest.mark.skipif(DISABLE_JIT, reason="small calls are compiled, or do nothing")
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def empty(*shape: int) -> np.ndarray:
+    return np.full(shape, np.nan, np.float32)
+
+
+# kernel, its module and the small call in it, arguments by position
+CALLS: list[tuple[str, Any, str, Callable[[tuple[int, ...]], tuple[Any, ...]]]] = [
+    ("rms_norm", norm, "rms_norm_small", lambda lead: (normal(*lead, 37), normal(37), 1e-5, empty(*lead, 37))),
+    (
+        "layer_norm", norm, "layer_norm_small",
+        lambda lead: (normal(*lead, 37), normal(37), normal(37), 1e-5, empty(*lead, 37)),
+    ),
+    ("softmax", activation, "softmax_small", lambda lead: (normal(*lead, 37), empty(*lead, 37))),
+    ("silu_mul", activation, "silu_mul_small", lambda lead: (normal(*lead, 37), normal(*lead, 37), empty(*lead, 37))),
+    ("dot", vector, "dot_small", lambda lead: (normal(*lead, 37), normal(*lead, 37), empty(*lead))),
+    ("scale", vector, "scale_small", lambda lead: (normal(*lead, 37), 0.3, empty(*lead, 37))),
+    ("add", vector, "add_small", lambda lead: (normal(*lead, 37), normal(*lead, 37), empty(*lead, 37))),
+    (
+        "lora_forward", lora, "lora_small",
+        lambda lead: (normal(*lead, 37), normal(37, 3), normal(3, 21), 2.0, empty(*lead, 21)),
+    ),
+    (
+        "lora_forward_add", lora, "lora_small",
+        lambda lead: (normal(*lead, 37), normal(37, 3), normal(3, 21), 2.0, normal(*lead, 21)),
+    ),
+    (
+        "lora_accumulate_grad", lora_grad, "lora_grad_small",
+        lambda lead: (
+            normal(*lead, 37), normal(*lead, 21), normal(37, 3), normal(3, 21), 2.0, normal(37, 3), normal(3, 21),
+        ),
+    ),
+]  # fmt: skip
+ROWS_ONLY = [
+    ("gemv", matmul, "gemv_small", lambda lead: (normal(*lead, 37), normal(37), empty(*lead))),
+    (
+        "apply_rope_tables", rope, "rope_small",
+        lambda lead: (normal(*lead, 3, 8), normal(*lead, 4), normal(*lead, 4), False, True, empty(*lead, 3, 8)),
+    ),
+]  # fmt: skip
+CASES = [(*call, lead) for call in CALLS for lead in ((), (5,))] + [(*call, (5,)) for call in ROWS_ONLY]
+EVERY_CALL = pytest.mark.parametrize(
+    ("kernel", "module", "small", "make", "lead"), CASES, ids=[f"{c[0]}-{len(c[4]) + 1}d" for c in CASES]
+)
+
+
+def changed(arguments: tuple[Any, ...]) -> list[np.ndarray]:
+    return [argument for argument in arguments if isinstance(argument, np.ndarray)]
+
+
+def copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, module: Any, small: str) -> list[bool]:
+    """What the small call answers from now on."""
+    answers: list[bool] = []
+    body = getattr(module, small)
+
+    def watched(*arguments: Any) -> bool:
+        answers.append(body(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(module, small, watched)
+    return answers
+
+
+@EVERY_CALL
+def test_they_are_taken_and_give_the_same_bits(
+    kernel: str, module: Any, small: str, make: Any, lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, arguments = KERNELS[kernel].function, make(lead)
+    long_way = copies(arguments)
+    answers = watch(monkeypatch, module, small)
+    function(*arguments)
+    assert answers == [True]
+    monkeypatch.setattr(module, small, declined)
+    function(*long_way)
+    for got, expected in zip(changed(arguments), changed(long_way), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert not any(np.isnan(array).any() for array in changed(arguments))
+
+
+def outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What a call gives, or how it fails."""
+    try:
+        result = function(*arguments)
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+    return [np.asarray(r).tolist() for r in (result if isinstance(result, tuple) else (result,))]
+
+
+def spoiled(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The arguments with one thing wrong, or merely unusual, in each."""
+    found = []
+    for i, a in enumerate(arguments):
+        if isinstance(a, np.ndarray):
+            wide = np.repeat(a[..., None], 2, -1)
+            locked = a.copy()
+            locked.flags.writeable = False
+            others: list[Any] = [
+                a.astype(np.float64), a[None], a[..., :-1].copy() if a.ndim else a[None], a.tolist(), locked, None,
+                wide[..., 0], a.reshape(-1)[:0], a.astype(">f4"), np.asfortranarray(a), a.astype(np.float16),
+            ]  # fmt: skip
+            if a.ndim > 1:
+                others += [a[:-1].copy(), a.reshape(-1), a[..., None]]
+            # all other arrays of this size are pieces of the same memory
+            for k, b in enumerate(arguments):
+                if k != i and isinstance(b, np.ndarray) and b.ndim and a.ndim:
+                    both = np.zeros(a.size + b.size, np.float32)
+                    both[: a.size] = a.ravel()
+                    one = list(copies(arguments))
+                    one[i], one[k] = both[: a.size].reshape(a.shape), both[1 : 1 + b.size].reshape(b.shape)
+                    found.append(tuple(one))
+                    same = list(copies(arguments))
+                    same[k] = same[i]
+                    found.append(tuple(same))
+        elif isinstance(a, bool):
+            others = [int(a), np.bool_(a)]
+        else:
+            others = [-a, 0, 1, float("nan"), float("inf"), np.float32(a), "1", None, True]
+        for other in others:
+            one = list(copies(arguments))
+            one[i] = other
+            found.append(tuple(one))
+    return found
+
+
+@EVERY_CALL
+def test_whatever_is_given_they_change_nothing_that_the_long_way_would_not(
+    kernel: str, module: Any, small: str, make: Any, lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same result or the same error, with the small call and without."""
+    function = KERNELS[kernel].function
+    calls = spoiled(make(lead))
+    again = spoiled(make(lead))
+    with_it = [outcome(function, arguments) for arguments in calls]
+    monkeypatch.setattr(module, small, declined)
+    without = [outcome(function, arguments) for arguments in again]
+    for got, expected, arguments in zip(with_it, without, calls, strict=True):
+        np.testing.assert_equal(got, expected, err_msg=str([np.shape(a) for a in arguments]))
+
+
+def test_every_small_call_is_tested() -> None:
+    tested = {id(getattr(module, small)) for _, module, small, *_ in CASES}
+    assert tested == {id(body) for body in SMALL}
+
+
+def test_they_leave_large_work_alone() -> None:
+    x = normal(64, 768)
+    assert norm.rms_norm_small(x, normal(768), 1e-5, np.empty_like(x)) is False
+    assert matmul.gemv_small(normal(512, 512), normal(512), empty(512)) is False
+
+
+def arity(body: Any) -> int:
+    return body.py_func.__code__.co_argcount
+
+
+def test_the_other_byte_order_is_seen(tmp_path: Path) -> None:
+    """Also after a memory map: then numba takes every array of that layout for one of the machine's order."""
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    x.tofile(tmp_path / "x")
+    mapped = np.memmap(tmp_path / "x", np.float32, "r+", shape=(3, 4))
+    for order in (x, mapped, x.astype(">f4")):
+        out = np.empty_like(x)
+        np.testing.assert_array_equal(vector.scale(order, 1.0, out), x)
+    with pytest.raises(TypeError, match="found >f4"):
+        vector.scale(x, 1.0, x.astype(">f4"))
+
+
+def test_no_form_is_compiled_that_was_not_asked_for() -> None:
+    before = [len(body.signatures) for body in SMALL]
+    for body in SMALL:
+        assert body(*[np.zeros((2, 2, 2, 2), np.float32)] * arity(body)) is False
+        assert body(*["x"] * arity(body)) is False
+    assert [len(body.signatures) for body in SMALL] == before

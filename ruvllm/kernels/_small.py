@@ -70,7 +70,7 @@ def declined(*arguments: Any) -> bool:
 def _is_native(typingctx: Any, array: Any) -> Any:
     """Whether an argument has the machine's byte order.
 
-    Numba takes an array of the other order for one of this, once it has met a memory map of the same layout.
+    Numba does not tell arrays of the other order from those that begin at an odd address, which it takes for plain.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -90,15 +90,17 @@ is_native: Any = intrinsic(_is_native)
 
 @inline_kernel
 def apart(out: Any, x: Any) -> Any:
-    """Whether no byte of out is one of x, and both can be read."""
+    """Whether no byte of out is one of x, and both are as NumPy makes them."""
     to, at = address(out), address(x)
-    return is_native(out) and is_native(x) and (to + 4 * out.size <= at or at + 4 * x.size <= to)
+    plain = is_native(out) and is_native(x) and to % 4 == 0 and at % 4 == 0
+    return plain and (to + 4 * out.size <= at or at + 4 * x.size <= to)
 
 
 @inline_kernel
 def may_write(out: Any, x: Any) -> Any:
-    """Whether out is x, or apart from it, and both can be read."""
-    return apart(out, x) or (is_native(x) and address(out) == address(x) and out.size == x.size)
+    """Whether out is x, or apart from it, and both are as NumPy makes them."""
+    same = address(out) == address(x) and out.size == x.size
+    return apart(out, x) or (same and is_native(x) and is_native(out) and address(x) % 4 == 0)
 
 
 @inline_kernel

@@ -7,11 +7,12 @@ How large tiles and blocks are is decided here, by the registers of the processo
 - AVX-512 has 32 registers of one vector: 8 rows x 2 panels are 16 sums, 2 weights, and 8 numbers of x that the
   compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
-- What is left over of the rows is done by a tile of half as many.
-- K_BLOCK columns at a time: GROUP panels, 512 KB, stay in the second-level cache while _ROW_BLOCK rows of x pass by;
-  and the outputs of those rows and panels, to which every block of columns adds, stay there as well (128 KB). The
-  tile's rows of x, 16 KB, are read where they lie: copies that fit the first-level cache better cost more than they
-  brought, for panels push either out of it.
+- What is left over of the rows is done by a tile of half as many, or by one that begins a little earlier.
+- K_BLOCK columns at a time: a pair of panels, 32 KB, stays in the first-level cache while the rows of x pass by. The
+  rows, _ROW_BLOCK at a time, stay in the second-level cache (128 KB) while GROUP panels (256 KB) pass by, and so do
+  their outputs (128 KB), to which every block of columns adds. Rows of x are read where they lie: copies cost more
+  than they brought.
+- A few rows are not worth staying for: then a pair of panels is read from end to end, as memory likes it best.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
 """
@@ -37,57 +38,47 @@ from ruvllm.kernels._simd import (
 from ruvllm.kernels._tile import WIDE, put
 
 _ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if WIDE else (6, 3, False)
-K_BLOCK = 512
+K_BLOCK = 256
 GROUP = 16
 _ROW_BLOCK = 128
+_FEW_TILES = 2  # of rows, whose time is that of reading the weights
 _X_STEP = K_BLOCK + LANES  # from a copied row of x to the next: they begin at different places of a page
-_TILE_SIZE = _ROWS * _X_STEP
+_COPY_SIZE = _ROWS * _X_STEP
 _SUMS_SIZE = _ROWS * 2 * LANES
-_FAR = 1 << 18  # numbers of x and out that the second-level cache does not hold
-_AHEAD = 2048  # weights between what is read and what is asked for: memory answers while some hundred columns are done
+_AHEAD = 128 * LANES  # from what is read to what is asked for: memory answers while so many columns are done
+_NEXT_BLOCK = K_BLOCK * LANES
 
 
 @inline_kernel
-def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, count: Any, tile: Any) -> None:
-    """tile[r _X_STEP + i] = x[xi + r x_row + i] for ``rows`` rows of ``count`` <= K_BLOCK numbers.
+def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, size: Any, count: Any, copy: Any) -> None:
+    """copy[r _X_STEP + i] = x[xi + r x_row + i] for a tile of ``size`` rows, of which x has only ``rows``.
 
-    For the last rows, where a tile of more would read what is not there.
+    The last stands for those that are not there: numbers that lie in the copy by chance may be so small that a
+    processor takes a hundred times as long to multiply them.
     """
     whole = count - count % LANES
-    for r in range(rows):
-        source, target = xi + r * x_row, r * _X_STEP
+    for r in range(size):
+        source, target = xi + min(r, rows - 1) * x_row, r * _X_STEP
         for i in range(0, whole, LANES):
-            f32_store(tile, target + i, f32_load(x, source + i))
+            f32_store(copy, target + i, f32_load(x, source + i))
         if whole < count:
-            f32_store_first(tile, target + whole, f32_load_first(x, source + whole, count - whole), count - whole)
-
-
-@inline_kernel
-def ask_for(
-    x: Any, xi: Any, x_row: Any, lo: Any, hi: Any, count: Any, out: Any, oi: Any, out_row: Any, rows: Any
-) -> None:
-    """Have memory bring rows lo:hi of x, which the next tile will be made of, and what the sums will be added to."""
-    for r in range(lo, hi):
-        for i in range(0, count, LANES):
-            prefetch_l2(x, xi + r * x_row + i)
-    for r in range(rows):
-        prefetch(out, oi + r * out_row)
-        prefetch(out, oi + r * out_row + LANES)
+            f32_store_first(copy, target + whole, f32_load_first(x, source + whole, count - whole), count - whole)
 
 
 @inline_kernel
 def two_panels(
-    zeros: Any, w: Any, wi: Any, wj: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any,
-    add: Any,
+    zeros: Any, w: Any, wi: Any, wj: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
+    out_row: Any, add: Any,
 ) -> None:  # fmt: skip
     """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] times the panels at wi and wj, or += with ``add``.
 
-    For as many rows as ``zeros`` has.
+    For as many rows as ``zeros`` has. Weights that lie ``ahead`` are asked for, if that is not 0.
     """
     left = right = zeros
     for k in range(count):
-        prefetch_l2(w, wi + k * LANES + _AHEAD)
-        prefetch_l2(w, wj + k * LANES + _AHEAD)
+        if ahead:
+            prefetch_l2(w, wi + k * LANES + ahead)
+            prefetch_l2(w, wj + k * LANES + ahead)
         left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
         right = fma_rows(load(w, wj + k * LANES), x, xi + k, x_step, right)
     if add:
@@ -100,12 +91,14 @@ def two_panels(
 
 @inline_kernel
 def one_panel(
-    zeros: Any, w: Any, wi: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any, add: Any
-) -> None:
+    zeros: Any, w: Any, wi: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any,
+    add: Any,
+) -> None:  # fmt: skip
     """two_panels for one."""
     left = zeros
     for k in range(count):
-        prefetch_l2(w, wi + k * LANES + _AHEAD)
+        if ahead:
+            prefetch_l2(w, wi + k * LANES + ahead)
         left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
     if add:
         add_rows(out, oi, out_row, left)
@@ -115,53 +108,63 @@ def one_panel(
 
 @inline_kernel
 def tile_times_panels(
-    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, sums: Any,
-    out: Any, oi: Any, out_row: Any, columns: Any, add: Any, far: Any, y: Any, yi: Any, y_row: Any, y_rows: Any,
+    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, pair: Any, ahead: Any,
+    out: Any, oi: Any, out_row: Any, add: Any,
 ) -> None:  # fmt: skip
-    """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] W[j, k], or += with ``add``, for ``rows`` <= _ROWS rows.
+    """One panel at wi, or that and the next with ``pair``, for _ROWS or _FEW_ROWS rows; see two_panels."""
+    if pair:
+        if rows == _ROWS:
+            two_panels(f32_zeros(_ROWS), w, wi, wi + w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+        else:
+            two_panels(f32_zeros(_FEW_ROWS), w, wi, wi + w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+    elif rows == _ROWS:
+        one_panel(f32_zeros(_ROWS), w, wi, ahead, x, xi, x_step, count, out, oi, out_row, add)
+    else:
+        one_panel(f32_zeros(_FEW_ROWS), w, wi, ahead, x, xi, x_step, count, out, oi, out_row, add)
 
-    W is ``panels`` panels, the first at wi and each w_step after the one before; ``columns`` of out are there.
-    Where things are ``far``, out is asked for, and what the next tile will be made of: y_rows rows of y from yi on.
-    A tile that is not whole leaves its sums in ``sums``, from which those that are wanted are taken.
+
+@inline_kernel
+def panels_times_rows(
+    w: Any, wi: Any, w_step: Any, pair: Any, x: Any, inner: Any, k: Any, out: Any, oi: Any, out_row: Any, columns: Any,
+    first: Any, end: Any, few: Any, copy: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Columns k.. of rows first:end of x against one panel or two, to or added to ``columns`` columns of out.
+
+    A tile that ends beyond the last row begins earlier, with rows that are done already; where there are none, it is
+    made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken. Where rows are
+    ``few``, memory has to bring the next block of weights meanwhile.
     """
-    many = rows > _FEW_ROWS
-    full = rows == (_ROWS if many else _FEW_ROWS)
-    paired = panels - panels % 2 if _PAIRS else 0
-    for p in range(0, paired, 2):
-        at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
-        if far:
-            ask_for(y, yi, y_row, y_rows * p // panels, y_rows * (p + 2) // panels, count, out, to, out_row, rows)
-        whole = full and left >= 2 * LANES
-        target, ti, t_row = out, to, out_row
+    count = min(K_BLOCK, inner - k)
+    t = first
+    while t < end:
+        left = end - t
+        size = _ROWS if left > _FEW_ROWS else _FEW_ROWS
+        rows = min(size, left)
+        start = min(t, end - size)
+        source, xi, x_step = x, start * inner + k, inner
+        if start < 0:
+            copy_rows(x, t * inner + k, inner, rows, size, count, copy)
+            source, xi, x_step = copy, 0, _X_STEP
+        whole = start == t and columns >= (2 * LANES if pair else LANES)
+        if whole:
+            for r in range(rows, rows + _ROWS):  # what the next tile adds to
+                prefetch(out, oi + (t + r) * out_row)
+                prefetch(out, oi + (t + r) * out_row + LANES)
+        target, ti, step = out, oi + t * out_row, out_row
         if not whole:
-            target, ti, t_row = sums, 0, 2 * LANES
-        if many:
-            two_panels(
-                f32_zeros(_ROWS), w, at, at + w_step, x, xi, x_step, count, target, ti, t_row, whole and add
-            )
-        else:
-            two_panels(
-                f32_zeros(_FEW_ROWS), w, at, at + w_step, x, xi, x_step, count, target, ti, t_row, whole and add
-            )
+            target, ti, step = sums, 0, 2 * LANES
+        ahead = _AHEAD if t == first else (_NEXT_BLOCK if few else 0)
+        tile_times_panels(
+            size, source, xi, x_step, count, w, wi, w_step, pair, ahead, target, ti, step, whole and k > 0
+        )
         if not whole:
+            skip = 0 if start < 0 else t - start
             for r in range(rows):
-                put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
-                put(out, to + r * out_row + LANES, f32_load(sums, (2 * r + 1) * LANES), left - LANES, add)
-    for p in range(paired, panels):
-        at, to, left = wi + p * w_step, oi + p * LANES, columns - p * LANES
-        if far:
-            ask_for(y, yi, y_row, y_rows * p // panels, y_rows * (p + 1) // panels, count, out, to, out_row, rows)
-        whole = full and left >= LANES
-        target, ti, t_row = out, to, out_row
-        if not whole:
-            target, ti, t_row = sums, 0, 2 * LANES
-        if many:
-            one_panel(f32_zeros(_ROWS), w, at, x, xi, x_step, count, target, ti, t_row, whole and add)
-        else:
-            one_panel(f32_zeros(_FEW_ROWS), w, at, x, xi, x_step, count, target, ti, t_row, whole and add)
-        if not whole:
-            for r in range(rows):
-                put(out, to + r * out_row, f32_load(sums, 2 * r * LANES), left, add)
+                to, at = oi + (t + r) * out_row, 2 * (skip + r) * LANES
+                put(out, to, f32_load(sums, at), columns, k > 0)
+                if pair:
+                    put(out, to + LANES, f32_load(sums, at + LANES), columns - LANES, k > 0)
+        t += rows
 
 
 @inline_kernel
@@ -172,19 +175,19 @@ def group_times_rows(
 
     x (.., inner); out (.., columns).
     """
-    tile, sums = stack_f32(_TILE_SIZE), stack_f32(_SUMS_SIZE)
-    far = (hi - lo) * (inner + columns) > _FAR
+    copy, sums = stack_f32(_COPY_SIZE), stack_f32(_SUMS_SIZE)
     for first in range(lo, hi, _ROW_BLOCK):
         end = min(first + _ROW_BLOCK, hi)
-        for k in range(0, inner, K_BLOCK):
-            count = min(K_BLOCK, inner - k)
-            for t in range(first, end, _ROWS):
-                n = min(_ROWS, end - t)
-                source, at, step = x, t * inner + k, inner
-                if n != _ROWS and n != _FEW_ROWS:  # the tile has more rows than there are
-                    copy_rows(x, t * inner + k, inner, n, count, tile)
-                    source, at, step = tile, 0, _X_STEP
-                tile_times_panels(
-                    n, source, at, step, count, w, wi + k * LANES, w_step, panels, sums, out, t * columns + column,
-                    columns, columns - column, k > 0, far, x, (t + n) * inner + k, inner, min(_ROWS, end - t - n),
-                )  # fmt: skip
+        few = end - first <= _FEW_TILES * _ROWS
+        span = inner if few else K_BLOCK
+        for k_lo in range(0, inner, span):
+            p = 0
+            while p < panels:
+                pair = _PAIRS and p + 1 < panels
+                to = column + p * LANES
+                for k in range(k_lo, min(k_lo + span, inner), K_BLOCK):
+                    panels_times_rows(
+                        w, wi + p * w_step + k * LANES, w_step, pair, x, inner, k,
+                        out, to, columns, columns - to, first, end, few, copy, sums,
+                    )  # fmt: skip
+                p += 2 if pair else 1

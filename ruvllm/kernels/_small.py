@@ -21,7 +21,7 @@ from ruvllm.kernels._views import address, array_at
 
 _FLOAT32 = np.dtype(np.float32)
 _ndarray = np.ndarray
-_NUMBERS: dict[Any, Any] = {float: types.float64, bool: types.boolean}
+_NUMBERS: dict[Any, Any] = {float: types.float64, int: types.int64, bool: types.boolean}
 # NumPy's binary interface: an array begins with a Python object's head, data, dimensions, shape, strides, base, dtype;
 # a dtype with the head, its type, and three characters, of which the last is the byte order.
 _DTYPE = object.__basicsize__ + 40
@@ -35,8 +35,8 @@ SMALL: list[Any] = []
 def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
     """Compile a body that returns True when it has done all the work, and False when it has done nothing.
 
-    forms: what the arguments may be, each a tuple of the dimensions of a float32 array, ``float`` or ``bool``. Each is
-    compiled when it is first met; a call of any other form does nothing and returns False.
+    forms: what the arguments may be, each a tuple of the dimensions of a float32 array, ``float``, ``int`` or ``bool``.
+    Each is compiled when it is first met; a call of any other form does nothing and returns False.
     """
 
     def decorate(function: Callable[..., bool]) -> Any:

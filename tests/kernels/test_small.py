@@ -51,6 +51,8 @@ CALLS: list[tuple[str, Any, str, Callable[[tuple[int, ...]], tuple[Any, ...]]]] 
     ),
 ]  # fmt: skip
 ROWS_ONLY = [
+    ("gemm", matmul, "gemm_small", lambda lead: (normal(*lead, 37), normal(37, 21), empty(*lead, 21))),
+    ("gemm_nt", matmul, "gemm_small", lambda lead: (normal(*lead, 37), normal(21, 37), empty(*lead, 21))),
     ("gemv", matmul, "gemv_small", lambda lead: (normal(*lead, 37), normal(37), empty(*lead))),
     (
         "apply_rope_tables", rope, "rope_small",

@@ -176,6 +176,17 @@ def attend_parallel(
         )
 
 
+@parallel_kernel
+def attend_token_parallel(
+    q: Any, keys: Any, values: Any, position: Any, window: Any, scale: Any, partial: Any, scratch: Any, threads: Any
+) -> None:
+    """attend_token_chunks with the units split over threads; scratch (threads, token_scratch_size(D, H / KV))."""
+    units = keys.shape[0] * (position // CHUNK + 1 - max(0, position - window + 1) // CHUNK)
+    for t in prange(threads):
+        lo, hi = units * t // threads, units * (t + 1) // threads
+        token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch[t], lo, hi)
+
+
 def cached_attention(
     q: np.ndarray,
     keys: np.ndarray,
@@ -194,7 +205,7 @@ def cached_attention(
     tokens, heads, dim = q.shape
     reach = NO_WINDOW if window is None else window
     if tokens == 1:
-        _attend_token(q[0], keys, values, int(positions[0]), reach, np.float32(scale), out[0])
+        _attend_token(q[0], keys, values, int(positions[0]), reach, np.float32(scale), out[0], len(scratch))
         return out
     work = int(tokens * heads * dim * min(int(positions[-1]) + 1, reach))
     _, units = attend_split(tokens, heads, len(keys))
@@ -207,13 +218,18 @@ def cached_attention(
 
 
 def _attend_token(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int, scale: np.float32, out: np.ndarray
-) -> None:
-    """One token, by the bodies that the decode region uses."""
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int, scale: np.float32, out: np.ndarray,
+    most: int,
+) -> None:  # fmt: skip
+    """One token, by the bodies that the decode region uses, on at most so many threads."""
     heads, dim = q.shape
     chunks = position // CHUNK + 1 - max(0, position - window + 1) // CHUNK
+    units, size = len(keys) * chunks, token_attention.token_scratch_size(dim, heads // len(keys))
+    threads = min(threads_for(2 * heads * dim * min(position + 1, window), PARALLEL_MACS, units), most)
     partial = np.empty((heads, chunks, token_attention.partial_width(dim)), np.float32)
-    scratch = np.empty(token_attention.token_scratch_size(dim, heads // len(keys)), np.float32)
-    units = len(keys) * chunks
-    token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch, 0, units)
+    scratch = np.empty((threads, size), np.float32)
+    if threads == 1:
+        token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch[0], 0, units)
+    else:
+        launch(attend_token_parallel, q, keys, values, position, window, scale, partial, scratch, threads)
     token_attention.merge_chunks(partial, chunks, out, 0, heads)

@@ -33,6 +33,7 @@ from ruvllm.kernels._tile import put
 from ruvllm.kernels._views import address, array_at
 from ruvllm.kernels.vector import dot_flat
 
+ADAPTER_MACS = 3 * PARALLEL_MACS  # from which threads pay: one half of the work waits for the other
 _STREAMS = 8
 _BLOCK = 128  # rows of A whose products are added up before they join the sum: long sums lose digits
 _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
@@ -203,7 +204,7 @@ def lora_small(x: Any, a: Any, b: Any, scaling: Any, add: Any, out: Any) -> bool
     if not x.size or not out.size:
         return False
     rows = x.size // n
-    if not 0 < rows * rank <= FEW or rows * rank * (n + width) >= PARALLEL_MACS:
+    if not 0 < rows * rank <= FEW or rows * rank * (n + width) >= ADAPTER_MACS:
         return False
     if not (apart(out, x) and apart(out, a) and apart(out, b)):
         return False
@@ -281,7 +282,7 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     n, rank = a.shape
     rows = x if x.ndim == 2 else x.reshape(count, n)
     h = np.empty((count, rank), np.float32)
-    threads = threads_for(count * rank * (n + width), PARALLEL_MACS, count * width)
+    threads = threads_for(count * rank * (n + width), ADAPTER_MACS, count * width)
     if threads == 1:
         lora_rows(rows, a, b, scaling, add, h, to, 0, count)
     else:

@@ -21,10 +21,10 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._small import FEW, apart, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
+from ruvllm.kernels._threads import launch, threads_for
 from ruvllm.kernels._tile import put
 from ruvllm.kernels._views import address, array_at
-from ruvllm.kernels.lora import checked_adapter, example, first_of, lora_down_rows, require_given
+from ruvllm.kernels.lora import ADAPTER_MACS, checked_adapter, example, first_of, lora_down_rows, require_given
 from ruvllm.kernels.vector import dot_flat
 
 
@@ -150,7 +150,7 @@ def lora_grad_small(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, 
     if grad_a.shape != a.shape or grad_b.shape != b.shape or not x.size or not dy.size:
         return False
     rows = x.size // n
-    if not 0 < 2 * rows * rank <= FEW or 2 * rows * rank * (n + width) >= PARALLEL_MACS:
+    if not 0 < 2 * rows * rank <= FEW or 2 * rows * rank * (n + width) >= ADAPTER_MACS:
         return False
     for grad in (grad_a, grad_b):
         if not (apart(grad, x) and apart(grad, dy) and apart(grad, a) and apart(grad, b)):
@@ -196,7 +196,7 @@ def lora_accumulate_grad(
         rows, dys = _check.rows(x), _check.rows(dy)
         count, rank = rows.shape[0], a.shape[1]
         arguments = (rows, dys, a, b, scaling, grad_a, grad_b, np.empty((2, count, rank), np.float32))
-        threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), PARALLEL_MACS, a.shape[0])
+        threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), ADAPTER_MACS, a.shape[0])
         if threads == 1:
             lora_grad(*arguments)
         else:

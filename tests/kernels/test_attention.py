@@ -318,6 +318,19 @@ def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | Non
         assert_near(out, expected)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_one_token_on_several_threads_is_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, keys, values = cache(700, 3, 18, np.float32)
+    q, position = normal(1, 6, 18), np.array([699])
+    answers = []
+    for threads in (1, 2, 5, 9):
+        monkeypatch.setattr("ruvllm.kernels.cached_attention.threads_for", lambda *_, n=threads: n)
+        scratch = np.empty((threads, scratch_size(18)), np.float32)
+        answers.append(cached_attention(q, keys, values, position, window, 0.25, np.empty_like(q), scratch))
+    for other in answers[1:]:
+        np.testing.assert_array_equal(other, answers[0])
+
+
 def as_numbers(cached: Array) -> Array:
     return cached.view(np.float16) if cached.dtype == np.uint16 else cached
 

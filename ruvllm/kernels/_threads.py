@@ -13,8 +13,9 @@ from numba.core import config
 from numba.np.ufunc import parallel
 from numba.np.ufunc.parallel import threading_layer
 
-# Work per call from which two threads were faster than one, by measurement: a launch costs about 3 us (omp, Zen 4).
-PARALLEL_ELEMENTS = 32768  # elements streamed by a kernel that does little arithmetic on each
+# Work per call from which two threads were faster than one, by measurement: a launch costs 3 to 4 us (omp).
+PARALLEL_ELEMENTS = 32768  # elements on each of which a kernel spends some ten operations, as exp does
+PARALLEL_STREAM = 65536  # elements that are read and written with an operation or two between
 PARALLEL_MACS = 131072  # multiply-adds that each read a number of their own: matrix times vector, adapters
 PARALLEL_TILE_MACS = 524288  # multiply-adds in tiles, which take a quarter of the time
 

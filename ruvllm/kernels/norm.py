@@ -21,7 +21,7 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._small import may_write, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
 
 # --- sums of one row: four running sums, because each waits for the one before it ---------------------------------
 
@@ -76,7 +76,7 @@ def rms_norm_small(x: Any, weight: Any, eps: Any, out: Any) -> bool:
     """rms_norm of little."""
     if out.shape != x.shape or weight.size != x.shape[-1] or not 0 <= eps < np.inf:
         return False
-    if not 0 < x.size < PARALLEL_ELEMENTS or not may_write(out, x) or not may_write(out, weight):
+    if not 0 < x.size < PARALLEL_STREAM or not may_write(out, x) or not may_write(out, weight):
         return False
     rms_norm_rows(rows_of(x), weight, eps, rows_of(out), 0, x.size // weight.size)
     return True
@@ -109,7 +109,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
-        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
+        threads = threads_for(x.size, PARALLEL_STREAM, count)
         if threads == 1:
             rms_norm_rows(rows, weight, eps, to, 0, count)
         else:
@@ -221,7 +221,7 @@ def layer_norm_small(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, o
         return False
     if not (may_write(out, x) and may_write(out, weight) and may_write(out, bias)):
         return False
-    if not 0 < x.size < PARALLEL_ELEMENTS:
+    if not 0 < x.size < PARALLEL_STREAM:
         return False
     layer_norm_rows(rows_of(x), weight, bias, with_bias, eps, rows_of(out), 0, x.size // n)
     return True
@@ -262,7 +262,7 @@ def layer_norm(
     if x.size:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
-        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
+        threads = threads_for(x.size, PARALLEL_STREAM, count)
         if threads == 1:
             layer_norm_rows(rows, weight, bias, with_bias, eps, to, 0, count)
         else:

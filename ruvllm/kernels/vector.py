@@ -10,7 +10,7 @@ from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
 from ruvllm.kernels._small import apart, may_write, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
 from ruvllm.kernels._views import flat
 
 _WIDE = 4 * LANES  # four running sums, because each waits for the one before it
@@ -41,7 +41,7 @@ def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
 @small_call((2, 2, 1), (1, 1, 0))
 def dot_small(a: Any, b: Any, out: Any) -> bool:
     """dot of little."""
-    if b.shape != a.shape or out.shape != a.shape[:-1] or not 0 < a.size < PARALLEL_ELEMENTS:
+    if b.shape != a.shape or out.shape != a.shape[:-1] or not 0 < a.size < PARALLEL_STREAM:
         return False
     if not apart(out, a) or not apart(out, b):
         return False
@@ -99,7 +99,7 @@ def scale_parallel(x: Any, factor: Any, out: Any, threads: Any) -> None:
 @small_call((2, float, 2), (1, float, 1))
 def scale_small(x: Any, factor: Any, out: Any) -> bool:
     """scale of little."""
-    if out.shape != x.shape or x.size >= PARALLEL_ELEMENTS or not may_write(out, x):
+    if out.shape != x.shape or x.size >= PARALLEL_STREAM or not may_write(out, x):
         return False
     scale_range(flat(x), factor, flat(out), 0, x.size)
     return True
@@ -125,7 +125,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     x = _check.float32("x", x)
     out = _check.output("out", out, x.shape, x)
     factor = _check.number("factor", factor)
-    threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
+    threads = threads_for(x.size, PARALLEL_STREAM, x.size)
     if threads == 1:
         scale_range(x.ravel(), factor, out.ravel(), 0, x.size)
     else:
@@ -156,7 +156,7 @@ def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
 @small_call((2, 2, 2), (1, 1, 1))
 def add_small(a: Any, b: Any, out: Any) -> bool:
     """add of little."""
-    if b.shape != a.shape or out.shape != a.shape or a.size >= PARALLEL_ELEMENTS:
+    if b.shape != a.shape or out.shape != a.shape or a.size >= PARALLEL_STREAM:
         return False
     if not may_write(out, a) or not may_write(out, b):
         return False
@@ -184,7 +184,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     a = _check.float32("a", a)
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape, a, b)
-    threads = threads_for(a.size, PARALLEL_ELEMENTS, a.size)
+    threads = threads_for(a.size, PARALLEL_STREAM, a.size)
     if threads == 1:
         add_range(a.ravel(), b.ravel(), out.ravel(), 0, a.size)
     else:

@@ -1,5 +1,6 @@
 """Checks of the public functions' arguments: each error names the argument, what it was and what was expected."""
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,7 +65,7 @@ def attention_scale(scale: Any, dim: int) -> float:
     """
     if not dim:
         raise ValueError("q: expected heads of at least one number, found none")
-    return float(dim**-0.5 if scale is None else number("scale", scale))
+    return 1.0 / math.sqrt(dim) if scale is None else number("scale", scale)
 
 
 def integer(name: str, value: Any) -> int:

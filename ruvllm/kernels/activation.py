@@ -130,8 +130,9 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     Source: subtracting the maximum is Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp
     and softmax functions".
     """
-    if out is not None and softmax_small(x, out):
-        return out
+    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    if softmax_small(x, y):
+        return y
     x = _check.float32("x", x, min_ndim=1)
     out = _check.output("out", out, x.shape, x)
     if x.size:
@@ -194,8 +195,9 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    if out is not None and silu_mul_small(gate, up, out):
-        return out
+    y: Any = np.empty_like(gate) if out is None and type(gate) is np.ndarray else out
+    if silu_mul_small(gate, up, y):
+        return y
     gate = _check.float32("gate", gate)
     up = _check.float32("up", up, shape=gate.shape)
     out = _check.output("out", out, gate.shape, gate, up)

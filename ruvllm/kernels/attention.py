@@ -1,20 +1,28 @@
 """Attention over plain arrays: one query over cached rows (decode), or many queries at once (prefill)."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from ruvllm.kernels import _check, reference
+from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._memory import aligned_empty, scratch
+from ruvllm.kernels._small import apart, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._views import address, array_at
 from ruvllm.kernels.cached_attention import attend_units, cached_attention, scratch_size
 from ruvllm.kernels.kv import append, kv_append_heads, padded
 from ruvllm.kernels.row_attention import attend_rows, attend_rows_parallel, row_scratch_size
 from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
+_FEW_MACS = 2 * PARALLEL_MACS  # below which one thread is enough for one token
+_MEMORY = 1 << 17  # numbers of scratch that a small call gets
+_chunk_count, _partial_width = inline_kernel(chunk_count), inline_kernel(partial_width)
+_row_scratch_size = inline_kernel(row_scratch_size)
 
 
 def paged_attention(
@@ -72,6 +80,50 @@ def paged_attention(
     return _attend(q, k, v, table, length, scale, _check.output("out", out, q.shape))
 
 
+@inline_kernel
+def attend_few(
+    q: Any, k: Any, v: Any, heads: Any, kv_heads: Any, length: Any, scale: Any, scaled: Any, memory: Any, out: Any
+) -> Any:
+    """One token's attention, if it is little and its sizes, which must be those of the arrays, fit each other.
+
+    scale: that of the scores where they are to be ``scaled``, else it is 1 / sqrt(D).
+    """
+    if not (heads > 0 and kv_heads > 0 and length > 0 and q.size > 0) or heads % kv_heads != 0:
+        return False
+    dim = q.size // heads
+    parts = heads * _chunk_count(length) * _partial_width(dim)
+    if 2 * heads * length * dim >= _FEW_MACS or parts + LANES + _row_scratch_size(dim, heads, kv_heads) > memory.size:
+        return False
+    if not (apart(out, q) and apart(out, k) and apart(out, v)):
+        return False
+    factor = np.float32(scale) if scaled else np.float32(1.0 / math.sqrt(dim))
+    table = array_at(address(memory), 1, np.int64)
+    table[0] = 0
+    pool = (1, length, kv_heads, dim)
+    attend_rows(
+        array_at(address(q), (heads, dim), np.float32), array_at(address(k), pool, np.float32),
+        array_at(address(v), pool, np.float32), table, length, factor, memory[LANES:],
+        array_at(address(out), (heads, dim), np.float32),
+    )  # fmt: skip
+    return True
+
+
+@small_call((1, 2, 2, float, bool, 1, 1))
+def softmax_attention_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
+    """softmax_attention of little; see attend_few."""
+    if k.shape[1] != q.size or v.shape != k.shape or out.shape != q.shape:
+        return False
+    return attend_few(q, k, v, 1, 1, k.shape[0], scale, scaled, memory, out)
+
+
+@small_call((2, 3, 3, float, bool, 1, 2))
+def grouped_query_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
+    """grouped_query_attention of little; see attend_few."""
+    if k.shape[2] != q.shape[1] or v.shape != k.shape or out.shape != q.shape:
+        return False
+    return attend_few(q, k, v, len(q), k.shape[1], len(k), scale, scaled, memory, out)
+
+
 def _attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, table: np.ndarray, length: int, scale: float | None, out: np.ndarray
 ) -> np.ndarray:
@@ -81,7 +133,7 @@ def _attend(
     factor = np.float32(_check.attention_scale(scale, dim))
     chunks, width = chunk_count(length), partial_width(dim)
     units, size = kv_heads * chunks, row_scratch_size(dim, heads, kv_heads)
-    threads = threads_for(2 * heads * length * dim, PARALLEL_MACS, units)
+    threads = threads_for(2 * heads * length * dim, _FEW_MACS, units)
     parts = heads * chunks * width
     memory = scratch(parts + threads * size)
     if threads == 1:
@@ -113,6 +165,9 @@ def grouped_query_attention(
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
     """
+    y: Any = np.empty_like(q) if out is None and type(q) is np.ndarray else out
+    if grouped_query_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(_MEMORY), y):
+        return y
     q = _check.float32("q", q, min_ndim=2)
     if q.ndim > 2:
         k = _check.float32("k", k, shape=(*q.shape[:-2], None, None, q.shape[-1]))
@@ -162,6 +217,9 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need".
     """
+    y: Any = np.empty_like(q) if out is None and type(q) is np.ndarray else out
+    if softmax_attention_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(_MEMORY), y):
+        return y
     q = _check.float32("q", q, min_ndim=1)
     out = _check.output("out", out, q.shape)
     if q.ndim == 1:

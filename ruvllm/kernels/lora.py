@@ -232,8 +232,10 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
-    if out is not None and lora_small(x, a, b, scaling, False, out):
-        return out
+    plain = type(x) is np.ndarray and type(b) is np.ndarray
+    y: Any = np.empty(x.shape[:-1] + b.shape[-1:], np.float32) if out is None and plain else out
+    if lora_small(x, a, b, scaling, False, y):
+        return y
     x, a, b = checked_adapter(x, a, b)
     out = _check.apart("out", _check.output("out", out, (*x.shape[:-1], b.shape[1])), x, a, b)
     return _forward(x, a, b, scaling, False, out)

@@ -106,8 +106,9 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         TypeError: not float32.
         ValueError: shapes do not match.
     """
-    if out is not None and gemv_small(a, x, out):
-        return out
+    y: Any = np.empty(a.shape[:-1], np.float32) if out is None and type(a) is np.ndarray else out
+    if gemv_small(a, x, y):
+        return y
     a = _check.float32("a", a, min_ndim=2)
     x = _check.float32("x", x, shape=a.shape[-1:])
     out = _check.apart("out", _check.output("out", out, a.shape[:-1]), a, x)

@@ -100,8 +100,9 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    if out is not None and rms_norm_small(x, weight, eps, out):
-        return out
+    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    if rms_norm_small(x, weight, eps, y):
+        return y
     x = _check.float32("x", x, min_ndim=1)
     weight = _check.float32("weight", weight, shape=x.shape[-1:])
     out = _check.output("out", out, x.shape, x, weight)
@@ -249,8 +250,9 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
     "Algorithms for Computing the Sample Variance".
     """
-    if out is not None and layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, out):
-        return out
+    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    if layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, y):
+        return y
     x = _check.float32("x", x, min_ndim=1)
     shape = x.shape
     last = shape[-1:]

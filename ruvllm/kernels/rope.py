@@ -170,8 +170,9 @@ def apply_rope_tables(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
-    if out is not None and rope_small(x, cos, sin, interleaved, inverse, out):
-        return out
+    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    if rope_small(x, cos, sin, interleaved, inverse, y):
+        return y
     x = _check.float32("x", x, min_ndim=3)
     tokens, heads, dim = x.shape[-3:]
     _require_pairs(dim)

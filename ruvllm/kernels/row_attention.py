@@ -42,19 +42,14 @@ from ruvllm.kernels.token_attention import GROUP, add_weighted_values, chunk_cou
 _ONE = np.float32(1)
 
 
-def padded_heads(group: int) -> int:
-    """Heads of a group in scratch: one alone, or whole tiles of GROUP."""
-    return 1 if group == 1 else (group + GROUP - 1) // GROUP * GROUP
-
-
-_padded_heads = inline_kernel(padded_heads)
 _chunk_count = inline_kernel(chunk_count)
 _partial_width = inline_kernel(partial_width)
 
 
 def row_scratch_size(head_dim: int, heads: int, kv_heads: int) -> int:
     """Floats of scratch that one thread needs: scores, queries and sums of all heads; 16 rows; 4 vectors."""
-    tiled = kv_heads * padded_heads(heads // kv_heads)
+    group = heads // kv_heads
+    tiled = heads if group == 1 else kv_heads * ((group + GROUP - 1) // GROUP * GROUP)  # one alone, or whole tiles
     wide = (head_dim + LANES - 1) // LANES * LANES
     return tiled * (CHUNK + 2 * wide) + LANES * wide + GROUP * LANES
 
@@ -71,7 +66,7 @@ def attend_row_chunks(
     heads, dim = q.shape
     size, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    tiled = _padded_heads(group)
+    tiled = 1 if group == 1 else (group + GROUP - 1) // GROUP * GROUP
     step = kv_heads * dim
     wide = (dim + LANES - 1) // LANES * LANES
     width = partial.shape[2]

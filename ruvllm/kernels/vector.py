@@ -64,8 +64,9 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match, or ``a`` has no dimension.
     """
-    if out is not None and dot_small(a, b, out):
-        return out
+    y: Any = np.empty(a.shape[:-1], np.float32) if out is None and type(a) is np.ndarray else out
+    if dot_small(a, b, y):
+        return y
     a = _check.float32("a", a, min_ndim=1)
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape[:-1], a, b)
@@ -120,8 +121,9 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``out`` does not match.
     """
-    if out is not None and scale_small(x, factor, out):
-        return out
+    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    if scale_small(x, factor, y):
+        return y
     x = _check.float32("x", x)
     out = _check.output("out", out, x.shape, x)
     factor = _check.number("factor", factor)
@@ -179,8 +181,9 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
-    if out is not None and add_small(a, b, out):
-        return out
+    y: Any = np.empty_like(a) if out is None and type(a) is np.ndarray else out
+    if add_small(a, b, y):
+        return y
     a = _check.float32("a", a)
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape, a, b)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels import KERNELS, activation, lora, lora_grad, matmul, norm, rope, vector
+from ruvllm.kernels import KERNELS, activation, attention, lora, lora_grad, matmul, norm, rope, vector
 from ruvllm.kernels._jit import DISABLE_JIT
 from ruvllm.kernels._small import SMALL, declined
 
@@ -51,6 +51,10 @@ CALLS: list[tuple[str, Any, str, Callable[[tuple[int, ...]], tuple[Any, ...]]]] 
     ),
 ]  # fmt: skip
 ROWS_ONLY = [
+    (
+        "grouped_query_attention", attention, "grouped_query_small",
+        lambda lead: (normal(6, 33), normal(17, 3, 33), normal(17, 3, 33), 0.3, empty(6, 33)),
+    ),
     ("gemm", matmul, "gemm_small", lambda lead: (normal(*lead, 37), normal(37, 21), empty(*lead, 21))),
     ("gemm_nt", matmul, "gemm_small", lambda lead: (normal(*lead, 37), normal(21, 37), empty(*lead, 21))),
     ("gemv", matmul, "gemv_small", lambda lead: (normal(*lead, 37), normal(37), empty(*lead))),
@@ -59,7 +63,12 @@ ROWS_ONLY = [
         lambda lead: (normal(*lead, 3, 8), normal(*lead, 4), normal(*lead, 4), False, True, empty(*lead, 3, 8)),
     ),
 ]  # fmt: skip
+ONE_HEAD = (
+    "softmax_attention", attention, "softmax_attention_small",
+    lambda lead: (normal(33), normal(270, 33), normal(270, 33), 0.3, empty(33)),
+)  # fmt: skip
 CASES = [(*call, lead) for call in CALLS for lead in ((), (5,))] + [(*call, (5,)) for call in ROWS_ONLY]
+CASES.append((*ONE_HEAD, ()))
 EVERY_CALL = pytest.mark.parametrize(
     ("kernel", "module", "small", "make", "lead"), CASES, ids=[f"{c[0]}-{len(c[4]) + 1}d" for c in CASES]
 )
@@ -168,7 +177,7 @@ def test_every_small_call_is_tested() -> None:
 
 
 def test_they_leave_large_work_alone() -> None:
-    x = normal(64, 768)
+    x = normal(128, 768)
     assert norm.rms_norm_small(x, normal(768), 1e-5, np.empty_like(x)) is False
     assert matmul.gemv_small(normal(512, 512), normal(512), empty(512)) is False
 

@@ -28,8 +28,8 @@ _DTYPE = object.__basicsize__ + 40
 _BYTE_ORDER = object.__basicsize__ + 10
 FEW = 1024  # numbers that a small call may have on its stack
 
-# Every small call: the long way round is what a profile or an assembly listing shows.
-SMALL: list[Any] = []
+# Every small call and its compiled body: the long way round is what a profile or an assembly listing shows.
+SMALL: dict[Any, Any] = {}
 
 
 def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
@@ -52,8 +52,15 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
 
         # What the dispatcher asks for code, in numba's C, when it has none for the types of the arguments.
         body._compile_for_args = compile_or_decline
-        SMALL.append(body)
-        return body
+
+        def attempt(*arguments: Any) -> bool:
+            try:
+                return bool(body(*arguments))
+            except ValueError:  # numba finds no type for an empty list
+                return False
+
+        SMALL[attempt] = body
+        return attempt
 
     return decorate
 

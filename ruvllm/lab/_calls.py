@@ -49,11 +49,11 @@ def calls_of(run: Callable[[], Any]) -> list[Call]:
 
         return call
 
-    small = {id(body) for body in SMALL}  # each calls one of the others, which is the one to be shown
-    bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")} - small
+    small = {id(attempt) for attempt in SMALL}  # each calls one of the bodies, which is what is to be shown
+    bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")}
     with limited_to(1):
         run()  # compiles what is new here: recorders are not compiled code, which bodies may call
-        with replaced(lambda body: declined, lambda value: id(value) in small):
+        with replaced(lambda attempt: declined, lambda value: id(value) in small):
             with replaced(recorder, lambda value: id(value) in bodies):
                 run()
     return list(found.values())

@@ -21,7 +21,7 @@ from ruvllm.kernels._simd import (
     lanes_between,
     splat,
 )
-from ruvllm.kernels._small import may_write, rows_of, small_call
+from ruvllm.kernels._small import may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._views import flat
@@ -106,7 +106,7 @@ def softmax_parallel(x: Any, out: Any, threads: Any) -> None:
 
 @small_call((2, 2), (1, 1))
 def softmax_small(x: Any, out: Any) -> bool:
-    """softmax of little."""
+    """softmax of fewer elements than PARALLEL_ELEMENTS."""
     if out.shape != x.shape or not 0 < x.size < PARALLEL_ELEMENTS or not may_write(out, x):
         return False
     softmax_rows(rows_of(x), rows_of(out), 0, x.size // x.shape[-1])
@@ -130,7 +130,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     Source: subtracting the maximum is Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp
     and softmax functions".
     """
-    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if softmax_small(x, y):
         return y
     x = _check.float32("x", x, min_ndim=1)
@@ -169,7 +169,7 @@ def silu_mul_parallel(gate: Any, up: Any, out: Any, threads: Any) -> None:
 
 @small_call((2, 2, 2), (1, 1, 1))
 def silu_mul_small(gate: Any, up: Any, out: Any) -> bool:
-    """silu_mul of little."""
+    """silu_mul of fewer elements than PARALLEL_ELEMENTS."""
     if up.shape != gate.shape or out.shape != gate.shape or gate.size >= PARALLEL_ELEMENTS:
         return False
     if not may_write(out, gate) or not may_write(out, up):
@@ -195,7 +195,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    y: Any = np.empty_like(gate) if out is None and type(gate) is np.ndarray else out
+    y: Any = room(gate.shape) if out is None and type(gate) is np.ndarray else out
     if silu_mul_small(gate, up, y):
         return y
     gate = _check.float32("gate", gate)

@@ -8,7 +8,7 @@ import numpy as np
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._memory import aligned_empty, scratch
-from ruvllm.kernels._small import apart, small_call
+from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES
@@ -19,8 +19,8 @@ from ruvllm.kernels.row_attention import attend_rows, attend_rows_parallel, row_
 from ruvllm.kernels.token_attention import chunk_count, merge_chunks, partial_width
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
-_FEW_MACS = 2 * PARALLEL_MACS  # below which one thread is enough for one token
-_MEMORY = 1 << 17  # numbers of scratch that a small call gets
+_FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together, below which one token needs one thread
+_LARGEST = float(np.finfo(np.float32).max)
 _chunk_count, _partial_width = inline_kernel(chunk_count), inline_kernel(partial_width)
 _row_scratch_size = inline_kernel(row_scratch_size)
 
@@ -86,9 +86,12 @@ def attend_few(
 ) -> Any:
     """One token's attention, if it is little and its sizes, which must be those of the arrays, fit each other.
 
-    scale: that of the scores where they are to be ``scaled``, else it is 1 / sqrt(D).
+    scale: that of the scores where they are to be ``scaled``, else it is 1 / sqrt(D). memory: float32 scratch, whose
+    first numbers hold the table of the one block.
     """
     if not (heads > 0 and kv_heads > 0 and length > 0 and q.size > 0) or heads % kv_heads != 0:
+        return False
+    if not abs(scale) <= _LARGEST:
         return False
     dim = q.size // heads
     parts = heads * _chunk_count(length) * _partial_width(dim)
@@ -110,7 +113,7 @@ def attend_few(
 
 @small_call((1, 2, 2, float, bool, 1, 1))
 def softmax_attention_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
-    """softmax_attention of little; see attend_few."""
+    """softmax_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[1] != q.size or v.shape != k.shape or out.shape != q.shape:
         return False
     return attend_few(q, k, v, 1, 1, k.shape[0], scale, scaled, memory, out)
@@ -118,7 +121,7 @@ def softmax_attention_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, mem
 
 @small_call((2, 3, 3, float, bool, 1, 2))
 def grouped_query_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
-    """grouped_query_attention of little; see attend_few."""
+    """grouped_query_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[2] != q.shape[1] or v.shape != k.shape or out.shape != q.shape:
         return False
     return attend_few(q, k, v, len(q), k.shape[1], len(k), scale, scaled, memory, out)
@@ -165,8 +168,8 @@ def grouped_query_attention(
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
     """
-    y: Any = np.empty_like(q) if out is None and type(q) is np.ndarray else out
-    if grouped_query_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(_MEMORY), y):
+    y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
+    if grouped_query_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
     q = _check.float32("q", q, min_ndim=2)
     if q.ndim > 2:
@@ -217,8 +220,8 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need".
     """
-    y: Any = np.empty_like(q) if out is None and type(q) is np.ndarray else out
-    if softmax_attention_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(_MEMORY), y):
+    y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
+    if softmax_attention_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
     q = _check.float32("q", q, min_ndim=1)
     out = _check.output("out", out, q.shape)

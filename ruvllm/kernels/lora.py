@@ -26,7 +26,7 @@ from ruvllm.kernels._simd import (
     zip_high,
     zip_low,
 )
-from ruvllm.kernels._small import FEW, apart, rows_of, small_call
+from ruvllm.kernels._small import FEW, apart, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
@@ -197,7 +197,7 @@ def lora_parallel(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: A
 
 @small_call((2, 2, 2, float, bool, 2), (1, 2, 2, float, bool, 1))
 def lora_small(x: Any, a: Any, b: Any, scaling: Any, add: Any, out: Any) -> bool:
-    """lora_forward of little, or lora_forward_add."""
+    """lora_forward of fewer multiply-adds than ADAPTER_MACS, or lora_forward_add."""
     (n, rank), width = a.shape, b.shape[1]
     if x.shape[-1] != n or b.shape[0] != rank or out.shape[-1] != width or out.shape[:-1] != x.shape[:-1]:
         return False
@@ -233,7 +233,7 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     plain = type(x) is np.ndarray and type(b) is np.ndarray
-    y: Any = np.empty(x.shape[:-1] + b.shape[-1:], np.float32) if out is None and plain else out
+    y: Any = room(x.shape[:-1] + b.shape[-1:]) if out is None and plain else out
     if lora_small(x, a, b, scaling, False, y):
         return y
     x, a, b = checked_adapter(x, a, b)

@@ -143,7 +143,7 @@ def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b
 
 @small_call((2, 2, 2, 2, float, 2, 2), (1, 1, 2, 2, float, 2, 2))
 def lora_grad_small(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any) -> bool:
-    """lora_accumulate_grad of little."""
+    """lora_accumulate_grad of fewer multiply-adds than ADAPTER_MACS."""
     (n, rank), width = a.shape, b.shape[1]
     if x.shape[-1] != n or b.shape[0] != rank or dy.shape[-1] != width or dy.shape[:-1] != x.shape[:-1]:
         return False

@@ -10,7 +10,7 @@ from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
-from ruvllm.kernels._small import apart, small_call
+from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, num_threads, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, WIDE
@@ -20,8 +20,7 @@ from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_par
 from ruvllm.kernels.panels import panel_count
 
 _scratch_size = inline_kernel(scratch_size)
-_GROUP_SIZE = 1 << 17  # numbers of scratch that a small call of gemm gets
-_ALONE = SIZES[0] ** 3 - 1  # multiply-adds below which nothing asks whether BLAS is faster
+_ALONE = SIZES[0] ** 3 - 1  # the most multiply-adds of which nobody asks whether BLAS is faster
 _FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
 
 
@@ -82,7 +81,7 @@ def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
 
 @small_call((2, 1, 1))
 def gemv_small(a: Any, x: Any, out: Any) -> bool:
-    """gemv of little."""
+    """gemv of fewer multiply-adds than PARALLEL_MACS."""
     if a.shape[1] != x.size or a.shape[0] != out.size or a.size >= PARALLEL_MACS:
         return False
     if not apart(out, a) or not apart(out, x):
@@ -106,7 +105,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         TypeError: not float32.
         ValueError: shapes do not match.
     """
-    y: Any = np.empty(a.shape[:-1], np.float32) if out is None and type(a) is np.ndarray else out
+    y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if gemv_small(a, x, y):
         return y
     a = _check.float32("a", a, min_ndim=2)
@@ -136,12 +135,12 @@ def gemm_small(a: Any, b: Any, transposed: Any, most: Any, group: Any, out: Any)
     return True
 
 
-def _is_done(a: Any, b: Any, transposed: bool, out: Any, backend: str) -> bool:
-    """gemm_small, where one thread of the kernels here is what the product would get."""
+def _try_small(a: Any, b: Any, transposed: bool, out: Any, backend: str) -> bool:
+    """Whether gemm_small has done the product: where one thread of the kernels here is what it would get."""
     if backend not in ("auto", "numba"):
         return False
     most = _ALONE if num_threads() == 1 else PARALLEL_TILE_MACS - 1
-    return bool(gemm_small(a, b, transposed, most, scratch(_GROUP_SIZE), out))
+    return bool(gemm_small(a, b, transposed, most, scratch(SCRATCH), out))
 
 
 def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: str = "auto") -> np.ndarray:
@@ -158,8 +157,10 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: s
         TypeError: not float32.
         ValueError: shapes do not match, or there is no such backend.
     """
-    if out is not None and _is_done(a, b, False, out, backend):
-        return out
+    plain = type(a) is np.ndarray and type(b) is np.ndarray
+    y: Any = room(a.shape[:-1] + b.shape[1:]) if out is None and plain else out
+    if _try_small(a, b, False, y, backend):
+        return y
     a = _rows("a", a)
     b = _check.float32("b", b)
     if b.ndim != 2 or len(b) != a.shape[-1]:
@@ -183,8 +184,10 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend
         TypeError: not float32.
         ValueError: shapes do not match, or there is no such backend.
     """
-    if out is not None and _is_done(a, b, True, out, backend):
-        return out
+    plain = type(a) is np.ndarray and type(b) is np.ndarray
+    y: Any = room(a.shape[:-1] + b.shape[:1]) if out is None and plain else out
+    if _try_small(a, b, True, y, backend):
+        return y
     a = _rows("a", a)
     b = _check.float32("b", b)
     if b.ndim != 2 or b.shape[1] != a.shape[-1]:

@@ -19,7 +19,7 @@ from ruvllm.kernels._simd import (
     lanes_between,
     splat,
 )
-from ruvllm.kernels._small import may_write, rows_of, small_call
+from ruvllm.kernels._small import may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
 
@@ -73,7 +73,7 @@ def rms_norm_parallel(x: Any, weight: Any, eps: Any, out: Any, threads: Any) -> 
 
 @small_call((2, 1, float, 2), (1, 1, float, 1))
 def rms_norm_small(x: Any, weight: Any, eps: Any, out: Any) -> bool:
-    """rms_norm of little."""
+    """rms_norm of fewer elements than PARALLEL_STREAM."""
     if out.shape != x.shape or weight.size != x.shape[-1] or not 0 <= eps < np.inf:
         return False
     if not 0 < x.size < PARALLEL_STREAM or not may_write(out, x) or not may_write(out, weight):
@@ -100,7 +100,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if rms_norm_small(x, weight, eps, y):
         return y
     x = _check.float32("x", x, min_ndim=1)
@@ -216,7 +216,7 @@ def layer_norm_parallel(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any
 
 @small_call((2, 1, 1, bool, float, 2), (1, 1, 1, bool, float, 1))
 def layer_norm_small(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any) -> bool:
-    """layer_norm of little."""
+    """layer_norm of fewer elements than PARALLEL_STREAM."""
     n = x.shape[-1]
     if out.shape != x.shape or weight.size != n or bias.size != n or not 0 <= eps < np.inf:
         return False
@@ -250,7 +250,7 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
     "Algorithms for Computing the Sample Variance".
     """
-    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, y):
         return y
     x = _check.float32("x", x, min_ndim=1)

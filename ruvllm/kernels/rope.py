@@ -24,7 +24,7 @@ from ruvllm.kernels._simd import (
     zip_high,
     zip_low,
 )
-from ruvllm.kernels._small import may_write, small_call
+from ruvllm.kernels._small import may_write, room, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
@@ -139,7 +139,7 @@ def rope_parallel(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: 
 
 @small_call((3, 2, 2, bool, bool, 3))
 def rope_small(x: Any, cos: Any, sin: Any, interleaved: Any, inverse: Any, out: Any) -> bool:
-    """apply_rope_tables of little."""
+    """apply_rope_tables of fewer elements than PARALLEL_ELEMENTS."""
     tokens, heads, dim = x.shape
     if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] != dim:
         return False
@@ -170,7 +170,7 @@ def apply_rope_tables(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
-    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if rope_small(x, cos, sin, interleaved, inverse, y):
         return y
     x = _check.float32("x", x, min_ndim=3)

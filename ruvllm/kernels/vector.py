@@ -8,7 +8,7 @@ from numba import prange
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
-from ruvllm.kernels._small import apart, may_write, rows_of, small_call
+from ruvllm.kernels._small import apart, may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
 from ruvllm.kernels._views import flat
@@ -40,7 +40,7 @@ def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
 
 @small_call((2, 2, 1), (1, 1, 0))
 def dot_small(a: Any, b: Any, out: Any) -> bool:
-    """dot of little."""
+    """dot of fewer elements than PARALLEL_STREAM."""
     if b.shape != a.shape or out.shape != a.shape[:-1] or not 0 < a.size < PARALLEL_STREAM:
         return False
     if not apart(out, a) or not apart(out, b):
@@ -64,7 +64,7 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match, or ``a`` has no dimension.
     """
-    y: Any = np.empty(a.shape[:-1], np.float32) if out is None and type(a) is np.ndarray else out
+    y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if dot_small(a, b, y):
         return y
     a = _check.float32("a", a, min_ndim=1)
@@ -99,7 +99,7 @@ def scale_parallel(x: Any, factor: Any, out: Any, threads: Any) -> None:
 
 @small_call((2, float, 2), (1, float, 1))
 def scale_small(x: Any, factor: Any, out: Any) -> bool:
-    """scale of little."""
+    """scale of fewer elements than PARALLEL_STREAM."""
     if out.shape != x.shape or x.size >= PARALLEL_STREAM or not may_write(out, x):
         return False
     scale_range(flat(x), factor, flat(out), 0, x.size)
@@ -121,7 +121,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``out`` does not match.
     """
-    y: Any = np.empty_like(x) if out is None and type(x) is np.ndarray else out
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if scale_small(x, factor, y):
         return y
     x = _check.float32("x", x)
@@ -157,7 +157,7 @@ def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
 
 @small_call((2, 2, 2), (1, 1, 1))
 def add_small(a: Any, b: Any, out: Any) -> bool:
-    """add of little."""
+    """add of fewer elements than PARALLEL_STREAM."""
     if b.shape != a.shape or out.shape != a.shape or a.size >= PARALLEL_STREAM:
         return False
     if not may_write(out, a) or not may_write(out, b):
@@ -181,7 +181,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
-    y: Any = np.empty_like(a) if out is None and type(a) is np.ndarray else out
+    y: Any = room(a.shape) if out is None and type(a) is np.ndarray else out
     if add_small(a, b, y):
         return y
     a = _check.float32("a", a)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ruvllm.kernels import KernelSpec
 from ruvllm.kernels._jit import COMPILED
-from ruvllm.kernels._small import SMALL, declined
+from ruvllm.kernels._small import long_way
 from ruvllm.kernels._threads import limited_to
 
 Call = tuple[Any, tuple[Any, ...]]  # a compiled body, and the numba types of its arguments
@@ -49,13 +49,11 @@ def calls_of(run: Callable[[], Any]) -> list[Call]:
 
         return call
 
-    small = {id(attempt) for attempt in SMALL}  # each calls one of the bodies, which is what is to be shown
     bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")}
     with limited_to(1):
         run()  # compiles what is new here: recorders are not compiled code, which bodies may call
-        with replaced(lambda attempt: declined, lambda value: id(value) in small):
-            with replaced(recorder, lambda value: id(value) in bodies):
-                run()
+        with long_way(), replaced(recorder, lambda value: id(value) in bodies):
+            run()
     return list(found.values())
 
 

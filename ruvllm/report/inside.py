@@ -13,6 +13,7 @@ import numba
 
 from ruvllm.kernels import KernelSpec
 from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._small import long_way
 
 
 # Not a kernel but a user of them, made anew for each body that it is given: it has no place in the cache.
@@ -31,7 +32,7 @@ class Inside:
 
     def __init__(self, spec: KernelSpec, arguments: tuple[Any, ...]) -> None:
         seen: list[tuple[Any, tuple[Any, ...]]] = []
-        with _watched(spec, seen):
+        with long_way(), _watched(spec, seen):
             spec.function(*arguments)
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")

@@ -27,13 +27,13 @@ import json
 import numpy as np
 from ruvllm.kernels import silu_mul
 from ruvllm.kernels._jit import COMPILED
-x = np.arange(40, dtype=np.float32)
+x = np.arange(40, dtype=np.float32).reshape(2, 2, 10)  # of three dimensions: no small call, which has its own code
 y = silu_mul(x, x)
 stats = [f.stats for f in COMPILED]
 print(json.dumps({"loaded": sum(sum(s.cache_hits.values()) for s in stats),
                   "compiled": sum(sum(s.cache_misses.values()) for s in stats), "y": y.tolist()}))
 """
-X = np.arange(40, dtype=np.float32)
+X = np.arange(40, dtype=np.float32).reshape(2, 2, 10)
 EXPECTED = reference.silu_mul(X, X)
 
 

@@ -7,7 +7,8 @@ How large tiles and blocks are is decided here, by the registers of the processo
 - AVX-512 has 32 registers of one vector: 8 rows x 2 panels are 16 sums, 2 weights, and 8 numbers of x that the
   compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
-- What is left over of the rows is done by a tile of half as many, or by one that begins a little earlier.
+- What is left over of the rows is done by a tile of half as many, or by one that begins a little earlier and does some
+  rows twice; where there are fewer rows than a tile has, by one of copies of them.
 - K_BLOCK columns at a time: a pair of panels, 32 KB, stays in the first-level cache while the rows of x pass by. The
   rows, _ROW_BLOCK at a time, stay in the second-level cache (128 KB) while GROUP panels (256 KB) pass by, and so do
   their outputs (128 KB), to which every block of columns adds. Rows of x are read where they lie: copies cost more
@@ -51,7 +52,7 @@ _NEXT_BLOCK = K_BLOCK * LANES
 
 @inline_kernel
 def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, size: Any, count: Any, copy: Any) -> None:
-    """copy[r _X_STEP + i] = x[xi + r x_row + i] for a tile of ``size`` rows, of which x has only ``rows``.
+    """copy[r _X_STEP + i] = x[xi + r x_row + i] for a tile of ``size`` rows, where no more than ``rows`` are there.
 
     The last stands for those that are not there: numbers that lie in the copy by chance may be so small that a
     processor takes a hundred times as long to multiply them.
@@ -131,8 +132,8 @@ def panels_times_rows(
     """Columns k.. of rows first:end of x against one panel or two, to or added to ``columns`` columns of out.
 
     A tile that ends beyond the last row begins earlier, with rows that are done already; where there are none, it is
-    made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken. Where rows are
-    ``few``, memory has to bring the next block of weights meanwhile.
+    made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken.
+    few: memory is what the rows wait for, so that later tiles ask for the next block while the first asks for its own.
     """
     count = min(K_BLOCK, inner - k)
     t = first
@@ -158,7 +159,7 @@ def panels_times_rows(
             size, source, xi, x_step, count, w, wi, w_step, pair, ahead, target, ti, step, whole and k > 0
         )
         if not whole:
-            skip = 0 if start < 0 else t - start
+            skip = 0 if start < 0 else t - start  # rows of the tile that were done before
             for r in range(rows):
                 to, at = oi + (t + r) * out_row, 2 * (skip + r) * LANES
                 put(out, to, f32_load(sums, at), columns, k > 0)

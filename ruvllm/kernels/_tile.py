@@ -1,4 +1,4 @@
-"""The micro-kernels: 16-column panels times one row, or one panel times six rows at once.
+"""The micro-kernels: 16-column panels times one row, or one panel times six rows at once (more rows: _float_tile).
 
 Linear layers, attention scores (K cache blocks are panels of 16 positions) and attention outputs (V rows are
 panels of 16 features) are all this one product: sums[r] += splat_at(x, r, k) * panel[k]. With 6 rows, 6 x 16

@@ -180,7 +180,10 @@ def attend_parallel(
 def attend_token_parallel(
     q: Any, keys: Any, values: Any, position: Any, window: Any, scale: Any, partial: Any, scratch: Any, threads: Any
 ) -> None:
-    """attend_token_chunks with the units split over threads; scratch (threads, token_scratch_size(D, H / KV))."""
+    """attend_token_chunks with the units split over threads; merge_chunks has to follow.
+
+    partial (H, chunks, partial_width(D)); scratch (threads, token_scratch_size(D, H / KV)).
+    """
     units = keys.shape[0] * (position // CHUNK + 1 - max(0, position - window + 1) // CHUNK)
     for t in prange(threads):
         lo, hi = units * t // threads, units * (t + 1) // threads

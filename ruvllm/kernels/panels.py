@@ -101,7 +101,7 @@ def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
 
 
 def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16).
+    """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16), K >= 1.
 
     For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
     """

@@ -4,15 +4,15 @@ How large tiles and blocks are is decided here, by the registers of the processo
 
 - A multiply-add takes about four cycles and up to two start in each, so at least eight sums must be under way; and
   each number that is loaded must be used often enough that loads (two a cycle) are not what the loop waits for.
-- AVX-512 has 32 registers of one vector: 8 rows x 2 panels are 16 sums, 2 weights, and 8 numbers of x that the
-  compiler loads early. 10 loads serve 16 multiply-adds. (12 x 2 sums leave it no room: it spills them.)
+- AVX-512 has 32 registers of one vector: 8 rows x 3 panels are 24 sums, 3 weights, and some numbers of x. 11 loads
+  serve 24 multiply-adds. What is left over of three panels are two or one.
 - AVX2 has 16 registers of half a vector, NEON 32 of a quarter: 6 rows x 1 panel are 12 or 24 of them.
 - What is left over of the rows is done by a tile of half as many, or by one that begins a little earlier and does some
   rows twice; where there are fewer rows than a tile has, by one of copies of them.
-- K_BLOCK columns at a time: a pair of panels, 32 KB, stays in the first-level cache while the rows of x pass by. The
-  rows, _ROW_BLOCK at a time, stay in the second-level cache (128 KB) while GROUP panels (256 KB) pass by, and so do
-  their outputs (128 KB), to which every block of columns adds. Rows of x are read where they lie: copies cost more
-  than they brought.
+- K_BLOCK columns at a time: three panels, 36 KB, stay in the first-level cache while the rows of x pass by. The rows,
+  _ROW_BLOCK at a time, stay in the second-level cache (96 KB) while GROUP panels (216 KB) pass by, and so do their
+  outputs (144 KB), to which every block of columns adds. Rows of x are read where they lie: copies cost more than
+  they brought.
 - A few rows are not worth staying for: then a pair of panels is read from end to end, as memory likes it best.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
@@ -30,6 +30,7 @@ from ruvllm.kernels._simd import (
     f32_store_first,
     f32_zeros,
     fma_rows,
+    fma_three,
     load,
     prefetch,
     prefetch_l2,
@@ -38,14 +39,15 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._tile import WIDE, put
 
-_ROWS, _FEW_ROWS, _PAIRS = (8, 4, True) if WIDE else (6, 3, False)
-K_BLOCK = 256
-GROUP = 16
+_ROWS, _FEW_ROWS, _PANELS = (8, 4, 3) if WIDE else (6, 3, 1)
+K_BLOCK = 192
+GROUP = 18
 _ROW_BLOCK = 128
 _FEW_TILES = 2  # of rows, whose time is that of reading the weights
 _X_STEP = K_BLOCK + LANES  # from a copied row of x to the next: they begin at different places of a page
 _COPY_SIZE = _ROWS * _X_STEP
-_SUMS_SIZE = _ROWS * 2 * LANES
+_SUMS_ROW = 3 * LANES
+_SUMS_SIZE = _ROWS * _SUMS_ROW
 _AHEAD = 128 * LANES  # from what is read to what is asked for: memory answers while so many columns are done
 _NEXT_BLOCK = K_BLOCK * LANES
 
@@ -67,14 +69,42 @@ def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, size: Any, count: Any, cop
 
 
 @inline_kernel
-def two_panels(
-    zeros: Any, w: Any, wi: Any, wj: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
+def three_panels(
+    zeros: Any, w: Any, wi: Any, w_step: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
     out_row: Any, add: Any,
 ) -> None:  # fmt: skip
-    """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] times the panels at wi and wj, or += with ``add``.
+    """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] times three panels from wi on, or += with ``add``.
 
     For as many rows as ``zeros`` has. Weights that lie ``ahead`` are asked for, if that is not 0.
     """
+    wj, wk = wi + w_step, wi + 2 * w_step
+    left = middle = right = zeros
+    for k in range(count):
+        at = k * LANES
+        if ahead:
+            prefetch_l2(w, wi + at + ahead)
+            prefetch_l2(w, wj + at + ahead)
+            prefetch_l2(w, wk + at + ahead)
+        left, middle, right = fma_three(
+            load(w, wi + at), load(w, wj + at), load(w, wk + at), x, xi + k, x_step, left, middle, right
+        )
+    if add:
+        add_rows(out, oi, out_row, left)
+        add_rows(out, oi + LANES, out_row, middle)
+        add_rows(out, oi + 2 * LANES, out_row, right)
+    else:
+        store_rows(out, oi, out_row, left)
+        store_rows(out, oi + LANES, out_row, middle)
+        store_rows(out, oi + 2 * LANES, out_row, right)
+
+
+@inline_kernel
+def two_panels(
+    zeros: Any, w: Any, wi: Any, w_step: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
+    out_row: Any, add: Any,
+) -> None:  # fmt: skip
+    """three_panels for two."""
+    wj = wi + w_step
     left = right = zeros
     for k in range(count):
         if ahead:
@@ -95,7 +125,7 @@ def one_panel(
     zeros: Any, w: Any, wi: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any,
     add: Any,
 ) -> None:  # fmt: skip
-    """two_panels for one."""
+    """three_panels for one."""
     left = zeros
     for k in range(count):
         if ahead:
@@ -109,15 +139,20 @@ def one_panel(
 
 @inline_kernel
 def tile_times_panels(
-    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, pair: Any, ahead: Any,
+    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, ahead: Any,
     out: Any, oi: Any, out_row: Any, add: Any,
 ) -> None:  # fmt: skip
-    """One panel at wi, or that and the next with ``pair``, for _ROWS or _FEW_ROWS rows; see two_panels."""
-    if pair:
+    """One, two or three panels from wi on, for _ROWS or _FEW_ROWS rows; see three_panels."""
+    if panels == 3:
         if rows == _ROWS:
-            two_panels(f32_zeros(_ROWS), w, wi, wi + w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            three_panels(f32_zeros(_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
         else:
-            two_panels(f32_zeros(_FEW_ROWS), w, wi, wi + w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            three_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+    elif panels == 2:
+        if rows == _ROWS:
+            two_panels(f32_zeros(_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+        else:
+            two_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
     elif rows == _ROWS:
         one_panel(f32_zeros(_ROWS), w, wi, ahead, x, xi, x_step, count, out, oi, out_row, add)
     else:
@@ -126,10 +161,10 @@ def tile_times_panels(
 
 @inline_kernel
 def panels_times_rows(
-    w: Any, wi: Any, w_step: Any, pair: Any, x: Any, inner: Any, k: Any, out: Any, oi: Any, out_row: Any, columns: Any,
-    first: Any, end: Any, few: Any, copy: Any, sums: Any,
+    w: Any, wi: Any, w_step: Any, panels: Any, x: Any, inner: Any, k: Any, out: Any, oi: Any, out_row: Any,
+    columns: Any, first: Any, end: Any, few: Any, copy: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Columns k.. of rows first:end of x against one panel or two, to or added to ``columns`` columns of out.
+    """Columns k.. of rows first:end of x against one to three panels, to or added to ``columns`` columns of out.
 
     A tile that ends beyond the last row begins earlier, with rows that are done already; where there are none, it is
     made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken.
@@ -146,25 +181,24 @@ def panels_times_rows(
         if start < 0:
             copy_rows(x, t * inner + k, inner, rows, size, count, copy)
             source, xi, x_step = copy, 0, _X_STEP
-        whole = start == t and columns >= (2 * LANES if pair else LANES)
+        whole = start == t and columns >= panels * LANES
         if whole:
             for r in range(rows, rows + _ROWS):  # what the next tile adds to
-                prefetch(out, oi + (t + r) * out_row)
-                prefetch(out, oi + (t + r) * out_row + LANES)
+                for p in range(panels):
+                    prefetch(out, oi + (t + r) * out_row + p * LANES)
         target, ti, step = out, oi + t * out_row, out_row
         if not whole:
-            target, ti, step = sums, 0, 2 * LANES
+            target, ti, step = sums, 0, _SUMS_ROW
         ahead = _AHEAD if t == first else (_NEXT_BLOCK if few else 0)
         tile_times_panels(
-            size, source, xi, x_step, count, w, wi, w_step, pair, ahead, target, ti, step, whole and k > 0
+            size, source, xi, x_step, count, w, wi, w_step, panels, ahead, target, ti, step, whole and k > 0
         )
         if not whole:
             skip = 0 if start < 0 else t - start  # rows of the tile that were done before
             for r in range(rows):
-                to, at = oi + (t + r) * out_row, 2 * (skip + r) * LANES
-                put(out, to, f32_load(sums, at), columns, k > 0)
-                if pair:
-                    put(out, to + LANES, f32_load(sums, at + LANES), columns - LANES, k > 0)
+                to, at = oi + (t + r) * out_row, (skip + r) * _SUMS_ROW
+                for j in range(0, panels * LANES, LANES):
+                    put(out, to + j, f32_load(sums, at + j), columns - j, k > 0)
         t += rows
 
 
@@ -184,11 +218,13 @@ def group_times_rows(
         for k_lo in range(0, inner, span):
             p = 0
             while p < panels:
-                pair = _PAIRS and p + 1 < panels
+                left = panels - p
+                some = 2 if _PANELS == 3 and (few or left == 4) else _PANELS  # two and two, not three and one
+                some = min(some, left)
                 to = column + p * LANES
                 for k in range(k_lo, min(k_lo + span, inner), K_BLOCK):
                     panels_times_rows(
-                        w, wi + p * w_step + k * LANES, w_step, pair, x, inner, k,
+                        w, wi + p * w_step + k * LANES, w_step, some, x, inner, k,
                         out, to, columns, columns - to, first, end, few, copy, sums,
                     )  # fmt: skip
-                p += 2 if pair else 1
+                p += some

@@ -10,8 +10,8 @@ from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat,
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "load_rows", "never_inline",
-    "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "fma_three", "load_rows",
+    "never_inline", "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
 _I32 = ir.IntType(32)
@@ -54,6 +54,27 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(f32x16, x, types.intp, types.intp, sums), codegen
+
+
+@intrinsic
+def fma_three(
+    typingctx: Any, a: Any, b: Any, c: Any, x: Any, index: Any, step: Any, left: Any, middle: Any, right: Any
+) -> Any:
+    """fma_rows of a, b and c, to three tuples: each number of x is in a register no longer than its three products."""
+    result = types.Tuple((left, middle, right))
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        weights, (x, index, step), sums = args[:3], args[3:6], [cgutils.unpack_tuple(builder, t) for t in args[6:]]
+        found: list[list[ir.Value]] = [[], [], []]
+        for row in range(left.count):
+            pointer = _pointer(context, builder, sig.args[3], x, _at(builder, index, step, row), types.float32)
+            number = _splat(builder, builder.load(pointer), LANES)
+            for w, before, after in zip(weights, sums, found, strict=True):
+                after.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [w, number, before[row]]))
+        tuples = [context.make_tuple(builder, left, rows) for rows in found]
+        return context.make_tuple(builder, result, tuples)
+
+    return result(f32x16, f32x16, f32x16, x, types.intp, types.intp, left, middle, right), codegen
 
 
 @intrinsic

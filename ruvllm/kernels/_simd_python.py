@@ -227,6 +227,14 @@ def fma_rows(w: Any, x: Any, index: int, step: int, sums: Any) -> Any:
     return tuple(w * _elements(x, index + row * step, 1)[0] + total for row, total in enumerate(sums))
 
 
+def fma_three(
+    a: Any, b: Any, c: Any, x: Any, index: Any, step: Any, left: Any, middle: Any, right: Any
+) -> tuple[Any, Any, Any]:
+    return (
+        fma_rows(a, x, index, step, left), fma_rows(b, x, index, step, middle), fma_rows(c, x, index, step, right),
+    )  # fmt: skip
+
+
 def fma_each(w: Any, rows: Any, sums: Any) -> Any:
     return tuple(fma(w, row, total) for row, total in zip(rows, sums, strict=True))
 

@@ -50,9 +50,9 @@ def calls_of(run: Callable[[], Any]) -> list[Call]:
         return call
 
     bodies = {id(body) for body in COMPILED if not body.targetoptions.get("parallel")}
-    with limited_to(1):
+    with limited_to(1), long_way():
         run()  # compiles what is new here: recorders are not compiled code, which bodies may call
-        with long_way(), replaced(recorder, lambda value: id(value) in bodies):
+        with replaced(recorder, lambda value: id(value) in bodies):
             run()
     return list(found.values())
 

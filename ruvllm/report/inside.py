@@ -32,8 +32,10 @@ class Inside:
 
     def __init__(self, spec: KernelSpec, arguments: tuple[Any, ...]) -> None:
         seen: list[tuple[Any, tuple[Any, ...]]] = []
-        with long_way(), _watched(spec, seen):
-            spec.function(*arguments)
+        with long_way():
+            spec.function(*arguments)  # compiles: what watches is no compiled code, which bodies may call
+            with _watched(spec, seen):
+                spec.function(*arguments)
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
         self._body, self._arguments = seen[0]

@@ -27,7 +27,7 @@ FEW = 1024  # numbers of scratch that those may take from the stack which need l
 
 _FLOAT32 = np.dtype(np.float32)
 _ndarray = np.ndarray
-_NUMBERS: dict[Any, Any] = {float: types.float64, int: types.int64, bool: types.boolean}
+_NUMBERS: dict[Any, Any] = {float: types.float64, bool: types.boolean}
 _KINDS = frozenset((_ndarray, *_NUMBERS))
 # NumPy's binary interface, on 64 bits: an array is a Python object's head and data, dimensions, shape, strides, base,
 # dtype; a dtype is the head, its type, and three characters, of which the last is the byte order.
@@ -41,10 +41,10 @@ _taken = True
 def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
     """Compile a body that returns True when it has done all the work, and False when it has done nothing.
 
-    forms: what the arguments may be, each a tuple of the dimensions of a float32 array, ``float``, ``int`` or ``bool``.
-    Each is compiled when it is first met; a call of any other form does nothing and returns False, which also keeps
-    from numba what it would rather fail at: lists, subclasses of arrays. The body has to look at every shape and every
-    place, since those that it calls trust their arguments.
+    forms: what the arguments may be, each a tuple of the dimensions of a float32 array, ``float`` or ``bool``. Each is
+    compiled when it is first met; a call of any other form does nothing and returns False, which also keeps from numba
+    what it would rather fail at: lists, subclasses of arrays. The body has to look at every shape and every place,
+    since those that it calls trust their arguments.
     """
 
     def decorate(function: Callable[..., bool]) -> Any:
@@ -88,7 +88,7 @@ def _declined(*arguments: Any) -> bool:
 
 @contextmanager
 def long_way() -> Iterator[None]:
-    """Inside the block no small call does anything: each kernel is called by the function that the block is about."""
+    """Inside the block no small call does anything: what is to be seen are the bodies that functions call otherwise."""
     global _taken
     before, _taken = _taken, False
     try:
@@ -136,6 +136,12 @@ def may_write(out: Any, x: Any) -> Any:
     """Whether both are plain and out is x, or shares no byte with it."""
     same = address(out) == address(x) and out.size == x.size
     return apart(out, x) or (same and is_plain(out) and is_plain(x))
+
+
+@inline_kernel
+def alike(a: Any, b: Any, out: Any) -> Any:
+    """Whether three arrays have one shape, and out may be written while a and b are read at the same places."""
+    return b.shape == a.shape and out.shape == a.shape and may_write(out, a) and may_write(out, b)
 
 
 @inline_kernel

@@ -21,7 +21,7 @@ from ruvllm.kernels._simd import (
     lanes_between,
     splat,
 )
-from ruvllm.kernels._small import may_write, room, rows_of, small_call
+from ruvllm.kernels._small import alike, may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._views import flat
@@ -170,9 +170,7 @@ def silu_mul_parallel(gate: Any, up: Any, out: Any, threads: Any) -> None:
 @small_call((2, 2, 2), (1, 1, 1))
 def silu_mul_small(gate: Any, up: Any, out: Any) -> bool:
     """silu_mul of fewer elements than PARALLEL_ELEMENTS."""
-    if up.shape != gate.shape or out.shape != gate.shape or gate.size >= PARALLEL_ELEMENTS:
-        return False
-    if not may_write(out, gate) or not may_write(out, up):
+    if gate.size >= PARALLEL_ELEMENTS or not alike(gate, up, out):
         return False
     silu_mul_range(flat(gate), flat(up), flat(out), 0, gate.size)
     return True

@@ -184,7 +184,7 @@ def attend_token_parallel(
 
     partial (H, chunks, partial_width(D)); scratch (threads, token_scratch_size(D, H / KV)).
     """
-    units = keys.shape[0] * (position // CHUNK + 1 - max(0, position - window + 1) // CHUNK)
+    units = keys.shape[0] * partial.shape[1]
     for t in prange(threads):
         lo, hi = units * t // threads, units * (t + 1) // threads
         token_attention.attend_token_chunks(q, keys, values, position, window, scale, partial, scratch[t], lo, hi)

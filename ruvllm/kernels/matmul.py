@@ -12,15 +12,14 @@ from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
 from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, num_threads, threads_for
+from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, WIDE
 from ruvllm.kernels._views import flat
-from ruvllm.kernels.blas import SIZES, blas_gemm, takes_blas
+from ruvllm.kernels.blas import blas_gemm, takes_blas
 from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.panels import panel_count
 
 _scratch_size = inline_kernel(scratch_size)
-_ALONE = SIZES[0] ** 3 - 1  # the most multiply-adds of which nobody asks whether BLAS is faster
 _FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
 
 
@@ -120,13 +119,16 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     return out
 
 
-@small_call((2, 2, bool, int, 1, 2))
-def gemm_small(a: Any, b: Any, transposed: Any, most: Any, group: Any, out: Any) -> bool:
-    """gemm of at most so many multiply-adds, or gemm_nt with ``transposed``. group: scratch for the panels of b."""
+@small_call((2, 2, bool, 1, 2))
+def gemm_small(a: Any, b: Any, transposed: Any, group: Any, out: Any) -> bool:
+    """gemm of fewer multiply-adds than PARALLEL_TILE_MACS, or gemm_nt with ``transposed``.
+
+    group: scratch for the panels of b.
+    """
     (rows, inner), columns = a.shape, out.shape[1]
     wanted = (columns, inner) if transposed else (inner, columns)
     macs = rows * columns * inner
-    if b.shape != wanted or out.shape[0] != rows or not 0 < macs <= most:
+    if b.shape != wanted or out.shape[0] != rows or not 0 < macs < PARALLEL_TILE_MACS:
         return False
     panels = (columns + LANES - 1) // LANES
     if _scratch_size(inner, panels) > group.size or not apart(out, a) or not apart(out, b):
@@ -136,11 +138,8 @@ def gemm_small(a: Any, b: Any, transposed: Any, most: Any, group: Any, out: Any)
 
 
 def _try_small(a: Any, b: Any, transposed: bool, out: Any, backend: str) -> bool:
-    """Whether gemm_small has done the product: where one thread of the kernels here is what it would get."""
-    if backend not in ("auto", "numba"):
-        return False
-    most = _ALONE if num_threads() == 1 else PARALLEL_TILE_MACS - 1
-    return bool(gemm_small(a, b, transposed, most, scratch(SCRATCH), out))
+    """Whether gemm_small has done the product."""
+    return backend in ("auto", "numba") and bool(gemm_small(a, b, transposed, scratch(SCRATCH), out))
 
 
 def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: str = "auto") -> np.ndarray:

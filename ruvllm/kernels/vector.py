@@ -8,7 +8,7 @@ from numba import prange
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
-from ruvllm.kernels._small import apart, may_write, room, rows_of, small_call
+from ruvllm.kernels._small import alike, apart, may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
 from ruvllm.kernels._views import flat
@@ -158,9 +158,7 @@ def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
 @small_call((2, 2, 2), (1, 1, 1))
 def add_small(a: Any, b: Any, out: Any) -> bool:
     """add of fewer elements than PARALLEL_STREAM."""
-    if b.shape != a.shape or out.shape != a.shape or a.size >= PARALLEL_STREAM:
-        return False
-    if not may_write(out, a) or not may_write(out, b):
+    if a.size >= PARALLEL_STREAM or not alike(a, b, out):
         return False
     add_range(flat(a), flat(b), flat(out), 0, a.size)
     return True

@@ -187,6 +187,18 @@ def test_they_leave_large_work_alone() -> None:
     assert matmul.gemv_small(normal(512, 512), normal(512), empty(512)) is False
 
 
+def test_no_threads_are_started() -> None:
+    """A process that has started them cannot use them in its forked children."""
+    code = """if True:
+        import numpy as np
+        from ruvllm.kernels import _threads, gemm, gemm_nt, grouped_query_attention, rms_norm
+        x = np.ones((8, 8), np.float32)
+        gemm(x, x), gemm_nt(x, x), rms_norm(x, x[0]), grouped_query_attention(x, x[:, None], x[:, None])
+        assert not _threads._pool_started
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_other_byte_order_is_seen() -> None:
     """In a process whose first array that is not plain begins at an odd address: numba takes later ones for plain."""
     code = """if True:

@@ -98,11 +98,10 @@ def scores(
 @inline_kernel
 def largest_score(scratch: Any, base: Any, start: Any, stop: Any, first: Any, end: Any) -> Any:
     """The largest of a row's scores start:stop that lie in first:end; -inf if none does."""
-    every = first <= start and stop <= end and stop % LANES == 0
     top = splat(NEGATIVE_INFINITY)
     for i in range(start, stop, LANES):
         found = f32_load(scratch, base + i)
-        if not every:
+        if i < first or i + LANES > end:
             found = lanes_between(found, first - i, end - i, NEGATIVE_INFINITY)
         top = greater(found, top)
     return hmax(top)
@@ -117,13 +116,12 @@ def to_weights(
     What is stored is the weight times the scale of its position's value (int8 caches): 16 scales at keys[scales],
     those of the next block ``step`` numbers behind.
     """
-    every = first <= start and stop <= end and stop % LANES == 0
     zero_point = splat(top if top > NEGATIVE_INFINITY else np.float32(0))  # nothing seen so far: all weights are 0
     total = f32_zero()
     for i in range(start, stop, LANES):
         weights = exp2_of_negative(f32_load(scratch, base + i) - zero_point)
         to = scaled(keys, weights, read_scales(keys, scales + (i - start) // LANES * step))
-        if not every:
+        if i < first or i + LANES > end:
             weights = lanes_between(weights, first - i, end - i, np.float32(0))
             to = lanes_between(to, first - i, end - i, np.float32(0))
         f32_store(scratch, base + i, to)

@@ -15,7 +15,7 @@ can be tried with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ruvllm.kernels._simd_llvm import Vector, _call, _constant, _pointer, _reduce, _splat, _target, f32x16, i32x16
@@ -138,36 +138,51 @@ def quad_at(typingctx: Any, array: Any, index: Any) -> Any:
     return i32x16(array, types.intp), codegen
 
 
+def _each(context: Any, builder: Any, kind: Any, value: Any, operate: Any) -> Any:
+    """``operate`` on a vector, or on each of a tuple of them."""
+    if not isinstance(kind, types.UniTuple):
+        return operate(value)
+    return context.make_tuple(builder, kind, [operate(v) for v in cgutils.unpack_tuple(builder, value)])
+
+
 @intrinsic
 def low_nibbles(typingctx: Any, v: Any) -> Any:
-    """The low four bits of each byte, 0..15."""
+    """The low four bits of each byte, 0..15, of a vector or of each of a tuple."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.and_(args[0], _all_bytes(15))
+        return _each(context, builder, sig.args[0], args[0], lambda x: builder.and_(x, _all_bytes(15)))
 
-    return u8x64(u8x64), codegen
+    return v(v), codegen
 
 
 @intrinsic
 def high_nibbles(typingctx: Any, v: Any) -> Any:
-    """The high four bits of each byte, 0..15."""
+    """The high four bits of each byte, 0..15, of a vector or of each of a tuple."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.lshr(args[0], _all_bytes(4))
+        return _each(context, builder, sig.args[0], args[0], lambda x: builder.lshr(x, _all_bytes(4)))
 
-    return u8x64(u8x64), codegen
+    return v(v), codegen
 
 
 @intrinsic
 def with_fifth_bit(typingctx: Any, nibbles: Any, bits: Any, j: Any) -> Any:
-    """nibbles + 16 x bit j of each byte of ``bits``."""
+    """nibbles + 16 x bit j of each byte of ``bits``: two vectors, or two tuples of as many."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         nibbles, bits, j = args
-        one = builder.and_(builder.lshr(bits, _splat(builder, builder.trunc(j, _I8), 64)), _all_bytes(1))
-        return builder.or_(nibbles, builder.shl(one, _all_bytes(4)))
+        shift = _splat(builder, builder.trunc(j, _I8), 64)
 
-    return u8x64(u8x64, u8x64, types.intp), codegen
+        def sixteens(x: ir.Value) -> ir.Value:
+            return builder.shl(builder.and_(builder.lshr(x, shift), _all_bytes(1)), _all_bytes(4))
+
+        bits = _each(context, builder, sig.args[1], bits, sixteens)
+        if not isinstance(sig.args[0], types.UniTuple):
+            return builder.or_(nibbles, bits)
+        pairs = zip(cgutils.unpack_tuple(builder, nibbles), cgutils.unpack_tuple(builder, bits), strict=True)
+        return context.make_tuple(builder, sig.args[0], [builder.or_(a, b) for a, b in pairs])
+
+    return nibbles(nibbles, bits, types.intp), codegen
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat,
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_places", "fma_rows", "fma_three", "load_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "fma_three", "load_rows",
     "never_inline", "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
@@ -105,30 +105,6 @@ def fma_outer(typingctx: Any, left: Any, right: Any, sums: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(left, right, sums), codegen
-
-
-@intrinsic
-def fma_places(
-    typingctx: Any, vectors: Any, places: Any, index: Any, x: Any, x_index: Any, step: Any, sums: Any
-) -> Any:
-    """The tuple of sums[r] + v x[x_index + 2 r step], v: the 16 numbers at vectors[places[index + r step]]."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vectors, places, index, x, x_index, step, sums = args
-        found = []
-        for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
-            at = _at(builder, index, step, row)
-            place = builder.load(_pointer(context, builder, sig.args[1], places, at, types.int32))
-            pointer = _pointer(context, builder, sig.args[0], vectors, builder.zext(place, index.type), types.float32)
-            vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
-            vector.align = 4
-            at = _at(builder, x_index, step, 2 * row)
-            number = builder.load(_pointer(context, builder, sig.args[3], x, at, types.float32))
-            operands = [vector, _splat(builder, number, LANES), total]
-            found.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, operands))
-        return context.make_tuple(builder, sig.return_type, found)
-
-    return sums(vectors, places, types.intp, x, types.intp, types.intp, sums), codegen
 
 
 @intrinsic

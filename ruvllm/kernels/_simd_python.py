@@ -164,11 +164,11 @@ def quad_at(array: Any, index: int) -> Any:
 
 
 def low_nibbles(v: Any) -> Any:
-    return v & np.uint8(15)
+    return tuple(map(low_nibbles, v)) if isinstance(v, tuple) else v & np.uint8(15)
 
 
 def high_nibbles(v: Any) -> Any:
-    return v >> np.uint8(4)
+    return tuple(map(high_nibbles, v)) if isinstance(v, tuple) else v >> np.uint8(4)
 
 
 def bytes_to_f32(v: Any, j: int) -> Any:
@@ -192,6 +192,8 @@ def dot_end(acc: Any) -> Any:
 
 
 def with_fifth_bit(nibbles: Any, bits: Any, j: int) -> Any:
+    if isinstance(nibbles, tuple):
+        return tuple(with_fifth_bit(a, b, j) for a, b in zip(nibbles, bits, strict=True))
     return nibbles | ((bits >> np.uint8(j)) & np.uint8(1)) << np.uint8(4)
 
 
@@ -243,14 +245,6 @@ def fma_outer(left: Any, right: Any, sums: Any) -> Any:
     return tuple(fma(a, b, sums[i * len(right) + j]) for i, a in enumerate(left) for j, b in enumerate(right))
 
 
-def fma_places(vectors: Any, places: Any, index: int, x: Any, x_index: int, step: int, sums: Any) -> Any:
-    at = [places[index + row * step] for row in range(len(sums))]
-    return tuple(
-        fma(f32_load(vectors, place), splat_at(x, x_index + 2 * row * step), total)
-        for row, (place, total) in enumerate(zip(at, sums, strict=True))
-    )
-
-
 def sum_rows(a: Any, b: Any) -> Any:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
@@ -291,16 +285,21 @@ def stack_i32(count: int) -> Any:
     return np.zeros(count, np.int32)
 
 
-def tile_zeros() -> Any:
-    return f32_zeros(6)
+def lines_of(w: Any, at: Any, offset: int) -> Any:
+    return tuple(u8_load(w, place + offset) for place in at)
 
 
-def offset_rows(offsets: Any, index: int, step: int, rows: Any) -> Any:
-    return tuple(splat(_elements(offsets, index + row * step, 1)[0]) for row in range(len(rows)))
+def halfs_of(w: Any, at: Any, offset: int) -> Any:
+    return tuple(halfs_load(w, place + offset) for place in at)
 
 
-def signed_offset_rows(offsets: Any, index: int, step: int, rows: Any) -> Any:
-    return (np.zeros(LANES, np.int32),) * len(rows)
+def offset_rows(offsets: Any, index: int, step: int, at: Any, tile: Any) -> Any:
+    rows = range(len(tile) // len(at))
+    return tuple(splat(_elements(offsets, index + row * step, 1)[0]) for row in rows) * len(at)
+
+
+def signed_offset_rows(offsets: Any, index: int, step: int, at: Any, tile: Any) -> Any:
+    return (np.zeros(LANES, np.int32),) * len(tile)
 
 
 def start_rows(offsets: Any) -> Any:
@@ -311,17 +310,42 @@ def end_rows(sums: Any, offsets: Any) -> Any:
     return sums
 
 
-def dot_rows(sums: Any, w: Any, xq: Any, index: int, step: int) -> Any:
-    return tuple(dot_add(acc, w, quad_at(xq, index + row * step)) for row, acc in enumerate(sums))
+def _places(tile: Any, panels: Any) -> Any:
+    """Panel and token of each vector of a tile."""
+    rows = len(tile) // len(panels)
+    return [(vector, panels[i // rows], i % rows) for i, vector in enumerate(tile)]
 
 
-def sdot_rows(sums: Any, w: Any, xq: Any, index: int, step: int) -> Any:
-    return dot_rows(sums, w.view(np.int8), xq, index, step)
+def dot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
+    return tuple(dot_add(acc, w, quad_at(xq, index + row * step)) for acc, w, row in _places(sums, lines))
 
 
-def scale_rows(acc: Any, sums: Any, scale: Any, xs: Any, index: int, step: int) -> Any:
-    factors = (scale * splat_at(xs, index + row * step) for row in range(len(acc)))
-    return tuple(fma(to_f32(s), factor, a) for a, s, factor in zip(acc, sums, factors, strict=True))
+def sdot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
+    return dot_rows(sums, tuple(w.view(np.int8) for w in lines), xq, index, step)
+
+
+def fma_panels(w: Any, x: Any, index: int, step: int, tile: Any) -> Any:
+    return tuple(fma(v, splat_at(x, index + row * step), total) for total, v, row in _places(tile, w))
+
+
+def scale_rows(tile: Any, sums: Any, scales: Any, xs: Any, index: int, step: int) -> Any:
+    factors = (scale * splat_at(xs, index + row * step) for _, scale, row in _places(tile, scales))
+    return tuple(fma(to_f32(s), factor, total) for total, s, factor in zip(tile, sums, factors, strict=True))
+
+
+def fma_places(
+    columns: Any, places: Any, index: int, x: Any, x_index: int, step: int, at: Any, tile: Any
+) -> Any:
+    def vector(panel: int, row: int) -> Any:
+        return f32_load(columns, places[index + row * step] * len(at) + panel * LANES)
+
+    found = _places(tile, range(len(at)))
+    return tuple(fma(vector(p, row), splat_at(x, x_index + 2 * row * step), total) for total, p, row in found)
+
+
+def store_panels(out: Any, index: int, step: int, at: Any, tile: Any) -> None:
+    for vector, panel, row in _places(tile, range(len(at))):
+        f32_store(out, index + row * step + panel * LANES, vector)
 
 
 # --- numbers of a KV cache ---------------------------------------------------------------------------------------

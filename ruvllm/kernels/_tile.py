@@ -9,12 +9,15 @@ from typing import Any
 
 from numba.core.registry import cpu_target
 
+from ruvllm.kernels._dot_llvm import target_kind
 from ruvllm.kernels._jit import inline_kernel
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, load, splat_at
 
 LANES = 16
 TILE = 6
 WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # 32 registers of a whole vector
+# Panels at a time in integer products of several tokens: each broadcast of four activations serves two dot products.
+DOT_PANELS = 2 if target_kind(cpu_target.target_context) == "vnni512" else 1
 STREAMS = 4  # runs of memory that one token's product reads by turns: one core of a Zen 2 reads 26 GB/s so, from one 18
 
 

@@ -32,7 +32,7 @@ from ruvllm.kernels._attention_tile import (
 )
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp2_of_negative
-from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, f32_zeros, hsum, splat
+from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, f32_zeros, fma, hsum, splat
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
@@ -44,7 +44,7 @@ NO_WINDOW = 1 << 62
 def scratch_size(head_dim: int) -> int:
     """Floats of scratch that one thread needs: scores and queries of a tile; queries, sums, l and m of all tiles."""
     wide = (head_dim + LANES - 1) // LANES * LANES
-    return ROWS * CHUNK + Q_STEP * LANES + MOST_TILES * (Q_STEP * wide + ROWS * (wide + LANES + 1)) + LANES
+    return ROWS * CHUNK + Q_STEP * LANES + MOST_TILES * (Q_STEP * wide + ROWS * (wide + LANES) + LANES) + LANES
 
 
 def attend_split(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
@@ -83,6 +83,7 @@ def attend_units(
     sums = queries + MOST_TILES * Q_STEP * wide
     totals = sums + MOST_TILES * ROWS * wide
     tops = totals + MOST_TILES * ROWS * LANES
+    old_tops = tops + MOST_TILES * LANES
     for i in range(0, tops, LANES):
         f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
@@ -99,7 +100,8 @@ def attend_units(
             f32_store(scratch, i, f32_zero())
         for row in range(rows):
             f32_store(scratch, totals + row * LANES, f32_zero())
-            scratch[tops + row] = NEGATIVE_INFINITY
+        for i in range(tops, old_tops, LANES):
+            f32_store(scratch, i, splat(NEGATIVE_INFINITY))
         first, end = _span(positions, first_row, rows, group, window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
             for tile in range(0, rows, ROWS):
@@ -115,18 +117,17 @@ def attend_units(
                     f32_zeros(ROWS), keys_flat, ki, block, dim,
                     scratch, queries + tile // ROWS * Q_STEP * wide, 0, start, stop,
                 )  # fmt: skip
-                for row in range(tile, tile + tile_rows):
-                    last = positions[(first_row + row) // group]
-                    _softmax_step(
-                        scratch, (row - tile) * CHUNK, start, stop, max(0, last - window + 1) - chunk, last + 1 - chunk,
-                        tops + row, totals + row * LANES, sums + row * wide, wide, keys_flat, ki + (dim + 4) * LANES,
-                        block,
-                    )  # fmt: skip
+                _softmax_step(
+                    scratch, start, stop, chunk, positions, first_row + tile, tile_rows, group, window,
+                    tops + tile // ROWS * LANES, old_tops, totals + tile * LANES, sums + tile * wide, wide,
+                    keys_flat, ki + (dim + 4) * LANES, block,
+                )  # fmt: skip
                 add_weighted_values(
                     f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, sums + tile * wide, wide
                 )
         for row in range(rows):
-            top = scratch[tops + row]  # -inf where every score was: from them no weights follow, so NaN
+            # Where every score was -inf, so is the largest: from them no weights follow, so NaN.
+            top = scratch[tops + row // ROWS * LANES + row % ROWS]
             inverse = splat(np.float32(1) / hsum(f32_load(scratch, totals + row * LANES)) + (top - top))
             oi = query_at(first_row + row, kv, group, heads, dim)
             for d in range(0, dim, LANES):
@@ -145,23 +146,32 @@ def _span(positions: Any, first_row: Any, rows: Any, group: Any, window: Any) ->
 
 @inline_kernel
 def _softmax_step(
-    scratch: Any, base: Any, start: Any, stop: Any, first: Any, end: Any, state: Any, totals: Any, sums: Any, wide: Any,
-    keys: Any, scales: Any, block: Any,
+    scratch: Any, start: Any, stop: Any, chunk: Any, positions: Any, first_row: Any, rows: Any, group: Any,
+    window: Any, tops: Any, old_tops: Any, totals: Any, sums: Any, wide: Any, keys: Any, scales: Any, block: Any,
 ) -> None:  # fmt: skip
-    """Turn scores start:stop of a row into weights 2^(score - m); weights outside first:end are 0.
+    """Turn scores start:stop of a tile's rows into weights 2^(score - m); weights of what a row does not see are 0.
 
-    Where m grew, the row's l (16 partial sums) and weighted sums are rescaled by 2^(old m - new m).
+    Where m grew, the row's l (16 partial sums) and weighted sums are rescaled by 2^(old m - new m). One thing after
+    the other for all rows, so that a row's chain of operations does not have to wait for that of the last one.
     """
-    old = scratch[state]
-    new = max(old, largest_score(scratch, base, start, stop, first, end))
-    scratch[state] = new
-    total = to_weights(scratch, base, start, stop, first, end, new, keys, scales, block)
-    if new > old:
-        shrink = exp2_of_negative(splat(old - new))
-        f32_store(scratch, totals, f32_load(scratch, totals) * shrink)
-        for i in range(sums, sums + wide, LANES):
-            f32_store(scratch, i, f32_load(scratch, i) * shrink)
-    f32_store(scratch, totals, f32_load(scratch, totals) + total)
+    f32_store(scratch, old_tops, f32_load(scratch, tops))
+    for r in range(rows):
+        first, end = _span(positions, first_row + r, 1, group, window)
+        found = largest_score(scratch, r * CHUNK, start, stop, first - chunk, end - chunk)
+        scratch[tops + r] = max(scratch[tops + r], found)
+    for r in range(rows):
+        first, end = _span(positions, first_row + r, 1, group, window)
+        total = to_weights(
+            scratch, r * CHUNK, start, stop, first - chunk, end - chunk, scratch[tops + r], keys, scales, block
+        )
+        shrink = exp2_of_negative(splat(scratch[old_tops + r] - scratch[tops + r]))
+        if scratch[tops + r] > scratch[old_tops + r]:
+            total = fma(f32_load(scratch, totals + r * LANES), shrink, total)
+            for i in range(sums + r * wide, sums + (r + 1) * wide, LANES):
+                f32_store(scratch, i, f32_load(scratch, i) * shrink)
+        else:
+            total = f32_load(scratch, totals + r * LANES) + total
+        f32_store(scratch, totals + r * LANES, total)
 
 
 @parallel_kernel

@@ -32,7 +32,7 @@ from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
 from ruvllm.kernels.low_rank import PARTS, join_parts
 from ruvllm.kernels.quant import quant_matmul_part
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, block_bytes
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, block_bytes, token_blocks
 from ruvllm.kernels.token_attention import token_scratch_size
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
@@ -45,6 +45,7 @@ attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
 _split = inline_kernel(attend_split)
 _block_bytes = inline_kernel(block_bytes)
+_token_blocks = inline_kernel(token_blocks)
 silu_mul_range = as_part(activation.silu_mul_range)
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
@@ -106,10 +107,11 @@ def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
 def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
     """xq, xs, offsets, totals, outliers of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
     groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
-    xq = array_at(t[XQ] + mine * t[WIDEST], (T, groups * GROUP), np.int8)
-    xs = array_at(t[XS] + mine * widest * 4, (T, groups), np.float32)
-    offsets = array_at(t[OFFSETS_OF] + mine * widest * 4 * OFFSETS, (T, groups, OFFSETS), np.int32)
-    totals = array_at(t[TOTALS] + mine * widest * 4, (T, groups), np.float32)
+    B, S = _token_blocks(T)
+    xq = array_at(t[XQ] + mine * t[WIDEST], (B, groups, S, GROUP), np.int8)
+    xs = array_at(t[XS] + mine * widest * 4, (B, groups, S), np.float32)
+    offsets = array_at(t[OFFSETS_OF] + mine * widest * 4 * OFFSETS, (B, groups, S, OFFSETS), np.int32)
+    totals = array_at(t[TOTALS] + mine * widest * 4, (B, groups, S), np.float32)
     outliers = array_at(t[OUTLIERS_OF] + mine * OUTLIERS * 2 * 4, (T, OUTLIERS, 2), np.float32)
     return xq, xs, offsets, totals, outliers
 

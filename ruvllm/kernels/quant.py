@@ -26,10 +26,12 @@ from ruvllm.kernels._simd import (
     f32_zeros,
     find_magnitude,
     fma,
+    fma_panels,
     fma_places,
-    fma_rows,
     halfs_load,
+    halfs_of,
     high_nibbles,
+    lines_of,
     low_nibbles,
     never_inline,
     offset_rows,
@@ -42,15 +44,14 @@ from ruvllm.kernels._simd import (
     stack_f32,
     stack_i32,
     start_rows,
-    store_rows,
+    store_panels,
     sum_rows,
-    tile_zeros,
     to_f32,
     u8_load,
     with_fifth_bit,
 )
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, STREAMS
+from ruvllm.kernels._tile import DOT_PANELS, LANES, STREAMS, TILE
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import (
     GROUP,
@@ -62,56 +63,65 @@ from ruvllm.kernels.quant_layout import (
     NO_ZERO,
     OFFSETS,
     OUTLIERS,
+    SIDE,
     ZERO4,
     ZERO5,
     ZERO8,
 )
 
 _FEW = 4  # tokens of the smaller tile, for those that do not fill a whole one
-_AT_ONCE = 128  # tokens whose outliers' columns are listed together
+_TILE_SUMS, _FEW_SUMS = TILE * DOT_PANELS, _FEW * DOT_PANELS
+_AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
 _LISTED = _AT_ONCE * OUTLIERS
-_UNPACKED = _LISTED * 16  # floats: 32 KB, of which little is used
+_UNPACKED = _LISTED * DOT_PANELS * LANES  # floats: 30 or 60 KB, of which little is used
 _NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
 _NONE = np.float32(-1)  # no column either, and a whole number
 
 
-# For each token of a tile (as many as ``rows`` has vectors), the codes at byte ``at`` times group ``xi`` of the
-# activations, sum((code - zero) xq); the next token's group is ``groups`` further.
+# A tile is one panel or two, whose blocks begin ``offset`` bytes from the places in the tuple ``at``, times some
+# tokens, whose numbers of the group lie side by side from place ``xi`` on; ``tile`` has a vector for each pair of them.
+# These give sum((code - zero) xq).
 
 
 @inline_kernel
-def _dots_int4(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
-    zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 0), groups * OFFSETS, rows)
+def _dots_int4(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
+    zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 0), OFFSETS, at, tile)
     sums = start_rows(zero)
-    q, step = xi * GROUP, groups * GROUP
+    q = xi * GROUP
     for j in range(4):
-        line = u8_load(w, at + j * LINE)
-        sums = dot_rows(sums, low_nibbles(line), xq, q + 4 * j, step)
-        sums = dot_rows(sums, high_nibbles(line), xq, q + 4 * j + 16, step)
+        lines = lines_of(w, at, offset + j * LINE)
+        sums = dot_rows(sums, low_nibbles(lines), xq, q + 4 * j, GROUP)
+        sums = dot_rows(sums, high_nibbles(lines), xq, q + 4 * j + 16, GROUP)
     return end_rows(sums, zero)
 
 
 @inline_kernel
-def _dots_int5(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
-    sums = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 1), groups * OFFSETS, rows)
-    q, step = xi * GROUP, groups * GROUP
-    fifth = u8_load(w, at + 4 * LINE)
-    for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
-        so_far = sums
-        sums = start_rows(so_far)
-        for j in range(half, half + 2):
-            line = u8_load(w, at + j * LINE)
-            sums = dot_rows(sums, with_fifth_bit(low_nibbles(line), fifth, j), xq, q + 4 * j, step)
-            sums = dot_rows(sums, with_fifth_bit(high_nibbles(line), fifth, j + 4), xq, q + 4 * j + 16, step)
-        sums = end_rows(sums, so_far)
-    return sums
+def _two_of_int5(w: Any, at: Any, offset: Any, fifth: Any, j: Any, xq: Any, q: Any, sums: Any) -> Any:
+    lines = lines_of(w, at, offset + j * LINE)
+    sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), xq, q + 4 * j, GROUP)
+    return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), xq, q + 4 * j + 16, GROUP)
 
 
 @inline_kernel
-def _dots_int8(w: Any, at: Any, xq: Any, offsets: Any, xi: Any, groups: Any, has_mins: Any, rows: Any) -> Any:
-    sums = signed_offset_rows(offsets, xi * OFFSETS, groups * OFFSETS, rows)
+def _dots_int5(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
+    zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 1), OFFSETS, at, tile)
+    q = xi * GROUP
+    fifth = lines_of(w, at, offset + 4 * LINE)
+    sums = start_rows(zero)  # in halves: no accumulator of any target overflows
+    sums = _two_of_int5(w, at, offset, fifth, 0, xq, q, sums)
+    sums = _two_of_int5(w, at, offset, fifth, 1, xq, q, sums)
+    half = end_rows(sums, zero)
+    sums = start_rows(half)
+    sums = _two_of_int5(w, at, offset, fifth, 2, xq, q, sums)
+    sums = _two_of_int5(w, at, offset, fifth, 3, xq, q, sums)
+    return end_rows(sums, half)
+
+
+@inline_kernel
+def _dots_int8(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
+    sums = signed_offset_rows(offsets, xi * OFFSETS, OFFSETS, at, tile)
     for j in range(8):
-        sums = sdot_rows(sums, u8_load(w, at + j * LINE), xq, xi * GROUP + 4 * j, groups * GROUP)
+        sums = sdot_rows(sums, lines_of(w, at, offset + j * LINE), xq, xi * GROUP + 4 * j, GROUP)
     return sums
 
 
@@ -168,56 +178,79 @@ def _column(column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any) -> A
 
 @inline_kernel
 def _unpack_columns(
-    column: Any, zero: Any, has_mins: Any, w: Any, size: Any, p: Any, groups: Any, found: Any, count: Any,
-    columns: Any,
-) -> None:  # fmt: skip
-    """The listed columns of panel p as they multiply outliers; mins do so in the totals."""
+    column: Any, zero: Any, has_mins: Any, w: Any, at: Any, size: Any, found: Any, count: Any, columns: Any
+) -> None:
+    """The listed columns of the panels at ``at`` as they multiply outliers; mins do so in the totals."""
     for i in range(count):
         k = np.int64(found[i])
-        f32_store(columns, i * LANES, _column(column, zero, has_mins, w, (p * groups + k // GROUP) * size, k))
+        for panel in range(len(at)):
+            block = at[panel] + k // GROUP * size
+            f32_store(columns, (i * len(at) + panel) * LANES, _column(column, zero, has_mins, w, block, k))
 
 
 @inline_kernel
-def _add_outliers(columns: Any, places: Any, outliers: Any, first: Any, t: Any, zeros: Any, acc: Any) -> Any:
-    """acc + the sum of the outliers of the tokens from t on, times their columns of W.
+def _add_outliers(
+    columns: Any, places: Any, outliers: Any, first: Any, t: Any, at: Any, zeros: Any, tile: Any
+) -> Any:
+    """The tile + the sum of the outliers of the tokens from t on, times their columns of W.
 
     ``first``: the token at which the places begin.
     """
     kept = zeros
     for i in range(t * OUTLIERS, (t + 1) * OUTLIERS):
-        kept = fma_places(columns, places, i - first * OUTLIERS, outliers, 2 * i + 1, OUTLIERS, kept)
-    return sum_rows(acc, kept)
+        kept = fma_places(columns, places, i - first * OUTLIERS, outliers, 2 * i + 1, OUTLIERS, at, kept)
+    return sum_rows(tile, kept)
 
 
 @inline_kernel
 def _add_block(
-    dots: Any, has_mins: Any, w: Any, at: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
-    xi: Any, groups: Any, acc: Any,
+    dots: Any, has_mins: Any, w: Any, at: Any, offset: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    xi: Any, tile: Any,
 ) -> Any:  # fmt: skip
-    """acc + the block at byte ``at`` times group ``xi`` of the activations, for each token of the tile."""
+    """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
     if has_mins:  # first, as they lie: memory is read fastest in order
-        acc = fma_rows(halfs_load(w, at + HALFS), totals, xi, groups, acc)
-    sums = dots(w, at + (2 * HALFS if has_mins else HALFS), xq, offsets, xi, groups, has_mins, acc)
-    return scale_rows(acc, sums, halfs_load(w, at), xs, xi, groups)
+        tile = fma_panels(halfs_of(w, at, offset + HALFS), totals, xi, 1, tile)
+    codes = offset + (2 * HALFS if has_mins else HALFS)
+    sums = dots(w, at, codes, xq, offsets, xi, has_mins, tile)
+    return scale_rows(tile, sums, halfs_of(w, at, offset), xs, xi, 1)
 
 
 @inline_kernel
 def _tile(
-    dots: Any, has_mins: Any, w: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
-    columns: Any, places: Any, outliers: Any, first: Any, p: Any, t: Any, groups: Any, zeros: Any, out: Any, rows: Any,
+    dots: Any, has_mins: Any, w: Any, at: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    columns: Any, places: Any, outliers: Any, first: Any, t: Any, side: Any, groups: Any, zeros: Any, out: Any,
+    rows: Any, row: Any, count: Any,
 ) -> None:  # fmt: skip
-    """The 16 outputs of panel p for the tokens from t on, as many as there are zeros: weights are unpacked once."""
-    acc = zeros
+    """The panels at ``at`` for the tokens from t on, as many as ``zeros`` has room for: out[t:, row : row + count]."""
+    tile = zeros
+    xi = t // side * groups * side + t % side
     for g in range(groups):
-        at, xi = (p * groups + g) * size, t * groups + g
-        acc = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, xi, groups, acc)
-    acc = _add_outliers(columns, places, outliers, first, t, zeros, acc)
-    at, count = t * rows + p * LANES, rows - p * LANES
-    if count >= LANES:
-        store_rows(out, at, rows, acc)
+        tile = _add_block(dots, has_mins, w, at, g * size, xq, xs, offsets, totals, xi + g * side, tile)
+    tile = _add_outliers(columns, places, outliers, first, t, at, zeros, tile)
+    to = t * rows + row
+    if count >= len(at) * LANES:
+        store_panels(out, to, rows, at, tile)
     else:
-        for r in range(len(acc)):
-            f32_store_first(out, at + r * rows, acc[r], count)
+        height = len(tile) // len(at)
+        for i in range(len(tile)):
+            panel = i // height * LANES
+            if panel < count:
+                f32_store_first(out, to + i % height * rows + panel, tile[i], min(count - panel, LANES))
+
+
+if DOT_PANELS == 2:
+
+    @inline_kernel
+    def _panels_at(p: Any, hi: Any, step: Any) -> Any:
+        """Where panel p begins and the next one, or p again if that is the last."""
+        return p * step, min(p + 1, hi - 1) * step
+
+else:
+
+    @inline_kernel
+    def _panels_at(p: Any, hi: Any, step: Any) -> Any:
+        """Where panel p begins."""
+        return (p * step,)
 
 
 def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
@@ -240,13 +273,13 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
             apart = step * groups * size
             for g in range(groups):
                 at = (p * groups + g) * size
-                a = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, a)
+                a = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, a)
                 at += apart
-                b = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, b)
+                b = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, b)
                 at += apart
-                c = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, c)
+                c = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, c)
                 at += apart
-                d = _add_block(dots, has_mins, w, at, xq, xs, offsets, totals, g, groups, d)
+                d = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, d)
                 while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
                     x = splat_at(outliers, 2 * i + 1)
                     a_kept = fma(_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
@@ -267,37 +300,40 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
     ) -> None:  # fmt: skip
         """All tokens times panels lo:hi, in tiles."""
         never_inline()
-        groups, size, tokens, rows = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1]
+        groups, size, tokens, rows, side = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1], xs.shape[2]
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
-        height = len(tile_zeros())
         found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
         for first in range(0, tokens, _AT_ONCE):
             end = min(first + _AT_ONCE, tokens)
             count = _list_columns(outliers, first, end, found, places)
-            for p in range(lo, hi):
-                for at in range((p + 1) * groups * size, (p + 2) * groups * size, LINE):
-                    prefetch_l2(w, at)  # the next panel: its columns are read here and there, which no machine foresees
-                _unpack_columns(column, zero, has_mins, w, size, p, groups, found, count, columns)
+            for p in range(lo, hi, DOT_PANELS):
+                here, after = _panels_at(p, hi, groups * size), (p + DOT_PANELS) * groups * size
+                for at in range(after, after + DOT_PANELS * groups * size, LINE):
+                    prefetch_l2(w, at)  # the next ones: columns are read here and there, which no machine foresees
+                _unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
+                row, width = p * LANES, min(hi * LANES, rows) - p * LANES
                 t = first
-                while t + height <= end:
-                    _tile(
-                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                        p, t, groups, tile_zeros(), out, rows,
-                    )  # fmt: skip
-                    t += height
-                while t + _FEW <= end:
-                    _tile(
-                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                        p, t, groups, f32_zeros(_FEW), out, rows,
-                    )  # fmt: skip
-                    t += _FEW
                 while t < end:
-                    _tile(
-                        dots, has_mins, w, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                        p, t, groups, f32_zeros(1), out, rows,
-                    )  # fmt: skip
-                    t += 1
+                    left = min(side - t % side, end - t)
+                    if left >= TILE and left != 8 and left != 9:  # better two of four than six and what remains
+                        _tile(
+                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                            t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
+                        )  # fmt: skip
+                        t += TILE
+                    elif left >= _FEW:
+                        _tile(
+                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                            t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
+                        )  # fmt: skip
+                        t += _FEW
+                    else:
+                        _tile(
+                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
+                            t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
+                        )  # fmt: skip
+                        t += 1
 
     @inline_kernel
     def _panels(

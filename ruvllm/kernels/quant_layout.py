@@ -14,8 +14,10 @@ A block holds one group of one panel: 16 scales and perhaps 16 mins as IEEE half
 
 Weights are blocks (P, G, block_bytes), one stream of memory for each panel; zero is 8, 16, 0.
 
-Activations: xq (T, 32 G) int8, xs (T, G) = max|x| / 127, totals (T, G) = xs sum(xq), and offsets (T, G, 4) int32 =
-sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs nothing.
+Activations lie in blocks of S = 12 tokens (or of all, if there are fewer), group by group, where the numbers of the
+tokens are side by side: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, totals (B, G, S) = xs sum(xq), and offsets
+(B, G, S, 4) int32 = sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs
+nothing. So a tile of tokens reads memory in order, and distances between tokens are constants.
 
 A few features of a language model are far larger than the rest, and set the scale of their group (LLM.int8(), Dettmers
 et al. 2022). So the four largest numbers of a row are left out of xq and kept whole in outliers (T, 4, 2) float32,
@@ -33,8 +35,15 @@ ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # the code o
 OFFSETS = 4  # numbers of one group in ``offsets``
 NO_ZERO = 3  # the offset that is always 0
 OUTLIERS = 4  # numbers of a row that are not rounded
+SIDE = 12  # tokens side by side: two tiles of 6, or three of 4
 
 
 def block_bytes(kind: int, has_mins: bool) -> int:
     """Bytes of one group of 16 rows."""
     return LINES[kind] * LINE + (2 if has_mins else 1) * HALFS
+
+
+def token_blocks(tokens: int) -> tuple[int, int]:
+    """How activations of so many tokens lie: blocks, and tokens of a block; the last one may not be full."""
+    side = max(1, min(tokens, SIDE))
+    return (tokens + side - 1) // side, side

@@ -16,6 +16,7 @@ from ruvllm.kernels._simd import (
     largest_magnitude,
     round_to_i32,
     splat,
+    stack_f32,
     without_lane,
 )
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
@@ -23,6 +24,7 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
 
+_SEARCHED = 4096  # groups of a row that may have outliers: their scales are on the stack
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
 
@@ -49,8 +51,11 @@ def _find(a: Any, b: Any, magnitude: Any) -> Any:
 
 
 @inline_kernel
-def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any) -> None:
-    """Write the codes, scale, offsets and total of group ``at``: the vectors a and b, of which max|x| = ``largest``."""
+def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any) -> Any:
+    """Write the codes, scale, offsets and total of group ``at``: the vectors a and b, of which max|x| = ``largest``.
+
+    Returns the scale.
+    """
     inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
     qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
     i8_store(codes, at * GROUP, qa)
@@ -60,17 +65,18 @@ def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any
     totals[at] = xs[at] * np.float32(total)
     offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
     offsets[at * OFFSETS + NO_ZERO] = 0
+    return xs[at]
 
 
 @inline_kernel
-def _largest_scale(scales: Any, row: Any, groups: Any) -> Any:
-    """The largest of the scales from ``row`` on, and the first group that has it; 0 if all are 0.
+def _largest_scale(scales: Any, groups: Any) -> Any:
+    """The largest of a row's scales, and the first group that has it; 0 if all are 0.
 
     32 scales of which one is NaN do not count.
     """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
-        a, b = _load_group(scales, row + g, groups - g)
+        a, b = _load_group(scales, g, groups - g)
         here = largest_magnitude(a, b)  # NaN, which is larger than nothing, if there is one
         if here > largest:
             largest, found = here, g + _find(a, b, here)
@@ -94,19 +100,24 @@ def quantize_activations(
 
     the largest number of the group with the largest scale is taken out, four times.
 
-    xq (T, 32 G); xs, totals (T, G); offsets (T, G, 4); outliers (T, 4, 2). ``totals`` counts outliers too. A NaN or
-    infinity makes its group's scale NaN, so that it is not lost. Groups of numbers below 2^-120 become zeros.
+    xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S); outliers (T, 4, 2).
+    ``totals`` counts outliers too. A NaN or infinity makes its group's scale NaN, so that it is not lost. Groups of
+    numbers below 2^-120 become zeros. Columns beyond 131072 have no outliers.
     """
     columns = x.shape[1]
-    groups = xs.shape[1]
+    groups, side = xs.shape[1], xs.shape[2]
+    own = stack_f32(_SEARCHED)  # the scales of one row, side by side
     xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
+    searched = min(groups, _SEARCHED)
     for t in range(lo, hi):
-        row = t * groups
+        first_group = t // side * groups * side + t % side  # from one group to the next: ``side`` places
         for g in range(groups):
             a, b = _load_group(xf, t * columns + g * GROUP, columns - g * GROUP)
-            _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + g)
+            scale = _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, first_group + g * side)
+            if g < searched:
+                own[g] = scale
         for i in range(OUTLIERS):
-            largest, found = _largest_scale(scales, row, groups)
+            largest, found = _largest_scale(own, searched)
             column, value = 0, np.float32(0)
             if largest > np.float32(0):
                 first = found * GROUP
@@ -117,12 +128,13 @@ def quantize_activations(
                 k = _find(a, b, largest)
                 column, value = first + k, xf[t * columns + first + k]
                 a, b = _without(a, b, k)
-                _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, row + found)
+                at = first_group + found * side
+                own[found] = _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, at)
             outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
-            for at in range(i, 0, -1):
-                _in_order(outliers, t, at)
+            for place in range(i, 0, -1):
+                _in_order(outliers, t, place)
         for i in range(OUTLIERS):
-            sums[row + np.int64(outliers[t, i, 0]) // GROUP] += outliers[t, i, 1]
+            sums[np.int64(outliers[t, i, 0]) // GROUP * side + first_group] += outliers[t, i, 1]
 
 
 @parallel_kernel

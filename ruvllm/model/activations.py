@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, SIDE, token_blocks
 from ruvllm.kernels.rounding import round_activations
 
 Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, outliers
@@ -15,10 +15,10 @@ class Activations:
     """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once, ``of`` says what they now stand for."""
 
     def __init__(self, tokens: int, columns: int) -> None:
-        groups = -(-columns // GROUP)
-        self._codes = aligned_empty(tokens * groups * GROUP, np.int8)
-        self._scales, self._totals = aligned_empty(tokens * groups), aligned_empty(tokens * groups)
-        self._offsets = aligned_empty(tokens * groups * OFFSETS, np.int32)
+        groups = -(-columns // GROUP) * (tokens + SIDE)  # the last block of tokens may not be full
+        self._codes = aligned_empty(groups * GROUP, np.int8)
+        self._scales, self._totals = aligned_empty(groups), aligned_empty(groups)
+        self._offsets = aligned_empty(groups * OFFSETS, np.int32)
         self._outliers = aligned_empty((tokens, OUTLIERS, 2))
         self._rounded: Rounded | None = None
         self.x = np.empty((0, columns), np.float32)
@@ -33,10 +33,12 @@ class Activations:
         """x in 8 bits (see ``kernels.quant``), computed when first asked for."""
         if self._rounded is None:
             T = len(self.x)
-            G = -(-self.x.shape[1] // GROUP)
+            B, S = token_blocks(T)
+            shape = B, -(-self.x.shape[1] // GROUP), S
+            n = B * shape[1] * S
             self._rounded = (
-                self._codes[: T * G * GROUP].reshape(T, G * GROUP), self._scales[: T * G].reshape(T, G),
-                self._offsets[: T * G * OFFSETS].reshape(T, G, OFFSETS), self._totals[: T * G].reshape(T, G),
+                self._codes[: n * GROUP].reshape(*shape, GROUP), self._scales[:n].reshape(shape),
+                self._offsets[: n * OFFSETS].reshape(*shape, OFFSETS), self._totals[:n].reshape(shape),
                 self._outliers[:T],
             )  # fmt: skip
             round_activations(self.x, *self._rounded)

@@ -16,7 +16,7 @@ from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.cached_attention import NO_WINDOW
 from ruvllm.kernels.low_rank import PARTS
 from ruvllm.kernels.panels import panel_count
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, SIDE
 from ruvllm.kernels.token_attention import chunk_count, partial_width
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
@@ -115,6 +115,7 @@ class ForwardBuffers:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = max(tokens, threads)  # of what is one row per token, or one per thread for a single token
         groups = -(-max(E, F, heads * D) // GROUP)
+        sides = rows + SIDE  # the last block of tokens may not be full
         chunks = chunk_count(cache.max_tokens)
         scratch = f.thread_scratch(D, heads // kv_heads)
         self.tokens, self.threads, self.rows = tokens, threads, rows
@@ -139,8 +140,8 @@ class ForwardBuffers:
             f.K: aligned_empty((tokens, kv_heads * D)), f.V: aligned_empty((tokens, kv_heads * D)),
             f.GATE: aligned_empty((tokens, F)), f.UP: aligned_empty((tokens, F)),
             f.PARTIAL: aligned_empty((heads, chunks, partial_width(D))),
-            f.XQ: aligned_empty((rows, groups * GROUP), np.int8), f.XS: aligned_empty((rows, groups)),
-            f.OFFSETS_OF: aligned_empty((rows, groups, OFFSETS), np.int32), f.TOTALS: aligned_empty((rows, groups)),
+            f.XQ: aligned_empty((sides, groups * GROUP), np.int8), f.XS: aligned_empty((sides, groups)),
+            f.OFFSETS_OF: aligned_empty((sides, groups, OFFSETS), np.int32), f.TOTALS: aligned_empty((sides, groups)),
             f.OUTLIERS_OF: aligned_empty((rows, OUTLIERS, 2)), f.SCRATCH: aligned_empty((threads, scratch)),
         }  # fmt: skip
         self.table = np.zeros(f.TABLE_SIZE, np.int64)

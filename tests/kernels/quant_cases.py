@@ -13,7 +13,7 @@ import numpy as np
 from ruvllm.kernels._jit import DISABLE_JIT, kernel
 from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_number
 from ruvllm.kernels.quant import quant_matmul
-from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS
+from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS, token_blocks
 from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 from ruvllm.kernels.rounding import quantize_activations
@@ -39,8 +39,22 @@ class Weights(NamedTuple):
         return np.repeat(self.scales, 32, 1) * self.codes + np.repeat(self.mins, 32, 1)
 
 
-class Activations(NamedTuple):
-    """What quantize_activations makes of x (T, K)."""
+def by_token(blocks: np.ndarray, tokens: int) -> np.ndarray:
+    """What lies in blocks of tokens, (B, G, S, ..), as (T, G, ..)."""
+    rows = np.moveaxis(blocks, 2, 1)
+    return rows.reshape(-1, *rows.shape[2:])[:tokens]
+
+
+def in_blocks(rows: np.ndarray, fill: int = 99) -> np.ndarray:
+    """Rows (T, G, ..) as they lie in blocks of tokens, (B, G, S, ..)."""
+    blocks, side = token_blocks(len(rows))
+    whole = np.full((blocks * side, *rows.shape[1:]), fill, rows.dtype)
+    whole[: len(rows)] = rows
+    return np.ascontiguousarray(np.moveaxis(whole.reshape(blocks, side, *rows.shape[1:]), 1, 2))
+
+
+class Rows(NamedTuple):
+    """Activations by token: xq (T, 32 G), xs and totals (T, G), offsets (T, G, 4), outliers (T, 4, 2)."""
 
     xq: np.ndarray
     xs: np.ndarray
@@ -53,12 +67,34 @@ class Activations(NamedTuple):
         """sum(xq) of each group, (T, G) int64."""
         return self.xq.reshape(len(self.xq), -1, 32).sum(2, dtype=np.int64)
 
+
+class Activations(NamedTuple):
+    """What quantize_activations makes of x (T, K)."""
+
+    xq: np.ndarray
+    xs: np.ndarray
+    offsets: np.ndarray
+    totals: np.ndarray
+    outliers: np.ndarray
+
+    def rows(self) -> Rows:
+        tokens = len(self.outliers)
+        xq, xs, offsets, totals = (by_token(array, tokens) for array in self[:4])
+        return Rows(xq.reshape(tokens, -1), xs, offsets, totals, self.outliers)
+
     def matrix(self) -> np.ndarray:
         """x (T, 32 G) in float64, as rounded."""
-        x = np.repeat(self.xs.astype(np.float64), 32, 1) * self.xq
+        rows = self.rows()
+        x = np.repeat(rows.xs.astype(np.float64), 32, 1) * rows.xq
         for t, kept in enumerate(self.outliers):
             np.add.at(x[t], kept[:, 0].astype(np.int64), kept[:, 1])
         return x
+
+
+def of_rows(rows: Rows) -> Activations:
+    """Activations that were written down by token."""
+    xq, xs, offsets, totals = (in_blocks(a) for a in (rows.xq.reshape(*rows.xs.shape, 32), *rows[1:4]))
+    return Activations(xq, xs, offsets, totals, rows.outliers)
 
 
 def weights(kind: int, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None) -> Weights:
@@ -101,33 +137,34 @@ def rounded_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int
 
 def activations(x: np.ndarray) -> Activations:
     tokens, groups = len(x), -(-x.shape[1] // 32)
-    xq = np.full((tokens, groups * 32), 99, np.int8)
-    xs, totals = np.full((2, tokens, groups), np.float32(99))
-    offsets = np.full((tokens, groups, 4), 99, np.int32)
+    blocks, side = token_blocks(tokens)
+    xq = np.full((blocks, groups, side, 32), 99, np.int8)
+    xs, totals = np.full((2, blocks, groups, side), np.float32(99))
+    offsets = np.full((blocks, groups, side, 4), 99, np.int32)
     outliers = np.full((tokens, OUTLIERS, 2), np.float32(99))
     quantize_activations(x, xq, xs, offsets, totals, outliers, 0, tokens)
     return Activations(xq, xs, offsets, totals, outliers)
 
 
 def unit_activations(xq: np.ndarray) -> Activations:
-    """Scales of 1, no outliers."""
+    """Scales of 1, no outliers, of xq (T, 32 G)."""
     sums = xq.reshape(len(xq), -1, 32).sum(2, dtype=np.int32)
     offsets = sums[:, :, None] * np.array([-8, -16, -128, 0], np.int32)
     none = np.zeros((len(xq), OUTLIERS, 2), np.float32)
-    return Activations(xq, np.ones(sums.shape, np.float32), offsets, sums.astype(np.float32), none)
+    return of_rows(Rows(xq, np.ones(sums.shape, np.float32), offsets, sums.astype(np.float32), none))
 
 
 def multiply(w: Weights, x: Activations) -> np.ndarray:
     """y (T, N), with quant_matmul."""
-    out = np.full((len(x.xq), len(w.codes)), np.nan, np.float32)
+    out = np.full((len(x.outliers), len(w.codes)), np.nan, np.float32)
     quant_matmul(*w.panels, *x, out, 0, len(w.panels.blocks))
     return out
 
 
 def integers(w: Weights, x: Activations) -> np.ndarray:
     """What unit weights and activations must give exactly, in int64."""
-    low = w.mins.astype(np.int64) @ x.sums.T
-    return (w.codes @ x.xq.T.astype(np.int64) + low).T
+    low = w.mins.astype(np.int64) @ x.rows().sums.T
+    return (w.codes @ x.rows().xq.T.astype(np.int64) + low).T
 
 
 def integer_cases(tokens: tuple[int, ...] = TOKENS) -> dict[str, tuple[Weights, Activations]]:

@@ -218,6 +218,6 @@ def test_bodies_refuse_to_write_what_they_would_spoil() -> None:
     for out, message in ((read_only, "kernels write to arrays that can be written"), (doubles, "of float32, found")):
         with pytest.raises(NumbaError, match=message):
             softmax_rows(x, out, 0, 4)
-    rounded = [np.zeros((4, 32), np.int32), np.zeros((4, 1), np.float32), np.zeros((4, 1, 4), np.int32)]
+    rounded = [np.zeros((1, 1, 4, 32), np.int32), np.zeros((1, 1, 4), np.float32), np.zeros((1, 1, 4, 4), np.int32)]
     with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8 or uint8, found"):
-        quantize_activations(x, *rounded, np.zeros((4, 1), np.float32), np.zeros((4, 4, 2), np.float32), 0, 4)
+        quantize_activations(x, *rounded, np.zeros((1, 1, 4), np.float32), np.zeros((4, 4, 2), np.float32), 0, 4)

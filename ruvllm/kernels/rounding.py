@@ -9,8 +9,10 @@ from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import (
     f32_load,
     f32_load_first,
+    f32_store,
     f32_zero,
     find_magnitude,
+    greater,
     i8_store,
     i32_hsum,
     largest_magnitude,
@@ -18,13 +20,15 @@ from ruvllm.kernels._simd import (
     splat,
     stack_f32,
     without_lane,
+    zero_below,
 )
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
 
-_SEARCHED = 4096  # groups of a row that may have outliers: their scales are on the stack
+_SEARCHED = 2048  # groups of a row at a time, on the stack: outliers are among the first
+_STEPS = np.float32(127)
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
 
@@ -51,28 +55,10 @@ def _find(a: Any, b: Any, magnitude: Any) -> Any:
 
 
 @inline_kernel
-def _round_group(a: Any, b: Any, largest: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any) -> Any:
-    """Write the codes, scale, offsets and total of group ``at``: the vectors a and b, of which max|x| = ``largest``.
+def _largest(scales: Any, groups: Any) -> Any:
+    """The largest of a row's numbers, one of each group, and the first group that has it; 0 if all are 0.
 
-    Returns the scale.
-    """
-    inverse = splat(np.float32(127) / largest if largest > _SMALLEST else np.float32(0))
-    qa, qb = round_to_i32(a * inverse), round_to_i32(b * inverse)
-    i8_store(codes, at * GROUP, qa)
-    i8_store(codes, at * GROUP + LANES, qb)
-    xs[at] = largest / np.float32(127) + (largest - largest)  # NaN for infinity too
-    total = i32_hsum(qa + qb)
-    totals[at] = xs[at] * np.float32(total)
-    offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
-    offsets[at * OFFSETS + NO_ZERO] = 0
-    return xs[at]
-
-
-@inline_kernel
-def _largest_scale(scales: Any, groups: Any) -> Any:
-    """The largest of a row's scales, and the first group that has it; 0 if all are 0.
-
-    32 scales of which one is NaN do not count.
+    32 groups of which one is NaN do not count.
     """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
@@ -92,49 +78,86 @@ def _in_order(outliers: Any, t: Any, at: Any) -> None:
     outliers[t, at, 0], outliers[t, at, 1] = (k if wrong else later), (x if wrong else y)
 
 
+@inline_kernel
+def _find_outliers(x: Any, row: Any, columns: Any, largest: Any, groups: Any, outliers: Any, t: Any) -> None:
+    """Four times, take the largest number out of the group that has it: ``largest`` (G,) is what then is left."""
+    for i in range(OUTLIERS):
+        magnitude, g = _largest(largest, groups)
+        column, value = 0, np.float32(0)
+        if magnitude > _SMALLEST:
+            first = g * GROUP
+            a, b = _load_group(x, row + first, columns - first)
+            for j in range(i):  # one group may have several
+                a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
+            k = _find(a, b, magnitude)
+            column, value = first + k, x[row + first + k]
+            a, b = _without(a, b, k)
+            largest[g] = largest_magnitude(a, b)
+        outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
+        for at in range(i, 0, -1):
+            _in_order(outliers, t, at)
+
+
 @kernel(strict=True)
 def quantize_activations(
     x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any
 ) -> None:
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
 
-    the largest number of the group with the largest scale is taken out, four times.
+    the largest number of the row is taken out, four times.
 
     xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S); outliers (T, 4, 2).
     ``totals`` counts outliers too. A NaN or infinity makes its group's scale NaN, so that it is not lost. Groups of
-    numbers below 2^-120 become zeros. Columns beyond 131072 have no outliers.
+    numbers below 2^-120 become zeros. Columns beyond 65536 have no outliers.
     """
     columns = x.shape[1]
     groups, side = xs.shape[1], xs.shape[2]
-    own = stack_f32(_SEARCHED)  # the scales of one row, side by side
+    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group, side by side
     xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
-    searched = min(groups, _SEARCHED)
     for t in range(lo, hi):
-        first_group = t // side * groups * side + t % side  # from one group to the next: ``side`` places
-        for g in range(groups):
-            a, b = _load_group(xf, t * columns + g * GROUP, columns - g * GROUP)
-            scale = _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, first_group + g * side)
-            if g < searched:
-                own[g] = scale
+        row, place = t * columns, t // side * groups * side + t % side
+        out = 0  # outliers that were taken out
+        for base in range(0, groups, _SEARCHED):
+            count = min(groups - base, _SEARCHED)
+            if count % LANES:
+                f32_store(largest, count - count % LANES, f32_zero())  # to the end of the last vector
+            for g in range(count):
+                first = (base + g) * GROUP
+                a, b = _load_group(xf, row + first, columns - first)
+                magnitude = largest_magnitude(a, b)
+                largest[g] = magnitude + (magnitude - magnitude)  # NaN for infinity too
+            if base == 0:
+                _find_outliers(xf, row, columns, largest, count, outliers, t)
+            for g in range(0, count, LANES):
+                magnitudes = f32_load(largest, g)
+                numbers = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
+                f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, numbers))
+                f32_store(largest, g, magnitudes / splat(_STEPS))
+            for g in range(count):
+                first = (base + g) * GROUP
+                a, b = _load_group(xf, row + first, columns - first)
+                while out < OUTLIERS and np.int64(outliers[t, out, 0]) // GROUP == base + g:
+                    if outliers[t, out, 1] != np.float32(0):
+                        a, b = _without(a, b, np.int64(outliers[t, out, 0]) - first)
+                    out += 1
+                _round_group(a, b, inverse[g], largest[g], codes, scales, starts, sums, place + (base + g) * side)
         for i in range(OUTLIERS):
-            largest, found = _largest_scale(own, searched)
-            column, value = 0, np.float32(0)
-            if largest > np.float32(0):
-                first = found * GROUP
-                a, b = _load_group(xf, t * columns + first, columns - first)
-                for j in range(i):  # one group may have several
-                    a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
-                largest = largest_magnitude(a, b)
-                k = _find(a, b, largest)
-                column, value = first + k, xf[t * columns + first + k]
-                a, b = _without(a, b, k)
-                at = first_group + found * side
-                own[found] = _round_group(a, b, largest_magnitude(a, b), codes, scales, starts, sums, at)
-            outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
-            for place in range(i, 0, -1):
-                _in_order(outliers, t, place)
-        for i in range(OUTLIERS):
-            sums[np.int64(outliers[t, i, 0]) // GROUP * side + first_group] += outliers[t, i, 1]
+            sums[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+
+
+@inline_kernel
+def _round_group(
+    a: Any, b: Any, inverse: Any, scale: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any
+) -> None:
+    """Write the codes, scale, offsets and total of the vectors a and b as the group at place ``at``."""
+    qa, qb = round_to_i32(a * splat(inverse)), round_to_i32(b * splat(inverse))
+    i8_store(codes, at * GROUP, qa)
+    i8_store(codes, at * GROUP + LANES, qb)
+    total = i32_hsum(qa + qb)
+    xs[at] = scale
+    totals[at] = scale * np.float32(total)
+    offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
+    offsets[at * OFFSETS + NO_ZERO] = 0
 
 
 @parallel_kernel

@@ -1,8 +1,8 @@
 """Loops that do nothing but multiply-add, integer dot products, or reads: what they reach is the machine's limit.
 
-How many sums must be under way at once depends on the processor: enough to hide the latency of an instruction (8 where
-512-bit instructions start twice a cycle), few enough for its registers (6 or 4 where a vector of 16 lanes takes two
-or four of them). Each loop comes in two widths, and the faster counts.
+How many sums must be under way at once depends on the processor: enough to hide the latency of an instruction (8, or 12
+dot products, where 512-bit instructions start twice a cycle), few enough for its registers (6 or 4 where a vector of 16
+lanes takes two or four of them). Each loop comes in some widths, and the fastest counts.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from ruvllm.kernels._simd import (
 from ruvllm.kernels._views import flat
 
 FMA_CHAINS = (6, 8)  # multiply-adds of one turn
-DOT_CHAINS = (4, 8)  # dot products of one turn
+DOT_CHAINS = (4, 8, 12)  # dot products of one turn
 
 
 @kernel(strict=True)
@@ -51,27 +51,28 @@ def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
 
 @kernel(strict=True)
 def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
-    """``turns`` times 4 or 8 integer dot products of 64 bytes, the quads read from the first cache.
+    """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; two of them read one quad from the first cache.
 
     weights (64,) uint8, quads (1024,) int8. Where sums are kept in 16 bits (AVX2) they wrap: nobody reads them.
     """
     for i in range(lo, hi):
         s0, s1, s2, s3 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         s4, s5, s6, s7 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
+        s8, s9, s10, s11 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         w = u8_load(weights, 0)
         for turn in range(turns):
             at = (turn & 31) * 32
-            s0 = dot_add(s0, w, quad_at(quads, at))
-            s1 = dot_add(s1, w, quad_at(quads, at + 4))
-            s2 = dot_add(s2, w, quad_at(quads, at + 8))
-            s3 = dot_add(s3, w, quad_at(quads, at + 12))
-            if chains == 8:
-                s4 = dot_add(s4, w, quad_at(quads, at + 16))
-                s5 = dot_add(s5, w, quad_at(quads, at + 20))
-                s6 = dot_add(s6, w, quad_at(quads, at + 24))
-                s7 = dot_add(s7, w, quad_at(quads, at + 28))
+            a, b = quad_at(quads, at), quad_at(quads, at + 4)
+            s0, s1, s2, s3 = dot_add(s0, w, a), dot_add(s1, w, a), dot_add(s2, w, b), dot_add(s3, w, b)
+            if chains > 4:
+                a, b = quad_at(quads, at + 8), quad_at(quads, at + 12)
+                s4, s5, s6, s7 = dot_add(s4, w, a), dot_add(s5, w, a), dot_add(s6, w, b), dot_add(s7, w, b)
+            if chains > 8:
+                a, b = quad_at(quads, at + 16), quad_at(quads, at + 20)
+                s8, s9, s10, s11 = dot_add(s8, w, a), dot_add(s9, w, a), dot_add(s10, w, b), dot_add(s11, w, b)
         low = i32_hsum(dot_end(s0) + dot_end(s1)) + i32_hsum(dot_end(s2) + dot_end(s3))
         high = i32_hsum(dot_end(s4) + dot_end(s5)) + i32_hsum(dot_end(s6) + dot_end(s7))
+        low += i32_hsum(dot_end(s8) + dot_end(s9)) + i32_hsum(dot_end(s10) + dot_end(s11))
         out[i] = np.float32(low) + np.float32(high)
 
 

@@ -67,6 +67,7 @@ from ruvllm.kernels.quant_layout import (
     ZERO4,
     ZERO5,
     ZERO8,
+    block_bytes,
 )
 
 _FEW = 4  # tokens of the smaller tile, for those that do not fill a whole one
@@ -74,6 +75,7 @@ _TILE_SUMS, _FEW_SUMS = TILE * DOT_PANELS, _FEW * DOT_PANELS
 _AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
 _LISTED = _AT_ONCE * OUTLIERS
 _UNPACKED = _LISTED * DOT_PANELS * LANES  # floats: 30 or 60 KB, of which little is used
+_AHEAD = 2048  # bytes from what one token reads to what it asks for: a machine's own prefetching ends with each page
 _NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
 _NONE = np.float32(-1)  # no column either, and a whole number
 
@@ -253,8 +255,9 @@ else:
         return (p * step,)
 
 
-def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
+def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     """quant_matmul for one kind of weights: how it multiplies, what a column of it is, and its code of 0."""
+    most = block_bytes(kind, True)
 
     @part_kernel
     def _one_token(
@@ -273,6 +276,9 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
             apart = step * groups * size
             for g in range(groups):
                 at = (p * groups + g) * size
+                for line in range(0, most, LINE):
+                    for run in range(STREAMS):
+                        prefetch_l2(w, at + run * apart + _AHEAD + line)
                 a = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, a)
                 at += apart
                 b = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, b)
@@ -355,9 +361,9 @@ def _panels_of(dots: Any, column: Any, zero: Any) -> Any:
 
 
 _PANELS = {
-    INT4: _panels_of(_dots_int4, _column_int4, ZERO4),
-    INT5: _panels_of(_dots_int5, _column_int5, ZERO5),
-    INT8: _panels_of(_dots_int8, _column_int8, ZERO8),
+    INT4: _panels_of(INT4, _dots_int4, _column_int4, ZERO4),
+    INT5: _panels_of(INT5, _dots_int5, _column_int5, ZERO5),
+    INT8: _panels_of(INT8, _dots_int8, _column_int8, ZERO8),
 }
 
 

@@ -9,7 +9,7 @@ from numba import prange
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._memory import scratch
-from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows
+from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows, prefetch_l2
 from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
@@ -20,6 +20,7 @@ from ruvllm.kernels.gemm_blocks import gemm_batch, gemm_batch_parallel, gemm_par
 from ruvllm.kernels.panels import panel_count
 
 _scratch_size = inline_kernel(scratch_size)
+_AHEAD = 512  # numbers
 _FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
 
 
@@ -27,7 +28,8 @@ _FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or ne
 def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any, far: Any) -> None:
     """out[i + r far] = sum_k w[at + r step + k] x[k] for r < 4: each load of x serves four rows.
 
-    Of every row, four parts are summed side by side where there are registers for them.
+    Of every row, four parts are summed side by side where there are registers for them. What lies far apart comes from
+    memory, and is asked for ahead: a machine's own prefetching ends with each page.
     """
     s0 = f32_zeros(STREAMS)
     s1, s2, s3 = s0, s0, s0
@@ -35,6 +37,10 @@ def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any
     whole = wide if WIDE else columns - columns % LANES
     for k in range(0, wide, 4 * LANES):
         row = at + k
+        if far > 1:
+            for ahead in range(row + _AHEAD, row + _AHEAD + 4 * LANES, LANES):
+                for r in range(STREAMS):
+                    prefetch_l2(w, ahead + r * step)
         s0 = fma_each(f32_load(x, k), load_rows(w, row, step, STREAMS), s0)
         s1 = fma_each(f32_load(x, k + LANES), load_rows(w, row + LANES, step, STREAMS), s1)
         s2 = fma_each(f32_load(x, k + 2 * LANES), load_rows(w, row + 2 * LANES, step, STREAMS), s2)

@@ -11,7 +11,17 @@ from numba.core.registry import cpu_target
 
 from ruvllm.kernels._dot_llvm import target_kind
 from ruvllm.kernels._jit import inline_kernel
-from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, load, prefetch_l2, splat_at
+from ruvllm.kernels._simd import (
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_store_first,
+    f32_zero,
+    fma,
+    load,
+    prefetch_l2,
+    splat_at,
+)
 
 LANES = 16
 TILE = 6

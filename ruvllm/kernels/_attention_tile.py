@@ -1,6 +1,6 @@
 """What attention does to a tile: some rows (queries that share a kv head) against blocks of keys and values.
 
-The queries of a tile lie beside each other, number by number, Q_STEP apart. Sums are taken position by position and
+The queries of a tile lie beside each other, number by number. Sums are taken position by position and
 dimension by dimension, so that a row's result depends neither on the tile's size nor on its other rows.
 """
 
@@ -16,6 +16,7 @@ from ruvllm.kernels._simd import (
     f32_store,
     f32_zero,
     fma_rows,
+    fma_two,
     greater,
     hmax,
     lanes_between,
@@ -31,10 +32,10 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._tile import LANES, WIDE
 
-# Rows of a tile and panels at a time, by the target's registers: 8 x 2 sums of AVX-512's 32 (10 loads serve 16
+# Rows of a tile and panels at a time, by the target's registers: 12 x 2 sums of AVX-512's 32 (14 loads serve 24
 # multiply-adds), 6 x 1 of two registers each of AVX2's 16, 6 x 1 of four each of NEON's 32.
-ROWS, PAIRS = (8, True) if WIDE else (6, False)
-Q_STEP = 8  # from one number of a tile's first query to its next: at least ROWS, a power of two
+ROWS, PAIRS = (12, True) if WIDE else (6, False)
+Q_STEP = 16 if WIDE else 8  # from one number of a tile's first query to its next: at least ROWS, a power of two
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
 LOG2_E = np.float32(1.4426950408889634)
 NEGATIVE_INFINITY = np.float32(-np.inf)
@@ -46,32 +47,53 @@ def query_at(row: Any, kv: Any, group: Any, heads: Any, dim: Any) -> Any:
     return (row // group * heads + kv * group + row % group) * dim
 
 
+# The numbers of 4, 8 or 16 rows that lie beside each other, number by number.
+
+
+@inline_kernel
+def turned_4(scratch: Any, at: Any) -> Any:
+    return zip_rows(zip_rows(load_rows(scratch, at, LANES, 4)))
+
+
+@inline_kernel
+def _turned_8(scratch: Any, at: Any) -> Any:
+    return zip_rows(zip_rows(zip_rows(load_rows(scratch, at, LANES, 8))))
+
+
+@inline_kernel
+def _turned_16(scratch: Any, at: Any) -> Any:
+    return zip_rows(zip_rows(zip_rows(zip_rows(load_rows(scratch, at, LANES, 16)))))
+
+
+turned = _turned_16 if WIDE else _turned_8
+
+
 @inline_kernel
 def copy_queries(
     q: Any, first: Any, rows: Any, kv: Any, group: Any, heads: Any, dim: Any, factor: Any, scratch: Any, stage: Any,
-    to: Any,
+    to: Any, step: Any, turn: Any,
 ) -> None:  # fmt: skip
-    """scratch[to + d Q_STEP + r] = factor q[row first + r, d] for r < rows, up to whole vectors of d.
+    """scratch[to + d step + r] = factor q[row first + r, d] for r < rows, up to whole vectors of d.
 
-    Needs 16 Q_STEP floats of scratch at ``stage``.
+    turn: makes lines of ``step`` rows, turned_4 or ``turned``. Needs 16 step floats of scratch at ``stage``.
     """
     for d in range(0, dim, LANES):
         for r in range(rows):
             at = query_at(first + r, kv, group, heads, dim) + d
             numbers = f32_load(q, at) if d + LANES <= dim else f32_load_first(q, at, dim - d)
             f32_store(scratch, stage + r * LANES, numbers * splat(factor))
-        lines = zip_rows(zip_rows(zip_rows(load_rows(scratch, stage, LANES, Q_STEP))))
-        store_rows(scratch, to + d * Q_STEP, LANES, lines)
+        store_rows(scratch, to + d * step, LANES, turn(scratch, stage))
 
 
 @inline_kernel
 def scores(
-    zeros: Any, keys: Any, ki: Any, block: Any, dim: Any, scratch: Any, queries: Any, base: Any, start: Any, stop: Any
-) -> None:
+    zeros: Any, keys: Any, ki: Any, block: Any, dim: Any, scratch: Any, queries: Any, step: Any, base: Any, start: Any,
+    stop: Any,
+) -> None:  # fmt: skip
     """scratch[base + r CHUNK + s] = query r times the key at s, for s in start:stop and the rest of the last block.
 
-    ``zeros`` is a tuple of as many zeros as the tile has rows; the block of ``start`` begins at keys[ki], the next
-    ``block`` numbers behind it.
+    ``zeros`` is a tuple of as many zeros as the tile has rows, whose numbers lie side by side, ``step`` apart from one
+    dimension to the next; the block of ``start`` begins at keys[ki], the next ``block`` numbers behind it.
     """
     s = start
     while PAIRS and s + LANES < stop:
@@ -80,8 +102,9 @@ def scores(
         for d in range(dim):
             prefetch_l2(keys, ahead + d * LANES)
             prefetch_l2(keys, ahead + block + d * LANES)
-            left = fma_rows(load(keys, ki + d * LANES), scratch, queries + d * Q_STEP, 1, left)
-            right = fma_rows(load(keys, other + d * LANES), scratch, queries + d * Q_STEP, 1, right)
+            left, right = fma_two(
+                load(keys, ki + d * LANES), load(keys, other + d * LANES), scratch, queries + d * step, 1, left, right
+            )
         store_rows(scratch, base + s, CHUNK, scaled_rows(keys, left, read_scales(keys, ki + dim * LANES)))
         store_rows(scratch, base + s + LANES, CHUNK, scaled_rows(keys, right, read_scales(keys, other + dim * LANES)))
         s += 2 * LANES
@@ -89,7 +112,7 @@ def scores(
     while s < stop:
         left = zeros
         for d in range(dim):
-            left = fma_rows(load(keys, ki + d * LANES), scratch, queries + d * Q_STEP, 1, left)
+            left = fma_rows(load(keys, ki + d * LANES), scratch, queries + d * step, 1, left)
         store_rows(scratch, base + s, CHUNK, scaled_rows(keys, left, read_scales(keys, ki + dim * LANES)))
         s += LANES
         ki += block
@@ -139,8 +162,10 @@ def add_weighted_values(
         left = load_rows(scratch, sums + d, sums_row, len(zeros))
         right = load_rows(scratch, sums + d + LANES, sums_row, len(zeros))
         for s in range(count):
-            left = fma_rows(load(values, vi + s * wide + d), scratch, weights + s, CHUNK, left)
-            right = fma_rows(load(values, vi + s * wide + d + LANES), scratch, weights + s, CHUNK, right)
+            at = vi + s * wide + d
+            left, right = fma_two(
+                load(values, at), load(values, at + LANES), scratch, weights + s, CHUNK, left, right
+            )
         store_rows(scratch, sums + d, sums_row, left)
         store_rows(scratch, sums + d + LANES, sums_row, right)
         d += 2 * LANES

@@ -10,7 +10,7 @@ from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _splat,
 from ruvllm.kernels._views import _view
 
 __all__ = [
-    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "fma_three", "load_rows",
+    "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "fma_three", "fma_two", "load_rows",
     "never_inline", "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
@@ -56,25 +56,35 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
     return sums(f32x16, x, types.intp, types.intp, sums), codegen
 
 
+def _fma_by_row(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    """fma_rows of some w to as many tuples: each number of x is in a register no longer than for its own products."""
+    count = len(args) // 2 - 1
+    weights, (x, index, step) = args[:count], args[count : count + 3]
+    sums = [cgutils.unpack_tuple(builder, t) for t in args[count + 3 :]]
+    found: list[list[ir.Value]] = [[] for _ in sums]
+    for row in range(len(sums[0])):
+        pointer = _pointer(context, builder, sig.args[count], x, _at(builder, index, step, row), types.float32)
+        number = _splat(builder, builder.load(pointer), LANES)
+        for w, before, after in zip(weights, sums, found, strict=True):
+            after.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [w, number, before[row]]))
+    kinds = sig.return_type.types
+    tuples = [context.make_tuple(builder, kind, rows) for kind, rows in zip(kinds, found, strict=True)]
+    return context.make_tuple(builder, sig.return_type, tuples)
+
+
+@intrinsic
+def fma_two(typingctx: Any, a: Any, b: Any, x: Any, index: Any, step: Any, left: Any, right: Any) -> Any:
+    """fma_rows of a and b, to two tuples, row by row."""
+    return types.Tuple((left, right))(f32x16, f32x16, x, types.intp, types.intp, left, right), _fma_by_row
+
+
 @intrinsic
 def fma_three(
     typingctx: Any, a: Any, b: Any, c: Any, x: Any, index: Any, step: Any, left: Any, middle: Any, right: Any
 ) -> Any:
-    """fma_rows of a, b and c, to three tuples: each number of x is in a register no longer than its three products."""
+    """fma_rows of a, b and c, to three tuples, row by row."""
     result = types.Tuple((left, middle, right))
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        weights, (x, index, step), sums = args[:3], args[3:6], [cgutils.unpack_tuple(builder, t) for t in args[6:]]
-        found: list[list[ir.Value]] = [[], [], []]
-        for row in range(left.count):
-            pointer = _pointer(context, builder, sig.args[3], x, _at(builder, index, step, row), types.float32)
-            number = _splat(builder, builder.load(pointer), LANES)
-            for w, before, after in zip(weights, sums, found, strict=True):
-                after.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [w, number, before[row]]))
-        tuples = [context.make_tuple(builder, left, rows) for rows in found]
-        return context.make_tuple(builder, result, tuples)
-
-    return result(f32x16, f32x16, f32x16, x, types.intp, types.intp, left, middle, right), codegen
+    return result(f32x16, f32x16, f32x16, x, types.intp, types.intp, left, middle, right), _fma_by_row
 
 
 @intrinsic

@@ -229,6 +229,10 @@ def fma_rows(w: Any, x: Any, index: int, step: int, sums: Any) -> Any:
     return tuple(w * _elements(x, index + row * step, 1)[0] + total for row, total in enumerate(sums))
 
 
+def fma_two(a: Any, b: Any, x: Any, index: Any, step: Any, left: Any, right: Any) -> tuple[Any, Any]:
+    return fma_rows(a, x, index, step, left), fma_rows(b, x, index, step, right)
+
+
 def fma_three(
     a: Any, b: Any, c: Any, x: Any, index: Any, step: Any, left: Any, middle: Any, right: Any
 ) -> tuple[Any, Any, Any]:

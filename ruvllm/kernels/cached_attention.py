@@ -29,6 +29,7 @@ from ruvllm.kernels._attention_tile import (
     query_at,
     scores,
     to_weights,
+    turned,
 )
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp2_of_negative
@@ -37,7 +38,7 @@ from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, put
 from ruvllm.kernels._views import flat
 
-MOST_TILES = 6  # tiles that read a chunk of keys and values together, while the second-level cache holds it
+MOST_TILES = 4  # tiles that read a chunk of keys and values together, while the second-level cache holds it
 NO_WINDOW = 1 << 62
 
 
@@ -94,7 +95,7 @@ def attend_units(
         for tile in range(0, rows, ROWS):
             copy_queries(
                 q_flat, first_row + tile, min(ROWS, rows - tile), kv, group, heads, dim, scale * LOG2_E,
-                scratch, stage, queries + tile // ROWS * Q_STEP * wide,
+                scratch, stage, queries + tile // ROWS * Q_STEP * wide, Q_STEP, turned,
             )  # fmt: skip
         for i in range(sums, sums + rows * wide, LANES):
             f32_store(scratch, i, f32_zero())
@@ -115,7 +116,7 @@ def attend_units(
                 vi = (kv * values.shape[1] + begin) * wide
                 scores(
                     f32_zeros(ROWS), keys_flat, ki, block, dim,
-                    scratch, queries + tile // ROWS * Q_STEP * wide, 0, start, stop,
+                    scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP, 0, start, stop,
                 )  # fmt: skip
                 _softmax_step(
                     scratch, start, stop, chunk, positions, first_row + tile, tile_rows, group, window,

@@ -15,11 +15,11 @@ from ruvllm.kernels._attention_tile import (
     CHUNK,
     LOG2_E,
     PAIRS,
-    Q_STEP,
     copy_queries,
     largest_score,
     scores,
     to_weights,
+    turned_4,
 )
 from ruvllm.kernels._jit import inline_kernel, kernel
 from ruvllm.kernels._math import exp2_of_negative
@@ -53,7 +53,7 @@ def partial_width(head_dim: int) -> int:
 def token_scratch_size(head_dim: int, group: int) -> int:
     """Floats of scratch that one thread needs: scores of the heads of a group; queries and sums of GROUP of them."""
     wide = (head_dim + LANES - 1) // LANES * LANES
-    return (group + GROUP - 1) // GROUP * GROUP * CHUNK + Q_STEP * LANES + (Q_STEP + GROUP) * wide
+    return (group + GROUP - 1) // GROUP * GROUP * CHUNK + GROUP * LANES + 2 * GROUP * wide
 
 
 def chunk_count(positions: int) -> int:
@@ -79,8 +79,8 @@ def attend_token_chunks(
     q_flat, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
     block = keys.shape[2] * LANES
     stage = (group + GROUP - 1) // GROUP * GROUP * CHUNK
-    queries = stage + Q_STEP * LANES
-    sums = queries + Q_STEP * wide
+    queries = stage + GROUP * LANES
+    sums = queries + GROUP * wide
     for i in range(stage, queries, LANES):
         f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
@@ -92,12 +92,13 @@ def attend_token_chunks(
         vi = (kv * values.shape[1] + begin) * wide
         for r in range(0, group, GROUP):
             copy_queries(
-                q_flat, r, min(GROUP, group - r), kv, group, heads, dim, scale * LOG2_E, scratch, stage, queries
-            )
+                q_flat, r, min(GROUP, group - r), kv, group, heads, dim, scale * LOG2_E, scratch, stage, queries,
+                GROUP, turned_4,
+            )  # fmt: skip
             if group == 1:
-                scores(f32_zeros(1), keys_flat, ki, block, dim, scratch, queries, 0, start, stop)
+                scores(f32_zeros(1), keys_flat, ki, block, dim, scratch, queries, GROUP, 0, start, stop)
             else:
-                scores(f32_zeros(GROUP), keys_flat, ki, block, dim, scratch, queries, r * CHUNK, start, stop)
+                scores(f32_zeros(GROUP), keys_flat, ki, block, dim, scratch, queries, GROUP, r * CHUNK, start, stop)
         for r in range(0, group, GROUP):
             for head in range(r, min(r + GROUP, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width + wide

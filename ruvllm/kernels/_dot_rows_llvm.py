@@ -38,11 +38,12 @@ def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Val
 
 
 def _keep_order(builder: ir.IRBuilder) -> None:
-    """Memory is read in this order: what is above in the IR stays above in the machine code.
+    """Reads of memory above this in the IR stay above it in the machine code; it is no instruction.
 
     Left to itself, LLVM's scheduler takes a tile's tokens one after the other, with all eight products of a token's
     group in a row. Each waits for the last, some five cycles, and a core that looks ahead a hundred instructions, or
-    half as many beside another thread, finds too few that can begin. Side by side, the next twelve never wait.
+    half as many beside another thread, finds too few that can begin. Step by step, twelve of them can. (Where a vector
+    is several registers there are as many sums side by side anyway, and LLVM's order needs fewer registers.)
     """
     builder.fence("acq_rel", targetscope="singlethread")
 
@@ -158,7 +159,7 @@ def _step(add: Any) -> Any:
                 quads = _splat(builder, quad, LANES)
                 for place in range(row, len(sums), rows):
                     found[place] = add(builder, kind, sums[place], lines[place // rows], quads)
-            if rows > 1:
+            if rows > 1 and kind == "vnni512":
                 _keep_order(builder)
             return context.make_tuple(builder, sig.return_type, found)
 

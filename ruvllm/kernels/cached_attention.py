@@ -8,7 +8,7 @@ Softmax is computed while reading: per query the largest score so far m, the sum
 weighted values are rescaled when m grows (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are scaled by log2(e),
 so that 2^x serves for e^x. A query sees positions max(0, p - window + 1) .. p, by loop bounds; nothing outside them
 counts. Chunks of positions begin at multiples of CHUNK and sums are taken position by position, so that a token's
-result depends on no other token of the call.
+result depends on no other token of the call, as long as their values are finite.
 """
 
 from typing import Any
@@ -35,15 +35,15 @@ from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._math import exp2_of_negative
 from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, f32_zeros, fma, hsum, splat
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import LANES, put
+from ruvllm.kernels._tile import LANES, WIDE, put
 from ruvllm.kernels._views import flat
 
-MOST_TILES = 4  # tiles that read a chunk of keys and values together, while the second-level cache holds it
+MOST_TILES = 4 if WIDE else 6  # that read a chunk of keys and values while the second-level cache holds it
 NO_WINDOW = 1 << 62
 
 
 def scratch_size(head_dim: int) -> int:
-    """Floats of scratch that one thread needs: scores and queries of a tile; queries, sums, l and m of all tiles."""
+    """Floats of scratch that one thread needs: scores and queries of a tile; queries, sums, l, m of all; old m."""
     wide = (head_dim + LANES - 1) // LANES * LANES
     return ROWS * CHUNK + Q_STEP * LANES + MOST_TILES * (Q_STEP * wide + ROWS * (wide + LANES) + LANES) + LANES
 

@@ -316,8 +316,8 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
         """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
         For one token every member norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For
-        more, members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one row
-        per member, or one per token.
+        more, members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one
+        token per member, or all tokens.
         """
         t = array_at(table, TABLE_SIZE, np.int64)
         sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)

@@ -82,48 +82,57 @@ _NONE = np.float32(-1)  # no column either, and a whole number
 
 # A tile is one panel or two, whose blocks begin ``offset`` bytes from the places in the tuple ``at``, times some
 # tokens, whose numbers of the group lie side by side from place ``xi`` on; ``tile`` has a vector for each pair of them.
-# These give sum((code - zero) xq).
+# ``step``: from one token's group to the next, GROUP. These give sum((code - zero) xq).
 
 
 @inline_kernel
-def _dots_int4(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
+def _dots_int4(
+    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
+) -> Any:
     zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 0), OFFSETS, at, tile)
     sums = start_rows(zero)
     q = xi * GROUP
-    for j in range(4):
+    for j in range(step // 8):  # 4, and so is what follows: LLVM unrolls loops only where it knows the step
         lines = lines_of(w, at, offset + j * LINE)
-        sums = dot_rows(sums, low_nibbles(lines), xq, q + 4 * j, GROUP)
-        sums = dot_rows(sums, high_nibbles(lines), xq, q + 4 * j + 16, GROUP)
+        sums = dot_rows(sums, low_nibbles(lines), xq, q + 4 * j, step)
+        sums = dot_rows(sums, high_nibbles(lines), xq, q + 4 * j + 16, step)
     return end_rows(sums, zero)
 
 
 @inline_kernel
-def _two_of_int5(w: Any, at: Any, offset: Any, fifth: Any, j: Any, xq: Any, q: Any, sums: Any) -> Any:
+def _two_of_int5(w: Any, at: Any, offset: Any, fifth: Any, j: Any, xq: Any, step: Any, q: Any, sums: Any) -> Any:
     lines = lines_of(w, at, offset + j * LINE)
-    sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), xq, q + 4 * j, GROUP)
-    return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), xq, q + 4 * j + 16, GROUP)
+    sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), xq, q + 4 * j, step)
+    return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), xq, q + 4 * j + 16, step)
 
 
 @inline_kernel
-def _dots_int5(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
-    zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 1), OFFSETS, at, tile)
+def _dots_int5(
+    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
+) -> Any:
+    sums = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 1), OFFSETS, at, tile)
     q = xi * GROUP
     fifth = lines_of(w, at, offset + 4 * LINE)
-    sums = start_rows(zero)  # in halves: no accumulator of any target overflows
-    sums = _two_of_int5(w, at, offset, fifth, 0, xq, q, sums)
-    sums = _two_of_int5(w, at, offset, fifth, 1, xq, q, sums)
-    half = end_rows(sums, zero)
-    sums = start_rows(half)
-    sums = _two_of_int5(w, at, offset, fifth, 2, xq, q, sums)
-    sums = _two_of_int5(w, at, offset, fifth, 3, xq, q, sums)
-    return end_rows(sums, half)
+    for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
+        so_far = sums
+        sums = start_rows(so_far)
+        if DOT_PANELS == 2:  # LLVM does not unroll this, and without it shifts by variable distances
+            sums = _two_of_int5(w, at, offset, fifth, half, xq, step, q, sums)
+            sums = _two_of_int5(w, at, offset, fifth, half + 1, xq, step, q, sums)
+        else:
+            for j in range(half, half + step // 16):
+                sums = _two_of_int5(w, at, offset, fifth, j, xq, step, q, sums)
+        sums = end_rows(sums, so_far)
+    return sums
 
 
 @inline_kernel
-def _dots_int8(w: Any, at: Any, offset: Any, xq: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any) -> Any:
+def _dots_int8(
+    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
+) -> Any:
     sums = signed_offset_rows(offsets, xi * OFFSETS, OFFSETS, at, tile)
-    for j in range(8):
-        sums = sdot_rows(sums, lines_of(w, at, offset + j * LINE), xq, xi * GROUP + 4 * j, GROUP)
+    for j in range(step // 4):
+        sums = sdot_rows(sums, lines_of(w, at, offset + j * LINE), xq, xi * GROUP + 4 * j, step)
     return sums
 
 
@@ -206,20 +215,20 @@ def _add_outliers(
 
 @inline_kernel
 def _add_block(
-    dots: Any, has_mins: Any, w: Any, at: Any, offset: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    dots: Any, has_mins: Any, w: Any, at: Any, offset: Any, xq: Any, step: Any, xs: Any, offsets: Any, totals: Any,
     xi: Any, tile: Any,
 ) -> Any:  # fmt: skip
     """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
     if has_mins:  # first, as they lie: memory is read fastest in order
         tile = fma_panels(halfs_of(w, at, offset + HALFS), totals, xi, 1, tile)
     codes = offset + (2 * HALFS if has_mins else HALFS)
-    sums = dots(w, at, codes, xq, offsets, xi, has_mins, tile)
+    sums = dots(w, at, codes, xq, step, offsets, xi, has_mins, tile)
     return scale_rows(tile, sums, halfs_of(w, at, offset), xs, xi, 1)
 
 
 @inline_kernel
 def _tile(
-    dots: Any, has_mins: Any, w: Any, at: Any, size: Any, xq: Any, xs: Any, offsets: Any, totals: Any,
+    dots: Any, has_mins: Any, w: Any, at: Any, size: Any, xq: Any, step: Any, xs: Any, offsets: Any, totals: Any,
     columns: Any, places: Any, outliers: Any, first: Any, t: Any, side: Any, groups: Any, zeros: Any, out: Any,
     rows: Any, row: Any, count: Any,
 ) -> None:  # fmt: skip
@@ -227,7 +236,7 @@ def _tile(
     tile = zeros
     xi = t // side * groups * side + t % side
     for g in range(groups):
-        tile = _add_block(dots, has_mins, w, at, g * size, xq, xs, offsets, totals, xi + g * side, tile)
+        tile = _add_block(dots, has_mins, w, at, g * size, xq, step, xs, offsets, totals, xi + g * side, tile)
     tile = _add_outliers(columns, places, outliers, first, t, at, zeros, tile)
     to = t * rows + row
     if count >= len(at) * LANES:
@@ -244,7 +253,7 @@ if DOT_PANELS == 2:
 
     @inline_kernel
     def _panels_at(p: Any, hi: Any, step: Any) -> Any:
-        """Where panel p begins and the next one, or p again if that is the last."""
+        """Where panel p begins and the next one; p twice, and the work of two, if it is the last of an odd number."""
         return p * step, min(p + 1, hi - 1) * step
 
 else:
@@ -257,7 +266,7 @@ else:
 
 def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     """quant_matmul for one kind of weights: how it multiplies, what a column of it is, and its code of 0."""
-    most = block_bytes(kind, True)
+    most = block_bytes(kind, True)  # a constant: what asks for these bytes is unrolled
 
     @part_kernel
     def _one_token(
@@ -279,13 +288,13 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 for line in range(0, most, LINE):
                     for run in range(STREAMS):
                         prefetch_l2(w, at + run * apart + _AHEAD + line)
-                a = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, a)
+                a = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, a)
                 at += apart
-                b = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, b)
+                b = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, b)
                 at += apart
-                c = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, c)
+                c = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, c)
                 at += apart
-                d = _add_block(dots, has_mins, w, (at,), 0, xq, xs, offsets, totals, g, d)
+                d = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, d)
                 while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
                     x = splat_at(outliers, 2 * i + 1)
                     a_kept = fma(_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
@@ -307,6 +316,8 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         """All tokens times panels lo:hi, in tiles."""
         never_inline()
         groups, size, tokens, rows, side = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1], xs.shape[2]
+        # The same, but LLVM does not know: where registers are fewer it would unroll until sums no longer fit them.
+        step = GROUP if DOT_PANELS == 2 else xq.shape[3]
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
         found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
@@ -322,22 +333,22 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 t = first
                 while t < end:
                     left = min(side - t % side, end - t)
-                    if left >= TILE and left != 8 and left != 9:  # better two of four than six and what remains
+                    if left >= TILE and left not in (8, 9):  # of those, two of four leave less
                         _tile(
-                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                            t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
+                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                            first, t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
                         )  # fmt: skip
                         t += TILE
                     elif left >= _FEW:
                         _tile(
-                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                            t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
+                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                            first, t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
                         )  # fmt: skip
                         t += _FEW
                     else:
                         _tile(
-                            dots, has_mins, w, here, size, xq, xs, offsets, totals, columns, places, outliers, first,
-                            t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
+                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                            first, t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
                         )  # fmt: skip
                         t += 1
 

@@ -20,8 +20,8 @@ tokens are side by side: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, tot
 nothing. So a tile of tokens reads memory in order, and distances between tokens are constants.
 
 A few features of a language model are far larger than the rest, and set the scale of their group (LLM.int8(), Dettmers
-et al. 2022). So the four largest numbers of a row are left out of xq and kept whole in outliers (T, 4, 2) float32,
-(column, x), in the order of the columns: one column of W times x is added for each in float32.
+et al. 2022). So the four largest numbers of a row, among its first 65536, are left out of xq and kept whole in outliers
+(T, 4, 2) float32, (column, x), in the order of the columns: one column of W times x is added for each in float32.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # the code o
 OFFSETS = 4  # numbers of one group in ``offsets``
 NO_ZERO = 3  # the offset that is always 0
 OUTLIERS = 4  # numbers of a row that are not rounded
-SIDE = 12  # tokens side by side: two tiles of 6, or three of 4
+SIDE = 12  # tokens side by side: two tiles of 6
 
 
 def block_bytes(kind: int, has_mins: bool) -> int:

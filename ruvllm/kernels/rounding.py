@@ -55,14 +55,14 @@ def _find(a: Any, b: Any, magnitude: Any) -> Any:
 
 
 @inline_kernel
-def _largest(scales: Any, groups: Any) -> Any:
+def _largest(magnitudes: Any, groups: Any) -> Any:
     """The largest of a row's numbers, one of each group, and the first group that has it; 0 if all are 0.
 
     32 groups of which one is NaN do not count.
     """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
-        a, b = _load_group(scales, g, groups - g)
+        a, b = _load_group(magnitudes, g, groups - g)
         here = largest_magnitude(a, b)  # NaN, which is larger than nothing, if there is one
         if here > largest:
             largest, found = here, g + _find(a, b, here)
@@ -116,7 +116,7 @@ def quantize_activations(
     xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
     for t in range(lo, hi):
         row, place = t * columns, t // side * groups * side + t % side
-        out = 0  # outliers that were taken out
+        taken = 0  # outliers that were taken out
         for base in range(0, groups, _SEARCHED):
             count = min(groups - base, _SEARCHED)
             if count % LANES:
@@ -132,14 +132,14 @@ def quantize_activations(
                 magnitudes = f32_load(largest, g)
                 numbers = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
                 f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, numbers))
-                f32_store(largest, g, magnitudes / splat(_STEPS))
+                f32_store(largest, g, magnitudes / splat(_STEPS))  # from here on, the scales
             for g in range(count):
                 first = (base + g) * GROUP
                 a, b = _load_group(xf, row + first, columns - first)
-                while out < OUTLIERS and np.int64(outliers[t, out, 0]) // GROUP == base + g:
-                    if outliers[t, out, 1] != np.float32(0):
-                        a, b = _without(a, b, np.int64(outliers[t, out, 0]) - first)
-                    out += 1
+                while taken < OUTLIERS and np.int64(outliers[t, taken, 0]) // GROUP == base + g:
+                    if outliers[t, taken, 1] != np.float32(0):
+                        a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
+                    taken += 1
                 _round_group(a, b, inverse[g], largest[g], codes, scales, starts, sums, place + (base + g) * side)
         for i in range(OUTLIERS):
             sums[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]

@@ -36,6 +36,16 @@ class Target(NamedTuple):
     features: str
 
 
+# By the magic tuple kernels choose their integer dot products, and, as they are imported, their tiles.
+_PROGRAM = """
+import sys
+from numba.core.registry import cpu_target
+cpu_target.target_context.codegen().magic_tuple = lambda: tuple(sys.argv[1:])
+from ruvllm.lab._cross import answer
+answer()
+"""
+
+
 class Compiled(NamedTuple):
     """Assembly with LLVM's comments, and what its loop vectoriser had to say."""
 
@@ -52,7 +62,7 @@ def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[li
 
     def compiled(target: Target) -> list[Compiled]:
         done = subprocess.run(
-            [sys.executable, "-c", "from ruvllm.lab._cross import answer; answer()"],
+            [sys.executable, "-c", _PROGRAM, *target],
             input=pickle.dumps((target, bodies)), env={**os.environ, "NUMBA_DISABLE_JIT": "0"},
             capture_output=True, check=False,
         )  # fmt: skip
@@ -116,7 +126,6 @@ def _retarget(target: Target) -> None:
     cpu_target.target_context.refresh()
     codegen = cpu_target.target_context.codegen()
     codegen._tm, codegen._data_layout = machine, str(machine.target_data)
-    codegen.magic_tuple = lambda: tuple(target)  # by which kernels choose their integer dot product
     empty_module = codegen._create_empty_module
 
     def module_for_target(name: str) -> Any:

@@ -53,23 +53,24 @@ def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
 def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
     """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; two of them read one quad from the first cache.
 
-    weights (64,) uint8, quads (1024,) int8. Where sums are kept in 16 bits (AVX2) they wrap: nobody reads them.
+    weights (128,) uint8: two vectors, so that no product is like another; quads (1024,) int8. Where sums are kept in
+    16 bits (AVX2) they wrap: nobody reads them.
     """
     for i in range(lo, hi):
         s0, s1, s2, s3 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         s4, s5, s6, s7 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         s8, s9, s10, s11 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
-        w = u8_load(weights, 0)
+        v, w = u8_load(weights, 0), u8_load(weights, 64)
         for turn in range(turns):
             at = (turn & 31) * 32
             a, b = quad_at(quads, at), quad_at(quads, at + 4)
-            s0, s1, s2, s3 = dot_add(s0, w, a), dot_add(s1, w, a), dot_add(s2, w, b), dot_add(s3, w, b)
+            s0, s1, s2, s3 = dot_add(s0, v, a), dot_add(s1, w, a), dot_add(s2, v, b), dot_add(s3, w, b)
             if chains > 4:
                 a, b = quad_at(quads, at + 8), quad_at(quads, at + 12)
-                s4, s5, s6, s7 = dot_add(s4, w, a), dot_add(s5, w, a), dot_add(s6, w, b), dot_add(s7, w, b)
+                s4, s5, s6, s7 = dot_add(s4, v, a), dot_add(s5, w, a), dot_add(s6, v, b), dot_add(s7, w, b)
             if chains > 8:
                 a, b = quad_at(quads, at + 16), quad_at(quads, at + 20)
-                s8, s9, s10, s11 = dot_add(s8, w, a), dot_add(s9, w, a), dot_add(s10, w, b), dot_add(s11, w, b)
+                s8, s9, s10, s11 = dot_add(s8, v, a), dot_add(s9, w, a), dot_add(s10, v, b), dot_add(s11, w, b)
         low = i32_hsum(dot_end(s0) + dot_end(s1)) + i32_hsum(dot_end(s2) + dot_end(s3))
         high = i32_hsum(dot_end(s4) + dot_end(s5)) + i32_hsum(dot_end(s6) + dot_end(s7))
         low += i32_hsum(dot_end(s8) + dot_end(s9)) + i32_hsum(dot_end(s10) + dot_end(s11))

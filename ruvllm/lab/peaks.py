@@ -118,7 +118,7 @@ def int8_dot_peak(threads: int | None = None) -> float:
     threads: None for the physical cores. Raises ValueError for threads that cannot be had.
     """
     threads = _checked(threads)
-    weights, quads, out = np.full(64, 7, np.uint8), np.ones(1024, np.int8), np.empty(threads, np.float32)
+    weights, quads, out = np.full(128, 7, np.uint8), np.ones(1024, np.int8), np.empty(threads, np.float32)
     return max(
         2 * 64 * chains * threads
         * _rate(threads, loops.dot_turns, loops.dot_parallel, chains, weights, quads, out)

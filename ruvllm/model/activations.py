@@ -15,10 +15,10 @@ class Activations:
     """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once, ``of`` says what they now stand for."""
 
     def __init__(self, tokens: int, columns: int) -> None:
-        groups = -(-columns // GROUP) * (tokens + SIDE)  # the last block of tokens may not be full
-        self._codes = aligned_empty(groups * GROUP, np.int8)
-        self._scales, self._totals = aligned_empty(groups), aligned_empty(groups)
-        self._offsets = aligned_empty(groups * OFFSETS, np.int32)
+        n = -(-columns // GROUP) * (tokens + SIDE)  # groups of all tokens; the last block of tokens may not be full
+        self._codes = aligned_empty(n * GROUP, np.int8)
+        self._scales, self._totals = aligned_empty(n), aligned_empty(n)
+        self._offsets = aligned_empty(n * OFFSETS, np.int32)
         self._outliers = aligned_empty((tokens, OUTLIERS, 2))
         self._rounded: Rounded | None = None
         self.x = np.empty((0, columns), np.float32)

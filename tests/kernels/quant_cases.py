@@ -18,7 +18,7 @@ from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quantize import quantize_int4, quantize_int8
 from ruvllm.kernels.rounding import quantize_activations
 
-TOKENS = (*range(1, 14), 17, 64)
+TOKENS = (*range(1, 14), 17, 64, 125)
 SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
 ZEROS = {INT4: 8, INT5: 16, INT8: 0}
 CODES = {INT4: 16, INT5: 32, INT8: 256}  # codes are below

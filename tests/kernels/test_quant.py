@@ -145,6 +145,16 @@ def test_activations_are_rounded_to_the_nearest() -> None:
         np.testing.assert_allclose(found.totals, totals, rtol=1e-5, atol=1e-5 * np.abs(x).max(1).min())
 
 
+def test_rows_of_more_columns_than_are_searched_for_outliers() -> None:
+    rng = np.random.default_rng(12)
+    x = rng.standard_normal((2, 65536 + 77), np.float32)
+    x[0, 65535], x[0, 65536], x[1, 65600], x[1, 7] = 30, -40, 50, 60
+    found = cases.activations(x)
+    assert found.outliers[0, 3].tolist() == [65535, 30] and found.outliers[1, 0].tolist() == [7, 60]
+    steps = np.repeat(found.rows().xs, 32, 1)[:, : x.shape[1]]
+    assert (np.abs(found.matrix()[:, : x.shape[1]] - x) <= 0.501 * steps).all()
+
+
 @EVERY_KIND
 def test_outliers_are_not_rounded(kind: int, mins: bool) -> None:
     """Numbers of one size are exact in 8 bits: all that is left of an error is that of the outliers."""

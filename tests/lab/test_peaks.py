@@ -30,16 +30,16 @@ def test_multiply_adds_are_those_that_are_counted() -> None:
 
 
 def test_dot_products_are_those_that_are_counted() -> None:
-    """Each turn of each chain adds the four products of its quad to each of 16 lanes."""
+    """Each turn of each chain adds the four products of its quad, which two chains share, to each of 16 lanes."""
     random = np.random.default_rng(0)
     quads = random.integers(-127, 128, 1024).astype(np.int8)
     out = np.empty(1, np.float32)
     for chains in _peak_loops.DOT_CHAINS:
         for turns in (1, 8, 33):
-            weights = np.full(64, 1, np.uint8)
+            weights = np.repeat(np.array([1, 3], np.uint8), 64)  # of even and of odd chains
             _peak_loops.dot_turns(turns, chains, weights, quads, out, 0, 1)
-            used = [quads[turn % 32 * 32 :][: 4 * chains].astype(int).sum() for turn in range(turns)]
-            assert out[0] == 16 * sum(used)
+            used = [quads[turn % 32 * 32 :][: 2 * chains].astype(int).sum() for turn in range(turns)]
+            assert out[0] == 16 * (1 + 3) * sum(used)
 
 
 def test_reads_are_those_that_are_counted() -> None:

@@ -27,7 +27,9 @@ LANES = 16
 TILE = 6
 WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # 32 registers of a whole vector
 # Panels at a time in integer products of several tokens: each broadcast of four activations serves two dot products.
-DOT_PANELS = 2 if target_kind(cpu_target.target_context) == "vnni512" else 1
+_DOTS = target_kind(cpu_target.target_context)
+DOT_PANELS = 2 if _DOTS == "vnni512" else 1
+UNROLLS = _DOTS != "neon"  # there unrolled integer products take more registers than there are
 STREAMS = 4  # runs of memory that one token's product reads by turns: one core of a Zen 2 reads 26 GB/s so, from one 18
 
 _AHEAD = 32  # columns

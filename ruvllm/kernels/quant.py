@@ -51,7 +51,7 @@ from ruvllm.kernels._simd import (
     with_fifth_bit,
 )
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels._tile import DOT_PANELS, LANES, STREAMS, TILE
+from ruvllm.kernels._tile import DOT_PANELS, LANES, STREAMS, TILE, UNROLLS
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import (
     GROUP,
@@ -316,8 +316,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         """All tokens times panels lo:hi, in tiles."""
         never_inline()
         groups, size, tokens, rows, side = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1], xs.shape[2]
-        # The same, but LLVM does not know: where registers are fewer it would unroll until sums no longer fit them.
-        step = GROUP if DOT_PANELS == 2 else xq.shape[3]
+        step = GROUP if UNROLLS else xq.shape[3]  # the same, which LLVM then does not know
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
         found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)

@@ -15,20 +15,14 @@ from numba import prange
 
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels._simd import (
-    bits_at,
-    bytes_to_f32,
     dot_rows,
     end_rows,
-    f32_load,
     f32_store,
     f32_store_first,
     f32_zero,
     f32_zeros,
-    find_magnitude,
     fma,
     fma_panels,
-    fma_places,
-    halfs_load,
     halfs_of,
     high_nibbles,
     lines_of,
@@ -39,20 +33,25 @@ from ruvllm.kernels._simd import (
     scale_rows,
     sdot_rows,
     signed_offset_rows,
-    splat,
     splat_at,
     stack_f32,
     stack_i32,
     start_rows,
     store_panels,
-    sum_rows,
-    to_f32,
-    u8_load,
     with_fifth_bit,
 )
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import DOT_PANELS, LANES, STREAMS, TILE, UNROLLS
 from ruvllm.kernels._views import flat
+from ruvllm.kernels.outlier_columns import (
+    add_outliers,
+    column_int4,
+    column_int5,
+    column_int8,
+    list_columns,
+    outlier_column,
+    unpack_columns,
+)
 from ruvllm.kernels.quant_layout import (
     GROUP,
     HALFS,
@@ -76,7 +75,6 @@ _AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
 _LISTED = _AT_ONCE * OUTLIERS
 _UNPACKED = _LISTED * DOT_PANELS * LANES  # floats: 30 or 60 KB, of which little is used
 _AHEAD = 2048  # bytes from what one token reads to what it asks for: a machine's own prefetching ends with each page
-_NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
 _NONE = np.float32(-1)  # no column either, and a whole number
 
 
@@ -136,83 +134,6 @@ def _dots_int8(
     return sums
 
 
-# The codes of column k of the group at byte ``at``, one for each of 16 rows.
-
-
-@inline_kernel
-def _column_int4(w: Any, at: Any, k: Any) -> Any:
-    quad, bit = k >> 2, (k & 3) << 3
-    return to_f32(bits_at(u8_load(w, at + (quad & 3) * LINE), bit + (quad & 4), 4))
-
-
-@inline_kernel
-def _column_int5(w: Any, at: Any, k: Any) -> Any:
-    fifth = to_f32(bits_at(u8_load(w, at + 4 * LINE), ((k & 3) << 3) + (k >> 2), 1))
-    return fma(fifth, splat(np.float32(16)), _column_int4(w, at, k))
-
-
-@inline_kernel
-def _column_int8(w: Any, at: Any, k: Any) -> Any:
-    return bytes_to_f32(u8_load(w, at + (k >> 2) * LINE), k & 3)
-
-
-@inline_kernel
-def _list_columns(outliers: Any, lo: Any, hi: Any, found: Any, places: Any) -> Any:
-    """List each column that is an outlier of tokens lo:hi once in ``found``, and where it stands in ``places``.
-
-    Many tokens have the same ones, so that few are unpacked. Returns how many there are.
-    """
-    count = 0
-    for i in range((hi - lo) * OUTLIERS):
-        k = outliers[2 * (lo * OUTLIERS + i)]
-        block, at = 0, LANES
-        while block < count and at == LANES:
-            at = find_magnitude(f32_load(found, block), k)
-            block += LANES
-        if at < LANES:
-            places[i] = (block - LANES + at) * LANES
-        else:
-            if count % LANES == 0:
-                f32_store(found, count, splat(_NO_COLUMN))
-            found[count] = k
-            places[i] = count * LANES
-            count += 1
-    return count
-
-
-@inline_kernel
-def _column(column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any) -> Any:
-    """Column k of W, in the block at byte ``at``, as it multiplies an outlier; mins do so in the totals."""
-    codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
-    return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)
-
-
-@inline_kernel
-def _unpack_columns(
-    column: Any, zero: Any, has_mins: Any, w: Any, at: Any, size: Any, found: Any, count: Any, columns: Any
-) -> None:
-    """The listed columns of the panels at ``at`` as they multiply outliers; mins do so in the totals."""
-    for i in range(count):
-        k = np.int64(found[i])
-        for panel in range(len(at)):
-            block = at[panel] + k // GROUP * size
-            f32_store(columns, (i * len(at) + panel) * LANES, _column(column, zero, has_mins, w, block, k))
-
-
-@inline_kernel
-def _add_outliers(
-    columns: Any, places: Any, outliers: Any, first: Any, t: Any, at: Any, zeros: Any, tile: Any
-) -> Any:
-    """The tile + the sum of the outliers of the tokens from t on, times their columns of W.
-
-    ``first``: the token at which the places begin.
-    """
-    kept = zeros
-    for i in range(t * OUTLIERS, (t + 1) * OUTLIERS):
-        kept = fma_places(columns, places, i - first * OUTLIERS, outliers, 2 * i + 1, OUTLIERS, at, kept)
-    return sum_rows(tile, kept)
-
-
 @inline_kernel
 def _add_block(
     dots: Any, has_mins: Any, w: Any, at: Any, offset: Any, xq: Any, step: Any, xs: Any, offsets: Any, totals: Any,
@@ -237,7 +158,7 @@ def _tile(
     xi = t // side * groups * side + t % side
     for g in range(groups):
         tile = _add_block(dots, has_mins, w, at, g * size, xq, step, xs, offsets, totals, xi + g * side, tile)
-    tile = _add_outliers(columns, places, outliers, first, t, at, zeros, tile)
+    tile = add_outliers(columns, places, outliers, first, t, at, zeros, tile)
     to = t * rows + row
     if count >= len(at) * LANES:
         store_panels(out, to, rows, at, tile)
@@ -297,10 +218,10 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 d = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, d)
                 while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
                     x = splat_at(outliers, 2 * i + 1)
-                    a_kept = fma(_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
-                    b_kept = fma(_column(column, zero, has_mins, w, at - 2 * apart, k), x, b_kept)
-                    c_kept = fma(_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
-                    d_kept = fma(_column(column, zero, has_mins, w, at, k), x, d_kept)
+                    a_kept = fma(outlier_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
+                    b_kept = fma(outlier_column(column, zero, has_mins, w, at - 2 * apart, k), x, b_kept)
+                    c_kept = fma(outlier_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
+                    d_kept = fma(outlier_column(column, zero, has_mins, w, at, k), x, d_kept)
                     i += 1
                     k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
             f32_store(out, p * LANES, a[0] + a_kept)
@@ -322,12 +243,12 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
         for first in range(0, tokens, _AT_ONCE):
             end = min(first + _AT_ONCE, tokens)
-            count = _list_columns(outliers, first, end, found, places)
+            count = list_columns(outliers, first, end, found, places)
             for p in range(lo, hi, DOT_PANELS):
                 here, after = _panels_at(p, hi, groups * size), (p + DOT_PANELS) * groups * size
                 for at in range(after, after + DOT_PANELS * groups * size, LINE):
                     prefetch_l2(w, at)  # the next ones: columns are read here and there, which no machine foresees
-                _unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
+                unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
                 row, width = p * LANES, min(hi * LANES, rows) - p * LANES
                 t = first
                 while t < end:
@@ -371,9 +292,9 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
 
 _PANELS = {
-    INT4: _panels_of(INT4, _dots_int4, _column_int4, ZERO4),
-    INT5: _panels_of(INT5, _dots_int5, _column_int5, ZERO5),
-    INT8: _panels_of(INT8, _dots_int8, _column_int8, ZERO8),
+    INT4: _panels_of(INT4, _dots_int4, column_int4, ZERO4),
+    INT5: _panels_of(INT5, _dots_int5, column_int5, ZERO5),
+    INT8: _panels_of(INT8, _dots_int8, column_int8, ZERO8),
 }
 
 

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from ruvllm.kernels import _dot_llvm
 from ruvllm.kernels._dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, raises_signed, u8x64
+from ruvllm.kernels._rows_llvm import _at
 from ruvllm.kernels._simd_llvm import LANES, _call, _constant, _pointer, _read_f16, _splat, _target, f32x16, i32x16
 
 __all__ = [
@@ -27,10 +28,6 @@ _RAISED = 2  # the one for weights raised by 128
 
 def _sums(rows: Any) -> types.UniTuple:
     return types.UniTuple(i32x16, rows.count)
-
-
-def _row(builder: ir.IRBuilder, index: ir.Value, step: ir.Value, row: int) -> ir.Value:
-    return builder.add(index, builder.mul(step, step.type(row)))
 
 
 def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -84,7 +81,7 @@ def _splats(context: Any, builder: Any, array: Any, kind: Any, index: ir.Value, 
     """The ``count`` numbers array[index + r step], each in all lanes."""
     found = []
     for row in range(count):
-        pointer = _pointer(context, builder, kind, array, _row(builder, index, step, row), kind.dtype)
+        pointer = _pointer(context, builder, kind, array, _at(builder, index, step, row), kind.dtype)
         found.append(_splat(builder, builder.load(pointer), LANES))
     return found
 
@@ -153,7 +150,7 @@ def _step(add: Any) -> Any:
             rows = len(sums) // len(lines)
             found = list(sums)
             for row in range(rows):
-                pointer = _pointer(context, builder, sig.args[2], xq, _row(builder, index, step, row), types.int8)
+                pointer = _pointer(context, builder, sig.args[2], xq, _at(builder, index, step, row), types.int8)
                 quad = builder.load(builder.bitcast(pointer, ir.IntType(32).as_pointer()))
                 quad.align = 1
                 quads = _splat(builder, quad, LANES)
@@ -220,7 +217,7 @@ def fma_places(
         numbers = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
         found = list(tile)
         for row in range(rows):
-            pointer = _pointer(context, builder, sig.args[1], places, _row(builder, index, step, row), types.int32)
+            pointer = _pointer(context, builder, sig.args[1], places, _at(builder, index, step, row), types.int32)
             place = builder.mul(builder.zext(builder.load(pointer), index.type), index.type(panels))
             for panel in range(panels):
                 here = builder.add(place, index.type(panel * LANES))
@@ -243,7 +240,7 @@ def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile:
         vectors = cgutils.unpack_tuple(builder, tile)
         rows = len(vectors) // sig.args[3].count
         for i, vector in enumerate(vectors):
-            place = builder.add(_row(builder, index, step, i % rows), index.type(i // rows * LANES))
+            place = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))
             pointer = _target(context, builder, sig.args[0], out, place, types.float32)
             builder.store(vector, builder.bitcast(pointer, f32x16.llvm.as_pointer())).align = 4
         return context.get_dummy_value()

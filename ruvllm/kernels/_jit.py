@@ -58,7 +58,7 @@ def as_part(body: Any) -> Any:
 
 def parallel_kernel(function: Callable) -> Any:
     """Compile a kernel whose ``prange`` splits rows over threads; it calls ``kernel`` bodies and never raises."""
-    return _compile(function, fastmath=set(FASTMATH), parallel=True)
+    return _compile(function, fastmath=set(FASTMATH), parallel=True, pipeline_class=_OneMachineCode)
 
 
 class _NoMachineCode(Compiler):
@@ -70,10 +70,33 @@ class _NoMachineCode(Compiler):
         flags.no_cpython_wrapper = True
         flags.no_cfunc_wrapper = True
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        target = copy.copy(self.state.targetctx)  # shares everything but the last step
-        target.get_executable = lambda library, fndesc, env: _not_callable()
-        target.codegen = lambda: _UnoptimizedCodegen(targetctx.codegen())
-        self.state.targetctx = target
+        self.state.targetctx = _leaving_ir(self.state.targetctx, lambda name: False)
+
+
+class _OneMachineCode(Compiler):
+    """Makes machine code of a parallel kernel once.
+
+    Numba makes it four times: of the loop's body, of two wrappers around it, and of the kernel, each with a copy of
+    all that it calls. The first three stay LLVM IR here, for they only become parts of the last.
+    """
+
+    def __init__(
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
+    ) -> None:
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        self.state.targetctx = _leaving_ir(self.state.targetctx, lambda name: name == self.state.func_id.func_qualname)
+
+
+def _leaving_ir(targetctx: Any, runs: Callable[[str], bool]) -> Any:
+    """A target that leaves all libraries as LLVM IR but those of whose name ``runs`` is true."""
+    target = copy.copy(targetctx)  # shares everything but the last step
+    target.cached_internal_func = {}
+    codegen = _UnoptimizedCodegen(targetctx.codegen(), runs)
+    target.codegen = lambda: codegen
+    target.get_executable = lambda library, fndesc, env: (
+        targetctx.get_executable(library, fndesc, env) if runs(library.name) else _not_callable()
+    )
+    return target
 
 
 class _UnoptimizedCodegen:
@@ -83,14 +106,16 @@ class _UnoptimizedCodegen:
     modules define a function the linker takes the first, so that the kernel would call the slow copy.
     """
 
-    def __init__(self, codegen: Any) -> None:
-        self._codegen = codegen
+    def __init__(self, codegen: Any, runs: Callable[[str], bool]) -> None:
+        self._codegen, self._runs = codegen, runs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._codegen, name)
 
     def create_library(self, name: str, **options: Any) -> Any:
         library = self._codegen.create_library(name, **options)
+        if self._runs(name):
+            return library
 
         def finalize() -> None:
             library._finalize_dynamic_globals()

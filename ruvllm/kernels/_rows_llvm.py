@@ -11,7 +11,7 @@ from ruvllm.kernels._views import _view
 
 __all__ = [
     "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "fma_three", "fma_two", "load_rows",
-    "never_inline", "stack_f32", "stack_i32", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
+    "never_inline", "stack_f32", "stack_i32", "stack_i64", "store_rows", "sum_lanes", "sum_rows", "zip_rows",
 ]  # fmt: skip
 
 _I32 = ir.IntType(32)
@@ -247,6 +247,7 @@ def _stack(name: str, element: Any) -> Any:
 
 stack_f32 = _stack("stack_f32", types.float32)
 stack_i32 = _stack("stack_i32", types.int32)
+stack_i64 = _stack("stack_i64", types.int64)
 
 
 @intrinsic

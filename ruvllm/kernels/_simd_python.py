@@ -289,6 +289,10 @@ def stack_i32(count: int) -> Any:
     return np.zeros(count, np.int32)
 
 
+def stack_i64(count: int) -> Any:
+    return np.zeros(count, np.int64)
+
+
 def lines_of(w: Any, at: Any, offset: int) -> Any:
     return tuple(u8_load(w, place + offset) for place in at)
 

@@ -6,8 +6,12 @@ barrier that waits for a thread that never comes hangs. So the team is elastic: 
 first waits briefly for the others and then closes the gate; only those who came in time are members, whoever comes
 later leaves at once. Work is split by the team's size, and results do not depend on it.
 
+Cores are not alike: some are made slower, and any may be busy with something else. So a member's share of large work
+is cut into turns, and who has done its own share takes turns of the others.
+
 ``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
-many barriers it has reached; each on cache lines of its own, so that a barrier moves one line from each to the others.
+many barriers it has reached, and how many turns of its shares are taken; each on cache lines of its own, so that a
+barrier moves one line from each to the others.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,17 +23,19 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause
 
-__all__ = ["barrier", "call_address", "join_team", "part", "sync_size"]
+__all__ = ["barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn"]
 
-_TICKET, _SIZE, _MEMBERS = 0, 16, 32
 _APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
+_TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
+_TURNS = _MEMBERS + _APART  # of a member's second line
+_SHARES = 3  # that a member may have between two barriers
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
 _GRACE = 20000  # pauses (some 200 us) that the first member waits for the others
 
 
 def sync_size(threads: int) -> int:
     """Numbers that the team of a region of ``threads`` threads needs."""
-    return _MEMBERS + threads * _APART
+    return _MEMBERS + threads * 2 * _APART
 
 
 @inline_kernel
@@ -54,13 +60,28 @@ def join_team(sync: Any, wanted: Any) -> Any:
 @inline_kernel
 def barrier(sync: Any, rank: Any, size: Any) -> None:
     """Wait until all ``size`` members are here; what each wrote before is visible to all after."""
-    if size == 1:
-        return
-    reached = atomic_load(sync, _MEMBERS + rank * _APART) + 1
-    atomic_store(sync, _MEMBERS + rank * _APART, reached)
+    mine = 2 * rank * _APART
+    reached = atomic_load(sync, _MEMBERS + mine) + 1
+    atomic_store(sync, _MEMBERS + mine, reached)
     for other in range(size):
-        while atomic_load(sync, _MEMBERS + other * _APART) < reached:
+        while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
             pause()
+    # Nobody is in the shares from before this barrier any more. Those between it and the next have turns of their own.
+    for share in range(_SHARES):
+        atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * _SHARES + share, 0)
+
+
+@inline_kernel
+def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
+    """Where the turns of a member's share, one of _SHARES between two barriers, are counted: for take_turn."""
+    reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
+    return _TURNS + 2 * member * _APART + reached % 2 * _SHARES + share
+
+
+@inline_kernel
+def take_turn(counts: Any, share: Any) -> Any:
+    """The number of a turn that is the caller's alone, from 0 on; there may be none of that number."""
+    return atomic_add(counts, share, 1)
 
 
 @inline_kernel

@@ -26,7 +26,7 @@ from ruvllm.kernels import (
 from ruvllm.kernels._attention_tile import CHUNK
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import barrier, join_team, part
+from ruvllm.kernels._team import barrier, join_team, part, share_of, take_turn
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
@@ -57,7 +57,8 @@ FIELDS = 7  # layout, weights, whether they have mins, bias, rows, columns, adap
 _WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
 ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
 ADAPTER_FIELDS = 5  # layout (F32 or Q8), down, up, rank, scales
-ADAPTERS_AT_ONCE = 3  # matrices that share an input: q, k, v
+AT_ONCE = 3  # matrices that share an input: q, k, v
+_UNITS = 4  # of attention, that make a turn
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
 MATRIX_FIELDS = _ATTN_NORM = 7 * FIELDS
 _MLP_NORM = _ATTN_NORM + 1
@@ -68,9 +69,9 @@ LAYER_FIELDS = _MLP_NORM + 1
     THREADS, TOKENS, LOGIT_ROWS, FIRST_LAYER, LAYER_END, HIDDEN, FEED, HEADS, KV_HEADS, DIM, VOCABULARY, WINDOW, CHUNKS,
     WIDEST, SCRATCH_SIZE, BLOCKS, KEY_ROWS, WIDE, KV_BYTES, SYNC_SIZE,
     SYNC, FLOATS, LAYERS, HEAD, NORM, POSITIONS, COS, SIN, KEYS, VALUES, X, SUMS_OF, Q, K, V, ATTENDED, GATE, UP,
-    PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, OUTLIERS_OF, SCRATCH,
+    ACTIVATED, PARTIAL, LOGITS, INPUT, LOW, LOW_SIZE, XQ, XS, OFFSETS_OF, TOTALS, OUTLIERS_OF, SCRATCH,
     TABLE_SIZE,
-) = range(50)  # fmt: skip
+) = range(51)  # fmt: skip
 
 
 def thread_scratch(head_dim: int, group: int) -> int:
@@ -89,17 +90,10 @@ def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
 
 
 @inline_kernel
-def _share(count: Any, rank: Any, size: Any) -> Any:
-    """The elements of a row whose panels are this member's."""
-    lo, hi = part((count + LANES - 1) // LANES, rank, size)
-    return lo * LANES, min(hi * LANES, count)
-
-
-@inline_kernel
 def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
-    """Columns lo:hi of x += y."""
-    for row in range(x.shape[0]):
-        for i in range(lo, hi):
+    """Rows lo:hi of x += y."""
+    for row in range(lo, hi):
+        for i in range(x.shape[1]):
             x[row, i] += y[row, i]
 
 
@@ -144,7 +138,7 @@ def _adapter(t: Any, table: Any, layer: Any, at: Any) -> Any:
     For one token: PARTS rows of sums that members share, then the row h of each member.
     """
     numbers = array_at(table[layer, at + ADAPTER], ADAPTER_FIELDS, np.int64)
-    slot = at // FIELDS % ADAPTERS_AT_ONCE
+    slot = at // FIELDS % AT_ONCE
     return numbers, (numbers[3] + LANES - 1) // LANES, t[LOW] + slot * t[LOW_SIZE] * 4
 
 
@@ -190,28 +184,35 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
 
     @part_kernel
     def _matrix(
-        t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, rank: Any, size: Any
-    ) -> None:
-        """out (T, N) = x W^T + bias for this member's share of the rows of the matrix at table[layer, at:]."""
+        t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, sync: Any, rank: Any, size: Any
+    ) -> None:  # fmt: skip
+        """out (T, N) = x W^T + bias with the matrix at table[layer, at:]: this member's share, and what is left of
+
+        others'. What is added to a share afterwards needs the whole of it: then each member does its own.
+        """
         layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
         count = (rows + LANES - 1) // LANES
         lo, hi = part(count, rank, size)
-        weights = table[layer, at + _WEIGHTS]
+        weights, bias, adapter = table[layer, at + _WEIGHTS], table[layer, at + _BIAS], table[layer, at + ADAPTER]
         if products is not None and layout <= Q8:
             groups = (columns + GROUP - 1) // GROUP
             has_mins = table[layer, at + _HAS_MINS]
             blocks = array_at(weights, (count, groups, _block_bytes(layout, has_mins)), np.uint8)
             xq, xs, offsets, totals, outliers = _rounded(t, mine, x.shape[0], columns)
-            products(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+            for i in range(1 if bias or adapter else size):
+                member = (rank + i) % size
+                first, end = part(count, member, size)
+                share = share_of(sync, rank, member, at // FIELDS % AT_ONCE)
+                products(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, first, end, sync, share)
         elif float_weights is not None:
             w = array_at(weights, (count, columns, LANES), float_weights)
             panels_matmul(w, x, out, lo, hi)
-        if table[layer, at + _BIAS]:
-            bias = array_at(table[layer, at + _BIAS], rows, np.float32)
+        if bias:
+            numbers = array_at(bias, rows, np.float32)
             for row in range(x.shape[0]):
                 for i in range(lo * LANES, min(hi * LANES, rows)):
-                    out[row, i] += bias[i]
-        if table[layer, at + ADAPTER]:
+                    out[row, i] += numbers[i]
+        if adapter:
             _adapter_up(t, table, layer, at, mine, out, lo, hi)
 
     return _matrix
@@ -238,13 +239,20 @@ def _append(t: Any, layer: Any, kv: Any, k: Any, v: Any, positions: Any, lo: Any
 
 @part_kernel
 def _attend(
-    t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, rank: Any, size: Any
-) -> None:
-    """Attention of many tokens over the cache of one layer: this member's share of the units."""
+    t: Any, layer: Any, kv: Any, q: Any, attended: Any, positions: Any, scale: Any, sync: Any, rank: Any, size: Any
+) -> None:  # fmt: skip
+    """Attention of many tokens over the cache of one layer: this member's units, and what is left of others'."""
     _, units = _split(q.shape[0], q.shape[1], t[KV_HEADS])
-    lo, hi = part(units, rank, size)
-    keys, values = _keys(t, layer, kv), _values(t, layer, kv)
-    attend_units(q, keys, values, positions, t[WINDOW], scale, attended, _scratch(t, rank), lo, hi)
+    keys, values, scratch = _keys(t, layer, kv), _values(t, layer, kv), _scratch(t, rank)
+    for i in range(size):
+        member = (rank + i) % size
+        first, end = part(units, member, size)
+        share = share_of(sync, rank, member, np.int64(0))
+        lo = first + take_turn(sync, share) * _UNITS
+        while lo < end:
+            hi = min(lo + _UNITS, end)
+            attend_units(q, keys, values, positions, t[WINDOW], scale, attended, scratch, lo, hi)
+            lo = first + take_turn(sync, share) * _UNITS
 
 
 @part_kernel
@@ -297,7 +305,7 @@ def _logits_of(matrix: Any) -> Any:
         if _round(t, head, np.int64(0), np.int64(0), np.int64(FIELDS), h, mine, lo, hi, rank, size):
             barrier(sync, rank, size)
         out = _floats(t[LOGITS], rows, t[VOCABULARY])
-        matrix(t, head, np.int64(0), np.int64(0), h, mine, out, rank, size)
+        matrix(t, head, np.int64(0), np.int64(0), h, mine, out, sync, rank, size)
 
     return _logits
 
@@ -315,9 +323,9 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
     def forward_member(table: Any) -> None:
         """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
-        For one token every member norms, and rounds to 8 bits, for itself: cheaper than waiting for another. For
-        more, members share the tokens out, and a barrier follows. ``INPUT``, ``XQ`` .. ``OUTLIERS_OF`` hold one
-        token per member, or all tokens.
+        For one token every member adds, norms, and rounds to 8 bits, for itself: cheaper than waiting for another.
+        For more, members share the tokens out, and a barrier follows. ``X``, ``ACTIVATED``, ``ATTENDED``, ``INPUT``,
+        ``XQ`` .. ``OUTLIERS_OF`` hold one token per member, or all tokens.
         """
         t = array_at(table, TABLE_SIZE, np.int64)
         sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
@@ -329,19 +337,20 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
         layers = array_at(t[LAYERS], (t[LAYER_END], LAYER_FIELDS), np.int64)
         cos, sin = _floats(t[COS], T, dim // 2), _floats(t[SIN], T, dim // 2)
         positions = array_at(t[POSITIONS], T, np.int64)
-        x, sums_of = _floats(t[X], T, E), _floats(t[SUMS_OF], T, E)
-        q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
-        gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
-        q_heads = _heads(t[Q], T, heads, dim)
-        k_heads, v_heads = _heads(t[K], T, kv_heads, dim), _heads(t[V], T, kv_heads, dim)
         alone = T == 1
         mine = rank if alone else 0
+        lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
+        x, sums_of = _floats(t[X] + mine * E * 4, T, E), _floats(t[SUMS_OF], T, E)
+        q, k, v = _floats(t[Q], T, heads * dim), _floats(t[K], T, kv_heads * dim), _floats(t[V], T, kv_heads * dim)
+        gate, up = _floats(t[GATE], T, F), _floats(t[UP], T, F)
+        activated = _floats(t[ACTIVATED] + mine * F * 4 if alone else t[GATE], T, F)
+        q_heads = _heads(t[Q], T, heads, dim)
+        k_heads, v_heads = _heads(t[K], T, kv_heads, dim), _heads(t[V], T, kv_heads, dim)
         attended_at = t[ATTENDED] + mine * heads * dim * 4
         attended, attended_heads = _floats(attended_at, T, heads * dim), _heads(attended_at, T, heads, dim)
         h = _floats(t[INPUT] + mine * E * 4, T, E)
-        lo, hi = (np.int64(0), np.int64(1)) if alone else part(T, rank, size)  # the tokens of this member
-        e_lo, e_hi = _share(E, rank, size)
-        f_lo, f_hi = _share(F, rank, size)
+        if mine > 0:  # nobody adds to the first one's token before the first barrier
+            x[0] = _floats(t[X], 1, E)[0]
         # np.int64(_O) and the like: a literal argument would make numba compile the function once more for each value.
         for layer in range(t[FIRST_LAYER], t[LAYER_END]):
             rms_norm_rows(x, array_at(layers[layer, _ATTN_NORM], E, np.float32), eps, h, lo, hi)
@@ -349,7 +358,7 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
                 barrier(sync, rank, size)
             for at in range(_Q, _O, FIELDS):
                 out = q if at == _Q else (k if at == _K else v)
-                matrix(t, layers, layer, at, h, mine, out, rank, size)
+                matrix(t, layers, layer, at, h, mine, out, sync, rank, size)
             barrier(sync, rank, size)
             if alone:
                 _attend_token(
@@ -361,26 +370,27 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
                 rope_rows(k_heads, cos, sin, np.float32(1), k_heads, lo * kv_heads, hi * kv_heads)
                 _append(t, layer, kv, k_heads[lo:hi], v_heads[lo:hi], positions[lo:hi], np.int64(0), kv_heads)
                 barrier(sync, rank, size)
-                _attend(t, layer, kv, q_heads, attended_heads, positions, scale, rank, size)
+                _attend(t, layer, kv, q_heads, attended_heads, positions, scale, sync, rank, size)
                 barrier(sync, rank, size)
             if _round(t, layers, layer, np.int64(_O), np.int64(_GATE), attended, mine, lo, hi, rank, size):
                 barrier(sync, rank, size)
-            matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, rank, size)
-            _add(x, sums_of, e_lo, e_hi)
+            matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, sync, rank, size)
             barrier(sync, rank, size)
+            _add(x, sums_of, lo, hi)
             rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
             if _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi, rank, size):
                 barrier(sync, rank, size)
             for at in range(_GATE, _DOWN, FIELDS):
                 out = gate if at == _GATE else up
-                matrix(t, layers, layer, at, h, mine, out, rank, size)
-            for row in range(T):
-                silu_mul_range(flat(gate), flat(up), flat(gate), row * F + f_lo, row * F + f_hi)
+                matrix(t, layers, layer, at, h, mine, out, sync, rank, size)
             barrier(sync, rank, size)
-            if _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), gate, mine, lo, hi, rank, size):
+            silu_mul_range(flat(gate), flat(up), flat(activated), lo * F, hi * F)
+            if _round(t, layers, layer, np.int64(_DOWN), np.int64(_ATTN_NORM), activated, mine, lo, hi, rank, size):
                 barrier(sync, rank, size)
-            matrix(t, layers, layer, np.int64(_DOWN), gate, mine, sums_of, rank, size)
-            _add(x, sums_of, e_lo, e_hi)
+            matrix(t, layers, layer, np.int64(_DOWN), activated, mine, sums_of, sync, rank, size)
+            barrier(sync, rank, size)
+            _add(x, sums_of, lo, hi)
+        if not alone:
             barrier(sync, rank, size)
         logits(t, x, eps, sync, rank, size)
 

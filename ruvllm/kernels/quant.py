@@ -36,10 +36,12 @@ from ruvllm.kernels._simd import (
     splat_at,
     stack_f32,
     stack_i32,
+    stack_i64,
     start_rows,
     store_panels,
     with_fifth_bit,
 )
+from ruvllm.kernels._team import take_turn
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import DOT_PANELS, LANES, STREAMS, TILE, UNROLLS
 from ruvllm.kernels._views import flat
@@ -192,23 +194,27 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     @part_kernel
     def _one_token(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, step: Any,
-    ) -> None:  # fmt: skip
-        """The only token times STREAMS runs of ``step`` panels from lo on, read side by side: memory is the limit."""
+        out: Any, lo: Any, turns: Any, counts: Any, share: Any,
+    ) -> Any:  # fmt: skip
+        """The only token times STREAMS panels a turn, read side by side: memory is the limit. Returns a later turn."""
         never_inline()
         groups, size = blocks.shape[1], blocks.shape[2]
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
-        for p in range(lo, lo + step):
+        apart = groups * size
+        ahead = min(_AHEAD // size, groups)  # in groups: from what is read to what is asked for
+        turn = take_turn(counts, share)
+        while turn < turns:
+            p = lo + STREAMS * turn
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
             a_kept, b_kept, c_kept, d_kept = f32_zero(), f32_zero(), f32_zero(), f32_zero()
             i, k = 0, np.int64(outliers[0])
-            apart = step * groups * size
             for g in range(groups):
-                at = (p * groups + g) * size
+                at = p * apart + g * size
+                asked = at + ahead * size + (0 if g + ahead < groups else (STREAMS - 1) * apart)  # of the next turn
                 for line in range(0, most, LINE):
                     for run in range(STREAMS):
-                        prefetch_l2(w, at + run * apart + _AHEAD + line)
+                        prefetch_l2(w, asked + run * apart + line)
                 a = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, a)
                 at += apart
                 b = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, b)
@@ -225,68 +231,83 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                     i += 1
                     k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
             f32_store(out, p * LANES, a[0] + a_kept)
-            f32_store(out, (p + step) * LANES, b[0] + b_kept)
-            f32_store(out, (p + 2 * step) * LANES, c[0] + c_kept)
-            f32_store(out, (p + 3 * step) * LANES, d[0] + d_kept)
+            f32_store(out, (p + 1) * LANES, b[0] + b_kept)
+            f32_store(out, (p + 2) * LANES, c[0] + c_kept)
+            f32_store(out, (p + 3) * LANES, d[0] + d_kept)
+            turn = take_turn(counts, share)
+        return turn
 
     @part_kernel
     def _tokens(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any,
+        out: Any, lo: Any, hi: Any, turn: Any, turns: Any, counts: Any, share: Any,
     ) -> None:  # fmt: skip
-        """All tokens times panels lo:hi, in tiles."""
+        """All tokens times panels lo:hi, in tiles: _AT_ONCE tokens and DOT_PANELS panels a turn, from ``turn`` on.
+
+        ``turns``: how many there were before.
+        """
         never_inline()
         groups, size, tokens, rows, side = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1], xs.shape[2]
         step = GROUP if UNROLLS else xq.shape[3]  # the same, which LLVM then does not know
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
         found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
-        for first in range(0, tokens, _AT_ONCE):
+        wide = (hi - lo + DOT_PANELS - 1) // DOT_PANELS
+        last = turns + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
+        listed, count = -1, 0
+        while turn < last:
+            first, p = (turn - turns) // wide * _AT_ONCE, lo + (turn - turns) % wide * DOT_PANELS
             end = min(first + _AT_ONCE, tokens)
-            count = list_columns(outliers, first, end, found, places)
-            for p in range(lo, hi, DOT_PANELS):
-                here, after = _panels_at(p, hi, groups * size), (p + DOT_PANELS) * groups * size
-                for at in range(after, after + DOT_PANELS * groups * size, LINE):
-                    prefetch_l2(w, at)  # the next ones: columns are read here and there, which no machine foresees
-                unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
-                row, width = p * LANES, min(hi * LANES, rows) - p * LANES
-                t = first
-                while t < end:
-                    left = min(side - t % side, end - t)
-                    if left >= TILE and left not in (8, 9):  # of those, two of four leave less
-                        _tile(
-                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                            first, t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
-                        )  # fmt: skip
-                        t += TILE
-                    elif left >= _FEW:
-                        _tile(
-                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                            first, t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
-                        )  # fmt: skip
-                        t += _FEW
-                    else:
-                        _tile(
-                            dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                            first, t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
-                        )  # fmt: skip
-                        t += 1
+            if first != listed:
+                listed, count = first, list_columns(outliers, first, end, found, places)
+            here, after = _panels_at(p, hi, groups * size), (p + DOT_PANELS) * groups * size
+            for at in range(after, after + DOT_PANELS * groups * size, LINE):
+                prefetch_l2(w, at)  # the next ones: columns are read here and there, which no machine foresees
+            unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
+            row, width = p * LANES, min(hi * LANES, rows) - p * LANES
+            t = first
+            while t < end:
+                left = min(side - t % side, end - t)
+                if left >= TILE and left not in (8, 9):  # of those, two of four leave less
+                    _tile(
+                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                        first, t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
+                    )  # fmt: skip
+                    t += TILE
+                elif left >= _FEW:
+                    _tile(
+                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                        first, t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
+                    )  # fmt: skip
+                    t += _FEW
+                else:
+                    _tile(
+                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
+                        first, t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
+                    )  # fmt: skip
+                    t += 1
+            turn = take_turn(counts, share)
 
     @inline_kernel
     def _panels(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any,
+        out: Any, lo: Any, hi: Any, counts: Any, share: Any,
     ) -> None:  # fmt: skip
-        """quant_matmul for one kind of weights."""
-        step = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
-        if out.shape[0] == 1 and step > 0:
-            if has_mins:  # constants, so that each has code of its own: one loop for both spills registers
-                _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
-            else:
-                _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, step)
-            lo += STREAMS * step
+        """quant_matmul for one kind of weights, as many turns of it as there are left."""
+        turns = 0
+        if out.shape[0] == 1:
+            turns = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
+        if turns == 0:
+            turn = take_turn(counts, share)
+        elif has_mins:  # constants, so that each has code of its own: one loop for both spills registers
+            turn = _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share)
+        else:
+            turn = _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share)
+        lo += STREAMS * turns
         if lo < hi:
-            _tokens(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+            _tokens(
+                has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, turn, turns, counts, share
+            )  # fmt: skip
 
     return _panels
 
@@ -300,20 +321,23 @@ _PANELS = {
 
 @cache
 def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
-    """quant_matmul as a part of larger kernels, for these kinds alone: each takes seconds to compile."""
+    """quant_matmul as a part of larger kernels, for these kinds alone: each takes seconds to compile.
+
+    It does turns of the panels lo:hi, which are numbered by counts[share] (see _team.py), until there are none left.
+    """
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
     def products(
         kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any,
+        out: Any, lo: Any, hi: Any, counts: Any, share: Any,
     ) -> None:  # fmt: skip
         if int4 is not None and kind == INT4:
-            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
         if int5 is not None and kind == INT5:
-            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
         if int8 is not None and kind == INT8:
-            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
 
     return products
 
@@ -327,7 +351,9 @@ def quant_matmul(
     out: Any, lo: Any, hi: Any,
 ) -> None:  # fmt: skip
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
-    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+    counts = stack_i64(1)
+    counts[0] = 0
+    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, 0)
 
 
 @parallel_kernel

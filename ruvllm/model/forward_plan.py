@@ -120,7 +120,7 @@ class ForwardBuffers:
         scratch = f.thread_scratch(D, heads // kv_heads)
         self.tokens, self.threads, self.rows = tokens, threads, rows
         self.rank = 0  # of the widest adapters that there is room for
-        self.x = aligned_empty((tokens, E))
+        self.x = aligned_empty((rows, E))
         self.positions = np.zeros(tokens, np.int64)
         self.sync = aligned_empty(sync_size(threads), np.int64)
         window = NO_WINDOW if config.sliding_window is None else config.sliding_window
@@ -139,6 +139,7 @@ class ForwardBuffers:
             f.Q: aligned_empty((tokens, heads * D)), f.ATTENDED: aligned_empty((rows, heads * D)),
             f.K: aligned_empty((tokens, kv_heads * D)), f.V: aligned_empty((tokens, kv_heads * D)),
             f.GATE: aligned_empty((tokens, F)), f.UP: aligned_empty((tokens, F)),
+            f.ACTIVATED: aligned_empty((threads, F)),
             f.PARTIAL: aligned_empty((heads, chunks, partial_width(D))),
             f.XQ: aligned_empty((sides, groups * GROUP), np.int8), f.XS: aligned_empty((sides, groups)),
             f.OFFSETS_OF: aligned_empty((sides, groups, OFFSETS), np.int32), f.TOTALS: aligned_empty((sides, groups)),
@@ -154,7 +155,7 @@ class ForwardBuffers:
         """Make room for adapters of this rank."""
         if rank > self.rank:
             size = (PARTS + self.rows) * panel_count(rank) * LANES
-            low = self.arrays[f.LOW] = aligned_empty((f.ADAPTERS_AT_ONCE, size))
+            low = self.arrays[f.LOW] = aligned_empty((f.AT_ONCE, size))
             self.table[f.LOW], self.table[f.LOW_SIZE] = low.ctypes.data, size
             self.rank = rank
 

@@ -79,8 +79,15 @@ def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
 
 
 @inline_kernel
-def take_turn(counts: Any, share: Any) -> Any:
-    """The number of a turn that is the caller's alone, from 0 on; there may be none of that number."""
+def take_turn(counts: Any, share: Any, alone: Any) -> Any:
+    """The number of a turn that is the caller's alone, from 0 on; there may be none of that number.
+
+    alone: nobody else takes turns. An atomic addition lets no later read begin before it: some percent of a token.
+    """
+    if alone:
+        turn = counts[share]
+        counts[share] = turn + 1
+        return turn
     return atomic_add(counts, share, 1)
 
 

@@ -203,7 +203,10 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
                 member = (rank + i) % size
                 first, end = part(count, member, size)
                 share = share_of(sync, rank, member, at // FIELDS % AT_ONCE)
-                products(layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, first, end, sync, share)
+                products(
+                    layout, has_mins, blocks, xq, xs, offsets, totals, outliers, out, first, end,
+                    sync, share, size == 1,
+                )  # fmt: skip
         elif float_weights is not None:
             w = array_at(weights, (count, columns, LANES), float_weights)
             panels_matmul(w, x, out, lo, hi)
@@ -248,11 +251,11 @@ def _attend(
         member = (rank + i) % size
         first, end = part(units, member, size)
         share = share_of(sync, rank, member, np.int64(0))
-        lo = first + take_turn(sync, share) * _UNITS
+        lo = first + take_turn(sync, share, size == 1) * _UNITS
         while lo < end:
             hi = min(lo + _UNITS, end)
             attend_units(q, keys, values, positions, t[WINDOW], scale, attended, scratch, lo, hi)
-            lo = first + take_turn(sync, share) * _UNITS
+            lo = first + take_turn(sync, share, size == 1) * _UNITS
 
 
 @part_kernel

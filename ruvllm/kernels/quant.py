@@ -194,27 +194,28 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     @part_kernel
     def _one_token(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, turns: Any, counts: Any, share: Any,
+        out: Any, lo: Any, turns: Any, counts: Any, share: Any, alone: Any,
     ) -> Any:  # fmt: skip
-        """The only token times STREAMS panels a turn, read side by side: memory is the limit. Returns a later turn."""
+        """The only token times STREAMS runs of ``turns`` panels from lo on, read side by side: memory is the limit.
+
+        A turn is one panel of each run. Returns the first turn that there is not.
+        """
         never_inline()
         groups, size = blocks.shape[1], blocks.shape[2]
         w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
         outliers, out = flat(outliers), flat(out)
-        apart = groups * size
-        ahead = min(_AHEAD // size, groups)  # in groups: from what is read to what is asked for
-        turn = take_turn(counts, share)
+        apart = turns * groups * size
+        turn = take_turn(counts, share, alone)
         while turn < turns:
-            p = lo + STREAMS * turn
+            p = lo + turn
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
             a_kept, b_kept, c_kept, d_kept = f32_zero(), f32_zero(), f32_zero(), f32_zero()
             i, k = 0, np.int64(outliers[0])
             for g in range(groups):
-                at = p * apart + g * size
-                asked = at + ahead * size + (0 if g + ahead < groups else (STREAMS - 1) * apart)  # of the next turn
+                at = (p * groups + g) * size
                 for line in range(0, most, LINE):
                     for run in range(STREAMS):
-                        prefetch_l2(w, asked + run * apart + line)
+                        prefetch_l2(w, at + run * apart + _AHEAD + line)
                 a = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, a)
                 at += apart
                 b = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, b)
@@ -231,16 +232,16 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                     i += 1
                     k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
             f32_store(out, p * LANES, a[0] + a_kept)
-            f32_store(out, (p + 1) * LANES, b[0] + b_kept)
-            f32_store(out, (p + 2) * LANES, c[0] + c_kept)
-            f32_store(out, (p + 3) * LANES, d[0] + d_kept)
-            turn = take_turn(counts, share)
+            f32_store(out, (p + turns) * LANES, b[0] + b_kept)
+            f32_store(out, (p + 2 * turns) * LANES, c[0] + c_kept)
+            f32_store(out, (p + 3 * turns) * LANES, d[0] + d_kept)
+            turn = take_turn(counts, share, alone)
         return turn
 
     @part_kernel
     def _tokens(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, turn: Any, turns: Any, counts: Any, share: Any,
+        out: Any, lo: Any, hi: Any, turn: Any, turns: Any, counts: Any, share: Any, alone: Any,
     ) -> None:  # fmt: skip
         """All tokens times panels lo:hi, in tiles: _AT_ONCE tokens and DOT_PANELS panels a turn, from ``turn`` on.
 
@@ -286,27 +287,27 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                         first, t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
                     )  # fmt: skip
                     t += 1
-            turn = take_turn(counts, share)
+            turn = take_turn(counts, share, alone)
 
     @inline_kernel
     def _panels(
         has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, counts: Any, share: Any,
+        out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any,
     ) -> None:  # fmt: skip
         """quant_matmul for one kind of weights, as many turns of it as there are left."""
         turns = 0
         if out.shape[0] == 1:
             turns = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
         if turns == 0:
-            turn = take_turn(counts, share)
+            turn = take_turn(counts, share, alone)
         elif has_mins:  # constants, so that each has code of its own: one loop for both spills registers
-            turn = _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share)
+            turn = _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share, alone)
         else:
-            turn = _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share)
+            turn = _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share, alone)
         lo += STREAMS * turns
         if lo < hi:
             _tokens(
-                has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, turn, turns, counts, share
+                has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, turn, turns, counts, share, alone
             )  # fmt: skip
 
     return _panels
@@ -330,14 +331,14 @@ def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
     @part_kernel
     def products(
         kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, counts: Any, share: Any,
+        out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any,
     ) -> None:  # fmt: skip
         if int4 is not None and kind == INT4:
-            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
+            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
         if int5 is not None and kind == INT5:
-            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
+            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
         if int8 is not None and kind == INT8:
-            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share)
+            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
 
     return products
 
@@ -353,7 +354,7 @@ def quant_matmul(
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     counts = stack_i64(1)
     counts[0] = 0
-    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, 0)
+    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, 0, True)
 
 
 @parallel_kernel

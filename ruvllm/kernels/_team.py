@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 
 if TYPE_CHECKING or DISABLE_JIT:
-    from ruvllm.kernels._team_python import atomic_add, atomic_load, atomic_store, call_address, pause
+    from ruvllm.kernels._team_python import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
 else:
-    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause
+    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
 
 __all__ = ["barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn"]
 
@@ -30,12 +30,22 @@ _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
 _TURNS = _MEMBERS + _APART  # of a member's second line
 _SHARES = 3  # that a member may have between two barriers
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
-_GRACE = 20000  # pauses (some 200 us) that the first member waits for the others
+_GRACE = 20000  # pauses (0.2 to 1 ms) that the first member waits for the others
+_PATIENCE = 1000  # pauses after which a waiting member lets others have its core: it may be what they wait for
 
 
 def sync_size(threads: int) -> int:
     """Numbers that the team of a region of ``threads`` threads needs."""
     return _MEMBERS + threads * 2 * _APART
+
+
+@inline_kernel
+def _wait(waited: Any) -> Any:
+    """One more pause."""
+    pause()
+    if waited % _PATIENCE == _PATIENCE - 1:
+        yield_core()
+    return waited + 1
 
 
 @inline_kernel
@@ -47,13 +57,13 @@ def join_team(sync: Any, wanted: Any) -> Any:
     if rank == 0:
         waited = 0
         while waited < _GRACE and atomic_load(sync, _TICKET) < wanted:
-            pause()
-            waited += 1
+            waited = _wait(waited)
         size = atomic_add(sync, _TICKET, _CLOSED)
         atomic_store(sync, _SIZE, size)
         return rank, size
+    waited = 0
     while atomic_load(sync, _SIZE) == 0:
-        pause()
+        waited = _wait(waited)
     return rank, atomic_load(sync, _SIZE)
 
 
@@ -63,9 +73,10 @@ def barrier(sync: Any, rank: Any, size: Any) -> None:
     mine = 2 * rank * _APART
     reached = atomic_load(sync, _MEMBERS + mine) + 1
     atomic_store(sync, _MEMBERS + mine, reached)
+    waited = 0
     for other in range(size):
         while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
-            pause()
+            waited = _wait(waited)
     # Nobody is in the shares from before this barrier any more. Those between it and the next have turns of their own.
     for share in range(_SHARES):
         atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * _SHARES + share, 0)

@@ -66,6 +66,21 @@ def pause(typingctx: Any) -> Any:
 
 
 @intrinsic
+def yield_core(typingctx: Any) -> Any:
+    """Let another thread have this core, if one waits for it. Windows finds one of its own accord."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if "windows" not in context.codegen().magic_tuple()[0]:
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.IntType(32), []), "sched_yield"
+            )
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def call_address(typingctx: Any, address: Any, argument: Any) -> Any:
     """Call the C function ``void f(int64_t)`` at an address."""
 

@@ -77,7 +77,8 @@ class _OneMachineCode(Compiler):
     """Makes machine code of a parallel kernel once.
 
     Numba makes it four times: of the loop's body, of two wrappers around it, and of the kernel, each with a copy of
-    all that it calls. The first three stay LLVM IR here, for they only become parts of the last.
+    all that it calls. The first three stay LLVM IR here, for they only become parts of the last. So nothing in the loop
+    may need Python, not even print.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ def _leaving_ir(targetctx: Any, runs: Callable[[str], bool]) -> Any:
 class _UnoptimizedCodegen:
     """Numba's code generator, but its libraries leave the rest to the kernel that they become a part of.
 
-    They are not optimised, and never added to the execution engine: it would make machine code of them, and where two
-    modules define a function the linker takes the first, so that the kernel would call the slow copy.
+    All but those of whose name ``runs`` is true are not optimised, and never added to the execution engine: it would
+    make machine code of them, and where two modules define a function the linker takes the first, so that the kernel
+    would call the slow copy.
     """
 
     def __init__(self, codegen: Any, runs: Callable[[str], bool]) -> None:

@@ -1,9 +1,8 @@
 """A parallel region: one compiled function that all threads enter once, with a table of arguments.
 
-``prange`` over a function of thirty arrays would compile that function's code four times, for numba's own wrappers
-each link in a copy. Here the function is compiled once, to a C function of one integer, and the only
-``parallel=True`` kernel calls it by its address. The integer is the address of an int64 table that holds whatever the
-function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
+The function is compiled to a C function of one integer, and ``enter``, the only ``parallel=True`` kernel for all of
+them, calls it by its address: numba's wrappers around it stay small. The integer is the address of an int64 table that
+holds whatever the function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
 """
 
 from collections.abc import Callable

@@ -67,7 +67,7 @@ def pause(typingctx: Any) -> Any:
 
 @intrinsic
 def yield_core(typingctx: Any) -> Any:
-    """Let another thread have this core, if one waits for it. Windows finds one of its own accord."""
+    """Let another thread have this core, if one waits for it; on Windows nothing is done."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if "windows" not in context.codegen().magic_tuple()[0]:

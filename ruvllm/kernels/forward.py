@@ -186,9 +186,9 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
     def _matrix(
         t: Any, table: Any, layer: Any, at: Any, x: Any, mine: Any, out: Any, sync: Any, rank: Any, size: Any
     ) -> None:  # fmt: skip
-        """out (T, N) = x W^T + bias with the matrix at table[layer, at:]: this member's share, and what is left of
+        """out (T, N) = x W^T + bias with the matrix at table[layer, at:]: this member's share of its rows.
 
-        others'. What is added to a share afterwards needs the whole of it: then each member does its own.
+        Of integer products it then takes turns of the others' shares, unless a bias or an adapter is added to them.
         """
         layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
         count = (rows + LANES - 1) // LANES
@@ -326,9 +326,10 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
     def forward_member(table: Any) -> None:
         """What one thread does. ``table`` is the address of TABLE_SIZE numbers, in the order of the names above.
 
-        For one token every member adds, norms, and rounds to 8 bits, for itself: cheaper than waiting for another.
-        For more, members share the tokens out, and a barrier follows. ``X``, ``ACTIVATED``, ``ATTENDED``, ``INPUT``,
-        ``XQ`` .. ``OUTLIERS_OF`` hold one token per member, or all tokens.
+        For one token every member adds, norms, activates and rounds to 8 bits for itself: cheaper than waiting for
+        another. For more, members share the tokens out, and a barrier follows. ``X``, ``ATTENDED``, ``INPUT``, ``XQ``
+        .. ``OUTLIERS_OF`` hold one token per member, or all tokens; ``ACTIVATED`` the former, and the latter replace
+        those in ``GATE``.
         """
         t = array_at(table, TABLE_SIZE, np.int64)
         sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)

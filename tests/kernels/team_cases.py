@@ -14,9 +14,9 @@ import numpy as np
 from numba import njit, prange
 
 from ruvllm.kernels import _region
-from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import barrier, join_team, part, sync_size
+from ruvllm.kernels._team import barrier, join_team, part, share_of, sync_size, take_turn
 from ruvllm.kernels._views import array_at
 
 if TYPE_CHECKING or DISABLE_JIT:
@@ -26,6 +26,31 @@ else:
 
 SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, TABLE_SIZE = range(12)
 SLOT = 8  # numbers between the members' values: a cache line each
+
+
+@inline_kernel
+def visit(items: Any, r: Any, sync: Any, rank: Any, size: Any) -> None:
+    """Visit each item once in each of one to three shares, by turns; one member is slower, and others help it."""
+    for share in range(r % 3 + 1):
+        for i in range(size):
+            member = (rank + i) % size
+            lo, hi = part(items.size, member, size)
+            counts = share_of(sync, rank, member, share)
+            item = lo + take_turn(sync, counts, size == 1)
+            while item < hi:
+                atomic_add(items, item, 1)
+                for _ in range(10 if rank == r % size else 0):
+                    pause()
+                item = lo + take_turn(sync, counts, size == 1)
+
+
+@inline_kernel
+def visits(rounds: Any) -> Any:
+    """How often each item is visited in so many rounds, and once at the end."""
+    count = 1
+    for r in range(rounds):
+        count += r % 3 + (r + 1) % 3 + 2
+    return count
 
 
 def check_each_other(address: Any) -> None:
@@ -48,17 +73,19 @@ def check_each_other(address: Any) -> None:
     wrong = 0
     for r in range(table[ROUNDS]):
         values[rank * SLOT] = r + 1
+        visit(items, r, sync, rank, size)
         barrier(sync, rank, size)
         for other in range(size):
             if values[other * SLOT] != r + 1:
                 wrong += 1
+        visit(items, r + 1, sync, rank, size)
         barrier(sync, rank, size)
     lo, hi = part(table[ITEM_COUNT], rank, size)
     for i in range(lo, hi):
         items[i] += 1
     barrier(sync, rank, size)
     for i in range(table[ITEM_COUNT]):
-        if items[i] != 1:
+        if items[i] != visits(table[ROUNDS]):
             wrong += 1
     values[rank * SLOT] = -wrong
     barrier(sync, rank, size)
@@ -69,6 +96,7 @@ def check_each_other(address: Any) -> None:
 
 
 REGION = Region(check_each_other)
+visits_of = getattr(visits, "py_func", visits)
 
 
 class Task:
@@ -83,9 +111,9 @@ class Task:
         self.table[[SYNC, VALUES, ITEMS]] = [a.ctypes.data for a in (self.sync, self.values, self.items)]
 
     def size(self) -> int:
-        """The team's size, after it was found that nobody saw anything wrong and everything was done once."""
+        """The team's size, after it was found that nobody saw anything wrong and every turn was taken once."""
         assert self.table[WRONG] == 0
-        assert (self.items == 1).all()
+        assert (self.items == visits_of(int(self.table[ROUNDS]))).all()
         assert 1 <= self.table[TEAM] <= self.table[WANTED]
         return int(self.table[TEAM])
 

@@ -1,4 +1,4 @@
-"""Teams of threads in one region: barriers hold, every item is done once, and nobody waits for who does not come.
+"""Teams of threads in one region: barriers hold, every turn is taken once, and nobody waits for who does not come.
 
 What could hang runs in a process of its own, with a time limit that is no matter of speed.
 """

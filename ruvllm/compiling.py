@@ -237,7 +237,7 @@ def _compile_bar(
         disable=None if progress is None else not progress,
     )  # fmt: skip
     if bar.disable:
-        logger.info("compiling kernels for this processor: %s, the first time only", takes)
+        logger.info("compiling kernels for this kind of model: %s, the first time only", takes)
 
     class Counter(event.Listener):
         def on_start(self, event: Any) -> None:

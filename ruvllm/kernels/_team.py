@@ -23,12 +23,12 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
 
-__all__ = ["barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn"]
+__all__ = ["SHARES", "barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn"]
 
 _APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
 _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
 _TURNS = _MEMBERS + _APART  # of a member's second line
-_SHARES = 3  # that a member may have between two barriers
+SHARES = 3  # that a member may have between two barriers
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
 _GRACE = 20000  # pauses (0.2 to 1 ms) that the first member waits for the others
 _PATIENCE = 1024  # pauses after which a waiting member lets others have its core: it may be what they wait for
@@ -78,15 +78,15 @@ def barrier(sync: Any, rank: Any, size: Any) -> None:
         while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
             waited = _wait(waited)
     # Nobody is in the shares from before this barrier any more. Those between it and the next have turns of their own.
-    for share in range(_SHARES):
-        atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * _SHARES + share, 0)
+    for share in range(SHARES):
+        atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * SHARES + share, 0)
 
 
 @inline_kernel
 def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
-    """Where the turns of a member's share, one of _SHARES between two barriers, are counted: for take_turn."""
+    """Where the turns of a member's share, one of SHARES between two barriers, are counted: for take_turn."""
     reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
-    return _TURNS + 2 * member * _APART + reached % 2 * _SHARES + share
+    return _TURNS + 2 * member * _APART + reached % 2 * SHARES + share
 
 
 @inline_kernel

@@ -22,11 +22,12 @@ from ruvllm.kernels import (
     rope,
     rounding,
     token_attention,
+    vector,
 )
 from ruvllm.kernels._attention_tile import CHUNK
 from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import barrier, join_team, part, share_of, take_turn
+from ruvllm.kernels._team import SHARES, barrier, join_team, part, share_of, take_turn
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.cached_attention import attend_split, scratch_size
@@ -47,6 +48,7 @@ _split = inline_kernel(attend_split)
 _block_bytes = inline_kernel(block_bytes)
 _token_blocks = inline_kernel(token_blocks)
 silu_mul_range = as_part(activation.silu_mul_range)
+add_range = as_part(vector.add_range)
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
 low_rank_up = as_part(low_rank.low_rank_up)
@@ -57,7 +59,7 @@ FIELDS = 7  # layout, weights, whether they have mins, bias, rows, columns, adap
 _WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
 ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
 ADAPTER_FIELDS = 5  # layout (F32 or Q8), down, up, rank, scales
-AT_ONCE = 3  # matrices that share an input: q, k, v
+AT_ONCE = SHARES  # matrices that share an input: q, k, v
 _UNITS = 4  # of attention, that make a turn
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
 MATRIX_FIELDS = _ATTN_NORM = 7 * FIELDS
@@ -87,14 +89,6 @@ def _floats(address: Any, rows: Any, columns: Any) -> Any:
 @inline_kernel
 def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
     return array_at(address, (tokens, heads, dim), np.float32)
-
-
-@inline_kernel
-def _add(x: Any, y: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of x += y."""
-    for row in range(lo, hi):
-        for i in range(x.shape[1]):
-            x[row, i] += y[row, i]
 
 
 @inline_kernel
@@ -380,7 +374,7 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
                 barrier(sync, rank, size)
             matrix(t, layers, layer, np.int64(_O), attended, mine, sums_of, sync, rank, size)
             barrier(sync, rank, size)
-            _add(x, sums_of, lo, hi)
+            add_range(flat(x), flat(sums_of), flat(x), lo * E, hi * E)
             rms_norm_rows(x, array_at(layers[layer, _MLP_NORM], E, np.float32), eps, h, lo, hi)
             if _round(t, layers, layer, np.int64(_GATE), np.int64(_DOWN), h, mine, lo, hi, rank, size):
                 barrier(sync, rank, size)
@@ -393,7 +387,7 @@ def forward_region(float_weights: type | None, integers: tuple[int, ...], kv: ty
                 barrier(sync, rank, size)
             matrix(t, layers, layer, np.int64(_DOWN), activated, mine, sums_of, sync, rank, size)
             barrier(sync, rank, size)
-            _add(x, sums_of, lo, hi)
+            add_range(flat(x), flat(sums_of), flat(x), lo * E, hi * E)
         if not alone:
             barrier(sync, rank, size)
         logits(t, x, eps, sync, rank, size)

@@ -198,7 +198,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     ) -> Any:  # fmt: skip
         """The only token times STREAMS runs of ``turns`` panels from lo on, read side by side: memory is the limit.
 
-        A turn is one panel of each run. Returns the first turn that there is not.
+        A turn is one panel of each run. Returns the number that came after these: a turn of what is left, if any.
         """
         never_inline()
         groups, size = blocks.shape[1], blocks.shape[2]

@@ -20,7 +20,7 @@ Sums are taken in one order, block by block, whatever the tile: a row's result d
 
 from typing import Any
 
-from ruvllm.kernels._jit import inline_kernel
+from ruvllm.kernels._jit import inline_kernel, part_kernel
 from ruvllm.kernels._simd import (
     LANES,
     add_rows,
@@ -32,6 +32,7 @@ from ruvllm.kernels._simd import (
     fma_rows,
     fma_three,
     load,
+    never_inline,
     prefetch,
     prefetch_l2,
     stack_f32,
@@ -50,6 +51,16 @@ _SUMS_ROW = 3 * LANES
 _SUMS_SIZE = _ROWS * _SUMS_ROW
 _AHEAD = 128 * LANES  # from what is read to what is asked for: memory answers while so many columns are done
 _NEXT_BLOCK = K_BLOCK * LANES
+_EACH = LANES  # lines asked for with every 16 columns: one with each
+
+
+@inline_kernel
+def turn_size(share: Any) -> Any:
+    """Panels of a turn (see _team) where a thread has ``share`` of them for many rows: an eighth, in whole threes.
+
+    No fewer than six: a turn reads all rows once more.
+    """
+    return min(GROUP, max(6, (share + 7) // 8 + 2) // 3 * 3)
 
 
 @inline_kernel
@@ -69,25 +80,32 @@ def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, size: Any, count: Any, cop
 
 
 @inline_kernel
+def ask_for(w: Any, at: Any, w_step: Any, panels: Any, lines: Any) -> None:
+    """Have memory bring so many lines of each panel, the first from w[at] on."""
+    for line in range(lines):
+        for p in range(panels):
+            prefetch_l2(w, at + p * w_step + line * LANES)
+
+
+@inline_kernel
 def three_panels(
-    zeros: Any, w: Any, wi: Any, w_step: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
-    out_row: Any, add: Any,
+    zeros: Any, w: Any, wi: Any, w_step: Any, soon: Any, pace: Any, x: Any, xi: Any, x_step: Any, count: Any,
+    out: Any, oi: Any, out_row: Any, add: Any,
 ) -> None:  # fmt: skip
     """out[oi + r out_row + j] = sum_k x[xi + r x_step + k] times three panels from wi on, or += with ``add``.
 
-    For as many rows as ``zeros`` has. Weights that lie ``ahead`` are asked for, if that is not 0.
+    For as many rows as ``zeros`` has. With every 16 columns, ``pace`` lines of each of the panels at ``soon``, which
+    will be needed later, are asked for.
     """
     wj, wk = wi + w_step, wi + 2 * w_step
     left = middle = right = zeros
-    for k in range(count):
-        at = k * LANES
-        if ahead:
-            prefetch_l2(w, wi + at + ahead)
-            prefetch_l2(w, wj + at + ahead)
-            prefetch_l2(w, wk + at + ahead)
-        left, middle, right = fma_three(
-            load(w, wi + at), load(w, wj + at), load(w, wk + at), x, xi + k, x_step, left, middle, right
-        )
+    for first in range(0, count, LANES):
+        ask_for(w, soon + first * pace, w_step, 3, pace)
+        for k in range(first, min(first + LANES, count)):
+            at = k * LANES
+            left, middle, right = fma_three(
+                load(w, wi + at), load(w, wj + at), load(w, wk + at), x, xi + k, x_step, left, middle, right
+            )
     if add:
         add_rows(out, oi, out_row, left)
         add_rows(out, oi + LANES, out_row, middle)
@@ -100,16 +118,15 @@ def three_panels(
 
 @inline_kernel
 def two_panels(
-    zeros: Any, w: Any, wi: Any, w_step: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
-    out_row: Any, add: Any,
+    zeros: Any, w: Any, wi: Any, w_step: Any, soon: Any, pace: Any, x: Any, xi: Any, x_step: Any, count: Any,
+    out: Any, oi: Any, out_row: Any, add: Any,
 ) -> None:  # fmt: skip
-    """three_panels for two."""
+    """three_panels for two: what is left over, or of a few rows, where every column asks for a line of each."""
     wj = wi + w_step
     left = right = zeros
     for k in range(count):
-        if ahead:
-            prefetch_l2(w, wi + k * LANES + ahead)
-            prefetch_l2(w, wj + k * LANES + ahead)
+        if pace == _EACH:
+            ask_for(w, soon + k * LANES, w_step, 2, 1)
         left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
         right = fma_rows(load(w, wj + k * LANES), x, xi + k, x_step, right)
     if add:
@@ -122,15 +139,21 @@ def two_panels(
 
 @inline_kernel
 def one_panel(
-    zeros: Any, w: Any, wi: Any, ahead: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any, out_row: Any,
-    add: Any,
+    zeros: Any, w: Any, wi: Any, soon: Any, pace: Any, x: Any, xi: Any, x_step: Any, count: Any, out: Any, oi: Any,
+    out_row: Any, add: Any,
 ) -> None:  # fmt: skip
-    """three_panels for one."""
+    """two_panels for one; where that is the widest tile, three_panels for one."""
     left = zeros
-    for k in range(count):
-        if ahead:
-            prefetch_l2(w, wi + k * LANES + ahead)
-        left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
+    if pace == _EACH or _PANELS > 1:
+        for k in range(count):
+            if pace == _EACH:
+                prefetch_l2(w, soon + k * LANES)
+            left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
+    else:
+        for first in range(0, count, LANES):
+            ask_for(w, soon + first * pace, 0, 1, pace)
+            for k in range(first, min(first + LANES, count)):
+                left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
     if add:
         add_rows(out, oi, out_row, left)
     else:
@@ -139,38 +162,42 @@ def one_panel(
 
 @inline_kernel
 def tile_times_panels(
-    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, ahead: Any,
-    out: Any, oi: Any, out_row: Any, add: Any,
+    rows: Any, x: Any, xi: Any, x_step: Any, count: Any, w: Any, wi: Any, w_step: Any, panels: Any, soon: Any,
+    pace: Any, out: Any, oi: Any, out_row: Any, add: Any,
 ) -> None:  # fmt: skip
     """One, two or three panels from wi on, for _ROWS or _FEW_ROWS rows; see three_panels."""
     if panels == 3:
         if rows == _ROWS:
-            three_panels(f32_zeros(_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            three_panels(f32_zeros(_ROWS), w, wi, w_step, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
         else:
-            three_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            three_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
     elif panels == 2:
         if rows == _ROWS:
-            two_panels(f32_zeros(_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            two_panels(f32_zeros(_ROWS), w, wi, w_step, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
         else:
-            two_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, ahead, x, xi, x_step, count, out, oi, out_row, add)
+            two_panels(f32_zeros(_FEW_ROWS), w, wi, w_step, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
     elif rows == _ROWS:
-        one_panel(f32_zeros(_ROWS), w, wi, ahead, x, xi, x_step, count, out, oi, out_row, add)
+        one_panel(f32_zeros(_ROWS), w, wi, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
     else:
-        one_panel(f32_zeros(_FEW_ROWS), w, wi, ahead, x, xi, x_step, count, out, oi, out_row, add)
+        one_panel(f32_zeros(_FEW_ROWS), w, wi, soon, pace, x, xi, x_step, count, out, oi, out_row, add)
 
 
 @inline_kernel
 def panels_times_rows(
     w: Any, wi: Any, w_step: Any, panels: Any, x: Any, inner: Any, k: Any, out: Any, oi: Any, out_row: Any,
-    columns: Any, first: Any, end: Any, few: Any, copy: Any, sums: Any,
+    columns: Any, first: Any, end: Any, few: Any, soon: Any, x_soon: Any, x_lo: Any, x_hi: Any, copy: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Columns k.. of rows first:end of x against one to three panels, to or added to ``columns`` columns of out.
 
     A tile that ends beyond the last row begins earlier, with rows that are done already; where there are none, it is
     made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken.
-    few: memory is what the rows wait for, so that later tiles ask for the next block while the first asks for its own.
+
+    few: memory is what the rows wait for, so that the first tile asks for its own panels ahead, and later ones for the
+    next block. Else all of them together ask for the panels at w[soon], and each for rows x_lo:x_hi of what a tile like
+    it will need: the first row of all of them is x[x_soon].
     """
     count = min(K_BLOCK, inner - k)
+    pace = (LANES * _ROWS + end - first - 1) // (end - first)
     t = first
     while t < end:
         left = end - t
@@ -189,10 +216,16 @@ def panels_times_rows(
         target, ti, step = out, oi + t * out_row, out_row
         if not whole:
             target, ti, step = sums, 0, _SUMS_ROW
-        ahead = _AHEAD if t == first else (_NEXT_BLOCK if few else 0)
+        if few:
+            soon, pace = wi + (_AHEAD if t == first else _NEXT_BLOCK), _EACH
+        else:
+            for r in range(x_lo, x_hi):
+                for i in range(0, K_BLOCK, LANES):
+                    prefetch_l2(x, x_soon + (t - first + r) * inner + i)
         tile_times_panels(
-            size, source, xi, x_step, count, w, wi, w_step, panels, ahead, target, ti, step, whole and k > 0
+            size, source, xi, x_step, count, w, wi, w_step, panels, soon, pace, target, ti, step, whole and k > 0
         )
+        soon += pace * K_BLOCK
         if not whole:
             skip = 0 if start < 0 else t - start  # rows of the tile that were done before
             for r in range(rows):
@@ -202,7 +235,7 @@ def panels_times_rows(
         t += rows
 
 
-@inline_kernel
+@part_kernel
 def group_times_rows(
     w: Any, wi: Any, w_step: Any, panels: Any, x: Any, inner: Any, out: Any, columns: Any, column: Any, lo: Any, hi: Any
 ) -> None:
@@ -210,21 +243,26 @@ def group_times_rows(
 
     x (.., inner); out (.., columns).
     """
+    never_inline()
     copy, sums = stack_f32(_COPY_SIZE), stack_f32(_SUMS_SIZE)
     for first in range(lo, hi, _ROW_BLOCK):
         end = min(first + _ROW_BLOCK, hi)
         few = end - first <= _FEW_TILES * _ROWS
         span = inner if few else K_BLOCK
         for k_lo in range(0, inner, span):
+            next_row, next_k = (first, k_lo + K_BLOCK) if k_lo + K_BLOCK < inner else (end, 0)
             p = 0
             while p < panels:
                 left = panels - p
                 some = 2 if _PANELS == 3 and (few or left == 4) else _PANELS  # two and two, not three and one
                 some = min(some, left)
                 to = column + p * LANES
+                x_hi = _ROWS * (p + some) // panels if next_row < hi else 0
+                soon = wi + (p + some) * w_step + k_lo * LANES if some < left else wi + next_k * LANES
                 for k in range(k_lo, min(k_lo + span, inner), K_BLOCK):
                     panels_times_rows(
                         w, wi + p * w_step + k * LANES, w_step, some, x, inner, k,
-                        out, to, columns, columns - to, first, end, few, copy, sums,
+                        out, to, columns, columns - to, first, end, few, soon, next_row * inner + next_k,
+                        _ROWS * p // panels, x_hi, copy, sums,
                     )  # fmt: skip
                 p += some

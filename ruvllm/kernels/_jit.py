@@ -34,7 +34,7 @@ def kernel(function: Callable | None = None, *, strict: bool = False) -> Any:
     """
     if function is None:
         return lambda f: kernel(f, strict=strict)
-    return _compile(function, fastmath=False if strict else set(FASTMATH))
+    return _compile(function, fastmath=False if strict else set(FASTMATH), _nrt=False)
 
 
 def inline_kernel(function: Callable) -> Any:
@@ -42,13 +42,22 @@ def inline_kernel(function: Callable) -> Any:
 
     It has no machine code of its own, and Python cannot call it.
     """
-    return _compile(function, cached=False, fastmath=False, forceinline=True, pipeline_class=_NoMachineCode)
+    return _part(function, forceinline=True, _nrt=False)
+
+
+def view_kernel(function: Callable) -> Any:
+    """inline_kernel for a helper that returns arrays over memory whose owner numba does not know (see ``_views``)."""
+    return _part(function, forceinline=True, _nrt=True)
 
 
 def part_kernel(function: Callable) -> Any:
     """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
     # forceinline is said because numba compiles a function with the options of its first caller where it says nothing.
-    return _compile(function, cached=False, fastmath=False, forceinline=False, pipeline_class=_NoMachineCode)
+    return _part(function, forceinline=False, _nrt=False)
+
+
+def _part(function: Callable, **options: Any) -> Any:
+    return _compile(function, cached=False, fastmath=False, pipeline_class=_NoMachineCode, **options)
 
 
 def as_part(body: Any) -> Any:

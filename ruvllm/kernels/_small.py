@@ -18,7 +18,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel, kernel
+from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel, kernel, view_kernel
 from ruvllm.kernels._views import address, array_at
 
 ROOM = 65536  # numbers of a result that a small call may have been given
@@ -144,7 +144,7 @@ def alike(a: Any, b: Any, out: Any) -> Any:
     return b.shape == a.shape and out.shape == a.shape and may_write(out, a) and may_write(out, b)
 
 
-@inline_kernel
+@view_kernel
 def rows_of(x: Any) -> Any:
     """(n,) or (rows, n) as (rows, n), n >= 1."""
     return array_at(address(x), (x.size // x.shape[-1], x.shape[-1]), np.float32)

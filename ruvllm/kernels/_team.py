@@ -16,6 +16,8 @@ barrier moves one line from each to the others.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 
 if TYPE_CHECKING or DISABLE_JIT:
@@ -23,9 +25,13 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
 
-__all__ = ["SHARES", "barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn"]
+__all__ = [
+    "SHARES", "TURN_STEP", "barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn",
+    "turn_counts",
+]  # fmt: skip
 
 _APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
+TURN_STEP = _APART
 _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
 _TURNS = _MEMBERS + _APART  # of a member's second line
 SHARES = 3  # that a member may have between two barriers
@@ -87,6 +93,11 @@ def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
     """Where the turns of a member's share, one of SHARES between two barriers, are counted: for take_turn."""
     reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
     return _TURNS + 2 * member * _APART + reached % 2 * SHARES + share
+
+
+def turn_counts(threads: int) -> np.ndarray:
+    """Where threads without a team count the turns of their shares: that of thread t at t TURN_STEP."""
+    return np.zeros(threads * TURN_STEP, np.int64)
 
 
 @inline_kernel

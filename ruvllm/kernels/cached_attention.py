@@ -31,13 +31,15 @@ from ruvllm.kernels._attention_tile import (
     to_weights,
     turned,
 )
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import as_part, inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels._math import exp2_of_negative
 from ruvllm.kernels._simd import f32_load, f32_store, f32_zero, f32_zeros, fma, hsum, splat
+from ruvllm.kernels._team import TURN_STEP, part, take_turn, turn_counts
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, WIDE, put
 from ruvllm.kernels._views import flat
 
+_UNITS = 4  # that make a turn
 MOST_TILES = 4 if WIDE else 6  # that read a chunk of keys and values while the second-level cache holds it
 NO_WINDOW = 1 << 62
 
@@ -175,16 +177,39 @@ def _softmax_step(
         f32_store(scratch, totals + r * LANES, total)
 
 
+attend_units_part = as_part(attend_units)
+
+
+@part_kernel
+def attend_turns(
+    q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, first: Any,
+    end: Any, counts: Any, share: Any, alone: Any,
+) -> None:  # fmt: skip
+    """attend_units of as many turns of the units first:end as are left; counts[share] numbers them (see _team)."""
+    lo = first + take_turn(counts, share, alone) * _UNITS
+    while lo < end:
+        attend_units_part(q, keys, values, positions, window, scale, out, scratch, lo, min(lo + _UNITS, end))
+        lo = first + take_turn(counts, share, alone) * _UNITS
+
+
 @parallel_kernel
 def attend_parallel(
-    q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, threads: Any
-) -> None:
-    """attend_units with the units split over threads; scratch (threads, scratch_size(D))."""
+    q: Any, keys: Any, values: Any, positions: Any, window: Any, scale: Any, out: Any, scratch: Any, counts: Any,
+    threads: Any,
+) -> None:  # fmt: skip
+    """attend_units with the units split over threads; who has done its own takes turns of the others'.
+
+    scratch (threads, scratch_size(D)); counts: turn_counts(threads).
+    """
     _, units = _split(q.shape[0], q.shape[1], keys.shape[0])
     for t in prange(threads):
-        attend_units(
-            q, keys, values, positions, window, scale, out, scratch[t], units * t // threads, units * (t + 1) // threads
-        )
+        for i in range(threads):
+            member = (t + i) % threads
+            first, end = part(units, member, threads)
+            share = member * TURN_STEP
+            attend_turns(
+                q, keys, values, positions, window, scale, out, scratch[t], first, end, counts, share, False
+            )  # fmt: skip
 
 
 @parallel_kernel
@@ -227,7 +252,8 @@ def cached_attention(
     if threads == 1:
         attend_units(q, keys, values, positions, reach, np.float32(scale), out, scratch[0], 0, units)
     else:
-        launch(attend_parallel, q, keys, values, positions, reach, np.float32(scale), out, scratch, threads)
+        counts = turn_counts(threads)
+        launch(attend_parallel, q, keys, values, positions, reach, np.float32(scale), out, scratch, counts, threads)
     return out
 
 

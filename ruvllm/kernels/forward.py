@@ -12,36 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import (
-    activation,
-    cached_attention,
-    kv,
-    low_rank,
-    norm,
-    panels,
-    rope,
-    rounding,
-    token_attention,
-    vector,
-)
+from ruvllm.kernels import activation, kv, low_rank, norm, rope, rounding, token_attention, vector
 from ruvllm.kernels._attention_tile import CHUNK
-from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel
+from ruvllm.kernels._jit import as_part, inline_kernel, part_kernel, view_kernel
 from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import SHARES, barrier, join_team, part, share_of, take_turn
+from ruvllm.kernels._team import SHARES, barrier, join_team, part, share_of
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import array_at, flat
-from ruvllm.kernels.cached_attention import attend_split, scratch_size
+from ruvllm.kernels.cached_attention import attend_split, attend_turns, scratch_size
 from ruvllm.kernels.low_rank import PARTS, join_parts
+from ruvllm.kernels.panels import panels_matmul_part, panels_matmul_turns
 from ruvllm.kernels.quant import quant_matmul_part
 from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, block_bytes, token_blocks
 from ruvllm.kernels.token_attention import token_scratch_size
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
 quantize_activations = as_part(rounding.quantize_activations)
-panels_matmul = as_part(panels.panels_matmul)
 rope_rows = as_part(rope.rope_rows)
 kv_append_heads = as_part(kv.kv_append_heads)
-attend_units = as_part(cached_attention.attend_units)
 attend_token_chunks = as_part(token_attention.attend_token_chunks)
 merge_chunks = as_part(token_attention.merge_chunks)
 _split = inline_kernel(attend_split)
@@ -60,7 +48,6 @@ _WEIGHTS, _HAS_MINS, _BIAS, ROWS, _COLUMNS = range(1, 6)
 ADAPTER = FIELDS - 1  # 0, or the address of the adapter's ADAPTER_FIELDS numbers
 ADAPTER_FIELDS = 5  # layout (F32 or Q8), down, up, rank, scales
 AT_ONCE = SHARES  # matrices that share an input: q, k, v
-_UNITS = 4  # of attention, that make a turn
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = (i * FIELDS for i in range(7))
 MATRIX_FIELDS = _ATTN_NORM = 7 * FIELDS
 _MLP_NORM = _ATTN_NORM + 1
@@ -81,17 +68,17 @@ def thread_scratch(head_dim: int, group: int) -> int:
     return max(scratch_size(head_dim), token_scratch_size(head_dim, group))
 
 
-@inline_kernel
+@view_kernel
 def _floats(address: Any, rows: Any, columns: Any) -> Any:
     return array_at(address, (rows, columns), np.float32)
 
 
-@inline_kernel
+@view_kernel
 def _heads(address: Any, tokens: Any, heads: Any, dim: Any) -> Any:
     return array_at(address, (tokens, heads, dim), np.float32)
 
 
-@inline_kernel
+@view_kernel
 def _rounded(t: Any, mine: Any, T: Any, columns: Any) -> Any:
     """xq, xs, offsets, totals, outliers of T rows of ``columns``, in the buffers of member (or of all) ``mine``."""
     groups, widest = (columns + GROUP - 1) // GROUP, t[WIDEST] // GROUP
@@ -125,7 +112,7 @@ def _round(
     return shared
 
 
-@inline_kernel
+@view_kernel
 def _adapter(t: Any, table: Any, layer: Any, at: Any) -> Any:
     """An adapter's numbers, its count of 16 ranks, and where its buffer is: h (T, 16 P).
 
@@ -182,7 +169,8 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
     ) -> None:  # fmt: skip
         """out (T, N) = x W^T + bias with the matrix at table[layer, at:]: this member's share of its rows.
 
-        Of integer products it then takes turns of the others' shares, unless a bias or an adapter is added to them.
+        It then takes turns of the others' shares, unless a bias or an adapter is added to them, or it is one token's
+        product with floats.
         """
         layout, rows, columns = table[layer, at], table[layer, at + ROWS], table[layer, at + _COLUMNS]
         count = (rows + LANES - 1) // LANES
@@ -203,7 +191,14 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
                 )  # fmt: skip
         elif float_weights is not None:
             w = array_at(weights, (count, columns, LANES), float_weights)
-            panels_matmul(w, x, out, lo, hi)
+            if x.shape[0] == 1:
+                panels_matmul_part(w, x, out, lo, hi)
+            else:
+                for i in range(1 if bias or adapter else size):
+                    member = (rank + i) % size
+                    first, end = part(count, member, size)
+                    share = share_of(sync, rank, member, at // FIELDS % AT_ONCE)
+                    panels_matmul_turns(w, x, out, first, end, sync, share, size == 1)
         if bias:
             numbers = array_at(bias, rows, np.float32)
             for row in range(x.shape[0]):
@@ -215,14 +210,14 @@ def _matrix_of(float_weights: type | None, integers: tuple[int, ...]) -> Any:
     return _matrix
 
 
-@inline_kernel
+@view_kernel
 def _keys(t: Any, layer: Any, kv: Any) -> Any:
     """The keys of one layer (KV, B, K, 16)."""
     shape = (t[KV_HEADS], t[BLOCKS], t[KEY_ROWS], LANES)
     return array_at(t[KEYS] + layer * t[KV_HEADS] * t[BLOCKS] * t[KEY_ROWS] * LANES * t[KV_BYTES], shape, kv)
 
 
-@inline_kernel
+@view_kernel
 def _values(t: Any, layer: Any, kv: Any) -> Any:
     """The values of one layer (KV, 16 B, DV)."""
     shape = (t[KV_HEADS], t[BLOCKS] * LANES, t[WIDE])
@@ -245,11 +240,9 @@ def _attend(
         member = (rank + i) % size
         first, end = part(units, member, size)
         share = share_of(sync, rank, member, np.int64(0))
-        lo = first + take_turn(sync, share, size == 1) * _UNITS
-        while lo < end:
-            hi = min(lo + _UNITS, end)
-            attend_units(q, keys, values, positions, t[WINDOW], scale, attended, scratch, lo, hi)
-            lo = first + take_turn(sync, share, size == 1) * _UNITS
+        attend_turns(
+            q, keys, values, positions, t[WINDOW], scale, attended, scratch, first, end, sync, share, size == 1
+        )  # fmt: skip
 
 
 @part_kernel
@@ -277,7 +270,7 @@ def _attend_token(
     merge_chunks(partial, chunks, attended[0], np.int64(0), heads)
 
 
-@inline_kernel
+@view_kernel
 def _scratch(t: Any, rank: Any) -> Any:
     """The scratch of one member."""
     return array_at(t[SCRATCH] + rank * t[SCRATCH_SIZE] * 4, t[SCRATCH_SIZE], np.float32)

@@ -1,16 +1,17 @@
 """C = A B and C = A B^T of plain arrays: B is packed into panels, a group at a time, and the rows of A pass by.
 
-Each thread has columns of C of its own, and packs what it needs of B for them; where there are too few columns to
-share, it has rows of its own. Scratch for one group of panels per thread is the caller's.
+Each thread has columns of C of its own, and packs what it needs of B for them, a turn at a time (see _team); where
+there are too few columns to share, it has rows of its own. Scratch for one group of panels per thread is the caller's.
 """
 
 from typing import Any
 
 from numba import prange
 
-from ruvllm.kernels._float_tile import GROUP, group_times_rows
+from ruvllm.kernels._float_tile import GROUP, group_times_rows, turn_size
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, load_rows, prefetch, store_rows, zip_rows
+from ruvllm.kernels._team import TURN_STEP, take_turn
 from ruvllm.kernels._views import flat
 
 _ROWS_AHEAD = 8  # of B, asked for while it is packed: they lie too far apart for the processor to foresee
@@ -77,16 +78,27 @@ def gemm_part(
 
 
 @parallel_kernel
-def gemm_parallel(a: Any, b: Any, transposed: Any, groups: Any, out: Any, by_rows: Any, threads: Any) -> None:
-    """gemm_part with columns, two panels at least, or rows of C split over threads. groups (threads, scratch_size)."""
+def gemm_parallel(
+    a: Any, b: Any, transposed: Any, groups: Any, out: Any, by_rows: Any, counts: Any, threads: Any
+) -> None:
+    """gemm_part with columns, two panels at least, or rows of C split over threads. groups (threads, scratch_size).
+
+    Who has done its own columns takes turns of the others'. counts: turn_counts(threads).
+    """
     rows, panels = out.shape[0], (out.shape[1] + LANES - 1) // LANES
     pairs = (panels + 1) // 2
     for t in prange(threads):
         if by_rows:
             gemm_part(a, b, transposed, groups[t], out, rows * t // threads, rows * (t + 1) // threads, 0, panels)
         else:
-            lo, hi = pairs * t // threads * 2, min(pairs * (t + 1) // threads * 2, panels)
-            gemm_part(a, b, transposed, groups[t], out, 0, rows, lo, hi)
+            for i in range(threads):
+                member = (t + i) % threads
+                lo, hi = pairs * member // threads * 2, min(pairs * (member + 1) // threads * 2, panels)
+                size = turn_size(hi - lo)
+                first = lo + take_turn(counts, member * TURN_STEP, False) * size
+                while first < hi:
+                    gemm_part(a, b, transposed, groups[t], out, 0, rows, first, min(first + size, hi))
+                    first = lo + take_turn(counts, member * TURN_STEP, False) * size
 
 
 @kernel(strict=True)

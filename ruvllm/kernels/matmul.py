@@ -12,6 +12,7 @@ from ruvllm.kernels._memory import scratch
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows, prefetch_l2
 from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._team import turn_counts
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, WIDE
 from ruvllm.kernels._views import flat
@@ -263,7 +264,8 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     if threads == 1:
         gemm_part(a, b, transposed, scratch(scratch_size(inner, panels)), out, 0, rows, 0, panels)
     else:
-        launch(gemm_parallel, a, b, transposed, _groups(threads, inner, panels), out, by_rows, threads)
+        groups, counts = _groups(threads, inner, panels), turn_counts(threads)
+        launch(gemm_parallel, a, b, transposed, groups, out, by_rows, counts, threads)
 
 
 def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._float_tile import GROUP, K_BLOCK, group_times_rows
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._float_tile import GROUP, K_BLOCK, group_times_rows, turn_size
+from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels._simd import f32_to_f16, f32_zero, fma, load, splat_at
+from ruvllm.kernels._team import TURN_STEP, part, take_turn, turn_counts
 from ruvllm.kernels._threads import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels._tile import LANES, STREAMS, put, token_times_panels
 from ruvllm.kernels._views import flat
@@ -24,14 +25,9 @@ def panel_count(rows: int) -> int:
     return (rows + LANES - 1) // LANES
 
 
-@kernel(strict=True)
-def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi, in tiles (see _float_tile), or for one token.
-
-    Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
-
-    w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
-    """
+@part_kernel
+def panels_matmul_part(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """panels_matmul as a part of larger kernels."""
     tokens, columns = x.shape
     rows = out.shape[1]
     panels, xs, outs = flat(w), flat(x), flat(out)
@@ -59,12 +55,42 @@ def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any,
             put(outs, p * LANES, s, rows - p * LANES, k > 0)
 
 
+@part_kernel
+def panels_matmul_turns(w: Any, x: Any, out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any) -> None:
+    """panels_matmul of as many turns of the panels lo:hi as are left; counts[share] numbers them (see _team)."""
+    size = hi - lo if alone else turn_size(hi - lo)
+    first = lo + take_turn(counts, share, alone) * size
+    while first < hi:
+        panels_matmul_part(w, x, out, first, min(first + size, hi))
+        first = lo + take_turn(counts, share, alone) * size
+
+
+@kernel(strict=True)
+def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi, in tiles (see _float_tile), or for one token.
+
+    Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
+
+    w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
+    """
+    panels_matmul_part(w, x, out, lo, hi)
+
+
 @parallel_kernel
-def panels_matmul_parallel(w: Any, x: Any, out: Any, threads: Any) -> None:
-    """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
+def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) -> None:
+    """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same.
+
+    Of many rows, who has done its own share takes turns of the others'. counts: turn_counts(threads).
+    """
     panels = w.shape[0]
     for t in prange(threads):
-        panels_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)
+        if x.shape[0] == 1:
+            panels_matmul_part(w, x, out, panels * t // threads, panels * (t + 1) // threads)
+        else:
+            for i in range(threads):
+                member = (t + i) % threads
+                lo, hi = part(panels, member, threads)
+                panels_matmul_turns(w, x, out, lo, hi, counts, member * TURN_STEP, False)
 
 
 @kernel
@@ -110,7 +136,7 @@ def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
     if threads == 1:
         panels_matmul(w, x, out, 0, w.shape[0])
     else:
-        launch(panels_matmul_parallel, w, x, out, threads)
+        launch(panels_matmul_parallel, w, x, out, turn_counts(threads), threads)
     return out
 
 

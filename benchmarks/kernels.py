@@ -35,7 +35,7 @@ from ruvllm.report.worker import python_for
 
 NOT_INSTALLED = "not installed"
 _AWAKE_SECONDS = 0.05  # after a rest, the system may wake a thread on the core that another one uses already
-FULL = Effort(turns=9, seconds=2e-3, longest=1.0)
+FULL = Effort(turns=9, seconds=2e-3, longest=6.0)
 QUICK = Effort(turns=3, seconds=5e-4, longest=0.2)
 HEADINGS = (
     ("case", -40), ("threads", 7), ("call", 9), ("kernel", 9), ("numpy", 9), ("torch", 9), ("seed", 9), ("ratio", 6),

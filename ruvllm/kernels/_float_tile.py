@@ -13,6 +13,10 @@ How large tiles and blocks are is decided here, by the registers of the processo
   _ROW_BLOCK at a time, stay in the second-level cache (96 KB) while GROUP panels (216 KB) pass by, and so do their
   outputs (144 KB), to which every block of columns adds. Rows of x are read where they lie: copies cost more than
   they brought.
+- While a tile of rows computes, it asks for its share of the panels that come next, and of the rows that the next block
+  of columns needs, a few lines at a time. Otherwise the first tile waits for all of them: a fifth of the time, where
+  weights come from memory. Asking is not free either, two cycles for a line that is there already: nothing is asked for
+  twice.
 - A few rows are not worth staying for: then a pair of panels is read from end to end, as memory likes it best.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.

@@ -318,6 +318,20 @@ def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | Non
         assert_near(out, expected)
 
 
+def test_many_tokens_on_several_threads_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a thread takes turns of what others have not done: nine on fewer cores."""
+    _, _, keys, values = cache(300, 3, 18, np.float32)
+    q, positions = normal(300, 6, 18), np.arange(300)
+    answers = []
+    for threads in (1, 2, 5, 9):
+        monkeypatch.setattr("ruvllm.kernels.cached_attention.threads_for", lambda *_, n=threads: n)
+        scratch, out = np.empty((threads, scratch_size(18)), np.float32), np.full(q.shape, np.float32(np.nan))
+        answers.append(cached_attention(q, keys, values, positions, None, 0.25, out, scratch))
+    for answer in answers:
+        np.testing.assert_array_equal(answer, answers[0])
+    assert np.isfinite(answers[0]).all()
+
+
 @pytest.mark.parametrize("window", [None, 300])
 def test_one_token_on_several_threads_is_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, keys, values = cache(700, 3, 18, np.float32)

@@ -114,18 +114,36 @@ def test_packed_product_beyond_one_block_of_everything() -> None:
         np.testing.assert_array_equal(linear_panels(panels, x[some], np.empty_like(out[some])), out[some])
 
 
+@pytest.mark.parametrize("rows", [70, 650])
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: np.dtype(STORED[dtype]).name)
-def test_packed_product_is_the_same_on_several_threads(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_product_is_the_same_on_several_threads(dtype: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a thread takes turns of what others have not done: five on fewer cores."""
     from ruvllm.kernels import panels as module
 
-    panels, _ = packed(normal(70, 40), dtype)
-    x = normal(8, 40, seed=1)
-    expected = linear_panels(panels, x, np.empty((8, 70), np.float32))
-    for threads in (2, 3, 5):
+    panels, _ = packed(normal(rows, 40), dtype)
+    for tokens in (1, 8, 20):
+        x = normal(tokens, 40, seed=1)
+        expected = linear_panels(panels, x, np.empty((tokens, rows), np.float32))
+        for threads in (2, 3, 5):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "threads_for", lambda work, threshold, pieces, n=threads: n)
+                out = linear_panels(panels, x, np.full((tokens, rows), np.nan, np.float32))
+            np.testing.assert_array_equal(out, expected)
+            again, _ = packed(normal(rows, 40), dtype)
+            np.testing.assert_array_equal(again, panels)
+
+
+@pytest.mark.parametrize("columns", [70, 650])
+def test_product_is_the_same_on_several_threads(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ruvllm.kernels import matmul as module
+
+    a, b = normal(90, 200), normal(200, columns, seed=1)
+    expected = gemm(a, b, backend="numba")
+    assert_near(expected, f64(a) @ f64(b))
+    for threads in (1, 2, 3, 5):
         monkeypatch.setattr(module, "threads_for", lambda work, threshold, pieces, n=threads: n)
-        np.testing.assert_array_equal(linear_panels(panels, x, np.empty((8, 70), np.float32)), expected)
-        again, _ = packed(normal(70, 40), dtype)
-        np.testing.assert_array_equal(again, panels)
+        for product in (gemm(a, b, backend="numba"), gemm_nt(a, np.ascontiguousarray(b.T), backend="numba")):
+            np.testing.assert_array_equal(product, expected)
 
 
 def test_halves_are_rounded_to_nearest_even() -> None:

@@ -25,6 +25,7 @@ Sums are taken in one order, block by block, whatever the tile: a row's result d
 from typing import Any
 
 from ruvllm.kernels._jit import inline_kernel, part_kernel
+from ruvllm.kernels._memory import CACHE_LINE
 from ruvllm.kernels._simd import (
     LANES,
     add_rows,
@@ -85,10 +86,10 @@ def copy_rows(x: Any, xi: Any, x_row: Any, rows: Any, size: Any, count: Any, cop
 
 @inline_kernel
 def ask_for(w: Any, at: Any, w_step: Any, panels: Any, lines: Any) -> None:
-    """Have memory bring so many lines of each panel, the first from w[at] on."""
+    """Have memory bring so many cache lines of each panel, the first from w[at] on."""
     for line in range(lines):
         for p in range(panels):
-            prefetch_l2(w, at + p * w_step + line * LANES)
+            prefetch_l2(w, at + p * w_step + line * (CACHE_LINE // w.itemsize))
 
 
 @inline_kernel
@@ -104,7 +105,8 @@ def three_panels(
     wj, wk = wi + w_step, wi + 2 * w_step
     left = middle = right = zeros
     for first in range(0, count, LANES):
-        ask_for(w, soon + first * pace, w_step, 3, pace)
+        ask_for(w, soon, w_step, 3, pace)
+        soon += pace * (CACHE_LINE // w.itemsize)
         for k in range(first, min(first + LANES, count)):
             at = k * LANES
             left, middle, right = fma_three(
@@ -155,7 +157,8 @@ def one_panel(
             left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
     else:
         for first in range(0, count, LANES):
-            ask_for(w, soon + first * pace, 0, 1, pace)
+            ask_for(w, soon, 0, 1, pace)
+            soon += pace * (CACHE_LINE // w.itemsize)
             for k in range(first, min(first + LANES, count)):
                 left = fma_rows(load(w, wi + k * LANES), x, xi + k, x_step, left)
     if add:
@@ -201,7 +204,8 @@ def panels_times_rows(
     it will need: the first row of all of them is x[x_soon].
     """
     count = min(K_BLOCK, inner - k)
-    pace = (LANES * _ROWS + end - first - 1) // (end - first)
+    lines = LANES * LANES * w.itemsize // CACHE_LINE  # of 16 columns of a panel
+    pace = (lines * _ROWS + end - first - 1) // (end - first)
     t = first
     while t < end:
         left = end - t
@@ -229,7 +233,7 @@ def panels_times_rows(
         tile_times_panels(
             size, source, xi, x_step, count, w, wi, w_step, panels, soon, pace, target, ti, step, whole and k > 0
         )
-        soon += pace * K_BLOCK
+        soon += K_BLOCK // LANES * pace * (CACHE_LINE // w.itemsize)
         if not whole:
             skip = 0 if start < 0 else t - start  # rows of the tile that were done before
             for r in range(rows):

@@ -10,11 +10,11 @@ from numba import prange
 
 from ruvllm.kernels._float_tile import GROUP, group_times_rows, turn_size
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, load_rows, prefetch, store_rows, zip_rows
+from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
 from ruvllm.kernels._team import TURN_STEP, take_turn
 from ruvllm.kernels._views import flat
 
-_ROWS_AHEAD = 8  # of B, asked for while it is packed: they lie too far apart for the processor to foresee
+_ROWS = 16  # of B, packed panel by panel: lines are written in a row, and what is read stays near for the next panel
 
 
 def scratch_size(inner: int, panels: int) -> int:
@@ -26,14 +26,16 @@ def scratch_size(inner: int, panels: int) -> int:
 def pack_columns(b: Any, columns: Any, inner: Any, column: Any, panels: Any, step: Any, group: Any) -> None:
     """group[p step + 16 k + j] = b[k, column + 16 p + j], b (inner, columns); what is beyond B becomes zero."""
     whole = min(panels, (columns - column) // LANES)
-    for k in range(inner):
-        at = k * columns + column
+    for k_lo in range(0, inner, _ROWS):
+        k_hi = min(k_lo + _ROWS, inner)
         for p in range(whole):
-            prefetch(b, at + _ROWS_AHEAD * columns + p * LANES)
-            f32_store(group, p * step + k * LANES, f32_load(b, at + p * LANES))
+            at, to = column + p * LANES, p * step
+            for k in range(k_lo, k_hi):
+                f32_store(group, to + k * LANES, f32_load(b, at + k * columns))
         if whole < panels:
-            last = f32_load_first(b, at + whole * LANES, columns - column - whole * LANES)
-            f32_store(group, whole * step + k * LANES, last)
+            at, to = column + whole * LANES, whole * step
+            for k in range(k_lo, k_hi):
+                f32_store(group, to + k * LANES, f32_load_first(b, at + k * columns, columns - at))
 
 
 @inline_kernel

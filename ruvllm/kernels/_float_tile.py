@@ -192,7 +192,8 @@ def tile_times_panels(
 @inline_kernel
 def panels_times_rows(
     w: Any, wi: Any, w_step: Any, panels: Any, x: Any, inner: Any, k: Any, out: Any, oi: Any, out_row: Any,
-    columns: Any, first: Any, end: Any, few: Any, soon: Any, x_soon: Any, x_lo: Any, x_hi: Any, copy: Any, sums: Any,
+    columns: Any, first: Any, end: Any, few: Any, soon: Any, x_soon: Any, x_end: Any, x_lo: Any, x_hi: Any, copy: Any,
+    sums: Any,
 ) -> None:  # fmt: skip
     """Columns k.. of rows first:end of x against one to three panels, to or added to ``columns`` columns of out.
 
@@ -201,7 +202,7 @@ def panels_times_rows(
 
     few: memory is what the rows wait for, so that the first tile asks for its own panels ahead, and later ones for the
     next block. Else all of them together ask for the panels at w[soon], and each for rows x_lo:x_hi of what a tile like
-    it will need: the first row of all of them is x[x_soon].
+    it will need: the first row of all of them is x[x_soon], and behind x[x_end] there are none.
     """
     count = min(K_BLOCK, inner - k)
     lines = LANES * LANES * w.itemsize // CACHE_LINE  # of 16 columns of a panel
@@ -228,8 +229,10 @@ def panels_times_rows(
             soon, pace = wi + (_AHEAD if t == first else _NEXT_BLOCK), _EACH
         else:
             for r in range(x_lo, x_hi):
-                for i in range(0, K_BLOCK, LANES):
-                    prefetch_l2(x, x_soon + (t - first + r) * inner + i)
+                row = x_soon + (t - first + r) * inner
+                if row < x_end:
+                    for i in range(0, K_BLOCK, LANES):
+                        prefetch_l2(x, row + i)
         tile_times_panels(
             size, source, xi, x_step, count, w, wi, w_step, panels, soon, pace, target, ti, step, whole and k > 0
         )
@@ -265,12 +268,11 @@ def group_times_rows(
                 some = 2 if _PANELS == 3 and (few or left == 4) else _PANELS  # two and two, not three and one
                 some = min(some, left)
                 to = column + p * LANES
-                x_hi = _ROWS * (p + some) // panels if next_row < hi else 0
                 soon = wi + (p + some) * w_step + k_lo * LANES if some < left else wi + next_k * LANES
                 for k in range(k_lo, min(k_lo + span, inner), K_BLOCK):
                     panels_times_rows(
                         w, wi + p * w_step + k * LANES, w_step, some, x, inner, k,
                         out, to, columns, columns - to, first, end, few, soon, next_row * inner + next_k,
-                        _ROWS * p // panels, x_hi, copy, sums,
+                        hi * inner, _ROWS * p // panels, _ROWS * (p + some) // panels, copy, sums,
                     )  # fmt: skip
                 p += some

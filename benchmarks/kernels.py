@@ -3,8 +3,8 @@
 python -m benchmarks.kernels [--only gemm,norm,...] [--threads 1,2] [--quick] [--json OUT] [--torch-python PYTHON]
 
 The engines take turns, A B B A, and never compute at the same time; figures are medians. NumPy (OpenBLAS) runs in this
-process, PyTorch in one of its own: ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it. Where cores are
-not alike, as beside busy programs or other guests of a host, ``taskset -c 1`` and ``--threads 1`` keep all on one core.
+process, PyTorch in one of its own: ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it. Where cores
+are not alike, as beside busy programs, ``taskset -c 1`` and ``--threads 1`` keep all on one core.
 
 Rows named "linear" and "cached" are in the layouts that a model keeps: weights packed at load, keys and values of a
 cache. "call" is the time as called from Python, "kernel" that of the compiled kernel alone, in a loop of compiled code.

@@ -1,4 +1,4 @@
-"""The tile of float matrix products: some rows of x against one panel or two, with all sums in registers.
+"""The tile of float matrix products: some rows of x against one to three panels, with all sums in registers.
 
 How large tiles and blocks are is decided here, by the registers of the processor that code is made for.
 
@@ -15,8 +15,8 @@ How large tiles and blocks are is decided here, by the registers of the processo
   they brought.
 - While a tile of rows computes, it asks for its share of the panels that come next, and of the rows that the next block
   of columns needs, a few lines at a time. Otherwise the first tile waits for all of them: a fifth of the time, where
-  weights come from memory. Asking is not free either, two cycles for a line that is there already: nothing is asked for
-  twice.
+  weights come from memory. Asking is not free either, two cycles for a line that is there already: most are
+  asked for once, and pairs of panels, which are what is left over, for none.
 - A few rows are not worth staying for: then a pair of panels is read from end to end, as memory likes it best.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
@@ -56,14 +56,14 @@ _SUMS_ROW = 3 * LANES
 _SUMS_SIZE = _ROWS * _SUMS_ROW
 _AHEAD = 128 * LANES  # from what is read to what is asked for: memory answers while so many columns are done
 _NEXT_BLOCK = K_BLOCK * LANES
-_EACH = LANES  # lines asked for with every 16 columns: one with each
+_EACH = LANES  # a line asked for with each column, of a few rows: more than with any 16 columns of many rows
 
 
 @inline_kernel
 def turn_size(share: Any) -> Any:
     """Panels of a turn (see _team) where a thread has ``share`` of them for many rows: an eighth, in whole threes.
 
-    No fewer than six: a turn reads all rows once more.
+    No fewer than six, as a turn reads all rows once more, and no more than a group.
     """
     return min(GROUP, max(6, (share + 7) // 8 + 2) // 3 * 3)
 
@@ -201,8 +201,9 @@ def panels_times_rows(
     made of copies. Such tiles leave their sums in ``sums``, from which those that are wanted are taken.
 
     few: memory is what the rows wait for, so that the first tile asks for its own panels ahead, and later ones for the
-    next block. Else all of them together ask for the panels at w[soon], and each for rows x_lo:x_hi of what a tile like
-    it will need: the first row of all of them is x[x_soon], and behind x[x_end] there are none.
+    next block. Else all of them together ask for the panels at w[soon], and each for its share, x_lo:x_hi, of the rows
+    that its place will have in the next block of columns, or of rows after the last columns. Their first is x[x_soon];
+    behind x[x_end] there are none.
     """
     count = min(K_BLOCK, inner - k)
     lines = LANES * LANES * w.itemsize // CACHE_LINE  # of 16 columns of a panel

@@ -4,10 +4,10 @@
 NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf into NaN.
 "contract" gives fused multiply-adds, "reassoc" lets sums be vectorised.
 
-Kernels own no memory, so they count no references to it (numba's option ``_nrt=False``). Numba counts up and down for
-each array that a helper is given; LLVM takes that away again where it sees both, but not around every loop: a tile of a
-matrix product then took 250 cycles longer. The price: numba compiles no function that returns an array, but for
-``view_kernel``.
+Serial kernels and their helpers own no memory, so they count no references to it (numba's private option ``_nrt``).
+Numba counts up and down for each array that a helper is given; LLVM takes that away again where it sees both, but not
+around every loop: a tile of a matrix product then took 250 cycles longer. The price: numba refuses to compile a
+function that makes an array and returns it, but for ``view_kernel``.
 """
 
 import copy

@@ -14,7 +14,7 @@ from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, loa
 from ruvllm.kernels._team import TURN_STEP, take_turn
 from ruvllm.kernels._views import flat
 
-_ROWS = 16  # of B, packed panel by panel: lines are written in a row, and what is read stays near for the next panel
+_AT_ONCE = 16  # rows of B, packed panel by panel: lines are written in a row, and those read stay near for the next
 
 
 def scratch_size(inner: int, panels: int) -> int:
@@ -26,8 +26,8 @@ def scratch_size(inner: int, panels: int) -> int:
 def pack_columns(b: Any, columns: Any, inner: Any, column: Any, panels: Any, step: Any, group: Any) -> None:
     """group[p step + 16 k + j] = b[k, column + 16 p + j], b (inner, columns); what is beyond B becomes zero."""
     whole = min(panels, (columns - column) // LANES)
-    for k_lo in range(0, inner, _ROWS):
-        k_hi = min(k_lo + _ROWS, inner)
+    for k_lo in range(0, inner, _AT_ONCE):
+        k_hi = min(k_lo + _AT_ONCE, inner)
         for p in range(whole):
             at, to = column + p * LANES, p * step
             for k in range(k_lo, k_hi):

@@ -85,7 +85,8 @@ def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) 
     panels = w.shape[0]
     for t in prange(threads):
         if x.shape[0] == 1:
-            panels_matmul_part(w, x, out, panels * t // threads, panels * (t + 1) // threads)
+            lo, hi = part(panels, t, threads)
+            panels_matmul_part(w, x, out, lo, hi)
         else:
             for i in range(threads):
                 member = (t + i) % threads

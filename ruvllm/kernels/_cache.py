@@ -3,7 +3,8 @@
 Numba's own cache keys a function by its own file alone, so an edited callee in another file silently
 runs old machine code, and it unpickles whatever it finds. Here
 
-- the directory's name holds a hash of every kernel source, of numba, llvmlite and of the compile options;
+- the directory's name holds a hash of every kernel source, sub-packages included, of numba, llvmlite and of the
+  compile options;
 - the directory must belong to this user alone (0700, no symlink), because a pickle is code;
 - each entry is one file, written atomically, carrying its key and a SHA-256 of its content:
   two processes may compile at once, and a truncated or damaged entry is compiled again.
@@ -45,8 +46,8 @@ def _hash_sources() -> str:
     options = (f"{name}={getattr(config, name, None)}" for name in _OPTIONS)
     for part in (numba.__version__, llvmlite.__version__, sys.version, *options):
         digest.update(part.encode() + b"\0")
-    for path in sorted(_SOURCES.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(_SOURCES.rglob("*.py")):
+        digest.update(path.relative_to(_SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 
@@ -149,7 +150,8 @@ class KernelCache(_Cache):
         self._flags = flags + closure
         self._enabled = self._may_cache = py_func.__closure__ is None or bool(closure)
         filename = Path(py_func.__code__.co_filename)
-        self._file = filename.name if filename.parent == _SOURCES else _file_stamp(filename)
+        inside = filename.is_relative_to(_SOURCES)
+        self._file = filename.relative_to(_SOURCES).as_posix() if inside else _file_stamp(filename)
 
     @property
     def cache_path(self) -> str:

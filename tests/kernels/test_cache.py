@@ -152,6 +152,22 @@ def test_an_edited_callee_in_another_file_is_compiled_anew(editable: Setup) -> N
     assert again.is_right()
 
 
+def test_an_edited_callee_in_a_sub_package_is_compiled_anew(editable: Setup) -> None:
+    """The same kernel with its helper moved into a folder: the hash must reach there too."""
+    kernels = editable.source / "kernels"
+    (kernels / "deep" / "deeper").mkdir(parents=True)
+    callee = kernels / "deep" / "deeper" / "callee.py"
+    for package in (kernels / "deep", callee.parent):
+        (package / "__init__.py").write_text("")
+    callee.write_text((kernels / "_math.py").read_text())
+    _edit(kernels / "activation.py", "from ruvllm.kernels._math import", "from ruvllm.kernels.deep.deeper.callee import")
+    assert editable.run().is_right() and editable.run().compiled == 0
+    _edit(callee, "return x * sigmoid(x)", "return x * sigmoid(x) + x")
+    edited = editable.run()
+    assert (edited.loaded, edited.compiled >= 1) == (0, True)
+    np.testing.assert_allclose(edited.y, EXPECTED + X * X, rtol=1e-6)
+
+
 def test_a_changed_flag_of_the_decorator_is_compiled_anew(editable: Setup) -> None:
     _edit(editable.source / "kernels" / "_jit.py", '"contract", "reassoc", "nsz", "arcp", "afn"', '"contract", "nsz"')
     changed = editable.run()

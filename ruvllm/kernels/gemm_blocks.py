@@ -11,7 +11,7 @@ from numba import prange
 from ruvllm.kernels._float_tile import GROUP, group_times_rows, turn_size
 from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
-from ruvllm.kernels._team import TURN_STEP, take_turn
+from ruvllm.kernels._team import TURN_STEP, part, take_turn
 from ruvllm.kernels._views import flat
 
 _AT_ONCE = 16  # rows of B, packed panel by panel: lines are written in a row, and those read stay near for the next
@@ -91,11 +91,13 @@ def gemm_parallel(
     pairs = (panels + 1) // 2
     for t in prange(threads):
         if by_rows:
-            gemm_part(a, b, transposed, groups[t], out, rows * t // threads, rows * (t + 1) // threads, 0, panels)
+            lo, hi = part(rows, t, threads)
+            gemm_part(a, b, transposed, groups[t], out, lo, hi, 0, panels)
         else:
             for i in range(threads):
                 member = (t + i) % threads
-                lo, hi = pairs * member // threads * 2, min(pairs * (member + 1) // threads * 2, panels)
+                lo, hi = part(pairs, member, threads)
+                lo, hi = 2 * lo, min(2 * hi, panels)
                 size = turn_size(hi - lo)
                 first = lo + take_turn(counts, member * TURN_STEP, False) * size
                 while first < hi:

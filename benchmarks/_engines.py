@@ -61,7 +61,7 @@ class Ruvllm:
         self.unload()
         self.llm = ruvllm.load(path, weights=self.weights, threads=threads)
         model, config = self.llm.model, self.llm.config
-        unread = 0 if config.tie_word_embeddings else model.embed.nbytes  # one row of it is, which is nothing
+        unread = 0 if config.tie_word_embeddings else model.decoder.embed.nbytes  # one row of it is, which is nothing
         self.weight_bytes = model.nbytes - unread
         self._cache = self.llm.new_cache(context, **self.kv)
         self._logits = np.empty(config.vocab_size, np.float32)

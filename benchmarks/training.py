@@ -59,7 +59,7 @@ def main() -> None:
     args = parser().parse_args()
     every = not (args.learn or args.peer or args.adapters)
     llm = ruvllm.load(MODEL, weights=args.weights, threads=args.threads)
-    layout = llm.model.layers[0].attention.q.layout
+    layout = llm.model.decoder.layers[0].attention.q.layout
     print(f"{MODEL}, {layout} weights, {llm.model.threads} threads")
     if args.learn or every:
         learn(llm, args)

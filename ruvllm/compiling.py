@@ -26,13 +26,15 @@ from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels._cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._region import CFunction
 from ruvllm.kernels._threads import limited_to, num_threads
+from ruvllm.kernels.tape import replay
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.forward_plan import region_for
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
+from ruvllm.model.replay import needed_operations
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 _FUNCTIONS = 135  # compiled for one kind of model, about: how long the progress bar becomes
 _REGION_FUNCTIONS = 90  # for another kind of KV cache
 _TRAINING_FUNCTIONS = 140  # for training on it
+_MOST_PROCESSES = 4  # that compile at once; each imports numba first
+_SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "append_rows": 5, "_replay": 6}
 _WARM_FLOPS = 2e9  # of a call that is made to compile what it needs
 
 
@@ -52,8 +56,8 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     kinds = sorted(set(kinds))
     if DISABLE_JIT or is_warm(str(kinds)):
         return
-    with _compile_bar(progress), _compiling_aside(kinds):
-        _ = region_for((layout for _, layout in kinds), "f32").address  # takes longest, so it comes first
+    with _compile_bar(progress), _helpers(kinds) as processes:
+        _compile_share(kinds, 0, processes)
         _load_and_sample(kinds)
         _run_tiny_model(kinds)
     mark_warm(str(kinds))
@@ -67,7 +71,8 @@ def compile_cache(layouts: Iterable[str], kv: str, progress: bool | None = None)
     if DISABLE_JIT or is_warm(f"{kv} cache, {layouts}"):
         return
     with _compile_bar(progress, _REGION_FUNCTIONS):
-        _ = region_for(layouts, kv).address
+        for operation in operations_for(layouts, kv):
+            _ = operation.address
     mark_warm(f"{kv} cache, {layouts}")
 
 
@@ -115,27 +120,48 @@ def _run_kernel(spec: KernelSpec) -> None:
 
 
 @contextmanager
-def _compiling_aside(kinds: list[tuple[str, str]]) -> Iterator[None]:
-    """Meanwhile another process compiles what is small into the cache, where this one finds it.
+def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
+    """Meanwhile other processes compile operations into the cache, where this one finds them; yields how many work.
 
-    numba compiles one function at a time in a process. If the other fails, this one compiles all by itself.
+    Numba compiles one function at a time in a process. If the others fail, this one compiles everything by itself.
     """
-    if num_threads() == 1 or kernel_cache_directory() is None:
-        yield
+    processes = min(num_threads(), _MOST_PROCESSES)
+    if processes == 1 or kernel_cache_directory() is None:
+        yield 1
         return
-    code = f"import json, ruvllm.compiling; ruvllm.compiling._load_and_sample(json.loads({json.dumps(kinds)!r}))"
     nowhere = subprocess.DEVNULL
+    others: list[subprocess.Popen[bytes]] = []
     try:
-        other = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=nowhere, stdout=nowhere, stderr=nowhere)
-    except (OSError, ValueError):  # no interpreter of its own: embedded in another program
-        yield
-        return
-    try:
-        yield
+        for i in range(1, processes):
+            code = (
+                "import json, ruvllm.compiling as c\n"
+                f"kinds = json.loads({json.dumps(kinds)!r})\n"
+                f"c._compile_share(kinds, {i}, {processes})\n"
+                "c._load_and_sample(kinds)"
+            )
+            command = [sys.executable, "-P", "-c", code]
+            with suppress(OSError, ValueError):  # no interpreter of its own: embedded in another program
+                others.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
+        yield processes
     finally:
-        with suppress(OSError):
-            other.kill()
-        other.wait()
+        for other in others:
+            with suppress(OSError):
+                other.kill()
+            other.wait()
+
+
+def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -> None:
+    """Compile every operation of such a model, this process's share first, the next one's last operations last."""
+    needed = operations_for({layout for _, layout in kinds}, "f32")
+    for i in range(processes):
+        for operation in needed[(first + i) % processes :: processes][:: 1 if i == 0 else -1]:
+            _ = operation.address
+
+
+def operations_for(layouts: Iterable[str], kv: str) -> list[CFunction]:
+    """What a model of matrices in these layouts replays with, the slowest to compile first."""
+    found = [*needed_operations(_tiny_config(), sorted(layouts), kv), replay]
+    return sorted(found, key=lambda operation: _SLOWEST.get(operation.__name__, len(_SLOWEST)))
 
 
 def _load_and_sample(kinds: Iterable[Iterable[str]]) -> None:
@@ -194,11 +220,15 @@ def _tiny_model(kinds: Iterable[tuple[str, str]], threads: int | None = None) ->
     dtypes, layouts = zip(*kinds, strict=True)
     # A choice of the user is one layout for all; but nobody can ask for 5 bits: it is how a file of them is kept.
     weights = layouts[0] if len(set(layouts)) == 1 and layouts[0] in LAYOUTS else "auto"
-    config = ModelConfig(
+    config = _tiny_config()
+    return Llama(config, _ZeroWeights(config, dtypes), weights, threads)
+
+
+def _tiny_config() -> ModelConfig:
+    return ModelConfig(
         vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
-    return Llama(config, _ZeroWeights(config, dtypes), weights, threads)
 
 
 def _run_tiny_model(kinds: Iterable[tuple[str, str]]) -> None:

@@ -14,9 +14,9 @@ from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_for
 from ruvllm.kernels._memory import require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
-from ruvllm.model.forward_plan import working_bytes
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama, choose_layouts
+from ruvllm.model.replay import working_bytes
 from ruvllm.model.weights import bytes_per_weight
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer

@@ -209,7 +209,7 @@ class Soak:
         for active in ({"one": 1.0}, {"one": 0.5, "other": 0.5}, {}, {"other": -1.0}):
             lora.use(active)
             next(stream, None)
-        if self.llm.model.embed.layout in FLOAT_LAYOUTS:
+        if self.llm.model.decoder.embed.layout in FLOAT_LAYOUTS:
             lora.merge()
             assert self._answer() != self.expected
             lora.unmerge()

@@ -13,6 +13,7 @@ import pytest
 
 from ruvllm import compiling
 from ruvllm.checkpoint.storage import BLOCKS
+from ruvllm.compiling import operations_for
 from ruvllm.kernels import KERNELS
 from ruvllm.model.weights import LAYOUTS, layout_for
 
@@ -34,16 +35,47 @@ def test_warm_up_asks_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_kind_of_cache_is_compiled_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def region(layouts: list[str], kv: str) -> Any:
-        asked.append(kv)
-        return SimpleNamespace(address=0)
+    def needed(layouts: set[str], kv: str) -> list[Any]:
+        asked.append((sorted(layouts), kv))
+        return [SimpleNamespace(address=0)]
 
-    monkeypatch.setattr(compiling, "region_for", region)
+    monkeypatch.setattr(compiling, "operations_for", needed)
     monkeypatch.setattr(compiling, "is_warm", lambda what: False)
     monkeypatch.setattr(compiling, "mark_warm", asked.append)
     for kv in ("f32", "f16", "int8", "f64"):  # float32 is compiled with the model; what is none the cache refuses
         compiling.compile_cache(["int4", "int8", "int4"], kv, progress=False)
-    assert asked == ["f16", "f16 cache, ['int4', 'int8']", "int8", "int8 cache, ['int4', 'int8']"]
+    assert asked == [
+        (["int4", "int8"], "f16"), "f16 cache, ['int4', 'int8']", (["int4", "int8"], "int8"),
+        "int8 cache, ['int4', 'int8']",
+    ]  # fmt: skip
+
+
+def test_every_process_compiles_every_operation_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own share first; then those of the others, of which it finds most in the cache."""
+    needed = operations_for({"int4", "f32"}, "int8")
+    names = [operation.__name__ for operation in needed]
+    assert len(set(needed)) == len(needed)
+    assert sorted(names) == sorted([
+        "_replay", "add", "append_rows", "attend_rows", "broadcast", "floats", "integers", "last_rows", "merge",
+        "quantize", "rms_norm", "rope", "silu_mul", "token",
+    ])  # fmt: skip
+    compiled: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @property
+        def address(self) -> None:
+            compiled.append(self.name)
+
+    monkeypatch.setattr(compiling, "operations_for", lambda layouts, kv: [Fake(name) for name in names])
+    for processes in (1, 2, 3):
+        for first in range(processes):
+            compiled.clear()
+            compiling._compile_share([("Q4_0", "int4")], first, processes)
+            assert sorted(compiled) == sorted(names)
+            assert compiled[0] == names[first]
 
 
 @pytest.mark.parametrize(("dtype", "layout"), sorted(set(PLAIN + BY_FILE)))
@@ -52,14 +84,14 @@ def test_a_tiny_model_of_every_kind_loads_and_speaks(dtype: str, layout: str) ->
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", ""])
-def test_compiling_goes_on_without_the_other_process(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+def test_compiling_goes_on_without_other_processes(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    with compiling._compiling_aside([("Q8_0", "int8")]):
+    with compiling._helpers([("Q8_0", "int8")]):
         pass
 
 
-def test_the_other_process_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Beside a first load it packs weights and samples, and is gone afterwards."""
+def test_other_processes_fill_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside a first load they compile operations, pack weights and sample, and are gone afterwards."""
     seen = []
 
     class Seen(subprocess.Popen):
@@ -68,10 +100,10 @@ def test_the_other_process_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
             seen.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Seen)
-    with compiling._compiling_aside([("Q8_0", "int8")]):
-        assert seen[0].wait(60) == 0
+    with compiling._helpers([("Q8_0", "int8")]):
+        assert seen[0].wait(120) == 0
     names = {path.name.rpartition("-")[0] for path in tmp_path.rglob("*.nbc")}
-    assert {"argmax_index", "top_kselect", "log_softmax_rows"} <= names
-    with compiling._compiling_aside([("Q8_0", "int8")]):
+    assert {"argmax_index", "top_kselect", "log_softmax_rows", "call"} <= names
+    with compiling._helpers([("Q8_0", "int8")]):
         assert seen[1].poll() is None
     assert seen[1].poll() is not None

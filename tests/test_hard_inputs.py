@@ -113,7 +113,7 @@ def test_a_cache_of_another_model_of_the_same_sizes() -> None:
 
 def test_nan_logits_are_said(tmp_path: Path) -> None:
     broken = llm_cases.byte_llm(tmp_path, threads=1)
-    broken.model.norm[:] = np.nan
+    broken.model.decoder.norm[:] = np.nan
     for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}, {"logprobs": 2}):
         with pytest.raises(ValueError, match="^(logits|x): .*NaN"):
             broken.generate("ab", max_tokens=2, **options)

@@ -17,9 +17,9 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ContextFullError, ModelFormatError
 from ruvllm.llm import LLM
 from ruvllm.model.generate import Token
+from ruvllm.model.reference import reference_logits
 from tests import llm_cases as cases
 from tests.model import tiny
-from tests.model.reference_llama import reference_logits
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -21,12 +21,12 @@ import pytest
 import ruvllm
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import InsufficientMemoryError
-from ruvllm.kernels.quant_layout import SIDE
 from ruvllm.loading import weight_bytes
 from ruvllm.model import KVCache
 from ruvllm.model.config import PRESETS
-from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan, working_bytes
 from ruvllm.model.llama import PREFILL_TOKENS
+from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.replay import Tapes, Working, working_bytes
 from tests import llm_cases
 from tests.model import tiny
 from tests.model.model_cases import SMALL, small_model
@@ -87,11 +87,11 @@ def test_numbers_beyond_any_memory_are_refused_too() -> None:
             KVCache(PRESETS["llama3-8b"], tokens)
 
 
-def test_working_memory_is_about_what_is_said() -> None:
+def test_working_memory_is_what_is_said() -> None:
     model = small_model("int8", threads=1)
-    buffers = ForwardBuffers(ForwardPlan(model), model.new_cache(16), 128, 1)
-    by_token = [array for array in buffers.arrays.values() if array.ndim == 2 and len(array) in (128, 128 + SIDE)]
-    assert working_bytes(SMALL, 128) == pytest.approx(sum(array[:128].nbytes for array in by_token), rel=0.05)
+    working = Working(Tapes(model), model.new_cache(16), 128, 1)
+    working._use(Tapes(model).tape(Pass.PROMPT, "f32"))
+    assert working.shared.nbytes == working_bytes(SMALL, 128)
 
 
 def status(field: str) -> int:

@@ -24,7 +24,7 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
         exec(compile(example, f"README example {number}", "exec"), names)
         printed.append(capsys.readouterr().out)
         assert printed[-1].strip(), example
-    assert len(EXAMPLES) == 10
+    assert len(EXAMPLES) == 11
     assert names["answer"].finish_reason in ("stop", "length") and "tokens/s" in printed[0]
     assert len(names["cache"]) == len(names["ids"]) + 1
     assert names["llm"].tokenizer.decode(names["ids"]) in printed[2].strip("'\n")

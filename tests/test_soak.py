@@ -47,6 +47,6 @@ def test_nothing_grows_and_answers_stay(soak: Soak, tmp_path: Path, monkeypatch:
 
 def test_another_answer_is_noticed(soak: Soak) -> None:
     soak.probe()
-    soak.llm.model.norm[:] *= -1
+    soak.llm.model.decoder.norm[:] *= -1
     with pytest.raises(AssertionError, match="another answer"):
         soak.probe()

@@ -161,9 +161,9 @@ def name_by_closure(function: Callable) -> str:
 
 
 def _described(value: Any) -> str:
-    """The same in every process: a compiled function by its name, which tells what it encloses in turn."""
+    """The same in every process: a function by module and name, which tells what it encloses in turn."""
     function = getattr(value, "py_func", value)
-    return function.__qualname__ if inspect.isfunction(function) else repr(value)
+    return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else repr(value)
 
 
 def _compile(function: Callable, cached: bool = True, **options: Any) -> Any:

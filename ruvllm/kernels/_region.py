@@ -27,10 +27,12 @@ def enter(address: Any, table: Any, threads: Any) -> None:
         call_address(address, table)
 
 
-class Region:
-    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict."""
+class CFunction:
+    """A function of int64 parameters as a C function that compiled code can call by its address. Strict."""
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    parameters = 1
+
+    def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
         self._enclosed = name_by_closure(function)
         self.__name__ = getattr(function, "__name__", "region")
@@ -41,11 +43,23 @@ class Region:
         """The C function's address; compiled, or read from the cache, when first asked for."""
         with global_compiler_lock:
             options = {"nopython": True, "error_model": "numpy", "fastmath": False}
-            compiled: Any = CFunc(self.function, ((types.int64,), types.void), {}, options)
+            compiled: Any = CFunc(self.function, ((types.int64,) * self.parameters, types.void), {}, options)
             compiled._cache = KernelCache(self.function, "region", self._enclosed)
             compiled.compile()
-        self._kept = compiled
+        self._compiled = compiled
         return int(compiled.address)
+
+    def __call__(self, *arguments: int) -> None:
+        """Call it from Python."""
+        if DISABLE_JIT:
+            self.function(*arguments)
+        else:
+            _ = self.address
+            self._compiled.ctypes(*arguments)
+
+
+class Region(CFunction):
+    """``function(table)``, to be entered by several threads at once; it may use barriers (``_team``). Strict."""
 
     def run(self, table: np.ndarray, threads: int) -> None:
         """Let ``threads`` threads enter; returns when the last has left. table: int64, kept alive by the caller."""

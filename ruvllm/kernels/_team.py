@@ -21,13 +21,31 @@ import numpy as np
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 
 if TYPE_CHECKING or DISABLE_JIT:
-    from ruvllm.kernels._team_python import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
+    from ruvllm.kernels._team_python import (
+        atomic_add,
+        atomic_load,
+        atomic_store,
+        call_address,
+        call_operation,
+        pause,
+        time_stamp,
+        yield_core,
+    )
 else:
-    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, atomic_store, call_address, pause, yield_core
+    from ruvllm.kernels._team_llvm import (
+        atomic_add,
+        atomic_load,
+        atomic_store,
+        call_address,
+        call_operation,
+        pause,
+        time_stamp,
+        yield_core,
+    )
 
 __all__ = [
-    "SHARES", "TURN_STEP", "barrier", "call_address", "join_team", "part", "share_of", "sync_size", "take_turn",
-    "turn_counts",
+    "SHARES", "TURN_STEP", "barrier", "call_address", "call_operation", "join_team", "part", "share_of", "sync_size",
+    "take_turn", "time_stamp", "turn_counts",
 ]  # fmt: skip
 
 _APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together

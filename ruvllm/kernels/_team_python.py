@@ -1,5 +1,6 @@
 """The team's operations in plain Python, for NUMBA_DISABLE_JIT=1: there regions run one member after the other."""
 
+import time
 from typing import Any
 
 
@@ -27,3 +28,14 @@ def yield_core() -> None:
 
 def call_address(address: int, argument: int) -> None:
     raise RuntimeError("without the JIT there are no addresses of compiled functions")
+
+
+OPERATIONS: list[Any] = []  # without the JIT, an operation's address is its index here plus one
+
+
+def call_operation(address: int, table: int, row: int, rank: int, size: int) -> None:
+    OPERATIONS[int(address) - 1](int(table), int(row), rank, size)
+
+
+def time_stamp() -> int:
+    return time.perf_counter_ns()

@@ -45,6 +45,9 @@ if TYPE_CHECKING or DISABLE_JIT:
     def flat(array: Any) -> Any:
         return array.reshape(-1)
 
+    def load_integers(address: Any, count: Any) -> Any:
+        return tuple(array_at(address, count, np.int64))
+
 else:
 
     @intrinsic
@@ -87,3 +90,19 @@ else:
             return _view(context, builder, result, source.data, [source.nitems])
 
         return result(array), codegen
+
+    @intrinsic
+    def load_integers(typingctx: Any, address: Any, count: Any) -> Any:
+        """``count`` int64 values from an address on, as a tuple; the count is a constant."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            word = context.get_value_type(types.int64)
+            pointer = builder.inttoptr(args[0], word.as_pointer())
+            values = [
+                builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)])) for i in range(count.literal_value)
+            ]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return types.UniTuple(types.int64, count.literal_value)(types.int64, count), codegen

@@ -87,6 +87,12 @@ def silu_mul(gate: Any, up: Any) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def gelu_mul(gate: Any, up: Any) -> np.ndarray:
+    """gelu(gate) * up, gelu by its tanh approximation."""
+    gate, up = _f64(gate, up)
+    return np.asarray(gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up)
+
+
 # --- vectors and matrices -----------------------------------------------------------------------------------------
 
 

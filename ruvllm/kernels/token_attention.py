@@ -36,7 +36,6 @@ from ruvllm.kernels._simd import (
     load_rows,
     prefetch_l2,
     splat,
-    splat_at,
     store_rows,
 )
 from ruvllm.kernels._tile import LANES, put
@@ -174,12 +173,11 @@ def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
         total = np.float32(0)
         for c in range(chunks):
             at = base + c * width + state
-            parts[at + 2] = lane(exp2_of_negative(splat(parts[at] - top)), 0)
-            total += parts[at + 1] * parts[at + 2]
+            total += parts[at + 1] * lane(exp2_of_negative(splat(parts[at] - top)), 0)
         inverse = splat(np.float32(1) / total)
         for d in range(0, dim, LANES):
             acc = f32_zero()
             for c in range(chunks):
                 at = base + c * width
-                acc = fma(f32_load(parts, at + d), splat_at(parts, at + state + 2), acc)
+                acc = fma(f32_load(parts, at + d), exp2_of_negative(splat(parts[at + state] - top)), acc)
             put(outs, head * dim + d, acc * inverse, dim - d, False)

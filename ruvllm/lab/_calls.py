@@ -84,7 +84,7 @@ def calls_of_models() -> dict[str, Call]:
             model.forward([1], cache)
             MicroLora(model).attach(LoraAdapter(config, LoraConfig(16)))
             model.forward([1, 2], cache)
-            gate = model.layers[0].linears()["gate"]
+            gate = model.decoder.layers[0].mlp.gate
             dy, dx = np.ones((2, gate.rows), np.float32), np.empty((2, gate.columns), np.float32)
             gate.weights.matmul_transposed(dy, dx, False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,10 +12,9 @@ from tqdm.auto import tqdm
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.lab._display import as_html, as_text, axis
-from ruvllm.lab.swapping import readable_path
 from ruvllm.llm import LLM, Prompt
-from ruvllm.model.layer import TransformerLayer
-from ruvllm.model.reference import reference_states
+from ruvllm.model.ops.eager import Eager
+from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
 
 _ROWS = 512  # of a tensor that its quantisation error is taken from, evenly spread
@@ -86,31 +84,39 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
         ValueError: an empty prompt.
     """
     ids = llm._ids(prompt)
-    states: dict[int, list[np.ndarray]] = {}
-    original = TransformerLayer.__call__
+    passes: list[list[np.ndarray]] = []  # the residual stream between layers, for each pass of a long prompt
 
-    def recorded(layer: Any, step: Any, cache: Any, i: int) -> None:
-        if i == 0:
-            states.setdefault(0, []).append(step.x.copy())
-        original(layer, step, cache, i)
-        states.setdefault(i + 1, []).append(step.x.copy())
+    class Watched(Eager):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            passes.append([])
 
-    with readable_path(), patch.object(TransformerLayer, "__call__", recorded):
-        logits = llm.logits(ids)
+        def boundary(self, x: np.ndarray) -> np.ndarray:
+            passes[-1].append(x)
+            return x
+
+        def last_rows(self, x: np.ndarray) -> np.ndarray:
+            passes[-1].append(x)
+            return super().last_rows(x)
+
+    logits = llm.model.forward(ids, llm.new_cache(len(ids)), ops=Watched)
     errors, largest = [], []
     with open_checkpoint(llm.path) as checkpoint:
-        total = llm.config.num_hidden_layers + 2
         quiet = None if progress is None else not progress
-        found = tqdm(
-            reference_states(checkpoint, ids), total=total, desc="float64", unit="layer", leave=False, disable=quiet
-        )
-        for i, r in enumerate(found):
-            if i in states:
-                difference = np.concatenate(states[i]) - r
-                errors.append(float(np.linalg.norm(difference) / np.linalg.norm(r)))
-                largest.append(float(np.abs(difference).max()))
-            else:
-                expected = r
+        with tqdm(
+            total=llm.config.num_hidden_layers + 1, desc="float64", unit="layer", leave=False, disable=quiet
+        ) as bar:
+
+            class Shown(Float64):
+                def boundary(self, x: np.ndarray) -> np.ndarray:
+                    bar.update()
+                    return super().boundary(x)
+
+            *references, expected = reference_states(checkpoint, ids, ops_type=Shown)
+    for states, reference in zip(zip(*passes, strict=True), references, strict=True):
+        difference = np.concatenate(states) - reference
+        errors.append(float(np.linalg.norm(difference) / np.linalg.norm(reference)))
+        largest.append(float(np.abs(difference).max()))
     p, q = _log_softmax(expected), _log_softmax(logits.astype(np.float64))
     return Drift(
         name=name or " and ".join(sorted({linear.layout for linear in llm.model.linears().values()})),

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
-import ruvllm.kernels as K
+from ruvllm.kernels import tape as t
 from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.lab.peaks import Peaks, measured_peaks
-from ruvllm.lab.swapping import readable_path
 from ruvllm.llm import LLM, Prompt
-from ruvllm.model import layer as layer_module
-from ruvllm.model.activations import Activations
 from ruvllm.model.generate import Sampling, generate
-from ruvllm.model.layer import TransformerLayer
-from ruvllm.model.linear import Linear
 from ruvllm.model.llama import Llama
+from ruvllm.model.ops.schedule import Step
+from ruvllm.model.ops.tape import Tape
+from ruvllm.model.replay import Working
 from ruvllm.model.weights import INTEGER_LAYOUTS
+
+WAIT = "wait at barrier"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call: what, in which layer (-1: before or after all), for how many tokens, from when to when, its work.
+    """One row of the tape in one pass: what, in which layer (-1: before or after all), for how many tokens, its work.
 
-    limit: the seconds that the machine's limits ask for it at least.
+    start, end: when thread 0 ran it. seconds: mean of all threads. limit: the seconds that the machine's limits allow
+    it at best, on all threads. ``wait at barrier`` is an operation too: there threads wait for the slowest.
     """
 
     name: str
@@ -39,6 +38,7 @@ class Operation:
     step: int
     start: float
     end: float
+    seconds: float
     flops: float
     nbytes: float
     limit: float
@@ -46,26 +46,24 @@ class Operation:
 
 @dataclass(frozen=True)
 class Profile:
-    """A generation on the readable path, operation by operation.
+    """A generation, operation by operation, as the parallel region ran it.
 
-    steps: (start, end, tokens) of each forward pass. overhead: seconds that the profile itself added, as measured on
-    empty operations. decode: tokens/s of the readable path under the profile. fused: tokens/s of the same generation
-    on the fused path, without a profile.
+    steps: (start, end, tokens) of each forward pass. decode: tokens/s with time stamps; untimed: without.
     """
 
     operations: tuple[Operation, ...]
     steps: tuple[tuple[float, float, int], ...]
-    overhead: float
+    threads: int
     decode: float
-    fused: float
+    untimed: float
     peaks: Peaks
 
     def heading(self) -> str:
         """One line: the speeds, and what measuring cost."""
         total = sum(end - start for start, end, _ in self.steps)
         return (
-            f"readable path under the profile: {self.decode:.1f} tokens/s; fused path, without: {self.fused:.1f}; "
-            f"{len(self.operations)} operations in {total:.3f} s, the profile itself {self.overhead / total:.1%} of it"
+            f"{self.untimed:.1f} tokens/s on {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"{self.decode:.1f} with time stamps; {len(self.operations)} operations in {total:.3f} s"
         )
 
     def table(self, decode: bool = True, by: str = "name") -> list[tuple[str, ...]]:
@@ -77,12 +75,12 @@ class Profile:
         for operation in self.operations:
             if (operation.tokens == 1) == decode:
                 groups[getattr(operation, by)].append(operation)
-        passes = sum(end - start for start, end, tokens in self.steps if (tokens == 1) == decode)
+        passes = sum(end - start for start, end, tokens in self.steps if (tokens == 1) == decode)  # seconds
         order = sorted(groups) if by == "layer" else sorted(groups, key=lambda n: -_seconds(groups[n]))
         found: list[tuple[str, ...]] = [(by, "calls", "ms", "share", "GB/s", "GFLOP/s", "of limit")]
         for key in order:
             x = groups[key]
-            seconds = _seconds(x)
+            seconds = max(_seconds(x), 1e-12)
             label = str(key) if by == "name" else f"layer {key}" if key >= 0 else "before and after"
             found.append(
                 (
@@ -93,7 +91,7 @@ class Profile:
             )  # fmt: skip
         if passes:
             rest = passes - sum(_seconds(x) for x in groups.values())
-            found.append(("Python between them", "", f"{rest * 1e3:.2f}", f"{rest / passes:.1%}", "-", "-", "-"))
+            found.append(("between operations", "", f"{rest * 1e3:.2f}", f"{rest / passes:.1%}", "-", "-", "-"))
         return found
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -133,12 +131,12 @@ class Profile:
 
 
 def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None = None) -> Profile:
-    """Generate greedily on the readable path and time each operation.
+    """Generate greedily and time each operation inside the parallel region, on each thread.
 
-    The fused path is one compiled call, which nothing can look into; the readable path computes the same bits with the
-    same kernels. Nothing is patched outside of this call, so a profile that is not taken costs nothing. Products of
-    integers are compared with the integer peak, others with the float32 peak, reads with the bandwidth of memory, or
-    of the smallest cache that holds what an operation touches.
+    The region that generation always uses takes time stamps before and after each row of its tape: no other path, no
+    patches, and nothing is paid where no profile is taken. Products of integers are compared with the integer peak,
+    others with the float32 peak, reads with the bandwidth of memory, or of the smallest cache that holds what an
+    operation touches.
 
     Args:
         llm: a loaded model.
@@ -153,145 +151,140 @@ def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None 
         raise ValueError(f"max_tokens: expected at least 2, found {max_tokens}")
     peaks = peaks or measured_peaks(llm.model.threads)
     ids = llm._ids(prompt)
-    for fused in (True, False):  # compiles and warms
-        with readable_path() if not fused else ExitStack():
-            _tokens_per_second(llm, ids, 2)
-    fused_speed = _tokens_per_second(llm, ids, max_tokens)
-    recorder = _Recorder(llm, peaks)
-    with readable_path(), recorder.installed():
-        speed = _tokens_per_second(llm, ids, max_tokens)
-    overhead = len(recorder.operations) * _cost_of_recording(llm, peaks)
-    return Profile(tuple(recorder.operations), tuple(recorder.steps), overhead, speed, fused_speed, peaks)
+    _tokens_per_second(llm.model, ids, 2)  # compiles and warms
+    untimed = _tokens_per_second(llm.model, ids, max_tokens)
+    timed, runner = copy.copy(llm.model), _Timed()  # shares the weights
+    timed.fused, timed.runner = True, runner
+    timed.weights_changed()
+    decode = _tokens_per_second(timed, ids, max_tokens)
+    reader = _Reader(llm.model, peaks)
+    reader.read(runner.runs)
+    return Profile(tuple(reader.operations), tuple(reader.passes), timed.threads, decode, untimed, peaks)
 
 
-def _tokens_per_second(llm: LLM, ids: np.ndarray, max_tokens: int) -> float:
+def _tokens_per_second(model: Llama, ids: np.ndarray, max_tokens: int) -> float:
     """Speed of the tokens after the first, whether or not the model would have ended."""
-    tokens = generate(llm.model, llm.new_cache(len(ids) + max_tokens), ids, Sampling(), max_tokens)
+    tokens = generate(model, model.new_cache(len(ids) + max_tokens), ids, Sampling(), max_tokens)
     next(tokens)
     start = time.perf_counter()
     return sum(1 for _ in tokens) / (time.perf_counter() - start)
 
 
-class _Recorder:
-    """Wraps the operations of the readable path; work and bytes follow from their arguments."""
+@dataclass
+class _Run:
+    """One entry of the region: rows ``first`` to ``len(times)`` of a tape, and the time stamps of each thread."""
 
-    def __init__(self, llm: LLM, peaks: Peaks) -> None:
+    tape: Tape
+    first: int
+    start: float
+    stop: float
+    header: np.ndarray
+    positions: np.ndarray
+    times: np.ndarray  # (rows, threads, 3) ticks: before the barrier, after it, after the operation
+
+
+@dataclass
+class _Timed:
+    """A runner that lets the region take time stamps."""
+
+    runs: list[_Run] = field(default_factory=list)
+
+    def run(self, tape: Tape, working: Working) -> None:
+        """See ``replay.Runner``."""
+        header = working.header
+        times = np.zeros((header[t.END], header[t.THREADS], 3), np.int64)
+        header[t.TIMES] = times.ctypes.data
+        start = time.perf_counter()
+        t.replay.run(header, int(header[t.THREADS]))
+        stop = time.perf_counter()
+        header[t.TIMES] = 0
+        positions = working.positions[: header[t.TOKENS]].copy()
+        self.runs.append(_Run(tape, int(header[t.FIRST]), start, stop, header.copy(), positions, times))
+
+
+class _Reader:
+    """Makes operations of time stamps; work and bytes follow from each row's arguments."""
+
+    def __init__(self, model: Llama, peaks: Peaks) -> None:
+        self.peaks, self.model_bytes = peaks, model.nbytes
+        self.linears = model.linears()
         self.operations: list[Operation] = []
-        self.steps: list[tuple[float, float, int]] = []
-        self.peaks = peaks
-        self.layer, self.tokens = -1, 0
-        self.names = {id(x): name.rsplit(".", 1)[-1] for name, x in llm.model.linears().items()}
-        self.names[id(llm.model.head)] = "head"
-        self.model_bytes = llm.model.nbytes
+        self.passes: list[tuple[float, float, int]] = []
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Operations are timed inside the block."""
-        with ExitStack() as stack:
-            for owner, attribute, wrap in (
-                (K, "rms_norm", self._plain("rms_norm", lambda x, weight, *_: (4.0 * x.size, 8.0 * x.size))),
-                (K, "apply_rope_tables", self._plain("rope", lambda x, *_: (3.0 * x.size, 8.0 * x.size))),
-                (K, "silu_mul", self._plain("silu_mul", lambda gate, *_: (5.0 * gate.size, 12.0 * gate.size))),
-                (layer_module, "append", self._plain("kv_append", lambda k, *_: (0.0, 16.0 * k.size))),
-                (layer_module, "cached_attention", self._plain("attention", _attention_work)),
-                (Activations, "rounded", self._rounding),
-                (Linear, "__call__", self._linear),
-                (TransformerLayer, "__call__", self._in_layer),
-                (Llama, "_walk", self._step),
-            ):
-                stack.enter_context(patch.object(owner, attribute, wrap(getattr(owner, attribute))))
-            yield
+    def read(self, runs: list[_Run]) -> None:
+        """The operations of all runs, in order; a pass begins where a run begins with the tape's first row."""
+        rate = _ticks_per_second(runs)
+        for run in runs:
+            tokens = int(run.header[t.TOKENS])
+            if run.first == 0:
+                self.passes.append((run.start, run.stop, tokens))
+            self.passes[-1] = (self.passes[-1][0], run.stop, tokens)
+            times = run.times[run.first :]
+            joined = times[:, times[-1, :, 2] > 0]  # threads that came too late left no stamps
+            seconds = (joined - joined[:1, :1, :1]) / rate
+            for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
+                before, begin, end = seconds[i].T
+                if run.tape.rows[run.first + i, t.BARRIER]:
+                    self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
+                rows = int(run.header[step.count])
+                if rows:
+                    self._add_operation(step, rows, tokens, run, begin, end)
 
-    def _plain(self, name: str, work: Callable[..., tuple[float, float]]) -> Callable[..., Any]:
-        def wrap(function: Any) -> Any:
-            def timed(*arguments: Any, **named: Any) -> Any:
-                start = time.perf_counter()
-                result = function(*arguments, **named)
-                end = time.perf_counter()
-                flops, nbytes = work(*arguments)
-                self._record(name, start, end, flops, nbytes, self.peaks.fma, nbytes)
-                return result
-
-            return timed
-
-        return wrap
-
-    def _rounding(self, function: Any) -> Any:
-        def timed(activations: Any) -> Any:
-            if activations._rounded is not None:
-                return function(activations)
-            start = time.perf_counter()
-            result = function(activations)
-            x = activations.x
-            end = time.perf_counter()
-            self._record("round to 8 bits", start, end, 4.0 * x.size, 5.0 * x.size, self.peaks.fma, x.nbytes)
-            return result
-
-        return timed
-
-    def _linear(self, function: Any) -> Any:
-        def timed(linear: Any, x: Any, out: Any = None) -> Any:
-            integer = linear.layout in INTEGER_LAYOUTS
-            if integer and isinstance(x, Activations):
-                x.rounded()  # an operation of its own
-            start = time.perf_counter()
-            result = function(linear, x, out)
-            end = time.perf_counter()
-            tokens = len(result)
-            nbytes = linear.nbytes + 4.0 * tokens * (linear.rows + linear.columns)
-            peak = self.peaks.int8_dot if integer else self.peaks.fma
-            # Between two uses of a matrix all others are read: it comes from where the whole model fits.
-            self._record(
-                self.names.get(id(linear), "linear"), start, end, 2.0 * tokens * linear.rows * linear.columns,
-                nbytes, peak, self.model_bytes,
-            )  # fmt: skip
-            return result
-
-        return timed
-
-    def _in_layer(self, function: Any) -> Any:
-        def entered(layer: Any, step: Any, cache: Any, i: int) -> None:
-            self.layer = i
-            function(layer, step, cache, i)
-            self.layer = -1
-
-        return entered
-
-    def _step(self, function: Any) -> Any:
-        def timed(model: Any, ids: Any, *arguments: Any) -> None:
-            self.tokens = len(ids)
-            start = time.perf_counter()
-            function(model, ids, *arguments)
-            self.steps.append((start, time.perf_counter(), len(ids)))
-
-        return timed
-
-    def _record(
-        self, name: str, start: float, end: float, flops: float, nbytes: float, peak: float, held: float
+    def _add_operation(
+        self, step: Step, rows: int, tokens: int, run: _Run, begin: np.ndarray, end: np.ndarray
     ) -> None:
-        limit = max(flops / peak, nbytes / self.peaks.bandwidth(held))
+        name, peak, held = step.label.rsplit(".", 1)[-1], self.peaks.fma, 0.0
+        linear = self.linears.get(step.label)
+        if linear is not None:
+            # Between two uses of a matrix all others are read: it comes from where the whole model fits.
+            held = float(self.model_bytes)
+            peak = self.peaks.int8_dot if linear.layout in INTEGER_LAYOUTS else peak
+            work = 2.0 * rows * linear.size, linear.nbytes + 4.0 * rows * (linear.rows + linear.columns)
+            name = "head" if step.layer < 0 else name
+        else:
+            work = _work(step, rows, run.positions)
+        self._add(name, step, tokens, run.start, begin, end, work, peak, held)
+
+    def _add(
+        self, name: str, step: Step, tokens: int, origin: float, begin: np.ndarray, end: np.ndarray,
+        work: tuple[float, float], peak: float, held: float = 0.0,
+    ) -> None:  # fmt: skip
+        flops, nbytes = work
+        limit = max(flops / peak, nbytes / self.peaks.bandwidth(held or nbytes))
+        times = origin + float(begin[0]), origin + float(end[0]), float((end - begin).mean())
         self.operations.append(
-            Operation(name, self.layer, self.tokens, len(self.steps), start, end, flops, nbytes, limit)
+            Operation(name, step.layer, tokens, len(self.passes) - 1, *times, flops, nbytes, limit)
         )
 
 
-def _attention_work(q: Any, keys: Any, values: Any, positions: Any, window: Any, *_: Any) -> tuple[float, float]:
-    """Products of q with each visible position, twice; keys and values read once."""
-    visible = np.minimum(positions + 1, window or np.inf)
-    kv_heads = keys.shape[0]
-    nbytes = 2.0 * visible.max() * kv_heads * q.shape[2] * keys.itemsize
-    return 4.0 * q.shape[1] * q.shape[2] * float(visible.sum()), float(nbytes) + 8.0 * q.size
+def _ticks_per_second(runs: list[_Run]) -> float:
+    """Rate of the time stamps, from the first and the last run: each began a moment after its Python call."""
+    (first, *_, last) = runs
+    ticks = int(last.times[last.first, 0, 0]) - int(first.times[first.first, 0, 0])
+    if ticks <= 0:
+        raise RuntimeError("this processor has no time stamp counter that programs may read")
+    return ticks / (last.start - first.start)
+
+
+_FLOPS = {"rms_norm": 4.0, "silu_mul": 5.0, "gelu_mul": 9.0, "add": 1.0, "quantize": 4.0, "rope": 3.0}  # an element
+_BYTES = {"rms_norm": 8.0, "silu_mul": 12.0, "gelu_mul": 12.0, "add": 12.0, "quantize": 5.0, "rope": 8.0}
+
+
+def _work(step: Step, rows: int, positions: np.ndarray) -> tuple[float, float]:
+    """Arithmetic operations and bytes of an operation that is no matrix product."""
+    a: dict[str, Any] = step.arguments
+    name = step.operation.__name__
+    if name in _FLOPS:
+        n = rows * (a["heads"] * a["dim"] if name == "rope" else a["columns"] * a.get("vectors", 1))
+        return _FLOPS[name] * n, _BYTES[name] * n
+    if "q" in a:  # attention: products of q with each visible position, twice; keys and values read once
+        visible = np.minimum(positions + 1, a["window"])
+        read = 2.0 * float(visible.max()) * a["kv_heads"] * a["dim"] * 4.0  # the cache is float32
+        return 4.0 * a["heads"] * a["dim"] * float(visible.sum()), read + 8.0 * rows * a["heads"] * a["dim"]
+    if "kv_heads" in a:  # append
+        return 0.0, 16.0 * rows * a["kv_heads"] * a["dim"]
+    return 0.0, 0.0
 
 
 def _seconds(operations: list[Operation]) -> float:
-    return sum(x.end - x.start for x in operations)
-
-
-def _cost_of_recording(llm: LLM, peaks: Peaks) -> float:
-    """Seconds that timing and recording one operation take."""
-    timed = _Recorder(llm, peaks)._plain("nothing", lambda x: (0.0, 0.0))(lambda x: x)
-    nothing = np.empty(1)
-    start = time.perf_counter()
-    for _ in range(1000):
-        timed(nothing)
-    return (time.perf_counter() - start) / 1000
+    return sum(x.seconds for x in operations)

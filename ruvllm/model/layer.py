@@ -1,137 +1,110 @@
-"""Attention, feed-forward and the transformer layer: read from top to bottom like the paper.
+"""The model, defined once: attention, feed-forward, layer, decoder, in the operations of ``ops`` (``model.ops``).
 
-Shapes: T tokens, E hidden size, H query heads, KV key/value heads, D head_dim, F feed-forward size.
+This is the only place that says what a LLaMA computes. Generation, training, the float64 reference and the profiler
+run this code with other ``ops``. A variant is a subclass: see "Add a model" in the README.
+
+    q k v o gate up down    matrices (outputs, inputs); attn_norm mlp_norm norm    vectors (E,)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
-import ruvllm.kernels as K
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.cached_attention import cached_attention, scratch_size
-from ruvllm.kernels.kv import append
-from ruvllm.model.activations import Activations
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.linear import Linear
+from ruvllm.model.ops import Ops
 
 
-@dataclass
-class Step:
-    """What all layers share while T tokens go through: where they stand, and the buffers they pass through."""
+class Parameters(Protocol):
+    """Where the parts of a model get their matrices and vectors, by canonical name ("layers.3.q")."""
 
-    positions: np.ndarray  # (T,) int64
-    cos: np.ndarray  # (T, D/2)
-    sin: np.ndarray  # (T, D/2)
-    x: np.ndarray  # (T, E) the residual stream
-    h: np.ndarray  # (T, E) its normalised form
-    q: np.ndarray  # (T, H, D)
-    k: np.ndarray  # (T, KV, D)
-    v: np.ndarray  # (T, KV, D)
-    attended: np.ndarray  # (T, H, D)
-    gate: np.ndarray  # (T, F)
-    up: np.ndarray  # (T, F)
-    inputs: Activations  # what goes into the linear layers, with its 8-bit form
-    scratch: np.ndarray  # (threads, ...) for attention
+    def linear(self, name: str) -> Linear:
+        """A matrix, with its bias if it has one."""
+        ...
 
-
-class Buffers:
-    """The buffers of a Step for up to ``tokens`` tokens, allocated once: a decode step allocates nothing."""
-
-    def __init__(self, config: ModelConfig, tokens: int, threads: int) -> None:
-        T, E, F, D = tokens, config.hidden_size, config.intermediate_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.tokens = tokens
-        self.x, self.h = aligned_empty((T, E)), aligned_empty((T, E))
-        self.q, self.attended = aligned_empty((T, heads, D)), aligned_empty((T, heads, D))
-        self.k, self.v = aligned_empty((T, kv_heads, D)), aligned_empty((T, kv_heads, D))
-        self.gate, self.up = aligned_empty((T, F)), aligned_empty((T, F))
-        self.inputs = Activations(T, max(E, F, heads * D))
-        self.scratch = aligned_empty((threads, scratch_size(D)))
-
-    def step(self, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Step:
-        """A step of len(positions) tokens in these buffers."""
-        T = len(positions)
-        return Step(
-            positions, cos, sin, self.x[:T], self.h[:T], self.q[:T], self.k[:T], self.v[:T],
-            self.attended[:T], self.gate[:T], self.up[:T],
-            self.inputs, self.scratch,
-        )  # fmt: skip
+    def vector(self, name: str) -> np.ndarray:
+        """A vector (n,)."""
+        ...
 
 
 class Attention:
     """Grouped-query attention with rotary position embedding, over a KV cache."""
 
-    def __init__(self, config: ModelConfig, q: Linear, k: Linear, v: Linear, o: Linear) -> None:
-        self.q, self.k, self.v, self.o = q, k, v, o
-        self.window = config.sliding_window
-        self.scale = config.head_dim**-0.5
+    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
+        self.q, self.k, self.v, self.o = (parameters.linear(f"layers.{layer}.{name}") for name in "qkvo")
+        self.layer, self.dim = layer, config.head_dim
+        self.window, self.scale = config.sliding_window, config.head_dim**-0.5
 
-    def __call__(self, s: Step, cache: KVCache, layer: int) -> np.ndarray:
-        """s.h (T, E) -> (T, E) in s.h; the tokens' keys and values go into the cache."""
-        T = len(s.h)
-        h = s.inputs.of(s.h)
-        self.q(h, out=s.q.reshape(T, -1))
-        self.k(h, out=s.k.reshape(T, -1))
-        self.v(h, out=s.v.reshape(T, -1))
-        K.apply_rope_tables(s.q, s.cos, s.sin, out=s.q)
-        K.apply_rope_tables(s.k, s.cos, s.sin, out=s.k)
-        keys, values = cache.keys[layer], cache.values[layer]
-        append(s.k, s.v, keys, values, s.positions)
-        cached_attention(s.q, keys, values, s.positions, self.window, self.scale, s.attended, s.scratch)
-        return self.o(s.inputs.of(s.attended.reshape(T, -1)), out=s.h)
+    def __call__(self, ops: Ops, h: Any) -> Any:
+        """h (T, E) -> (T, E); the tokens' keys and values go into the layer's cache."""
+        q, k, v = (ops.heads(ops.linear(h, matrix), self.dim) for matrix in (self.q, self.k, self.v))  # (T, H, D)
+        attended = ops.attention(ops.rope(q), ops.rope(k), v, self.layer, self.window, self.scale)
+        return ops.linear(attended, self.o)
 
 
 class FeedForward:
     """SwiGLU: down(silu(gate(h)) * up(h))."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
-        self.gate, self.up, self.down = gate, up, down
+    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
+        self.gate, self.up, self.down = (
+            parameters.linear(f"layers.{layer}.{name}") for name in ("gate", "up", "down")
+        )  # fmt: skip
 
-    def __call__(self, s: Step) -> np.ndarray:
-        """s.h (T, E) -> (T, E) in s.h."""
-        h = s.inputs.of(s.h)
-        self.gate(h, out=s.gate)
-        self.up(h, out=s.up)
-        K.silu_mul(s.gate, s.up, out=s.gate)
-        return self.down(s.inputs.of(s.gate), out=s.h)
+    def __call__(self, ops: Ops, h: Any) -> Any:
+        """h (T, E) -> (T, E)."""
+        return ops.linear(ops.silu_mul(ops.linear(h, self.gate), ops.linear(h, self.up)), self.down)
 
 
 class TransformerLayer:
-    """x += attention(norm(x)); x += feed_forward(norm(x)).
+    """x + attention(norm(x)), then that + feed_forward(norm(that))."""
 
-    The two places where ``x`` is added to are the only ones where partial sums of several machines would meet.
-    """
+    attention_type: type[Attention] = Attention
+    mlp_type: type[FeedForward] = FeedForward
 
-    def __init__(
-        self, config: ModelConfig, attn_norm: np.ndarray, attention: Attention, mlp_norm: np.ndarray, mlp: FeedForward
-    ) -> None:
+    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         self.eps = config.rms_norm_eps
-        self.attn_norm, self.attention = attn_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.attention = self.attention_type(config, parameters, layer)
+        self.mlp = self.mlp_type(config, parameters, layer)
+        self.attn_norm = parameters.vector(f"layers.{layer}.attn_norm")
+        self.mlp_norm = parameters.vector(f"layers.{layer}.mlp_norm")
 
-    @classmethod
-    def load(
-        cls, config: ModelConfig, linear: Callable[[str], Linear], vector: Callable[[str], np.ndarray], i: int
-    ) -> TransformerLayer:
-        """Layer i from functions that give its matrices and vectors by canonical name."""
-        at = f"layers.{i}."
-        attention = Attention(config, linear(at + "q"), linear(at + "k"), linear(at + "v"), linear(at + "o"))
-        mlp = FeedForward(linear(at + "gate"), linear(at + "up"), linear(at + "down"))
-        return cls(config, vector(at + "attn_norm"), attention, vector(at + "mlp_norm"), mlp)
+    def __call__(self, ops: Ops, x: Any) -> Any:
+        """x (T, E) after the layer."""
+        x = ops.add(x, self.attention(ops, ops.rms_norm(x, self.attn_norm, self.eps)))
+        return ops.add(x, self.mlp(ops, ops.rms_norm(x, self.mlp_norm, self.eps)))
 
-    def __call__(self, s: Step, cache: KVCache, layer: int) -> None:
-        """Take s.x (T, E) through the layer, in place."""
-        K.rms_norm(s.x, self.attn_norm, self.eps, out=s.h)
-        np.add(s.x, self.attention(s, cache, layer), out=s.x)
-        K.rms_norm(s.x, self.mlp_norm, self.eps, out=s.h)
-        np.add(s.x, self.mlp(s), out=s.x)
+
+class Decoder:
+    """Layers, norm and head: from embedded tokens to logits. A tied head is the embedding."""
+
+    layer_type: type[TransformerLayer] = TransformerLayer
+
+    def __init__(self, config: ModelConfig, parameters: Parameters) -> None:
+        self.eps = config.rms_norm_eps
+        self.embed = parameters.linear("embed")
+        self.layers = [self.layer_type(config, parameters, i) for i in range(config.num_hidden_layers)]
+        self.norm = parameters.vector("norm")
+        self.head = self.embed if config.tie_word_embeddings else parameters.linear("head")
+
+    def __call__(self, ops: Ops, x: Any) -> Any:
+        """x (T, E), the embedded tokens, to logits (rows, V)."""
+        for layer in self.layers:
+            x = layer(ops, ops.boundary(x))
+        return ops.logits(ops.rms_norm(ops.last_rows(x), self.norm, self.eps), self.head)
 
     def linears(self) -> dict[str, Linear]:
-        """The layer's matrices by name: q k v o gate up down."""
-        a, m = self.attention, self.mlp
-        return {"q": a.q, "k": a.k, "v": a.v, "o": a.o, "gate": m.gate, "up": m.up, "down": m.down}
+        """Every matrix by its canonical name; a tied head appears once, as ``embed``."""
+        return {part.name: part for part in parts(self) if not isinstance(part, np.ndarray)}
+
+
+def parts(block: object) -> Iterator[Linear | np.ndarray]:
+    """The matrices and vectors of a block and of the blocks in it, in the order of their attributes."""
+    for value in vars(block).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Linear | np.ndarray):
+                yield item
+            elif hasattr(item, "__dict__") and callable(item):
+                yield from parts(item)

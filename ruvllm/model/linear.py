@@ -10,19 +10,21 @@ from ruvllm.model.weights import FloatWeights, IntegerWeights, WeightTensor, loa
 
 
 class Linear:
-    """y (T, N) = x (T, K) W^T + bias, on float or integer weights; ``adapter`` (``model.lora``) adds to it."""
+    """y (T, N) = x (T, K) W^T + bias, on float or integer weights; ``name`` is its canonical name, "layers.3.q"."""
 
-    def __init__(self, weights: FloatWeights | IntegerWeights, bias: np.ndarray | None = None) -> None:
+    def __init__(self, weights: FloatWeights | IntegerWeights, bias: np.ndarray | None = None, name: str = "") -> None:
         self.weights = weights
         self.bias = bias
-        self.adapter: LowRank | None = None
+        self.name = name
 
     @classmethod
-    def load(cls, tensor: WeightTensor, layout: str, bias: WeightTensor | None = None) -> Linear:
+    def load(cls, tensor: WeightTensor, layout: str, bias: WeightTensor | None = None, name: str = "") -> Linear:
         """Read, convert and pack a weight tensor (N, K) and its bias (N,)."""
-        return cls(load_weights(tensor, layout), None if bias is None else bias.float32().reshape(-1).copy())
+        return cls(load_weights(tensor, layout), None if bias is None else bias.float32().reshape(-1).copy(), name)
 
-    def __call__(self, x: Activations | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, x: Activations | np.ndarray, out: np.ndarray | None = None, adapter: LowRank | None = None
+    ) -> np.ndarray:
         """W x + bias + adapter of x (T, K) as float32 (T, N), into ``out`` if given."""
         if isinstance(x, np.ndarray):
             x = Activations(*x.shape).of(x)
@@ -31,18 +33,13 @@ class Linear:
         self.weights.matmul(x, out)
         if self.bias is not None:
             out += self.bias
-        if self.adapter is not None:
-            self.adapter.add(x.x, out)
+        if adapter is not None:
+            adapter.add(x.x, out)
         return out
 
     def row(self, i: int) -> np.ndarray:
         """Row i of W as (K,) float32: the embedding of token i."""
         return self.weights.row(i)
-
-    def address_fields(self) -> list[int]:
-        """The matrix's row in a table of addresses, see ``kernels.forward``; without its adapter."""
-        bias = 0 if self.bias is None else self.bias.ctypes.data
-        return [*self.weights.addresses(), bias, self.rows, self.columns, 0]
 
     @property
     def rows(self) -> int:
@@ -53,6 +50,11 @@ class Linear:
     def columns(self) -> int:
         """K, the number of inputs."""
         return self.weights.columns
+
+    @property
+    def size(self) -> int:
+        """N K, the number of weights."""
+        return self.rows * self.columns
 
     @property
     def layout(self) -> str:

@@ -9,15 +9,19 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm.kernels._jit import DISABLE_JIT
+from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels._threads import limited_to, most_threads, physical_cores
+from ruvllm.kernels.cached_attention import scratch_size
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.forward_plan import ForwardBuffers, ForwardPlan
 from ruvllm.model.kv_cache import KVCache
-from ruvllm.model.layer import Buffers, TransformerLayer
+from ruvllm.model.layer import Decoder, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
+from ruvllm.model.ops.eager import Eager
 from ruvllm.model.random_weights import RandomWeights
-from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
+from ruvllm.model.replay import Parallel, Runner, Tapes, Working
+from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class Llama:
         layout: "auto" keeps the precision of the file; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores that this process may run on; at most those of numba's pool are used.
         progress: called with the number of weights read, as they are.
+        architecture: the layer code: ``Decoder``, or a subclass that says what is different.
 
     Raises:
         ValueError: unknown layout, or threads < 1.
@@ -58,55 +63,38 @@ class Llama:
         threads: int | None = None,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
+        architecture: type[Decoder] = Decoder,
     ) -> None:
         if layout not in WEIGHTS:
             raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {layout!r}")
         self.config = config
         self.threads = _checked_threads(threads)
         source: Weights = RandomWeights(config, seed) if weights is None else weights
-
-        layouts = choose_layouts(config, source, layout)
-
-        def linear(name: str) -> Linear:
-            tensor, named = source.tensor(name), f"{name}_bias"
-            bias = source.tensor(named) if named in source else None
-            loaded = Linear.load(tensor, layouts[name], bias)
-            for read in (tensor, bias):
-                if read is not None:
-                    read.release()
-            if progress:
-                progress(tensor.shape[0] * tensor.shape[1])
-            return loaded
-
-        def vector(name: str) -> np.ndarray:
-            tensor = source.tensor(name)
-            loaded = np.array(tensor.float32().reshape(-1))
-            tensor.release()
-            return loaded
-
         with limited_to(self.threads):
-            self.embed = linear("embed")
-            self.layers = [TransformerLayer.load(config, linear, vector, i) for i in range(config.num_hidden_layers)]
-            self.norm = vector("norm")
-            self.head = self.embed if config.tie_word_embeddings else linear("head")
-        self.fused = True  # one parallel region for all layers; False walks them in Python, with the same results
+            self.decoder = architecture(config, _Loader(source, layout, progress))
+        # One parallel region replays the whole model; False runs each operation from Python, with the same results.
+        # Without the JIT it is off, so that a debugger steps through the layers.
+        self.fused = not DISABLE_JIT
+        self.runner: Runner = Parallel()
         self.adapters: AdapterSet | None = None  # see ``model.lora``
-        self._plan: ForwardPlan | None = None
+        self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
+        self._tapes = Tapes(self)
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens of one forward pass: PREFILL_TOKENS, but whole tiles of six fewer where a layer is very large."""
-        weights = sum(linear.rows * linear.columns for linear in self.layers[0].linears().values())
-        return max(6, min(PREFILL_TOKENS, LAYER_MACS // weights // 6 * 6))
+        return max(6, min(PREFILL_TOKENS, LAYER_MACS // self.layer_weights // 6 * 6))
+
 
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
         """A KV cache with room for ``max_tokens`` positions."""
         return KVCache(self.config, max_tokens, kv)
 
     def forward(
-        self, ids: Iterable[int] | np.ndarray, cache: KVCache, last_only: bool = False, out: np.ndarray | None = None
-    ) -> np.ndarray:
+        self, ids: Iterable[int] | np.ndarray, cache: KVCache, last_only: bool = False,
+        out: np.ndarray | None = None, ops: Callable[..., Eager] | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Logits of the next token after each of ``ids``, which are appended to the cache.
 
         Args:
@@ -114,6 +102,7 @@ class Llama:
             cache: keys and values of what came before; grows by T.
             last_only: only the logits after the last token.
             out: float32 (T, V), or (V,) with last_only, to write into.
+            ops: ``Eager`` or a subclass of it, with which the layers then run in Python; None: the tape, if ``fused``.
 
         Returns:
             float32 (T, V), or (V,) with last_only.
@@ -129,9 +118,12 @@ class Llama:
             raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
         with cache.in_use():
             cache.claim(self)
-            return self._forward_all(ids, cache, last_only, out)
+            return self._forward_all(ids, cache, last_only, out, ops if self.fused else ops or Eager)
 
-    def _forward_all(self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None) -> np.ndarray:
+    def _forward_all(
+        self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None,
+        ops: Callable[..., Eager] | None,
+    ) -> np.ndarray:  # fmt: skip
         """``forward`` in passes of ``prefill_tokens``."""
         cache.require_room(len(ids))
         V = self.config.vocab_size
@@ -143,50 +135,42 @@ class Llama:
                     part = ids[lo : lo + self.prefill_tokens]
                     last = lo + len(part) == len(ids)
                     rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
-                    self._forward(part, cache, rows)
+                    self._forward(part, cache, rows, ops)
         except BaseException:  # Ctrl-C between two kernels: the tokens count as not taken
             cache.truncate(before)
             raise
         return logits
 
-    def _forward(self, ids: np.ndarray, cache: KVCache, logits: np.ndarray | None) -> None:
+    def _forward(
+        self, ids: np.ndarray, cache: KVCache, logits: np.ndarray | None, ops: Callable[..., Eager] | None
+    ) -> None:
         """Append ids to the cache; write the logits after the last ``len(logits)`` of them (1 or all)."""
         start, end = cache.length, cache.length + len(ids)
         cos, sin = (table[start:end] for table in self.rope_tables(end))
-        if self.fused:
-            plan = self._plan = self._plan or ForwardPlan(self)
-            buffers = cache.buffers_for("fused", len(ids), lambda n: ForwardBuffers(plan, cache, n, self.threads))
-            plan.run(ids, cache, buffers, cos, sin, logits)
+        if ops is None:
+            working = cache.buffers_for("fused", len(ids), lambda n: Working(self._tapes, cache, n, self.threads))
+            working.run(ids, cos, sin, logits)
         else:
-            self._walk(ids, cache, cos, sin, logits)
+            scratch = cache.buffers_for("eager", len(ids), lambda n: _Scratch(n, self.threads, self.config.head_dim))
+            positions = np.arange(start, end)
+            self.decoder(ops(cache, positions, cos, sin, scratch.floats, logits, self.adapters), self.embedded(ids))
         cache.ids[start:end] = ids
         cache.length = end
 
-    def _walk(
-        self, ids: np.ndarray, cache: KVCache, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None
-    ) -> None:
-        """The same, layer by layer in Python: to read, to step through, and to swap parts of."""
-        buffers = cache.buffers_for("layers", len(ids), lambda tokens: Buffers(self.config, tokens, self.threads))
-        step = buffers.step(np.arange(cache.length, cache.length + len(ids)), cos, sin)
-        for t, token in enumerate(ids):
-            step.x[t] = self.embed.row(int(token))
-        for i, layer in enumerate(self.layers):
-            layer(step, cache, i)
-        if logits is not None:
-            rows = len(logits)
-            h = K.rms_norm(step.x[-rows:], self.norm, self.config.rms_norm_eps, out=step.h[-rows:])
-            self.head(step.inputs.of(h), out=logits)
+    def embedded(self, ids: np.ndarray) -> np.ndarray:
+        """The embeddings (T, E) of token ids (T,)."""
+        x = aligned_empty((len(ids), self.config.hidden_size))
+        for row, token in zip(x, ids, strict=True):
+            row[:] = self.decoder.embed.row(int(token))
+        return x
 
     def set_adapters(self, adapters: AdapterSet | None) -> None:
         """What is added to the matrices from the next token on; see ``model.lora``, which makes such sets."""
-        for layer, row in enumerate(self.layers):
-            for name, linear in row.linears().items():
-                linear.adapter = None if adapters is None else adapters.matrices.get(f"layers.{layer}.{name}")
         self.adapters = adapters
 
     def weights_changed(self) -> None:
         """To be called when a matrix got other weights: their addresses are looked up anew."""
-        self._plan = None
+        self._tapes = Tapes(self)
 
     def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""
@@ -212,10 +196,7 @@ class Llama:
 
     def linears(self) -> dict[str, Linear]:
         """Every matrix by its canonical name; a tied head appears once, as ``embed``."""
-        found = {"embed": self.embed}
-        for i, layer in enumerate(self.layers):
-            found |= {f"layers.{i}.{name}": linear for name, linear in layer.linears().items()}
-        return found if self.head is self.embed else found | {"head": self.head}
+        return self.decoder.linears()
 
     @property
     def layouts(self) -> set[str]:
@@ -225,20 +206,55 @@ class Llama:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights in memory."""
-        vectors = self.norm.nbytes + sum(layer.attn_norm.nbytes + layer.mlp_norm.nbytes for layer in self.layers)
+        vectors = sum(part.nbytes for part in parts(self.decoder) if isinstance(part, np.ndarray))
         return vectors + sum(linear.nbytes for linear in self.linears().values())
 
     def __repr__(self) -> str:
-        return f"Llama({self.config.name or 'random'}, {len(self.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
+        return f"Llama({self.config.name or 'random'}, {len(self.decoder.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
 
 
 def choose_layouts(config: ModelConfig, weights: Weights, layout: str) -> dict[str, str]:
-    """The layout of every matrix. Different float layouts become float32: the forward region knows one."""
+    """The layout of every matrix."""
     matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
-    layouts = {name: layout_for(layout, weights.tensor(name).dtype) for name in matrices}
-    if len(set(layouts.values()) & FLOAT_LAYOUTS.keys()) > 1:
-        layouts = {name: "f32" if chosen in FLOAT_LAYOUTS else chosen for name, chosen in layouts.items()}
-    return layouts
+    return {name: layout_for(layout, weights.tensor(name).dtype) for name in matrices}
+
+
+class _Loader:
+    """Reads a model's parameters from tensors, converting matrices to their layouts; the ``Parameters`` of a layer."""
+
+    def __init__(self, source: Weights, layout: str, progress: Callable[[int], None] | None) -> None:
+        self.source, self.layout, self.progress = source, layout, progress
+
+    def linear(self, name: str) -> Linear:
+        """The matrix, and its bias where the source has one."""
+        tensor, bias_name = self.source.tensor(name), f"{name}_bias"
+        bias = self.source.tensor(bias_name) if bias_name in self.source else None
+        loaded = Linear.load(tensor, layout_for(self.layout, tensor.dtype), bias, name)
+        for read in (tensor, bias):
+            if read is not None:
+                read.release()
+        if self.progress:
+            self.progress(tensor.shape[0] * tensor.shape[1])
+        return loaded
+
+    def vector(self, name: str) -> np.ndarray:
+        """The vector as float32."""
+        tensor = self.source.tensor(name)
+        loaded = np.array(tensor.float32().reshape(-1))
+        tensor.release()
+        return loaded
+
+
+def _weights(block: object) -> int:
+    """Weights in the matrices of a block."""
+    return sum(part.size for part in parts(block) if isinstance(part, Linear))
+
+
+class _Scratch:
+    """What attention needs beside its arrays, for each thread."""
+
+    def __init__(self, tokens: int, threads: int, dim: int) -> None:
+        self.tokens, self.floats = tokens, aligned_empty((threads, scratch_size(dim)))
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -284,7 +284,7 @@ class MicroLora:
         if found is None:
             model = self.model
             rounded = not any(linear.layout in FLOAT_LAYOUTS for linear in model.linears().values())
-            found = AdapterSet(len(model.layers), TARGETS, self.factors(active), rounded)
+            found = AdapterSet(model.config.num_hidden_layers, self.factors(active), rounded)
             while len(self._sets) >= _SETS_KEPT:
                 self._sets.pop(next(iter(self._sets)))
             self._sets[key] = found

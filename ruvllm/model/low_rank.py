@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ruvllm.kernels import forward as f
 from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.low_rank import add_low_rank
@@ -27,9 +26,6 @@ class LowRank:
 
     def __init__(self, down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> None:
         self.down, self.up, self.scales, self.rank = down, up, scales, up.shape[1]
-        layout = f.Q8 if down.dtype == np.int8 else f.F32
-        addresses = [array.ctypes.data for array in (down, up)]
-        self.numbers = np.array([layout, *addresses, self.rank, scales.ctypes.data], np.int64)
 
     def add(self, x: np.ndarray, out: np.ndarray) -> None:
         """out (T, N) += what the adapter makes of x (T, K)."""
@@ -41,7 +37,6 @@ class AdapterSet:
 
     Args:
         layers: of the model.
-        modules: the matrices of a layer in the order of the layers' table.
         factors: of the matrices that have an adapter, by name.
         rounded: keep them in 8 bits, with one scale for each rank: they are read with every token. Each number moves by
             at most 1/254 of its rank's largest, which changes what an adapter adds by a percent or two as a rule.
@@ -50,7 +45,7 @@ class AdapterSet:
         ValueError: numbers too large for float32.
     """
 
-    def __init__(self, layers: int, modules: tuple[str, ...], factors: Mapping[str, Factors], rounded: bool) -> None:
+    def __init__(self, layers: int, factors: Mapping[str, Factors], rounded: bool) -> None:
         scales = {name: np.ones(panel_count(len(down)) * LANES, np.float32) for name, (down, _) in factors.items()}
         if rounded:
             factors = {name: _rounded(*pair, scales[name]) for name, pair in factors.items()}
@@ -66,11 +61,6 @@ class AdapterSet:
         self.nbytes = storage.nbytes
         self.matrices = {name: LowRank(packed[name, 0], packed[name, 1], scales[name]) for name in factors}
         self.rank = max((m.rank for m in self.matrices.values()), default=0)
-        # Addresses in the columns of the layers' table.
-        self.addresses = np.zeros((layers, len(modules)), np.int64)
-        for name, matrix in self.matrices.items():
-            _, layer, module = name.split(".")
-            self.addresses[int(layer), modules.index(module)] = matrix.numbers.ctypes.data
 
 
 def _rounded(down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> Factors:

@@ -1,53 +1,156 @@
-"""A LLaMA in plain NumPy float64, with nothing cached and nothing fused: the oracle of tests and of ``lab.drift``."""
+"""A model in float64: the layer code of ``model.layer`` on plain NumPy, nothing cached, nothing fused.
+
+The oracle of tests and of ``lab.drift``. The formulas are written out here, independent of every kernel; that the layer
+code itself is right is tested against logits that transformers computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ruvllm.model.config import ModelConfig, RopeConfig
+from ruvllm.model.layer import Decoder
+
+if TYPE_CHECKING:
+    from ruvllm.model.ops import Ops
 
 Array = NDArray[np.float64]
 
 
-def reference_logits(checkpoint: Any, ids: ArrayLike) -> Array:
-    """Logits (T, V) of the token ids (T,) at positions 0 .. T-1, from anything with `.config` and `.tensor(name)`."""
-    *_, last = reference_states(checkpoint, ids)
-    return last
+class ExactMatrix(Protocol):
+    """A matrix as ``Float64`` needs it."""
+
+    def product(self, x: Array) -> Array:
+        """x W^T + bias."""
+        ...
 
 
-def reference_states(checkpoint: Any, ids: ArrayLike) -> Iterator[Array]:
-    """The residual stream (T, E) after the embedding and after each layer, and at last the logits (T, V)."""
-    config: ModelConfig = checkpoint.config
+class Float64:
+    """Operations of a whole sequence at once, in float64. ``states`` collects the residual stream between layers."""
 
-    def weight(name: str) -> Array:
-        tensor = checkpoint.tensor(name)
+    def __init__(self, config: ModelConfig, tokens: int) -> None:
+        self.cos, self.sin = rope_angles(config, tokens)
+        self.states: list[Array] = []
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x²) + eps) · weight over the last axis."""
+        return rms_norm(x, weight, eps)
+
+    def add(self, a: Array, b: Array) -> Array:
+        """a + b."""
+        return a + b
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        """silu(gate) · up."""
+        return silu(gate) * up
+
+    def gelu_mul(self, gate: Array, up: Array) -> Array:
+        """gelu(gate) · up."""
+        return gelu(gate) * up
+
+    def linear(self, x: Array, matrix: ExactMatrix) -> Array:
+        """x W^T + bias."""
+        return matrix.product(x)
+
+    def heads(self, x: Array, dim: int) -> Array:
+        """x (T, H·D) as (T, H, D)."""
+        return x.reshape(len(x), -1, dim)
+
+    def rope(self, x: Array) -> Array:
+        """x (T, H, D) rotated."""
+        return rotate(x.swapaxes(0, 1), self.cos, self.sin).swapaxes(0, 1)
+
+    def attention(self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float) -> Array:
+        """Causal attention of q (T, H, D) to k and v (T, KV, D) -> (T, H·D)."""
+        return attention(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), window, scale)
+
+    def route(self, scores: Array, k: int) -> tuple[NDArray[np.int64], Array]:
+        """Experts and weights (T, k) of each token."""
+        experts = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+        return experts, softmax(np.take_along_axis(scores, experts, axis=-1))
+
+    def gather(self, x: Array, routing: tuple[NDArray[np.int64], Array], expert: int) -> Array:
+        """The rows of x that go to one expert."""
+        return x[(routing[0] == expert).any(axis=-1)]
+
+    def combine(self, parts: list[Array], routing: tuple[NDArray[np.int64], Array]) -> Array:
+        """The weighted sum of each token's experts."""
+        experts, weights = routing
+        out = np.zeros((len(experts), parts[0].shape[1]))
+        for expert, part in enumerate(parts):
+            chosen = experts == expert
+            out[chosen.any(axis=-1)] += weights[chosen][:, None] * part
+        return out
+
+    def boundary(self, x: Array) -> Array:
+        """x, which is kept in ``states``."""
+        self.states.append(x)
+        return x
+
+    def call(self, x: Array, function: Callable[[Any], None]) -> Array:
+        """x, after ``function`` has read or changed it."""
+        function(x)
+        return x
+
+    def last_rows(self, x: Array) -> Array:
+        """All rows."""
+        self.states.append(x)
+        return x
+
+    def logits(self, x: Array, head: ExactMatrix) -> Array:
+        """x W^T."""
+        return head.product(x)
+
+
+class ExactParameters:
+    """The tensors of a checkpoint (anything with `.config` and `.tensor(name)`), converted as they are used."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def vector(self, name: str) -> Array:
+        """A tensor in float64."""
+        tensor = self.checkpoint.tensor(name)
         return np.asarray(tensor.float32(), dtype=np.float64).reshape(tensor.shape)
 
-    def linear(x: Array, name: str) -> Array:
-        y = x @ weight(name).T
-        return y + weight(f"{name}_bias") if f"{name}_bias" in checkpoint else y
+    def linear(self, name: str) -> Any:
+        """A matrix of the checkpoint."""
+        return _CheckpointMatrix(self, name)
 
-    ids = np.asarray(ids)
-    cos, sin = rope_angles(config, len(ids))
-    x = weight("embed")[ids]  # (T, E)
-    yield x
-    for i in range(config.num_hidden_layers):
-        prefix = f"layers.{i}."
-        h = rms_norm(x, weight(prefix + "attn_norm"), config.rms_norm_eps)
-        q = split_heads(linear(h, prefix + "q"), config.num_attention_heads)  # (H, T, D)
-        k = split_heads(linear(h, prefix + "k"), config.num_key_value_heads)  # (KV, T, D)
-        v = split_heads(linear(h, prefix + "v"), config.num_key_value_heads)
-        a = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, config.sliding_window)  # (T, H·D)
-        x = x + linear(a, prefix + "o")
-        h = rms_norm(x, weight(prefix + "mlp_norm"), config.rms_norm_eps)
-        x = x + linear(silu(linear(h, prefix + "gate")) * linear(h, prefix + "up"), prefix + "down")
-        yield x
-    x = rms_norm(x, weight("norm"), config.rms_norm_eps)
-    yield x @ weight("embed" if config.tie_word_embeddings else "head").T
+
+class _CheckpointMatrix:
+    """A matrix that is read when it is multiplied: the whole model in float64 needs no memory."""
+
+    def __init__(self, parameters: ExactParameters, name: str) -> None:
+        self.parameters, self.name = parameters, name
+
+    def product(self, x: Array) -> Array:
+        y = x @ self.parameters.vector(self.name).T
+        bias = f"{self.name}_bias"
+        return y + self.parameters.vector(bias) if bias in self.parameters.checkpoint else y
+
+    def rows(self, ids: ArrayLike) -> Array:
+        """Embeddings of token ids."""
+        return np.asarray(self.parameters.vector(self.name)[np.asarray(ids)])
+
+
+def reference_logits(checkpoint: Any, ids: ArrayLike, architecture: type[Decoder] = Decoder) -> Array:
+    """Logits (T, V) of the token ids (T,) at positions 0 .. T-1, from anything with `.config` and `.tensor(name)`."""
+    return reference_states(checkpoint, ids, architecture)[-1]
+
+
+def reference_states(
+    checkpoint: Any, ids: ArrayLike, architecture: type[Decoder] = Decoder, ops_type: type[Float64] = Float64
+) -> list[Array]:
+    """The residual stream (T, E) after the embedding and after each layer, and at last the logits (T, V)."""
+    decoder: Any = architecture(checkpoint.config, ExactParameters(checkpoint))
+    ops = ops_type(checkpoint.config, len(np.asarray(ids)))
+    logits = decoder(ops, decoder.embed.rows(ids))
+    return [*ops.states, logits]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -55,14 +158,20 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+def gelu(x: Array) -> Array:
+    """The tanh approximation of x Φ(x)."""
+    return x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def silu(x: Array) -> Array:
     """x · sigmoid(x), without overflow for large negative x."""
     return x * 0.5 * (1 + np.tanh(x / 2))
 
 
-def split_heads(x: Array, heads: int) -> Array:
-    """(T, heads·D) -> (heads, T, D)."""
-    return x.reshape(len(x), heads, -1).swapaxes(0, 1)
+def softmax(x: Array) -> Array:
+    """Over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -71,17 +180,18 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
-    """Causal softmax(q kᵀ / √D) v, query head h reading key/value head h·KV // H. (H, T, D) -> (T, H·D)."""
+def attention(q: Array, k: Array, v: Array, window: int | None, scale: float | None = None) -> Array:
+    """Causal softmax(scale q kᵀ) v, (H, T, D) -> (T, H·D); scale 1 / √D by default.
+
+    Query head h reads key/value head h·KV // H.
+    """
     H, T, D = q.shape
     group = H // len(k)
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
     query, key = np.arange(T)[:, None], np.arange(T)[None, :]
     seen = (key <= query) & (key > query - (window or T))
-    scores = np.where(seen, q @ k.swapaxes(1, 2) / np.sqrt(D), -np.inf)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
-    return (p @ v).swapaxes(0, 1).reshape(T, H * D)
+    scores = np.where(seen, q @ k.swapaxes(1, 2) * (1 / np.sqrt(D) if scale is None else scale), -np.inf)
+    return (softmax(scores) @ v).swapaxes(0, 1).reshape(T, H * D)
 
 
 def rope_angles(config: ModelConfig, tokens: int) -> tuple[Array, Array]:
@@ -104,3 +214,7 @@ def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
         kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         return base * (kept + (1 - kept) / rope.factor)
     return base
+
+
+if TYPE_CHECKING:
+    _: type[Ops] = Float64

@@ -9,7 +9,6 @@ import numpy as np
 from ruvllm.kernels._memory import weights_empty
 from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.forward import BF16, F16, F32
 from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
 from ruvllm.kernels.quant import linear_quant
 from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8, LINES
@@ -30,7 +29,6 @@ _AUTO = {
     "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4",
     "Q5_0": "int5", "Q5_1": "int5", "Q5_K": "int5", "Q6_K": "int8", "Q8_0": "int8",
 }  # fmt: skip
-_ADDRESSED = {np.dtype(np.float32): F32, np.dtype(np.uint16): F16, np.dtype(np.int16): BF16}
 
 
 class WeightTensor(Protocol):
@@ -109,9 +107,9 @@ class FloatWeights:
             pack(_converted(changed.astype(np.float32), self.layout), panels[p : p + 1])
         return FloatWeights(panels, self.rows)
 
-    def addresses(self) -> list[int]:
-        """Layout, weights, whether they have mins, for ``kernels.forward``."""
-        return [_ADDRESSED[self.panels.dtype], self.panels.ctypes.data, 0]
+    def address(self) -> tuple[int, int]:
+        """Where the weights are, and whether they have mins, for a tape."""
+        return self.panels.ctypes.data, 0
 
 
 class IntegerWeights:
@@ -135,9 +133,9 @@ class IntegerWeights:
         """Row i as (K,) float32."""
         return unpack_quant_row(self.panels, i)[: self.columns]
 
-    def addresses(self) -> list[int]:
-        """Layout, weights, whether they have mins, for ``kernels.forward``."""
-        return [self.panels.kind, self.panels.blocks.ctypes.data, int(self.panels.has_mins)]
+    def address(self) -> tuple[int, int]:
+        """Where the weights are, and whether they have mins, for a tape."""
+        return self.panels.blocks.ctypes.data, int(self.panels.has_mins)
 
 
 def load_weights(tensor: WeightTensor, layout: str) -> FloatWeights | IntegerWeights:

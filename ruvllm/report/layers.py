@@ -11,10 +11,11 @@ import numpy as np
 
 from ruvllm.kernels import reference
 from ruvllm.kernels.quantize import quantize_int4
-from ruvllm.kernels.rope_frequencies import rope_inv_freq
 from ruvllm.model import KVCache, Llama, ModelConfig
 from ruvllm.model.config import PRESETS
+from ruvllm.model.layer import Decoder
 from ruvllm.model.random_weights import RandomTensor, RandomWeights
+from ruvllm.model.reference import Float64
 from ruvllm.model.weights import bytes_per_weight
 
 ROWS = 256  # of weights that differ; a matrix repeats them, each time in memory of its own
@@ -69,9 +70,10 @@ def first_layers(model: Llama, layers: int, threads: int) -> Llama:
     """The same model with fewer layers, on so many threads; weights are shared."""
     part = copy.copy(model)
     part.config = dataclasses.replace(model.config, num_hidden_layers=layers)
-    part.layers = model.layers[:layers]
+    part.decoder = copy.copy(model.decoder)
+    part.decoder.layers = model.decoder.layers[:layers]
     part.threads = threads
-    part._plan = None  # it knows the addresses of all layers
+    part.weights_changed()  # the tapes hold all layers
     return part
 
 
@@ -101,37 +103,37 @@ def flops(config: ModelConfig) -> float:
 
 
 def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:
-    """Logits after the token in float64, on the weights as they are held; (V,).
-
-    A product with repeated rows is the product with one copy of them, repeated.
-    """
-    weights = RepeatedWeights(config)
-
-    def matmul(name: str, x: np.ndarray) -> np.ndarray:
-        rows, columns = weights.tensor(name).shape
-        y = x @ _held(columns, layout).T
-        return np.tile(y, -(-rows // ROWS))[:, :rows]
-
-    def norm(name: str, x: np.ndarray) -> np.ndarray:
-        return reference.rms_norm(x, weights.tensor(name).float32(), config.rms_norm_eps)
-
+    """Logits after the token in float64, on the weights as they are held; (V,)."""
     ids = np.append(context_ids(), TOKEN)
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    inv_freq = rope_inv_freq(dim, config.rope.theta)
-    x = _held(config.hidden_size, layout)[ids % ROWS]
-    for i in range(config.num_hidden_layers):
-        at = f"layers.{i}."
-        h = norm(at + "attn_norm", x)
-        q, k = (
-            reference.apply_rope(matmul(at + name, h).reshape(len(ids), count, dim), np.arange(len(ids)), inv_freq)
-            for name, count in (("q", heads), ("k", kv_heads))
-        )
-        v = matmul(at + "v", h).reshape(len(ids), kv_heads, dim)
-        x = x + matmul(at + "o", reference.flash_attention(q, k, v).reshape(len(ids), -1))
-        h = norm(at + "mlp_norm", x)
-        x = x + matmul(at + "down", reference.silu_mul(matmul(at + "gate", h), matmul(at + "up", h)))
-    logits: Any = matmul("embed", norm("norm", x[-1:]))[0]
-    return logits
+    decoder = Decoder(config, _HeldParameters(config, layout))
+    logits: Any = decoder(Float64(config, len(ids)), _held(config.hidden_size, layout)[ids % ROWS])
+    return np.asarray(logits[-1])
+
+
+class _HeldParameters:
+    """``RepeatedWeights`` as a layout holds them, in float64."""
+
+    def __init__(self, config: ModelConfig, layout: str) -> None:
+        self.weights, self.layout = RepeatedWeights(config), layout
+
+    def vector(self, name: str) -> np.ndarray:
+        """A vector."""
+        return self.weights.tensor(name).float32().astype(np.float64)
+
+    def linear(self, name: str) -> Any:
+        """A matrix of repeated rows."""
+        rows, columns = self.weights.tensor(name).shape
+        return _HeldMatrix(rows, columns, self.layout)
+
+
+class _HeldMatrix:
+    """A product with repeated rows is the product with one copy of them, repeated."""
+
+    def __init__(self, rows: int, columns: int, layout: str) -> None:
+        self.rows, self.held = rows, _held(columns, layout)
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        return np.tile(x @ self.held.T, -(-self.rows // ROWS))[:, : self.rows]
 
 
 @cache

@@ -8,8 +8,8 @@ import numpy as np
 
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.reference import reference_logits
 from tests.model import tiny
-from tests.model.reference_llama import reference_logits
 
 # What the reference in float64 may differ by from transformers in float32; a wrong model differs by whole units.
 TOLERANCE = 2e-4

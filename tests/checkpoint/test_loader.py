@@ -19,9 +19,9 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.names import half_split_rows, hf_name
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import PRESETS, RopeConfig
+from ruvllm.model.reference import inverse_frequencies
 from tests.checkpoint.checks import close_to_golden
 from tests.model import tiny
-from tests.model.reference_llama import inverse_frequencies
 
 
 @pytest.mark.parametrize("case", tiny.CASES)

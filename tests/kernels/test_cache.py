@@ -160,7 +160,8 @@ def test_an_edited_callee_in_a_sub_package_is_compiled_anew(editable: Setup) -> 
     for package in (kernels / "deep", callee.parent):
         (package / "__init__.py").write_text("")
     callee.write_text((kernels / "_math.py").read_text())
-    _edit(kernels / "activation.py", "from ruvllm.kernels._math import", "from ruvllm.kernels.deep.deeper.callee import")
+    moved = "from ruvllm.kernels.deep.deeper.callee import"
+    _edit(kernels / "activation.py", "from ruvllm.kernels._math import", moved)
     assert editable.run().is_right() and editable.run().compiled == 0
     _edit(callee, "return x * sigmoid(x)", "return x * sigmoid(x) + x")
     edited = editable.run()

@@ -111,7 +111,7 @@ def test_a_full_context_ends_it(model: Llama) -> None:
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
     broken = small_model("f32")
-    broken.norm[0] = math.nan
+    broken.decoder.norm[0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         tokens(broken)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from ruvllm.errors import ContextFullError
 from ruvllm.model import KVCache
 from ruvllm.model.random_weights import RandomWeights
+from ruvllm.model.reference import rms_norm, rope_angles, rotate
 from tests.model.model_cases import SMALL, run, small_model, text
-from tests.model.reference_llama import rms_norm, rope_angles, rotate, split_heads
 
 ONE_LAYER = dataclasses.replace(SMALL, num_hidden_layers=1)
 
@@ -30,8 +30,10 @@ def test_holds_turned_keys_and_values_of_every_position(kv: str, tolerance: floa
     weights = RandomWeights(ONE_LAYER, seed=7)
     get = lambda name: weights.tensor(name).float32().astype(np.float64)
     h = rms_norm(get("embed")[ids], get("layers.0.attn_norm"), SMALL.rms_norm_eps)
-    k = split_heads(h @ get("layers.0.k").T + get("layers.0.k_bias"), SMALL.num_key_value_heads)
-    v = split_heads(h @ get("layers.0.v").T + get("layers.0.v_bias"), SMALL.num_key_value_heads)
+    k, v = (
+        (h @ get(f"layers.0.{name}").T + get(f"layers.0.{name}_bias")).reshape(40, -1, SMALL.head_dim).swapaxes(0, 1)
+        for name in "kv"
+    )
     k = rotate(k, *rope_angles(ONE_LAYER, 40))
     got_k, got_v = cache.layer(0)
     assert got_k.shape == got_v.shape == (40, SMALL.num_key_value_heads, SMALL.head_dim)

@@ -14,13 +14,13 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels._region import Region
 from ruvllm.kernels._threads import most_threads
-from ruvllm.model import Llama, ModelConfig, RopeConfig, forward_plan, llama
-from ruvllm.model.forward_plan import ForwardPlan
+from ruvllm.model import Llama, ModelConfig, RopeConfig, llama, replay
 from ruvllm.model.llama import PREFILL_TOKENS
 from ruvllm.model.random_weights import RandomWeights
+from ruvllm.model.reference import reference_logits
+from ruvllm.model.replay import Working
 from tests.model import tiny
 from tests.model.model_cases import KINDS, LAYOUTS, SMALL, WINDOWED, load, logits, run, small_model, text
-from tests.model.reference_llama import reference_logits
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_sixteen_bit_files(dtype: str, layout: str, tmp_path: Path) -> None:
     path = tiny.write_gguf("llama2_mha", tmp_path / "model.gguf", dtype)
     ids, _ = tiny.golden("llama2_mha")
     model = load(path, layout)
-    assert model.head.layout == ("f32" if layout == "f32" else dtype.lower())
+    assert model.decoder.head.layout == ("f32" if layout == "f32" else dtype.lower())
     with open_checkpoint(path) as checkpoint:
         assert np.abs(logits(model, ids) - reference_logits(checkpoint, ids)).max() <= 2e-4
 
@@ -297,7 +297,7 @@ def test_an_interrupted_prompt_counts_as_not_taken(models: dict[str, Llama], mon
     cache = model.new_cache(310)
     model.forward(ids[:10], cache)
     expected = run(model, model.new_cache(300), ids, [10, 290])[10:]
-    original, passes = ForwardPlan.run, []
+    original, passes = Working.run, []
 
     def interrupted(*arguments: object) -> None:
         passes.append(1)
@@ -306,7 +306,7 @@ def test_an_interrupted_prompt_counts_as_not_taken(models: dict[str, Llama], mon
         original(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(ForwardPlan, "run", interrupted)
+        patched.setattr(Working, "run", interrupted)
         model.forward(ids[10:], cache)
     assert len(passes) == 2 and cache.length == 10
     np.testing.assert_array_equal(model.forward(ids[10:], cache), expected)
@@ -328,7 +328,7 @@ def test_layers_in_several_calls(kv: str, models: dict[str, Llama], monkeypatch:
             raise KeyboardInterrupt
         original(region, table, threads)
 
-    monkeypatch.setattr(forward_plan, "MACS_AT_ONCE", 1)
+    monkeypatch.setattr(replay, "MACS_PER_CALL", 1)
     monkeypatch.setattr(Region, "run", counted)
     interrupt_at = 0
     cache = model.new_cache(60, kv)
@@ -344,7 +344,7 @@ def test_layers_in_several_calls(kv: str, models: dict[str, Llama], monkeypatch:
 
 def test_passes_of_large_models_have_fewer_tokens(models: dict[str, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["f32"]
-    weights = sum(linear.rows * linear.columns for linear in model.layers[0].linears().values())
+    weights = sum(x.size for name, x in model.linears().items() if name.startswith("layers.0."))
     assert model.prefill_tokens == PREFILL_TOKENS
     for most, expected in ((20 * weights, 18), (18 * weights, 18), (18 * weights - 1, 12), (weights, 6)):
         monkeypatch.setattr(llama, "LAYER_MACS", most)
@@ -415,9 +415,9 @@ def test_progress_counts_every_weight() -> None:
 def test_a_tied_head_is_the_embedding() -> None:
     tied = Llama(dataclasses.replace(SMALL, tie_word_embeddings=True))
     untied = Llama(SMALL)
-    assert tied.head is tied.embed
+    assert tied.decoder.head is tied.decoder.embed
     assert set(untied.linears()) - set(tied.linears()) == {"head"}
-    assert untied.nbytes - tied.nbytes == untied.head.nbytes
+    assert untied.nbytes - tied.nbytes == untied.decoder.head.nbytes
 
 
 def test_threads_that_cannot_be_had_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -65,7 +65,7 @@ def test_what_an_adapter_adds(layout: str) -> None:
     """The first layer's q against NumPy: W x + b as without, plus scaling B^T A^T x."""
     model, made = small_model(layout), adapter(rank=3, targets=("q",))
     x = np.random.default_rng(0).standard_normal((7, SMALL.hidden_size)).astype(np.float32)
-    q = model.layers[0].attention.q
+    q = model.decoder.layers[0].attention.q
     before = q(x)
     MicroLora(model).attach(made, weight=0.5)
     a, b = made.a["layers.0.q"].astype(np.float64), made.b["layers.0.q"].astype(np.float64)
@@ -73,7 +73,9 @@ def test_what_an_adapter_adds(layout: str) -> None:
     if layout == "int4":  # then the factors have 8 bits
         expected = 0.5 * made.config.scaling * (x @ rounded(a, axis=0) @ rounded(b, axis=1))
     assert np.square(expected - exact).sum() <= 0.01**2 * np.square(exact).sum()
-    assert np.abs(q(x) - before - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert model.adapters is not None
+    added = q(x, adapter=model.adapters.matrices["layers.0.q"]) - before
+    assert np.abs(added - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_factors_at_the_end_of_float32_keep_their_signs() -> None:
@@ -133,7 +135,7 @@ def test_several_at_once_are_the_sum() -> None:
     model = small_model("f32")
     lora = MicroLora(model)
     x = np.random.default_rng(0).standard_normal((3, SMALL.hidden_size)).astype(np.float32)
-    gate = model.layers[1].mlp.gate
+    gate = model.decoder.layers[1].mlp.gate
     plain = gate(x)
     parts = []
     for name, rank, targets in (("a", 5, TARGETS), ("b", 2, ("gate",)), ("c", 18, ("q", "gate"))):
@@ -192,7 +194,7 @@ def test_merge_needs_float_weights_and_keeps_the_layout() -> None:
     lora.attach(adapter())
     applied = logits(model, IDS)
     lora.merge()
-    assert lora.active == {} and lora.merged and model.layers[0].attention.q.layout == "f16"
+    assert lora.active == {} and lora.merged and model.decoder.layers[0].attention.q.layout == "f16"
     assert np.abs(logits(model, IDS) - applied).max() <= 0.02  # W + AB is rounded to 16 bits
     with pytest.raises(ValueError, match="merged already"):
         lora.merge()

@@ -60,7 +60,7 @@ def test_begins_each_window_with_bos(model: Llama) -> None:
 
 def test_uniform_predictions_have_the_vocabulary_as_perplexity() -> None:
     flat = small_model("f32")
-    flat.norm[:] = 0
+    flat.decoder.norm[:] = 0
     assert perplexity(flat, text(64), 64).value == pytest.approx(211, rel=1e-6)
 
 

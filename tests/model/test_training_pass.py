@@ -12,7 +12,7 @@ from ruvllm.checkpoint.names import hf_name
 from ruvllm.model import LoraAdapter, LoraConfig, MicroLora
 from ruvllm.model.lora import TARGETS
 from ruvllm.model.training_pass import Batch, TrainingPass
-from tests.model import tiny
+from tests.model import architectures, tiny
 from tests.model.model_cases import SMALL, WINDOWED, load, logits, small_model, text
 
 GOLDEN = Path(__file__).parents[1] / "data" / "lora"
@@ -128,3 +128,26 @@ def test_masked_tokens_and_dropout() -> None:
     first, again, other = (gradient(model, adapter, full, seed=(0, step))[1] for step in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0
+
+
+@pytest.mark.parametrize(("name", "step"), [("qwen3", 0.01), ("gemma", 0.01), ("parallel", 0.01), ("mixture", 2e-4)])
+def test_the_gradient_is_the_slope_of_the_loss_in_other_architectures(name: str, step: float) -> None:
+    """Every operation has its way back: norms of heads, GeGLU, norms after, parallel branches, experts.
+
+    The step of a mixture is short: the loss jumps where a token changes its experts.
+    """
+    model, adapter = architectures.build(name, "f32"), random_adapter(architectures.CONFIG, ("q", "v", "o"))
+    batch = batch_of(text(23, vocabulary=300), text(14, seed=3, vocabulary=300))
+    _, slope = gradient(model, adapter, batch)
+    np.testing.assert_array_equal(gradient(model, adapter, batch, checkpointing=True)[1], slope)
+    rng, start = np.random.default_rng(0), adapter.parameters.copy()
+    for _ in range(3):
+        direction = rng.standard_normal(slope.shape).astype(np.float32)
+        direction *= step / np.linalg.norm(direction)
+        direction += np.float32(step) * slope / np.linalg.norm(slope)
+        ends = []
+        for sign in (1, -1):
+            adapter.parameters[:] = start + sign * direction
+            ends.append(gradient(model, adapter, batch)[0].sum(dtype=np.float64))
+        adapter.parameters[:] = start
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(float(slope @ direction), rel=0.02)

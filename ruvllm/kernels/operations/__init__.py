@@ -1,0 +1,16 @@
+"""Operations of a tape: what one member of a team does of one row, by the bodies of the public kernels.
+
+Each is ``body(m, *arguments)``: ``m`` is the ``Member``, an argument is a number or an operand (``kernels.tape``). By
+convention array arguments come first, then sizes. ``m.rows`` is the number of rows (tokens) of this pass.
+"""
+
+from ruvllm.kernels.operations.attention import append, append_each, attend, attend_each, attend_token, merge
+from ruvllm.kernels.operations.experts import combine, gather, route
+from ruvllm.kernels.operations.matmul import adapter_down, adapter_up, add_bias, float_matmul, integer_matmul
+from ruvllm.kernels.operations.rows import add, broadcast, gelu_mul, last_rows, quantize, rms_norm, rope, silu_mul
+
+__all__ = [
+    "adapter_down", "adapter_up", "add", "add_bias", "append", "append_each", "attend", "attend_each",
+    "attend_token", "broadcast", "combine", "float_matmul", "gather", "gelu_mul", "integer_matmul", "last_rows",
+    "merge", "quantize", "rms_norm", "rope", "route", "silu_mul",
+]  # fmt: skip

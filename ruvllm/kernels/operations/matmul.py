@@ -1,0 +1,137 @@
+"""Operations of linear layers: products with integer or float weights, biases, low-rank adapters.
+
+A member computes a range of panels (16 outputs each) for all rows. With ``steal`` a share is cut into chunks, and a
+member that has finished its own steals chunks of the others (``_team``); ``share`` names the counter of this product
+among those between two barriers.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import low_rank
+from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
+from ruvllm.kernels._team import part, share_of
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels._views import array_at
+from ruvllm.kernels.low_rank import PARTS, join_parts
+from ruvllm.kernels.operations.rows import quantized
+from ruvllm.kernels.panels import panels_matmul_part, panels_matmul_turns
+from ruvllm.kernels.quant import quant_matmul_part
+from ruvllm.kernels.quant_layout import GROUP, block_bytes
+from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
+
+low_rank_down = as_part(low_rank.low_rank_down)
+low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
+low_rank_up = as_part(low_rank.low_rank_up)
+_block_bytes = inline_kernel(block_bytes)
+
+
+@view_kernel
+def team_sync(m: Any) -> Any:
+    """The team's shared counters."""
+    return array_at(m.header[SYNC], m.header[SYNC_SIZE], np.int64)
+
+
+@cache
+def integer_matmul(kind: int) -> Operation:
+    """out (rows, outputs) = x W^T on weights of one kind (``quant_layout``); x (rows, columns) is rounded to 8 bits."""
+    products = quant_matmul_part((kind,))
+
+    @operation
+    def integers(
+        m: Any, x: Any, weights: Any, out: Any, has_mins: Any, outputs: Any, columns: Any, share: Any, steal: Any
+    ) -> None:
+        panels, groups = (outputs + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
+        w = array_at(address_of(m, weights), (panels, groups, _block_bytes(np.int64(kind), has_mins)), np.uint8)
+        codes, scales, offsets, totals, outliers = quantized(m, x, columns)
+        result, sync = matrix(m, out, m.rows, outputs), team_sync(m)
+        for i in range(m.size if steal else 1):
+            member = (m.rank + i) % m.size
+            lo, hi = part(panels, member, m.size)
+            counter = share_of(sync, m.rank, member, share)
+            products(
+                kind, has_mins, w, codes, scales, offsets, totals, outliers, result, lo, hi, sync, counter,
+                m.size == 1,
+            )  # fmt: skip
+
+    return integers
+
+
+@cache
+def float_matmul(dtype: type) -> Operation:
+    """out (rows, outputs) = x W^T on panels of this dtype; x (rows, columns) float32."""
+
+    @operation
+    def floats(m: Any, x: Any, weights: Any, out: Any, outputs: Any, columns: Any, share: Any, steal: Any) -> None:
+        panels = (outputs + LANES - 1) // LANES
+        w = array_at(address_of(m, weights), (panels, columns, LANES), dtype)
+        source, result, sync = matrix(m, x, m.rows, columns), matrix(m, out, m.rows, outputs), team_sync(m)
+        if m.rows == 1:
+            lo, hi = part(panels, m.rank, m.size)
+            panels_matmul_part(w, source, result, lo, hi)
+        else:
+            for i in range(m.size if steal else 1):
+                member = (m.rank + i) % m.size
+                lo, hi = part(panels, member, m.size)
+                counter = share_of(sync, m.rank, member, share)
+                panels_matmul_turns(w, source, result, lo, hi, sync, counter, m.size == 1)
+
+    return floats
+
+
+@operation
+def add_bias(m: Any, bias: Any, out: Any, outputs: Any) -> None:
+    """out (rows, outputs) += bias (outputs,), divided by panels as the product before it."""
+    lo, hi = part((outputs + LANES - 1) // LANES, m.rank, m.size)
+    result, values = matrix(m, out, m.rows, outputs), array_at(address_of(m, bias), outputs, np.float32)
+    for i in range(m.rows):
+        for j in range(lo * LANES, min(hi * LANES, outputs)):
+            result[i, j] += values[j]
+
+
+@cache
+def adapter_down(dtype: type) -> Operation:
+    """out (rows, padded rank) = scales * (x A^T), A an adapter's down matrix in panels of this dtype.
+
+    With ``split_k``, for one row: PARTS partial sums over ranges of columns instead, which ``adapter_up`` adds up.
+    """
+
+    @operation
+    def down(m: Any, x: Any, weights: Any, scales: Any, out: Any, columns: Any, panels: Any, split_k: Any) -> None:
+        w = array_at(address_of(m, weights), (panels, columns, LANES), dtype)
+        source, padded = matrix(m, x, m.rows, columns), panels * LANES
+        if split_k:
+            lo, hi = part(panels * PARTS, m.rank, m.size)
+            low_rank_down_parts(w, source, matrix(m, out, np.int64(PARTS), padded), lo, hi)
+        else:
+            lo, hi = part(m.rows, m.rank, m.size)
+            factors = array_at(address_of(m, scales), padded, np.float32)
+            low_rank_down(w, factors, source, matrix(m, out, m.rows, padded), lo, hi)
+
+    return down
+
+
+@cache
+def adapter_up(dtype: type) -> Operation:
+    """out (rows, outputs) += h B^T, h what ``adapter_down`` wrote, B (outputs, rank) in panels of this dtype.
+
+    With ``split_k`` each member first adds up the partial sums, into its own ``joined`` (1, padded rank).
+    """
+
+    @operation
+    def up(
+        m: Any, h: Any, weights: Any, scales: Any, joined: Any, out: Any, outputs: Any, rank: Any, split_k: Any
+    ) -> None:
+        padded, panels = (rank + LANES - 1) // LANES * LANES, (outputs + LANES - 1) // LANES
+        source = matrix(m, h, m.rows, padded)
+        if split_k:
+            source = matrix(m, joined, m.rows, padded)
+            factors = array_at(address_of(m, scales), padded, np.float32)
+            join_parts(matrix(m, h, np.int64(PARTS), padded), factors, source)
+        lo, hi = part(panels, m.rank, m.size)
+        w = array_at(address_of(m, weights), (panels, rank, LANES), dtype)
+        low_rank_up(w, source, matrix(m, out, m.rows, outputs), lo, hi)
+
+    return up

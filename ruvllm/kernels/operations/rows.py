@@ -1,0 +1,123 @@
+"""Operations on rows: norms, activations, rotary embedding, rounding to 8 bits, copies."""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import activation, gelu, norm, rounding, vector
+from ruvllm.kernels import rope as rotary
+from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
+from ruvllm.kernels._views import array_at, flat
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.kernels.tape import CAPACITY, FIRST, TOKENS, address_for, address_of, matrix, number, operation, row_range
+
+rms_norm_rows = as_part(norm.rms_norm_rows)
+rope_rows = as_part(rotary.rope_rows)
+quantize_activations = as_part(rounding.quantize_activations)
+silu_mul_range = as_part(activation.silu_mul_range)
+gelu_mul_range = as_part(gelu.gelu_mul_range)
+add_range = as_part(vector.add_range)
+_token_blocks = inline_kernel(token_blocks)
+
+QUANTIZED_GROUP_BYTES = GROUP + 4 + 4 + 4 * OFFSETS  # codes, scale, total and offsets of one group of one row
+QUANTIZED_ROW_BYTES = 4 * 2 * OUTLIERS  # outliers of one row
+
+
+@operation
+def broadcast(m: Any, x: Any, columns: Any, start: Any) -> None:
+    """Copy x (1, columns) from member 0 to the others where the region starts at row ``start`` of the tape."""
+    if m.rank and m.header[FIRST] == start:
+        source = array_at(address_for(m, x, np.int64(0)), columns, np.float32)
+        target = array_at(address_of(m, x), columns, np.float32)
+        for i in range(columns):
+            target[i] = source[i]
+
+
+@operation
+def last_rows(m: Any, x: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = the last rows of x (TOKENS, columns)."""
+    tokens = m.header[TOKENS]
+    source, target = matrix(m, x, tokens, columns), matrix(m, out, m.rows, columns)
+    lo, hi = row_range(m)
+    for i in range(lo, hi):
+        for j in range(columns):
+            target[i, j] = source[tokens - m.rows + i, j]
+
+
+@operation
+def rms_norm(m: Any, x: Any, weight: Any, eps: Any, out: Any, columns: Any, vectors: Any) -> None:
+    """out = rms_norm(x) * weight over each of the ``vectors`` vectors (columns,) of a row."""
+    lo, hi = row_range(m)
+    rows_in, rows_out = matrix(m, x, m.rows * vectors, columns), matrix(m, out, m.rows * vectors, columns)
+    scale = array_at(address_of(m, weight), columns, np.float32)
+    rms_norm_rows(rows_in, scale, number(m, eps), rows_out, lo * vectors, hi * vectors)
+
+
+@view_kernel
+def _elements(m: Any, operand: Any, columns: Any) -> Any:
+    return flat(matrix(m, operand, m.rows, columns))
+
+
+@operation
+def add(m: Any, a: Any, b: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = a + b."""
+    lo, hi = row_range(m)
+    first, second, result = _elements(m, a, columns), _elements(m, b, columns), _elements(m, out, columns)
+    add_range(first, second, result, lo * columns, hi * columns)
+
+
+@operation
+def silu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = silu(gate) * up."""
+    lo, hi = row_range(m)
+    first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
+    silu_mul_range(first, second, result, lo * columns, hi * columns)
+
+
+@operation
+def gelu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = gelu(gate) * up."""
+    lo, hi = row_range(m)
+    first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
+    gelu_mul_range(first, second, result, lo * columns, hi * columns)
+
+
+@operation
+def rope(m: Any, x: Any, cos: Any, sin: Any, out: Any, heads: Any, dim: Any) -> None:
+    """out (rows, heads, dim) = x rotated by the angles whose cosines and sines are (rows, dim / 2)."""
+    lo, hi = row_range(m)
+    source = array_at(address_of(m, x), (m.rows, heads, dim), np.float32)
+    target = array_at(address_of(m, out), (m.rows, heads, dim), np.float32)
+    cosines, sines = matrix(m, cos, m.rows, dim // 2), matrix(m, sin, m.rows, dim // 2)
+    rope_rows(source, cosines, sines, np.float32(1), target, lo * heads, hi * heads)
+
+
+@view_kernel
+def quantized(m: Any, operand: Any, columns: Any) -> Any:
+    """An operand as rows rounded to 8 bits: codes, scales, offsets, totals, outliers (``quant_layout``).
+
+    The five arrays lie one after the other, each with room for CAPACITY rows.
+    """
+    capacity = m.header[CAPACITY]
+    groups = (columns + GROUP - 1) // GROUP
+    blocks, side = _token_blocks(m.rows)
+    codes = address_of(m, operand)
+    offsets = codes + capacity * groups * GROUP
+    scales = offsets + capacity * groups * 4 * OFFSETS
+    totals = scales + capacity * groups * 4
+    outliers = totals + capacity * groups * 4
+    return (
+        array_at(codes, (blocks, groups, side, GROUP), np.int8),
+        array_at(scales, (blocks, groups, side), np.float32),
+        array_at(offsets, (blocks, groups, side, OFFSETS), np.int32),
+        array_at(totals, (blocks, groups, side), np.float32),
+        array_at(outliers, (m.rows, OUTLIERS, 2), np.float32),
+    )
+
+
+@operation
+def quantize(m: Any, x: Any, out: Any, columns: Any) -> None:
+    """out = x (rows, columns) rounded to 8 bits."""
+    lo, hi = row_range(m)
+    codes, scales, offsets, totals, outliers = quantized(m, out, columns)
+    quantize_activations(matrix(m, x, m.rows, columns), codes, scales, offsets, totals, outliers, lo, hi)

@@ -1,0 +1,171 @@
+"""The tape: a recorded sequence of operations, and the parallel region that replays it.
+
+A row of the tape holds the address of a compiled operation, whether the team (``_team``) meets at a barrier before it,
+and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of threads: an
+array argument is an *operand*, an offset into a memory *space*. The header says where each space begins; it is filled
+in for each pass. So a tape is recorded once, and replayed for any cache, any prompt and any team.
+
+    address = base[space] + offset * scale[space] + rank * stride[space]
+
+- ABSOLUTE (weights, constants): base 0, scale 1; the offset is the address.
+- SHARED (one copy for the team, tokens stacked): scale is the token capacity, offsets are bytes per token.
+- LOCAL (one copy per member): stride is the size of a member's copy.
+- KEYS, VALUES: offset is the layer, scale the bytes of a layer.
+
+An operation is a C function of its own: it is compiled and cached apart from all others, and only for models that use
+it. The region below is the same for every model.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ruvllm.kernels._jit import DISABLE_JIT, view_kernel
+from ruvllm.kernels._region import CFunction, Region
+from ruvllm.kernels._simd import prefetch_l2
+from ruvllm.kernels._team import barrier, call_operation, join_team, part, time_stamp
+from ruvllm.kernels._views import array_at, load_integers
+
+# Header fields; then base, scale and stride of each space.
+(
+    THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
+    CACHE_BLOCKS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES,
+) = range(17)  # fmt: skip
+SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, KEYS, VALUES, PARTIAL, SCRATCH, LOGITS = range(11)
+_SPACE_BITS = 4
+_BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
+EXPERT_ROWS = _STRIDE + (1 << _SPACE_BITS)  # from here on: rows routed to each expert, written by operations
+MAX_EXPERTS = 512
+HEADER_SIZE = EXPERT_ROWS + MAX_EXPERTS
+
+# Row fields. COUNT: the header field that holds the operation's number of rows. REPLICATED: each member computes all
+# rows, into its own copy. ARGUMENTS: the first of up to twelve.
+FUNCTION, BARRIER, COUNT, REPLICATED, ARGUMENTS = range(5)
+FIELDS = 16
+_ROW_BYTES = FIELDS * 8
+_LINE = 8  # int64 fields of a cache line
+
+
+class Member(NamedTuple):
+    """What an operation knows about its caller: the header, its rank in the team of ``size``, the operation's rows."""
+
+    header: Any
+    rank: Any
+    size: Any
+    rows: Any
+    replicated: Any
+
+
+def operand(space: int, offset: int = 0) -> int:
+    """An array argument: an offset into a space, as one integer."""
+    return offset << _SPACE_BITS | space
+
+
+def set_space(header: np.ndarray, space: int, base: int, scale: int = 1, stride: int = 0) -> None:
+    """Where a space begins, what its offsets are multiplied by, and the distance between two members' copies."""
+    header[_BASE + space], header[_SCALE + space], header[_STRIDE + space] = base, scale, stride
+
+
+@view_kernel
+def address_for(m: Any, operand: Any, rank: Any) -> Any:
+    """The address of a member's operand."""
+    space, offset = operand & ((1 << _SPACE_BITS) - 1), operand >> _SPACE_BITS
+    return m.header[_BASE + space] + offset * m.header[_SCALE + space] + rank * m.header[_STRIDE + space]
+
+
+@view_kernel
+def address_of(m: Any, operand: Any) -> Any:
+    """The address of this member's operand."""
+    return address_for(m, operand, m.rank)
+
+
+@view_kernel
+def matrix(m: Any, operand: Any, rows: Any, columns: Any) -> Any:
+    """An operand as float32 (rows, columns)."""
+    return array_at(address_of(m, operand), (rows, columns), np.float32)
+
+
+@view_kernel
+def number(m: Any, operand: Any) -> Any:
+    """An operand as one float32."""
+    return array_at(address_of(m, operand), 1, np.float32)[0]
+
+
+@view_kernel
+def row_range(m: Any) -> Any:
+    """The rows lo:hi that this member computes."""
+    if m.replicated:
+        return np.int64(0), m.rows
+    return part(m.rows, m.rank, m.size)
+
+
+class Operation(CFunction):
+    """What one member does for one row of the tape; made by ``@operation`` from ``body(member, *arguments)``.
+
+    ``arguments`` are the body's parameter names; recorders pass them by keyword.
+    """
+
+    parameters = 4  # table, row, rank, size
+
+    def __init__(self, body: Callable[..., None]) -> None:
+        self.arguments = tuple(inspect.signature(body).parameters)[1:]
+        super().__init__(_entry(body, len(self.arguments)))
+
+    if DISABLE_JIT:
+
+        @cached_property
+        def address(self) -> int:
+            from ruvllm.kernels._team_python import OPERATIONS
+
+            OPERATIONS.append(self.function)
+            return len(OPERATIONS)
+
+
+def _entry(body: Callable[..., None], count: int) -> Callable[[Any, Any, Any, Any], None]:
+    """The C function around a body: it unpacks the row."""
+    inlined = view_kernel(body)
+
+    def call(table: Any, row: Any, rank: Any, size: Any) -> None:
+        header, fields = array_at(table, HEADER_SIZE, np.int64), array_at(row, FIELDS, np.int64)
+        m = Member(header, rank, size, header[fields[COUNT]], fields[REPLICATED])
+        inlined(m, *load_integers(row + ARGUMENTS * 8, count))
+
+    call.__name__, call.__qualname__, call.__doc__ = body.__name__, body.__qualname__, body.__doc__
+    return call
+
+
+def operation(body: Callable[..., None]) -> Operation:
+    """Make an operation of ``body(member, *arguments)``; it is compiled when its address is first needed."""
+    return Operation(body)
+
+
+def _replay(table: Any) -> None:
+    """One thread's replay: rows FIRST:END in order. TIMES, if set, receives three time stamps per row and member."""
+    t = array_at(table, HEADER_SIZE, np.int64)
+    sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
+    rank, size = join_team(sync, t[THREADS])
+    if rank < 0:
+        return
+    rows = array_at(t[ROWS_ADDRESS], (t[END], np.int64(FIELDS)), np.int64)
+    fields = array_at(t[ROWS_ADDRESS], t[END] * FIELDS, np.int64)
+    times = array_at(t[TIMES], (t[END], t[THREADS], np.int64(3)), np.int64)
+    for i in range(t[FIRST], t[END]):
+        # Between two matrix products a row of the tape falls out of L1 and L2: fetch the next one early.
+        prefetch_l2(fields, (i + 1) * FIELDS)
+        prefetch_l2(fields, (i + 1) * FIELDS + _LINE)
+        if t[TIMES]:
+            times[i, rank, 0] = time_stamp()
+        if rows[i, BARRIER]:
+            barrier(sync, rank, size)
+        if t[TIMES]:
+            times[i, rank, 1] = time_stamp()
+        if t[rows[i, COUNT]]:
+            call_operation(rows[i, FUNCTION], table, t[ROWS_ADDRESS] + i * _ROW_BYTES, rank, size)
+        if t[TIMES]:
+            times[i, rank, 2] = time_stamp()
+
+
+replay = Region(_replay)

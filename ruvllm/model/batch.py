@@ -1,0 +1,72 @@
+"""Batch: the next token of several sequences in one pass, each with its own KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ruvllm.kernels import tape as t
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels._threads import limited_to
+from ruvllm.kernels.token_attention import chunk_count, partial_width
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.llama import Llama
+from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.replay import Working
+
+
+class Batch:
+    """Decodes one token at a time for each of several sequences, reading the weights once for all of them.
+
+    Each sequence's logits are bit-identical to those that it gets alone.
+
+    Args:
+        model: which runs them.
+        caches: one for each sequence, all of one dtype and filled by this model.
+
+    Raises:
+        ValueError: no caches, the same one twice, or caches of different dtypes.
+    """
+
+    def __init__(self, model: Llama, caches: Sequence[KVCache]) -> None:
+        dtypes = {cache.dtype for cache in caches}
+        if len(dtypes) != 1:
+            raise ValueError(f"caches: expected some of one dtype, found {', '.join(sorted(dtypes)) or 'none'}")
+        if len(set(map(id, caches))) < len(caches):
+            raise ValueError("caches: expected a different one for each sequence")
+        self.model, self.caches = model, list(caches)
+        for cache in caches:
+            cache.claim(model)
+        config, chunks = model.config, max(chunk_count(cache.max_tokens) for cache in caches)
+        self.working = Working(model._tapes, caches[0], max(2, len(caches)), model.threads)
+        self.partial = aligned_empty((len(caches), config.num_attention_heads, chunks, partial_width(config.head_dim)))
+        addresses = [(c.keys.ctypes.data, c.values.ctypes.data, c.keys.shape[2]) for c in caches]
+        self.table = np.array(addresses, np.int64)
+        header = self.working.header
+        header[t.CACHES], header[t.CHUNKS] = self.table.ctypes.data, chunks
+        t.set_space(header, t.PARTIAL, self.partial.ctypes.data)
+
+    def forward(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Append ids (S,), one to each sequence; returns logits (S, V).
+
+        Raises:
+            TypeError, ValueError: ids are not one token id for each sequence.
+            ContextFullError: a sequence is full; none is changed.
+        """
+        ids = self.model.checked_ids(ids)
+        if len(ids) != len(self.caches):
+            raise ValueError(f"ids: expected {len(self.caches)}, one for each sequence, found {len(ids)}")
+        for cache in self.caches:
+            cache.require_room(1)
+        lengths = np.array([cache.length for cache in self.caches])
+        cos, sin = (table[lengths] for table in self.model.rope_tables(int(lengths.max()) + 1))
+        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
+        self.working.positions[: len(ids)] = lengths
+        tape = self.model._tapes.tape(Pass.BATCH, self.caches[0].dtype)
+        with limited_to(self.model.threads):
+            self.working.replay(tape, ids, cos, sin, logits)
+        for cache, token in zip(self.caches, ids, strict=True):
+            cache.ids[cache.length] = token
+            cache.length += 1
+        return logits

@@ -1,0 +1,131 @@
+"""Eager: each operation computes at once, on NumPy arrays: to read, to step through, to hook, to swap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import ruvllm.kernels as K
+from ruvllm.kernels.cached_attention import cached_attention
+from ruvllm.kernels.experts import add_weighted, route_tokens
+from ruvllm.kernels.kv import append
+from ruvllm.model.activations import Activations
+from ruvllm.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from ruvllm.model.linear import Linear
+    from ruvllm.model.low_rank import AdapterSet
+    from ruvllm.model.ops import Ops
+
+
+class Eager:
+    """The operations of T tokens at ``positions`` (T,), whose rope angles are cos and sin (T, D/2).
+
+    Subclass it to hook an operation: ``lab.drift`` overrides ``boundary``.
+
+    Args:
+        cache: keys and values of the sequence.
+        positions: (T,) int64.
+        cos, sin: (T, D/2) float32.
+        scratch: a buffer for each thread, for attention.
+        out: (rows, V) float32 for the logits of the last rows; None if none are wanted.
+        adapters: what is added to each matrix.
+    """
+
+    def __init__(
+        self, cache: KVCache, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray, scratch: np.ndarray,
+        out: np.ndarray | None, adapters: AdapterSet | None = None,
+    ) -> None:  # fmt: skip
+        self.cache, self.scratch, self.out = cache, scratch, out
+        self.adapters = {} if adapters is None else adapters.matrices
+        self.positions, self.cos, self.sin = positions, cos, sin
+        self._inputs = Activations(0, 0)
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+        return K.rms_norm(x, weight, eps)
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a + b."""
+        return np.add(a, b)
+
+    def silu_mul(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """silu(gate) * up."""
+        return K.silu_mul(gate, up)
+
+    def gelu_mul(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """gelu(gate) * up."""
+        return K.gelu_mul(gate, up)
+
+    def linear(self, x: np.ndarray, matrix: Linear) -> np.ndarray:
+        """x W^T + bias + adapter."""
+        return matrix(self._activations(x), adapter=self.adapters.get(matrix.name))
+
+    def heads(self, x: np.ndarray, dim: int) -> np.ndarray:
+        """x (T, H D) as (T, H, D)."""
+        return x.reshape(len(x), -1, dim)
+
+    def rope(self, x: np.ndarray) -> np.ndarray:
+        """x (T, H, D) rotated."""
+        return K.apply_rope_tables(x, self.cos, self.sin)
+
+    def attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, layer: int, window: int | None, scale: float
+    ) -> np.ndarray:
+        """Append k and v, then attention of q over the layer's cache -> (T, H D)."""
+        keys, values, out = self.cache.keys[layer], self.cache.values[layer], np.empty_like(q)
+        append(k, v, keys, values, self.positions)
+        cached_attention(q, keys, values, self.positions, window, scale, out, self.scratch)
+        return out.reshape(len(q), -1)
+
+    def route(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
+        """experts, slots, weights (T, k), tokens (X, T) and counts (X,): see ``kernels.experts``."""
+        T, count = scores.shape
+        experts, slots = np.empty((T, k), np.int64), np.empty((T, k), np.int64)
+        weights = np.empty((T, k), np.float32)
+        tokens, counts = np.empty((count, T), np.int64), np.empty(count, np.int64)
+        route_tokens(scores, experts, slots, weights, tokens, counts)
+        return experts, slots, weights, tokens, counts
+
+    def gather(self, x: np.ndarray, routing: tuple[np.ndarray, ...], expert: int) -> np.ndarray:
+        """The rows of x that go to one expert."""
+        *_, tokens, counts = routing
+        return x[tokens[expert, : counts[expert]]]
+
+    def combine(self, parts: list[np.ndarray], routing: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The weighted sum of each token's experts."""
+        experts, slots, weights, *_ = routing
+        out = np.empty((len(experts), parts[0].shape[1]), np.float32)
+        for row in range(len(out)):
+            for j, x in enumerate(experts[row]):
+                add_weighted(parts[x], slots[row, j], weights[row, j], out, row, j == 0)
+        return out
+
+    def boundary(self, x: np.ndarray) -> np.ndarray:
+        """x."""
+        return x
+
+    def call(self, x: np.ndarray, function: Callable[[np.ndarray], None]) -> np.ndarray:
+        """x, after ``function`` has read or changed it."""
+        function(x)
+        return x
+
+    def last_rows(self, x: np.ndarray) -> np.ndarray:
+        """The rows whose logits are wanted."""
+        return x[len(x) - (0 if self.out is None else len(self.out)) :]
+
+    def logits(self, x: np.ndarray, head: Linear) -> np.ndarray:
+        """x W^T, into ``out``."""
+        return x if self.out is None else head(self._activations(x), self.out)
+
+    def _activations(self, x: np.ndarray) -> Activations:
+        """x with its 8-bit form, made once for all matrices that read it."""
+        if self._inputs.x is not x:
+            self._inputs = Activations(*x.shape).of(x)
+        return self._inputs
+
+
+if TYPE_CHECKING:
+    _: type[Ops] = Eager

@@ -1,0 +1,391 @@
+"""Gradients: layer code that runs with it computes forward and notes, for each operation, the way back.
+
+Only adapters learn: base weights, norms and embedding are fixed. So a gradient flows through an operation only where
+an adapter below it learns. Integer weights multiply activations rounded to 8 bits, as they do in generation; the
+gradient passes through that rounding unchanged (Bengio et al. 2013, "straight-through").
+
+What the way back needs is kept; norms and gated products, which are cheap, are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+import ruvllm.kernels as K
+from ruvllm.kernels._memory import aligned_empty
+from ruvllm.kernels.experts import route_tokens
+from ruvllm.model.activations import Activations
+from ruvllm.model.linear import Linear
+
+if TYPE_CHECKING:
+    from ruvllm.model.ops import Ops
+
+
+class Learner(Protocol):
+    """The adapters of a training pass, as ``Gradients`` meets them."""
+
+    def learns(self, name: str) -> bool:
+        """Whether an adapter on this matrix learns."""
+        ...
+
+    def add(self, name: str, x: np.ndarray, out: np.ndarray) -> None:
+        """out (T, N) += what the adapters on a matrix make of x (T, K)."""
+        ...
+
+    def add_backward(self, name: str, dy: np.ndarray, dx: np.ndarray) -> None:
+        """dx (T, K) += the gradient that flows back through the adapters on a matrix from dy (T, N)."""
+        ...
+
+    def accumulate(self, name: str, x: np.ndarray, dy: np.ndarray) -> None:
+        """Add the gradients of the learning adapter's own matrices."""
+        ...
+
+    def loss(self, logits: np.ndarray, rows: slice, grad: np.ndarray | None) -> None:
+        """Take the loss of some rows of logits; their gradient into ``grad``."""
+        ...
+
+
+class Node:
+    """An array of the forward pass, and the gradient that arrives at it.
+
+    learns: whether an adapter before it learns, so that it needs a gradient. remake: computes the array again from
+    ``sources``; it is then dropped after its layer.
+    """
+
+    def __init__(
+        self, array: np.ndarray, learns: bool, remake: Callable[[], np.ndarray] | None = None,
+        sources: tuple[Node, ...] = (),
+    ) -> None:  # fmt: skip
+        self.shape, self.learns, self.remake, self.sources = array.shape, learns, remake, sources
+        self._array: np.ndarray | None = array
+        self.kept = False  # whether the way back reads it
+        self._gradient: np.ndarray | None = None
+        self._shared = False  # whether the gradient's array is another node's too
+
+    @property
+    def array(self) -> np.ndarray:
+        """Its value."""
+        if self._array is None:
+            assert self.remake is not None
+            self._array = self.remake()
+        return self._array
+
+    def keep(self) -> Node:
+        """The way back reads it."""
+        self.kept = True
+        if self.remake is not None:
+            for source in self.sources:
+                source.keep()
+        return self
+
+    def drop(self) -> None:
+        """Free the array, if nothing reads it again or it can be computed again."""
+        if not self.kept or self.remake is not None:
+            self._array = None
+
+    def target(self) -> tuple[np.ndarray, bool]:
+        """Where to write a gradient, and whether it is to be added to what is there."""
+        if self._gradient is None:
+            self._gradient, self._shared = aligned_empty(self.shape), False
+            return self._gradient, False
+        if self._shared:
+            self._gradient, self._shared = self._gradient.copy(), False
+        return self._gradient, True
+
+    def receive(self, gradient: np.ndarray, shared: bool = False) -> None:
+        """Take a gradient over, or add it; shared: others hold the array too."""
+        if not self.learns:
+            return
+        if self._gradient is None:
+            self._gradient, self._shared = gradient.reshape(self.shape), shared
+        else:
+            into, _ = self.target()
+            K.add(into, gradient.reshape(self.shape), out=into)
+
+    def take(self) -> np.ndarray:
+        """The gradient, complete; it is no longer held."""
+        gradient, self._gradient = self._gradient, None
+        return np.zeros(self.shape, np.float32) if gradient is None else gradient
+
+
+class Gradients:
+    """The operations of several sequences, one behind the other; only attention keeps them apart.
+
+    Args:
+        starts: (n + 1,) where each sequence begins, and T.
+        cos, sin: (T, D/2) of each token's position in its sequence.
+        learner: the adapters.
+        rows: the tokens whose logits are wanted.
+        keep: note the way back; else only the loss is computed.
+        checkpointing: of each layer keep its input alone, and run it again on the way back.
+    """
+
+    def __init__(
+        self, starts: np.ndarray, cos: np.ndarray, sin: np.ndarray, learner: Learner, rows: np.ndarray, keep: bool,
+        checkpointing: bool = False,
+    ) -> None:  # fmt: skip
+        self.starts, self.cos, self.sin = starts, cos, sin
+        self.learner, self.rows, self.keep, self.checkpointing = learner, rows, keep, checkpointing
+        self._noting = keep and not checkpointing
+        self._stream: list[Node] = []  # what goes into each layer, and what comes out of the last
+        self._way_back: list[Callable[[], None]] = []
+        self._nodes: list[Node] = []  # of the layer that runs
+        self._inputs = Activations(0, 0)
+
+    def backward(self, layers: Sequence[Callable[[Any, Any], Any]]) -> None:
+        """Run all noted steps, last first. layers: of the decoder, to run again with checkpointing."""
+        self._run_back()
+        if self.checkpointing:
+            for layer, x, after in zip(layers[::-1], self._stream[-2::-1], self._stream[:0:-1], strict=True):
+                if after.learns:
+                    self._noting, leaf = True, Node(x.array, x.learns)
+                    layer(self, leaf).receive(after.take())
+                    self._run_back()
+                    x.receive(leaf.take())
+
+    def _run_back(self) -> None:
+        while self._way_back:
+            self._way_back.pop()()
+
+    # Operations.
+
+    def rms_norm(self, x: Node, weight: np.ndarray, eps: float) -> Node:
+        """Over the last axis."""
+        out = self._node(lambda: K.rms_norm(x.array, weight, eps), x, remake=True)
+
+        def back() -> None:
+            dx, add = x.target()
+            K.rms_norm_backward(x.array, weight, out.take(), eps, add=add, out=dx)
+
+        return self._noted(out, back, x)
+
+    def add(self, a: Node, b: Node) -> Node:
+        """a + b."""
+        out = self._node(lambda: K.add(a.array, b.array), a, b)
+
+        def back() -> None:
+            dy = out.take()
+            for x in (a, b):
+                x.receive(dy, shared=True)
+
+        return self._noted(out, back)
+
+    def silu_mul(self, gate: Node, up: Node) -> Node:
+        """silu(gate) * up."""
+        out = self._node(lambda: K.silu_mul(gate.array, up.array), gate, up, remake=True)
+
+        def back() -> None:
+            for x, dx in zip((gate, up), K.silu_mul_backward(gate.array, up.array, out.take()), strict=True):
+                x.receive(dx)
+
+        return self._noted(out, back, gate, up)
+
+    def gelu_mul(self, gate: Node, up: Node) -> Node:
+        """gelu(gate) * up."""
+        out = self._node(lambda: K.gelu_mul(gate.array, up.array), gate, up, remake=True)
+
+        def back() -> None:
+            x, dy = gate.array, out.take()
+            # gelu(x) = x s(u), u = 2 sqrt(2/pi) (x + 0.044715 x^3), s the logistic function
+            u, slope = _GELU * (x + _CUBIC * x**3), _GELU * (1 + 3 * _CUBIC * x * x)
+            s = 1 / (1 + np.exp(-u))
+            gate.receive(dy * up.array * (s + x * s * (1 - s) * slope))
+            up.receive(dy * x * s)
+
+        return self._noted(out, back, gate, up)
+
+    def linear(self, x: Node, matrix: Linear) -> Node:
+        """x W^T + bias + what the adapters add."""
+        name = matrix.name
+        y = aligned_empty((len(x.array), matrix.rows))
+        matrix(self._activations(x.array), y)
+        self.learner.add(name, x.array, y)
+        out = self._node(lambda: y, x, learns=self.learner.learns(name))
+
+        def back() -> None:
+            dy = out.take().reshape(y_shape)
+            if x.learns:
+                dx, add = x.target()
+                matrix.weights.matmul_transposed(dy, dx.reshape(len(dx), -1), add)
+                self.learner.add_backward(name, dy, dx.reshape(len(dx), -1))
+            if self.learner.learns(name):
+                self.learner.accumulate(name, x.array, dy)
+
+        y_shape = y.shape
+        return self._noted(out, back, *([x] if self.learner.learns(name) else []))
+
+    def heads(self, x: Node, dim: int) -> Node:
+        """x (T, H D) as (T, H, D)."""
+        out = self._node(lambda: x.array.reshape(len(x.array), -1, dim), x)
+        return self._noted(out, lambda: x.receive(out.take()))
+
+    def rope(self, x: Node) -> Node:
+        """x (T, H, D) rotated; the gradient is rotated back."""
+        out = self._node(lambda: K.apply_rope_tables(x.array, self.cos, self.sin), x)
+        return self._noted(out, lambda: x.receive(K.apply_rope_tables(out.take(), self.cos, self.sin, inverse=True)))
+
+    def attention(self, q: Node, k: Node, v: Node, layer: int, window: int | None, scale: float) -> Node:
+        """Causal attention within each sequence -> (T, H D)."""
+        attended = aligned_empty(q.shape)
+        for a, b in pairwise(self.starts):
+            K.flash_attention(
+                q.array[a:b], k.array[a:b], v.array[a:b], window=window, scale=scale, out=attended[a:b]
+            )  # fmt: skip
+        out = self._node(lambda: attended.reshape(len(attended), -1), q, k, v)
+
+        def back() -> None:
+            dy = out.take().reshape(q.shape)
+            gradients = K.attention_backward(q.array, k.array, v.array, dy, self.starts, window, scale)
+            for x, dx in zip((q, k, v), gradients, strict=True):
+                x.receive(dx)
+
+        return self._noted(out, back, q, k, v)
+
+    def route(self, scores: Node, k: int) -> _Routing:
+        """The k best experts of each token."""
+        T, count = scores.shape
+        experts, slots = np.empty((T, k), np.int64), np.empty((T, k), np.int64)
+        tokens, counts = np.empty((count, T), np.int64), np.empty(count, np.int64)
+        weights = np.empty((T, k), np.float32)
+        route_tokens(scores.array, experts, slots, weights, tokens, counts)
+        out = self._node(lambda: weights, scores)
+
+        def back() -> None:
+            dw, w = out.take(), out.array
+            dx = np.zeros(scores.shape, np.float32)
+            np.put_along_axis(dx, experts, w * (dw - np.sum(w * dw, axis=1, keepdims=True)), axis=1)
+            scores.receive(dx)
+
+        self._noted(out, back, out)
+        return _Routing(out, experts, [tokens[x, : counts[x]] for x in range(count)])
+
+    def gather(self, x: Node, routing: _Routing, expert: int) -> Node:
+        """The rows of x that go to one expert."""
+        rows = routing.tokens[expert]
+        out = self._node(lambda: x.array[rows], x)
+
+        def back() -> None:
+            dx, add = x.target()
+            if not add:
+                dx[...] = 0
+            dx[rows] += out.take()
+
+        return self._noted(out, back)
+
+    def combine(self, parts: list[Node], routing: _Routing) -> Node:
+        """The weighted sum of each token's experts."""
+        weights = routing.weights
+
+        def forward() -> np.ndarray:
+            y = np.zeros((len(routing.experts), parts[0].shape[1]), np.float32)
+            for x, part in enumerate(parts):
+                y[routing.tokens[x]] += routing.weights_of(x)[:, None] * part.array
+            return y
+
+        out = self._node(forward, *parts, weights)
+
+        def back() -> None:
+            dy, dw = out.take(), np.zeros(weights.shape, np.float32)
+            for x, part in enumerate(parts):
+                rows = routing.tokens[x]
+                part.receive(routing.weights_of(x)[:, None] * dy[rows])
+                dw[routing.experts == x] = np.sum(part.array * dy[rows], axis=1)
+            weights.receive(dw)
+
+        return self._noted(out, back, *parts, weights)
+
+    def boundary(self, x: Node) -> Node:
+        """Between two layers: arrays that the way back does not read are freed."""
+        self._begin(x)
+        return x
+
+    def call(self, x: Node, function: Callable[[np.ndarray], None]) -> Node:
+        """x, after ``function`` has read it. A gradient knows no change that it makes."""
+        function(x.array)
+        return x
+
+    def last_rows(self, x: Node) -> Node:
+        """The rows whose logits are wanted."""
+        self._begin(x)
+        self._noting = self.keep
+        rows = self.rows
+        out = self._node(lambda: x.array[rows], x)
+
+        def back() -> None:
+            dx = np.zeros(x.shape, np.float32)
+            dx[rows] = out.take()
+            x.receive(dx)
+
+        return self._noted(out, back)
+
+    def logits(self, x: Node, head: Linear) -> Node:
+        """The loss of each row, a few rows of logits at a time: those of all would be the largest array of all."""
+        h, count = x.array, len(x.array)
+        logits = aligned_empty((min(_LOGIT_ROWS, count), head.rows))
+        dh = aligned_empty(h.shape) if self.keep and x.learns else None
+        for lo in range(0, count, _LOGIT_ROWS):
+            rows = slice(lo, min(count, lo + _LOGIT_ROWS))
+            some = logits[: rows.stop - lo]
+            head(Activations(*h[rows].shape).of(h[rows]), some)
+            self.learner.loss(some, rows, None if dh is None else some)
+            if dh is not None:
+                head.weights.matmul_transposed(some, dh[rows], False)
+        if dh is not None:
+            x.receive(dh)
+        return x
+
+    # How it is noted.
+
+    def _node(
+        self, compute: Callable[[], np.ndarray], *inputs: Node, learns: bool = False, remake: bool = False
+    ) -> Node:
+        learns = learns or any(x.learns for x in inputs)
+        node = Node(compute(), learns, compute if remake else None, inputs if remake else ())
+        self._nodes.append(node)
+        return node
+
+    def _noted(self, out: Node, back: Callable[[], None], *read: Node) -> Node:
+        """Note the way back of an operation, and what it reads."""
+        if self._noting and out.learns:
+            for node in read:
+                node.keep()
+            self._way_back.append(back)
+        return out
+
+    def _begin(self, x: Node) -> None:
+        """A layer begins with x: of those before it, free what the way back does not read."""
+        if self.checkpointing:
+            x.keep()
+        self._stream.append(x)
+        for node in self._nodes:
+            if node is not x:
+                node.drop()
+        self._nodes = [x]
+
+    def _activations(self, x: np.ndarray) -> Activations:
+        if self._inputs.x is not x:
+            self._inputs = Activations(*x.shape).of(x)
+        return self._inputs
+
+
+class _Routing:
+    """Which experts each token goes to, and each expert's tokens."""
+
+    def __init__(self, weights: Node, experts: np.ndarray, tokens: list[np.ndarray]) -> None:
+        self.weights, self.experts, self.tokens = weights, experts, tokens
+
+    def weights_of(self, expert: int) -> np.ndarray:
+        """The weights of an expert's tokens, in their order."""
+        return self.weights.array[self.experts == expert]
+
+
+_LOGIT_ROWS = 64  # rows whose logits exist at one time
+_CUBIC = np.float32(0.044715)
+_GELU = np.float32(2 * np.sqrt(2 / np.pi))
+
+if TYPE_CHECKING:
+    _: type[Ops] = Gradients

@@ -1,0 +1,80 @@
+"""Placement: the memory of a tape's values. Two values share memory when their lifetimes do not overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ruvllm.kernels import tape as t
+from ruvllm.model.ops.schedule import ANY, PRIVATE, Partition, Step, Value, compatible
+
+_ALIGNMENT = 64  # bytes, a cache line
+
+
+@dataclass
+class _Free:
+    """A slot that a value left: what fits into it, and how its last phase divided it."""
+
+    kind: tuple[Any, ...]
+    offset: int
+    phase: int
+    partitions: list[Partition]
+
+
+def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[int, int]:
+    """Give every value of a schedule its offset; returns the bytes that each space needs for one token.
+
+    held: values that must live at least until the step of this index.
+
+    A slot is reused for values of the same kind only (space, layout, row size, count): rows then divide alike. Within
+    one phase it is reused only where old and new value have compatible partitions, so that no barrier is added.
+    """
+    last: dict[Value, int] = {}
+    uses: dict[Value, list[tuple[int, Partition]]] = {}
+    for i, step in enumerate(steps):
+        for value, partition in step.accesses:
+            last[value] = i
+            uses.setdefault(value, []).append((step.phase, partition))
+    for value, i in held.items():
+        last[value] = max(last[value], i)
+        uses[value].append((steps[i].phase, ANY))
+    ending_at: dict[int, list[Value]] = {}
+    for value, i in last.items():
+        if value.row_bytes:
+            ending_at.setdefault(i, []).append(value)
+    sizes = {t.SHARED: 0, t.LOCAL: 0}
+    free: list[_Free] = []
+
+    def kind(value: Value) -> tuple[Any, ...]:
+        return value.space, value.layout, value.row_bytes, value.count
+
+    def allocate(value: Value, phase: int, partition: Partition) -> None:
+        for i in range(len(free) - 1, -1, -1):
+            slot = free[i]
+            reusable = slot.phase < phase or all(compatible(partition, used) for used in slot.partitions)
+            if slot.kind == kind(value) and reusable:
+                value.offset = slot.offset
+                del free[i]
+                return
+        value.offset = sizes[value.space]
+        sizes[value.space] += -(-value.row_bytes // _ALIGNMENT) * _ALIGNMENT
+
+    def release(value: Value) -> None:
+        phase = max(when for when, _ in uses[value])
+        free.append(_Free(kind(value), value.offset, phase, [used for when, used in uses[value] if when == phase]))
+
+    allocate(source, 0, PRIVATE)
+    for i, step in enumerate(steps):
+        ending = ending_at.get(i, [])
+        if step.in_place:  # inputs that end here may give their memory to the result
+            for value in ending:
+                if value.offset >= 0:
+                    release(value)
+            ending = [value for value in ending if value.offset < 0]
+        for value, partition in step.accesses:
+            if value.offset < 0 and value.row_bytes:
+                allocate(value, step.phase, partition)
+        for value in ending:
+            release(value)
+    return sizes

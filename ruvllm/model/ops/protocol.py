@@ -1,0 +1,75 @@
+"""Ops: the operations that layer code is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any  # np.ndarray for Eager and Float64; Value for Recorder; Node for Gradients
+Matrix = Any  # Linear, or what stands in for one
+
+
+class Ops(Protocol):
+    """The operations of one pass of T tokens. Letters of axes are those of the README."""
+
+    def rms_norm(self, x: Array, weight: np.ndarray, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis: x (T, E), or (T, H, D) per head."""
+        ...
+
+    def add(self, a: Array, b: Array) -> Array:
+        """a + b, both (T, E)."""
+        ...
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        """silu(gate) * up (SwiGLU)."""
+        ...
+
+    def gelu_mul(self, gate: Array, up: Array) -> Array:
+        """gelu(gate) * up, with the tanh approximation (GeGLU)."""
+        ...
+
+    def linear(self, x: Array, matrix: Matrix) -> Array:
+        """x W^T + bias + what the adapters add: x (T, K) -> (T, N)."""
+        ...
+
+    def heads(self, x: Array, dim: int) -> Array:
+        """x (T, H D) seen as (T, H, D)."""
+        ...
+
+    def rope(self, x: Array) -> Array:
+        """x (T, H, D) rotated by the angles of the tokens' positions."""
+        ...
+
+    def attention(self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float) -> Array:
+        """Append k and v (T, KV, D) to the layer's cache; causal attention of q (T, H, D) over it -> (T, H D)."""
+        ...
+
+    def route(self, scores: Array, k: int) -> Array:
+        """The k best experts of each token by the router's scores (T, X), weighted by their softmax."""
+        ...
+
+    def gather(self, x: Array, routing: Array, expert: int) -> Array:
+        """The rows of x (T, E) that go to one expert; how many is known at run time."""
+        ...
+
+    def combine(self, parts: list[Array], routing: Array) -> Array:
+        """For each token the weighted sum of what its experts returned -> (T, E)."""
+        ...
+
+    def boundary(self, x: Array) -> Array:
+        """Returns x. Between two layers: a pass may pause here, to see Ctrl-C."""
+        ...
+
+    def call(self, x: Array, function: Callable[[np.ndarray], None]) -> Array:
+        """Returns x after Python's ``function`` has read or changed it in place: hooks, sums over machines."""
+        ...
+
+    def last_rows(self, x: Array) -> Array:
+        """The rows of x whose logits are wanted: none, the last, or all."""
+        ...
+
+    def logits(self, x: Array, head: Matrix) -> Array:
+        """x W^T: the result of the pass, (rows, V)."""
+        ...

@@ -1,0 +1,324 @@
+"""Recorder: layer code that runs with it computes nothing and leaves a tape (``kernels.tape``).
+
+Its arrays are ``Value``s. Each function records the operations behind it, with the partition of every array that they
+read and write; the schedule (``schedule``) then knows where barriers must stand, and the placement (``placement``)
+which values can share memory.
+
+For one token there are no rows to divide, and meeting at a barrier costs more than a norm: operations on rows are then
+replicated, every member computing them into memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ruvllm.kernels import operations as o
+from ruvllm.kernels import tape as t
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.cached_attention import NO_WINDOW
+from ruvllm.kernels.low_rank import PARTS
+from ruvllm.kernels.operations.experts import routing_bytes
+from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_BYTES
+from ruvllm.kernels.panels import panel_count
+from ruvllm.kernels.quant_layout import GROUP
+from ruvllm.kernels.tape import Operation
+from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
+from ruvllm.model.ops.tape import Tape, assemble
+from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
+
+if TYPE_CHECKING:
+    from ruvllm.model.linear import Linear
+    from ruvllm.model.low_rank import LowRank
+    from ruvllm.model.ops import Ops
+
+
+class Pass(Enum):
+    """What a tape takes through the model at once."""
+
+    TOKEN = "one token of one sequence"
+    PROMPT = "several tokens of one sequence"
+    BATCH = "one token of each of several sequences"
+
+
+class Recorder:
+    """Records one kind of pass.
+
+    Args:
+        kind: what the tape takes through the model.
+        kv: the NumPy scalar class of the KV cache.
+        adapters: what is added to each matrix, by its name.
+    """
+
+    def __init__(self, kind: Pass, kv: type, adapters: Mapping[str, LowRank]) -> None:
+        self.kind, self.kv, self.adapters = kind, kv, adapters
+        self.single = kind is Pass.TOKEN
+        self.schedule = Schedule()
+        self.kept: list[object] = []  # owners of the memory whose addresses are on the tape
+        self.calls: dict[int, list[tuple[Value, Callable[[np.ndarray], None]]]] = {}  # by segment
+        self.source = Value()
+        self._layer = -1
+        self._partial = Value(space=t.PARTIAL)
+        self._expert_rows = Value()
+        self._caches: dict[int, Value] = {}
+
+    def source_of(self, width: int) -> Value:
+        """The input of the first layer: embedded tokens (T, width)."""
+        self.source = self._floats(t.TOKENS, width)
+        return self.source
+
+    def finish(self) -> Tape:
+        """The tape of everything recorded."""
+        return assemble(self.schedule.ordered(), self.source, self.calls, self.kept, self.adapters)
+
+    # Operations on rows.
+
+    def rms_norm(self, x: Value, weight: np.ndarray, eps: float) -> Value:
+        """Over the last axis of (T, E) or (T, H, D)."""
+        columns = len(weight)
+        out = self._like(x)
+        arguments = {
+            "x": x, "weight": self._array(weight), "eps": self._number(eps), "out": out, "columns": columns,
+            "vectors": x.width // columns,
+        }  # fmt: skip
+        return self._on_rows(o.rms_norm, [x], out, arguments)
+
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b."""
+        out = self._like(a)
+        return self._on_rows(o.add, [a, b], out, {"a": a, "b": b, "out": out, "columns": a.width})
+
+    def silu_mul(self, gate: Value, up: Value) -> Value:
+        """silu(gate) * up."""
+        out = self._like(gate)
+        return self._on_rows(o.silu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+
+    def gelu_mul(self, gate: Value, up: Value) -> Value:
+        """gelu(gate) * up."""
+        out = self._like(gate)
+        return self._on_rows(o.gelu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+
+    def heads(self, x: Value, dim: int) -> Value:
+        """x (T, H D) as (T, H, D): the same memory."""
+        x.dim = dim
+        return x
+
+    def rope(self, x: Value) -> Value:
+        """x (T, H, D) rotated."""
+        out = self._like(x)
+        arguments = {
+            "x": x, "cos": t.operand(t.COS), "sin": t.operand(t.SIN), "out": out, "heads": x.width // x.dim,
+            "dim": x.dim,
+        }  # fmt: skip
+        return self._on_rows(o.rope, [x], out, arguments)
+
+    def last_rows(self, x: Value) -> Value:
+        """The rows whose logits are wanted, copied: their count differs from that of x, and so does their partition."""
+        self._layer = -1
+        out = self._floats(t.LOGIT_ROWS, x.width)
+        arguments = {"x": x, "out": out, "columns": x.width}
+        self._record(o.last_rows, t.LOGIT_ROWS, [self._whole(x)], [Access(out, self._rows(out))], arguments)
+        return out
+
+    # Linear layers.
+
+    def linear(self, x: Value, matrix: Linear) -> Value:
+        """x W^T + bias + adapter."""
+        return self._linear(x, matrix, Value(x.count, matrix.rows, 4 * matrix.rows))
+
+    def logits(self, x: Value, head: Linear) -> Value:
+        """x W^T, into the caller's array."""
+        return self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
+
+    def _linear(self, x: Value, matrix: Linear, out: Value) -> Value:
+        weights, adapter = matrix.weights, self.adapters.get(matrix.name)
+        address, has_mins = weights.address()
+        self.kept.append(weights)
+        low = None if adapter is None else self._adapter_down(x, matrix.name, adapter)
+        # A bias or adapter is added by the members that computed the panels, without a barrier: no stealing then.
+        fixed = matrix.bias is not None or adapter is not None
+        arguments: dict[str, object] = {
+            "weights": t.operand(t.ABSOLUTE, address), "out": out, "outputs": matrix.rows, "columns": matrix.columns,
+        }  # fmt: skip
+        if weights.layout in INTEGER_LAYOUTS:
+            operation = o.integer_matmul(INTEGER_LAYOUTS[weights.layout])
+            x, steal = self._quantized(x), not fixed
+            arguments["has_mins"] = has_mins
+        else:
+            operation = o.float_matmul(FLOAT_LAYOUTS[weights.layout])
+            steal = not fixed and not self.single
+        arguments |= {"x": x, "steal": int(steal)}
+        partition = ANY if steal else by_panels(matrix.rows)
+        self._record(operation, x.count, [self._whole(x)], [Access(out, partition)], arguments, matrix.name)
+        if matrix.bias is not None:
+            bias = {"bias": self._array(matrix.bias), "out": out, "outputs": matrix.rows}
+            self._record(o.add_bias, x.count, [Access(out, partition)], [Access(out, partition)], bias)
+        if adapter is not None and low is not None:
+            self._adapter_up(low, matrix, adapter, Access(out, partition))
+        return out
+
+    def _quantized(self, x: Value) -> Value:
+        """x rounded to 8 bits, once for all matrices that read it."""
+        if x.quantized is None:
+            row_bytes = -(-x.width // GROUP) * QUANTIZED_GROUP_BYTES + QUANTIZED_ROW_BYTES
+            x.quantized = out = Value(x.count, x.width, row_bytes, self._row_space, layout="quantized")
+            self._on_rows(o.quantize, [x], out, {"x": x, "out": out, "columns": x.width}, in_place=False)
+        return x.quantized
+
+    def _adapter_down(self, x: Value, name: str, adapter: LowRank) -> Value:
+        padded = panel_count(adapter.rank) * LANES
+        out = Value(x.count, padded, 4 * padded * (PARTS if self.single else 1), layout="partial")
+        arguments = {
+            "x": x, "weights": (name, "down"), "scales": (name, "scales"), "out": out, "columns": x.width,
+            "panels": panel_count(adapter.rank), "split_k": int(self.single),
+        }  # fmt: skip
+        dtype: Any = adapter.down.dtype.type
+        partition = ANY if self.single else by_rows(x.count)
+        self._record(o.adapter_down(dtype), x.count, [Access(x, self._rows(x))], [Access(out, partition)], arguments)
+        return out
+
+    def _adapter_up(self, low: Value, matrix: Linear, adapter: LowRank, result: Access) -> None:
+        writes, joined = [result], low
+        if self.single:
+            joined = self._floats(low.count, low.width)
+            writes.append(Access(joined, PRIVATE))
+        arguments = {
+            "h": low, "weights": (matrix.name, "up"), "scales": (matrix.name, "scales"), "joined": joined,
+            "out": result.value, "outputs": matrix.rows, "rank": adapter.rank, "split_k": int(self.single),
+        }  # fmt: skip
+        reads, dtype = [self._whole(low), result], cast(Any, adapter.up.dtype.type)
+        self._record(o.adapter_up(dtype), low.count, reads, writes, arguments)
+
+    # Attention.
+
+    def attention(self, q: Value, k: Value, v: Value, layer: int, window: int | None, scale: float) -> Value:
+        """Append k and v (T, KV, D), then attention of q (T, H, D) over the layer's cache -> (T, H D)."""
+        sizes: dict[str, object] = {"kv_heads": k.width // k.dim, "dim": q.dim}
+        if self.kind is Pass.BATCH:
+            where: dict[str, object] = {"layer": layer}
+        else:
+            where = {"keys": t.operand(t.KEYS, layer), "values": t.operand(t.VALUES, layer)}
+        query = {
+            "q": q, "heads": q.width // q.dim, "window": NO_WINDOW if window is None else window,
+            "scale": self._number(scale),
+        }  # fmt: skip
+        cache = self._caches.setdefault(layer, Value(space=t.KEYS, offset=layer))
+        if self.single:
+            reads = [self._whole(q), self._whole(k), self._whole(v), Access(cache, ANY)]
+            writes = [Access(self._partial, ANY), Access(cache, ANY)]
+            arguments = {**query, **sizes, **where, "k": k, "v": v}
+            self._record(o.attend_token(self.kv), q.count, reads, writes, arguments, "attention")
+            out = self._floats(q.count, q.width)
+            merged = {"out": out, "heads": query["heads"], "dim": q.dim, "window": query["window"]}
+            self._record(o.merge, q.count, [Access(self._partial, ANY)], [Access(out, PRIVATE)], merged)
+            return out
+        batch = self.kind is Pass.BATCH
+        append, attend = (o.append_each, o.attend_each) if batch else (o.append, o.attend)
+        rows = self._rows(k)
+        new = {"k": k, "v": v, **sizes, **where}
+        reads = [Access(k, rows), Access(v, rows)]
+        self._record(append(self.kv), q.count, reads, [Access(cache, rows)], new, "append")
+        out = self._floats(q.count, q.width)
+        attended = {**query, **sizes, **where, "out": out, "steal": 1}
+        # A batch leaves partial results of each row in shared memory, and merges them in the same operation.
+        writes = [Access(out, ANY), *([Access(self._partial, ANY)] if batch else [])]
+        reads = [self._whole(q), Access(cache, ANY)]
+        self._record(attend(self.kv), q.count, reads, writes, attended, "attention")
+        return out
+
+    # Mixtures of experts.
+
+    def route(self, scores: Value, k: int) -> Value:
+        """The k best experts of each token."""
+        out = Value(scores.count, k, routing_bytes(k, scores.width), layout="routing", dim=scores.width)
+        arguments = {"scores": scores, "routing": out, "k": k, "count": scores.width}
+        writes = [Access(out, ANY), Access(self._expert_rows, ANY)]
+        self._record(o.route, scores.count, [self._whole(scores)], writes, arguments)
+        return out
+
+    def gather(self, x: Value, routing: Value, expert: int) -> Value:
+        """The rows of x that go to one expert."""
+        out = self._floats(t.EXPERT_ROWS + expert, x.width)
+        arguments = {
+            "x": x, "routing": routing, "out": out, "columns": x.width, "expert": expert, "k": routing.width,
+            "count": routing.dim,
+        }  # fmt: skip
+        reads = [self._whole(x), Access(routing, ANY), Access(self._expert_rows, ANY)]
+        self._record(o.gather, out.count, reads, [Access(out, self._rows(out))], arguments)
+        return out
+
+    def combine(self, parts: list[Value], routing: Value) -> Value:
+        """The weighted sum of each token's experts."""
+        out = self._floats(routing.count, parts[0].width)
+        arguments = {
+            "parts": parts, "routing": routing, "out": out, "columns": out.width, "k": routing.width,
+            "count": routing.dim,
+        }  # fmt: skip
+        reads = [*map(self._whole, parts), Access(routing, ANY), Access(self._expert_rows, ANY)]
+        self._record(o.combine, out.count, reads, [Access(out, self._rows(out))], arguments)
+        return out
+
+    # Python between operations.
+
+    def boundary(self, x: Value) -> Value:
+        """Between two layers: the replay may return here and enter the region again."""
+        self._layer += 1
+        self.schedule.end_segment()
+        return x
+
+    def call(self, x: Value, function: Callable[[np.ndarray], None]) -> Value:
+        """The replay returns here, and Python gets x."""
+        self.calls.setdefault(self.schedule.steps[-1].segment, []).append((x, function))
+        self.schedule.end_segment(meet=True)
+        return x
+
+    # How it is recorded.
+
+    @property
+    def _row_space(self) -> int:
+        return t.LOCAL if self.single else t.SHARED
+
+    def _floats(self, count: int, width: int, dim: int = 0) -> Value:
+        """A new float32 array; of one token each member has a copy."""
+        return Value(count, width, 4 * width, self._row_space, dim=dim)
+
+    def _like(self, x: Value) -> Value:
+        return self._floats(x.count, x.width, x.dim)
+
+    def _rows(self, x: Value) -> Partition:
+        """How an operation on rows divides x."""
+        if x.space == t.LOCAL:
+            return PRIVATE
+        return ANY if self.single else by_rows(x.count)
+
+    def _whole(self, x: Value) -> Access:
+        """x read as a whole by every member."""
+        return Access(x, PRIVATE if x.space == t.LOCAL else ANY)
+
+    def _on_rows(
+        self, operation: Operation, inputs: list[Value], out: Value, arguments: dict[str, object], in_place: bool = True
+    ) -> Value:
+        reads = [Access(x, self._rows(x)) for x in inputs]
+        self._record(operation, out.count, reads, [Access(out, self._rows(out))], arguments, in_place=in_place)
+        return out
+
+    def _array(self, array: np.ndarray) -> int:
+        self.kept.append(array)
+        return t.operand(t.ABSOLUTE, array.ctypes.data)
+
+    def _number(self, x: float) -> int:
+        return self._array(np.array([x], np.float32))
+
+    def _record(
+        self, operation: Operation, count: int, reads: list[Access], writes: list[Access],
+        arguments: Mapping[str, object], label: str = "", in_place: bool = False,
+    ) -> None:  # fmt: skip
+        name = label or operation.__name__
+        self.schedule.add(Step(operation, count, reads, writes, dict(arguments), in_place, name, self._layer))
+
+
+if TYPE_CHECKING:
+    _: type[Ops] = Recorder

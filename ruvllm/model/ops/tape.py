@@ -1,0 +1,124 @@
+"""Tape: the rows that a recorder leaves, and what a replay must know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ruvllm.kernels import operations as o
+from ruvllm.kernels import tape as t
+from ruvllm.model.ops.placement import place
+from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Step, Value
+
+if TYPE_CHECKING:
+    from ruvllm.model.low_rank import LowRank
+
+Calls = dict[int, list[tuple[Value, Callable[[np.ndarray], None]]]]
+
+
+@dataclass
+class Tape:
+    """Recorded operations.
+
+    rows: (n, FIELDS) int64, see ``kernels.tape``. steps: what each row was made of. segments: (first, end) of the runs
+    of rows after which a replay may return to Python. calls: what Python does after a segment. shared, local: bytes of
+    memory for one token. source: the input of the first layer. kept: owners of the memory that rows point to.
+    """
+
+    rows: np.ndarray
+    steps: list[Step]
+    segments: list[tuple[int, int]]
+    calls: Calls
+    shared: int
+    local: int
+    source: Value
+    kept: list[object]
+    adapters: Mapping[str, LowRank]
+
+    def with_adapters(self, adapters: Mapping[str, LowRank]) -> Tape:
+        """The same tape for adapters of the same matrices, ranks and dtypes."""
+        rows = self.rows.copy()
+        for row, step in zip(rows, self.steps, strict=True):
+            for name, value in step.arguments.items():
+                if isinstance(value, tuple):
+                    matrix, part = value
+                    array = getattr(adapters[matrix], part)
+                    row[_field(step, name)] = t.operand(t.ABSOLUTE, array.ctypes.data)
+        return replace(self, rows=rows, adapters=adapters)
+
+
+def assemble(
+    steps: list[Step], source: Value, calls: Calls, kept: list[object], adapters: Mapping[str, LowRank]
+) -> Tape:
+    """Place the values of scheduled steps in memory and write the rows."""
+    steps = _with_broadcasts(steps, source)
+    ends = {step.segment: i for i, step in enumerate(steps)}
+    held = {value: ends[segment] for segment, after in calls.items() for value, _ in after}  # Python reads it then
+    sizes = place(steps, source, held)
+    rows = np.zeros((len(steps), t.FIELDS), np.int64)
+    segments: list[tuple[int, int]] = []
+    start, phase = 0, 0
+    for i, (step, row) in enumerate(zip(steps, rows, strict=True)):
+        if step.operation is o.broadcast:
+            step.arguments["start"] = start
+        _write(step, row, step.phase > phase, kept)
+        phase = step.phase
+        if i + 1 == len(steps) or steps[i + 1].segment != step.segment:
+            segments.append((start, i + 1))
+            start = i + 1
+    tape = Tape(rows, steps, segments, calls, sizes[t.SHARED], sizes[t.LOCAL], source, kept, adapters)
+    return tape.with_adapters(adapters)
+
+
+def _write(step: Step, row: np.ndarray, barrier: bool, kept: list[object]) -> None:
+    """One row, all but the addresses of adapters."""
+    missing = set(step.operation.arguments) ^ set(step.arguments)
+    if missing:
+        raise TypeError(f"{step.operation.__name__}: arguments missing or unknown: {', '.join(sorted(missing))}")
+    replicated = bool(step.writes) and all(access.partition == PRIVATE for access in step.writes)
+    row[t.FUNCTION], row[t.BARRIER] = step.operation.address, barrier
+    row[t.COUNT], row[t.REPLICATED] = step.count, replicated
+    for name, value in step.arguments.items():
+        if isinstance(value, Value):
+            row[_field(step, name)] = t.operand(value.space, value.offset)
+        elif isinstance(value, list):
+            table = np.array([t.operand(x.space, x.offset) for x in value], np.int64)
+            kept.append(table)
+            row[_field(step, name)] = t.operand(t.ABSOLUTE, table.ctypes.data)
+        elif isinstance(value, int):
+            row[_field(step, name)] = value
+
+
+def _field(step: Step, name: str) -> int:
+    return t.ARGUMENTS + step.operation.arguments.index(name)
+
+
+def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
+    """Steps with a broadcast of each private value that lives into a segment.
+
+    A segment may be entered by another team than the one before: its members get what member 0 has.
+    """
+    lives: dict[Value, tuple[int, int]] = {}  # first and last segment of each private value
+    if source.space == t.LOCAL:
+        lives[source] = (-1, 0)
+    for step in steps:
+        for value, _ in step.accesses:
+            if value.space == t.LOCAL:
+                first, _ = lives.get(value, (step.segment, 0))
+                lives[value] = first, step.segment
+    result: list[Step] = []
+    for step in steps:
+        if not result or step.segment != result[-1].segment:
+            for value, (first, last) in lives.items():
+                if first < step.segment <= last:
+                    copied = Step(
+                        o.broadcast, t.ONE, [Access(value, ANY)], [Access(value, PRIVATE)],
+                        {"x": value, "columns": value.row_bytes // 4}, label="broadcast", layer=step.layer,
+                        phase=step.phase, segment=step.segment,
+                    )  # fmt: skip
+                    result.append(copied)
+        result.append(step)
+    return result

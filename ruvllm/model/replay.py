@@ -1,0 +1,201 @@
+"""Replay: the tapes of a model, and the working memory with which they take tokens through it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ruvllm.kernels import tape as t
+from ruvllm.kernels._memory import aligned_empty, aligned_zeros
+from ruvllm.kernels._team import sync_size
+from ruvllm.kernels._threads import num_threads
+from ruvllm.kernels._tile import LANES
+from ruvllm.kernels.cached_attention import scratch_size
+from ruvllm.kernels.operations import broadcast
+from ruvllm.kernels.quant_layout import SIDE
+from ruvllm.kernels.tape import Operation
+from ruvllm.kernels.token_attention import chunk_count, partial_width, token_scratch_size
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.kv_cache import DTYPES, KVCache
+from ruvllm.model.layer import Decoder
+from ruvllm.model.ops.placement import place
+from ruvllm.model.ops.recorder import Pass, Recorder
+from ruvllm.model.ops.schedule import Value
+from ruvllm.model.ops.tape import Tape
+
+if TYPE_CHECKING:
+    from ruvllm.model.llama import Llama
+    from ruvllm.model.low_rank import LowRank
+
+# Multiply-adds of one compiled call, in whole layers: 0.2 s at 20 GFLOP/s, which any core reaches. One token of a small
+# model takes one call for all layers, a prompt of a large one a call for each: Ctrl-C is seen between calls.
+MACS_PER_CALL = 2_000_000_000
+_BETWEEN_MEMBERS = 128  # bytes between two members' copies: two cache lines, which some processors fetch together
+
+
+class Runner(Protocol):
+    """What replays a tape: the parallel region, or what stands in for it to measure or to debug."""
+
+    def run(self, tape: Tape, working: Working) -> None:
+        """Replay the rows FIRST:END of a tape with THREADS threads, as the header of the working memory says."""
+        ...
+
+
+class Parallel:
+    """Replays in one parallel region."""
+
+    def run(self, tape: Tape, working: Working) -> None:
+        """See ``Runner``."""
+        t.replay.run(working.header, int(working.header[t.THREADS]))
+
+
+class Tapes:
+    """The tapes of a model, recorded when needed: one for each kind of pass, cache dtype and shape of adapters."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self._recorded: WeakKeyDictionary[Any, dict[tuple[Pass, str], Tape]] = WeakKeyDictionary()  # by adapter set
+        self._by_shape: dict[Any, Tape] = {}  # of adapters
+
+    def tape(self, kind: Pass, kv: str) -> Tape:
+        """The tape for passes of one kind, with the adapters that act now."""
+        active = self.model.adapters  # read once: another thread may swap them meanwhile
+        recorded = self._recorded.setdefault(self if active is None else active, {})
+        found = recorded.get((kind, kv))
+        if found is None:
+            found = recorded[kind, kv] = self._record(kind, kv, {} if active is None else active.matrices)
+        return found
+
+    def _record(self, kind: Pass, kv: str, adapters: Mapping[str, LowRank]) -> Tape:
+        """Record a tape, or take one that was recorded for adapters of the same shape."""
+        shape = kind, kv, tuple((name, x.rank, x.down.dtype) for name, x in adapters.items())
+        if shape in self._by_shape:
+            return self._by_shape[shape].with_adapters(adapters)
+        recorder = Recorder(kind, DTYPES[kv], adapters)
+        self.model.decoder(recorder, recorder.source_of(self.model.config.hidden_size))
+        self._by_shape[shape] = tape = recorder.finish()
+        return tape
+
+
+class Working:
+    """The working memory of passes of up to ``tokens`` tokens; it belongs to a KV cache and is allocated once."""
+
+    def __init__(self, tapes: Tapes, cache: KVCache, tokens: int, threads: int) -> None:
+        config = tapes.model.config
+        D, heads = config.head_dim, config.num_attention_heads
+        self.tapes, self.cache, self.tokens, self.threads = tapes, cache, tokens, threads
+        self.tape: Tape | None = None
+        self.capacity = token_capacity(tokens)
+        chunks = chunk_count(cache.max_tokens)
+        scratch = max(scratch_size(D), token_scratch_size(D, heads // config.num_key_value_heads))
+        self.positions = np.zeros(tokens, np.int64)
+        self.sync = aligned_empty(sync_size(threads), np.int64)
+        self.partial = aligned_empty((heads, chunks, partial_width(D)))
+        self.scratch = aligned_empty((threads, scratch))
+        self.header = h = np.zeros(t.HEADER_SIZE, np.int64)
+        h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
+        _, _, h[t.CACHE_BLOCKS], h[t.KEY_ROWS], _ = cache.keys.shape
+        h[t.VALUE_WIDTH] = cache.values.shape[3]
+        h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
+        t.set_space(h, t.ABSOLUTE, 0)
+        t.set_space(h, t.POSITIONS, self.positions.ctypes.data)
+        t.set_space(h, t.KEYS, cache.keys.ctypes.data, cache.keys[0].nbytes)
+        t.set_space(h, t.VALUES, cache.values.ctypes.data, cache.values[0].nbytes)
+        t.set_space(h, t.PARTIAL, self.partial.ctypes.data)
+        t.set_space(h, t.SCRATCH, self.scratch.ctypes.data, 1, self.scratch[0].nbytes)
+
+    def run(self, ids: np.ndarray, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None) -> None:
+        """Take ids through the model, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
+        length, T = self.cache.length, len(ids)
+        self.positions[:T] = np.arange(length, length + T) if T > 1 else length
+        self.replay(self.tapes.tape(Pass.TOKEN if T == 1 else Pass.PROMPT, self.cache.dtype), ids, cos, sin, logits)
+
+    def replay(self, tape: Tape, ids: np.ndarray, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None) -> None:
+        """Replay a tape for ids at ``positions``."""
+        h, T = self.header, len(ids)
+        self._use(tape)
+        embed = self.tapes.model.decoder.embed
+        for row, token in zip(self.rows_of(tape.source), ids, strict=False):
+            row[:] = embed.row(int(token))
+        h[t.TOKENS] = T
+        t.set_space(h, t.COS, cos.ctypes.data)
+        t.set_space(h, t.SIN, sin.ctypes.data)
+        t.set_space(h, t.LOGITS, 0 if logits is None else logits.ctypes.data)
+        h[t.LOGIT_ROWS] = 0 if logits is None else len(logits)
+        h[t.THREADS] = min(num_threads(), self.threads)
+        per_call = max(1, MACS_PER_CALL // (T * self.tapes.model.layer_weights))  # segments
+        first = 0
+        for i, (_, end) in enumerate(tape.segments):
+            calls = tape.calls.get(i, ())
+            if calls or (i + 1) % per_call == 0 or end == len(tape.rows):
+                h[t.FIRST], h[t.END], first = first, end, end
+                self.sync[:] = 0
+                self.tapes.model.runner.run(tape, self)
+                for value, function in calls:
+                    function(self.rows_of(value)[:T])
+
+    def rows_of(self, value: Value) -> np.ndarray:
+        """A value as (tokens, width); of one token, member 0's copy."""
+        memory, scale = (self.local, 1) if value.space == t.LOCAL else (self.shared, self.capacity)
+        rows = memory[value.offset * scale :][: self.tokens * value.row_bytes]
+        return rows.view(np.float32).reshape(self.tokens, value.width)
+
+    def _use(self, tape: Tape) -> None:
+        """Point the header at a tape, with memory for its values."""
+        if tape is self.tape:
+            return
+        before, self.tape = self.tape, tape
+        self.header[t.ROWS_ADDRESS] = tape.rows.ctypes.data
+        if before is None or (before.shared, before.local) != (tape.shared, tape.local):
+            stride = tape.local + _BETWEEN_MEMBERS if tape.local else 0
+            self.shared = aligned_zeros(tape.shared * self.capacity, np.uint8)
+            self.local = aligned_zeros(stride * self.threads, np.uint8)
+            t.set_space(self.header, t.SHARED, self.shared.ctypes.data, self.capacity)
+            t.set_space(self.header, t.LOCAL, self.local.ctypes.data, 1, stride)
+
+
+def token_capacity(tokens: int) -> int:
+    """Rows that working memory has for passes of up to ``tokens``: rows rounded to 8 bits lie in blocks of SIDE."""
+    return 1 if tokens == 1 else -(-(tokens + SIDE) // LANES) * LANES
+
+
+def working_bytes(config: ModelConfig, tokens: int, architecture: type[Decoder] = Decoder) -> int:
+    """Bytes of working memory for passes of up to ``tokens`` tokens on integer weights, threads' scratch apart."""
+    recorder = Recorder(Pass.PROMPT, np.float32, {})
+    architecture(config, _Shapes(config, ["int8"]))(recorder, recorder.source_of(config.hidden_size))
+    return token_capacity(tokens) * place(recorder.schedule.ordered(), recorder.source, {})[t.SHARED]
+
+
+def needed_operations(
+    config: ModelConfig, layouts: list[str], kv: str, architecture: type[Decoder] = Decoder
+) -> list[Operation]:
+    """The operations with which a model of matrices in these layouts is replayed; none is compiled here."""
+    found: dict[Operation, None] = {}
+    for kind in (Pass.TOKEN, Pass.PROMPT):
+        recorder = Recorder(kind, DTYPES[kv], {})
+        architecture(config, _Shapes(config, layouts))(recorder, recorder.source_of(config.hidden_size))
+        found |= dict.fromkeys(step.operation for step in recorder.schedule.steps)
+    return [*found, broadcast]
+
+
+class _Shapes:
+    """The parameters of a model that has none yet: all that a recorder needs to know. Layouts alternate."""
+
+    def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
+        self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)
+
+    def linear(self, name: str) -> Any:
+        """What stands in for a matrix."""
+        rows, columns = self.shapes[name]
+        weights = SimpleNamespace(layout=next(self.layouts), address=lambda: (0, 0))
+        bias = np.empty(rows, np.float32) if f"{name}_bias" in self.shapes else None
+        return SimpleNamespace(name=name, rows=rows, columns=columns, weights=weights, bias=bias)
+
+    def vector(self, name: str) -> np.ndarray:
+        """What stands in for a vector."""
+        return np.empty(self.shapes[name], np.float32)

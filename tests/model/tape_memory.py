@@ -1,0 +1,117 @@
+"""The memory of a tape as byte masks: which bytes an operation says that one member reads or writes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ruvllm.kernels import tape as t
+from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.ops.schedule import ANY, Access, Partition, Step, Value
+from ruvllm.model.replay import Working
+
+
+def part(count: int, member: int, size: int) -> tuple[int, int]:
+    return count * member // size, count * (member + 1) // size
+
+
+class Memory:
+    """All buffers that a tape writes to, of one pass; ``mask`` has the same shapes."""
+
+    def __init__(self, working: Working, cache: KVCache, logits: np.ndarray) -> None:
+        self.working, self.cache = working, cache
+        self.buffers: dict[str, np.ndarray] = {
+            "shared": working.shared, "local": working.local, "keys": cache.keys, "values": cache.values,
+            "partial": working.partial, "logits": logits, "header": working.header[t.EXPERT_ROWS :],
+        }  # fmt: skip
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        return {name: as_bytes(buffer).copy() for name, buffer in self.buffers.items()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        for name, buffer in self.buffers.items():
+            as_bytes(buffer)[...] = state[name]
+
+    def mask(self, accesses: list[Access], member: int, size: int) -> dict[str, np.ndarray]:
+        """True for each byte that a member may touch by these accesses."""
+        masks = {name: np.zeros(buffer.nbytes, bool) for name, buffer in self.buffers.items()}
+        for access in accesses:
+            self._mark(masks, access, member, size)
+        return masks
+
+    def _mark(self, masks: dict[str, np.ndarray], access: Access, member: int, size: int) -> None:
+        value, partition = access
+        header = self.working.header
+        if value.space == t.KEYS:
+            self._mark_cache(masks, value, partition, member, size)
+        elif value.space == t.PARTIAL:
+            masks["partial"][:] = True
+        elif not value.row_bytes and value.space == t.SHARED:  # the counts of experts' rows
+            masks["header"][:] = True
+        elif value.space == t.LOCAL:
+            copy = 0 if partition == ANY else member
+            start = value.offset + copy * int(header[t._STRIDE + t.LOCAL])
+            masks["local"][start : start + value.row_bytes] = True
+        elif value.space == t.LOGITS:
+            self._mark_rows(masks["logits"], int(header[value.count]), 4 * value.width, partition, member, size)
+        else:
+            capacity = self.working.capacity
+            mask = masks["shared"][value.offset * capacity :][: value.row_bytes * capacity]
+            if value.layout == "quantized" and partition != ANY:
+                self._mark_quantized(mask, value.width, int(header[value.count]), capacity, member, size)
+            elif value.layout != "floats" and partition == ANY:
+                mask[:] = True
+            else:
+                self._mark_rows(mask, int(header[value.count]), value.row_bytes, partition, member, size)
+
+    def _mark_rows(
+        self, mask: np.ndarray, rows: int, row_bytes: int, partition: Partition, member: int, size: int
+    ) -> None:
+        view = mask[: rows * row_bytes].reshape(rows, row_bytes)
+        if partition.kind == "rows":
+            lo, hi = part(rows, member, size)
+            view[lo:hi] = True
+        elif partition.kind == "panels":
+            lo, hi = part(-(-partition.extent // 16), member, size)
+            view[:, 64 * lo : 64 * hi] = True
+        else:
+            view[:] = True
+
+    def _mark_quantized(self, mask: np.ndarray, width: int, rows: int, capacity: int, member: int, size: int) -> None:
+        """Rows rounded to 8 bits: five arrays, blocks of tokens side by side."""
+        groups, (blocks, side) = -(-width // GROUP), token_blocks(rows)
+        lo, hi = part(rows, member, size)
+        start = 0
+        for nbytes in (GROUP, 4 * OFFSETS, 4, 4):  # codes, offsets, scales, totals of a group
+            view = mask[start : start + blocks * groups * side * nbytes].reshape(blocks, groups, side, nbytes)
+            for row in range(lo, hi):
+                view[row // side, :, row % side] = True
+            start += capacity * groups * nbytes
+        mask[start:].reshape(-1)[lo * 8 * OUTLIERS : hi * 8 * OUTLIERS] = True
+
+    def _mark_cache(
+        self, masks: dict[str, np.ndarray], value: Value, partition: Partition, member: int, size: int
+    ) -> None:
+        keys = masks["keys"].reshape(*self.cache.keys.shape, -1)[value.offset]
+        values = masks["values"].reshape(*self.cache.values.shape, -1)[value.offset]
+        if partition == ANY:
+            keys[:], values[:] = True, True
+            return
+        tokens = int(self.working.header[t.TOKENS])
+        lo, hi = part(tokens, member, size)
+        for position in self.working.positions[lo:hi]:
+            keys[:, position // 16, :, position % 16] = True
+            values[:, position] = True
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def run_step(step: Step, row: np.ndarray, working: Working, member: int, size: int) -> None:
+    """One member's part of one operation, as the region calls it; nothing is stolen."""
+    row = row.copy()
+    if step.counted:
+        row[t.ARGUMENTS + step.operation.arguments.index("steal")] = 0
+    working.sync[:] = 0
+    step.operation(working.header.ctypes.data, row.ctypes.data, member, size)

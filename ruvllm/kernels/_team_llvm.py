@@ -117,3 +117,26 @@ def time_stamp(typingctx: Any) -> Any:
         return builder.call(function, [])
 
     return types.int64(), codegen
+
+
+@intrinsic
+def call_without_arguments(typingctx: Any, address: Any) -> Any:
+    """Call the C function ``int f(void)`` at an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        signature = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], signature.as_pointer()), []), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def call_affinity(typingctx: Any, address: Any, size: Any, mask: Any) -> Any:
+    """Call sched_getaffinity or sched_setaffinity, at ``address``, for this thread with ``size`` bytes at ``mask``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        function = builder.inttoptr(args[0], ir.FunctionType(i32, [i32, i64, i64]).as_pointer())
+        return builder.sext(builder.call(function, [i32(0), args[1], args[2]]), i64)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen

@@ -39,3 +39,11 @@ def call_operation(address: int, table: int, row: int, rank: int, size: int) -> 
 
 def time_stamp() -> int:
     return time.perf_counter_ns()
+
+
+def call_without_arguments(address: int) -> int:
+    return -1
+
+
+def call_affinity(address: int, size: int, mask: int) -> int:
+    return -1

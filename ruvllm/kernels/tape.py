@@ -1,9 +1,9 @@
 """The tape: a recorded sequence of operations, and the parallel region that replays it.
 
-A row of the tape holds the address of a compiled operation, whether the team (``_team``) meets at a barrier before it,
-and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of threads: an
-array argument is an *operand*, an offset into a memory *space*. The header says where each space begins; it is filled
-in for each pass. So a tape is recorded once, and replayed for any cache, any prompt and any team.
+A row of the tape holds the address of a compiled operation, flags (whether the team meets at a barrier before it, see
+``_team``), and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of
+threads: an array argument is an *operand*, an offset into a memory *space*. The header says where each space begins; it
+is filled in for each pass. So a tape is recorded once, and replayed for any cache, any prompt and any team.
 
     address = base[space] + offset * scale[space] + rank * stride[space]
 
@@ -26,14 +26,25 @@ import numpy as np
 from ruvllm.kernels._jit import DISABLE_JIT, view_kernel
 from ruvllm.kernels._region import CFunction, Region
 from ruvllm.kernels._simd import prefetch_l2
-from ruvllm.kernels._team import barrier, call_operation, join_team, part, time_stamp
+from ruvllm.kernels._team import (
+    admit,
+    barrier,
+    call_operation,
+    close_gate,
+    join_team,
+    offer,
+    offered,
+    part,
+    time_stamp,
+)
 from ruvllm.kernels._views import array_at, load_integers
 
 # Header fields; then base, scale and stride of each space.
 (
     THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
-    CACHE_BLOCKS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES,
-) = range(17)  # fmt: skip
+    CACHE_BLOCKS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
+    CALLS,
+) = range(19)  # fmt: skip
 SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, KEYS, VALUES, PARTIAL, SCRATCH, LOGITS = range(11)
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
@@ -43,7 +54,10 @@ HEADER_SIZE = EXPERT_ROWS + MAX_EXPERTS
 
 # Row fields. COUNT: the header field that holds the operation's number of rows. REPLICATED: each member computes all
 # rows, into its own copy. ARGUMENTS: the first of up to twelve.
-FUNCTION, BARRIER, COUNT, REPLICATED, ARGUMENTS = range(5)
+FUNCTION, FLAGS, COUNT, REPLICATED, ARGUMENTS = range(5)
+# Flags. MEET: a barrier before the row. OFFER: before that barrier, the leader offers late threads to join. ADMIT: here
+# they do. ENTRY: the row runs only for members that start the replay here.
+MEET, OFFER, ADMIT, ENTRY = 1, 2, 4, 8
 FIELDS = 16
 _ROW_BYTES = FIELDS * 8
 _LINE = 8  # int64 fields of a cache line
@@ -146,23 +160,37 @@ def _replay(table: Any) -> None:
     """One thread's replay: rows FIRST:END in order. TIMES, if set, receives three time stamps per row and member."""
     t = array_at(table, HEADER_SIZE, np.int64)
     sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
-    rank, size = join_team(sync, t[THREADS])
+    rank, size, start = join_team(sync, t[THREADS], True, array_at(t[CALLS], 3, np.int64))
     if rank < 0:
         return
+    start = max(start, t[FIRST])
+    entering = True
     rows = array_at(t[ROWS_ADDRESS], (t[END], np.int64(FIELDS)), np.int64)
     fields = array_at(t[ROWS_ADDRESS], t[END] * FIELDS, np.int64)
     times = array_at(t[TIMES], (t[END], t[THREADS], np.int64(3)), np.int64)
-    for i in range(t[FIRST], t[END]):
+    for i in range(start, t[END]):
         # Between two matrix products a row of the tape falls out of L1 and L2: fetch the next one early.
         prefetch_l2(fields, (i + 1) * FIELDS)
         prefetch_l2(fields, (i + 1) * FIELDS + _LINE)
+        flags = rows[i, FLAGS]
         if t[TIMES]:
             times[i, rank, 0] = time_stamp()
-        if rows[i, BARRIER]:
-            barrier(sync, rank, size)
+        if i > start:  # the others were here before
+            if flags & OFFER:
+                offer(sync, rank)
+            if flags & MEET:
+                barrier(sync, rank, size)
+            if flags & ADMIT:
+                larger = offered(sync, rank)
+                if larger > size:
+                    admit(sync, rank, size, larger, i)
+                    size = larger
+        if i == t[LAST_ADMISSION]:
+            close_gate(sync, rank)
+        entering = entering and flags & ENTRY != 0
         if t[TIMES]:
             times[i, rank, 1] = time_stamp()
-        if t[rows[i, COUNT]]:
+        if t[rows[i, COUNT]] and (entering or not flags & ENTRY):
             call_operation(rows[i, FUNCTION], table, t[ROWS_ADDRESS] + i * _ROW_BYTES, rank, size)
         if t[TIMES]:
             times[i, rank, 2] = time_stamp()

@@ -224,7 +224,7 @@ class _Reader:
             seconds = (joined - joined[:1, :1, :1]) / rate
             for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
                 before, begin, end = seconds[i].T
-                if run.tape.rows[run.first + i, t.BARRIER]:
+                if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
                     self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
                 rows = int(run.header[step.count])
                 if rows:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ruvllm.kernels import tape as t
+from ruvllm.kernels._cores import scheduler_calls
 from ruvllm.kernels._memory import aligned_empty, aligned_zeros
 from ruvllm.kernels._team import sync_size
 from ruvllm.kernels._threads import num_threads
@@ -102,6 +103,7 @@ class Working:
         _, _, h[t.CACHE_BLOCKS], h[t.KEY_ROWS], _ = cache.keys.shape
         h[t.VALUE_WIDTH] = cache.values.shape[3]
         h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
+        h[t.CALLS] = scheduler_calls().ctypes.data
         t.set_space(h, t.ABSOLUTE, 0)
         t.set_space(h, t.POSITIONS, self.positions.ctypes.data)
         t.set_space(h, t.KEYS, cache.keys.ctypes.data, cache.keys[0].nbytes)
@@ -130,10 +132,10 @@ class Working:
         h[t.THREADS] = min(num_threads(), self.threads)
         per_call = max(1, MACS_PER_CALL // (T * self.tapes.model.layer_weights))  # segments
         first = 0
-        for i, (_, end) in enumerate(tape.segments):
+        for i, (start, end) in enumerate(tape.segments):
             calls = tape.calls.get(i, ())
             if calls or (i + 1) % per_call == 0 or end == len(tape.rows):
-                h[t.FIRST], h[t.END], first = first, end, end
+                h[t.FIRST], h[t.END], h[t.LAST_ADMISSION], first = first, end, start, end
                 self.sync[:] = 0
                 self.tapes.model.runner.run(tape, self)
                 for value, function in calls:

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, prange
 
 from ruvllm.kernels import _region
+from ruvllm.kernels._cores import scheduler_calls
 from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
 from ruvllm.kernels._region import Region
 from ruvllm.kernels._team import barrier, join_team, part, share_of, sync_size, take_turn
@@ -24,7 +25,9 @@ if TYPE_CHECKING or DISABLE_JIT:
 else:
     from ruvllm.kernels._team_llvm import atomic_add, atomic_load, pause
 
-SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, TABLE_SIZE = range(12)
+(
+    SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, CALLS, TABLE_SIZE,
+) = range(13)  # fmt: skip
 SLOT = 8  # numbers between the members' values: a cache line each
 
 
@@ -64,7 +67,9 @@ def check_each_other(address: Any) -> None:
     while waited < table[PATIENCE] and atomic_load(table, GATHERED) < table[WANTED]:
         pause()
         waited += 1
-    rank, size = join_team(array_at(table[SYNC], table[SYNC_SIZE], np.int64), table[WANTED])
+    rank, size, _ = join_team(
+        array_at(table[SYNC], table[SYNC_SIZE], np.int64), table[WANTED], False, array_at(table[CALLS], 3, np.int64)
+    )
     if rank < 0:
         return
     sync = array_at(table[SYNC], table[SYNC_SIZE], np.int64)
@@ -108,7 +113,8 @@ class Task:
         self.items = np.zeros(items, np.int64)
         self.table = np.zeros(TABLE_SIZE, np.int64)
         self.table[[WANTED, ROUNDS, ITEM_COUNT, PATIENCE, SYNC_SIZE]] = wanted, rounds, items, patience, len(self.sync)
-        self.table[[SYNC, VALUES, ITEMS]] = [a.ctypes.data for a in (self.sync, self.values, self.items)]
+        arrays = self.sync, self.values, self.items, scheduler_calls()
+        self.table[[SYNC, VALUES, ITEMS, CALLS]] = [array.ctypes.data for array in arrays]
 
     def size(self) -> int:
         """The team's size, after it was found that nobody saw anything wrong and every turn was taken once."""

@@ -9,7 +9,7 @@ from ruvllm.kernels import rope as rotary
 from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
 from ruvllm.kernels._views import array_at, flat
 from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, token_blocks
-from ruvllm.kernels.tape import CAPACITY, FIRST, TOKENS, address_for, address_of, matrix, number, operation, row_range
+from ruvllm.kernels.tape import CAPACITY, TOKENS, address_for, address_of, matrix, number, operation, row_range
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
 rope_rows = as_part(rotary.rope_rows)
@@ -24,9 +24,9 @@ QUANTIZED_ROW_BYTES = 4 * 2 * OUTLIERS  # outliers of one row
 
 
 @operation
-def broadcast(m: Any, x: Any, columns: Any, start: Any) -> None:
-    """Copy x (1, columns) from member 0 to the others where the region starts at row ``start`` of the tape."""
-    if m.rank and m.header[FIRST] == start:
+def broadcast(m: Any, x: Any, columns: Any) -> None:
+    """Copy x (1, columns) from member 0: for members that start their replay here."""
+    if m.rank:
         source = array_at(address_for(m, x, np.int64(0)), columns, np.float32)
         target = array_at(address_of(m, x), columns, np.float32)
         for i in range(columns):

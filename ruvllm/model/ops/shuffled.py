@@ -2,13 +2,13 @@
 
     model.runner = Shuffled(members=3, seed=0)
 
-Members run the operations of a phase in their own order, interleaved at random. The logits must have the same bits for
-every seed. Where they differ, an operation reads or writes what it does not declare, or a barrier is missing.
+Members run the operations of a phase in their own order, interleaved at random; some join late, at an admission point.
+The logits must have the same bits for every seed. Where they differ, an operation reads or writes what it does not
+declare, or a barrier is missing.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Shuffled:
-    """A runner that plays a team of ``members``, at most as many as the model has threads."""
+    """A runner that plays a team of up to ``members``, at most as many as the model has threads."""
 
     def __init__(self, members: int, seed: int) -> None:
         self.members, self.random = members, np.random.default_rng(seed)
@@ -31,23 +31,32 @@ class Shuffled:
         if self.members > working.threads:
             raise ValueError(f"members: expected at most {working.threads}, the model's threads, found {self.members}")
         first, end = int(working.header[t.FIRST]), int(working.header[t.END])
-        barriers = [i for i in range(first + 1, end) if tape.rows[i, t.BARRIER]]
-        for lo, hi in pairwise([first, *barriers, end]):
-            working.sync[:] = 0  # a barrier resets the counters of stolen chunks
-            self._phase(tape, working, lo, hi)
+        size = int(self.random.integers(1, self.members + 1))
+        newcomers, lo = range(size), first  # all members start at FIRST
+        for i in range(first + 1, end + 1):
+            flags = t.MEET if i == end else int(tape.rows[i, t.FLAGS])
+            grown = size
+            if flags & t.ADMIT:
+                grown = int(self.random.integers(size, self.members + 1))
+            if flags & t.MEET or grown > size:
+                self._phase(tape, working, lo, i, size, newcomers)
+                newcomers, lo, size = range(size, grown), i, grown
 
-    def _phase(self, tape: Tape, working: Working, lo: int, hi: int) -> None:
+    def _phase(self, tape: Tape, working: Working, lo: int, hi: int, size: int, newcomers: range) -> None:
         """Rows lo:hi by each member, interleaved. Half of the time nothing is stolen: else the first takes it all."""
+        working.sync[:] = 0  # a barrier resets the counters of stolen chunks
         rows = tape.rows[lo:hi].copy()
         for row, step in zip(rows, tape.steps[lo:hi], strict=True):
             if step.counted and self.random.integers(2):
                 row[t.ARGUMENTS + step.operation.arguments.index("steal")] = 0
-        done = [0] * self.members
-        for rank in self.random.permutation(np.repeat(np.arange(self.members), hi - lo)):
+        entry = next((i for i, row in enumerate(rows) if not row[t.FLAGS] & t.ENTRY), len(rows))
+        done = [0] * size
+        for rank in self.random.permutation(np.repeat(np.arange(size), hi - lo)):
             i = done[rank]
             done[rank] += 1
-            if working.header[rows[i, t.COUNT]]:
-                arguments = working.header.ctypes.data, rows[i].ctypes.data, int(rank), self.members
+            skipped = rows[i, t.FLAGS] & t.ENTRY and not (i < entry and rank in newcomers)
+            if working.header[rows[i, t.COUNT]] and not skipped:
+                arguments = working.header.ctypes.data, rows[i].ctypes.data, int(rank), size
                 tape.steps[lo + i].operation(*arguments)
 
 

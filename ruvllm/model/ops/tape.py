@@ -60,12 +60,15 @@ def assemble(
     sizes = place(steps, source, held)
     rows = np.zeros((len(steps), t.FIELDS), np.int64)
     segments: list[tuple[int, int]] = []
-    start, phase = 0, 0
+    start, phase, meeting = 0, 0, 0
     for i, (step, row) in enumerate(zip(steps, rows, strict=True)):
-        if step.operation is o.broadcast:
-            step.arguments["start"] = start
-        _write(step, row, step.phase > phase, kept)
-        phase = step.phase
+        _write(step, row, kept)
+        if step.phase > phase:
+            row[t.FLAGS] |= t.MEET
+            phase, meeting = step.phase, i
+        if i == start and segments:  # late threads may join here
+            row[t.FLAGS] |= t.ADMIT
+            rows[meeting, t.FLAGS] |= t.OFFER
         if i + 1 == len(steps) or steps[i + 1].segment != step.segment:
             segments.append((start, i + 1))
             start = i + 1
@@ -73,13 +76,13 @@ def assemble(
     return tape.with_adapters(adapters)
 
 
-def _write(step: Step, row: np.ndarray, barrier: bool, kept: list[object]) -> None:
-    """One row, all but the addresses of adapters."""
+def _write(step: Step, row: np.ndarray, kept: list[object]) -> None:
+    """One row, all but its barrier and the addresses of adapters."""
     missing = set(step.operation.arguments) ^ set(step.arguments)
     if missing:
         raise TypeError(f"{step.operation.__name__}: arguments missing or unknown: {', '.join(sorted(missing))}")
     replicated = bool(step.writes) and all(access.partition == PRIVATE for access in step.writes)
-    row[t.FUNCTION], row[t.BARRIER] = step.operation.address, barrier
+    row[t.FUNCTION], row[t.FLAGS] = step.operation.address, t.ENTRY if step.operation is o.broadcast else 0
     row[t.COUNT], row[t.REPLICATED] = step.count, replicated
     for name, value in step.arguments.items():
         if isinstance(value, Value):

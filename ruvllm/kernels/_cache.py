@@ -148,10 +148,8 @@ class KernelCache(_Cache):
         """
         self._py_func = py_func
         self._flags = flags + closure
-        self._enabled = self._may_cache = py_func.__closure__ is None or bool(closure)
-        filename = Path(py_func.__code__.co_filename)
-        inside = filename.is_relative_to(_SOURCES)
-        self._file = filename.relative_to(_SOURCES).as_posix() if inside else _file_stamp(filename)
+        self._source = source_of(py_func)
+        self._enabled = self._may_cache = bool(self._source) and (py_func.__closure__ is None or bool(closure))
 
     @property
     def cache_path(self) -> str:
@@ -208,7 +206,7 @@ class KernelCache(_Cache):
         if directory is None:
             return None, b""
         code = self._py_func.__code__
-        identity = (self._file, code.co_firstlineno, code.co_qualname, self._flags)
+        identity = (self._source, code.co_firstlineno, code.co_qualname, self._flags)
         key = hashlib.sha256(repr((identity, sig, codegen.magic_tuple())).encode()).digest()
         return directory / f"{code.co_name}-{key.hex()[:24]}.nbc", key
 
@@ -224,7 +222,16 @@ def _cachable(compiled: Any) -> bool:
     return not (any(not lifted.can_cache for lifted in compiled.lifted) or compiled.library.has_dynamic_globals)
 
 
+def source_of(py_func: Any) -> str:
+    """The name of a function's file, with a hash of it where it is not of this package; "" where there is no file.
+
+    What was typed into Python is in none, and nobody can tell what it was in another process.
+    """
+    path = Path(py_func.__code__.co_filename)
+    inside = path.is_relative_to(_SOURCES)
+    return path.relative_to(_SOURCES).as_posix() if inside else _file_stamp(path)
+
+
 @cache
-def _file_stamp(filename: Path) -> str:
-    """Name and hash of the defining file, for compiled functions that live outside ruvllm/kernels."""
-    return f"{filename.name} {hashlib.sha256(filename.read_bytes()).hexdigest()}"
+def _file_stamp(path: Path) -> str:
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else ""

@@ -22,7 +22,6 @@ __all__ = [
 ]  # fmt: skip
 
 _PAIRS = ir.VectorType(_I16, 32)
-_OFFSETS = 4  # int32 of one group of activations, see quant.py
 _RAISED = 2  # the one for weights raised by 128
 
 

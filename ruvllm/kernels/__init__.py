@@ -6,7 +6,6 @@ from ruvllm.kernels import (
     attention_grad,
     backward,
     bandwidth,
-    gelu,
     kv,
     lora,
     lora_grad,
@@ -20,7 +19,7 @@ from ruvllm.kernels import (
     vector,
 )
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels.activation import silu_mul, softmax
+from ruvllm.kernels.activation import gelu_mul, silu_mul, softmax
 from ruvllm.kernels.attention import (
     flash_attention,
     grouped_query_attention,
@@ -31,7 +30,6 @@ from ruvllm.kernels.attention import (
 from ruvllm.kernels.attention_grad import attention_backward
 from ruvllm.kernels.backward import rms_norm_backward, silu_mul_backward
 from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
-from ruvllm.kernels.gelu import gelu_mul
 from ruvllm.kernels.kv import kv_append
 from ruvllm.kernels.lora import lora_forward, lora_forward_add
 from ruvllm.kernels.lora_grad import lora_accumulate_grad
@@ -46,7 +44,7 @@ from ruvllm.kernels.sampling import apply_repetition_penalty, sample
 from ruvllm.kernels.vector import add, dot, scale
 
 _MODULES = (
-    activation, attention, bandwidth, gelu, kv, lora, lora_grad, matmul, norm, ranking, rope, sampling, vector,
+    activation, attention, bandwidth, kv, lora, lora_grad, matmul, norm, ranking, rope, sampling, vector,
     attention_grad, backward, loss, optimizer,
 )  # fmt: skip
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}

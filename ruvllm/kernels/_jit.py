@@ -1,4 +1,19 @@
-"""The one place that compiles kernels: the decorators, their flags and their cache.
+"""The decorators that compile kernels, and the only place that chooses compiler flags.
+
+How a body becomes fast, and gives the same bits wherever it is called: alone, by a parallel kernel, in a model's
+forward pass, in a process that compiled it or one that found it in the cache.
+
+- Loops count from 0 over rows or slices, ``for i in range(x.size)``, and not over ``range(lo, hi)`` of the whole: an
+  index that might be negative would count from the end, and LLVM does not vectorise that (5 to 19 times slower).
+- What is done element by element is ``kernel(independent=True)``: compiled strictly, so that each rounding is as
+  written, in a vector or not. A multiply-add is written ``fma(a, b, c)``. Where ``out`` is an input, such a loop would
+  be scalar without the promise of independence (6 to 9 times slower).
+- A sum over a row is a ``sum_kernel`` of its own. Only in an order that LLVM chooses is it fast, and LLVM chooses by
+  what is around: so it is never inlined, and optimised once (``_compiler``). Sums of vectors would need neither, but
+  ten lines for each, and argmax and log_softmax took 1.4 and 1.6 times as long.
+- Constants are float32: ``0.0`` would make a float64 of everything, at half the speed.
+- What LLVM does not vectorise well is written with vectors (``_simd``): matrix tiles, integer dot products, 16-bit
+  floats, adapters.
 
 ``FASTMATH`` is the design's fastmath without "nnan" and "ninf": with those two, LLVM may assume that no
 NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf into NaN.
@@ -10,7 +25,6 @@ around every loop: a tile of a matrix product then took 250 cycles longer. The p
 function that makes an array and returns it, but for ``view_kernel``.
 """
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -18,9 +32,9 @@ from typing import Any
 
 from numba import njit
 from numba.core import config
-from numba.core.compiler import Compiler
 
-from ruvllm.kernels._cache import KernelCache
+from ruvllm.kernels._cache import KernelCache, source_of
+from ruvllm.kernels._compiler import Independent, IndependentPart, Parallel, Part, Serial, Sum
 
 FASTMATH = frozenset({"contract", "reassoc", "nsz", "arcp", "afn"})
 
@@ -29,122 +43,71 @@ DISABLE_JIT: bool = getattr(config, "DISABLE_JIT", 0) != 0  # NUMBA_DISABLE_JIT=
 # Every compiled function of the project, in order of definition: warmup, explain and the tests walk it.
 COMPILED: list[Any] = []
 
+_independent: set[Any] = set()  # the functions of kernels with independent loops
 
-def kernel(function: Callable | None = None, *, strict: bool = False) -> Any:
+
+def kernel(function: Callable | None = None, *, strict: bool = False, independent: bool = False) -> Any:
     """Compile a serial body ``(…, lo, hi)``: no allocation, no exception.
 
     ``strict=True`` keeps every rounding as written: no multiply-add but ``fma``, no reordering. It is for bodies made
-    of SIMD vectors, which need no reordering to be fast, and must give the same bits wherever they are inlined
-    (alone, in a parallel kernel, in the decode region); and for results that must equal another program's.
+    of SIMD vectors or sums, and for results that must equal another program's.
+
+    ``independent=True`` is strict, and promises that in each loop no iteration reads what another one writes. ``out``
+    may be an input. A loop that breaks the promise, as a running sum in an array does, is silently wrong.
     """
     if function is None:
-        return lambda f: kernel(f, strict=strict)
-    return _compile(function, fastmath=False if strict else set(FASTMATH), _nrt=False)
+        return lambda f: kernel(f, strict=strict, independent=independent)
+    if independent:
+        _independent.add(function)
+    compiler = Independent if independent else Serial
+    fastmath = False if strict or independent else set(FASTMATH)
+    return _compile(function, fastmath=fastmath, _nrt=False, pipeline_class=compiler)
 
 
-def inline_kernel(function: Callable) -> Any:
+def sum_kernel(function: Callable) -> Any:
+    """Compile a sum over a row, with the order of additions left to LLVM; only other kernels call it."""
+    return _part(function, Sum, fastmath=set(FASTMATH), forceinline=False, _nrt=False)
+
+
+def inline_kernel(function: Callable | None = None, *, independent: bool = False) -> Any:
     """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see kernel.
 
     It has no machine code of its own, and Python cannot call it.
     """
-    return _part(function, forceinline=True, _nrt=False)
+    if function is None:
+        return lambda f: inline_kernel(f, independent=independent)
+    return _part(function, IndependentPart if independent else Part, forceinline=True, _nrt=False)
 
 
 def view_kernel(function: Callable) -> Any:
     """inline_kernel for a helper that returns arrays over memory whose owner numba does not know (see ``_views``)."""
-    return _part(function, forceinline=True, _nrt=True)
+    return _part(function, Part, forceinline=True, _nrt=True)
 
 
 def part_kernel(function: Callable) -> Any:
     """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
     # forceinline is said because numba compiles a function with the options of its first caller where it says nothing.
-    return _part(function, forceinline=False, _nrt=False)
-
-
-def _part(function: Callable, **options: Any) -> Any:
-    return _compile(function, cached=False, fastmath=False, pipeline_class=_NoMachineCode, **options)
+    return _part(function, Part, forceinline=False, _nrt=False)
 
 
 def as_part(body: Any) -> Any:
-    """A body once more, as a part of a larger kernel: it need not be made ready to run by itself."""
-    return body if DISABLE_JIT else part_kernel(body.py_func)
+    """A strict body once more, as a part of a larger kernel: it need not be made ready to run by itself."""
+    if DISABLE_JIT:
+        return body
+    compiler = IndependentPart if body.py_func in _independent else Part
+    return _part(body.py_func, compiler, forceinline=False, _nrt=False)
 
 
 def parallel_kernel(function: Callable) -> Any:
-    """Compile a kernel whose ``prange`` splits rows over threads; it calls ``kernel`` bodies and never raises."""
-    return _compile(function, fastmath=set(FASTMATH), parallel=True, pipeline_class=_OneMachineCode)
+    """Compile a kernel whose ``prange`` splits rows over threads; it calls ``kernel`` bodies and never raises.
 
-
-class _NoMachineCode(Compiler):
-    """Stops at LLVM IR: what only other kernels call need not be made ready to run, which halves compile times."""
-
-    def __init__(
-        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
-    ) -> None:
-        flags.no_cpython_wrapper = True
-        flags.no_cfunc_wrapper = True
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        self.state.targetctx = _leaving_ir(self.state.targetctx, lambda name: False)
-
-
-class _OneMachineCode(Compiler):
-    """Makes machine code of a parallel kernel once.
-
-    Numba makes it four times: of the loop's body, of two wrappers around it, and of the kernel, each with a copy of
-    all that it calls. The first three stay LLVM IR here, for they only become parts of the last. So nothing in the loop
-    may need Python, not even print.
+    What it encloses must be compiled functions and integers: those it is cached by, and nothing else.
     """
-
-    def __init__(
-        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
-    ) -> None:
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        self.state.targetctx = _leaving_ir(self.state.targetctx, lambda name: name == self.state.func_id.func_qualname)
+    return _compile(function, closure=True, fastmath=set(FASTMATH), parallel=True, pipeline_class=Parallel)
 
 
-def _leaving_ir(targetctx: Any, runs: Callable[[str], bool]) -> Any:
-    """A target that leaves all libraries as LLVM IR but those of whose name ``runs`` is true."""
-    target = copy.copy(targetctx)  # shares everything but the last step
-    target.cached_internal_func = {}
-    codegen = _UnoptimizedCodegen(targetctx.codegen(), runs)
-    target.codegen = lambda: codegen
-    target.get_executable = lambda library, fndesc, env: (
-        targetctx.get_executable(library, fndesc, env) if runs(library.name) else _not_callable()
-    )
-    return target
-
-
-class _UnoptimizedCodegen:
-    """Numba's code generator, but its libraries leave the rest to the kernel that they become a part of.
-
-    All but those of whose name ``runs`` is true are not optimised, and never added to the execution engine: it would
-    make machine code of them, and where two modules define a function the linker takes the first, so that the kernel
-    would call the slow copy.
-    """
-
-    def __init__(self, codegen: Any, runs: Callable[[str], bool]) -> None:
-        self._codegen, self._runs = codegen, runs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._codegen, name)
-
-    def create_library(self, name: str, **options: Any) -> Any:
-        library = self._codegen.create_library(name, **options)
-        if self._runs(name):
-            return library
-
-        def finalize() -> None:
-            library._finalize_dynamic_globals()
-            library._finalized = True
-
-        library._optimize_final_module = lambda: None
-        library._finalize_final_module = finalize
-        return library
-
-
-def _not_callable() -> Any:
-    """What numba takes for the entry point: it must be a builtin, a new one each time, and raise if Python calls it."""
-    return [].clear
+def _part(function: Callable, compiler: type[Part], fastmath: Any = False, **options: Any) -> Any:
+    return _compile(function, cached=False, fastmath=fastmath, pipeline_class=compiler, **options)
 
 
 def name_by_closure(function: Callable) -> str:
@@ -161,19 +124,20 @@ def name_by_closure(function: Callable) -> str:
 
 
 def _described(value: Any) -> str:
-    """The same in every process: a function by module and name, which tells what it encloses in turn."""
+    """The same in every process: a compiled function by its source and its name, which tells what it encloses."""
     function = getattr(value, "py_func", value)
-    return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else repr(value)
+    source = source_of(function) if inspect.isfunction(function) else ""
+    return f"{function.__qualname__} {source}" if source else repr(value)
 
 
-def _compile(function: Callable, cached: bool = True, **options: Any) -> Any:
-    name_by_closure(function)
+def _compile(function: Callable, cached: bool = True, closure: bool = False, **options: Any) -> Any:
+    enclosed = name_by_closure(function)
     dispatcher = njit(function, error_model="numpy", nogil=True, **options)
     if DISABLE_JIT:  # njit handed the plain Python function back: a debugger can step through it
         return dispatcher
     if not cached:
         return dispatcher
     flags = ",".join(f"{k}={sorted(v) if isinstance(v, set) else v}" for k, v in sorted(options.items()))
-    dispatcher._cache = KernelCache(function, flags)
+    dispatcher._cache = KernelCache(function, flags, enclosed if closure else "")
     COMPILED.append(dispatcher)
     return dispatcher

@@ -4,8 +4,8 @@ A *vector* is 16 lanes of float32 (``f32x16``) or int32 (``i32x16``). LLVM split
 the CPU has: one AVX-512, two AVX2 or four NEON registers, so one source serves all. In compiled code
 ``acc = fma(splat(x), f32_load(w, i), acc)`` is what it says, and ``+ - * /`` work lane by lane.
 
-LLVM's vectoriser does most kernels by itself; vectors are for what it does not do (float maximum, exp,
-16-bit floats, integer dot products) and for tiles whose accumulators must stay in registers.
+LLVM vectorises plain loops by itself (see _jit.py); vectors are for what it does not do well: integer dot products,
+16-bit floats, sums over a row that is not the innermost loop, and tiles whose accumulators must stay in registers.
 
 Loads and stores take a C-contiguous array and the flat index of their first element; **nothing checks bounds**.
 With ``NUMBA_DISABLE_JIT=1`` the same names are NumPy arrays of 16 lanes, so that a debugger can step through.

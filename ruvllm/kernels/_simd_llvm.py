@@ -1,4 +1,4 @@
-"""SIMD vectors as Numba values: the only LLVM IR of the project (see _simd.py for what they are)."""
+"""SIMD vectors as Numba values (see _simd.py for what they are)."""
 
 import operator
 from typing import Any
@@ -84,85 +84,92 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.
 # --- lane-by-lane arithmetic -------------------------------------------------------------------------------------
 
 
-class _SameVectors(AbstractTemplate):
-    """Typing of ``v + w``: both of one vector type, and so is the result."""
+def _arithmetic(symbol: Any, instruction: str) -> None:
+    """Give vectors an operator, lane by lane. A float32 beside a float vector stands for 16 of them."""
 
-    def generic(self, args: Any, kws: Any) -> Any:
-        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
-        return None
+    @infer_global(symbol)
+    class Template(AbstractTemplate):
+        key = symbol
 
+        def generic(self, args: Any, kws: Any) -> Any:
+            vectors = {a for a in args if isinstance(a, Vector)}
+            if len(args) != 2 or len(vectors) != 1:
+                return None
+            (vector,) = vectors
+            scalars = {vector, types.float32} if vector == f32x16 else vectors
+            return signature(vector, *args) if scalars.issuperset(args) else None
 
-@infer_global(operator.add)
-class _Add(_SameVectors):
-    key = operator.add
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        floats = sig.return_type == f32x16
+        return getattr(builder, "f" * floats + instruction)(*(_lanes_of(builder, f32x16, a) for a in args))
 
-
-@infer_global(operator.sub)
-class _Sub(_SameVectors):
-    key = operator.sub
-
-
-@infer_global(operator.mul)
-class _Mul(_SameVectors):
-    key = operator.mul
-
-
-@infer_global(operator.truediv)
-class _Div(_SameVectors):
-    key = operator.truediv
+    for pair in ((Vector, Vector), (Vector, types.float32), (types.float32, Vector)):
+        lower_builtin(symbol, *pair)(lower)
 
 
-@lower_builtin(operator.add, Vector, Vector)
-def _add(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fadd(*args) if sig.return_type == f32x16 else builder.add(*args)
+_arithmetic(operator.add, "add")
+_arithmetic(operator.sub, "sub")
+_arithmetic(operator.mul, "mul")
+_arithmetic(operator.truediv, "div")
 
 
-@lower_builtin(operator.sub, Vector, Vector)
-def _sub(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fsub(*args) if sig.return_type == f32x16 else builder.sub(*args)
+def _lanes_of(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+    """``value`` as ``kind`` has it: a scalar in all lanes of a vector; vectors, and what shall be a scalar, as is."""
+    if isinstance(kind, Vector) and not isinstance(value.type, ir.VectorType):
+        return _splat(builder, value, LANES)
+    return value
 
 
-@lower_builtin(operator.mul, Vector, Vector)
-def _mul(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fmul(*args) if sig.return_type == f32x16 else builder.mul(*args)
+def _widest(*arguments: Any) -> tuple[Any, list[Any], str]:
+    """What a function of float32s and vectors of them gives, what it takes, and LLVM's suffix for that.
+
+    A scalar among vectors stands for 16 of them: one source then serves single numbers, of which LLVM makes vectors
+    itself, and kernels made of vectors.
+    """
+    kind = f32x16 if f32x16 in arguments else types.float32
+    takes = [f32x16 if argument == f32x16 else types.float32 for argument in arguments]
+    return kind, takes, f"v{LANES}f32" if kind == f32x16 else "f32"
 
 
-@lower_builtin(operator.truediv, Vector, Vector)
-def _div(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.fdiv(*args)
+def _called(name: str, arguments: tuple[Any, ...]) -> Any:
+    """Signature and code of a call of LLVM's function ``name``."""
+    kind, takes, suffix = _widest(*arguments)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values = [_lanes_of(builder, kind, value) for value in args]
+        return _call(builder, f"llvm.{name}.{suffix}", values[0].type, values)
+
+    return kind(*takes), codegen
 
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, list(args))
-
-    return f32x16(f32x16, f32x16, f32x16), codegen
+    """a * b + c, rounded once, of float32s or vectors."""
+    return _called("fma", (a, b, c))
 
 
 @intrinsic
 def fmax(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of a and b, for vectors or for float32 scalars; the other one where one is NaN."""
-    kind = f32x16 if a == f32x16 else types.float32
+    """The larger of two float32s or vectors; the other one where one is NaN."""
+    return _called("maxnum", (a, b))
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        suffix = f"v{LANES}f32" if kind == f32x16 else "f32"
-        return _call(builder, f"llvm.maxnum.{suffix}", args[0].type, list(args))
 
-    return kind(kind, kind), codegen
+@intrinsic
+def larger_or_nan(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32s or vectors; NaN where one is NaN."""
+    return _called("maximum", (a, b))
 
 
 @intrinsic
 def greater(typingctx: Any, a: Any, b: Any) -> Any:
     """a where it is greater than b, else b, also where one is NaN: one instruction of x86, where fmax takes three."""
+    kind, takes, _ = _widest(a, b)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
+        left, right = (_lanes_of(builder, kind, value) for value in args)
+        return builder.select(builder.fcmp_ordered(">", left, right), left, right)
 
-    return f32x16(f32x16, f32x16), codegen
+    return kind(*takes), codegen
 
 
 @intrinsic
@@ -229,48 +236,33 @@ def _reduce(builder: ir.IRBuilder, vector: ir.Value, combine: Any) -> ir.Value:
     return builder.extract_element(combine(vector, swapped), _I32(0))
 
 
-@intrinsic
-def lane(typingctx: Any, v: Any, i: Any) -> Any:
-    """Lane i of v as a scalar."""
-    scalar = types.float32 if v == f32x16 else types.int32
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.extract_element(args[0], args[1])
-
-    return scalar(v, types.intp), codegen
-
-
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def _load_store(vector: Vector, element: Any) -> tuple[Any, Any]:
-    size = element.bitwidth // 8
+@intrinsic
+def f32_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """The 16 elements from a flat index on."""
 
-    @intrinsic
-    def load(typingctx: Any, array: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], element)
-            value = builder.load(builder.bitcast(pointer, vector.llvm.as_pointer()))
-            value.align = size
-            return value
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+        value.align = 4
+        return value
 
-        return vector(array, types.intp), codegen
-
-    @intrinsic
-    def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _target(context, builder, sig.args[0], args[0], args[1], element)
-            instruction = builder.store(args[2], builder.bitcast(pointer, vector.llvm.as_pointer()))
-            instruction.align = size
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp, vector), codegen
-
-    return load, store
+    return f32x16(array, types.intp), codegen
 
 
-f32_load, f32_store = _load_store(f32x16, types.float32)
-i32_load, i32_store = _load_store(i32x16, types.int32)
+@intrinsic
+def f32_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write 16 elements from a flat index on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.float32)
+        instruction = builder.store(args[2], builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+        instruction.align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
 
 
 @intrinsic
@@ -462,19 +454,6 @@ def to_f32(typingctx: Any, v: Any) -> Any:
     return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], f32x16.llvm)
 
 
-@intrinsic
-def nan_or_zero_below(typingctx: Any, x: Any, limit: Any, y: Any) -> Any:
-    """Lane by lane: x where x is NaN, 0 where x < limit, else y."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x, limit, y = args
-        below = builder.fcmp_ordered("<", x, _splat(builder, limit, LANES))
-        ordered = builder.select(below, _constant(f32x16, 0.0), y)
-        return builder.select(builder.fcmp_unordered("uno", x, x), x, ordered)
-
-    return f32x16(f32x16, types.float32, f32x16), codegen
-
-
 # --- lane order: pairs that lie next to each other in memory ----------------------------------------------------
 
 
@@ -516,6 +495,7 @@ def _prefetch(name: str, locality: int, doc: str) -> Any:
 
 prefetch = _prefetch("prefetch", 3, "Ask for the cache line of an element to be read soon; any index is safe.")
 prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache, which holds it longer.")
+
 
 @intrinsic
 def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:

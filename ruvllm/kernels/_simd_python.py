@@ -14,11 +14,11 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
 
-fmax, fmin = np.fmax, np.fmin
+fmax, fmin, larger_or_nan = np.fmax, np.fmin, np.maximum
 
 
 def greater(a: Any, b: Any) -> Any:
-    return np.where(a > b, a, b)
+    return np.where(a > b, a, b)[()]  # of two numbers a number
 
 
 def splat(x: Any) -> Any:
@@ -43,10 +43,6 @@ def hmax(v: Any) -> Any:
     return np.fmax.reduce(v)
 
 
-def lane(v: Any, i: int) -> Any:
-    return v[i]
-
-
 def _elements(array: Any, index: int, count: int) -> Any:
     """A view of ``count`` elements from the flat index ``index``."""
     if count and not 0 <= index <= array.size - count:
@@ -62,8 +58,7 @@ def _store(array: Any, index: int, value: Any) -> None:
     _elements(array, index, LANES)[:] = value
 
 
-f32_load = i32_load = _load
-f32_store = i32_store = _store
+f32_load, f32_store = _load, _store
 
 
 def f32_store_first(array: Any, index: int, value: Any, count: int) -> None:
@@ -117,15 +112,11 @@ def power_of_two(v: Any) -> Any:
 
 
 def at_most(v: Any, limit: Any) -> Any:
-    return np.where(v > limit, np.float32(limit), v)
+    return np.where(v > limit, np.float32(limit), v)[()]
 
 
 def zero_below(x: Any, limit: Any, y: Any) -> Any:
     return np.where(x < limit, np.float32(0), y)
-
-
-def nan_or_zero_below(x: Any, limit: Any, y: Any) -> Any:
-    return np.where(np.isnan(x), x, np.where(x < limit, np.float32(0), y))
 
 
 def evens(a: Any, b: Any) -> Any:
@@ -341,9 +332,7 @@ def scale_rows(tile: Any, sums: Any, scales: Any, xs: Any, index: int, step: int
     return tuple(fma(to_f32(s), factor, total) for total, s, factor in zip(tile, sums, factors, strict=True))
 
 
-def fma_places(
-    columns: Any, places: Any, index: int, x: Any, x_index: int, step: int, at: Any, tile: Any
-) -> Any:
+def fma_places(columns: Any, places: Any, index: int, x: Any, x_index: int, step: int, at: Any, tile: Any) -> Any:
     def vector(panel: int, row: int) -> Any:
         return f32_load(columns, places[index + row * step] * len(at) + panel * LANES)
 

@@ -1,107 +1,32 @@
-"""Activations: softmax over the last axis, and SiLU times the up-projection."""
+"""Activations: softmax over the last axis; SiLU and GELU of a gate times the up-projection."""
 
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._math import exp_of_few, silu
-from ruvllm.kernels._simd import (
-    LANES,
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_store_first,
-    f32_zero,
-    greater,
-    hmax,
-    hsum,
-    lanes_between,
-    splat,
-)
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._math import gelu, silu
+from ruvllm.kernels._over_rows import over_elements, over_rows, run_rows
 from ruvllm.kernels._small import alike, may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._sums import exp_and_sum, maximum
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 from ruvllm.kernels._views import flat
 
-_MINUS_INFINITY = np.float32(-np.inf)
-_ZERO = np.float32(0)
-_STRIP = 512  # elements that are summed in float32
 
-
-@inline_kernel
-def maximum(x: Any, start: Any, n: Any) -> Any:
-    """The largest of n elements from the flat index ``start``, NaN ignored; -inf for none.
-
-    Four running maxima, because each waits for the one before it.
-    """
-    m0 = splat(_MINUS_INFINITY)
-    m1, m2, m3 = m0, m0, m0
-    whole = n - n % (4 * LANES)
-    for i in range(start, start + whole, 4 * LANES):
-        m0 = greater(f32_load(x, i), m0)
-        m1 = greater(f32_load(x, i + LANES), m1)
-        m2 = greater(f32_load(x, i + 2 * LANES), m2)
-        m3 = greater(f32_load(x, i + 3 * LANES), m3)
-    for i in range(whole, n, LANES):
-        v = f32_load_first(x, start + i, n - i)
-        m0 = greater(lanes_between(v, 0, n - i, _MINUS_INFINITY), m0)
-    return hmax(greater(greater(m0, m1), greater(m2, m3)))
-
-
-@inline_kernel
-def exp_shifted_sum(x: Any, start: Any, n: Any, shift: Any, out: Any, out_start: Any) -> Any:
-    """Write exp(x - shift) for n elements and return their sum as float64.
-
-    A float32 sum of thousands of terms loses digits that every result then lacks: four vectors are summed over _STRIP
-    elements, and these sums in float64.
-    """
-    total = 0.0
-    offset = splat(shift)
-    whole = n - n % (4 * LANES)
-    for first in range(0, whole, _STRIP):
-        s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        for i in range(first, min(first + _STRIP, whole), 4 * LANES):
-            e0 = exp_of_few(f32_load(x, start + i) - offset)
-            e1 = exp_of_few(f32_load(x, start + i + LANES) - offset)
-            e2 = exp_of_few(f32_load(x, start + i + 2 * LANES) - offset)
-            e3 = exp_of_few(f32_load(x, start + i + 3 * LANES) - offset)
-            f32_store(out, out_start + i, e0)
-            f32_store(out, out_start + i + LANES, e1)
-            f32_store(out, out_start + i + 2 * LANES, e2)
-            f32_store(out, out_start + i + 3 * LANES, e3)
-            s0, s1, s2, s3 = s0 + e0, s1 + e1, s2 + e2, s3 + e3
-        total += np.float64(hsum((s0 + s1) + (s2 + s3)))
-    for i in range(whole, n, LANES):
-        e0 = exp_of_few(f32_load_first(x, start + i, n - i) - offset)
-        f32_store_first(out, out_start + i, e0, n - i)
-        total += np.float64(hsum(lanes_between(e0, 0, n - i, _ZERO)))
-    return total
-
-
-@kernel(strict=True)
+@kernel(independent=True)
 def softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of softmax. x, out (rows, n)."""
     n = x.shape[1]
     for row in range(lo, hi):
-        total = exp_shifted_sum(x, row * n, n, maximum(x, row * n, n), out, row * n)
-        at = row * n
-        scale = splat(np.float32(1.0 / total))
-        whole = n - n % LANES
-        for i in range(at, at + whole, LANES):
-            f32_store(out, i, f32_load(out, i) * scale)
-        if whole < n:
-            f32_store_first(out, at + whole, f32_load_first(out, at + whole, n - whole) * scale, n - whole)
+        y = out[row]
+        scale = np.float32(1.0 / exp_and_sum(x[row], maximum(x[row]), y))
+        for i in range(n):
+            y[i] *= scale
 
 
-@parallel_kernel
-def softmax_parallel(x: Any, out: Any, threads: Any) -> None:
-    """softmax_rows with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        softmax_rows(x, out, rows * t // threads, rows * (t + 1) // threads)
+softmax_parallel = over_rows(softmax_rows)
 
 
 @small_call((2, 2), (1, 1))
@@ -139,32 +64,19 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-        if threads == 1:
-            softmax_rows(rows, to, 0, count)
-        else:
-            launch(softmax_parallel, rows, to, threads)
+        run_rows(softmax_rows, softmax_parallel, threads, count, rows, to)
     return out
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def silu_mul_range(gate: Any, up: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Elements lo:hi, counted flat, of silu_mul. gate, up, out: any one shape."""
-    whole = lo + (hi - lo) // LANES * LANES
-    for i in range(lo, whole, LANES):
-        f32_store(out, i, silu(f32_load(gate, i)) * f32_load(up, i))
-    if whole < hi:
-        count = hi - whole
-        f32_store_first(out, whole, silu(f32_load_first(gate, whole, count)) * f32_load_first(up, whole, count), count)
+    """Elements lo:hi of silu_mul. gate, up, out (n,)."""
+    gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]
+    for i in range(out.size):
+        out[i] = silu(gate[i]) * up[i]
 
 
-@parallel_kernel
-def silu_mul_parallel(gate: Any, up: Any, out: Any, threads: Any) -> None:
-    """silu_mul_range with the elements split over threads, at multiples of a vector."""
-    n = gate.size
-    vectors = (n + LANES - 1) // LANES
-    for t in prange(threads):
-        end = vectors * (t + 1) // threads * LANES
-        silu_mul_range(gate, up, out, vectors * t // threads * LANES, min(end, n))
+silu_mul_parallel = over_elements(silu_mul_range)
 
 
 @small_call((2, 2, 2), (1, 1, 1))
@@ -201,10 +113,46 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     out = _check.output("out", out, gate.shape, gate, up)
     flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    if threads == 1:
-        silu_mul_range(flat_gate, flat_up, flat_out, 0, gate.size)
-    else:
-        launch(silu_mul_parallel, flat_gate, flat_up, flat_out, threads)
+    run_rows(silu_mul_range, silu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)
+    return out
+
+
+@kernel(independent=True)
+def gelu_mul_range(gate: Any, up: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Elements lo:hi of gelu_mul. gate, up, out (n,)."""
+    gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]
+    for i in range(out.size):
+        out[i] = gelu(gate[i]) * up[i]
+
+
+gelu_mul_parallel = over_elements(gelu_mul_range)
+
+
+def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """y = 0.5 gate (1 + tanh(z)) up, z = sqrt(2 / pi) (gate + 0.044715 gate^3).
+
+    The tanh approximation of GELU, as Gemma's checkpoints expect it ("gelu_pytorch_tanh").
+
+    Args:
+        gate: (...) float32.
+        up: float32 of the same shape.
+        out: float32 of the same shape to write into; may be ``gate`` or ``up`` itself.
+
+    Returns:
+        float32 of the shape of ``gate``.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+
+    Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units"; Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    gate = _check.float32("gate", gate)
+    up = _check.float32("up", up, shape=gate.shape)
+    out = _check.output("out", out, gate.shape, gate, up)
+    flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
+    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
+    run_rows(gelu_mul_range, gelu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)
     return out
 
 
@@ -231,6 +179,20 @@ SPECS = [
             "up": rng.standard_normal((rows, n), np.float32),
         },
         flops=lambda rows, n: 5.0 * rows * n,
+        bytes=lambda rows, n: 12.0 * rows * n,
+        sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+    ),
+    KernelSpec(
+        name="gelu_mul",
+        function=gelu_mul,
+        compiled=(gelu_mul_range, gelu_mul_parallel),
+        reference=reference.gelu_mul,
+        formula="gate * (1 + tanh(sqrt(2/pi) * (gate + 0.044715 * gate**3))) / 2 * up",
+        example=lambda rng, rows, n: {
+            "gate": 4 * rng.standard_normal((rows, n), np.float32),
+            "up": rng.standard_normal((rows, n), np.float32),
+        },
+        flops=lambda rows, n: 9.0 * rows * n,
         bytes=lambda rows, n: 12.0 * rows * n,
         sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
     ),

@@ -3,62 +3,44 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import kernel, sum_kernel
 from ruvllm.kernels._math import sigmoid
-from ruvllm.kernels._simd import (
-    LANES,
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_store_first,
-    f32_zero,
-    fma,
-    hsum,
-    splat,
-)
+from ruvllm.kernels._over_rows import over_elements, over_rows, run_rows
+from ruvllm.kernels._simd import fma
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
-from ruvllm.kernels._tile import put
-from ruvllm.kernels._views import flat
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 
-_ONE = np.float32(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@inline_kernel
-def _some(x: Any, at: Any, count: Any) -> Any:
-    """16 numbers, or the first ``count`` of them."""
-    return f32_load(x, at) if count >= LANES else f32_load_first(x, at, count)
-
-
-@kernel(strict=True)
+@kernel(independent=True)
 def rms_norm_backward_rows(x: Any, weight: Any, eps: Any, dy: Any, add: Any, dx: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of rms_norm_backward, or of dx += it with ``add``. x, dy, dx (rows, n); weight (n,)."""
     n = x.shape[1]
-    xs, dys, dxs = flat(x), flat(dy), flat(dx)
+    per_n = _ONE / np.float32(n)
     for row in range(lo, hi):
-        at = row * n
-        squares, products = f32_zero(), f32_zero()
-        for i in range(0, n, LANES):
-            v = _some(xs, at + i, n - i)
-            squares = fma(v, v, squares)
-            products = fma(_some(dys, at + i, n - i) * _some(weight, i, n - i), v, products)
-        per_n = _ONE / np.float32(n)
-        scale = _ONE / np.sqrt(hsum(squares) * per_n + np.float32(eps))
-        back = splat(-hsum(products) * per_n * scale * scale * scale)
-        for i in range(0, n, LANES):
-            g = _some(dys, at + i, n - i) * _some(weight, i, n - i) * splat(scale)
-            put(dxs, at + i, fma(_some(xs, at + i, n - i), back, g), n - i, add)
+        v, d, y = x[row], dy[row], dx[row]
+        squares, products = squares_and_products(v, weight, d)
+        scale = _ONE / np.sqrt(squares * per_n + np.float32(eps))
+        back = -products * per_n * scale * scale * scale
+        for i in range(n):
+            g = fma(v[i], back, d[i] * weight[i] * scale)
+            y[i] = y[i] + g if add else g
 
 
-@parallel_kernel
-def rms_norm_backward_parallel(x: Any, weight: Any, eps: Any, dy: Any, add: Any, dx: Any, threads: Any) -> None:
-    """rms_norm_backward_rows with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        rms_norm_backward_rows(x, weight, eps, dy, add, dx, rows * t // threads, rows * (t + 1) // threads)
+@sum_kernel
+def squares_and_products(x: Any, weight: Any, dy: Any) -> Any:
+    """sum(x * x) and sum(x * weight * dy)."""
+    squares, products = _ZERO, _ZERO
+    for i in range(x.size):
+        squares += x[i] * x[i]
+        products += x[i] * (weight[i] * dy[i])
+    return squares, products
+
+
+rms_norm_backward_parallel = over_rows(rms_norm_backward_rows)
 
 
 def rms_norm_backward(
@@ -93,38 +75,24 @@ def rms_norm_backward(
     if x.size:
         rows, dys, to = _check.rows(x), _check.rows(dy), _check.rows(out)
         threads = threads_for(x.size, PARALLEL_ELEMENTS, len(rows))
-        if threads == 1:
-            rms_norm_backward_rows(rows, weight, eps, dys, add, to, 0, len(rows))
-        else:
-            launch(rms_norm_backward_parallel, rows, weight, eps, dys, add, to, threads)
+        run_rows(
+            rms_norm_backward_rows, rms_norm_backward_parallel, threads, len(rows), rows, weight, eps, dys, add, to
+        )
     return out
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def silu_mul_backward_range(gate: Any, up: Any, dy: Any, d_gate: Any, d_up: Any, lo: Any, hi: Any) -> None:
-    """Elements lo:hi, counted flat, of silu_mul_backward. All of one shape."""
-    one = splat(_ONE)
-    for i in range(lo, hi, LANES):
-        g, u, d = _some(gate, i, hi - i), _some(up, i, hi - i), _some(dy, i, hi - i)
+    """Elements lo:hi of silu_mul_backward. All (n,)."""
+    gate, up, dy, d_gate, d_up = gate[lo:hi], up[lo:hi], dy[lo:hi], d_gate[lo:hi], d_up[lo:hi]
+    for i in range(gate.size):
+        g, u, d = gate[i], up[i], dy[i]
         s = sigmoid(g)
-        to_gate = d * u * s * fma(g, one - s, one)
-        to_up = d * g * s
-        if hi - i >= LANES:
-            f32_store(d_gate, i, to_gate)
-            f32_store(d_up, i, to_up)
-        else:
-            f32_store_first(d_gate, i, to_gate, hi - i)
-            f32_store_first(d_up, i, to_up, hi - i)
+        d_gate[i] = d * u * s * fma(g, _ONE - s, _ONE)
+        d_up[i] = d * g * s
 
 
-@parallel_kernel
-def silu_mul_backward_parallel(gate: Any, up: Any, dy: Any, d_gate: Any, d_up: Any, threads: Any) -> None:
-    """silu_mul_backward_range with the elements split over threads, at multiples of a vector."""
-    n = gate.size
-    vectors = (n + LANES - 1) // LANES
-    for t in prange(threads):
-        end = min(vectors * (t + 1) // threads * LANES, n)
-        silu_mul_backward_range(gate, up, dy, d_gate, d_up, vectors * t // threads * LANES, end)
+silu_mul_backward_parallel = over_elements(silu_mul_backward_range)
 
 
 def silu_mul_backward(
@@ -152,10 +120,7 @@ def silu_mul_backward(
     d_up = _check.output("d_up", d_up, gate.shape, gate, up, dy)
     arrays = gate.ravel(), up.ravel(), dy.ravel(), d_gate.ravel(), d_up.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    if threads == 1:
-        silu_mul_backward_range(*arrays, 0, gate.size)
-    else:
-        launch(silu_mul_backward_parallel, *arrays, threads)
+    run_rows(silu_mul_backward_range, silu_mul_backward_parallel, threads, gate.size, *arrays)
     return d_gate, d_up
 
 

@@ -4,14 +4,14 @@ import time
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._memory import aligned_empty, require_memory
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_zero, hsum
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, limited_to, num_threads, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
 from ruvllm.kernels._tile import STREAMS
 
 _STEP = 2 * STREAMS * LANES  # eight running sums: additions are never what the loop waits for
@@ -42,12 +42,7 @@ def sum_pieces(x: Any, sums: Any, lo: Any, hi: Any) -> None:
         sums[piece] = hsum(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)))
 
 
-@parallel_kernel
-def sum_parallel(x: Any, sums: Any, threads: Any) -> None:
-    """sum_pieces with the pieces split over threads."""
-    pieces = sums.size
-    for t in prange(threads):
-        sum_pieces(x, sums, pieces * t // threads, pieces * (t + 1) // threads)
+sum_parallel = over_rows(sum_pieces)
 
 
 def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None = None) -> float:
@@ -84,10 +79,7 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
 
 
 def _sum(x: np.ndarray, sums: np.ndarray, threads: int) -> None:
-    if threads == 1:
-        sum_pieces(x, sums, 0, sums.size)
-    else:
-        launch(sum_parallel, x, sums, threads)
+    run_rows(sum_pieces, sum_parallel, threads, sums.size, x, sums)
 
 
 def buffer_sum(x: Any) -> float:

@@ -10,10 +10,10 @@ and then those of its values, as float32, are the last 8 of its K = D + 8 rows o
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._simd import (
     f32_load,
     f32_load_first,
@@ -34,7 +34,7 @@ from ruvllm.kernels._simd import (
     zip_rows,
 )
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 
@@ -111,21 +111,13 @@ def _fill_block(positions: Any, t: Any) -> Any:
     return True
 
 
-@parallel_kernel
-def kv_append_parallel(k: Any, v: Any, keys: Any, values: Any, positions: Any, threads: Any) -> None:
-    """kv_append_heads with the heads split over threads."""
-    heads = keys.shape[0]
-    for t in prange(threads):
-        kv_append_heads(k, v, keys, values, positions, heads * t // threads, heads * (t + 1) // threads)
+kv_append_parallel = over_rows(kv_append_heads)
 
 
 def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
     """kv_append for callers that own their buffers (``model.Attention``): sizes are theirs to guarantee."""
     threads = threads_for(k.size, PARALLEL_ELEMENTS, len(keys))
-    if threads == 1:
-        kv_append_heads(k, v, keys, values, positions, 0, len(keys))
-    else:
-        launch(kv_append_parallel, k, v, keys, values, positions, threads)
+    run_rows(kv_append_heads, kv_append_parallel, threads, len(keys), k, v, keys, values, positions)
 
 
 def kv_append(

@@ -28,10 +28,10 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._small import FEW, apart, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._sums import sum_of_products
 from ruvllm.kernels._threads import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels._tile import put
-from ruvllm.kernels._views import address, array_at
-from ruvllm.kernels.vector import dot_flat
+from ruvllm.kernels._views import address, array_at, flat
 
 ADAPTER_MACS = 3 * PARALLEL_MACS  # from which threads pay: one half of the work waits for the other
 _STREAMS = 8
@@ -127,19 +127,19 @@ def down_columns(x: Any, xi: Any, a: Any, lo: Any, end: Any, rank: Any, h: Any, 
 def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of h = x A. x (T, E_in); a (E_in, R); h (T, R)."""
     n, rank = a.shape
-    flat = h.reshape(-1)
+    sums = flat(h)
     for row in range(lo, hi):
         if rank == 1:
-            flat[row] = dot_flat(x, row * n, a, 0, n)
+            sums[row] = sum_of_products(x[row], flat(a))
         elif rank == 2:
-            down_rank_two(x, row * n, a, n, flat, row * 2)
+            down_rank_two(x, row * n, a, n, sums, row * 2)
         else:
             for i in range(0, max(n, 1), _BLOCK):
                 end = min(i + _BLOCK, n)
                 if rank == 8:
-                    down_rank_eight(x, row * n, a, i, end, flat, row * rank, i > 0)
+                    down_rank_eight(x, row * n, a, i, end, sums, row * rank, i > 0)
                 else:
-                    down_columns(x, row * n, a, i, end, rank, flat, row * rank, i > 0)
+                    down_columns(x, row * n, a, i, end, rank, sums, row * rank, i > 0)
 
 
 @kernel(strict=True)

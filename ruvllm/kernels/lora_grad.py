@@ -21,20 +21,19 @@ from ruvllm.kernels._simd import (
 )
 from ruvllm.kernels._small import FEW, apart, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
+from ruvllm.kernels._sums import sum_of_products
 from ruvllm.kernels._threads import launch, threads_for
 from ruvllm.kernels._tile import put
 from ruvllm.kernels._views import address, array_at
 from ruvllm.kernels.lora import ADAPTER_MACS, checked_adapter, example, first_of, lora_down_rows, require_given
-from ruvllm.kernels.vector import dot_flat
 
 
 @kernel(strict=True)
 def lora_back_rows(dy: Any, b: Any, g: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of g = dy B^T. dy (T, E_out); b (R, E_out); g (T, R)."""
-    rank, n = b.shape
     for row in range(lo, hi):
-        for r in range(rank):
-            g[row, r] = dot_flat(dy, row * n, b, r * n, n)
+        for r in range(b.shape[0]):
+            g[row, r] = sum_of_products(dy[row], b[r])
 
 
 @kernel(strict=True)

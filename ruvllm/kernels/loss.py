@@ -3,44 +3,32 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, splat
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
-from ruvllm.kernels._views import flat
-from ruvllm.kernels.activation import exp_shifted_sum, maximum
+from ruvllm.kernels._sums import exp_and_sum, maximum
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def cross_entropy_rows(logits: Any, targets: Any, scale: Any, losses: Any, grad: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of cross_entropy. logits, grad (T, V), which may be one; targets (T,) int64; losses (T,)."""
     n = logits.shape[1]
-    x, g = flat(logits), flat(grad)
     for row in range(lo, hi):
-        at = row * n
-        top = maximum(x, at, n)
-        wanted = x[at + targets[row]]
-        total = exp_shifted_sum(x, at, n, top, g, at)
-        losses[row] = np.log(total) - np.float64(wanted - top)
+        x, g, target = logits[row], grad[row], targets[row]
+        top = maximum(x)
+        wanted = x[target] - top
+        total = exp_and_sum(x, top, g)
+        losses[row] = np.log(total) - np.float64(wanted)
         factor = np.float32(scale / total)
-        whole = n - n % LANES
-        for i in range(at, at + whole, LANES):
-            f32_store(g, i, f32_load(g, i) * splat(factor))
-        if whole < n:
-            rest = f32_load_first(g, at + whole, n - whole) * splat(factor)
-            f32_store_first(g, at + whole, rest, n - whole)
-        g[at + targets[row]] -= np.float32(scale)
+        for i in range(n):
+            g[i] *= factor
+        g[target] -= np.float32(scale)
 
 
-@parallel_kernel
-def cross_entropy_parallel(logits: Any, targets: Any, scale: Any, losses: Any, grad: Any, threads: Any) -> None:
-    """cross_entropy_rows with the rows split over threads."""
-    rows = logits.shape[0]
-    for t in prange(threads):
-        cross_entropy_rows(logits, targets, scale, losses, grad, rows * t // threads, rows * (t + 1) // threads)
+cross_entropy_parallel = over_rows(cross_entropy_rows)
 
 
 def cross_entropy(
@@ -72,10 +60,7 @@ def cross_entropy(
     grad = _check.output("grad", grad, logits.shape, logits)
     losses = np.empty(rows, np.float32)
     threads = threads_for(logits.size, PARALLEL_ELEMENTS, rows)
-    if threads == 1:
-        cross_entropy_rows(logits, targets, scale, losses, grad, 0, rows)
-    else:
-        launch(cross_entropy_parallel, logits, targets, scale, losses, grad, threads)
+    run_rows(cross_entropy_rows, cross_entropy_parallel, threads, rows, logits, targets, scale, losses, grad)
     return losses, grad
 
 

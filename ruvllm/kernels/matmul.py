@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel
 from ruvllm.kernels._memory import scratch
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._simd import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows, prefetch_l2
 from ruvllm.kernels._small import SCRATCH, apart, room, small_call
 from ruvllm.kernels._spec import KernelSpec
@@ -77,12 +77,7 @@ def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
         four_rows(w, i * columns, 0, columns, x, out, i, 0)
 
 
-@parallel_kernel
-def gemv_parallel(a: Any, x: Any, out: Any, threads: Any) -> None:
-    """gemv_rows with the rows split over threads."""
-    rows = a.shape[0]
-    for t in prange(threads):
-        gemv_rows(a, x, out, rows * t // threads, rows * (t + 1) // threads)
+gemv_parallel = over_rows(gemv_rows)
 
 
 @small_call((2, 1, 1))
@@ -119,10 +114,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     out = _check.apart("out", _check.output("out", out, a.shape[:-1]), a, x)
     rows, y = (a, out) if a.ndim == 2 else (_check.rows(a), out.reshape(-1))
     threads = threads_for(a.size, PARALLEL_MACS, y.size)
-    if threads == 1:
-        gemv_rows(rows, x, y, 0, y.size)
-    else:
-        launch(gemv_parallel, rows, x, y, threads)
+    run_rows(gemv_rows, gemv_parallel, threads, y.size, rows, x, y)
     return out
 
 

@@ -3,72 +3,33 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import (
-    LANES,
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_store_first,
-    f32_zero,
-    fma,
-    hsum,
-    lanes_between,
-    splat,
-)
+from ruvllm.kernels._jit import inline_kernel, kernel, sum_kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._small import may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
+from ruvllm.kernels._sums import sum_of_few, sum_of_squares
+from ruvllm.kernels._threads import PARALLEL_STREAM, threads_for
 
-# --- sums of one row: four running sums, because each waits for the one before it ---------------------------------
-
-
-@inline_kernel
-def sum_of_squares(x: Any, start: Any, n: Any) -> Any:
-    """The sum of the squares of n elements from the flat index ``start``."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    whole = n - n % (4 * LANES)
-    for i in range(start, start + whole, 4 * LANES):
-        a, b = f32_load(x, i), f32_load(x, i + LANES)
-        c, d = f32_load(x, i + 2 * LANES), f32_load(x, i + 3 * LANES)
-        s0 = fma(a, a, s0)
-        s1 = fma(b, b, s1)
-        s2 = fma(c, c, s2)
-        s3 = fma(d, d, s3)
-    for i in range(whole, n, LANES):
-        a = f32_load_first(x, start + i, n - i)
-        s0 = fma(a, a, s0)
-    return hsum((s0 + s1) + (s2 + s3))
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------------
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,)."""
     n = x.shape[1]
-    whole = n - n % LANES
-    rest = n - whole
     for row in range(lo, hi):
-        at = row * n
-        scale = splat(np.float32(1) / np.sqrt(sum_of_squares(x, at, n) / np.float32(n) + np.float32(eps)))
-        for i in range(0, whole, LANES):
-            f32_store(out, at + i, f32_load(x, at + i) * scale * f32_load(weight, i))
-        if rest:
-            y = f32_load_first(x, at + whole, rest) * scale * f32_load_first(weight, whole, rest)
-            f32_store_first(out, at + whole, y, rest)
+        v, y = x[row], out[row]
+        scale = _ONE / np.sqrt(sum_of_squares(v) / np.float32(n) + np.float32(eps))
+        for i in range(n):
+            y[i] = v[i] * scale * weight[i]
 
 
-@parallel_kernel
-def rms_norm_parallel(x: Any, weight: Any, eps: Any, out: Any, threads: Any) -> None:
-    """rms_norm_rows with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        rms_norm_rows(x, weight, eps, out, rows * t // threads, rows * (t + 1) // threads)
+rms_norm_parallel = over_rows(rms_norm_rows)
 
 
 @small_call((2, 1, float, 2), (1, 1, float, 1))
@@ -111,22 +72,18 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_STREAM, count)
-        if threads == 1:
-            rms_norm_rows(rows, weight, eps, to, 0, count)
-        else:
-            launch(rms_norm_parallel, rows, weight, eps, to, threads)
+        run_rows(rms_norm_rows, rms_norm_parallel, threads, count, rows, weight, eps, to)
     return out
 
 
 # --- root mean square ---------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(strict=True)
 def rms_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of rms. x (rows, n); out (rows,)."""
-    n = x.shape[1]
     for row in range(lo, hi):
-        out[row] = np.sqrt(sum_of_squares(x, row * n, n) / np.float32(n))
+        out[row] = np.sqrt(sum_of_squares(x[row]) / np.float32(x.shape[1]))
 
 
 def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
@@ -154,64 +111,52 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 # --- LayerNorm ----------------------------------------------------------------------------------------------------
 
 
+@sum_kernel
+def mean_and_variance(x: Any, guess: Any) -> Any:
+    """The mean of d = x - guess, and the variance of d, which is that of x."""
+    total, squares = _ZERO, _ZERO
+    for i in range(x.size):
+        d = difference(x[i], guess)
+        total += d
+        squares += d * d
+    mean = total / np.float32(x.size)
+    return mean, max(squares / np.float32(x.size) - mean * mean, _ZERO)
+
+
 @inline_kernel
-def mean_and_variance(x: Any, start: Any, n: Any, guess: Any) -> Any:
-    """Mean of d = x - guess over n elements from the flat index ``start``, and their variance, which is that of x."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    q0, q1, q2, q3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    center = splat(guess)
-    whole = n - n % (4 * LANES)
-    for i in range(start, start + whole, 4 * LANES):
-        a, b = f32_load(x, i) - center, f32_load(x, i + LANES) - center
-        c, d = f32_load(x, i + 2 * LANES) - center, f32_load(x, i + 3 * LANES) - center
-        s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
-        q0, q1, q2, q3 = fma(a, a, q0), fma(b, b, q1), fma(c, c, q2), fma(d, d, q3)
-    for i in range(whole, n, LANES):
-        a = lanes_between(f32_load_first(x, start + i, n - i) - center, 0, n - i, np.float32(0))
-        s0, q0 = s0 + a, fma(a, a, q0)
-    mean = hsum((s0 + s1) + (s2 + s3)) / np.float32(n)
-    return mean, max(hsum((q0 + q1) + (q2 + q3)) / np.float32(n) - mean * mean, np.float32(0))
+def difference(a: Any, b: Any) -> Any:
+    """a - b, computed before it is added to a sum, whose order is LLVM's."""
+    return a - b
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias.
 
     E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so deviations d = x - c from a guess c of
     the mean are summed and squared instead: variance = E[d^2] - E[d]^2, mean = c + E[d]. The guess is the mean of the
     row's first elements; where it turns out to be off by more than the deviation, a second pass takes the mean that
-    the first has found. (That needs strict: (x - c) - E[d] must not become x - (c + E[d]).)
+    the first has found. (x - c) - E[d] is more accurate than x - (c + E[d]).
     """
     n = x.shape[1]
-    whole = n - n % LANES
-    rest = n - whole
-    first = min(n, LANES)
+    first = min(n, 16)
     for row in range(lo, hi):
-        at = row * n
-        guess = hsum(f32_load_first(x, at, first)) / np.float32(first)
-        error, variance = mean_and_variance(x, at, n, guess)
+        v, y = x[row], out[row]
+        guess = sum_of_few(v[:first]) / np.float32(first)
+        error, variance = mean_and_variance(v, guess)
         if error * error > variance:
             guess = guess + error
-            error, variance = mean_and_variance(x, at, n, guess)
-        scale = splat(np.float32(1) / np.sqrt(variance + np.float32(eps)))
-        center, correction = splat(guess), splat(error)
-        for i in range(0, whole, LANES):
-            y = (f32_load(x, at + i) - center - correction) * scale * f32_load(weight, i)
-            f32_store(out, at + i, y + f32_load(bias, i) if with_bias else y)
-        if rest:
-            d = f32_load_first(x, at + whole, rest) - center - correction
-            y = d * scale * f32_load_first(weight, whole, rest)
-            y = y + f32_load_first(bias, whole, rest) if with_bias else y
-            f32_store_first(out, at + whole, y, rest)
+            error, variance = mean_and_variance(v, guess)
+        scale = _ONE / np.sqrt(variance + np.float32(eps))
+        if with_bias:
+            for i in range(n):
+                y[i] = (v[i] - guess - error) * scale * weight[i] + bias[i]
+        else:
+            for i in range(n):
+                y[i] = (v[i] - guess - error) * scale * weight[i]
 
 
-@parallel_kernel
-def layer_norm_parallel(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, threads: Any) -> None:
-    """layer_norm_rows with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        lo, hi = rows * t // threads, rows * (t + 1) // threads
-        layer_norm_rows(x, weight, bias, with_bias, eps, out, lo, hi)
+layer_norm_parallel = over_rows(layer_norm_rows)
 
 
 @small_call((2, 1, 1, bool, float, 2), (1, 1, 1, bool, float, 1))
@@ -228,9 +173,7 @@ def layer_norm_small(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, o
     return True
 
 
-def layer_norm(
-    x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np.ndarray | None = None
-) -> np.ndarray:
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np.ndarray | None = None) -> np.ndarray:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last axis.
 
     Args:
@@ -265,10 +208,7 @@ def layer_norm(
         rows, to = _check.rows(x), _check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_STREAM, count)
-        if threads == 1:
-            layer_norm_rows(rows, weight, bias, with_bias, eps, to, 0, count)
-        else:
-            launch(layer_norm_parallel, rows, weight, bias, with_bias, eps, to, threads)
+        run_rows(layer_norm_rows, layer_norm_parallel, threads, count, rows, weight, bias, with_bias, eps, to)
     return out
 
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel, parallel_kernel
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._over_rows import over_elements, run_rows
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 
 _MOST_STEPS = 1 << 53  # a float still counts them one by one
 
@@ -27,11 +27,7 @@ def adamw_range(p: Any, g: Any, m: Any, v: Any, numbers: Any, lo: Any, hi: Any) 
         p[i] = p[i] * keep - step * mean / (np.sqrt(square) * root + eps)
 
 
-@parallel_kernel
-def adamw_parallel(p: Any, g: Any, m: Any, v: Any, numbers: Any, threads: Any) -> None:
-    """adamw_range with the elements split over threads."""
-    for t in prange(threads):
-        adamw_range(p, g, m, v, numbers, p.size * t // threads, p.size * (t + 1) // threads)
+adamw_parallel = over_elements(adamw_range)
 
 
 def adamw(
@@ -70,10 +66,7 @@ def adamw(
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     numbers = np.array([beta1, beta2, eps, 1 - lr * weight_decay, size, root], np.float32)
     threads = threads_for(grad.size, PARALLEL_ELEMENTS, grad.size)
-    if threads == 1:
-        adamw_range(parameters, grad, m, v, numbers, 0, grad.size)
-    else:
-        launch(adamw_parallel, parameters, grad, m, v, numbers, threads)
+    run_rows(adamw_range, adamw_parallel, threads, grad.size, parameters, grad, m, v, numbers)
     return parameters, m, v
 
 

@@ -11,10 +11,10 @@ element of the group: no error exceeds scale / 2, but for float32 rounding. A gr
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._simd import (
     f16_to_f32,
     f32_load,
@@ -33,7 +33,7 @@ from ruvllm.kernels._simd import (
     to_f32,
 )
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels.quant_layout import GROUP, INT4, INT8
 
@@ -155,12 +155,7 @@ def quantize_rows(kind: Any, x: Any, codes: Any, scales: Any, mins: Any, lo: Any
                 mins[row, g] = best_low
 
 
-@parallel_kernel
-def quantize_parallel(kind: Any, x: Any, codes: Any, scales: Any, mins: Any, threads: Any) -> None:
-    """quantize_rows with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        quantize_rows(kind, x, codes, scales, mins, rows * t // threads, rows * (t + 1) // threads)
+quantize_parallel = over_rows(quantize_rows)
 
 
 @kernel(strict=True)
@@ -286,10 +281,7 @@ def _quantize(kind: int, x: np.ndarray, codes: np.ndarray, scales: np.ndarray, m
     rows, count = _check.rows(x), x.size // x.shape[-1]
     arguments = (kind, rows, _check.rows(codes), _check.rows(scales), mins.reshape(count, -1))
     threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-    if threads == 1:
-        quantize_rows(*arguments, 0, count)
-    else:
-        launch(quantize_parallel, *arguments, threads)
+    run_rows(quantize_rows, quantize_parallel, threads, count, *arguments)
     bad = scales & _INFINITE_BITS == _INFINITE_BITS
     if mins.size:
         bad |= mins & _INFINITE_BITS == _INFINITE_BITS

@@ -6,61 +6,26 @@ import numpy as np
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import inline_kernel, kernel
-from ruvllm.kernels._math import exp
-from ruvllm.kernels._simd import (
-    LANES,
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_store_first,
-    f32_zero,
-    fmax,
-    hmax,
-    hsum,
-    lanes_between,
-    nan_or_zero_below,
-    splat,
-)
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels.activation import maximum
+from ruvllm.kernels._sums import exp_sum, maximum
 
 _BLOCK = 256  # elements whose maximum is looked at before any of them alone
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 # --- greedy -------------------------------------------------------------------------------------------------------
 
 
-@inline_kernel
-def maximum_or_nan(x: Any, start: Any, n: Any) -> Any:
-    """The largest of n elements from the flat index ``start``, or NaN if one is NaN (``maximum`` ignores NaN)."""
-    m0, m1 = splat(_MINUS_INFINITY), splat(_MINUS_INFINITY)
-    nans0, nans1 = f32_zero(), f32_zero()
-    whole = n - n % (2 * LANES)
-    for i in range(start, start + whole, 2 * LANES):
-        a, b = f32_load(x, i), f32_load(x, i + LANES)
-        m0, m1 = fmax(m0, a), fmax(m1, b)
-        nans0 = nans0 + nan_or_zero_below(a, _ZERO, f32_zero())
-        nans1 = nans1 + nan_or_zero_below(b, _ZERO, f32_zero())
-    for i in range(whole, n, LANES):
-        a = f32_load_first(x, start + i, n - i)
-        m0 = fmax(m0, lanes_between(a, 0, n - i, _MINUS_INFINITY))
-        nans0 = nans0 + nan_or_zero_below(a, _ZERO, f32_zero())
-    return hmax(fmax(m0, m1)) + hsum(nans0 + nans1)
-
-
 @kernel(strict=True)
 def argmax_index(x: Any) -> Any:
     """Index of the first maximum of x (n,), n >= 1, or -1 where x holds NaN."""
-    n = x.size
-    best, best_block = _MINUS_INFINITY, 0
-    for block in range(0, n, _BLOCK):
-        top = maximum_or_nan(x, block, min(_BLOCK, n - block))
+    best, index = _MINUS_INFINITY, 0
+    for block in range(0, x.size, _BLOCK):
+        top = maximum(x[block : block + _BLOCK])
         if np.isnan(top):
             return -1
         if top > best:
-            best, best_block = top, block
-    index = best_block
+            best, index = top, block
     while x[index] != best:
         index += 1
     return index
@@ -127,7 +92,7 @@ def top_kselect(x: Any, values: Any, ids: Any) -> None:
         sift_down(values, ids, root, k)
     for block in range(k, n, _BLOCK):
         count = min(_BLOCK, n - block)
-        if maximum(x, block, count) > values[0]:
+        if maximum(x[block : block + count]) > values[0]:
             for i in range(block, block + count):
                 if x[i] > values[0]:
                     values[0], ids[0] = x[i], i
@@ -166,37 +131,15 @@ def select(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 # --- log-probabilities --------------------------------------------------------------------------------------------
 
 
-@inline_kernel
-def scaled_exp(x: Any, at: Any, count: Any, shift: Any, scale: Any) -> Any:
-    """exp((x - shift) * scale) of up to 16 elements; lanes past ``count`` are 0."""
-    v = f32_load(x, at) if count >= LANES else f32_load_first(x, at, count)
-    return lanes_between(exp((v - splat(shift)) * splat(scale)), 0, count, _ZERO)
-
-
-@inline_kernel
-def exp_sum(x: Any, start: Any, n: Any, shift: Any, scale: Any) -> Any:
-    """The sum of exp((x - shift) * scale) over n elements from the flat index ``start``, blocks added in float64."""
-    total = 0.0
-    for i in range(0, n, LANES):
-        total += np.float64(hsum(scaled_exp(x, start + i, n - i, shift, scale)))
-    return total
-
-
-@kernel(strict=True)
+@kernel(independent=True)
 def log_softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of log_softmax. x, out (rows, n)."""
-    n = x.shape[1]
     for row in range(lo, hi):
-        at = row * n
-        top = maximum(x, at, n)
-        shift = splat(top)
-        log_sum = splat(np.float32(np.log(exp_sum(x, at, n, top, _ONE))))
-        for i in range(0, n - LANES + 1, LANES):
-            f32_store(out, at + i, f32_load(x, at + i) - shift - log_sum)
-        rest = n % LANES
-        if rest:
-            i = at + n - rest
-            f32_store_first(out, i, f32_load_first(x, i, rest) - shift - log_sum, rest)
+        v, y = x[row], out[row]
+        top = maximum(v)
+        log_sum = np.float32(np.log(exp_sum(v, top, _ONE)))
+        for i in range(y.size):
+            y[i] = v[i] - top - log_sum
 
 
 def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
@@ -224,8 +167,8 @@ def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 @kernel(strict=True)
 def log_sum_exp(x: Any) -> Any:
     """log(sum(exp(x))) of x (n,), n >= 1, as float64."""
-    top = maximum(x, 0, x.size)
-    return np.float64(top) + np.log(exp_sum(x, 0, x.size, top, _ONE))
+    top = maximum(x)
+    return np.float64(top) + np.log(exp_sum(x, top, _ONE))
 
 
 def top_logprobs(logits: Any, n: int) -> list[tuple[int, float]]:

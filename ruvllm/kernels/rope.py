@@ -7,26 +7,14 @@ Pair i of a head is rotated by the angle ``position * inv_freq[i]``. Two layouts
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import (
-    LANES,
-    evens,
-    f32_load,
-    f32_load_first,
-    f32_store,
-    f32_store_first,
-    fma,
-    odds,
-    splat,
-    zip_high,
-    zip_low,
-)
+from ruvllm.kernels._jit import inline_kernel, kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
+from ruvllm.kernels._simd import fma
 from ruvllm.kernels._small import may_write, room, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
 
 _FORWARD, _BACKWARD = np.float32(1), np.float32(-1)
@@ -34,107 +22,44 @@ _PI = np.pi
 _ONE_OVER_PI = 1 / np.pi
 
 
-@inline_kernel
-def rotate_half_split(x: Any, start: Any, cos: Any, sin: Any, angle: Any, half: Any, sign: Any, out: Any) -> None:
-    """One head from the flat index ``start``, by the table row that starts at the flat index ``angle``."""
-    plus = splat(sign)
-    minus = splat(-sign)
-    whole = half - half % LANES
-    for i in range(0, whole, LANES):
-        c = f32_load(cos, angle + i)
-        s = f32_load(sin, angle + i)
-        first = f32_load(x, start + i)
-        second = f32_load(x, start + half + i)
-        f32_store(out, start + i, fma(first, c, second * s * minus))
-        f32_store(out, start + half + i, fma(second, c, first * s * plus))
-    if whole < half:
-        count = half - whole
-        c = f32_load_first(cos, angle + whole, count)
-        s = f32_load_first(sin, angle + whole, count)
-        first = f32_load_first(x, start + whole, count)
-        second = f32_load_first(x, start + half + whole, count)
-        f32_store_first(out, start + whole, fma(first, c, second * s * minus), count)
-        f32_store_first(out, start + half + whole, fma(second, c, first * s * plus), count)
-
-
-@inline_kernel
-def rotate_interleaved(x: Any, start: Any, cos: Any, sin: Any, angle: Any, half: Any, sign: Any, out: Any) -> None:
-    """rotate_half_split for pairs (2i, 2i + 1): two vectors are sorted into firsts and seconds, and merged again."""
-    plus = splat(sign)
-    minus = splat(-sign)
-    whole = half - half % LANES
-    for i in range(0, whole, LANES):
-        c = f32_load(cos, angle + i)
-        s = f32_load(sin, angle + i)
-        at = start + 2 * i
-        low = f32_load(x, at)
-        high = f32_load(x, at + LANES)
-        first = evens(low, high)
-        second = odds(low, high)
-        y = fma(first, c, second * s * minus)
-        z = fma(second, c, first * s * plus)
-        f32_store(out, at, zip_low(y, z))
-        f32_store(out, at + LANES, zip_high(y, z))
-    if whole < half:
-        count = half - whole
-        c = f32_load_first(cos, angle + whole, count)
-        s = f32_load_first(sin, angle + whole, count)
-        at = start + 2 * whole
-        low = f32_load_first(x, at, 2 * count)
-        high = f32_load_first(x, at + LANES, 2 * count - LANES)
-        first = evens(low, high)
-        second = odds(low, high)
-        y = fma(first, c, second * s * minus)
-        z = fma(second, c, first * s * plus)
-        f32_store_first(out, at, zip_low(y, z), 2 * count)
-        f32_store_first(out, at + LANES, zip_high(y, z), 2 * count - LANES)
+@inline_kernel(independent=True)
+def rotate(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any) -> None:
+    """Rotate the pairs of one head. x, out (D,); cos, sin (D/2,); sign float32: 1, or -1 for the inverse."""
+    half = cos.size
+    for i in range(half):
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, half + i)
+        a, b = x[first], x[second]
+        out[first] = fma(a, cos[i], b * sin[i] * -sign)
+        out[second] = fma(b, cos[i], a * sin[i] * sign)
 
 
 @inline_kernel
 def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of either layout; the table row advances with the token, without a division per row."""
-    heads, dim = x.shape[1], x.shape[2]
-    half = dim // 2
-    end = cos.shape[0] * half
-    token = lo // heads
-    head = lo - token * heads
-    angle = token % cos.shape[0] * half
-    for row in range(lo, hi):
-        if interleaved:
-            rotate_interleaved(x, row * dim, cos, sin, angle, half, sign, out)
-        else:
-            rotate_half_split(x, row * dim, cos, sin, angle, half, sign, out)
-        head += 1
-        if head == heads:
-            head = 0
-            angle = angle + half if angle + half < end else 0
+    """Rows lo:hi, row = t H + h, of either layout. x, out (T, H, D).
+
+    cos, sin (n, D/2): token t uses table row t % n, so that a batch of sequences shares one table.
+    """
+    heads = x.shape[1]
+    for t in range(lo // heads, (hi + heads - 1) // heads):
+        angles = t % cos.shape[0]
+        for h in range(max(lo - t * heads, 0), min(hi - t * heads, heads)):
+            rotate(x[t, h], cos[angles], sin[angles], sign, interleaved, out[t, h])
 
 
 @kernel(strict=True)
 def rope_rows(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi, row = t H + h, of the half-split rotation. x, out (T, H, D); sign float32: 1, or -1 for the inverse.
-
-    cos, sin (n, D/2): token t uses table row t % n, so that a batch of sequences shares one table.
-    """
+    """rotate_rows for the half-split layout."""
     rotate_rows(x, cos, sin, sign, False, out, lo, hi)
 
 
 @kernel(strict=True)
 def rope_rows_interleaved(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
-    """rope_rows for pairs (2i, 2i + 1)."""
+    """rotate_rows for pairs (2i, 2i + 1)."""
     rotate_rows(x, cos, sin, sign, True, out, lo, hi)
 
 
-@parallel_kernel
-def rope_parallel(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any, threads: Any) -> None:
-    """rope_rows or rope_rows_interleaved with the rows split over threads."""
-    rows = x.shape[0] * x.shape[1]
-    for t in prange(threads):
-        lo, hi = rows * t // threads, rows * (t + 1) // threads
-        if interleaved:
-            rope_rows_interleaved(x, cos, sin, sign, out, lo, hi)
-        else:
-            rope_rows(x, cos, sin, sign, out, lo, hi)
+rope_parallel = over_rows(rope_rows)
+rope_interleaved_parallel = over_rows(rope_rows_interleaved)
 
 
 @small_call((3, 2, 2, bool, bool, 3))
@@ -185,12 +110,10 @@ def apply_rope_tables(
         sign = _BACKWARD if inverse else _FORWARD
         count = x.size // dim
         threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-        if threads > 1:
-            launch(rope_parallel, sequences, cos, sin, sign, interleaved, to, threads)
-        elif interleaved:
-            rope_rows_interleaved(sequences, cos, sin, sign, to, 0, count)
+        if interleaved:
+            run_rows(rope_rows_interleaved, rope_interleaved_parallel, threads, count, sequences, cos, sin, sign, to)
         else:
-            rope_rows(sequences, cos, sin, sign, to, 0, count)
+            run_rows(rope_rows, rope_parallel, threads, count, sequences, cos, sin, sign, to)
     return out
 
 
@@ -247,15 +170,7 @@ def rope_tokens(
         rope_rows(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
 
 
-@parallel_kernel
-def rope_tokens_parallel(
-    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, tables: Any, out: Any, threads: Any
-) -> None:
-    """rope_tokens with the tokens split over threads."""
-    tokens = x.shape[0]
-    for t in prange(threads):
-        lo, hi = tokens * t // threads, tokens * (t + 1) // threads
-        rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, lo, hi)
+rope_tokens_parallel = over_rows(rope_tokens)
 
 
 def apply_rope(
@@ -302,10 +217,7 @@ def apply_rope(
         return apply_rope_tables(x, cos, sin, interleaved, inverse, out)
     sign = _BACKWARD if inverse else _FORWARD
     threads = threads_for(x.size, PARALLEL_ELEMENTS, tokens)
-    if threads == 1:
-        rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, 0, tokens)
-    else:
-        launch(rope_tokens_parallel, x, positions, inv_freq, sign, interleaved, tables, out, threads)
+    run_rows(rope_tokens, rope_tokens_parallel, threads, tokens, x, positions, inv_freq, sign, interleaved, tables, out)
     return out
 
 
@@ -337,7 +249,7 @@ SPECS = [
     KernelSpec(
         name="apply_rope_tables",
         function=apply_rope_tables,
-        compiled=(rope_rows, rope_rows_interleaved, rope_parallel),
+        compiled=(rope_rows, rope_rows_interleaved, rope_parallel, rope_interleaved_parallel),
         reference=reference.apply_rope_tables,
         formula="(a, b) -> (a cos - b sin, b cos + a sin), cos and sin given",
         example=_example_tables,

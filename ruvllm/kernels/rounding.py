@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
+from ruvllm.kernels._jit import inline_kernel, kernel
+from ruvllm.kernels._over_rows import over_rows, run_rows
 from ruvllm.kernels._simd import (
     f32_load,
     f32_load_first,
@@ -22,7 +22,7 @@ from ruvllm.kernels._simd import (
     without_lane,
     zero_below,
 )
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, launch, threads_for
+from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
 from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 from ruvllm.kernels.quant_layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
@@ -99,9 +99,7 @@ def _find_outliers(x: Any, row: Any, columns: Any, largest: Any, groups: Any, ou
 
 
 @kernel(strict=True)
-def quantize_activations(
-    x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any
-) -> None:
+def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any) -> None:
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
 
     the largest number of the row is taken out, four times.
@@ -160,14 +158,7 @@ def _round_group(
     offsets[at * OFFSETS + NO_ZERO] = 0
 
 
-@parallel_kernel
-def quantize_activations_parallel(
-    x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, threads: Any
-) -> None:
-    """quantize_activations with the rows split over threads."""
-    rows = x.shape[0]
-    for t in prange(threads):
-        quantize_activations(x, xq, xs, offsets, totals, outliers, rows * t // threads, rows * (t + 1) // threads)
+quantize_activations_parallel = over_rows(quantize_activations)
 
 
 def round_activations(
@@ -175,7 +166,4 @@ def round_activations(
 ) -> None:
     """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
     threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
-    if threads == 1:
-        quantize_activations(x, xq, xs, offsets, totals, outliers, 0, len(x))
-    else:
-        launch(quantize_activations_parallel, x, xq, xs, offsets, totals, outliers, threads)
+    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, xq, xs, offsets, totals, outliers)

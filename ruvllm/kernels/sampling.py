@@ -6,21 +6,20 @@ import numpy as np
 
 from ruvllm.kernels import _check, reference
 from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._simd import LANES, hsum, lane
+from ruvllm.kernels._math import exp
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels.activation import exp_shifted_sum
+from ruvllm.kernels._sums import exp_and_sum, exp_sum
 from ruvllm.kernels.ranking import (
     argmax_index,
-    exp_sum,
     largest,
     log_sum_exp,
-    scaled_exp,
     select,
     top_kselect,
     vector,
 )
 
 _FIRST_CANDIDATES = 256  # sorted for top-p before it is known how many it keeps
+_FEW = 64  # elements whose exponentials are summed in float32, and looked at one by one where the draw falls
 _ZERO = np.float32(0)
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -74,19 +73,21 @@ def draw_from_all(x: Any, top: Any, inverse_temperature: Any, u: Any) -> Any:
 
     Exponentials are computed twice rather than stored: the second time only until the sum is reached.
     """
-    n = x.size
-    target = u * exp_sum(x, 0, n, top, inverse_temperature)
+    total = 0.0
+    for first in range(0, x.size, _FEW):
+        total += exp_sum(x[first : first + _FEW], top, inverse_temperature)
+    target = u * total
     before, last = 0.0, 0
-    for i in range(0, n, LANES):
-        e = scaled_exp(x, i, n - i, top, inverse_temperature)
-        after = before + np.float64(hsum(e))
+    for first in range(0, x.size, _FEW):
+        strip = x[first : first + _FEW]
+        after = before + exp_sum(strip, top, inverse_temperature)
         if after > before:
             if after > target:
-                for j in range(LANES):
-                    weight = lane(e, j)
+                for i in range(strip.size):
+                    weight = exp((strip[i] - top) * inverse_temperature)
                     if weight > _ZERO:
                         before += np.float64(weight)
-                        last = i + j
+                        last = first + i
                         if before > target:
                             break
                 return last
@@ -117,7 +118,7 @@ def cut_and_draw(
     kept = k
     complete = last_chance
     if top_p < 1.0:
-        among = exp_shifted_sum(values, 0, k, values[0], weights, 0)
+        among = exp_and_sum(values, values[0], weights)
         goal = top_p * (total if total > 0.0 else among)
         running = 0.0
         for i in range(k):

@@ -31,14 +31,12 @@ from ruvllm.kernels._simd import (
     fma,
     fma_rows,
     hsum,
-    lane,
     load,
     load_rows,
     prefetch_l2,
-    splat,
     store_rows,
 )
-from ruvllm.kernels._tile import LANES, put
+from ruvllm.kernels._tile import LANES
 from ruvllm.kernels._views import flat
 
 GROUP = 4  # query heads that read a block of keys and values together
@@ -162,22 +160,30 @@ def add_weighted_values(
 @kernel(strict=True)
 def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
     """out (H, D) for heads lo:hi from the first ``chunks`` of partial (H, >= chunks, partial_width(D))."""
-    dim, width = out.shape[1], partial.shape[2]
-    state = width - LANES
-    parts, outs = flat(partial), flat(out)
+    dim, state = out.shape[1], partial.shape[2] - LANES
     for head in range(lo, hi):
-        base = head * partial.shape[1] * width
-        top = parts[base + state]
+        parts, y = partial[head], out[head]
+        top = parts[0, state]
         for c in range(1, chunks):
-            top = max(top, parts[base + c * width + state])
+            top = max(top, parts[c, state])
         total = np.float32(0)
+        y[:] = total
         for c in range(chunks):
-            at = base + c * width + state
-            total += parts[at + 1] * lane(exp2_of_negative(splat(parts[at] - top)), 0)
-        inverse = splat(np.float32(1) / total)
-        for d in range(0, dim, LANES):
-            acc = f32_zero()
-            for c in range(chunks):
-                at = base + c * width
-                acc = fma(f32_load(parts, at + d), exp2_of_negative(splat(parts[at + state] - top)), acc)
-            put(outs, head * dim + d, acc * inverse, dim - d, False)
+            weight = exp2_of_negative(parts[c, state] - top)
+            total += parts[c, state + 1] * weight
+            add_multiple(weight, parts[c, :dim], y)
+        multiply(y, np.float32(1) / total)
+
+
+@inline_kernel(independent=True)
+def add_multiple(factor: Any, x: Any, y: Any) -> None:
+    """y += factor x."""
+    for i in range(y.size):
+        y[i] = fma(factor, x[i], y[i])
+
+
+@inline_kernel(independent=True)
+def multiply(y: Any, factor: Any) -> None:
+    """y *= factor."""
+    for i in range(y.size):
+        y[i] *= factor

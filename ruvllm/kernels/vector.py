@@ -3,39 +3,22 @@
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_store, f32_store_first, f32_zero, fma, hsum, splat
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._over_rows import over_elements, run_rows
 from ruvllm.kernels._small import alike, apart, may_write, room, rows_of, small_call
 from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_STREAM, launch, threads_for
+from ruvllm.kernels._sums import sum_of_products
+from ruvllm.kernels._threads import PARALLEL_STREAM, threads_for
 from ruvllm.kernels._views import flat
-
-_WIDE = 4 * LANES  # four running sums, because each waits for the one before it
-
-@inline_kernel
-def dot_flat(x: Any, xi: Any, y: Any, yi: Any, n: Any) -> Any:
-    """sum(x * y) of n elements from the flat indices xi and yi."""
-    s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-    whole = n - n % _WIDE
-    for i in range(0, whole, _WIDE):
-        s0 = fma(f32_load(x, xi + i), f32_load(y, yi + i), s0)
-        s1 = fma(f32_load(x, xi + i + LANES), f32_load(y, yi + i + LANES), s1)
-        s2 = fma(f32_load(x, xi + i + 2 * LANES), f32_load(y, yi + i + 2 * LANES), s2)
-        s3 = fma(f32_load(x, xi + i + 3 * LANES), f32_load(y, yi + i + 3 * LANES), s3)
-    for i in range(whole, n, LANES):
-        s0 = fma(f32_load_first(x, xi + i, n - i), f32_load_first(y, yi + i, n - i), s0)
-    return hsum((s0 + s1) + (s2 + s3))
 
 
 @kernel(strict=True)
 def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi of dot. a, b (rows, n); out (rows,)."""
-    n = a.shape[1]
     for row in range(lo, hi):
-        out[row] = dot_flat(a, row * n, b, row * n, n)
+        out[row] = sum_of_products(a[row], b[row])
 
 
 @small_call((2, 2, 1), (1, 1, 0))
@@ -77,24 +60,15 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def scale_range(x: Any, factor: Any, out: Any, lo: Any, hi: Any) -> None:
     """Elements lo:hi of scale. x, out (n,)."""
-    f = splat(np.float32(factor))
-    whole = lo + (hi - lo) // LANES * LANES
-    for i in range(lo, whole, LANES):
-        f32_store(out, i, f32_load(x, i) * f)
-    if whole < hi:
-        f32_store_first(out, whole, f32_load_first(x, whole, hi - whole) * f, hi - whole)
+    f, x, out = np.float32(factor), x[lo:hi], out[lo:hi]
+    for i in range(out.size):
+        out[i] = f * x[i]
 
 
-@parallel_kernel
-def scale_parallel(x: Any, factor: Any, out: Any, threads: Any) -> None:
-    """scale_range with the elements split over threads, at multiples of a vector."""
-    vectors = (x.size + LANES - 1) // LANES
-    for t in prange(threads):
-        end = min(vectors * (t + 1) // threads * LANES, x.size)
-        scale_range(x, factor, out, vectors * t // threads * LANES, end)
+scale_parallel = over_elements(scale_range)
 
 
 @small_call((2, float, 2), (1, float, 1))
@@ -128,31 +102,19 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     out = _check.output("out", out, x.shape, x)
     factor = _check.number("factor", factor)
     threads = threads_for(x.size, PARALLEL_STREAM, x.size)
-    if threads == 1:
-        scale_range(x.ravel(), factor, out.ravel(), 0, x.size)
-    else:
-        launch(scale_parallel, x.ravel(), factor, out.ravel(), threads)
+    run_rows(scale_range, scale_parallel, threads, x.size, x.ravel(), factor, out.ravel())
     return out
 
 
-@kernel(strict=True)
+@kernel(independent=True)
 def add_range(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
     """Elements lo:hi of add. a, b, out (n,)."""
-    whole = lo + (hi - lo) // LANES * LANES
-    for i in range(lo, whole, LANES):
-        f32_store(out, i, f32_load(a, i) + f32_load(b, i))
-    if whole < hi:
-        count = hi - whole
-        f32_store_first(out, whole, f32_load_first(a, whole, count) + f32_load_first(b, whole, count), count)
+    a, b, out = a[lo:hi], b[lo:hi], out[lo:hi]
+    for i in range(out.size):
+        out[i] = a[i] + b[i]
 
 
-@parallel_kernel
-def add_parallel(a: Any, b: Any, out: Any, threads: Any) -> None:
-    """add_range with the elements split over threads, at multiples of a vector."""
-    vectors = (a.size + LANES - 1) // LANES
-    for t in prange(threads):
-        end = min(vectors * (t + 1) // threads * LANES, a.size)
-        add_range(a, b, out, vectors * t // threads * LANES, end)
+add_parallel = over_elements(add_range)
 
 
 @small_call((2, 2, 2), (1, 1, 1))
@@ -186,10 +148,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     b = _check.float32("b", b, shape=a.shape)
     out = _check.output("out", out, a.shape, a, b)
     threads = threads_for(a.size, PARALLEL_STREAM, a.size)
-    if threads == 1:
-        add_range(a.ravel(), b.ravel(), out.ravel(), 0, a.size)
-    else:
-        launch(add_parallel, a.ravel(), b.ravel(), out.ravel(), threads)
+    run_rows(add_range, add_parallel, threads, a.size, a.ravel(), b.ravel(), out.ravel())
     return out
 
 

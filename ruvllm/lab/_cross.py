@@ -113,7 +113,8 @@ def _retarget(target: Target) -> None:
     from numba.core.runtime.nrt import rtsys
     from numba.core.runtime.nrtdynmod import compile_nrt_functions
 
-    from ruvllm.kernels import _jit
+    from ruvllm.kernels._compiler import not_callable
+    from ruvllm.kernels._jit import COMPILED
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -142,19 +143,18 @@ def _retarget(target: Target) -> None:
 
     codegen._create_empty_module = module_for_target
     setattr(JITCodeLibrary, "_finalize_final_module", to_assembly)  # noqa: B010  mypy sees no method there
-    cpu_target.target_context.get_executable = lambda library, fndesc, env: _jit._not_callable()
+    cpu_target.target_context.get_executable = lambda library, fndesc, env: not_callable()
     with global_compiler_lock:
         rtsys._library = compile_nrt_functions(cpu_target.target_context)  # reference counts: linked into kernels
-    for dispatcher in _jit.COMPILED:
+    for dispatcher in COMPILED:
         dispatcher._cache = NullCache()
-        dispatcher._compiler.pipeline_class = _with_line_numbers()
+        dispatcher._compiler.pipeline_class = _with_line_numbers(dispatcher._compiler.pipeline_class)
 
 
-def _with_line_numbers() -> Any:
-    """Numba's compiler, which says from which source line code comes, and makes no wrappers for Python."""
-    from numba.core.compiler import Compiler
+def _with_line_numbers(compiler: Any) -> Any:
+    """A compiler that also says from which source line code comes, and makes no wrappers for Python."""
 
-    class LineNumbers(Compiler):
+    class LineNumbers(compiler):
         def __init__(
             self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
         ) -> None:
@@ -172,7 +172,7 @@ def _assembly(body: Body) -> str:
 
     dispatcher = pickle.loads(body.pickled) if body.pickled else getattr(import_module(body.module), body.name)
     if body.pickled:
-        dispatcher._compiler.pipeline_class = _with_line_numbers()
+        dispatcher._compiler.pipeline_class = _with_line_numbers(dispatcher._compiler.pipeline_class)
     dispatcher.compile(body.signature)
     library = dispatcher.overloads[body.signature].library
     with global_compiler_lock:

@@ -438,6 +438,61 @@ def test_a_closure_is_not_cached() -> None:
     assert not sum(triple.stats.cache_hits.values())
 
 
+TYPED = """
+import numpy as np
+from ruvllm.kernels._jit import kernel
+@kernel
+def double(x, lo, hi):
+    for i in range(lo, hi):
+        x[i] *= 2
+ones = np.ones(3)
+double(ones, 0, 2)
+assert ones.tolist() == [2, 2, 1]
+"""
+
+
+def test_a_kernel_that_is_in_no_file_is_not_cached(spoilable: Setup) -> None:
+    before = spoilable.entries()
+    for _ in range(2):
+        outcome = spoilable.run(TYPED + PROGRAM)
+        assert outcome.is_right()
+        assert outcome.compiled == 1
+        assert outcome.log == ""
+    assert spoilable.entries() == before
+
+
+SPLIT = """
+import json, sys
+import numpy as np
+from ruvllm.kernels._jit import COMPILED
+from split_cases import add_one, over_rows
+x = np.zeros(10)
+over_rows(add_one)(2, 10, x)
+stats = [f.stats for f in COMPILED]
+print(json.dumps({"loaded": sum(sum(s.cache_hits.values()) for s in stats),
+                  "compiled": sum(sum(s.cache_misses.values()) for s in stats), "y": x.tolist()}))
+"""
+SPLIT_BODY = """
+from ruvllm.kernels._jit import kernel
+from ruvllm.kernels._over_rows import over_rows
+@kernel(independent=True)
+def add_one(x, lo, hi):
+    x = x[lo:hi]
+    for i in range(x.size):
+        x[i] += 1
+"""
+
+
+def test_the_parallel_kernel_of_an_edited_body_is_compiled_anew(editable: Setup) -> None:
+    path = editable.source.parent / "split_cases.py"
+    path.write_text(SPLIT_BODY)
+    assert editable.run(SPLIT).y == [1] * 10
+    again = editable.run(SPLIT)
+    assert (again.y, again.compiled) == ([1] * 10, 0)
+    path.write_text(SPLIT_BODY.replace("+= 1", "+= 2"))
+    assert editable.run(SPLIT).y == [2] * 10
+
+
 def test_functions_that_differ_in_what_they_enclose_are_kept_apart(tmp_path: Path) -> None:
     """Compiled in processes of their own, they meet in one through the cache, in either order."""
     environment = {**os.environ, "RUVLLM_CACHE": str(tmp_path)}

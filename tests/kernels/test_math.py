@@ -1,33 +1,35 @@
-"""exp, sigmoid and SiLU on vectors against NumPy in float64."""
+"""exp, sigmoid and SiLU against NumPy in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit
 
 from ruvllm.kernels import _math
+from ruvllm.kernels._jit import kernel
 from ruvllm.kernels._simd import f32_load, f32_store
 
-exp, sigmoid, silu = _math.exp, _math.sigmoid, _math.silu
+
+def _of_each(function: Any) -> Callable[[Any, Any], None]:
+    @kernel(independent=True)
+    def run(x: Any, out: Any) -> None:
+        for i in range(x.size):
+            out[i] = function(x[i])
+
+    return run
 
 
-@njit
-def _exp(x: Any, out: Any) -> None:
-    for i in range(0, x.size, 16):
-        f32_store(out, i, exp(f32_load(x, i)))
+def _of_sixteen(function: Any) -> Callable[[Any, Any], None]:
+    @kernel(strict=True)
+    def run(x: Any, out: Any) -> None:
+        for i in range(0, x.size, 16):
+            f32_store(out, i, function(f32_load(x, i)))
+
+    return run
 
 
-@njit
-def _sigmoid(x: Any, out: Any) -> None:
-    for i in range(0, x.size, 16):
-        f32_store(out, i, sigmoid(f32_load(x, i)))
-
-
-@njit
-def _silu(x: Any, out: Any) -> None:
-    for i in range(0, x.size, 16):
-        f32_store(out, i, silu(f32_load(x, i)))
+_exp, _sigmoid, _silu = _of_each(_math.exp), _of_each(_math.sigmoid), _of_each(_math.silu)
 
 
 def _f32(values: list[float]) -> np.ndarray:
@@ -49,8 +51,19 @@ def test_exp_is_within_two_roundings(low: float, high: float) -> None:
 
 
 def test_exp_at_its_ends() -> None:
-    x = _f32([-np.inf, -1e38, -104, -87.4, -0.0, 0, 88.4, 1e38, np.inf])
+    x = _f32([-np.inf, -1e38, -104, -87.7, -0.0, 0, 88.4, 1e38, np.inf])
     np.testing.assert_array_equal(_run(_exp, x), _f32([0, 0, 0, 0, 1, 1, np.inf, np.inf, np.inf]))
+
+
+def test_exp_below_the_normal_numbers() -> None:
+    x = np.linspace(-87.68, -87.33, 1000).astype(np.float32)
+    np.testing.assert_allclose(_run(_exp, x), np.exp(x.astype(np.float64)), rtol=2e-7, atol=2.0**-149)
+
+
+@pytest.mark.parametrize("function", [_math.exp, _math.exp2_of_negative], ids=["exp", "exp2_of_negative"])
+def test_sixteen_at_once_are_the_bits_of_each(function: Any) -> None:
+    x = np.concatenate([np.linspace(-130, 0, 100_000), [-np.inf, np.nan, -0.0]]).astype(np.float32)
+    np.testing.assert_array_equal(_run(_of_sixteen(function), x), _run(_of_each(function), x))
 
 
 def test_nan_stays_nan() -> None:

@@ -67,7 +67,9 @@ def test_arithmetic(sign: str) -> None:
             np.testing.assert_array_equal(out, ARITHMETIC[sign].py_func(a, b))
 
 
-@pytest.mark.parametrize("name", ["fmax", "fmin", "evens", "odds", "zip_low", "zip_high", "low_halves", "greater"])
+@pytest.mark.parametrize(
+    "name", ["fmax", "fmin", "larger_or_nan", "greater", "evens", "odds", "zip_low", "zip_high", "low_halves"]
+)
 def test_two_vectors(name: str) -> None:
     run, out = _binary(getattr(_simd, name)), np.empty(LANES, np.float32)
     for a in _vectors(3):
@@ -131,41 +133,73 @@ def test_reductions() -> None:
             np.testing.assert_equal(largest, _simd_python.hmax(a))
 
 
-def test_constants_and_single_lanes() -> None:
-    store, load, zero, splat, splat_at = (
-        _simd.f32_store, _simd.f32_load, _simd.f32_zero, _simd.splat, _simd.splat_at,
+def test_constants() -> None:
+    store, zero, splat, splat_at, to_f32 = (
+        _simd.f32_store, _simd.f32_zero, _simd.splat, _simd.splat_at, _simd.to_f32,
     )  # fmt: skip
-    lane, i32_store = _simd.lane, _simd.i32_store
 
     @njit
-    def run(a, x, n, i, out, integers):
+    def run(a, x, n, i, out):
         store(out, 0, zero())
         store(out, 16, splat(x))
         store(out, 32, splat_at(a, i))
-        i32_store(integers, 0, splat(n))
-        return lane(load(a, 0), i)
+        store(out, 48, to_f32(splat(n)))
 
-    a, out, integers = np.arange(16, dtype=np.float32), np.full(48, np.nan, np.float32), np.empty(16, np.int32)
+    a, out = np.arange(16, dtype=np.float32), np.full(64, np.nan, np.float32)
     for i in range(16):
-        assert run(a, np.float32(2.5), np.int32(-7), i, out, integers) == i
-        np.testing.assert_array_equal(out, np.repeat(_f32([0, 2.5, i]), 16))
-        assert (integers == -7).all()
+        run(a, np.float32(2.5), np.int32(-7), i, out)
+        np.testing.assert_array_equal(out, np.repeat(_f32([0, 2.5, i, -7]), 16))
+
+
+def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
+    fma, greater, load, store = _simd.fma, _simd.greater, _simd.f32_load, _simd.f32_store
+
+    @njit
+    def run(a, x, out):
+        v = load(a, 0)
+        store(out, 0, v + x)
+        store(out, 16, x - v)
+        store(out, 32, fma(x, v, x))
+        store(out, 48, greater(x, v))
+
+    out, x = np.empty(64, np.float32), np.float32(1.5)
+    with np.errstate(all="ignore"):
+        for a in _vectors(3):
+            run(a, x, out)
+            expected = [a + x, x - a, (np.float64(x) * a + x).astype(np.float32), np.where(x > a, x, a)]
+            np.testing.assert_array_equal(out, np.concatenate(expected))
+
+
+@pytest.mark.parametrize("name", ["fmax", "larger_or_nan", "greater", "at_most"])
+def test_two_numbers(name: str) -> None:
+    function = getattr(_simd, name)
+
+    @njit
+    def run(x, y, out):
+        for i in range(x.size):
+            for j in range(y.size):
+                out[i, j] = function(x[i], y[j])
+
+    out = np.empty((LANES, LANES), np.float32)
+    run(SPECIAL, SPECIAL, out)
+    expected = [[getattr(_simd_python, name)(x, y) for y in SPECIAL] for x in SPECIAL]
+    np.testing.assert_array_equal(out, np.array(expected, np.float32))
 
 
 def test_integer_vectors() -> None:
-    load, store, rounded, to_f32 = _simd.i32_load, _simd.i32_store, _simd.round_to_i32, _simd.to_f32
+    rounded, to_f32 = _simd.round_to_i32, _simd.to_f32
     f32_load, f32_store, power = _simd.f32_load, _simd.f32_store, _simd.power_of_two
 
     @njit
     def arithmetic(a, b, out):
-        store(out, 0, load(a, 0) + load(b, 0))
-        store(out, 16, load(a, 0) - load(b, 0))
-        store(out, 32, load(a, 0) * load(b, 0))
+        x, y = rounded(f32_load(a, 0)), rounded(f32_load(b, 0))
+        f32_store(out, 0, to_f32(x + y))
+        f32_store(out, 16, to_f32(x - y))
+        f32_store(out, 32, to_f32(x * y))
 
     @njit
-    def convert(x, out, floats):
-        store(out, 0, rounded(f32_load(x, 0)))
-        f32_store(floats, 0, to_f32(rounded(f32_load(x, 0))))
+    def convert(x, out):
+        f32_store(out, 0, to_f32(rounded(f32_load(x, 0))))
 
     @njit
     def powers(n, out):
@@ -173,13 +207,12 @@ def test_integer_vectors() -> None:
 
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-(2**15), 2**15, 16).astype(np.int32) for _ in range(2))
-    out, floats = np.empty(48, np.int32), np.empty(16, np.float32)
-    arithmetic(a, b, out)
-    np.testing.assert_array_equal(out, np.concatenate((a + b, a - b, a * b)))
+    out, floats = np.empty(48, np.float32), np.empty(16, np.float32)
+    arithmetic(a.astype(np.float32), b.astype(np.float32), out)
+    np.testing.assert_array_equal(out, np.concatenate((a + b, a - b, a * b)).astype(np.float32))
     halves = _f32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997, 8388607.5,
                          0, 1, -1, 3.5, 4.5, 99.9, 9])
-    convert(halves, out, floats)
-    np.testing.assert_array_equal(out[:16], np.rint(halves).astype(np.int32))
+    convert(halves, floats)
     np.testing.assert_array_equal(floats, np.rint(halves))
     exponents = np.array([-126, -100, -2, -1, 0, 1, 2, 3, 10, 23, 24, 31, 64, 100, 127, 128], np.int32)
     shifted = np.float32(1.5 * 2**23) + exponents.astype(np.float32)
@@ -209,20 +242,6 @@ def test_bounds(name: str) -> None:
         run(SPECIAL, limit, y, out)
         arguments = (SPECIAL, limit, y) if with_y else (SPECIAL, limit)
         np.testing.assert_array_equal(out, getattr(_simd_python, name)(*arguments))
-
-
-def test_nan_or_zero_below() -> None:
-    load, store, select = _simd.f32_load, _simd.f32_store, _simd.nan_or_zero_below
-
-    @njit
-    def run(x, limit, y, out):
-        store(out, 0, select(load(x, 0), limit, load(y, 0)))
-
-    out = np.empty(LANES, np.float32)
-    y = np.arange(100, 116, dtype=np.float32)
-    for limit in _f32([-1, 0, 1e10]):
-        run(SPECIAL, limit, y, out)
-        np.testing.assert_array_equal(out, _simd_python.nan_or_zero_below(SPECIAL, limit, y))
 
 
 def test_loads_and_stores_at_any_index() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, gelu, norm, rounding, vector
+from ruvllm.kernels import activation, norm, rounding, vector
 from ruvllm.kernels import rope as rotary
 from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
 from ruvllm.kernels._views import array_at, flat
@@ -15,7 +15,7 @@ rms_norm_rows = as_part(norm.rms_norm_rows)
 rope_rows = as_part(rotary.rope_rows)
 quantize_activations = as_part(rounding.quantize_activations)
 silu_mul_range = as_part(activation.silu_mul_range)
-gelu_mul_range = as_part(gelu.gelu_mul_range)
+gelu_mul_range = as_part(activation.gelu_mul_range)
 add_range = as_part(vector.add_range)
 _token_blocks = inline_kernel(token_blocks)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import KERNELS
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import num_threads
-from ruvllm.kernels.cached_attention import cached_attention, scratch_size
-from ruvllm.kernels.kv import append
-from ruvllm.kernels.panels import linear_panels, pack, panel_count, panels_matmul, panels_matmul_parallel
+from ruvllm.kernels.attention.kv import append
+from ruvllm.kernels.attention.prefill import cached_attention, scratch_size
+from ruvllm.kernels.matmul.panels import linear_panels, pack, panel_count, panels_matmul, panels_matmul_parallel
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.threads.pool import num_threads
 from ruvllm.report.inside import Inside
 from ruvllm.report.peers import KernelPeer, own_copies
 from ruvllm.report.timing import Call, Engine

@@ -24,11 +24,11 @@ from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.kernels._cache import is_warm, kernel_cache_directory, mark_warm
-from ruvllm.kernels._jit import DISABLE_JIT
-from ruvllm.kernels._region import CFunction
-from ruvllm.kernels._threads import limited_to, num_threads
+from ruvllm.kernels.jit.cache import is_warm, kernel_cache_directory, mark_warm
+from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.tape import replay
+from ruvllm.kernels.threads.pool import limited_to, num_threads
+from ruvllm.kernels.threads.regions import CFunction
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES

@@ -12,7 +12,7 @@ from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_for
-from ruvllm.kernels._memory import require_memory
+from ruvllm.kernels.memory import require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama, choose_layouts

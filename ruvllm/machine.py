@@ -66,7 +66,7 @@ def threads() -> dict[str, str]:
     """How many threads kernels use, and by which threading layer."""
     from numba.np.ufunc.parallel import get_num_threads, threading_layer
 
-    from ruvllm.kernels.blas import SIZES, blas_name, speedups
+    from ruvllm.kernels.matmul.blas import SIZES, blas_name, speedups
 
     count = get_num_threads()  # also starts the threading layer, which until then has no name
     measured = ", ".join(f"{value:.2f}x at {n}" for n, value in zip(SIZES, speedups(count) or (), strict=False))

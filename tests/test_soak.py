@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ruvllm.kernels import _memory
+from ruvllm.kernels import memory
 from tests import llm_cases
 from tests.soak import Soak, plot, report
 
@@ -21,8 +21,8 @@ def soak(tmp_path: Path) -> Soak:
 
 def test_nothing_grows_and_answers_stay(soak: Soak, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small weights come from blocks of 32 MB, each of which fills up before it is given back: here from smaller ones.
-    monkeypatch.setattr(_memory, "_BLOCK", 1 << 20)
-    monkeypatch.setattr(_memory, "_LARGE", 1 << 19)
+    monkeypatch.setattr(memory, "_BLOCK", 1 << 20)
+    monkeypatch.setattr(memory, "_LARGE", 1 << 19)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for action in soak.actions:

@@ -62,7 +62,7 @@ with event.install_recorder("numba:run_pass") as passes:
     import ruvllm
     from ruvllm import load, LLM, Llama, KVCache, warmup
     import ruvllm.kernels, ruvllm.model, ruvllm.loading, ruvllm.cli._talk
-    from ruvllm.kernels._jit import COMPILED
+    from ruvllm.kernels.jit.decorators import COMPILED
 print(json.dumps([len(passes.buffer), sum(len(function.signatures) for function in COMPILED), len(COMPILED)]))
 """
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
-from ruvllm.kernels._jit import kernel
+from ruvllm.kernels.jit.decorators import kernel
 
 Array = np.ndarray[Any, Any]
 

@@ -1,6 +1,6 @@
 """float32 rows -> storage types: what ``dequant`` decodes, made.
 
-Q8_0, Q4_0 and Q4_1 are the codes and scales of ``kernels.quantize`` in ggml's blocks of 32.
+Q8_0, Q4_0 and Q4_1 are the codes and scales of ``kernels.quant.weights`` in ggml's blocks of 32.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.checkpoint.storage import BLOCKS
-from ruvllm.kernels.quant_layout import GROUP
-from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+from ruvllm.kernels.quant.layout import GROUP
+from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
 
 ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _LARGEST_HALF = 65504

@@ -20,7 +20,7 @@ from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels.rope_frequencies import rope_inv_freq
+from ruvllm.kernels.rope.frequencies import rope_inv_freq
 from ruvllm.model.config import ModelConfig
 
 # Text that the pre-tokenizers known by name split differently: letters, digits, spaces, lines, scripts, marks.

@@ -1,6 +1,6 @@
 """Storage types -> groups of 32 codes with 16-bit scales: weights for the integer kernels, without a float32 copy.
 
-What each type becomes (``kernels.quantize`` says what the codes mean):
+What each type becomes (``kernels.quant.weights`` says what the codes mean):
 
     Q4_0  int4              exact
     Q4_1  int4 with mins    exact
@@ -10,7 +10,7 @@ What each type becomes (``kernels.quantize`` says what the codes mean):
     Q5_1  int5 with mins    exact
     Q5_K  int5 with mins    codes exact; scale and min rounded as for Q4_K
     Q6_K  int8              one scale in place of two of 16 elements: see ``q6_k_rows``
-    F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quantize``
+    F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quant.weights``
 
 Rounding to half precision has a relative error of at most 2^-11. Where it would be subnormal (below 2^-14) d s is a
 multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is refused.
@@ -26,12 +26,12 @@ from ruvllm.checkpoint.dequant import half, scale_and_minimum
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._simd import f16_to_f32, f32_to_f16
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
-from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8
-from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
-from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8
+from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
+from ruvllm.kernels.simd.vectors import f16_to_f32, f32_to_f16
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 
 KINDS = {"int4": INT4, "int5": INT5, "int8": INT8}
 ZEROS = {"int4": 8, "int5": 16, "int8": 0}  # codes of 0 where weights have no min

@@ -13,7 +13,7 @@ from ruvllm.checkpoint.dequant import dequantize_rows, first_bad_scale
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels.quant_panels import Panels
+from ruvllm.kernels.quant.panels import Panels
 
 _CHUNK_BYTES = 1 << 22  # raw bytes decoded at a time, so that a gathered or read copy stays small
 

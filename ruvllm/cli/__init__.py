@@ -136,7 +136,7 @@ def _warmup(args: argparse.Namespace) -> None:
     if args.operands:
         raise ValueError(f"unexpected argument {args.operands[0]!r}")
     import ruvllm
-    from ruvllm.kernels._cache import kernel_cache_directory
+    from ruvllm.kernels.jit.cache import kernel_cache_directory
 
     ruvllm.warmup(progress=True)
     directory = kernel_cache_directory()

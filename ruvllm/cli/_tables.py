@@ -90,7 +90,7 @@ def _pairs(title: str, rows: dict[str, str]) -> Any:
 
 def _files() -> dict[str, str]:
     from ruvllm.checkpoint.hub import MODELS, cached_models
-    from ruvllm.kernels._cache import kernel_cache_directory
+    from ruvllm.kernels.jit.cache import kernel_cache_directory
     from ruvllm.paths import cache_directory
 
     kernels = kernel_cache_directory()

@@ -1,53 +1,40 @@
 """The public kernels, and KERNELS: each kernel's record by name."""
 
-from ruvllm.kernels import (
-    activation,
-    attention,
-    attention_grad,
-    backward,
-    bandwidth,
-    kv,
-    lora,
-    lora_grad,
-    loss,
-    matmul,
-    norm,
-    optimizer,
-    ranking,
-    rope,
-    sampling,
-    vector,
-)
-from ruvllm.kernels._spec import KernelSpec
+from importlib import import_module
+
 from ruvllm.kernels.activation import gelu_mul, silu_mul, softmax
-from ruvllm.kernels.attention import (
+from ruvllm.kernels.attention.kv import kv_append
+from ruvllm.kernels.attention.public import (
     flash_attention,
     grouped_query_attention,
     multi_query_attention,
     paged_attention,
     softmax_attention,
 )
-from ruvllm.kernels.attention_grad import attention_backward
-from ruvllm.kernels.backward import rms_norm_backward, silu_mul_backward
 from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
-from ruvllm.kernels.kv import kv_append
-from ruvllm.kernels.lora import lora_forward, lora_forward_add
-from ruvllm.kernels.lora_grad import lora_accumulate_grad
-from ruvllm.kernels.loss import cross_entropy
-from ruvllm.kernels.matmul import batched_gemm, gemm, gemm_nt, gemv
+from ruvllm.kernels.lora.public import lora_forward, lora_forward_add
+from ruvllm.kernels.matmul.public import batched_gemm, gemm, gemm_nt, gemv
 from ruvllm.kernels.norm import layer_norm, rms, rms_norm
-from ruvllm.kernels.optimizer import adamw
-from ruvllm.kernels.ranking import argmax, log_softmax, top_k, top_logprobs
-from ruvllm.kernels.rope import apply_rope, apply_rope_tables
-from ruvllm.kernels.rope_frequencies import rope_inv_freq, rope_tables
-from ruvllm.kernels.sampling import apply_repetition_penalty, sample
+from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
+from ruvllm.kernels.rope.rotate import apply_rope, apply_rope_tables
+from ruvllm.kernels.sampling.ranking import argmax, log_softmax, top_k, top_logprobs
+from ruvllm.kernels.sampling.sample import apply_repetition_penalty, sample
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.training.adamw import adamw
+from ruvllm.kernels.training.attention import attention_backward
+from ruvllm.kernels.training.backward import rms_norm_backward, silu_mul_backward
+from ruvllm.kernels.training.lora import lora_accumulate_grad
+from ruvllm.kernels.training.loss import cross_entropy
 from ruvllm.kernels.vector import add, dot, scale
 
 _MODULES = (
-    activation, attention, bandwidth, kv, lora, lora_grad, matmul, norm, ranking, rope, sampling, vector,
-    attention_grad, backward, loss, optimizer,
+    "activation", "attention.public", "bandwidth", "attention.kv", "lora.public", "training.lora", "matmul.public",
+    "norm", "sampling.ranking", "rope.rotate", "sampling.sample", "vector", "training.attention", "training.backward",
+    "training.loss", "training.adamw",
 )  # fmt: skip
-KERNELS: dict[str, KernelSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}
+KERNELS: dict[str, KernelSpec] = {
+    spec.name: spec for module in _MODULES for spec in import_module(f"ruvllm.kernels.{module}").SPECS
+}
 
 __all__ = [
     "KERNELS",

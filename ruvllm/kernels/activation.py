@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._math import gelu, silu
-from ruvllm.kernels._over_rows import over_elements, over_rows, run_rows
-from ruvllm.kernels._small import alike, may_write, room, rows_of, small_call
-from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._sums import exp_and_sum, maximum
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, threads_for
-from ruvllm.kernels._views import flat
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.jit.small_calls import alike, may_write, room, rows_of, small_call
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.simd.math import gelu, silu
+from ruvllm.kernels.simd.sums import exp_and_sum, maximum
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 
 @kernel(independent=True)
@@ -58,10 +58,10 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if softmax_small(x, y):
         return y
-    x = _check.float32("x", x, min_ndim=1)
-    out = _check.output("out", out, x.shape, x)
+    x = check.float32("x", x, min_ndim=1)
+    out = check.output("out", out, x.shape, x)
     if x.size:
-        rows, to = _check.rows(x), _check.rows(out)
+        rows, to = check.rows(x), check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
         run_rows(softmax_rows, softmax_parallel, threads, count, rows, to)
@@ -108,9 +108,9 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(gate.shape) if out is None and type(gate) is np.ndarray else out
     if silu_mul_small(gate, up, y):
         return y
-    gate = _check.float32("gate", gate)
-    up = _check.float32("up", up, shape=gate.shape)
-    out = _check.output("out", out, gate.shape, gate, up)
+    gate = check.float32("gate", gate)
+    up = check.float32("up", up, shape=gate.shape)
+    out = check.output("out", out, gate.shape, gate, up)
     flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
     run_rows(silu_mul_range, silu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)
@@ -147,9 +147,9 @@ def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units"; Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    gate = _check.float32("gate", gate)
-    up = _check.float32("up", up, shape=gate.shape)
-    out = _check.output("out", out, gate.shape, gate, up)
+    gate = check.float32("gate", gate)
+    up = check.float32("up", up, shape=gate.shape)
+    out = check.output("out", out, gate.shape, gate, up)
     flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
     run_rows(gelu_mul_range, gelu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._memory import aligned_empty, require_memory
-from ruvllm.kernels._over_rows import over_rows, run_rows
-from ruvllm.kernels._simd import LANES, f32_load, f32_load_first, f32_zero, hsum
-from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
-from ruvllm.kernels._tile import STREAMS
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.matmul.micro_kernels import STREAMS
+from ruvllm.kernels.memory import aligned_empty, require_memory
+from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_zero, hsum
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
 
 _STEP = 2 * STREAMS * LANES  # eight running sums: additions are never what the loop waits for
 _PIECES = 64  # each is summed alone, so that the result does not depend on the number of threads
@@ -61,7 +61,7 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
     if threads is None:
         threads = num_threads()
     for name, value, least in (("nbytes", nbytes, 4), ("repeats", repeats, 1), ("threads", threads, 1)):
-        if _check.integer(name, value) < least:
+        if check.integer(name, value) < least:
             raise ValueError(f"{name}: expected at least {least}, found {value}")
     require_memory(nbytes, f"a buffer of {nbytes} bytes")
     threads = min(threads, _PIECES)
@@ -89,7 +89,7 @@ def buffer_sum(x: Any) -> float:
         TypeError: ``x`` is not a float32 array.
         ValueError: ``x`` does not have one dimension.
     """
-    x = _check.float32("x", x, ndim=1)
+    x = check.float32("x", x, ndim=1)
     sums = np.empty(_PIECES, np.float32)
     _sum(x, sums, threads_for(x.size, PARALLEL_ELEMENTS, _PIECES))
     return float(sums.sum(dtype=np.float64))

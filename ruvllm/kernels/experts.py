@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels._jit import kernel
+from ruvllm.kernels.jit.decorators import kernel
 
 
 @kernel(strict=True)

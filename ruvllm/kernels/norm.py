@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import inline_kernel, kernel, sum_kernel
-from ruvllm.kernels._over_rows import over_rows, run_rows
-from ruvllm.kernels._small import may_write, room, rows_of, small_call
-from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._sums import sum_of_few, sum_of_squares
-from ruvllm.kernels._threads import PARALLEL_STREAM, threads_for
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel, sum_kernel
+from ruvllm.kernels.jit.small_calls import may_write, room, rows_of, small_call
+from ruvllm.kernels.simd.sums import sum_of_few, sum_of_squares
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -64,12 +64,12 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if rms_norm_small(x, weight, eps, y):
         return y
-    x = _check.float32("x", x, min_ndim=1)
-    weight = _check.float32("weight", weight, shape=x.shape[-1:])
-    out = _check.output("out", out, x.shape, x, weight)
-    eps = _check.not_negative("eps", eps)
+    x = check.float32("x", x, min_ndim=1)
+    weight = check.float32("weight", weight, shape=x.shape[-1:])
+    out = check.output("out", out, x.shape, x, weight)
+    eps = check.not_negative("eps", eps)
     if x.size:
-        rows, to = _check.rows(x), _check.rows(out)
+        rows, to = check.rows(x), check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_STREAM, count)
         run_rows(rms_norm_rows, rms_norm_parallel, threads, count, rows, weight, eps, to)
@@ -100,11 +100,11 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``x`` has no last axis or an empty one, or ``out`` does not match.
     """
-    x = _check.float32("x", x, min_ndim=1)
+    x = check.float32("x", x, min_ndim=1)
     if not x.shape[-1]:
         raise ValueError(f"x: the mean over an empty last axis is undefined, found shape {x.shape}")
-    out = _check.output("out", out, x.shape[:-1], x)
-    rms_rows(_check.rows(x), out.reshape(-1), 0, out.size)
+    out = check.output("out", out, x.shape[:-1], x)
+    rms_rows(check.rows(x), out.reshape(-1), 0, out.size)
     return out
 
 
@@ -196,16 +196,16 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, y):
         return y
-    x = _check.float32("x", x, min_ndim=1)
+    x = check.float32("x", x, min_ndim=1)
     shape = x.shape
     last = shape[-1:]
-    weight = _check.float32("weight", weight, shape=last)
+    weight = check.float32("weight", weight, shape=last)
     with_bias = bias is not None
-    bias = _check.float32("bias", bias, shape=last) if with_bias else weight
-    out = _check.output("out", out, shape, x, weight, bias)
-    eps = _check.not_negative("eps", eps)
+    bias = check.float32("bias", bias, shape=last) if with_bias else weight
+    out = check.output("out", out, shape, x, weight, bias)
+    eps = check.not_negative("eps", eps)
     if x.size:
-        rows, to = _check.rows(x), _check.rows(out)
+        rows, to = check.rows(x), check.rows(out)
         count = rows.shape[0]
         threads = threads_for(x.size, PARALLEL_STREAM, count)
         run_rows(layer_norm_rows, layer_norm_parallel, threads, count, rows, weight, bias, with_bias, eps, to)

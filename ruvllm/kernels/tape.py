@@ -1,7 +1,7 @@
 """The tape: a recorded sequence of operations, and the parallel region that replays it.
 
 A row of the tape holds the address of a compiled operation, flags (whether the team meets at a barrier before it, see
-``_team``), and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of
+``threads.team``), and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of
 threads: an array argument is an *operand*, an offset into a memory *space*. The header says where each space begins; it
 is filled in for each pass. So a tape is recorded once, and replayed for any cache, any prompt and any team.
 
@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ruvllm.kernels._jit import DISABLE_JIT, view_kernel
-from ruvllm.kernels._region import CFunction, Region
-from ruvllm.kernels._simd import prefetch_l2
-from ruvllm.kernels._team import (
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, view_kernel
+from ruvllm.kernels.jit.views import array_at, load_integers
+from ruvllm.kernels.simd.vectors import prefetch_l2
+from ruvllm.kernels.threads.regions import CFunction, Region
+from ruvllm.kernels.threads.team import (
     admit,
     barrier,
     call_operation,
@@ -37,7 +38,6 @@ from ruvllm.kernels._team import (
     part,
     time_stamp,
 )
-from ruvllm.kernels._views import array_at, load_integers
 
 # Header fields; then base, scale and stride of each space.
 (
@@ -132,7 +132,7 @@ class Operation(CFunction):
 
         @cached_property
         def address(self) -> int:
-            from ruvllm.kernels._team_python import OPERATIONS
+            from ruvllm.kernels.threads.atomics_python import OPERATIONS
 
             OPERATIONS.append(self.function)
             return len(OPERATIONS)

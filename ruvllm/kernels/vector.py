@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _check, reference
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._over_rows import over_elements, run_rows
-from ruvllm.kernels._small import alike, apart, may_write, room, rows_of, small_call
-from ruvllm.kernels._spec import KernelSpec
-from ruvllm.kernels._sums import sum_of_products
-from ruvllm.kernels._threads import PARALLEL_STREAM, threads_for
-from ruvllm.kernels._views import flat
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.jit.small_calls import alike, apart, may_write, room, rows_of, small_call
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.simd.sums import sum_of_products
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_elements, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
 
 
 @kernel(strict=True)
@@ -50,11 +50,11 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if dot_small(a, b, y):
         return y
-    a = _check.float32("a", a, min_ndim=1)
-    b = _check.float32("b", b, shape=a.shape)
-    out = _check.output("out", out, a.shape[:-1], a, b)
+    a = check.float32("a", a, min_ndim=1)
+    b = check.float32("b", b, shape=a.shape)
+    out = check.output("out", out, a.shape[:-1], a, b)
     if a.size:
-        dot_rows(_check.rows(a), _check.rows(b), out.ravel(), 0, out.size)
+        dot_rows(check.rows(a), check.rows(b), out.ravel(), 0, out.size)
     else:
         out[...] = 0
     return out
@@ -98,9 +98,9 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if scale_small(x, factor, y):
         return y
-    x = _check.float32("x", x)
-    out = _check.output("out", out, x.shape, x)
-    factor = _check.number("factor", factor)
+    x = check.float32("x", x)
+    out = check.output("out", out, x.shape, x)
+    factor = check.number("factor", factor)
     threads = threads_for(x.size, PARALLEL_STREAM, x.size)
     run_rows(scale_range, scale_parallel, threads, x.size, x.ravel(), factor, out.ravel())
     return out
@@ -144,9 +144,9 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(a.shape) if out is None and type(a) is np.ndarray else out
     if add_small(a, b, y):
         return y
-    a = _check.float32("a", a)
-    b = _check.float32("b", b, shape=a.shape)
-    out = _check.output("out", out, a.shape, a, b)
+    a = check.float32("a", a)
+    b = check.float32("b", b, shape=a.shape)
+    out = check.output("out", out, a.shape, a, b)
     threads = threads_for(a.size, PARALLEL_STREAM, a.size)
     run_rows(add_range, add_parallel, threads, a.size, a.ravel(), b.ravel(), out.ravel())
     return out

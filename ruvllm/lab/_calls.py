@@ -12,9 +12,9 @@ import numba
 import numpy as np
 
 from ruvllm.kernels import KernelSpec
-from ruvllm.kernels._jit import COMPILED
-from ruvllm.kernels._small import long_way
-from ruvllm.kernels._threads import limited_to
+from ruvllm.kernels.jit.decorators import COMPILED
+from ruvllm.kernels.jit.small_calls import long_way
+from ruvllm.kernels.threads.pool import limited_to
 
 Call = tuple[Any, tuple[Any, ...]]  # a compiled body, and the numba types of its arguments
 

@@ -113,8 +113,8 @@ def _retarget(target: Target) -> None:
     from numba.core.runtime.nrt import rtsys
     from numba.core.runtime.nrtdynmod import compile_nrt_functions
 
-    from ruvllm.kernels._compiler import not_callable
-    from ruvllm.kernels._jit import COMPILED
+    from ruvllm.kernels.jit.decorators import COMPILED
+    from ruvllm.kernels.jit.private import not_callable
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from ruvllm.kernels._jit import kernel, parallel_kernel
-from ruvllm.kernels._simd import (
+from ruvllm.kernels.jit.decorators import kernel, parallel_kernel
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.simd.vectors import (
     LANES,
     dot_add,
     dot_begin,
@@ -25,7 +26,6 @@ from ruvllm.kernels._simd import (
     splat,
     u8_load,
 )
-from ruvllm.kernels._views import flat
 
 FMA_CHAINS = (6, 8)  # multiply-adds of one turn
 DOT_CHAINS = (4, 8, 12)  # dot products of one turn

@@ -17,7 +17,7 @@ from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.kernels._jit import COMPILED, DISABLE_JIT
+from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
 from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
 from ruvllm.lab._calls import Call, calls_of_kernel, calls_of_models
 from ruvllm.lab._cross import Body, Compiled, Target, compile_bodies

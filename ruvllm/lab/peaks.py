@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._simd import LANES
-from ruvllm.kernels._threads import launch, limited_to, physical_cores, require_threads
 from ruvllm.kernels.bandwidth import read_bandwidth
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.simd.vectors import LANES
+from ruvllm.kernels.threads.pool import launch, limited_to, physical_cores, require_threads
 from ruvllm.lab import _peak_loops as loops
 from ruvllm.lab._caches import cache_sizes
 from ruvllm.lab._display import as_html, as_text, axis

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import KERNELS
-from ruvllm.kernels._threads import limited_to
+from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.lab.peaks import Peaks, measured_peaks
 from ruvllm.model.activations import Activations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, SIDE, token_blocks
-from ruvllm.kernels.rounding import round_activations
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.quant.activations import round_activations
+from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, SIDE, token_blocks
 
 Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, outliers
 
@@ -30,7 +30,7 @@ class Activations:
         return self
 
     def rounded(self) -> Rounded:
-        """x in 8 bits (see ``kernels.quant``), computed when first asked for."""
+        """x in 8 bits (see ``kernels.quant.matmul``), computed when first asked for."""
         if self._rounded is None:
             T = len(self.x)
             B, S = token_blocks(T)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ruvllm.kernels import tape as t
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import limited_to
-from ruvllm.kernels.token_attention import chunk_count, partial_width
+from ruvllm.kernels.attention.decode import chunk_count, partial_width
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.recorder import Pass

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ruvllm.errors import ContextFullError
-from ruvllm.kernels._memory import aligned_zeros, require_memory
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.memory import aligned_zeros, require_memory
 from ruvllm.model.config import ModelConfig
 
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
@@ -22,7 +22,7 @@ DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 class KVCache:
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
-    keys (L, KV, B, K, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.kv``. Memory that was
+    keys (L, KV, B, K, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.attention.kv``. Memory that was
     never written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two
     threads may use two caches of one model, but not one cache.
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.kernels._jit import DISABLE_JIT
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import limited_to, most_threads, physical_cores
-from ruvllm.kernels.cached_attention import scratch_size
+from ruvllm.kernels.attention.prefill import scratch_size
+from ruvllm.kernels.jit.decorators import DISABLE_JIT
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.layer import Decoder, parts
@@ -127,7 +127,7 @@ class Llama:
         """``forward`` in passes of ``prefill_tokens``."""
         cache.require_room(len(ids))
         V = self.config.vocab_size
-        logits = K._check.output("out", out, (V,) if last_only else (len(ids), V))
+        logits = K.check.output("out", out, (V,) if last_only else (len(ids), V))
         before = cache.length
         try:
             with limited_to(self.threads):
@@ -186,7 +186,7 @@ class Llama:
 
     def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
         """Token ids as int64 (T,), T >= 1. Raises TypeError for anything but integers, ValueError outside 0 .. V-1."""
-        ids = K._check.integers(name, ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids))
+        ids = K.check.integers(name, ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids))
         if not len(ids):
             raise ValueError(f"{name}: expected at least one token id, found none")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:

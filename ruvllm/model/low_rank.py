@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ruvllm.kernels._memory import weights_empty
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.low_rank import add_low_rank
-from ruvllm.kernels.panels import pack, panel_count
+from ruvllm.kernels.lora.packed import add_low_rank
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import pack, panel_count
+from ruvllm.kernels.memory import weights_empty
 
 _LARGEST = np.float32(127)  # of int8
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ruvllm.kernels._check import integers
+from ruvllm.kernels.check import integers
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 

@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
-from ruvllm.kernels.quant_layout import INT4, INT8
-from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
-from ruvllm.kernels.quantize import quantize_int4, quantize_int8
+from ruvllm.kernels.quant.layout import INT4, INT8
+from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.model.config import ModelConfig
 
 _BLOCK = 256  # rows that one generator makes

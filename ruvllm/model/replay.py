@@ -11,16 +11,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ruvllm.kernels import tape as t
-from ruvllm.kernels._cores import scheduler_calls
-from ruvllm.kernels._memory import aligned_empty, aligned_zeros
-from ruvllm.kernels._team import sync_size
-from ruvllm.kernels._threads import num_threads
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import scratch_size
+from ruvllm.kernels.attention.decode import chunk_count, partial_width, token_scratch_size
+from ruvllm.kernels.attention.prefill import scratch_size
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.memory import aligned_empty, aligned_zeros
 from ruvllm.kernels.operations import broadcast
-from ruvllm.kernels.quant_layout import SIDE
+from ruvllm.kernels.quant.layout import SIDE
 from ruvllm.kernels.tape import Operation
-from ruvllm.kernels.token_attention import chunk_count, partial_width, token_scratch_size
+from ruvllm.kernels.threads.cores import scheduler_calls
+from ruvllm.kernels.threads.pool import num_threads
+from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES, KVCache
 from ruvllm.model.layer import Decoder
@@ -30,8 +30,7 @@ from ruvllm.model.ops.schedule import Value
 from ruvllm.model.ops.tape import Tape
 
 if TYPE_CHECKING:
-    from ruvllm.model.llama import Llama
-    from ruvllm.model.low_rank import LowRank
+    from ruvllm.model.low_rank import AdapterSet, LowRank
 
 # Multiply-adds of one compiled call, in whole layers: 0.2 s at 20 GFLOP/s, which any core reaches. One token of a small
 # model takes one call for all layers, a prompt of a large one a call for each: Ctrl-C is seen between calls.
@@ -55,10 +54,20 @@ class Parallel:
         t.replay.run(working.header, int(working.header[t.THREADS]))
 
 
+class Replayed(Protocol):
+    """What a replay needs of a model: ``Llama`` is one. layer_weights: weights in the matrices of the largest layer."""
+
+    config: ModelConfig
+    decoder: Decoder
+    adapters: AdapterSet | None
+    runner: Runner
+    layer_weights: int
+
+
 class Tapes:
     """The tapes of a model, recorded when needed: one for each kind of pass, cache dtype and shape of adapters."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Replayed) -> None:
         self.model = model
         self._recorded: WeakKeyDictionary[Any, dict[tuple[Pass, str], Tape]] = WeakKeyDictionary()  # by adapter set
         self._by_shape: dict[Any, Tape] = {}  # of adapters

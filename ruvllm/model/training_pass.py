@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.kernels._threads import limited_to
+from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
 from ruvllm.model.low_rank import Factors

@@ -6,15 +6,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ruvllm.kernels._memory import weights_empty
-from ruvllm.kernels._threads import PARALLEL_ELEMENTS, share_out, threads_for
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, unpack_row
-from ruvllm.kernels.quant import linear_quant
-from ruvllm.kernels.quant_layout import GROUP, INT4, INT5, INT8, LINES
-from ruvllm.kernels.quant_panels import Panels
-from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
-from ruvllm.kernels.transposed import linear_transposed, quant_transposed
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, unpack_row
+from ruvllm.kernels.memory import weights_empty
+from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES
+from ruvllm.kernels.quant.matmul import linear_quant
+from ruvllm.kernels.quant.panels import Panels
+from ruvllm.kernels.quant.panels import unpack_row as unpack_quant_row
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
+from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from ruvllm.model.activations import Activations
 
 _ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small beside the model, large beside a call
@@ -63,7 +63,7 @@ def bytes_per_weight(layout: str) -> float:
 
 
 class FloatWeights:
-    """W (N, K) as panels (ceil(N / 16), K, 16) of float32, IEEE half or bfloat16, see ``kernels.panels``."""
+    """W (N, K) as panels (ceil(N / 16), K, 16) of float32, IEEE half or bfloat16, see ``kernels.matmul.panels``."""
 
     def __init__(self, panels: np.ndarray, rows: int) -> None:
         self.panels = panels
@@ -113,7 +113,7 @@ class FloatWeights:
 
 
 class IntegerWeights:
-    """W (N, K) as panels of 4- or 8-bit groups, see ``kernels.quant``."""
+    """W (N, K) as panels of 4- or 8-bit groups, see ``kernels.quant.matmul``."""
 
     def __init__(self, panels: Panels, rows: int, columns: int) -> None:
         self.panels = panels

@@ -12,8 +12,8 @@ import psutil
 from threadpoolctl import threadpool_limits
 
 from ruvllm.kernels import buffer_sum
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import limited_to
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.lab.peaks import Peaks
 from ruvllm.report.results import Entry
 from ruvllm.report.timing import Call, Effort, Engine, Timing, alternate

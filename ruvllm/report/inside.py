@@ -12,8 +12,8 @@ from unittest import mock
 import numba
 
 from ruvllm.kernels import KernelSpec
-from ruvllm.kernels._jit import DISABLE_JIT
-from ruvllm.kernels._small import long_way
+from ruvllm.kernels.jit.decorators import DISABLE_JIT
+from ruvllm.kernels.jit.small_calls import long_way
 
 
 # Not a kernel but a user of them, made anew for each body that it is given: it has no place in the cache.

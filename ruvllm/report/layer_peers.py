@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ruvllm.kernels.quantize import quantize_int4
-from ruvllm.kernels.rope_frequencies import rope_tables
+from ruvllm.kernels.quant.weights import quantize_int4
+from ruvllm.kernels.rope.frequencies import rope_tables
 from ruvllm.model.config import ModelConfig
 from ruvllm.paths import cache_directory
 from ruvllm.report import gguf_file, layers

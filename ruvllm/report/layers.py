@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import reference
-from ruvllm.kernels.quantize import quantize_int4
+from ruvllm.kernels.quant.weights import quantize_int4
 from ruvllm.model import KVCache, Llama, ModelConfig
 from ruvllm.model.config import PRESETS
 from ruvllm.model.layer import Decoder

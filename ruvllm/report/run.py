@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ruvllm import machine
-from ruvllm.kernels._threads import physical_cores, require_threads
+from ruvllm.kernels.threads.pool import physical_cores, require_threads
 from ruvllm.lab.peaks import Peaks, measure_peaks
 from ruvllm.model.config import PRESETS
 from ruvllm.report.bench import Bench

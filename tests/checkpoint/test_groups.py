@@ -16,7 +16,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant_panels import unpack_row
+from ruvllm.kernels.quant.panels import unpack_row
 from tests.checkpoint import corpus
 
 LAYOUTS = {

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import _cores, _team
 from ruvllm.kernels import tape as t
+from ruvllm.kernels.threads import cores
+from ruvllm.kernels.threads import team as team_module
 
 THREADS, LAYERS, UNITS = 3, 4, 5
 MOST_STEPS = 60_000  # of a schedule: more is a hang
@@ -133,25 +134,25 @@ class Model:
 
     def units(self, m: Any, layer: int) -> None:
         mine = self.scheduler.load(self.own[m.rank], 0)
-        for row in range(*_team.part(UNITS, m.rank, m.size)) if layer else ():
+        for row in range(*team_module.part(UNITS, m.rank, m.size)) if layer else ():
             found = self.scheduler.load(self.rows[layer], row)
             assert found == mine + row, f"row {row} of layer {layer}: found {found}, expected {mine + row}"
         sync = self.sync
         for i in range(m.size):
             member = (m.rank + i) % m.size
-            lo, hi = _team.part(UNITS, member, m.size)
-            counter = _team.share_of(sync, m.rank, member, 0)
-            unit = lo + _team.take_turn(sync, counter, False)
+            lo, hi = team_module.part(UNITS, member, m.size)
+            counter = team_module.share_of(sync, m.rank, member, 0)
+            unit = lo + team_module.take_turn(sync, counter, False)
             while unit < hi:
                 self.done[layer, unit] += 1
                 self.scheduler.store(self.partial[layer], unit, mine * 3 + unit)
-                unit = lo + _team.take_turn(sync, counter, False)
+                unit = lo + team_module.take_turn(sync, counter, False)
 
     def total(self, m: Any, layer: int) -> None:
         self.sizes.setdefault(layer, set()).add(int(m.size))
         value = sum(self.scheduler.load(self.partial[layer], unit) for unit in range(UNITS))
         self.scheduler.store(self.own[m.rank], 0, value % 1009)
-        for row in range(*_team.part(UNITS, m.rank, m.size)):
+        for row in range(*team_module.part(UNITS, m.rank, m.size)):
             self.scheduler.store(self.rows[layer + 1], row, value % 1009 + row)
 
     def copy(self, m: Any, layer: int) -> None:
@@ -174,7 +175,7 @@ class Model:
                 row[t.FUNCTION], row[t.COUNT], row[t.ARGUMENTS] = function.address, t.ONE, layer
             rows[3 * layer, t.FLAGS] = t.ENTRY | (t.ADMIT if layer else 0)
             rows[3 * layer + 2, t.FLAGS] = t.MEET | t.OFFER
-        self.sync = np.zeros(_team.sync_size(THREADS), np.int64)
+        self.sync = np.zeros(team_module.sync_size(THREADS), np.int64)
         header = np.zeros(t.HEADER_SIZE, np.int64)
         header[[t.THREADS, t.ONE, t.SYNC_SIZE, t.END]] = THREADS, 1, len(self.sync), len(rows)
         header[[t.SYNC, t.ROWS_ADDRESS]] = self.sync.ctypes.data, rows.ctypes.data
@@ -201,9 +202,9 @@ def operation_of(method: Any) -> t.Operation:
 def one(seed: int) -> list[int]:
     scheduler = Scheduler(seed)
     for name, function in (("load", scheduler.load), ("store", scheduler.store), ("add", scheduler.add)):
-        for module in (_team, _cores):
+        for module in (team_module, cores):
             setattr(module, f"atomic_{name}", function)
-    _team._SHORT_GRACE = 4
+    team_module._SHORT_GRACE = 4
     return Model(scheduler).run()
 
 

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 
 from ruvllm.kernels import cross_entropy, dot, layer_norm, rms_norm, rms_norm_backward, softmax
-from ruvllm.kernels._jit import COMPILED
-from ruvllm.kernels._small import SMALL
+from ruvllm.kernels.jit.decorators import COMPILED
+from ruvllm.kernels.jit.small_calls import SMALL
 from ruvllm.model import Llama, ModelConfig
 
 # What sums or exponentials go into; x (rows, n), w (n,).

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels._jit import part_kernel
-from ruvllm.kernels._region import Region
-from ruvllm.kernels._simd import never_inline
-from ruvllm.kernels._views import array_at
+from ruvllm.kernels.jit.decorators import part_kernel
+from ruvllm.kernels.jit.views import array_at
+from ruvllm.kernels.simd.vectors import never_inline
+from ruvllm.kernels.threads.regions import Region
 
 
 def region_that_tells(value: int) -> Region:

@@ -44,7 +44,7 @@ def copied(array: np.ndarray, at_end: bool) -> np.ndarray:
 
 def guard_own_memory() -> None:
     """What the package allocates for itself lies between such pages too, with up to 64 bytes of alignment behind it."""
-    _memory = importlib.import_module("ruvllm.kernels._memory")
+    _memory = importlib.import_module("ruvllm.kernels.memory")
     importlib.import_module("ruvllm.model.llama")  # and with it all that allocate
 
     def empty(shape: Any, dtype: Any = np.float32) -> np.ndarray:

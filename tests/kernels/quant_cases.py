@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ruvllm.kernels._jit import DISABLE_JIT, kernel
-from ruvllm.kernels._simd import f16_to_f32, f32_store, f32_to_f16, load, store_number
-from ruvllm.kernels.quant import quant_matmul
-from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS, token_blocks
-from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups
-from ruvllm.kernels.quantize import quantize_int4, quantize_int8
-from ruvllm.kernels.rounding import quantize_activations
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, kernel
+from ruvllm.kernels.quant.activations import quantize_activations
+from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, token_blocks
+from ruvllm.kernels.quant.matmul import quant_matmul
+from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups
+from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
+from ruvllm.kernels.simd.vectors import f16_to_f32, f32_store, f32_to_f16, load, store_number
 
 TOKENS = (*range(1, 14), 17, 64, 125)
 SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
@@ -254,7 +254,7 @@ if __name__ == "__main__":
     else:
         from numba.core.registry import cpu_target
 
-        from ruvllm.kernels._dot_llvm import target_kind
+        from ruvllm.kernels.simd.dot_llvm import target_kind
 
         kind = target_kind(cpu_target.target_context)
     check_halves(97 if DISABLE_JIT else 1)

@@ -13,17 +13,17 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from ruvllm.kernels import _region
-from ruvllm.kernels._cores import scheduler_calls
-from ruvllm.kernels._jit import DISABLE_JIT, inline_kernel
-from ruvllm.kernels._region import Region
-from ruvllm.kernels._team import barrier, join_team, part, share_of, sync_size, take_turn
-from ruvllm.kernels._views import array_at
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel
+from ruvllm.kernels.jit.views import array_at
+from ruvllm.kernels.threads import regions
+from ruvllm.kernels.threads.cores import scheduler_calls
+from ruvllm.kernels.threads.regions import Region
+from ruvllm.kernels.threads.team import barrier, join_team, part, share_of, sync_size, take_turn
 
 if TYPE_CHECKING or DISABLE_JIT:
-    from ruvllm.kernels._team_python import atomic_add, atomic_load, pause
+    from ruvllm.kernels.threads.atomics_python import atomic_add, atomic_load, pause
 else:
-    from ruvllm.kernels._team_llvm import atomic_add, atomic_load, pause
+    from ruvllm.kernels.threads.atomics_llvm import atomic_add, atomic_load, pause
 
 (
     SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, CALLS, TABLE_SIZE,
@@ -132,7 +132,7 @@ class Task:
 def nested(address: Any, tables: Any, threads: Any) -> None:
     """What a user may do: parallel kernels called from a parallel loop."""
     for i in prange(len(tables)):
-        _region.enter(address, tables[i], threads)
+        regions.enter(address, tables[i], threads)
 
 
 def _nested() -> list[int]:

@@ -13,9 +13,9 @@ from ruvllm.kernels import (
     paged_attention,
     softmax_attention,
 )
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import cached_attention, scratch_size
-from ruvllm.kernels.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.attention.prefill import cached_attention, scratch_size
+from ruvllm.kernels.matmul.micro_kernels import LANES
 
 Array = np.ndarray
 
@@ -324,7 +324,7 @@ def test_many_tokens_on_several_threads_are_the_same(monkeypatch: pytest.MonkeyP
     q, positions = normal(300, 6, 18), np.arange(300)
     answers = []
     for threads in (1, 2, 5, 9):
-        monkeypatch.setattr("ruvllm.kernels.cached_attention.threads_for", lambda *_, n=threads: n)
+        monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
         scratch, out = np.empty((threads, scratch_size(18)), np.float32), np.full(q.shape, np.float32(np.nan))
         answers.append(cached_attention(q, keys, values, positions, None, 0.25, out, scratch))
     for answer in answers:
@@ -338,7 +338,7 @@ def test_one_token_on_several_threads_is_the_same(window: int | None, monkeypatc
     q, position = normal(1, 6, 18), np.array([699])
     answers = []
     for threads in (1, 2, 5, 9):
-        monkeypatch.setattr("ruvllm.kernels.cached_attention.threads_for", lambda *_, n=threads: n)
+        monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
         scratch = np.empty((threads, scratch_size(18)), np.float32)
         answers.append(cached_attention(q, keys, values, position, window, 0.25, np.empty_like(q), scratch))
     for other in answers[1:]:

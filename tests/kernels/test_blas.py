@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ruvllm.kernels import blas, gemm, gemm_nt
+from ruvllm.kernels import gemm, gemm_nt
+from ruvllm.kernels.matmul import blas
 
 LARGE = 260  # beyond the smallest product for which BLAS is thought of
 
@@ -30,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(threads)
         np.dot(a, b, out=out)
 
-    monkeypatch.setattr("ruvllm.kernels.matmul.blas_gemm", watched)
+    monkeypatch.setattr("ruvllm.kernels.matmul.public.blas_gemm", watched)
     return seen
 
 

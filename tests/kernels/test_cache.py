@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 
 import ruvllm
-from ruvllm.kernels import _cache, reference
-from ruvllm.kernels._jit import kernel
+from ruvllm.kernels import reference
+from ruvllm.kernels.jit import cache as compile_cache
+from ruvllm.kernels.jit.decorators import kernel
 
 PACKAGE = Path(ruvllm.__file__).parent
 
-# silu_mul's formula is in activation.py, and what it calls is in _math.py.
+# silu_mul's formula is in activation.py, and what it calls is in simd/math.py.
 PROGRAM = """
 import json
 import numpy as np
 from ruvllm.kernels import silu_mul
-from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels.jit.decorators import COMPILED
 x = np.arange(40, dtype=np.float32).reshape(2, 2, 10)  # of three dimensions: no small call, which has its own code
 y = silu_mul(x, x)
 stats = [f.stats for f in COMPILED]
@@ -138,9 +139,9 @@ def test_directories_and_entries_belong_to_the_user_alone(filled: Setup) -> None
         assert entry.stat().st_mode & 0o077 == 0
 
 
-def test_an_edited_callee_in_another_file_is_compiled_anew(editable: Setup) -> None:
+def test_an_edited_callee_in_another_package_is_compiled_anew(editable: Setup) -> None:
     assert editable.run().compiled == 0  # the same sources elsewhere: the same machine code
-    math = editable.source / "kernels" / "_math.py"
+    math = editable.source / "kernels" / "simd" / "math.py"
     _edit(math, "return x * sigmoid(x)", "return x * sigmoid(x) + x")
     edited = editable.run()
     assert edited.loaded == 0
@@ -152,25 +153,9 @@ def test_an_edited_callee_in_another_file_is_compiled_anew(editable: Setup) -> N
     assert again.is_right()
 
 
-def test_an_edited_callee_in_a_sub_package_is_compiled_anew(editable: Setup) -> None:
-    """The same kernel with its helper moved into a folder: the hash must reach there too."""
-    kernels = editable.source / "kernels"
-    (kernels / "deep" / "deeper").mkdir(parents=True)
-    callee = kernels / "deep" / "deeper" / "callee.py"
-    for package in (kernels / "deep", callee.parent):
-        (package / "__init__.py").write_text("")
-    callee.write_text((kernels / "_math.py").read_text())
-    moved = "from ruvllm.kernels.deep.deeper.callee import"
-    _edit(kernels / "activation.py", "from ruvllm.kernels._math import", moved)
-    assert editable.run().is_right() and editable.run().compiled == 0
-    _edit(callee, "return x * sigmoid(x)", "return x * sigmoid(x) + x")
-    edited = editable.run()
-    assert (edited.loaded, edited.compiled >= 1) == (0, True)
-    np.testing.assert_allclose(edited.y, EXPECTED + X * X, rtol=1e-6)
-
-
 def test_a_changed_flag_of_the_decorator_is_compiled_anew(editable: Setup) -> None:
-    _edit(editable.source / "kernels" / "_jit.py", '"contract", "reassoc", "nsz", "arcp", "afn"', '"contract", "nsz"')
+    decorators = editable.source / "kernels" / "jit" / "decorators.py"
+    _edit(decorators, '"contract", "reassoc", "nsz", "arcp", "afn"', '"contract", "nsz"')
     changed = editable.run()
     assert changed.loaded == 0
     assert changed.compiled >= 1
@@ -189,7 +174,7 @@ def test_a_changed_setting_of_numba_is_compiled_anew(spoilable: Setup, setting: 
 
 EDIT_MATH = """
 import pathlib, ruvllm.kernels
-path = pathlib.Path(ruvllm.kernels.__file__).with_name("_math.py")
+path = pathlib.Path(ruvllm.kernels.__file__).parent / "simd" / "math.py"
 path.write_text(path.read_text() + "# edited")
 """
 
@@ -330,12 +315,12 @@ def test_foreign_owners_are_refused(spoilable: Setup, tmp_path: Path, monkeypatc
     if hasattr(os, "getuid") and os.getuid() == 0:  # only root can give directories away
         os.chown(spoilable.generation, 12345, -1)
         _refused(spoilable, "belongs to user 12345, not to 0", spoilable.entries())
-    for check in (_cache._require_private, _cache._require_steady):
+    for check in (compile_cache._require_private, compile_cache._require_steady):
         check(tmp_path)
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1, raising=False)
     with pytest.raises(PermissionError, match="belongs to user"):
-        _cache._require_private(tmp_path)
+        compile_cache._require_private(tmp_path)
 
 
 def test_a_file_in_place_of_the_directory(empty: Setup) -> None:
@@ -419,7 +404,7 @@ def test_old_generations_are_dropped(spoilable: Setup) -> None:
         os.utime(old, (1e9 - age, 1e9 - age))
     assert spoilable.run().compiled == 0
     kept = {path.name for path in (spoilable.cache / "kernels").iterdir()}
-    assert kept == {current.name} | {f"old{age}" for age in range(1, _cache._KEPT_GENERATIONS + 1)}
+    assert kept == {current.name} | {f"old{age}" for age in range(1, compile_cache._KEPT_GENERATIONS + 1)}
 
 
 def test_a_closure_is_not_cached() -> None:
@@ -440,7 +425,7 @@ def test_a_closure_is_not_cached() -> None:
 
 TYPED = """
 import numpy as np
-from ruvllm.kernels._jit import kernel
+from ruvllm.kernels.jit.decorators import kernel
 @kernel
 def double(x, lo, hi):
     for i in range(lo, hi):
@@ -464,7 +449,7 @@ def test_a_kernel_that_is_in_no_file_is_not_cached(spoilable: Setup) -> None:
 SPLIT = """
 import json, sys
 import numpy as np
-from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels.jit.decorators import COMPILED
 from split_cases import add_one, over_rows
 x = np.zeros(10)
 over_rows(add_one)(2, 10, x)
@@ -473,8 +458,8 @@ print(json.dumps({"loaded": sum(sum(s.cache_hits.values()) for s in stats),
                   "compiled": sum(sum(s.cache_misses.values()) for s in stats), "y": x.tolist()}))
 """
 SPLIT_BODY = """
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._over_rows import over_rows
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.threads.over_rows import over_rows
 @kernel(independent=True)
 def add_one(x, lo, hi):
     x = x[lo:hi]

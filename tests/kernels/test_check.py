@@ -5,15 +5,15 @@ import re
 import numpy as np
 import pytest
 
-from ruvllm.kernels import _check
+from ruvllm.kernels import check
 
 
 def test_a_plain_array_is_taken_as_it_is() -> None:
     x = np.ones((2, 3), np.float32)
-    assert _check.float32("x", x, ndim=2, shape=(2, 3), min_ndim=1) is x
-    assert _check.output("out", x, (2, 3)) is x
+    assert check.float32("x", x, ndim=2, shape=(2, 3), min_ndim=1) is x
+    assert check.output("out", x, (2, 3)) is x
     ids = np.arange(3)
-    assert _check.integers("ids", ids) is ids
+    assert check.integers("ids", ids) is ids
 
 
 class _Foreign:
@@ -39,15 +39,15 @@ class _ArrayMethod(_Foreign):
 @pytest.mark.parametrize("kind", [_Dlpack, _ArrayMethod])
 def test_arrays_of_other_libraries_are_viewed(kind: type[_Foreign]) -> None:
     x = np.arange(6, dtype=np.float32)
-    seen = _check.float32("x", kind(x))
+    seen = check.float32("x", kind(x))
     assert np.shares_memory(seen, x)
     np.testing.assert_array_equal(seen, x)
 
 
 def test_lists_of_numbers() -> None:
-    np.testing.assert_array_equal(_check.float32("x", [[1, 2], [3, 4]]), np.array([[1, 2], [3, 4]], np.float32))
-    np.testing.assert_array_equal(_check.integers("ids", [3, 1]), [3, 1])
-    assert _check.integers("ids", []).shape == (0,)
+    np.testing.assert_array_equal(check.float32("x", [[1, 2], [3, 4]]), np.array([[1, 2], [3, 4]], np.float32))
+    np.testing.assert_array_equal(check.integers("ids", [3, 1]), [3, 1])
+    assert check.integers("ids", []).shape == (0,)
 
 
 def _misaligned() -> np.ndarray:
@@ -69,7 +69,7 @@ def _misaligned() -> np.ndarray:
     ids=["strided", "transposed", "reversed", "big-endian", "little-endian", "broadcast", "misaligned", "subclass"],
 )
 def test_every_layout_becomes_one_that_compiled_code_reads(x: np.ndarray) -> None:
-    y = _check.float32("x", x)
+    y = check.float32("x", x)
     np.testing.assert_array_equal(y, np.asarray(x))
     assert type(y) is np.ndarray
     assert y.dtype == np.float32
@@ -82,14 +82,14 @@ def test_read_only_arrays_and_memory_maps_are_viewed_not_copied(tmp_path) -> Non
     x = np.arange(1000, dtype=np.float32)
     x.tofile(tmp_path / "x")
     x.flags.writeable = False
-    assert np.shares_memory(_check.float32("x", x), x)
+    assert np.shares_memory(check.float32("x", x), x)
     mapped = np.memmap(tmp_path / "x", np.float32, mode="r")
-    seen = _check.float32("x", mapped)
+    seen = check.float32("x", mapped)
     assert type(seen) is np.ndarray
     assert np.shares_memory(seen, mapped)
     del mapped  # the view keeps the map alive
     np.testing.assert_array_equal(seen, x)
-    assert _check.float32("x", x[:0]).shape == (0,)
+    assert check.float32("x", x[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_read_only_arrays_and_memory_maps_are_viewed_not_copied(tmp_path) -> Non
 )
 def test_what_is_no_float32_array(x: object, found: str) -> None:
     with pytest.raises(TypeError, match=f"^weight: {re.escape(found)}$"):
-        _check.float32("weight", x)
+        check.float32("weight", x)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_what_is_no_float32_array(x: object, found: str) -> None:
 )
 def test_wrong_shapes(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        _check.float32("x", np.ones((2, 3), np.float32), **options)
-    _check.float32("x", np.ones((2, 3), np.float32), shape=(None, 3))
+        check.float32("x", np.ones((2, 3), np.float32), **options)
+    check.float32("x", np.ones((2, 3), np.float32), shape=(None, 3))
 
 
 def test_outputs() -> None:
-    made = _check.output("out", None, (2, 3))
+    made = check.output("out", None, (2, 3))
     assert made.shape == (2, 3)
     assert made.dtype == np.float32
     for out, message in (
@@ -137,34 +137,34 @@ def test_outputs() -> None:
         (np.empty((2, 3), ">f4"), "out: expected a float32 NumPy array, found >f4"),
     ):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-            _check.output("out", out, (2, 3))
+            check.output("out", out, (2, 3))
     with pytest.raises(ValueError, match=re.escape("out: expected shape (2, 3), found (3, 2)")):
-        _check.output("out", np.empty((3, 2), np.float32), (2, 3))
+        check.output("out", np.empty((3, 2), np.float32), (2, 3))
     read_only = np.empty((2, 3), np.float32)
     read_only.flags.writeable = False
     for out in (read_only, np.empty((3, 2), np.float32).T, np.empty((2, 6), np.float32)[:, ::2], _misaligned()):
         with pytest.raises(ValueError, match="^out: must be C-contiguous, aligned and writable$"):
-            _check.output("out", out, out.shape)
+            check.output("out", out, out.shape)
 
 
 def test_integers() -> None:
     for ids in (np.arange(3, dtype=np.uint8), np.arange(6)[::2], np.arange(3, dtype=">i4"), range(3)):
-        y = _check.integers("ids", ids)
+        y = check.integers("ids", ids)
         assert y.dtype == np.int64
         assert y.flags.carray
         np.testing.assert_array_equal(y, np.asarray(ids))
     read_only = np.arange(3)
     read_only.flags.writeable = False
-    assert _check.integers("ids", read_only).flags.writeable
+    assert check.integers("ids", read_only).flags.writeable
     for wrong in (np.ones(3), np.array([True]), ["a"], None):
         with pytest.raises(TypeError, match="^ids: expected integers, found "):
-            _check.integers("ids", wrong)
+            check.integers("ids", wrong)
     with pytest.raises(ValueError, match=re.escape("ids: expected 1 dimensions, found shape (1, 2)")):
-        _check.integers("ids", [[1, 2]])
+        check.integers("ids", [[1, 2]])
 
 
 def test_positive() -> None:
-    assert _check.positive("theta", 2) == 2.0
+    assert check.positive("theta", 2) == 2.0
     for value in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="^theta: expected a finite number > 0, found "):
-            _check.positive("theta", value)
+            check.positive("theta", value)

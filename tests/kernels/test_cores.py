@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels._cores import MASK_WORDS, current_core, leave_taken_core, scheduler_calls
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._team import sync_size
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.threads.cores import MASK_WORDS, current_core, leave_taken_core, scheduler_calls
+from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model import Llama
 from tests.model.model_cases import SMALL, run, text
 
@@ -94,7 +94,7 @@ def masks() -> dict[int, tuple[int, ...]]:
 
 
 def test_the_masks_of_members_do_not_overlap() -> None:
-    from ruvllm.kernels._team import _APART, _MEMBERS
+    from ruvllm.kernels.threads.team import _APART, _MEMBERS
 
     for threads in range(1, 9):
         length = sync_size(threads)

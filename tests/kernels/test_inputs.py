@@ -15,11 +15,12 @@ import pytest
 from numba.core.errors import NumbaError
 
 import ruvllm.kernels as K
-from ruvllm.kernels import KERNELS, KernelSpec, quantize
+from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.activation import softmax_rows
 from ruvllm.kernels.norm import rms_norm_rows
-from ruvllm.kernels.ranking import argmax_index
-from ruvllm.kernels.rounding import quantize_activations
+from ruvllm.kernels.quant import weights as quantize
+from ruvllm.kernels.quant.activations import quantize_activations
+from ruvllm.kernels.sampling.ranking import argmax_index
 from tests.kernels import spec_cases as cases
 
 EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())

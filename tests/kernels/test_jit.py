@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._over_rows import over_rows, run_rows
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 
 
 def _double(x: Any, out: Any) -> None:

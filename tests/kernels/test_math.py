@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels import _math
-from ruvllm.kernels._jit import kernel
-from ruvllm.kernels._simd import f32_load, f32_store
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.simd import math
+from ruvllm.kernels.simd.vectors import f32_load, f32_store
 
 
 def _of_each(function: Any) -> Callable[[Any, Any], None]:
@@ -29,7 +29,7 @@ def _of_sixteen(function: Any) -> Callable[[Any, Any], None]:
     return run
 
 
-_exp, _sigmoid, _silu = _of_each(_math.exp), _of_each(_math.sigmoid), _of_each(_math.silu)
+_exp, _sigmoid, _silu = _of_each(math.exp), _of_each(math.sigmoid), _of_each(math.silu)
 
 
 def _f32(values: list[float]) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_exp_below_the_normal_numbers() -> None:
     np.testing.assert_allclose(_run(_exp, x), np.exp(x.astype(np.float64)), rtol=2e-7, atol=2.0**-149)
 
 
-@pytest.mark.parametrize("function", [_math.exp, _math.exp2_of_negative], ids=["exp", "exp2_of_negative"])
+@pytest.mark.parametrize("function", [math.exp, math.exp2_of_negative], ids=["exp", "exp2_of_negative"])
 def test_sixteen_at_once_are_the_bits_of_each(function: Any) -> None:
     x = np.concatenate([np.linspace(-130, 0, 100_000), [-np.inf, np.nan, -0.0]]).astype(np.float32)
     np.testing.assert_array_equal(_run(_of_sixteen(function), x), _run(_of_each(function), x))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels import batched_gemm, dot, gemm, gemm_nt, gemv
-from ruvllm.kernels.panels import halve, linear_panels, pack, panel_count, panels_matmul, unpack_row
+from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, panels_matmul, unpack_row
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_packed_product_beyond_one_block_of_everything() -> None:
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: np.dtype(STORED[dtype]).name)
 def test_packed_product_is_the_same_on_several_threads(dtype: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a thread takes turns of what others have not done: five on fewer cores."""
-    from ruvllm.kernels import panels as module
+    from ruvllm.kernels.matmul import panels as module
 
     panels, _ = packed(normal(rows, 40), dtype)
     before = panels.copy()
@@ -135,7 +135,7 @@ def test_packed_product_is_the_same_on_several_threads(dtype: Any, rows: int, mo
 
 @pytest.mark.parametrize("columns", [70, 650])
 def test_product_is_the_same_on_several_threads(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ruvllm.kernels import matmul as module
+    from ruvllm.kernels.matmul import public as module
 
     a, b = normal(90, 200), normal(200, columns, seed=1)
     expected = gemm(a, b, backend="numba")

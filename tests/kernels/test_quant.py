@@ -10,9 +10,9 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from ruvllm.kernels.quant import quant_matmul, quant_matmul_parallel
-from ruvllm.kernels.quant_layout import INT4, INT5, INT8, OUTLIERS
-from ruvllm.kernels.rounding import quantize_activations_parallel
+from ruvllm.kernels.quant.activations import quantize_activations_parallel
+from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS
+from ruvllm.kernels.quant.matmul import quant_matmul, quant_matmul_parallel
 from tests.kernels import quant_cases as cases
 
 EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
@@ -220,7 +220,7 @@ def test_integers_are_the_same_on_other_cpus_and_without_a_compiler() -> None:
 
 INSPECT = """
 from numba import int64, types
-from ruvllm.kernels.quant import quant_matmul
+from ruvllm.kernels.quant.matmul import quant_matmul
 def array(element, axes):
     return types.Array(element, axes, "C")
 blocks, x = array(types.uint8, 3), array(types.float32, 2)

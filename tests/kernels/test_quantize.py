@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant_layout import INT4, INT5, INT8
-from ruvllm.kernels.quant_panels import Panels, empty_panels, pack_groups, unpack_row
-from ruvllm.kernels.quantize import dequantize, quantize_int4, quantize_int8, quantize_parallel, quantize_rows
+from ruvllm.kernels.quant.layout import INT4, INT5, INT8
+from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups, unpack_row
+from ruvllm.kernels.quant.weights import dequantize, quantize_int4, quantize_int8, quantize_parallel, quantize_rows
 
 SIDES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=70)
 METHODS = ("int8", "int4", "int4 with mins")

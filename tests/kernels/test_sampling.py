@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from ruvllm.kernels import (
-    apply_repetition_penalty,
-    argmax,
-    log_softmax,
-    reference,
-    sample,
-    top_k,
-    top_logprobs,
-)
+from ruvllm.kernels import apply_repetition_penalty, argmax, log_softmax, reference, sample, top_k, top_logprobs
 
 
 def _logits(n: int, seed: int = 0, spread: float = 2.0) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numba import njit
 
-from ruvllm.kernels import _simd, _simd_python
-from ruvllm.kernels._simd import f32_load, f32_load_first, f32_store, f32_store_first, lanes_between
+from ruvllm.kernels.simd import vectors as simd
+from ruvllm.kernels.simd import vectors_python
+from ruvllm.kernels.simd.vectors import f32_load, f32_load_first, f32_store, f32_store_first, lanes_between
 
 LANES = 16
 
@@ -30,7 +31,7 @@ def _vectors(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def _unary(op):
-    load, store = _simd.f32_load, _simd.f32_store
+    load, store = simd.f32_load, simd.f32_store
 
     @njit
     def run(a, out):
@@ -40,7 +41,7 @@ def _unary(op):
 
 
 def _binary(op):
-    load, store = _simd.f32_load, _simd.f32_store
+    load, store = simd.f32_load, simd.f32_store
 
     @njit
     def run(a, b, out):
@@ -71,25 +72,25 @@ def test_arithmetic(sign: str) -> None:
     "name", ["fmax", "fmin", "larger_or_nan", "greater", "evens", "odds", "zip_low", "zip_high", "low_halves"]
 )
 def test_two_vectors(name: str) -> None:
-    run, out = _binary(getattr(_simd, name)), np.empty(LANES, np.float32)
+    run, out = _binary(getattr(simd, name)), np.empty(LANES, np.float32)
     for a in _vectors(3):
         for b in _vectors(3, seed=1):
             run(a, b, out)
-            np.testing.assert_array_equal(out, getattr(_simd_python, name)(a, b))
+            np.testing.assert_array_equal(out, getattr(vectors_python, name)(a, b))
 
 
 def test_pairs_are_taken_apart_and_put_together() -> None:
     a, b = np.arange(16, dtype=np.float32), np.arange(16, 32, dtype=np.float32)
     out = np.empty((4, LANES), np.float32)
     for row, name in enumerate(("evens", "odds", "zip_low", "zip_high")):
-        _binary(getattr(_simd, name))(a, b, out[row])
+        _binary(getattr(simd, name))(a, b, out[row])
     np.testing.assert_array_equal(out[0], np.arange(0, 32, 2))
     np.testing.assert_array_equal(out[1], np.arange(1, 32, 2))
     np.testing.assert_array_equal(np.concatenate(out[2:]).reshape(16, 2), np.stack((a, b), 1))
 
 
 def test_fma_rounds_once() -> None:
-    load, store, fma = _simd.f32_load, _simd.f32_store, _simd.fma
+    load, store, fma = simd.f32_load, simd.f32_store, simd.fma
 
     @njit
     def run(a, b, c, out):
@@ -106,7 +107,7 @@ def test_fma_rounds_once() -> None:
 
 
 def test_scalar_maximum_takes_the_number_beside_nan() -> None:
-    fmax = _simd.fmax
+    fmax = simd.fmax
 
     @njit
     def run(a, b):
@@ -119,7 +120,7 @@ def test_scalar_maximum_takes_the_number_beside_nan() -> None:
 
 
 def test_reductions() -> None:
-    load, hsum, hmax = _simd.f32_load, _simd.hsum, _simd.hmax
+    load, hsum, hmax = simd.f32_load, simd.hsum, simd.hmax
 
     @njit
     def run(a):
@@ -129,13 +130,13 @@ def test_reductions() -> None:
     with np.errstate(all="ignore"):
         for a in _vectors(20):
             total, largest = run(a)
-            np.testing.assert_equal(total, _simd_python.hsum(a))
-            np.testing.assert_equal(largest, _simd_python.hmax(a))
+            np.testing.assert_equal(total, vectors_python.hsum(a))
+            np.testing.assert_equal(largest, vectors_python.hmax(a))
 
 
 def test_constants() -> None:
     store, zero, splat, splat_at, to_f32 = (
-        _simd.f32_store, _simd.f32_zero, _simd.splat, _simd.splat_at, _simd.to_f32,
+        simd.f32_store, simd.f32_zero, simd.splat, simd.splat_at, simd.to_f32,
     )  # fmt: skip
 
     @njit
@@ -152,7 +153,7 @@ def test_constants() -> None:
 
 
 def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
-    fma, greater, load, store = _simd.fma, _simd.greater, _simd.f32_load, _simd.f32_store
+    fma, greater, load, store = simd.fma, simd.greater, simd.f32_load, simd.f32_store
 
     @njit
     def run(a, x, out):
@@ -172,7 +173,7 @@ def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
 
 @pytest.mark.parametrize("name", ["fmax", "larger_or_nan", "greater", "at_most"])
 def test_two_numbers(name: str) -> None:
-    function = getattr(_simd, name)
+    function = getattr(simd, name)
 
     @njit
     def run(x, y, out):
@@ -182,13 +183,13 @@ def test_two_numbers(name: str) -> None:
 
     out = np.empty((LANES, LANES), np.float32)
     run(SPECIAL, SPECIAL, out)
-    expected = [[getattr(_simd_python, name)(x, y) for y in SPECIAL] for x in SPECIAL]
+    expected = [[getattr(vectors_python, name)(x, y) for y in SPECIAL] for x in SPECIAL]
     np.testing.assert_array_equal(out, np.array(expected, np.float32))
 
 
 def test_integer_vectors() -> None:
-    rounded, to_f32 = _simd.round_to_i32, _simd.to_f32
-    f32_load, f32_store, power = _simd.f32_load, _simd.f32_store, _simd.power_of_two
+    rounded, to_f32 = simd.round_to_i32, simd.to_f32
+    f32_load, f32_store, power = simd.f32_load, simd.f32_store, simd.power_of_two
 
     @njit
     def arithmetic(a, b, out):
@@ -219,12 +220,12 @@ def test_integer_vectors() -> None:
     powers(shifted, floats)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(floats, np.ldexp(np.float32(1), exponents))
-    np.testing.assert_array_equal(_simd_python.power_of_two(shifted), floats)
+    np.testing.assert_array_equal(vectors_python.power_of_two(shifted), floats)
 
 
 @pytest.mark.parametrize("name", ["at_most", "zero_below"])
 def test_bounds(name: str) -> None:
-    f32_load, f32_store, bound, with_y = _simd.f32_load, _simd.f32_store, getattr(_simd, name), name == "zero_below"
+    f32_load, f32_store, bound, with_y = simd.f32_load, simd.f32_store, getattr(simd, name), name == "zero_below"
 
     if with_y:
 
@@ -241,11 +242,11 @@ def test_bounds(name: str) -> None:
     for limit in _f32([-1, 0, 1e10]):
         run(SPECIAL, limit, y, out)
         arguments = (SPECIAL, limit, y) if with_y else (SPECIAL, limit)
-        np.testing.assert_array_equal(out, getattr(_simd_python, name)(*arguments))
+        np.testing.assert_array_equal(out, getattr(vectors_python, name)(*arguments))
 
 
 def test_loads_and_stores_at_any_index() -> None:
-    load, store = _simd.f32_load, _simd.f32_store
+    load, store = simd.f32_load, simd.f32_store
 
     @njit
     def run(a, i, out, j):
@@ -286,7 +287,7 @@ def test_ragged_ends(count: int) -> None:
 
 def test_load_past_the_end_reads_nothing() -> None:
     """A ragged load may start where the array ends."""
-    load, store = _simd.f32_load_first, _simd.f32_store
+    load, store = simd.f32_load_first, simd.f32_store
 
     @njit
     def run(a, n, out):
@@ -298,8 +299,8 @@ def test_load_past_the_end_reads_nothing() -> None:
 
 
 def test_every_half_float_is_widened_and_rounded_exactly() -> None:
-    load, store, widen, narrow = _simd.load, _simd.f32_store, _simd.f16_to_f32, _simd.f32_to_f16
-    store_number = _simd.store_number
+    load, store, widen, narrow = simd.load, simd.f32_store, simd.f16_to_f32, simd.f32_to_f16
+    store_number = simd.store_number
 
     @njit
     def widen_all(bits, out):
@@ -334,7 +335,7 @@ def test_every_half_float_is_widened_and_rounded_exactly() -> None:
 
 
 def test_rounding_to_half_floats_is_to_nearest_even() -> None:
-    narrow = _simd.f32_to_f16
+    narrow = simd.f32_to_f16
 
     @njit
     def run(values, out):
@@ -367,11 +368,11 @@ def test_the_same_with_older_instructions() -> None:
 
 @njit
 def _sums_of_rows(w, x, start, step, out):
-    kept = _simd.stack_f32(80)
-    sums = _simd.f32_zeros(5)
+    kept = simd.stack_f32(80)
+    sums = simd.f32_zeros(5)
     for k in range(w.size // LANES):
-        sums = _simd.fma_rows(f32_load(w, k * LANES), x, start + k, step, sums)
-    _simd.store_rows(kept, 0, LANES, sums)
+        sums = simd.fma_rows(f32_load(w, k * LANES), x, start + k, step, sums)
+    simd.store_rows(kept, 0, LANES, sums)
     for i in range(80):
         out[i] = kept[i]
 
@@ -382,26 +383,26 @@ def test_rows_of_sums() -> None:
     _sums_of_rows(w.reshape(-1), x.reshape(-1), 2, 9, out)
     np.testing.assert_allclose(out.reshape(5, LANES), x[:, 2:].astype(np.float64) @ w, rtol=0, atol=1e-5)
     plain = np.empty(80)
-    sums = _simd_python.f32_zeros(5)
+    sums = vectors_python.f32_zeros(5)
     for k in range(7):
-        sums = _simd_python.fma_rows(w[k], x, 2 + k, 9, sums)
-    _simd_python.store_rows(plain, 0, LANES, sums)
+        sums = vectors_python.fma_rows(w[k], x, 2 + k, 9, sums)
+    vectors_python.store_rows(plain, 0, LANES, sums)
     np.testing.assert_allclose(plain, out, rtol=0, atol=1e-5)
 
 
 @njit
 def _transposed(x, out):
-    rows = _simd.load_rows(x, 0, 20, 16)
+    rows = simd.load_rows(x, 0, 20, 16)
     for _ in range(4):
-        rows = _simd.zip_rows(rows)
-    _simd.store_rows(out, 0, 16, rows)
+        rows = simd.zip_rows(rows)
+    simd.store_rows(out, 0, 16, rows)
 
 
 def test_rows_merged_four_times_are_transposed() -> None:
     x, out = np.arange(320, dtype=np.float32).reshape(16, 20), np.empty((16, 16), np.float32)
     _transposed(x, out)
     np.testing.assert_array_equal(out, x[:, :16].T)
-    rows = _simd_python.load_rows(x, 0, 20, 16)
+    rows = vectors_python.load_rows(x, 0, 20, 16)
     for _ in range(4):
-        rows = _simd_python.zip_rows(rows)
+        rows = vectors_python.zip_rows(rows)
     np.testing.assert_array_equal(np.stack(rows), x[:, :16].T)

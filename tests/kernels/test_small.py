@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels import KERNELS, activation, attention, lora, lora_grad, matmul, norm, rope, vector
-from ruvllm.kernels._jit import DISABLE_JIT
-from ruvllm.kernels._small import SMALL, long_way
+from ruvllm.kernels import KERNELS, activation, norm, vector
+from ruvllm.kernels.attention import public as attention
+from ruvllm.kernels.jit.decorators import DISABLE_JIT
+from ruvllm.kernels.jit.small_calls import SMALL, long_way
+from ruvllm.kernels.lora import public as lora
+from ruvllm.kernels.matmul import public as matmul
+from ruvllm.kernels.rope import rotate as rope
+from ruvllm.kernels.training import lora as lora_grad
 
 pytestmark = pytest.mark.skipif(DISABLE_JIT, reason="small calls are compiled, or do nothing")
 

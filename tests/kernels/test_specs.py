@@ -11,7 +11,7 @@ import pytest
 
 from ruvllm import kernels
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.kernels._small import long_way
+from ruvllm.kernels.jit.small_calls import long_way
 from tests.kernels import spec_cases as cases
 
 EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())

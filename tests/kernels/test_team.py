@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruvllm.kernels._team import part
+from ruvllm.kernels.threads.team import part
 from tests.kernels.team_cases import Task
 
 HANGING = 120  # seconds: a busy machine takes a core away in the middle of a round

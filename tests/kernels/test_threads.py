@@ -7,8 +7,9 @@ import sys
 import numba
 import pytest
 
-from ruvllm.kernels import _threads, read_bandwidth
-from ruvllm.kernels._threads import limited_to, num_threads, physical_cores, threads_for
+from ruvllm.kernels import read_bandwidth
+from ruvllm.kernels.threads import pool
+from ruvllm.kernels.threads.pool import limited_to, num_threads, physical_cores, threads_for
 
 POOL = int(getattr(numba.core.config, "NUMBA_NUM_THREADS"))  # noqa: B009 (a constant that numba makes at run time)
 
@@ -55,7 +56,7 @@ x = np.random.default_rng(0).standard_normal((400, 300)).astype(np.float32)
 def test_a_forked_child_computes_on_one_thread_and_says_why_it_takes_no_more() -> None:
     """OpenMP ends forked children that start a parallel region; on systems without fork there is nothing to do."""
     program = PARALLEL + """
-from ruvllm.kernels._threads import launch, num_threads
+from ruvllm.kernels.threads.pool import launch, num_threads
 expected = softmax(x)  # starts the threads
 assert num_threads() == 2
 if hasattr(os, "fork") and os.fork() == 0:
@@ -76,7 +77,7 @@ def test_a_child_forked_before_any_thread_was_started_has_threads_of_its_own() -
     program = PARALLEL + """
 if hasattr(os, "fork") and os.fork() == 0:
     softmax(x)
-    from ruvllm.kernels._threads import num_threads
+    from ruvllm.kernels.threads.pool import num_threads
     os._exit(7 if num_threads() == 2 else 1)
 print(os.waitstatus_to_exitcode(os.wait()[1]) if hasattr(os, "fork") else 7)
 """
@@ -106,21 +107,21 @@ print(len(wrong), numba.threading_layer())
 def test_no_pool_is_started_by_a_small_call() -> None:
     program = """
 import numpy as np
-from ruvllm.kernels import _threads, rms_norm
+from ruvllm.kernels import pool, rms_norm
 rms_norm(np.ones((4, 64), np.float32), np.ones(64, np.float32))
-print(_threads._pool_started)
+print(pool._pool_started)
 """
     assert _run(program) == "False"
 
 
 def test_the_lock_of_a_forked_child_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_threads, "_pool_started", True)
-    monkeypatch.setattr(_threads, "_forked", False)
-    monkeypatch.setattr(_threads, "_one_at_a_time", _threads._one_at_a_time)
-    with _threads._one_at_a_time:  # as if another thread of the parent were inside a kernel
-        _threads._after_fork()
-        assert _threads._forked
-        assert not _threads._one_at_a_time.locked()
+    monkeypatch.setattr(pool, "_pool_started", True)
+    monkeypatch.setattr(pool, "_forked", False)
+    monkeypatch.setattr(pool, "_one_at_a_time", pool._one_at_a_time)
+    with pool._one_at_a_time:  # as if another thread of the parent were inside a kernel
+        pool._after_fork()
+        assert pool._forked
+        assert not pool._one_at_a_time.locked()
 
 
 def test_read_bandwidth() -> None:

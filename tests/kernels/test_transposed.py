@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from ruvllm.kernels._memory import aligned_empty
-from ruvllm.kernels._threads import limited_to
-from ruvllm.kernels.panels import pack, panel_count, unpack_row
-from ruvllm.kernels.quant_panels import empty_panels, pack_groups
-from ruvllm.kernels.quant_panels import unpack_row as unpack_quant_row
-from ruvllm.kernels.transposed import linear_transposed, quant_transposed
+from ruvllm.kernels.matmul.panels import pack, panel_count, unpack_row
+from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.quant.panels import empty_panels, pack_groups
+from ruvllm.kernels.quant.panels import unpack_row as unpack_quant_row
+from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from tests.kernels.quant_cases import CODES, KINDS
 
 SHAPES = [(1, 1), (15, 16), (17, 33), (50, 75), (530, 40), (1030, 129)]

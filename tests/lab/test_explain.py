@@ -13,7 +13,7 @@ import pytest
 
 from ruvllm.cli import _parser, main
 from ruvllm.kernels import KERNELS
-from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.lab import TARGETS, explain
 from ruvllm.lab._assembly import called, innermost_loops
 from ruvllm.lab._calls import calls_of_kernel
@@ -155,7 +155,7 @@ def test_this_machines_code_is_what_numba_runs() -> None:
 from collections import Counter
 from numba.core.caching import NullCache
 from numba.core.registry import cpu_target
-from ruvllm.kernels._jit import COMPILED
+from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.lab import explain
 from ruvllm.lab._assembly import innermost_loops
 from ruvllm.lab._calls import calls_of_kernel

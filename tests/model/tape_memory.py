@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ruvllm.kernels import tape as t
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, token_blocks
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.ops.schedule import ANY, Access, Partition, Step, Value
 from ruvllm.model.replay import Working

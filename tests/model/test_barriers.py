@@ -15,9 +15,9 @@ import pytest
 
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
-from ruvllm.kernels._team import SHARES
-from ruvllm.kernels._threads import limited_to
 from ruvllm.kernels.tape import Operation
+from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.kernels.threads.team import SHARES
 from ruvllm.model import Llama
 from ruvllm.model.lora import MicroLora
 from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ruvllm.kernels.quant_panels import Panels
+from ruvllm.kernels.quant.panels import Panels
 from ruvllm.model import weights
 from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomTensor

@@ -12,8 +12,8 @@ import pytest
 
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ContextFullError
-from ruvllm.kernels._region import Region
-from ruvllm.kernels._threads import most_threads
+from ruvllm.kernels.threads.pool import most_threads
+from ruvllm.kernels.threads.regions import Region
 from ruvllm.model import Llama, ModelConfig, RopeConfig, llama, replay
 from ruvllm.model.llama import PREFILL_TOKENS
 from ruvllm.model.random_weights import RandomWeights

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import kv as kv_kernels
-from ruvllm.kernels import token_attention
-from ruvllm.kernels._attention_tile import CHUNK
-from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
-from ruvllm.kernels._team import part, share_of, take_turn
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels._views import array_at
-from ruvllm.kernels.cached_attention import attend_split, attend_turns
+from ruvllm.kernels.attention import decode as token_attention
+from ruvllm.kernels.attention import kv as kv_kernels
+from ruvllm.kernels.attention.prefill import attend_split, attend_turns
+from ruvllm.kernels.attention.tile import CHUNK
+from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
+from ruvllm.kernels.jit.views import array_at
+from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.operations.matmul import team_sync
 from ruvllm.kernels.tape import (
     CACHE_BLOCKS,
@@ -31,6 +30,7 @@ from ruvllm.kernels.tape import (
     operation,
     row_range,
 )
+from ruvllm.kernels.threads.team import part, share_of, take_turn
 
 kv_append_heads = as_part(kv_kernels.kv_append_heads)
 attend_token_chunks = as_part(token_attention.attend_token_chunks)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import experts
-from ruvllm.kernels._jit import as_part, view_kernel
-from ruvllm.kernels._views import array_at
+from ruvllm.kernels.jit.decorators import as_part, view_kernel
+from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.tape import (
     CAPACITY,
     EXPERT_ROWS,

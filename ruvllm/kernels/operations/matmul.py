@@ -1,8 +1,8 @@
 """Operations of linear layers: products with integer or float weights, biases, low-rank adapters.
 
 A member computes a range of panels (16 outputs each) for all rows. With ``steal`` a share is cut into chunks, and a
-member that has finished its own steals chunks of the others (``_team``); ``share`` names the counter of this product
-among those between two barriers.
+member that has finished its own steals chunks of the others (``threads.team``); ``share`` names the counter of this
+product among those between two barriers.
 """
 
 from functools import cache
@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import low_rank
-from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
-from ruvllm.kernels._team import part, share_of
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels._views import array_at
-from ruvllm.kernels.low_rank import PARTS, join_parts
+from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
+from ruvllm.kernels.jit.views import array_at
+from ruvllm.kernels.lora import packed as low_rank
+from ruvllm.kernels.lora.packed import PARTS, join_parts
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import panels_matmul_part, panels_matmul_turns
 from ruvllm.kernels.operations.rows import quantized
-from ruvllm.kernels.panels import panels_matmul_part, panels_matmul_turns
-from ruvllm.kernels.quant import quant_matmul_part
-from ruvllm.kernels.quant_layout import GROUP, block_bytes
+from ruvllm.kernels.quant.layout import GROUP, block_bytes
+from ruvllm.kernels.quant.matmul import quant_matmul_part
 from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
+from ruvllm.kernels.threads.team import part, share_of
 
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, norm, rounding, vector
-from ruvllm.kernels import rope as rotary
-from ruvllm.kernels._jit import as_part, inline_kernel, view_kernel
-from ruvllm.kernels._views import array_at, flat
-from ruvllm.kernels.quant_layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.kernels import activation, norm, vector
+from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
+from ruvllm.kernels.jit.views import array_at, flat
+from ruvllm.kernels.quant import activations as rounding
+from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.kernels.rope import rotate as rotary
 from ruvllm.kernels.tape import CAPACITY, TOKENS, address_for, address_of, matrix, number, operation, row_range
 
 rms_norm_rows = as_part(norm.rms_norm_rows)

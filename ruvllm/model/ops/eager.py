@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.kernels.cached_attention import cached_attention
+from ruvllm.kernels.attention.kv import append
+from ruvllm.kernels.attention.prefill import cached_attention
 from ruvllm.kernels.experts import add_weighted, route_tokens
-from ruvllm.kernels.kv import append
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
 

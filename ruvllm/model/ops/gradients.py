@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.kernels._memory import aligned_empty
 from ruvllm.kernels.experts import route_tokens
+from ruvllm.kernels.memory import aligned_empty
 from ruvllm.model.activations import Activations
 from ruvllm.model.linear import Linear
 

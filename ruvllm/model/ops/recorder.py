@@ -18,13 +18,13 @@ import numpy as np
 
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
-from ruvllm.kernels._tile import LANES
-from ruvllm.kernels.cached_attention import NO_WINDOW
-from ruvllm.kernels.low_rank import PARTS
+from ruvllm.kernels.attention.prefill import NO_WINDOW
+from ruvllm.kernels.lora.packed import PARTS
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import panel_count
 from ruvllm.kernels.operations.experts import routing_bytes
 from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_BYTES
-from ruvllm.kernels.panels import panel_count
-from ruvllm.kernels.quant_layout import GROUP
+from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.tape import Operation
 from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
 from ruvllm.model.ops.tape import Tape, assemble

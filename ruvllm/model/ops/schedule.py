@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ruvllm.kernels import tape as t
-from ruvllm.kernels._team import SHARES
 from ruvllm.kernels.tape import Operation
+from ruvllm.kernels.threads.team import SHARES
 
 
 class Partition(NamedTuple):

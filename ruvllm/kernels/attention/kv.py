@@ -1,0 +1,197 @@
+"""The KV cache's layout, and appending to it.
+
+One layer: keys (KV, B, K, 16), in blocks of 16 positions whose positions are the lanes of a panel; values (KV, S, DV)
+by position, DV = D rounded up to 16. Both are float32, IEEE half bits (uint16), or int8. Of float caches, K = D.
+
+In int8 each key and each value of a head has one scale, its largest magnitude / 127. The scales of a block's 16 keys
+and then those of its values, as float32, are the last 8 of its K = D + 8 rows of 16 bytes: beside what they scale.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.simd.vectors import (
+    f32_load,
+    f32_load_first,
+    f32_zero,
+    fma,
+    greater,
+    hmax,
+    hsum,
+    load_rows,
+    read_scales,
+    scaled,
+    scaled_rows,
+    splat,
+    store_number,
+    store_number_rows,
+    store_numbers,
+    store_scale,
+    zip_rows,
+)
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+
+SCALE_ROWS = 8  # of 16 bytes, in a block of int8 keys
+_LARGEST, _ONE = np.float32(127), np.float32(1)
+
+
+def padded(head_dim: int) -> int:
+    """head_dim rounded up to whole vectors: the row length of the value cache."""
+    return (head_dim + LANES - 1) // LANES * LANES
+
+
+def key_rows(head_dim: int, dtype: Any) -> int:
+    """Rows of a block of keys of this dtype."""
+    return head_dim + (SCALE_ROWS if dtype == np.int8 else 0)
+
+
+@kernel(strict=True)
+def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
+    """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
+    tokens, heads, dim = k.shape
+    k_flat, v_flat, keys_flat, values_flat = flat(k), flat(v), flat(keys), flat(values)
+    block = keys.shape[2] * LANES
+    wide = values.shape[2]
+    row = heads * dim
+    whole = dim - dim % LANES
+    for head in range(lo, hi):
+        t = 0
+        while t < tokens:
+            xi = t * row + head * dim
+            position = positions[t]
+            ki = (head * keys.shape[1] + position // LANES) * block
+            vi = (head * values.shape[1] + position) * wide
+            count = LANES if _fill_block(positions, t) else 1
+            transposed = whole if count == LANES else 0
+            for i in range(count):
+                at, j = xi + i * row, position % LANES + i
+                k_scale, v_scale = _scale(k_flat, at, dim), _scale(v_flat, at, dim)
+                store_scale(keys_flat, ki + dim * LANES + 4 * j, k_scale)
+                store_scale(keys_flat, ki + (dim + 4) * LANES + 4 * j, v_scale)
+                for d in range(transposed, dim):
+                    store_number(keys_flat, ki + d * LANES + j, k_flat[at + d], _ONE / k_scale)
+                for d in range(0, whole, LANES):
+                    numbers = scaled(values, f32_load(v_flat, at + d), splat(_ONE / v_scale))
+                    store_numbers(values_flat, vi + i * wide + d, numbers)
+                for d in range(whole, dim):
+                    store_number(values_flat, vi + i * wide + d, v_flat[at + d], _ONE / v_scale)
+            for d in range(0, transposed, LANES):  # the 16 keys' next 16 numbers: positions become lanes
+                lines = zip_rows(zip_rows(zip_rows(zip_rows(load_rows(k_flat, xi + d, row, LANES)))))
+                lines = scaled_rows(keys, lines, splat(_ONE) / read_scales(keys_flat, ki + dim * LANES))
+                store_number_rows(keys_flat, ki + d * LANES, LANES, lines)
+            t += count
+
+
+@inline_kernel
+def _scale(x: Any, xi: Any, dim: Any) -> Any:
+    """The largest magnitude of dim numbers / 127; NaN if one of them is NaN or infinite."""
+    top, not_finite = f32_zero(), f32_zero()
+    for d in range(0, dim, LANES):
+        numbers = f32_load(x, xi + d) if d + LANES <= dim else f32_load_first(x, xi + d, dim - d)
+        top = greater(greater(numbers, f32_zero() - numbers), top)
+        not_finite = fma(numbers, f32_zero(), not_finite)
+    return hmax(top) / _LARGEST + hsum(not_finite)
+
+
+@inline_kernel
+def _fill_block(positions: Any, t: Any) -> Any:
+    """Whether the tokens from t on are the sixteen of one block, in order."""
+    if positions[t] % LANES or t + LANES > len(positions):
+        return False
+    for i in range(1, LANES):
+        if positions[t + i] != positions[t] + i:
+            return False
+    return True
+
+
+kv_append_parallel = over_rows(kv_append_heads)
+
+
+def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
+    """kv_append for callers that own their buffers (``model.Attention``): sizes are theirs to guarantee."""
+    threads = threads_for(k.size, PARALLEL_ELEMENTS, len(keys))
+    run_rows(kv_append_heads, kv_append_parallel, threads, len(keys), k, v, keys, values, positions)
+
+
+def kv_append(
+    k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """keys[h, p // 16, :, p % 16] = k[t, h] and values[h, p] = v[t, h] for the position p of each token t, in place.
+
+    Into a cache of int8, each k[t, h] and v[t, h] goes rounded, with its scale max|x| / 127.
+
+    Args:
+        k, v: (T, KV, D) float32.
+        keys: (KV, B, D, 16) float32 or uint16 (IEEE half bits), or (KV, B, D + 8, 16) int8; position p is lane
+            p % 16 of block p // 16. The last 8 rows of int8 blocks hold scales.
+        values: (KV, 16 B, DV) of the same dtype, DV = D rounded up to a multiple of 16.
+        positions: (T,) integers from 0 to 16 B - 1.
+
+    Returns:
+        ``keys`` and ``values``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape, or a position is outside the cache.
+    """
+    k, v = check.float32("k", k, ndim=3), check.float32("v", v, ndim=3)
+    positions = check.integers("positions", positions)
+    _require_cache(keys, values, k.shape[2])
+    if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
+        raise ValueError(f"k: {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
+    if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
+        found = f"{positions.min()} to {positions.max()}"
+        raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
+    append(k, v, keys, values, positions)
+    return keys, values
+
+
+def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
+    for name, array in (("keys", keys), ("values", values)):
+        if not isinstance(array, np.ndarray):
+            expected = "a float32, uint16 or int8 NumPy array"
+            raise TypeError(f"{name}: expected {expected}, found {type(array).__name__}")
+        known = array.dtype in (np.float32, np.uint16, np.int8)
+        if not known or not array.flags.c_contiguous or not array.flags.writeable:
+            expected = "a writable C-contiguous float32, uint16 or int8 array"
+            raise TypeError(f"{name}: expected {expected}, found {array.dtype}")
+    wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None
+    fit = values.shape == wanted and keys.dtype == values.dtype
+    if not fit or keys.shape[2:] != (key_rows(dim, keys.dtype), LANES):
+        raise ValueError(f"keys: {keys.shape} and values {values.shape} are no cache for head_dim {dim}")
+
+
+def _append_example(rng: Any, tokens: int, kv_heads: int, dim: int, length: int) -> dict[str, Any]:
+    blocks = -(-max(tokens, length) // LANES)
+    return {
+        "k": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+        "v": rng.standard_normal((tokens, kv_heads, dim), np.float32),
+        "keys": rng.standard_normal((kv_heads, blocks, dim, LANES), np.float32),
+        "values": rng.standard_normal((kv_heads, blocks * LANES, padded(dim)), np.float32),
+        "positions": rng.permutation(blocks * LANES)[:tokens],
+    }
+
+
+SPECS = [
+    KernelSpec(
+        name="kv_append",
+        function=kv_append,
+        compiled=(kv_append_heads, kv_append_parallel),
+        reference=reference.kv_append,
+        formula="keys[:, p // 16, :, p % 16] = k, values[:, p, :D] = v",
+        example=_append_example,
+        flops=lambda tokens, kv_heads, dim, length: 2.0 * tokens * kv_heads * dim,  # numbers moved: nothing is computed
+        bytes=lambda tokens, kv_heads, dim, length: 16.0 * tokens * kv_heads * dim,
+        sizes=(
+            {"tokens": 1, "kv_heads": 8, "dim": 128, "length": 1024},
+            {"tokens": 128, "kv_heads": 3, "dim": 64, "length": 512},
+        ),
+        tolerance=0.0,
+    )
+]

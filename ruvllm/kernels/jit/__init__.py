@@ -1,0 +1,1 @@
+"""How kernels are compiled: decorators and flags, the compile cache, views of memory, small calls, private parts."""

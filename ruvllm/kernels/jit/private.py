@@ -1,0 +1,215 @@
+"""Numba's compiler as the decorators of ``jit.decorators`` change it. What they need of Numba's private parts is here.
+
+- Machine code is made once, of what Python calls; what only other kernels call stays LLVM IR (``Part``, ``Parallel``).
+- A sum stays a function of its own (``Sum``), so that its order of additions does not depend on the code around it.
+- It is optimised once. Numba hands callers the optimised code of a kernel, and optimises it again as a part of them:
+  LLVM then regroups sums, and a process that found the kernel in the cache gets other bits than the one that compiled
+  it. So a kernel with a sum in it hands out its IR from before. (The others do as Numba does: kernels made of several
+  large bodies are up to a tenth faster so.)
+- Loops are marked as independent (``Independent``): LLVM then vectorises them wherever the arrays lie.
+"""
+
+import copy
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core.compiler import Compiler
+
+
+class Serial(Compiler):
+    """Compiles a serial kernel."""
+
+    def __init__(
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
+    ) -> None:
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        self.state.targetctx = _changed_target(self.state.targetctx, self)
+
+    def runs(self, name: str) -> bool:
+        """Whether the library of this name becomes machine code."""
+        return True
+
+    def change(self, module: ir.Module) -> None:
+        """What is done to the IR of the function."""
+
+
+class Independent(Serial):
+    """Compiles a serial kernel whose loops are independent."""
+
+    def change(self, module: ir.Module) -> None:
+        mark_independent(module)
+
+
+class Part(Serial):
+    """Compiles what only other kernels call. It stops at IR, which halves compile times."""
+
+    def __init__(
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
+    ) -> None:
+        flags.no_cpython_wrapper = True
+        flags.no_cfunc_wrapper = True
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+
+    def runs(self, name: str) -> bool:
+        return False
+
+
+class IndependentPart(Part):
+    """Part, with independent loops."""
+
+    def change(self, module: ir.Module) -> None:
+        mark_independent(module)
+
+
+class Sum(Part):
+    """IndependentPart that is never inlined."""
+
+    def change(self, module: ir.Module) -> None:
+        for function in module.functions:
+            if not function.is_declaration:
+                function.attributes.add("noinline")
+        mark_independent(module)
+
+
+class Parallel(Serial):
+    """Makes machine code of a parallel kernel once.
+
+    Numba makes it four times: of the loop's body, of two wrappers around it, and of the kernel, each with a copy of
+    all that it calls. The first three stay LLVM IR here, for they only become parts of the last. So nothing in the loop
+    may need Python, not even print.
+    """
+
+    def runs(self, name: str) -> bool:
+        return bool(name == self.state.func_id.func_qualname)
+
+
+# --- libraries: what becomes machine code, and what callers get ---------------------------------------------------
+
+
+def _changed_target(targetctx: Any, compiler: Serial) -> Any:
+    """A target that asks the compiler what to do with functions and libraries."""
+    target = copy.copy(targetctx)  # shares everything but these three steps
+    target.cached_internal_func = {}
+    codegen = _Codegen(targetctx.codegen(), compiler)
+    target.codegen = lambda: codegen
+
+    def get_executable(library: Any, fndesc: Any, env: Any) -> Any:
+        return targetctx.get_executable(library, fndesc, env) if compiler.runs(library.name) else not_callable()
+
+    def post_lowering(module: ir.Module, library: Any) -> None:
+        compiler.change(module)
+        targetctx.post_lowering(module, library)
+
+    target.get_executable, target.post_lowering = get_executable, post_lowering
+    return target
+
+
+class _Codegen:
+    """Numba's code generator, with other libraries.
+
+    Those that do not run are not optimised, and never added to the execution engine: it would make machine code of
+    them, and where two modules define a function the linker takes the first, so that the kernel would call the slow
+    copy. Those with a sum in them keep a copy for callers before they are optimised.
+    """
+
+    def __init__(self, codegen: Any, compiler: Serial) -> None:
+        self._codegen, self._compiler = codegen, compiler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codegen, name)
+
+    def create_library(self, name: str, **options: Any) -> Any:
+        library = self._codegen.create_library(name, **options)
+        optimize = library._optimize_final_module
+
+        def keep_and_optimize() -> None:
+            if any(_is_kept_whole(function) for function in library._final_module.functions):
+                library._shared_module = _to_be_linked(library._final_module)
+            optimize()
+
+        def finalize() -> None:
+            library._finalize_dynamic_globals()
+            library._finalized = True
+
+        if self._compiler.runs(name):
+            library._optimize_final_module = keep_and_optimize
+        else:
+            library._optimize_final_module = lambda: None
+            library._finalize_final_module = finalize
+        return library
+
+
+def _is_kept_whole(function: Any) -> bool:
+    """Whether it is a definition of ours that is never inlined, as sums are."""
+    ours = function.name.startswith("_ZN") and not function.is_declaration
+    return ours and any(b"noinline" in attributes for attributes in function.attributes)
+
+
+def _to_be_linked(module: Any) -> Any:
+    """A copy whose functions may be defined by several modules, as Numba makes it of the optimised code."""
+    shared = module.clone()
+    for function in shared.functions:
+        if not function.is_declaration and function.linkage == llvm.Linkage.external:
+            function.linkage = "linkonce_odr"
+    return shared
+
+
+def not_callable() -> Any:
+    """What numba takes for the entry point: it must be a builtin, a new one each time, and raise if Python calls it."""
+    return [].clear
+
+
+# --- independent loops --------------------------------------------------------------------------------------------
+
+_INTERLEAVE = 4  # vectors per iteration; LLVM takes one where the body is long, as exp is, at 0.8 times the speed
+
+
+def mark_independent(module: ir.Module) -> None:
+    """Mark every loop, and every load and store of an array's element, as independent.
+
+    LLVM vectorises a loop only if no iteration reads what another one writes. It tests that when the loop begins, by
+    the addresses of the arrays, and the test fails where the output is an input: the loop then runs scalar. This
+    metadata is what C compilers make of "#pragma ivdep": loads and stores belong to a group, and each loop says that
+    the accesses of the group are parallel.
+    """
+    group = _DistinctNode(module, "")
+    interleave = module.add_metadata(["llvm.loop.interleave.count", ir.IntType(32)(_INTERLEAVE)])
+    accesses = module.add_metadata(["llvm.loop.parallel_accesses", group])  # not distinct: LLVM aborts on inlining it
+    for function in module.functions:
+        order = {block: i for i, block in enumerate(function.blocks)}
+        loops: dict[Any, _DistinctNode] = {}
+        for block, place in order.items():
+            for instruction in block.instructions:
+                if instruction.opname in ("load", "store") and _is_of_an_array(instruction):
+                    instruction.set_metadata("llvm.access.group", group)
+            for target in block.terminator.operands if block.terminator.opname == "br" else ():
+                if order.get(target, place + 1) <= place:  # back to where a loop begins
+                    if target not in loops:
+                        loops[target] = _DistinctNode(module, f"SELF, !{accesses.name}, !{interleave.name}")
+                    block.terminator.set_metadata("llvm.loop", loops[target])
+
+
+class _DistinctNode(ir.values.MDValue):
+    """Metadata that equals no other, which llvmlite cannot write; SELF in its text stands for the node."""
+
+    def __init__(self, module: ir.Module, text: str) -> None:
+        super().__init__(module, (), str(len(module.metadata)))
+        self._text = text.replace("SELF", f"!{self.name}")
+
+    def descr(self, buf: list[str]) -> None:
+        buf += (f"distinct !{{ {self._text} }}\n",)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _is_of_an_array(access: Any) -> bool:
+    """Whether the address comes from anything but a local variable."""
+    pointer = access.operands[-1]
+    while isinstance(pointer, (ir.instructions.GEPInstr, ir.instructions.CastInstr)):
+        pointer = pointer.operands[0]
+    return not isinstance(pointer, ir.instructions.AllocaInstr)

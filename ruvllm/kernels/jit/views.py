@@ -1,0 +1,108 @@
+"""Arrays over memory that is there already, without ``reshape``.
+
+Numba compiles a function of its own for each kind of ``reshape``; a forward region with fifty of them took two
+seconds longer to compile.
+"""
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+from ruvllm.kernels.jit.decorators import DISABLE_JIT
+
+
+def _view(context: Any, builder: Any, result: Any, data: Any, extents: list[ir.Value]) -> ir.Value:
+    """A C-contiguous array of numba type ``result`` over the memory at ``data``."""
+    array = arrayobj.make_array(result)(context, builder)
+    size = context.get_value_type(types.intp)(context.get_abi_sizeof(context.get_data_type(result.dtype)))
+    strides = [size]
+    for extent in extents[:0:-1]:
+        strides.insert(0, builder.mul(strides[0], extent))
+    arrayobj.populate_array(
+        array, data=data, shape=cgutils.pack_array(builder, extents), strides=cgutils.pack_array(builder, strides),
+        itemsize=size, meminfo=None,
+    )  # fmt: skip
+    return array._getvalue()
+
+
+if TYPE_CHECKING or DISABLE_JIT:
+
+    def array_at(address: Any, shape: Any, dtype: Any) -> Any:
+        count = int(np.prod(shape))
+        if not count:
+            return np.empty(shape, dtype)
+        raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(int(address))
+        return np.frombuffer(raw, dtype).reshape(shape)
+
+    def address(array: Any) -> Any:
+        return array.ctypes.data
+
+    def flat(array: Any) -> Any:
+        return array.reshape(-1)
+
+    def load_integers(address: Any, count: Any) -> Any:
+        return tuple(array_at(address, count, np.int64))
+
+else:
+
+    @intrinsic
+    def array_at(typingctx: Any, address: Any, shape: Any, dtype: Any) -> Any:
+        """A C-contiguous array over the memory at an address; ``shape`` is a count or a tuple.
+
+        ``dtype`` is a NumPy scalar class. The caller keeps the memory alive: a table of addresses stands in for
+        hundreds of array arguments.
+        """
+        axes = list(shape) if isinstance(shape, types.BaseTuple) else [shape]
+        result = types.Array(dtype.dtype, len(axes), "C")
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            counts = cgutils.unpack_tuple(builder, args[1]) if isinstance(shape, types.BaseTuple) else [args[1]]
+            extents = [context.cast(builder, n, kind, types.intp) for n, kind in zip(counts, axes, strict=True)]
+            data = builder.inttoptr(args[0], context.get_data_type(result.dtype).as_pointer())
+            return _view(context, builder, result, data, extents)
+
+        return result(types.int64, shape, dtype), codegen
+
+    @intrinsic
+    def address(typingctx: Any, array: Any) -> Any:
+        """Where the first element of an array lies: ``array.ctypes.data``."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = arrayobj.make_array(array)(context, builder, args[0]).data
+            return builder.ptrtoint(data, context.get_value_type(types.int64))
+
+        return types.int64(array), codegen
+
+    @intrinsic
+    def flat(typingctx: Any, array: Any) -> Any:
+        """All elements of a C-contiguous array as one axis: ``array.reshape(-1)``."""
+        if array.layout != "C":
+            return None
+        result = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            source = arrayobj.make_array(array)(context, builder, args[0])
+            return _view(context, builder, result, source.data, [source.nitems])
+
+        return result(array), codegen
+
+    @intrinsic
+    def load_integers(typingctx: Any, address: Any, count: Any) -> Any:
+        """``count`` int64 values from an address on, as a tuple; the count is a constant."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            word = context.get_value_type(types.int64)
+            pointer = builder.inttoptr(args[0], word.as_pointer())
+            values = [
+                builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)])) for i in range(count.literal_value)
+            ]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return types.UniTuple(types.int64, count.literal_value)(types.int64, count), codegen

@@ -1,0 +1,1 @@
+"""Low-rank adapters: public functions on plain matrices, and kernels on packed ones."""

@@ -1,0 +1,1 @@
+"""Float matrix products: public functions, packing into panels, tiles and micro-kernels, BLAS where it is faster."""

@@ -1,0 +1,146 @@
+"""Matrix times packed weights: the x16 layout that every linear layer uses, whatever its precision.
+
+A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector,
+so y = W x is ``acc += splat(x[k]) * panel[k]``: weights stream in order, nothing is summed across lanes, and the
+same panel serves one token (decode) and tiles of several tokens (prefill), whose sums stay in registers.
+Rows past N are zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel, part_kernel
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, put, token_times_panels
+from ruvllm.kernels.matmul.tile import GROUP, K_BLOCK, group_times_rows, turn_size
+from ruvllm.kernels.simd.vectors import f32_to_f16, f32_zero, fma, load, splat_at
+from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
+from ruvllm.kernels.threads.team import TURN_STEP, part, take_turn, turn_counts
+
+
+def panel_count(rows: int) -> int:
+    """Number of 16-row panels that hold ``rows`` rows."""
+    return (rows + LANES - 1) // LANES
+
+
+@part_kernel
+def panels_matmul_part(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """panels_matmul as a part of larger kernels."""
+    tokens, columns = x.shape
+    rows = out.shape[1]
+    panels, xs, outs = flat(w), flat(x), flat(out)
+    if tokens == 1:
+        one_token(panels, columns, xs, outs, rows, lo, hi)
+        return
+    for p in range(lo, hi, GROUP):
+        wi, w_step, count = p * columns * LANES, columns * LANES, min(GROUP, hi - p)
+        group_times_rows(panels, wi, w_step, count, xs, columns, outs, rows, p * LANES, 0, tokens)
+
+
+@inline_kernel
+def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any, hi: Any) -> None:
+    """panels_matmul for one token. Memory is the limit: four panels that lie far apart are read side by side."""
+    step = max(0, min(hi, rows // LANES) - lo) // STREAMS
+    for p in range(lo, lo + step):
+        for k in range(0, columns, K_BLOCK):
+            wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)
+            token_times_panels(panels, wi, step * columns * LANES, xs, k, k_count, outs, p, step, k > 0)
+    for p in range(lo + STREAMS * step, hi):
+        for k in range(0, columns, K_BLOCK):
+            s = f32_zero()
+            for i in range(k, min(k + K_BLOCK, columns)):
+                s = fma(load(panels, (p * columns + i) * LANES), splat_at(xs, i), s)
+            put(outs, p * LANES, s, rows - p * LANES, k > 0)
+
+
+@part_kernel
+def panels_matmul_turns(w: Any, x: Any, out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any) -> None:
+    """panels_matmul of the chunks of the panels lo:hi that are left; counts[share] numbers them (``threads.team``)."""
+    size = hi - lo if alone else turn_size(hi - lo)
+    first = lo + take_turn(counts, share, alone) * size
+    while first < hi:
+        panels_matmul_part(w, x, out, first, min(first + size, hi))
+        first = lo + take_turn(counts, share, alone) * size
+
+
+@kernel(strict=True)
+def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi, in tiles (see matmul/tile.py), or for one token.
+
+    Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
+
+    w (P, K, 16) panels; x (T, K); out (T, rows), C-contiguous.
+    """
+    panels_matmul_part(w, x, out, lo, hi)
+
+
+@parallel_kernel
+def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) -> None:
+    """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same.
+
+    Of many rows, who has done its own share takes turns of the others'. counts: turn_counts(threads).
+    """
+    panels = w.shape[0]
+    for t in prange(threads):
+        if x.shape[0] == 1:
+            lo, hi = part(panels, t, threads)
+            panels_matmul_part(w, x, out, lo, hi)
+        else:
+            for i in range(threads):
+                member = (t + i) % threads
+                lo, hi = part(panels, member, threads)
+                panels_matmul_turns(w, x, out, lo, hi, counts, member * TURN_STEP, False)
+
+
+@kernel
+def pack_panels(rows: Any, panels: Any, lo: Any, hi: Any) -> None:
+    """panels[p, k, j] = rows[16 p + j, k] for panels lo:hi; rows past the end are zero. Both of one dtype."""
+    count, columns = rows.shape
+    for p in range(lo, hi):
+        first = p * LANES
+        if first + LANES <= count:
+            for k in range(columns):
+                for j in range(LANES):
+                    panels[p, k, j] = rows[first + j, k]
+        else:
+            for k in range(columns):
+                for j in range(LANES):
+                    panels[p, k, j] = rows[first + j, k] if first + j < count else 0
+
+
+@kernel
+def halve(x: Any, out: Any) -> None:
+    """out (n,) uint16 = x (n,) float32 rounded to IEEE half floats, nearest even."""
+    for i in range(x.shape[0]):
+        out[i] = f32_to_f16(x[i])
+
+
+def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
+    """Row ``row`` of the packed matrix as (K,) float32: an embedding look-up in a tied head."""
+    values = panels[row // LANES, :, row % LANES]
+    if values.dtype == np.uint16:
+        return values.view(np.float16).astype(np.float32)
+    if values.dtype == np.int16:
+        return (values.astype(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(values)
+
+
+def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16), K >= 1.
+
+    For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
+    """
+    worth = PARALLEL_MACS if x.shape[0] == 1 else PARALLEL_TILE_MACS
+    threads = threads_for(x.shape[0] * w.size, worth, w.shape[0])
+    if threads == 1:
+        panels_matmul(w, x, out, 0, w.shape[0])
+    else:
+        launch(panels_matmul_parallel, w, x, out, turn_counts(threads), threads)
+    return out
+
+
+def pack(rows: np.ndarray, panels: np.ndarray) -> None:
+    """Write rows (n, K) into panels (ceil(n/16), K, 16) of the same dtype."""
+    pack_panels(rows, panels, 0, len(panels))

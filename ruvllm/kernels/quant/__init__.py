@@ -1,0 +1,1 @@
+"""Quantised weights and activations: their layout, how they are made, and their integer products."""

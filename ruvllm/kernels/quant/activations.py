@@ -1,0 +1,169 @@
+"""Activations rounded to 8 bits in groups of 32, all but their outliers (see quant/layout.py)."""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel
+from ruvllm.kernels.jit.views import flat
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.quant.layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
+from ruvllm.kernels.simd.vectors import (
+    f32_load,
+    f32_load_first,
+    f32_store,
+    f32_zero,
+    find_magnitude,
+    greater,
+    i8_store,
+    i32_hsum,
+    largest_magnitude,
+    round_to_i32,
+    splat,
+    stack_f32,
+    without_lane,
+    zero_below,
+)
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+
+_SEARCHED = 2048  # groups of a row at a time, on the stack: outliers are among the first
+_STEPS = np.float32(127)
+_SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
+
+
+@inline_kernel
+def _load_group(flat_x: Any, at: Any, left: Any) -> Any:
+    """A group of numbers as two vectors; those past the end of the row, ``left`` numbers away, are 0."""
+    if left >= GROUP:
+        return f32_load(flat_x, at), f32_load(flat_x, at + LANES)
+    b = f32_load_first(flat_x, at + LANES, left - LANES) if left > LANES else f32_zero()
+    return f32_load_first(flat_x, at, left), b
+
+
+@inline_kernel
+def _without(a: Any, b: Any, k: Any) -> Any:
+    """The group of a and b with number ``k`` made 0, if it is one of theirs."""
+    return without_lane(a, k), without_lane(b, k - LANES)
+
+
+@inline_kernel
+def _find(a: Any, b: Any, magnitude: Any) -> Any:
+    """The first of the group's numbers with this magnitude, without a branch that nobody could foretell."""
+    k, later = find_magnitude(a, magnitude), find_magnitude(b, magnitude)
+    return k + later if k == LANES else k
+
+
+@inline_kernel
+def _largest(magnitudes: Any, groups: Any) -> Any:
+    """The largest of a row's numbers, one of each group, and the first group that has it; 0 if all are 0.
+
+    32 groups of which one is NaN do not count.
+    """
+    largest, found = np.float32(0), 0
+    for g in range(0, groups, GROUP):
+        a, b = _load_group(magnitudes, g, groups - g)
+        here = largest_magnitude(a, b)  # NaN, which is larger than nothing, if there is one
+        if here > largest:
+            largest, found = here, g + _find(a, b, here)
+    return largest, found
+
+
+@inline_kernel
+def _in_order(outliers: Any, t: Any, at: Any) -> None:
+    """Exchange outlier ``at`` of row t and the one before, if its column is the smaller one."""
+    k, x, later, y = outliers[t, at - 1, 0], outliers[t, at - 1, 1], outliers[t, at, 0], outliers[t, at, 1]
+    wrong = later < k
+    outliers[t, at - 1, 0], outliers[t, at - 1, 1] = (later if wrong else k), (y if wrong else x)
+    outliers[t, at, 0], outliers[t, at, 1] = (k if wrong else later), (x if wrong else y)
+
+
+@inline_kernel
+def _find_outliers(x: Any, row: Any, columns: Any, largest: Any, groups: Any, outliers: Any, t: Any) -> None:
+    """Four times, take the largest number out of the group that has it: ``largest`` (G,) is what then is left."""
+    for i in range(OUTLIERS):
+        magnitude, g = _largest(largest, groups)
+        column, value = 0, np.float32(0)
+        if magnitude > _SMALLEST:
+            first = g * GROUP
+            a, b = _load_group(x, row + first, columns - first)
+            for j in range(i):  # one group may have several
+                a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
+            k = _find(a, b, magnitude)
+            column, value = first + k, x[row + first + k]
+            a, b = _without(a, b, k)
+            largest[g] = largest_magnitude(a, b)
+        outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
+        for at in range(i, 0, -1):
+            _in_order(outliers, t, at)
+
+
+@kernel(strict=True)
+def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any) -> None:
+    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
+
+    the largest number of the row is taken out, four times.
+
+    xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S); outliers (T, 4, 2).
+    ``totals`` counts outliers too. A NaN or infinity makes its group's scale NaN, so that it is not lost. Groups of
+    numbers below 2^-120 become zeros. Columns beyond 65536 have no outliers.
+    """
+    columns = x.shape[1]
+    groups, side = xs.shape[1], xs.shape[2]
+    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group, side by side
+    xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
+    for t in range(lo, hi):
+        row, place = t * columns, t // side * groups * side + t % side
+        taken = 0  # outliers that were taken out
+        for base in range(0, groups, _SEARCHED):
+            count = min(groups - base, _SEARCHED)
+            if count % LANES:
+                f32_store(largest, count - count % LANES, f32_zero())  # to the end of the last vector
+            for g in range(count):
+                first = (base + g) * GROUP
+                a, b = _load_group(xf, row + first, columns - first)
+                magnitude = largest_magnitude(a, b)
+                largest[g] = magnitude + (magnitude - magnitude)  # NaN for infinity too
+            if base == 0:
+                _find_outliers(xf, row, columns, largest, count, outliers, t)
+            for g in range(0, count, LANES):
+                magnitudes = f32_load(largest, g)
+                numbers = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
+                f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, numbers))
+                f32_store(largest, g, magnitudes / splat(_STEPS))  # from here on, the scales
+            for g in range(count):
+                first = (base + g) * GROUP
+                a, b = _load_group(xf, row + first, columns - first)
+                while taken < OUTLIERS and np.int64(outliers[t, taken, 0]) // GROUP == base + g:
+                    if outliers[t, taken, 1] != np.float32(0):
+                        a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
+                    taken += 1
+                _round_group(a, b, inverse[g], largest[g], codes, scales, starts, sums, place + (base + g) * side)
+        for i in range(OUTLIERS):
+            sums[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+
+
+@inline_kernel
+def _round_group(
+    a: Any, b: Any, inverse: Any, scale: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any
+) -> None:
+    """Write the codes, scale, offsets and total of the vectors a and b as the group at place ``at``."""
+    qa, qb = round_to_i32(a * splat(inverse)), round_to_i32(b * splat(inverse))
+    i8_store(codes, at * GROUP, qa)
+    i8_store(codes, at * GROUP + LANES, qb)
+    total = i32_hsum(qa + qb)
+    xs[at] = scale
+    totals[at] = scale * np.float32(total)
+    offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
+    offsets[at * OFFSETS + NO_ZERO] = 0
+
+
+quantize_activations_parallel = over_rows(quantize_activations)
+
+
+def round_activations(
+    x: np.ndarray, xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, outliers: np.ndarray
+) -> None:
+    """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
+    threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
+    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, xq, xs, offsets, totals, outliers)

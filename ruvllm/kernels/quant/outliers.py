@@ -1,0 +1,102 @@
+"""Outliers of activations: numbers that are not rounded, and the columns of quantised weights that they multiply."""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels.jit.decorators import inline_kernel
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.quant.layout import GROUP, HALFS, LINE, OUTLIERS, ZERO8
+from ruvllm.kernels.simd.vectors import (
+    bits_at,
+    bytes_to_f32,
+    f32_load,
+    f32_store,
+    find_magnitude,
+    fma,
+    fma_places,
+    halfs_load,
+    splat,
+    sum_rows,
+    to_f32,
+    u8_load,
+)
+
+_NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
+
+
+@inline_kernel
+def column_int4(w: Any, at: Any, k: Any) -> Any:
+    """The 4-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
+    quad, bit = k >> 2, (k & 3) << 3
+    return to_f32(bits_at(u8_load(w, at + (quad & 3) * LINE), bit + (quad & 4), 4))
+
+
+@inline_kernel
+def column_int5(w: Any, at: Any, k: Any) -> Any:
+    """The 5-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
+    fifth = to_f32(bits_at(u8_load(w, at + 4 * LINE), ((k & 3) << 3) + (k >> 2), 1))
+    return fma(fifth, splat(np.float32(16)), column_int4(w, at, k))
+
+
+@inline_kernel
+def column_int8(w: Any, at: Any, k: Any) -> Any:
+    """The 8-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
+    return bytes_to_f32(u8_load(w, at + (k >> 2) * LINE), k & 3)
+
+
+@inline_kernel
+def list_columns(outliers: Any, lo: Any, hi: Any, found: Any, places: Any) -> Any:
+    """List each column that is an outlier of tokens lo:hi once in ``found``, and where it stands in ``places``.
+
+    Many tokens have the same ones, so that few are unpacked. Returns how many there are.
+    """
+    count = 0
+    for i in range((hi - lo) * OUTLIERS):
+        k = outliers[2 * (lo * OUTLIERS + i)]
+        block, at = 0, LANES
+        while block < count and at == LANES:
+            at = find_magnitude(f32_load(found, block), k)
+            block += LANES
+        if at < LANES:
+            places[i] = (block - LANES + at) * LANES
+        else:
+            if count % LANES == 0:
+                f32_store(found, count, splat(_NO_COLUMN))
+            found[count] = k
+            places[i] = count * LANES
+            count += 1
+    return count
+
+
+@inline_kernel
+def outlier_column(column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any) -> Any:
+    """Column k of W, in the block at byte ``at``, as it multiplies an outlier; mins do so in the totals."""
+    codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
+    return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)
+
+
+@inline_kernel
+def unpack_columns(
+    column: Any, zero: Any, has_mins: Any, w: Any, at: Any, size: Any, found: Any, count: Any, columns: Any
+) -> None:
+    """The listed columns of the panels at ``at`` as they multiply outliers; mins do so in the totals."""
+    for i in range(count):
+        k = np.int64(found[i])
+        for panel in range(len(at)):
+            block = at[panel] + k // GROUP * size
+            f32_store(columns, (i * len(at) + panel) * LANES, outlier_column(column, zero, has_mins, w, block, k))
+
+
+@inline_kernel
+def add_outliers(
+    columns: Any, places: Any, outliers: Any, first: Any, t: Any, at: Any, zeros: Any, tile: Any
+) -> Any:
+    """The tile + the sum of the outliers of the tokens from t on, times their columns of W.
+
+    ``first``: the token at which the places begin.
+    """
+    kept = zeros
+    for i in range(t * OUTLIERS, (t + 1) * OUTLIERS):
+        kept = fma_places(columns, places, i - first * OUTLIERS, outliers, 2 * i + 1, OUTLIERS, at, kept)
+    return sum_rows(tile, kept)

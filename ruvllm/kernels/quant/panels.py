@@ -1,0 +1,151 @@
+"""Panels of quantised weights: allocated, packed from row-major groups a few rows at a time, read back by row."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.memory import weights_empty
+from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES, block_bytes
+
+_QUADS = GROUP // 4  # of one row's group: four columns each
+_NIBBLE = np.uint32(4)
+_ZERO_CODES = {INT4: np.float32(8), INT5: np.float32(16), INT8: np.float32(0)}  # of symmetric weights
+_NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
+
+
+class Panels(NamedTuple):
+    """A quantised matrix as ``quant_matmul`` takes it: ``kind`` is INT4, INT5 or INT8; blocks (P, G, bytes) uint8."""
+
+    kind: int
+    has_mins: bool
+    blocks: np.ndarray
+
+    def part(self, lo: int, hi: int) -> "Panels":
+        """Views of the panels that hold rows lo:hi.
+
+        Raises:
+            ValueError: ``lo`` is not a multiple of 16.
+        """
+        if lo % LANES:
+            raise ValueError(f"lo: expected a multiple of {LANES}, found {lo}")
+        return self._replace(blocks=self.blocks[lo // LANES : (hi + LANES - 1) // LANES])
+
+    @property
+    def codes(self) -> np.ndarray:
+        """A view of the lines of codes, (P, G, 4, 5 or 8, 64) uint8."""
+        head = 64 if self.has_mins else 32
+        return self.blocks[:, :, head:].reshape(*self.blocks.shape[:2], LINES[self.kind], 64)
+
+    @property
+    def scales(self) -> np.ndarray:
+        """A view of the scales, (P, G, 16) uint16."""
+        return self.blocks.view(np.uint16)[:, :, :LANES]
+
+    @property
+    def mins(self) -> np.ndarray:
+        """A view of the mins, (P, G, 16) uint16, or (P, G, 0)."""
+        return self.blocks.view(np.uint16)[:, :, LANES : 2 * LANES if self.has_mins else LANES]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and mins."""
+        return self.blocks.nbytes
+
+
+def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
+    """Uninitialised panels for a matrix (rows, columns) of INT4, INT5 or INT8, on whole cache lines."""
+    panels, groups = (rows + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
+    return Panels(kind, mins, weights_empty((panels, groups, block_bytes(kind, mins)), np.uint8))
+
+
+@kernel
+def pack_rows(kind: Any, quads: Any, scales: Any, mins: Any, words: Any, halfs: Any, lo: Any, hi: Any) -> None:
+    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
+
+    A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
+    """
+    count, groups = quads.shape[0], words.shape[1]
+    lines = LINES[kind]
+    numbers = words.shape[2] - lines * LANES  # words of scales and mins, before the codes
+    for p in range(lo, hi):
+        first = p * LANES
+        rows = min(LANES, count - first)
+        for g in range(groups):
+            to, halves = words[p, g, numbers:], halfs[p, g]
+            for r in range(rows):
+                at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
+                if kind == INT8:
+                    for j in range(8):
+                        to[j * LANES + r] = at[j]
+                else:
+                    for j in range(4):
+                        to[j * LANES + r] = (at[j] & _NIBBLES) | ((at[4 + j] & _NIBBLES) << _NIBBLE)
+                if kind == INT5:
+                    fifth = np.uint32(0)
+                    for j in range(8):
+                        fifth |= ((at[j] >> _NIBBLE) & _ONES) << np.uint32(j)
+                    to[4 * LANES + r] = fifth
+                halves[r] = scales[first + r, g]
+                if mins.shape[1] > 0:
+                    halves[LANES + r] = mins[first + r, g]
+            for r in range(rows, LANES):
+                for j in range(lines):
+                    to[j * LANES + r] = 0
+                for j in range(0, 2 * numbers, LANES):
+                    halves[j + r] = 0
+
+
+def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
+    """Write the groups of n rows into panels; rows past n, up to the end of the last panel, become zero weights.
+
+    A matrix that comes a few rows at a time goes into ``panels.part(lo, hi)``, lo a multiple of 16.
+
+    Args:
+        codes: (n, 32 G): uint8 0..15 for INT4, 0..31 for INT5, which is not checked; int8, or its bits as uint8, for
+            INT8.
+        scales, mins: (n, G) uint16, IEEE half bits; mins None for symmetric weights.
+        to: panels for n rows.
+
+    Raises:
+        TypeError: an argument has a wrong dtype.
+        ValueError: shapes do not match.
+    """
+    panels, groups = to.blocks.shape[:2]
+    rows = len(codes)
+    if panels != (rows + LANES - 1) // LANES:
+        raise ValueError(f"codes: expected the rows of {panels} panels of {LANES}, found {rows}")
+    codes = _checked("codes", codes, (rows, groups * GROUP), np.uint8, np.int8)
+    scales = _checked("scales", scales, (rows, groups), np.uint16)
+    if mins is None:
+        mins = np.empty((rows, 0), np.uint16)
+    mins = _checked("mins", mins, (rows, groups if to.has_mins else 0), np.uint16)
+    quads = codes.view(np.uint32)
+    pack_rows(to.kind, quads, scales, mins, to.blocks.view(np.uint32), to.blocks.view(np.uint16), 0, panels)
+
+
+def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type) -> np.ndarray:
+    if array.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {np.dtype(dtypes[0])}, found {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+    return np.require(array, None, ("C", "A", "W"))
+
+
+def unpack_row(panels: Panels, row: int) -> np.ndarray:
+    """Row ``row`` as (32 G,) float32: an embedding looked up in a tied head."""
+    p, r = divmod(row, LANES)
+    quads = np.ascontiguousarray(panels.codes[p]).view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16, 20 or 32)
+    if panels.kind == INT8:
+        codes = quads.view(np.int8).astype(np.float32)
+    else:
+        nibbles = np.concatenate((quads[:, :16] & 15, quads[:, :16] >> 4), axis=1)
+        if panels.kind == INT5:
+            fifth = quads[:, 16:, None].transpose(0, 2, 1) >> np.arange(_QUADS, dtype=np.uint8)[:, None] & 1
+            nibbles |= fifth.reshape(nibbles.shape) << 4
+        codes = nibbles.astype(np.float32)
+    scale = panels.scales[p, :, r].view(np.float16).astype(np.float32)[:, None]
+    if panels.has_mins:
+        return (codes * scale + panels.mins[p, :, r].view(np.float16).astype(np.float32)[:, None]).reshape(-1)
+    return ((codes - _ZERO_CODES[panels.kind]) * scale).reshape(-1)

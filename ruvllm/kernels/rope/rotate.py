@@ -1,0 +1,265 @@
+"""Rotary position embedding (RoPE): the rotation, from tables or with angles computed on the way.
+
+Pair i of a head is rotated by the angle ``position * inv_freq[i]``. Two layouts of the pairs exist: *half-split*
+(i, i + D/2) as in Hugging Face's LLaMA, and *interleaved* (2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import check, reference
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel
+from ruvllm.kernels.jit.small_calls import may_write, room, small_call
+from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
+from ruvllm.kernels.simd.vectors import fma
+from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+
+_FORWARD, _BACKWARD = np.float32(1), np.float32(-1)
+_PI = np.pi
+_ONE_OVER_PI = 1 / np.pi
+
+
+@inline_kernel(independent=True)
+def rotate(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any) -> None:
+    """Rotate the pairs of one head. x, out (D,); cos, sin (D/2,); sign float32: 1, or -1 for the inverse."""
+    half = cos.size
+    for i in range(half):
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, half + i)
+        a, b = x[first], x[second]
+        out[first] = fma(a, cos[i], b * sin[i] * -sign)
+        out[second] = fma(b, cos[i], a * sin[i] * sign)
+
+
+@inline_kernel
+def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi, row = t H + h, of either layout. x, out (T, H, D).
+
+    cos, sin (n, D/2): token t uses table row t % n, so that a batch of sequences shares one table.
+    """
+    heads = x.shape[1]
+    for t in range(lo // heads, (hi + heads - 1) // heads):
+        angles = t % cos.shape[0]
+        for h in range(max(lo - t * heads, 0), min(hi - t * heads, heads)):
+            rotate(x[t, h], cos[angles], sin[angles], sign, interleaved, out[t, h])
+
+
+@kernel(strict=True)
+def rope_rows(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
+    """rotate_rows for the half-split layout."""
+    rotate_rows(x, cos, sin, sign, False, out, lo, hi)
+
+
+@kernel(strict=True)
+def rope_rows_interleaved(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
+    """rotate_rows for pairs (2i, 2i + 1)."""
+    rotate_rows(x, cos, sin, sign, True, out, lo, hi)
+
+
+rope_parallel = over_rows(rope_rows)
+rope_interleaved_parallel = over_rows(rope_rows_interleaved)
+
+
+@small_call((3, 2, 2, bool, bool, 3))
+def rope_small(x: Any, cos: Any, sin: Any, interleaved: Any, inverse: Any, out: Any) -> bool:
+    """apply_rope_tables of fewer elements than PARALLEL_ELEMENTS."""
+    tokens, heads, dim = x.shape
+    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] != dim:
+        return False
+    if not 0 < x.size < PARALLEL_ELEMENTS or not (may_write(out, x) and may_write(out, cos) and may_write(out, sin)):
+        return False
+    rotate_rows(x, cos, sin, _BACKWARD if inverse else _FORWARD, interleaved, out, 0, tokens * heads)
+    return True
+
+
+def apply_rope_tables(
+    x: Any, cos: Any, sin: Any, interleaved: bool = False, inverse: bool = False, out: np.ndarray | None = None
+) -> np.ndarray:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair of every head, with cos and sin of its token.
+
+    Args:
+        x: (..., T, H, D) float32, D even; leading dimensions are sequences that share the tables.
+        cos, sin: (T, D/2) float32, from ``rope_tables``.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
+        inverse: rotate back.
+        out: (..., T, H, D) float32 to write into; may be ``x`` itself.
+
+    Returns:
+        (..., T, H, D) float32.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match.
+
+    Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
+    """
+    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    if rope_small(x, cos, sin, interleaved, inverse, y):
+        return y
+    x = check.float32("x", x, min_ndim=3)
+    tokens, heads, dim = x.shape[-3:]
+    _require_pairs(dim)
+    cos = check.float32("cos", cos, shape=(tokens, dim // 2))
+    sin = check.float32("sin", sin, shape=(tokens, dim // 2))
+    out = check.output("out", out, x.shape, x, cos, sin)
+    if x.size:
+        sequences = x if x.ndim == 3 else x.reshape(-1, heads, dim)
+        to = out if x.ndim == 3 else out.reshape(-1, heads, dim)
+        sign = _BACKWARD if inverse else _FORWARD
+        count = x.size // dim
+        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
+        if interleaved:
+            run_rows(rope_rows_interleaved, rope_interleaved_parallel, threads, count, sequences, cos, sin, sign, to)
+        else:
+            run_rows(rope_rows, rope_parallel, threads, count, sequences, cos, sin, sign, to)
+    return out
+
+
+def _require_pairs(dim: int) -> None:
+    if dim < 2 or dim % 2:
+        raise ValueError(f"x: expected an even last axis (head_dim) >= 2, found {dim}")
+
+
+# --- the rotation with angles computed on the way ----------------------------------------------------------------
+
+
+@kernel
+def rope_angles(positions: Any, inv_freq: Any, cos: Any, sin: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of rope_tables. positions (T,) int64; inv_freq (D/2,) float64; cos, sin (T, D/2) float32.
+
+    angle = n pi + r with |r| <= pi/2, so sin and cos are (-1)^n times those of r, whose Taylor series end below
+    float32's rounding at degree 14: every step is plain float64 arithmetic that LLVM vectorises.
+    """
+    for t in range(lo, hi):
+        position = np.float64(positions[t])
+        for i in range(inv_freq.shape[0]):
+            angle = position * inv_freq[i]
+            n = np.floor(angle * _ONE_OVER_PI + 0.5)
+            r = angle - n * _PI
+            sign = 1.0 - 2.0 * (n - 2.0 * np.floor(n * 0.5))
+            z = r * r
+            s = 1.0 / 6227020800.0
+            s = s * z - 1.0 / 39916800.0
+            s = s * z + 1.0 / 362880.0
+            s = s * z - 1.0 / 5040.0
+            s = s * z + 1.0 / 120.0
+            s = s * z - 1.0 / 6.0
+            c = -1.0 / 87178291200.0
+            c = c * z + 1.0 / 479001600.0
+            c = c * z - 1.0 / 3628800.0
+            c = c * z + 1.0 / 40320.0
+            c = c * z - 1.0 / 720.0
+            c = c * z + 1.0 / 24.0
+            c = c * z - 0.5
+            sin[t, i] = np.float32(sign * (r + r * z * s))
+            cos[t, i] = np.float32(sign * (1.0 + z * c))
+
+
+@kernel(strict=True)
+def rope_tokens(
+    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, tables: Any, out: Any, lo: Any, hi: Any
+) -> None:
+    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, D/2) float32 of scratch, left holding cos and sin."""
+    cos, sin = tables[0], tables[1]
+    rope_angles(positions, inv_freq, cos, sin, lo, hi)
+    if interleaved:
+        rope_rows_interleaved(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
+    else:
+        rope_rows(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
+
+
+rope_tokens_parallel = over_rows(rope_tokens)
+
+
+def apply_rope(
+    x: Any,
+    positions: Any,
+    inv_freq: Any = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Rotate pair i of every head of token t by the angle positions[t] inv_freq[i], computed on the way.
+
+    Args:
+        x: (..., T, H, D) float32, D even; leading dimensions are sequences at the same positions.
+        positions: (T,) integers.
+        inv_freq: (D/2,) float64, from ``rope_inv_freq``; None for theta = 10000 without scaling.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
+        inverse: rotate back.
+        out: (..., T, H, D) float32 to write into; may be ``x`` itself.
+
+    Returns:
+        (..., T, H, D) float32. Angles are float64 and right at any position that a model can reach.
+
+    Raises:
+        TypeError: ``x`` is not float32, or positions are not integers.
+        ValueError: shapes do not match.
+
+    Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
+    """
+    x = check.float32("x", x, min_ndim=3)
+    tokens, dim = x.shape[-3], x.shape[-1]
+    _require_pairs(dim)
+    positions = check.integers("positions", positions)
+    if positions.shape != (tokens,):
+        raise ValueError(f"positions: expected {tokens}, one per token, found {positions.size}")
+    inv_freq = rope_inv_freq(dim) if inv_freq is None else check.float64("inv_freq", inv_freq)
+    if inv_freq.shape != (dim // 2,):
+        raise ValueError(f"inv_freq: expected shape ({dim // 2},), found {inv_freq.shape}")
+    out = check.output("out", out, x.shape, x)
+    tables = np.empty((2, tokens, dim // 2), np.float32)
+    if x.ndim > 3:
+        cos, sin = tables
+        rope_angles(positions, inv_freq, cos, sin, 0, tokens)
+        return apply_rope_tables(x, cos, sin, interleaved, inverse, out)
+    sign = _BACKWARD if inverse else _FORWARD
+    threads = threads_for(x.size, PARALLEL_ELEMENTS, tokens)
+    run_rows(rope_tokens, rope_tokens_parallel, threads, tokens, x, positions, inv_freq, sign, interleaved, tables, out)
+    return out
+
+
+def _example(rng: np.random.Generator, tokens: int, heads: int, dim: int) -> dict[str, Any]:
+    return {
+        "x": rng.standard_normal((tokens, heads, dim), np.float32),
+        "positions": np.arange(tokens) + int(rng.integers(0, 131072)),
+        "inv_freq": rope_inv_freq(dim),
+    }
+
+
+def _example_tables(rng: np.random.Generator, tokens: int, heads: int, dim: int) -> dict[str, Any]:
+    cos, sin = rope_tables(np.arange(tokens) + int(rng.integers(0, 131072)), dim)
+    return {"x": rng.standard_normal((tokens, heads, dim), np.float32), "cos": cos, "sin": sin}
+
+
+SPECS = [
+    KernelSpec(
+        name="apply_rope",
+        function=apply_rope,
+        compiled=(rope_tokens, rope_tokens_parallel, rope_angles),
+        reference=reference.apply_rope,
+        formula="(a, b) -> (a cos - b sin, b cos + a sin), angles position * inv_freq",
+        example=_example,
+        flops=lambda tokens, heads, dim: 3.0 * tokens * heads * dim,
+        bytes=lambda tokens, heads, dim: 8.0 * tokens * heads * dim,
+        sizes=tuple({"tokens": t, "heads": 1, "dim": d} for d in (64, 128) for t in (1, 8, 32, 128)),
+    ),
+    KernelSpec(
+        name="apply_rope_tables",
+        function=apply_rope_tables,
+        compiled=(rope_rows, rope_rows_interleaved, rope_parallel, rope_interleaved_parallel),
+        reference=reference.apply_rope_tables,
+        formula="(a, b) -> (a cos - b sin, b cos + a sin), cos and sin given",
+        example=_example_tables,
+        flops=lambda tokens, heads, dim: 3.0 * tokens * heads * dim,
+        bytes=lambda tokens, heads, dim: 4.0 * (2 * heads + 1) * tokens * dim,
+        sizes=(
+            {"tokens": 1, "heads": 1, "dim": 64},
+            {"tokens": 8, "heads": 1, "dim": 128},
+            {"tokens": 32, "heads": 1, "dim": 128},
+            {"tokens": 64, "heads": 32, "dim": 128},
+        ),
+    ),
+]

@@ -1,0 +1,1 @@
+"""Choosing the next token: sampling, ranking, log-probabilities."""

@@ -1,0 +1,257 @@
+"""Integer dot products for a tile, one or two panels times some tokens, whose sums stay in registers.
+
+A tile is a tuple of vectors: those of all tokens for the first panel, then those for the second. Weights come as a
+tuple with one vector for each panel, from which everything here takes the number of panels (simd/dot_llvm.py has the
+steps themselves).
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ruvllm.kernels.simd import dot_llvm
+from ruvllm.kernels.simd.dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, raises_signed, u8x64
+from ruvllm.kernels.simd.rows_llvm import _at
+from ruvllm.kernels.simd.vectors_llvm import (
+    LANES,
+    _call,
+    _constant,
+    _pointer,
+    _read_f16,
+    _splat,
+    _target,
+    f32x16,
+    i32x16,
+)
+
+__all__ = [
+    "dot_rows", "end_rows", "fma_panels", "fma_places", "halfs_of", "lines_of", "offset_rows", "scale_rows",
+    "sdot_rows", "signed_offset_rows", "start_rows", "store_panels",
+]  # fmt: skip
+
+_PAIRS = ir.VectorType(_I16, 32)
+_RAISED = 2  # the one for weights raised by 128
+
+
+def _sums(rows: Any) -> types.UniTuple:
+    return types.UniTuple(i32x16, rows.count)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return _call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [a, b, c])
+
+
+def _keep_order(builder: ir.IRBuilder) -> None:
+    """Reads of memory above this in the IR stay above it in the machine code; it is no instruction.
+
+    Left to itself, LLVM's scheduler takes a tile's tokens one after the other, with all eight products of a token's
+    group in a row. Each waits for the last, some five cycles, and a core that looks ahead a hundred instructions, or
+    half as many beside another thread, finds too few that can begin. Step by step, twelve of them can. (Where a vector
+    is several registers there are as many sums side by side anyway, and LLVM's order needs fewer registers.)
+    """
+    builder.fence("acq_rel", targetscope="singlethread")
+
+
+@intrinsic
+def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
+    """The 64 bytes of each panel at w[at[i] + offset], ``at`` a tuple of as many places as there are panels."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        w, at, offset = args
+        found = []
+        for place in cgutils.unpack_tuple(builder, at):
+            pointer = _pointer(context, builder, sig.args[0], w, builder.add(place, offset))
+            found.append(builder.load(builder.bitcast(pointer, _BYTES.as_pointer())))
+            found[-1].align = 1
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return types.UniTuple(u8x64, at.count)(w, at, types.intp), codegen
+
+
+@intrinsic
+def halfs_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
+    """Sixteen IEEE halfs of each panel at byte at[i] + offset of w, as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        w, at, offset = args
+        one = f32x16(sig.args[0], types.intp)
+        found = [
+            _read_f16(context, builder, one, (w, builder.add(place, offset)))
+            for place in cgutils.unpack_tuple(builder, at)
+        ]
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return types.UniTuple(f32x16, at.count)(w, at, types.intp), codegen
+
+
+def _splats(context: Any, builder: Any, array: Any, kind: Any, index: ir.Value, step: ir.Value, count: int) -> Any:
+    """The ``count`` numbers array[index + r step], each in all lanes."""
+    found = []
+    for row in range(count):
+        pointer = _pointer(context, builder, kind, array, _at(builder, index, step, row), kind.dtype)
+        found.append(_splat(builder, builder.load(pointer), LANES))
+    return found
+
+
+def _offsets(context: Any, builder: Any, sig: Any, args: Any, column: int = 0) -> Any:
+    offsets, index, step = args[:3]
+    panels = sig.args[3].count
+    index = builder.add(index, index.type(column))
+    found = _splats(context, builder, offsets, sig.args[0], index, step, sig.return_type.count // panels)
+    return context.make_tuple(builder, sig.return_type, found * panels)
+
+
+@intrinsic
+def offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
+    """The int32 offsets[index], offsets[index + step], .. of the tokens in all lanes, for each panel of ``at``."""
+    return _sums(tile)(offsets, types.intp, types.intp, at, tile), _offsets
+
+
+@intrinsic
+def signed_offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
+    """What sums of signed weights begin with: where ``sdot_rows`` raises them by 128, that is undone here."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if raises_signed(dot_llvm.target_kind(context)):
+            return _offsets(context, builder, sig, args, _RAISED)
+        return context.make_tuple(builder, sig.return_type, [_constant(i32x16, 0)] * sig.return_type.count)
+
+    return _sums(tile)(offsets, types.intp, types.intp, at, tile), codegen
+
+
+@intrinsic
+def start_rows(typingctx: Any, offsets: Any) -> Any:
+    """Accumulators for ``dot_rows`` that begin with ``offsets``; only ``end_rows`` can read them."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if dot_llvm.target_kind(context) != "avx2":
+            return args[0]
+        return context.make_tuple(builder, offsets, [_constant(i32x16, 0)] * offsets.count)
+
+    return offsets(offsets), codegen
+
+
+@intrinsic
+def end_rows(typingctx: Any, sums: Any, offsets: Any) -> Any:
+    """The sums; ``offsets`` are those that the accumulators began with."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if dot_llvm.target_kind(context) != "avx2":
+            return args[0]
+        found = [
+            builder.add(start, _add_pairs(builder, builder.bitcast(acc, _PAIRS)))
+            for acc, start in zip(*(cgutils.unpack_tuple(builder, a) for a in args), strict=True)
+        ]
+        return context.make_tuple(builder, sums, found)
+
+    return sums(sums, sums), codegen
+
+
+def _step(add: Any) -> Any:
+    @intrinsic
+    def step(typingctx: Any, sums: Any, lines: Any, xq: Any, index: Any, step: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            sums, lines, xq, index, step = args
+            kind = dot_llvm.target_kind(context)
+            sums, lines = cgutils.unpack_tuple(builder, sums), cgutils.unpack_tuple(builder, lines)
+            rows = len(sums) // len(lines)
+            found = list(sums)
+            for row in range(rows):
+                pointer = _pointer(context, builder, sig.args[2], xq, _at(builder, index, step, row), types.int8)
+                quad = builder.load(builder.bitcast(pointer, ir.IntType(32).as_pointer()))
+                quad.align = 1
+                quads = _splat(builder, quad, LANES)
+                for place in range(row, len(sums), rows):
+                    found[place] = add(builder, kind, sums[place], lines[place // rows], quads)
+            if rows > 1 and kind == "vnni512":
+                _keep_order(builder)
+            return context.make_tuple(builder, sig.return_type, found)
+
+        return sums(sums, lines, xq, types.intp, types.intp), codegen
+
+    return step
+
+
+dot_rows = _step(add_unsigned)  # one step with unsigned weights below 128 and the quads xq[index + row step : +4]
+sdot_rows = _step(add_signed)  # the same with signed weights
+
+
+@intrinsic
+def fma_panels(typingctx: Any, w: Any, x: Any, index: Any, step: Any, tile: Any) -> Any:
+    """The tile + w[panel] x[index + row step]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        w, x, index, step, tile = args
+        w, tile = cgutils.unpack_tuple(builder, w), cgutils.unpack_tuple(builder, tile)
+        rows = len(tile) // len(w)
+        numbers = _splats(context, builder, x, sig.args[1], index, step, rows)
+        found = [_fma(builder, w[i // rows], numbers[i % rows], total) for i, total in enumerate(tile)]
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return tile(w, x, types.intp, types.intp, tile), codegen
+
+
+@intrinsic
+def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index: Any, step: Any) -> Any:
+    """The tile + float(sums) (scales[panel] xs[index + row step])."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        tile, sums, scales = (cgutils.unpack_tuple(builder, a) for a in args[:3])
+        rows = len(tile) // len(scales)
+        numbers = _splats(context, builder, args[3], sig.args[3], args[4], args[5], rows)
+        found = []
+        for i, (total, s) in enumerate(zip(tile, sums, strict=True)):
+            factor = builder.fmul(scales[i // rows], numbers[i % rows])
+            found.append(_fma(builder, builder.sitofp(s, f32x16.llvm), factor, total))
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return tile(tile, sums, scales, xs, types.intp, types.intp), codegen
+
+
+@intrinsic
+def fma_places(
+    typingctx: Any, columns: Any, places: Any, index: Any, x: Any, x_index: Any, step: Any, at: Any, tile: Any
+) -> Any:
+    """The tile + v x[x_index + 2 row step], v the vector of the panel at columns[places[index + row step]].
+
+    There the vectors of all panels of ``at`` follow each other, and places count in vectors of one.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        columns, places, index, x, x_index, step, _, tile = args
+        tile, panels = cgutils.unpack_tuple(builder, tile), sig.args[6].count
+        rows = len(tile) // panels
+        numbers = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
+        found = list(tile)
+        for row in range(rows):
+            pointer = _pointer(context, builder, sig.args[1], places, _at(builder, index, step, row), types.int32)
+            place = builder.mul(builder.zext(builder.load(pointer), index.type), index.type(panels))
+            for panel in range(panels):
+                here = builder.add(place, index.type(panel * LANES))
+                pointer = _pointer(context, builder, sig.args[0], columns, here, types.float32)
+                vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+                vector.align = 4
+                i = panel * rows + row
+                found[i] = _fma(builder, vector, numbers[row], tile[i])
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return tile(columns, places, types.intp, x, types.intp, types.intp, at, tile), codegen
+
+
+@intrinsic
+def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
+    """Store each token's vectors of all panels of ``at`` side by side, the first at out[index + row step]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        out, index, step, _, tile = args
+        vectors = cgutils.unpack_tuple(builder, tile)
+        rows = len(vectors) // sig.args[3].count
+        for i, vector in enumerate(vectors):
+            place = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))
+            pointer = _target(context, builder, sig.args[0], out, place, types.float32)
+            builder.store(vector, builder.bitcast(pointer, f32x16.llvm.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.intp, at, tile), codegen

@@ -1,0 +1,503 @@
+"""SIMD vectors as Numba values (see simd/vectors.py for what they are)."""
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.core.datamodel.registry import register_default
+from numba.core.errors import TypingError
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+from ruvllm.kernels.simd.half_llvm import narrow, widen
+
+LANES = 16
+
+_I32 = ir.IntType(32)
+
+
+class Vector(types.Type):
+    """The Numba type of a SIMD value: ``lanes`` elements of one LLVM type."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int) -> None:
+        self.llvm = ir.VectorType(element, lanes)
+        self.lanes = lanes
+        super().__init__(name)
+
+
+@register_default(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+f32x16 = Vector("f32x16", ir.FloatType(), 16)
+i32x16 = Vector("i32x16", _I32, 16)
+
+
+def _constant(vector: Vector, value: float | int) -> ir.Constant:
+    return ir.Constant(vector.llvm, [ir.Constant(vector.llvm.element, value)] * vector.lanes)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    vector = ir.VectorType(value.type, lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _pointer(
+    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, *elements: Any
+) -> ir.Value:
+    """The address of a C-contiguous array's element at a flat index.
+
+    Raises TypingError for an array that lies otherwise, or whose elements are of none of these types: a function of
+    the user's may call any kernel, and vectors are taken from memory as it is.
+    """
+    if array_type.layout != "C" or (elements and array_type.dtype not in elements):
+        kinds = f" of {' or '.join(map(str, elements))}" if elements else ""
+        raise TypingError(f"kernels take C-contiguous arrays{kinds}, found {array_type}")
+    data = arrayobj.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _target(
+    context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, *elements: Any
+) -> ir.Value:
+    """_pointer, to write to. Raises TypingError for a read-only array too."""
+    if not array_type.mutable:
+        raise TypingError(f"kernels write to arrays that can be written, found {array_type}")
+    return _pointer(context, builder, array_type, array, index, *elements)
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
+    )
+    return builder.call(function, arguments)
+
+
+# --- lane-by-lane arithmetic -------------------------------------------------------------------------------------
+
+
+def _arithmetic(symbol: Any, instruction: str) -> None:
+    """Give vectors an operator, lane by lane. A float32 beside a float vector stands for 16 of them."""
+
+    @infer_global(symbol)
+    class Template(AbstractTemplate):
+        key = symbol
+
+        def generic(self, args: Any, kws: Any) -> Any:
+            vectors = {a for a in args if isinstance(a, Vector)}
+            if len(args) != 2 or len(vectors) != 1:
+                return None
+            (vector,) = vectors
+            scalars = {vector, types.float32} if vector == f32x16 else vectors
+            return signature(vector, *args) if scalars.issuperset(args) else None
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        floats = sig.return_type == f32x16
+        return getattr(builder, "f" * floats + instruction)(*(_lanes_of(builder, f32x16, a) for a in args))
+
+    for pair in ((Vector, Vector), (Vector, types.float32), (types.float32, Vector)):
+        lower_builtin(symbol, *pair)(lower)
+
+
+_arithmetic(operator.add, "add")
+_arithmetic(operator.sub, "sub")
+_arithmetic(operator.mul, "mul")
+_arithmetic(operator.truediv, "div")
+
+
+def _lanes_of(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+    """``value`` as ``kind`` has it: a scalar in all lanes of a vector; vectors, and what shall be a scalar, as is."""
+    if isinstance(kind, Vector) and not isinstance(value.type, ir.VectorType):
+        return _splat(builder, value, LANES)
+    return value
+
+
+def _widest(*arguments: Any) -> tuple[Any, list[Any], str]:
+    """What a function of float32s and vectors of them gives, what it takes, and LLVM's suffix for that.
+
+    A scalar among vectors stands for 16 of them: one source then serves single numbers, of which LLVM makes vectors
+    itself, and kernels made of vectors.
+    """
+    kind = f32x16 if f32x16 in arguments else types.float32
+    takes = [f32x16 if argument == f32x16 else types.float32 for argument in arguments]
+    return kind, takes, f"v{LANES}f32" if kind == f32x16 else "f32"
+
+
+def _called(name: str, arguments: tuple[Any, ...]) -> Any:
+    """Signature and code of a call of LLVM's function ``name``."""
+    kind, takes, suffix = _widest(*arguments)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values = [_lanes_of(builder, kind, value) for value in args]
+        return _call(builder, f"llvm.{name}.{suffix}", values[0].type, values)
+
+    return kind(*takes), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once, of float32s or vectors."""
+    return _called("fma", (a, b, c))
+
+
+@intrinsic
+def fmax(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32s or vectors; the other one where one is NaN."""
+    return _called("maxnum", (a, b))
+
+
+@intrinsic
+def larger_or_nan(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32s or vectors; NaN where one is NaN."""
+    return _called("maximum", (a, b))
+
+
+@intrinsic
+def greater(typingctx: Any, a: Any, b: Any) -> Any:
+    """a where it is greater than b, else b, also where one is NaN: one instruction of x86, where fmax takes three."""
+    kind, takes, _ = _widest(a, b)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        left, right = (_lanes_of(builder, kind, value) for value in args)
+        return builder.select(builder.fcmp_ordered(">", left, right), left, right)
+
+    return kind(*takes), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """All lanes equal to the scalar x (float32, or int32 for an integer vector)."""
+    vector, scalar = (i32x16, types.int32) if isinstance(x, types.Integer) else (f32x16, types.float32)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _splat(builder, args[0], LANES)
+
+    return vector(scalar), codegen
+
+
+@intrinsic
+def splat_at(typingctx: Any, array: Any, index: Any) -> Any:
+    """All lanes equal to the float32 array[index]: one broadcast load, without Python's wraparound of indices."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        return _splat(builder, builder.load(pointer), LANES)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def f32_zero(typingctx: Any) -> Any:
+    """Sixteen zeros."""
+    return f32x16(), lambda context, builder, sig, args: _constant(f32x16, 0.0)
+
+
+@intrinsic
+def hsum(typingctx: Any, v: Any) -> Any:
+    """The sum of the 16 lanes, in a fixed pairwise order."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _reduce(builder, args[0], lambda x, y: builder.fadd(x, y))
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def hmax(typingctx: Any, v: Any) -> Any:
+    """The largest of the 16 lanes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def larger(x: Any, y: Any) -> Any:
+            return _call(builder, f"llvm.maxnum.v{x.type.count}f32", x.type, [x, y])
+
+        return _reduce(builder, args[0], larger)
+
+    return types.float32(f32x16), codegen
+
+
+def _reduce(builder: ir.IRBuilder, vector: ir.Value, combine: Any) -> ir.Value:
+    """Fold halves onto each other until two lanes are left: log2(lanes) vector operations."""
+    lanes = vector.type.count
+    while lanes > 2:
+        lanes //= 2
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        indices = [ir.Constant(ir.VectorType(_I32, lanes), list(range(s, s + lanes))) for s in (0, lanes)]
+        vector = combine(*(builder.shuffle_vector(vector, undefined, i) for i in indices))
+    undefined = ir.Constant(vector.type, ir.Undefined)
+    swapped = builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(_I32, 2), [1, 0]))
+    return builder.extract_element(combine(vector, swapped), _I32(0))
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def f32_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """The 16 elements from a flat index on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+        value.align = 4
+        return value
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def f32_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write 16 elements from a flat index on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.float32)
+        instruction = builder.store(args[2], builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+        instruction.align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+@intrinsic
+def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: Any) -> Any:
+    """Store only the first ``count`` lanes (the ragged end of a row)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _target(context, builder, sig.args[0], args[0], args[1], types.float32)
+        if "+avx512f" in context.codegen().magic_tuple()[2]:
+            _store_masked(builder, pointer, args[2], args[3])
+        else:  # AVX2's masked store takes dozens of cycles, NEON has none
+            _store_by_halves(builder, pointer, args[2], args[3])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16, types.intp), codegen
+
+
+def _store_masked(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
+    pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
+    mask = _first_lanes(builder, count)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [f32x16.llvm, pointer.type, _I32, mask.type]),
+        f"llvm.masked.store.v{LANES}f32.p0",
+    )
+    builder.call(function, [vector, pointer, _I32(4), mask])
+
+
+def _store_by_halves(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
+    """Store 16, 8, 4, 2 and 1 lanes as the bits of ``count`` say, moving the rest of the lanes down each time."""
+    zero = count.type(0)
+    rest = builder.select(builder.icmp_signed("<", count, zero), zero, count)
+    rest = builder.select(builder.icmp_signed(">", rest, count.type(LANES)), count.type(LANES), rest)
+    undefined = ir.Constant(f32x16.llvm, ir.Undefined)
+    width = LANES
+    while width:
+        before = builder.block
+        with builder.if_then(builder.icmp_unsigned("!=", builder.and_(rest, count.type(width)), zero)):
+            stored = ir.VectorType(f32x16.llvm.element, width)
+            lanes = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+            instruction = builder.store(
+                builder.shuffle_vector(vector, undefined, lanes), builder.bitcast(pointer, stored.as_pointer())
+            )
+            instruction.align = 4
+            order = ir.Constant(i32x16.llvm, [_I32(min(i + width, LANES - 1)) for i in range(LANES)])
+            moved, further = builder.shuffle_vector(vector, undefined, order), builder.gep(pointer, [_I32(width)])
+            inside = builder.block
+        vector, pointer = (
+            _either(builder, moved, inside, vector, before),
+            _either(builder, further, inside, pointer, before),
+        )
+        width //= 2
+
+
+def _either(builder: ir.IRBuilder, a: ir.Value, a_block: ir.Block, b: ir.Value, b_block: ir.Block) -> ir.Value:
+    phi = builder.phi(a.type)
+    phi.add_incoming(a, a_block)
+    phi.add_incoming(b, b_block)
+    return phi
+
+
+@intrinsic
+def f32_load_first(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
+    """Load the first ``count`` lanes; the others are zero and their memory is not touched."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
+        pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
+        mask = _first_lanes(builder, args[2])
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(f32x16.llvm, [pointer.type, _I32, mask.type, f32x16.llvm]),
+            f"llvm.masked.load.v{LANES}f32.p0",
+        )
+        return builder.call(function, [pointer, _I32(4), mask, _constant(f32x16, 0.0)])
+
+    return f32x16(array, types.intp, types.intp), codegen
+
+
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    """A mask of 16 bits of which the first ``count`` are set."""
+    numbers = ir.Constant(i32x16.llvm, [_I32(i) for i in range(LANES)])
+    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(count, _I32), LANES))
+
+
+@intrinsic
+def lanes_between(typingctx: Any, value: Any, first: Any, end: Any, other: Any) -> Any:
+    """``value`` in lanes first <= i < end, the scalar ``other`` in the rest; the bounds may lie outside 0..16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, first, end, other = args
+        inside = builder.and_(_first_lanes(builder, end), builder.not_(_first_lanes(builder, first)))
+        return builder.select(inside, value, _splat(builder, other, LANES))
+
+    return f32x16(f32x16, types.intp, types.intp, types.float32), codegen
+
+
+# --- 16-bit floats (NumPy has no bfloat16, Numba no float16: both travel as uint16) ---------------------------
+
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+def _load_halves(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, sig.args[0], *args)
+    value = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()))
+    value.align = 2
+    return value
+
+
+def _read_f32(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, sig.args[0], *args)
+    value = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
+    value.align = 4
+    return value
+
+
+def _read_f16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return widen(context, builder, _load_halves(context, builder, sig, args))
+
+
+def _read_bf16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    wide = builder.zext(_load_halves(context, builder, sig, args), i32x16.llvm)
+    return builder.bitcast(builder.shl(wide, _constant(i32x16, 16)), f32x16.llvm)
+
+
+def _read_i8(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, sig.args[0], *args)
+    value = builder.load(builder.bitcast(pointer, ir.VectorType(ir.IntType(8), LANES).as_pointer()))
+    value.align = 1
+    return builder.sitofp(value, f32x16.llvm)
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen numbers as float32, by the array's type: float32, uint16 (IEEE half), int16 (bfloat16) or int8."""
+    readers = {types.float32: _read_f32, types.uint16: _read_f16, types.int16: _read_bf16, types.int8: _read_i8}
+    if array.dtype not in readers:
+        raise TypingError(f"kernels take arrays of {', '.join(map(str, readers))}, found {array}")
+    return f32x16(array, types.intp), readers[array.dtype]
+
+
+@intrinsic
+def f16_to_f32(typingctx: Any, x: Any) -> Any:
+    """One IEEE half float, given as its uint16 bits, as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return widen(context, builder, args[0])
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def f32_to_f16(typingctx: Any, x: Any) -> Any:
+    """One float32 rounded to an IEEE half float (nearest even), as its uint16 bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return narrow(context, builder, args[0])
+
+    return types.uint16(types.float32), codegen
+
+
+# --- conversions and bits ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def fmin(typingctx: Any, a: Any, b: Any) -> Any:
+    """The smaller of a and b lane by lane; the other one where one is NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.minnum.v{LANES}f32", f32x16.llvm, list(args))
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def round_to_i32(typingctx: Any, v: Any) -> Any:
+    """Nearest integer (ties to even) of each float lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nearest = _call(builder, f"llvm.rint.v{LANES}f32", f32x16.llvm, [args[0]])
+        return builder.fptosi(nearest, i32x16.llvm)
+
+    return i32x16(f32x16), codegen
+
+
+@intrinsic
+def to_f32(typingctx: Any, v: Any) -> Any:
+    """Each integer lane as float32."""
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], f32x16.llvm)
+
+
+# --- lane order: pairs that lie next to each other in memory ----------------------------------------------------
+
+
+def _two_vector_shuffle(name: str, order: list[int], doc: str) -> Any:
+    """An intrinsic that picks 16 of the 32 lanes of a, b."""
+
+    def pick(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.shuffle_vector(*args, ir.Constant(i32x16.llvm, [_I32(i) for i in order]))
+
+        return f32x16(f32x16, f32x16), codegen
+
+    pick.__name__, pick.__doc__ = name, doc
+    return intrinsic(pick)
+
+
+evens = _two_vector_shuffle("evens", list(range(0, 32, 2)), "a0 a2 … a14 b0 b2 … b14")
+odds = _two_vector_shuffle("odds", list(range(1, 32, 2)), "a1 a3 … a15 b1 b3 … b15")
+zip_low = _two_vector_shuffle("zip_low", [i // 2 + i % 2 * 16 for i in range(16)], "a0 b0 a1 b1 … a7 b7")
+zip_high = _two_vector_shuffle("zip_high", [i // 2 + i % 2 * 16 for i in range(16, 32)], "a8 b8 … a15 b15")
+low_halves = _two_vector_shuffle("low_halves", [i % 8 + i // 8 * 16 for i in range(16)], "a0 a1 … a7 b0 b1 … b7")
+
+
+def _prefetch(name: str, locality: int, doc: str) -> Any:
+    def ask(typingctx: Any, array: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), cgutils.voidptr_t)
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
+            )
+            builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp), codegen
+
+    ask.__name__, ask.__doc__ = name, doc
+    return intrinsic(ask)
+
+
+prefetch = _prefetch("prefetch", 3, "Ask for the cache line of an element to be read soon; any index is safe.")
+prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache, which holds it longer.")
+
+
+@intrinsic
+def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen IEEE halfs from byte ``index`` of a uint8 array on, as float32."""
+    return f32x16(array, types.intp), _read_f16

@@ -1,0 +1,33 @@
+"""Rows split over threads: the parallel kernel of a body that takes a range of rows, and a call of one or the other."""
+
+from typing import Any
+
+from numba import prange
+
+from ruvllm.kernels.jit.decorators import parallel_kernel
+from ruvllm.kernels.threads.pool import launch
+
+
+def over_rows(body: Any, step: int = 1) -> Any:
+    """A parallel kernel ``(threads, rows, *arguments)`` of ``body(*arguments, lo, hi)``, cut at multiples of step."""
+
+    @parallel_kernel
+    def parallel(threads: Any, rows: Any, *arguments: Any) -> None:
+        steps = (rows + step - 1) // step
+        for t in prange(threads):
+            body(*arguments, steps * t // threads * step, min(steps * (t + 1) // threads * step, rows))
+
+    return parallel
+
+
+def over_elements(body: Any) -> Any:
+    """over_rows for a body over a range of float32 elements, cut where a cache line may begin."""
+    return over_rows(body, 16)
+
+
+def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any) -> None:
+    """All rows, by the body alone on one thread, or by its parallel kernel on several."""
+    if threads == 1:
+        body(*arguments, 0, rows)
+    else:
+        launch(parallel, threads, rows, *arguments)

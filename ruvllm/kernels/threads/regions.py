@@ -1,0 +1,69 @@
+"""A parallel region: one compiled function that all threads enter once, with a table of arguments.
+
+The function is compiled to a C function of one integer, and ``enter``, the only ``parallel=True`` kernel for all of
+them, calls it by its address: numba's wrappers around it stay small. The integer is the address of an int64 table that
+holds whatever the function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numba import prange, types
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+
+from ruvllm.kernels.jit.cache import KernelCache
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, name_by_closure, parallel_kernel
+from ruvllm.kernels.threads.pool import launch
+from ruvllm.kernels.threads.team import call_address
+
+
+@parallel_kernel
+def enter(address: Any, table: Any, threads: Any) -> None:
+    """Every thread that comes calls the C function at ``address`` with the address of the table."""
+    for _ in prange(threads):
+        call_address(address, table)
+
+
+class CFunction:
+    """A function of int64 parameters as a C function that compiled code can call by its address. Strict."""
+
+    parameters = 1
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self._enclosed = name_by_closure(function)
+        self.__name__ = getattr(function, "__name__", "region")
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def address(self) -> int:
+        """The C function's address; compiled, or read from the cache, when first asked for."""
+        with global_compiler_lock:
+            options = {"nopython": True, "error_model": "numpy", "fastmath": False}
+            compiled: Any = CFunc(self.function, ((types.int64,) * self.parameters, types.void), {}, options)
+            compiled._cache = KernelCache(self.function, "region", self._enclosed)
+            compiled.compile()
+        self._compiled = compiled
+        return int(compiled.address)
+
+    def __call__(self, *arguments: int) -> None:
+        """Call it from Python."""
+        if DISABLE_JIT:
+            self.function(*arguments)
+        else:
+            _ = self.address
+            self._compiled.ctypes(*arguments)
+
+
+class Region(CFunction):
+    """``function(table)``, to be entered by several threads at once; it may use barriers (``threads.team``). Strict."""
+
+    def run(self, table: np.ndarray, threads: int) -> None:
+        """Let ``threads`` threads enter; returns when the last has left. table: int64, kept alive by the caller."""
+        if DISABLE_JIT:
+            self.function(table.ctypes.data)
+        else:
+            launch(enter, self.address, table.ctypes.data, threads)

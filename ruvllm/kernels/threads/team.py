@@ -1,0 +1,207 @@
+"""A team: the threads of one parallel region that wait for each other at barriers.
+
+One parallel region per token instead of one per operation saves hundreds of launches. But ``prange(n)`` does not
+promise n threads at once: fewer may run (another region is busy, numba was limited, the tasks were nested), and a
+barrier that waits for a thread that never comes hangs. So the team is elastic. Each thread takes a ticket. The first,
+the leader, waits briefly for the others; those who came by then are members. A thread that slept needs up to a
+millisecond to wake: it is admitted later, at the next *admission point*. After the last one the leader closes the gate,
+and whoever comes then leaves at once. Work is split by the team's size, and results do not depend on it.
+
+Admission, for all members at once: the leader publishes the tickets taken so far before a barrier that stands anyway
+(``offer``). After it every member knows whether the team will grow (``offered``). If so, they meet once more at the
+admission point, and the leader publishes where the newcomers start, how many barriers it has passed, and last the new
+size, for which the newcomers wait (``admit``). Offers alternate between two slots: the leader may have made the next
+one, before a barrier at which it waits, while a slow member still reads the last.
+
+Cores are not alike: some are made slower, and any may be busy with something else. So a member's share of large work
+can be cut into turns, and who has done its own share takes turns of the others.
+
+``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
+many barriers it has reached, and how many turns of its shares are taken; each on cache lines of its own, so that a
+barrier moves one line from each to the others.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel
+from ruvllm.kernels.threads.cores import MASK_WORDS, current_core, leave_taken_core
+
+if TYPE_CHECKING or DISABLE_JIT:
+    from ruvllm.kernels.threads.atomics_python import (
+        atomic_add,
+        atomic_load,
+        atomic_store,
+        call_address,
+        call_operation,
+        pause,
+        time_stamp,
+        yield_core,
+    )
+else:
+    from ruvllm.kernels.threads.atomics_llvm import (
+        atomic_add,
+        atomic_load,
+        atomic_store,
+        call_address,
+        call_operation,
+        pause,
+        time_stamp,
+        yield_core,
+    )
+
+__all__ = [
+    "SHARES", "TURN_STEP", "admit", "barrier", "call_address", "call_operation", "close_gate", "join_team", "offer",
+    "offered", "part", "share_of", "sync_size", "take_turn", "time_stamp", "turn_counts",
+]  # fmt: skip
+
+_APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
+TURN_STEP = _APART
+_TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
+_POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))  # on the line of the size: they change with it
+_CORE = _MEMBERS + 1  # beside a member's barriers: the core that it joined on, see _cores
+_TURNS = _MEMBERS + _APART  # of a member's second line
+SHARES = 3  # that a member may have between two barriers
+_CLOSED = 1 << 32  # added to the ticket counter when the gate closes
+_GRACE = 20000  # pauses (0.2 to 1 ms) that the leader waits for the others
+_SHORT_GRACE = 2000  # pauses (20 to 100 us), where latecomers are admitted
+_EARLY = 64  # pauses (1 to 4 us): a thread that has not slept comes sooner
+_PATIENCE = 1024  # pauses after which a waiting member lets others have its core: it may be what they wait for
+
+
+def sync_size(threads: int) -> int:
+    """Numbers that the team of a region of ``threads`` threads needs."""
+    return _MEMBERS + threads * (2 * _APART + 2 * MASK_WORDS)
+
+
+@inline_kernel
+def _wait(waited: Any) -> Any:
+    """One more pause; after 1024, 2048, 4096 .. of them others get the core: seldom, as a busy program keeps it."""
+    if waited >= _PATIENCE and waited & (waited - 1) == 0:
+        yield_core()
+    pause()
+    return waited + 1
+
+
+@inline_kernel
+def join_team(sync: Any, wanted: Any, admission: Any, calls: Any) -> Any:
+    """Become a member: (rank, team size, admission point), or rank -1 for a thread that came after the gate was closed.
+
+    admission: whether the region has admission points, and calls ``close_gate`` after the last. The point is -1 for
+    members from the beginning. calls: ``scheduler_calls``, to leave a core that another member is on.
+    """
+    rank = atomic_add(sync, _TICKET, 1)
+    if rank >= _CLOSED:
+        return np.int64(-1), np.int64(0), np.int64(-1)
+    waited = 0
+    if rank == 0:
+        atomic_store(sync, _CORE, current_core(calls))
+        grace = _SHORT_GRACE if admission else _GRACE
+        while waited < grace and atomic_load(sync, _TICKET) < wanted:
+            if calls[0] != 0 and waited % _EARLY == _EARLY - 1:
+                yield_core()  # to a thread that woke on this core: it leaves
+            waited = _wait(waited)
+        if admission:
+            size = atomic_load(sync, _TICKET)
+        else:
+            size = atomic_add(sync, _TICKET, _CLOSED)
+            atomic_store(sync, _SHUT, 1)
+        atomic_store(sync, _POINT, -1)
+        atomic_store(sync, _SIZE, size)
+        return rank, size, np.int64(-1)
+    leave_taken_core(calls, sync, _CORE, 2 * _APART, rank, len(sync) - 2 * MASK_WORDS * rank)
+    # The gate is read before the size: else the last one admitted could see a closed gate and the size before it.
+    closed = atomic_load(sync, _SHUT)
+    size = atomic_load(sync, _SIZE)
+    while size <= rank:
+        if closed:
+            return np.int64(-1), np.int64(0), np.int64(-1)
+        waited = _wait(waited)
+        closed = atomic_load(sync, _SHUT)
+        size = atomic_load(sync, _SIZE)
+    point = atomic_load(sync, _POINT)
+    if point >= 0:
+        atomic_store(sync, _MEMBERS + 2 * rank * _APART, atomic_load(sync, _REACHED))
+    return rank, size, point
+
+
+@inline_kernel
+def offer(sync: Any, rank: Any) -> None:
+    """Before a barrier: the leader publishes how many members there will be after the next admission point."""
+    if rank == 0:
+        atomic_store(sync, _OFFERS + (atomic_load(sync, _MEMBERS) + 1) % 2, atomic_load(sync, _TICKET))
+
+
+@inline_kernel
+def offered(sync: Any, rank: Any) -> Any:
+    """After that barrier and before the next: the team's size from the admission point on; 0 if nothing was offered."""
+    return atomic_load(sync, _OFFERS + atomic_load(sync, _MEMBERS + 2 * rank * _APART) % 2)
+
+
+@inline_kernel
+def admit(sync: Any, rank: Any, size: Any, larger: Any, point: Any) -> None:
+    """Admit the threads that wait, at ``point``. All members call it if ``offered`` is larger than the size.
+
+    Newcomers see what members wrote before.
+    """
+    barrier(sync, rank, size)
+    if rank == 0:
+        atomic_store(sync, _POINT, point)
+        atomic_store(sync, _REACHED, atomic_load(sync, _MEMBERS))
+        atomic_store(sync, _SIZE, larger)
+
+
+@inline_kernel
+def close_gate(sync: Any, rank: Any) -> None:
+    """After the last admission point: threads that wait, or come from now on, leave."""
+    if rank == 0:
+        atomic_add(sync, _TICKET, _CLOSED)
+        atomic_store(sync, _SHUT, 1)
+
+
+@inline_kernel
+def barrier(sync: Any, rank: Any, size: Any) -> None:
+    """Wait until all ``size`` members are here; what each wrote before is visible to all after."""
+    mine = 2 * rank * _APART
+    reached = atomic_load(sync, _MEMBERS + mine) + 1
+    atomic_store(sync, _MEMBERS + mine, reached)
+    waited = 0
+    for other in range(size):
+        while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
+            waited = _wait(waited)
+    # Nobody is in the shares from before this barrier any more. Those between it and the next have turns of their own.
+    for share in range(SHARES):
+        atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * SHARES + share, 0)
+
+
+@inline_kernel
+def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
+    """Where the turns of a member's share, one of SHARES between two barriers, are counted: for take_turn."""
+    reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
+    return _TURNS + 2 * member * _APART + reached % 2 * SHARES + share
+
+
+def turn_counts(threads: int) -> np.ndarray:
+    """Where threads without a team count the turns of their shares: that of thread t at t TURN_STEP."""
+    return np.zeros(threads * TURN_STEP, np.int64)
+
+
+@inline_kernel
+def take_turn(counts: Any, share: Any, alone: Any) -> Any:
+    """The number of a turn that is the caller's alone, from 0 on; there may be none of that number.
+
+    alone: nobody else takes turns. Then no atomic addition is needed, behind which reads of memory must wait: that
+    took one token two percent longer.
+    """
+    if alone:
+        turn = counts[share]
+        counts[share] = turn + 1
+        return turn
+    return atomic_add(counts, share, 1)
+
+
+@inline_kernel
+def part(count: Any, rank: Any, size: Any) -> Any:
+    """The range lo, hi of ``count`` items that member ``rank`` of ``size`` does."""
+    return count * rank // size, count * (rank + 1) // size

@@ -1,0 +1,1 @@
+"""What training needs: backward passes, the loss, AdamW."""

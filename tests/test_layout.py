@@ -1,0 +1,119 @@
+"""The layout of the library: each part imports only from parts below it, and no two files import each other.
+
+``python -m tests.test_layout`` prints the parts, their sizes and what they import.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the top down. A name covers the module or package of that name; those on one line do not import each other.
+LAYERS = [
+    "ruvllm.cli",
+    "ruvllm.report",
+    "ruvllm.lab",
+    "ruvllm.loading",
+    "ruvllm.llm",
+    "ruvllm.compiling ruvllm.quantizing",
+    "ruvllm.training_text",
+    "ruvllm.checkpoint",
+    "ruvllm.model",
+    "ruvllm.kernels.operations",
+    "ruvllm.kernels.tape",
+    "ruvllm.kernels.training ruvllm.kernels.sampling",
+    "ruvllm.kernels.lora ruvllm.kernels.attention ruvllm.kernels.quant",
+    "ruvllm.kernels.norm ruvllm.kernels.activation ruvllm.kernels.vector ruvllm.kernels.rope ruvllm.kernels.bandwidth",
+    "ruvllm.kernels.matmul ruvllm.kernels.experts",
+    "ruvllm.kernels.threads",
+    "ruvllm.kernels.simd",
+    "ruvllm.kernels.jit",
+    "ruvllm.kernels.spec ruvllm.kernels.check ruvllm.kernels.memory ruvllm.kernels.reference",
+    "ruvllm.machine",
+    "ruvllm.errors ruvllm.paths",
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / "ruvllm").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, at_import: bool = True) -> Iterator[str]:
+    """The library's modules that a module imports; ``at_import``: not those that functions import, or types alone."""
+    tree = ast.parse(MODULES[name].read_text())
+    nodes = list(_executed(tree)) if at_import else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in MODULES:
+                    yield full
+                elif node.module in MODULES:
+                    yield node.module
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes outside of functions and of ``if TYPE_CHECKING:``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _executed(node)
+
+
+def part_of(name: str) -> str:
+    """The part that a module belongs to: the longest name above."""
+    found = [part for part in RANK if name == part or name.startswith(part + ".")]
+    return max(found, key=len, default="")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_part_imports_only_from_parts_below(name: str) -> None:
+    part = part_of(name)
+    if not part:  # the packages themselves, whose names are fetched when used, and small files that anything may use
+        return
+    for other in set(imports(name)):
+        below = part_of(other)
+        assert not below or below == part or RANK[below] > RANK[part], f"{name} imports {other}"
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: set(imports(name)) - {name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+if __name__ == "__main__":
+    for names in LAYERS:
+        for part in names.split():
+            mine = [name for name in MODULES if part_of(name) == part]
+            lines = sum(len(MODULES[name].read_text().splitlines()) for name in mine)
+            below = sorted({part_of(other) for name in mine for other in imports(name)} - {part, ""})
+            names_below = ", ".join(name.removeprefix("ruvllm.") for name in below)
+            print(f"{part:28} {len(mine):3} files {lines:6} lines   <- {names_below}")

@@ -57,7 +57,8 @@ def encode_chat(
     Args:
         tokenizer: of the model; it has the template, too.
         messages: dicts with `role` (one of `ROLES`) and `content` (a str, or a list of ``{"type": "text", "text":
-            ...}``; None if there are `tool_calls`); further keys go to the template as they are.
+            ...}``; none if there are `tool_calls`); further keys go to the template as they are, but for those
+            whose value is None, which are left out.
         add_generation_prompt: end with what makes the model answer.
         add_special: begin with the tokens that the model file wants at the beginning (BOS), unless the template has
             put them there.
@@ -273,7 +274,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         content = "".join(_part(part, f"{where}['content'][{n}]") for n, part in enumerate(content))
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where}['content']: found {type(content).__name__}, expected str")
-    return _plain({**message, "content": content}, where)
+    plain: dict[str, Any] = _plain({**message, "content": content}, where)
+    # As transformers does: most templates would print None as a word, and know what to do without the key.
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def _part(part: Any, where: str) -> str:

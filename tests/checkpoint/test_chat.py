@@ -363,7 +363,30 @@ def test_roles_and_calls_without_text_are_accepted():
     for role in ROLES:
         assert role in render_chat(CHATML, [{"role": role, "content": "x"}])
     calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
-    assert render_chat("{{ messages[0].content is none }}", calls) == "True"
+    assert render_chat("{{ messages[0].tool_calls[0].id }}", calls) == "1"
+
+
+# What transformers 5.24 renders. Keys without a value are not there, so nothing prints the word None.
+WITHOUT_VALUES = [
+    {"role": "user", "content": "hi", "name": None},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "args": None}], "reasoning_content": None},
+    {"role": "assistant", "tool_calls": [{"id": "2"}]},
+    {"role": "tool", "content": "x", "tool_calls": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "<user>hi<assistant><assistant><tool>x"),
+        ("{% for m in messages %}[{{ m['name'] }}{{ m['reasoning_content'] }}]{% endfor %}", "[][][][]"),
+        ("{% for m in messages %}{{ 'tool_calls' in m }} {% endfor %}", "False True True False "),
+        ("{{ messages[1].content is none }} {{ messages[1].content is defined }}", "False False"),
+        ("{{ messages[1].tool_calls | tojson }}", '[{"id": "1", "args": null}]'),
+    ],
+)
+def test_keys_of_messages_without_a_value_are_left_out(template, text):
+    assert render_chat(template, WITHOUT_VALUES) == text
 
 
 def test_nesting_has_an_end():

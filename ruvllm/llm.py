@@ -286,7 +286,7 @@ class LLM:
             max_tokens: how many tokens at the most; None: until the model ends or its context is full.
             temperature: 0 takes the most likely token each time.
             top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
-            stop: strings that end the text; they are not part of it.
+            stop: strings that end the text; they are not part of it. The model's files may name more.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
             kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
@@ -300,6 +300,7 @@ class LLM:
         stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable | None) else tuple(stop or ())
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop: expected non-empty strings, found {stop!r}")
+        stop += tuple(getattr(self.tokenizer, "stop_strings", ()))
         if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:

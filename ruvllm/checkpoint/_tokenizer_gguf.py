@@ -8,17 +8,19 @@ expression, the model's own is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ruvllm.checkpoint._spm import merges_from_scores
+from ruvllm.checkpoint._tokenizer_keys import PREFIX, check_gguf_keys
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
-PREFIX = "tokenizer.ggml."
+logger = logging.getLogger(__name__)
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -62,6 +64,12 @@ PRE_TOKENIZERS = {name: name for name in _SPLITS} | {same: name for name, all_ i
 _WHOLE_WORDS = frozenset({"llama-bpe", "tekken"}) | (frozenset(_SAME_AS["llama-bpe"]) - {"dbrx", "smaug-bpe"})
 _ADD_BOS = _WHOLE_WORDS
 
+# Tokens by which a vocabulary is known whose file, from before April 2024, does not name its pre-tokenizer.
+_KNOWN_BY = {
+    "llama-bpe": ("<|begin_of_text|>", "<|start_header_id|>"),
+    "deepseek-coder": ("<｜begin▁of▁sentence｜>", "<｜fim▁hole｜>", "<|EOT|>"),
+}
+
 # Tokens that end a turn or a text, in files that name only one of them.
 _END_OF_TURN = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
@@ -69,12 +77,18 @@ _END_OF_TURN = frozenset({
 })  # fmt: skip
 
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
-_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+# Names of tokens in keys, the wrong spelling of one of them included, and in templates.
+_NAMED = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
+    "mask": "mask_token", "cls": "cls_token",
+}  # fmt: skip
+_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabulary:
     """The tokenizer that a GGUF file's metadata describes. Raises: ModelFormatError naming the key at fault."""
     keys = Fields(path, metadata)
+    check_gguf_keys(keys)
     model = keys.require(PREFIX + "model", str)
     if model not in ("gpt2", "llama"):
         raise keys.error(PREFIX + "model", repr(model), "a tokenizer of kind 'gpt2' or 'llama'")
@@ -82,10 +96,10 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     ids = _ids_of(keys, pieces)
     kinds = _kinds(keys, len(pieces))
     _check_byte_pieces(keys, pieces, kinds)
-    named = {name: _named_id(keys, name, pieces, model) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-    ends = _end_ids(pieces, kinds, named)
+    named = {name: _named_id(keys, name, pieces, model) for name in {*_NAMED, *_ENDS}}
+    ends = _end_ids(keys, pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
-        if i in ends or looks_like_control(pieces[i]):
+        if looks_like_control(pieces[i]):
             kinds[i] = Kind.CONTROL
     if model == "gpt2":
         engine, add_bos = _byte_level_engine(keys, ids)
@@ -127,7 +141,7 @@ def _ids_of(keys: Fields, pieces: list[Any]) -> dict[str, int]:
     return ids
 
 
-def _numbers(keys: Fields, key: str, count: int) -> np.ndarray | None:
+def _numbers(keys: Fields, key: str, count: int | None = None) -> np.ndarray | None:
     values = keys.values.get(key)
     if values is None:
         return None
@@ -137,7 +151,7 @@ def _numbers(keys: Fields, key: str, count: int) -> np.ndarray | None:
         array = np.empty(0, object)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
         raise keys.error(key, type(values).__name__, "an array of numbers")
-    if len(array) != count:
+    if count is not None and len(array) != count:
         raise keys.error(key, f"{len(array)} values", f"{count}, one for each token")
     return array
 
@@ -162,13 +176,23 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
     return found
 
 
-def _end_ids(pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
+def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
     """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
-    given = [i for i in (named["eos"], named["eot"], named["eom"]) if i is not None]
-    spelt = [i for i in ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED) if pieces[i] in _END_OF_TURN]
-    if {"<|return|>", "<|call|>"} <= {pieces[i] for i in spelt}:  # there <|end|> only ends one message of several
-        spelt = [i for i in spelt if pieces[i] != "<|end|>"]
-    return tuple(dict.fromkeys(given + spelt))
+    given = [i for name in _ENDS if (i := named[name]) is not None]
+    more = _numbers(keys, PREFIX + "eos_token_ids")  # Ollama's key for several
+    for i in [] if more is None else more.tolist():
+        if not isinstance(i, int) or not 0 <= i < len(pieces):
+            raise keys.error(PREFIX + "eos_token_ids", i, f"token ids from 0 to {len(pieces) - 1}")
+        given.append(i)
+    return tuple(dict.fromkeys(given + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+
+
+def spelt_ends(pieces: Sequence[str | None], ids: Iterable[int]) -> list[int]:
+    """Those of the tokens ``ids`` that are known, by their spelling, to end a turn or a text."""
+    spelt = {i: piece for i in ids if (piece := pieces[i]) in _END_OF_TURN}
+    if {"<|return|>", "<|call|>"} <= {*spelt.values()}:  # there <|end|> only ends one message of several
+        return [i for i, piece in spelt.items() if piece != "<|end|>"]
+    return list(spelt)
 
 
 def _surrounding(keys: Fields, name: str, default: bool, token: int | None) -> tuple[int, ...]:
@@ -184,9 +208,9 @@ def _surrounding(keys: Fields, name: str, default: bool, token: int | None) -> t
 
 def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
     """The engine of a "gpt2" vocabulary, and whether a BOS token goes before text unless the file says otherwise."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    pre = keys.default(PREFIX + "pre", str, "default")
+    pre = keys.require(PREFIX + "pre", str) if PREFIX + "pre" in keys else _known_pre_tokenizer(keys, ids)
     if pre not in PRE_TOKENIZERS:
         raise keys.error(PREFIX + "pre", repr(pre), f"one of {', '.join(sorted(_SPLITS))}")
     key = PREFIX + "merges"
@@ -202,11 +226,27 @@ def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
     except Exception as error:  # the library raises nothing more specific for a token that is not in the vocabulary
         raise keys.error(key, error, "merges of tokens") from None
     engine = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in _SPLITS[PRE_TOKENIZERS[pre]]]
+    splits = splits_of(PRE_TOKENIZERS[pre])
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     return engine, pre in _ADD_BOS
+
+
+def splits_of(name: str) -> list[Any]:
+    """The steps that cut text into words by the regular expressions of a name of ``PRE_TOKENIZERS``' values."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return [pre_tokenizers.Split(Regex(regex), "isolated") for regex in _SPLITS[name]]
+
+
+def _known_pre_tokenizer(keys: Fields, ids: dict[str, int]) -> str:
+    """The pre-tokenizer of a file that names none: that of the vocabulary if it is known, else llama.cpp's default."""
+    name = next((name for name, tokens in _KNOWN_BY.items() if all(token in ids for token in tokens)), None)
+    why = "taken for a vocabulary of that kind" if name else "a vocabulary that is not known: text may be split wrongly"
+    name = name or "default"
+    logger.warning("%s: the key %spre is missing; split as %r, %s", keys.path, PREFIX, name, why)
+    return name
 
 
 def _sentencepiece_engine(

@@ -1,8 +1,9 @@
 """A tokenizer from a Hugging Face directory: tokenizer.json as it stands, and what the JSON files beside it add.
 
-tokenizer.json says how text is split and which tokens go round it; tokenizer_config.json (or special_tokens_map.json)
-names the special tokens; generation_config.json and config.json say which of them end a generation; the chat template
-is chat_template.jinja or a string in tokenizer_config.json.
+tokenizer.json says how text is split and which tokens go round it; tokenizer_config.json and older files name tokens,
+and may add some (`_added_tokens`); generation_config.json and config.json say which of them begin and end a generation;
+the chat template is chat_template.jinja or a string in tokenizer_config.json. Where several of them know the same, what
+encoding really puts round a text comes first, then the name, then the id.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ruvllm.checkpoint._tokenizer_gguf import looks_like_control
+from ruvllm.checkpoint._added_tokens import add_named_tokens, read_if_there, read_named_tokens
+from ruvllm.checkpoint._tokenizer_gguf import looks_like_control, spelt_ends, splits_of
+from ruvllm.checkpoint._tokenizer_keys import GENERATION_CONFIG_NEUTRAL, TOKENIZER_CONFIG_NEUTRAL, require_neutral
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.source import Source
-from ruvllm.checkpoint.strict_json import read_json_object
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library
+from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
 MAX_TOKENIZER_BYTES = 1 << 27  # the largest published ones have 35 MB
-MAX_JSON_BYTES = 1 << 24  # tokenizer_config.json lists all added tokens
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 22
 MAX_GROWTH = 100  # of a text by the normalizer; SentencePiece's own steps come to 4
@@ -32,38 +33,57 @@ _GROWTH = {
     "BertNormalizer": 36,
 }  # fmt: skip
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_MISTRAL_TOKENS = 100000  # a vocabulary that is larger may have been published with the wrong regular expression
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
-    """The tokenizer of a Hugging Face checkpoint. Raises: ModelFormatError naming the file and what is wrong in it."""
+def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | None = None) -> Vocabulary:
+    """The tokenizer of a Hugging Face checkpoint whose embedding has ``rows``, if known.
+
+    Raises: ModelFormatError naming the file and what is wrong in it.
+    """
     root = Path(directory)
     path = root / "tokenizer.json"
+    config, generation = read_if_there(root / "tokenizer_config.json"), read_if_there(root / "generation_config.json")
+    require_neutral(config, TOKENIZER_CONFIG_NEUTRAL)
+    require_neutral(generation, GENERATION_CONFIG_NEUTRAL)
     engine = _engine(path)
     byte_level = _is_byte_level(path, engine)
-    names = _named_tokens(root)
+    if config.get("fix_mistral_regex", bool) and engine.get_vocab_size() > _MISTRAL_TOKENS:
+        _split_as_tekken(engine)
+    space_prefix = "never" if byte_level else _space_prefix(engine)
+    _check_space_prefix(config, engine, byte_level, space_prefix != "never")
+    tokens = read_named_tokens(root, config)
+    add_named_tokens(engine, tokens, rows)
+    names = {name: token.content for name, token in tokens.named.items()}
     _make_special(engine, names)
     pieces = _pieces(path, engine)
     kinds = _kinds(engine, pieces, byte_level)
-    config = _read_if_there(root / "tokenizer_config.json")
-    bos = engine.token_to_id(names["bos_token"]) if "bos_token" in names else None
     prefix, suffix = _surroundings(path, engine, config, names)
     if max((*prefix, *suffix), default=0) >= len(pieces):
         found = f"the ids {[*prefix, *suffix]}"
         raise ModelFormatError(path, field="post_processor", found=found, expected=f"ids below {len(pieces)}")
+    model = read_if_there(root / "config.json")
+    ends = _end_ids(generation, model, engine, names, pieces, kinds)
+    bos = _begin_id(generation, model, engine, names, prefix, len(pieces))
+    for name, i in (("bos_token", bos), ("eos_token", ends[0] if ends else None)):
+        if i is not None and pieces[i] is not None:
+            names.setdefault(name, str(pieces[i]))
+    if engine.model.unk_token is not None:
+        names.setdefault("unk_token", engine.model.unk_token)
     return Vocabulary(
         engine=engine,
         pieces=pieces,
         kinds=bytes(kinds),
         byte_level=byte_level,
-        space_prefix="never" if byte_level else _space_prefix(engine),
+        space_prefix=space_prefix,
         prefix=prefix,
         suffix=suffix,
         bos_id=bos,
-        eos_ids=_end_ids(root, engine, names, len(pieces)),
+        eos_ids=ends,
         names=names,
         chat_template=_chat_template(root, config),
+        stop_strings=_stop_strings(generation),
     )
 
 
@@ -138,20 +158,27 @@ def _space_prefix(engine: Any) -> Literal["never", "first", "each"]:
     return {"always": "each", "first": "first"}.get(schemes[0], "never") if schemes else "never"  # type: ignore[return-value]
 
 
-def _named_tokens(root: Path) -> dict[str, str]:
-    """Spelling of bos_token, eos_token, ...: each a string, or an object whose `content` it is."""
-    names: dict[str, str] = {}
-    for path in (root / "special_tokens_map.json", root / "tokenizer_config.json"):
-        keys = _read_if_there(path)
-        for name in _NAMES:
-            value = keys.values.get(name)
-            spelling = value.get("content") if isinstance(value, dict) else value
-            if spelling is None:
-                continue
-            if not isinstance(spelling, str):
-                raise keys.error(name, repr(value), "a string")
-            names[name] = spelling
-    return names
+def _split_as_tekken(engine: Any) -> None:
+    """Cut text into words as Mistral's own tokenizer does, in place of the first expression of tokenizer.json."""
+    from tokenizers import pre_tokenizers
+
+    split = splits_of("tekken")[0]
+    if isinstance(engine.pre_tokenizer, pre_tokenizers.Sequence):
+        engine.pre_tokenizer[0] = split
+    elif engine.pre_tokenizer is not None:
+        engine.pre_tokenizer = pre_tokenizers.Sequence([split, engine.pre_tokenizer])
+
+
+def _check_space_prefix(config: Fields, engine: Any, byte_level: bool, spelt: bool) -> None:
+    """Refuse an `add_prefix_space` that contradicts tokenizer.json, where the class named there would follow it."""
+    asked = config.values.get("add_prefix_space")
+    family = "GPT2Tokenizer" if byte_level else "LlamaTokenizer"
+    if not isinstance(asked, bool) or str(config.values.get("tokenizer_class")).removesuffix("Fast") != family:
+        return
+    if byte_level:
+        spelt = any(part.get("add_prefix_space") for part in _parts(engine.pre_tokenizer))
+    if asked != spelt:
+        raise config.error("add_prefix_space", str(asked).lower(), f"{str(spelt).lower()}, as in tokenizer.json")
 
 
 def _make_special(engine: Any, names: dict[str, str]) -> None:
@@ -160,7 +187,7 @@ def _make_special(engine: Any, names: dict[str, str]) -> None:
 
     for token in engine.get_added_tokens_decoder().values():
         if not token.special and (token.content in names.values() or looks_like_control(token.content)):
-            how = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}
+            how = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             engine.add_special_tokens([AddedToken(token.content, special=True, **how)])
 
 
@@ -204,22 +231,49 @@ def _surroundings(
     return wanted("bos_token"), wanted("eos_token")
 
 
-def _end_ids(root: Path, engine: Any, names: dict[str, str], count: int) -> tuple[int, ...]:
-    """The named end token, then those that generation_config.json (or else config.json) ends a generation with."""
+def _end_ids(
+    generation: Fields, model: Fields, engine: Any, names: dict[str, str], pieces: list[str | None], kinds: bytearray
+) -> tuple[int, ...]:
+    """The named end token, those that generation_config.json (or else config.json) lists, those known by spelling.
+
+    The last are what llama.cpp adds in a GGUF file: a model should not answer differently in the two forms.
+    """
     named = engine.token_to_id(names["eos_token"]) if "eos_token" in names else None
     ends = [] if named is None else [named]
-    for file in ("generation_config.json", "config.json"):
-        keys = _read_if_there(root / file)
-        value = keys.values.get("eos_token_id")
-        if value is None:
+    keys = model if generation.values.get("eos_token_id") is None else generation
+    value = keys.values.get("eos_token_id")
+    for i in value if isinstance(value, list) else [value]:
+        if i is None:
             continue
-        for i in value if isinstance(value, list) else [value]:
-            if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-                raise keys.error("eos_token_id", repr(value), "a token id or a list of them")
-            if i < count:  # an embedding may have more rows than there are tokens
-                ends.append(i)
-        break
-    return tuple(dict.fromkeys(ends))
+        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+            raise keys.error("eos_token_id", repr(value), "a token id or a list of them")
+        if i < len(pieces):  # an embedding may have more rows than there are tokens
+            ends.append(i)
+    return tuple(dict.fromkeys(ends + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+
+
+def _begin_id(
+    generation: Fields, model: Fields, engine: Any, names: dict[str, str], prefix: tuple[int, ...], count: int
+) -> int | None:
+    """The token that encoding puts before a text; else the named one; else that of generation_config.json, config.json.
+
+    An id that no token has is no reason to refuse the model: then it has none.
+    """
+    if prefix:
+        return prefix[0]
+    named: int | None = engine.token_to_id(names["bos_token"]) if "bos_token" in names else None
+    if named is not None:
+        return named
+    given = [keys.get("bos_token_id", int) for keys in (generation, model)]
+    return next((i for i in given if i is not None and 0 <= i < count), None)
+
+
+def _stop_strings(generation: Fields) -> tuple[str, ...]:
+    value = generation.values.get("stop_strings")
+    strings = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text for text in strings):
+        raise generation.error("stop_strings", repr(value), "a string or a list of them")
+    return tuple(strings)
 
 
 def _chat_template(root: Path, config: Fields) -> str | None:
@@ -242,7 +296,3 @@ def _chat_template(root: Path, config: Fields) -> str | None:
             if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
                 return str(entry["template"])
     raise config.error("chat_template", type(value).__name__, "a template, or a list of named ones with a 'default'")
-
-
-def _read_if_there(path: Path) -> Fields:
-    return Fields(path, read_json_object(path, MAX_JSON_BYTES) if path.exists() else {})

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, PREFIX, vocabulary_from_metadata
+from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
+from ruvllm.checkpoint._tokenizer_keys import PREFIX
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_config import ARCHITECTURE
 from ruvllm.checkpoint.gguf_writer import encoded

@@ -62,6 +62,7 @@ class Vocabulary:
             was cut out of the text.
         prefix, suffix: ids put round a text.
         names: spelling of the tokens that templates know by name (`bos_token`, `eos_token`, ...).
+        stop_strings: texts that end a generation.
     """
 
     engine: Any
@@ -75,6 +76,7 @@ class Vocabulary:
     eos_ids: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    stop_strings: tuple[str, ...] = ()
 
 
 def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
@@ -89,7 +91,7 @@ def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: in
         FileNotFoundError: the directory has no tokenizer.json.
     """
     path: str = os.fspath(source) if isinstance(source, str | os.PathLike) else source.path
-    vocabulary = _vocabulary(source)
+    vocabulary = _vocabulary(source, vocab_size)
     missing = 0 if vocab_size is None else vocab_size - len(vocabulary.pieces)
     if missing < 0:
         expected = f"at most {vocab_size}, the rows of the embedding"
@@ -100,11 +102,11 @@ def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: in
     return Tokenizer(vocabulary, path)
 
 
-def _vocabulary(source: MetadataFile | str | os.PathLike[str]) -> Vocabulary:
+def _vocabulary(source: MetadataFile | str | os.PathLike[str], rows: int | None) -> Vocabulary:
     if isinstance(source, str | os.PathLike):
         from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 
-        return vocabulary_from_directory(source)
+        return vocabulary_from_directory(source, rows)
     from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
 
     return vocabulary_from_metadata(source.path, source.metadata)
@@ -133,6 +135,7 @@ class Tokenizer:
         special_ids: the control tokens: read from text only with ``parse_special``, hidden by ``skip_special``.
         special_tokens: spelling of the named ones, as templates know them (``bos_token``, ``eos_token``, ...).
         chat_template: the model's chat template (Jinja), if it has one.
+        stop_strings: texts that end a generation, if the model's files name some.
     """
 
     def __init__(self, vocabulary: Vocabulary, path: str) -> None:
@@ -148,6 +151,7 @@ class Tokenizer:
         self.eos_ids = vocabulary.eos_ids
         self.special_tokens = dict(vocabulary.names)
         self.chat_template = vocabulary.chat_template
+        self.stop_strings = vocabulary.stop_strings
         self.special_ids = frozenset(ids_of_kind(vocabulary.kinds, Kind.CONTROL, Kind.UNKNOWN))
         self._cut_out = self.special_ids | set(ids_of_kind(vocabulary.kinds, Kind.USER_DEFINED))
 
@@ -250,6 +254,8 @@ class Tokenizer:
 
     def _spelt(self, token_id: int) -> bytes:
         piece, kind = self._v.pieces[token_id] or "", self._v.kinds[token_id]
+        if kind == Kind.UNUSED:  # a row of the embedding that no token has, "[PAD318]" in GGUF: llama.cpp shows none
+            return b""
         if kind == Kind.BYTE:
             return bytes([int(piece[3:5], 16)])
         if token_id in self._cut_out:

@@ -505,7 +505,7 @@ def test_a_hugging_face_directory_gives_the_same_ids(name, legacy, tmp_path):
     from_gguf = TOKENIZERS[name]
     assert tokenizer.vocab_size == from_gguf.vocab_size
     assert tokenizer.special_ids == from_gguf.special_ids
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (bos, (eos,))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (bos, from_gguf.eos_ids) and tokenizer.eos_ids[0] == eos
     prefix = [] if name == "gpt2" else [bos]
     for text, ids in zip(STRINGS, read(name)["ids"], strict=True):
         if text.startswith(" ") and not legacy:

@@ -1,0 +1,136 @@
+"""Tokens that the files beside tokenizer.json name, and that it may lack: read and added as transformers does.
+
+tokenizer_config.json lists them (`added_tokens_decoder`, `additional_special_tokens`, `extra_special_tokens`) and
+names the special ones (`bos_token`, `eos_token`, ..., and any other key that ends in `_token`). Where it has no
+`added_tokens_decoder`, special_tokens_map.json comes before it, and added_tokens.json gives the list. Source:
+`PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` of transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.strict_json import read_json_object
+
+MAX_JSON_BYTES = 1 << 24  # tokenizer_config.json lists all added tokens
+
+_STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE = ("extra_special_tokens", "additional_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NamedTokens:
+    """What the files say, each token as one of `tokenizers.AddedToken`.
+
+    named: by the name that templates know. more: without a name. listed: with the id that each is to have.
+    """
+
+    config: Fields
+    named: dict[str, Any] = field(default_factory=dict)
+    more: list[Any] = field(default_factory=list)
+    listed: dict[int, Any] = field(default_factory=dict)
+
+
+def read_if_there(path: Path) -> Fields:
+    """The keys of a JSON file; none if there is no such file. Raises: ModelFormatError."""
+    return Fields(path, read_json_object(path, MAX_JSON_BYTES) if path.exists() else {})
+
+
+def read_named_tokens(root: Path, config: Fields) -> NamedTokens:
+    """The tokens that tokenizer_config.json (``config``) and the files beside it name. Raises: ModelFormatError."""
+    found = NamedTokens(config)
+    _read_names(found, config)
+    if "added_tokens_decoder" in config:
+        for key, value in (config.get("added_tokens_decoder", dict) or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10) or not isinstance(value, dict):
+                raise config.error("added_tokens_decoder", f"{key!r}: {value!r}", "objects by their token ids")
+            found.listed[int(key)] = _token(config, "added_tokens_decoder", value)
+    else:
+        _read_names(found, read_if_there(root / "special_tokens_map.json"))
+        added = read_if_there(root / "added_tokens.json")
+        special = {token.content for token in (*found.named.values(), *found.more)}
+        for content in added.values:
+            how = {"special": content in special, "normalized": content not in special}
+            found.listed[added.require(content, int)] = _token(added, content, {"content": content, **how})
+    for token in found.listed.values():
+        token.special = token.special or token.content in {named.content for named in found.named.values()}
+    return found
+
+
+def _read_names(found: NamedTokens, keys: Fields) -> None:
+    for key, value in keys.values.items():
+        if value is None or value == "":
+            continue
+        if key in _STANDARD:
+            found.named[key] = _token(keys, key, value)
+        elif key.endswith("_token") and (isinstance(value, str) or _is_token(value)):
+            found.named[key] = _token(keys, key, value)
+    listed = next((key for key in _MORE if keys.values.get(key)), None)
+    if listed is None:
+        return
+    value = keys.values[listed]
+    if isinstance(value, dict) and not _is_token(value):
+        found.named |= {key: _token(keys, f"{listed}.{key}", item) for key, item in value.items()}
+    elif isinstance(value, list):
+        found.more = found.more or [_token(keys, listed, item) for item in value]
+    else:
+        raise keys.error(listed, repr(value), "a list of tokens")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+def _token(keys: Fields, key: str, value: Any) -> Any:
+    """A string, or an object with `content` and flags, as an AddedToken: special unless it says otherwise."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        value = {"content": value}
+    if not _is_token(value) or not value["content"]:
+        raise keys.error(key, repr(value), "a string, or an object with a `content`")
+    flags: Mapping[str, Any] = {name: value[name] for name in _FLAGS if value.get(name) is not None}
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise keys.error(key, repr(value), "flags that are true or false")
+    listed = key == "added_tokens_decoder"  # only there does a missing flag mean false
+    return AddedToken(value["content"], **{"special": not listed, **flags})
+
+
+def add_named_tokens(engine: Any, tokens: NamedTokens, rows: int | None) -> None:
+    """Add to the engine what it lacks; listed tokens that it has are as the list says (transformers does the same).
+
+    rows: of the model's embedding. A new token that gets no row there (padding, usually) is left out, with a warning,
+    unless it begins or ends texts: then the model is not the tokenizer's.
+
+    Raises: ModelFormatError where a listed token would get another id than the list says.
+    """
+    needed = {tokens.named[name].content for name in ("bos_token", "eos_token") if name in tokens.named}
+
+    def fits(token: Any, i: int) -> bool:
+        if rows is None or i < rows or token.content in needed or engine.token_to_id(token.content) is not None:
+            return True
+        logger.warning("%s: %r is left out: the model has no row for its id %d", tokens.config.path, token.content, i)
+        return False
+
+    listed = [(i, token) for i, token in sorted(tokens.listed.items()) if fits(token, i)]
+    engine.add_tokens([token for _, token in listed])
+    for i, token in listed:
+        if engine.token_to_id(token.content) != i:
+            found = f"the id {i} for {token.content!r}"
+            expected = f"{engine.token_to_id(token.content)}, the next that tokenizer.json leaves free"
+            raise tokens.config.error("added_tokens_decoder", found, expected)
+    known = {token.content for token in (*engine.get_added_tokens_decoder().values(), *tokens.listed.values())}
+    order = [*_STANDARD, *tokens.named]
+    named = [tokens.named[name] for name in sorted(tokens.named, key=order.index)]
+    for token in (*named, *tokens.more):
+        if token.content not in known and fits(token, engine.get_vocab_size()):
+            engine.add_tokens([token])
+        known.add(token.content)

@@ -93,6 +93,7 @@ class Stream:
         started = time.perf_counter()
         first = started
         result.finish_reason = "length"
+        ended = False  # no more text: what the decoder still holds is shown, as `decode` shows it
         try:
             for token in tokens:
                 now = time.perf_counter()
@@ -101,14 +102,14 @@ class Stream:
                 timings.tokens += 1
                 timings.seconds = now - first
                 if token.id in ends:
-                    result.finish_reason = "stop"
+                    result.finish_reason, ended = "stop", True
                     break
                 result.ids.append(token.id)
                 if token.logprob is not None:
                     result.logprobs = result.logprobs or []
                     result.logprobs.append((token.logprob, token.top_logprobs))
                 held += decoder.push(token.id)
-                cut = min((i for i in map(held.find, stop) if i >= 0), default=-1)
+                cut = _first_stop(held, stop)
                 if cut >= 0:
                     result.finish_reason = "stop"
                     held = held[:cut]
@@ -119,11 +120,16 @@ class Stream:
                     result.text += piece
                     yield piece
             else:
-                held += decoder.finish()
+                ended = True
         except ContextFullError:
             if not timings.tokens:
                 raise
+            ended = True
+        if ended:
             held += decoder.finish()
+            cut = _first_stop(held, stop)
+            if cut >= 0:
+                result.finish_reason, held = "stop", held[:cut]
         if held:
             result.text += held
             yield held
@@ -131,6 +137,11 @@ class Stream:
 
 def _is_chat(prompt: Prompt) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def _first_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Where the first stop string begins in ``text``, or -1."""
+    return min((i for i in map(text.find, stop) if i >= 0), default=-1)
 
 
 def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.llm import LLM
@@ -57,8 +57,10 @@ def write_directory(directory: Path, case: str = "llama2_mha") -> Path:
     shutil.copytree(tiny.directory(case), directory, dirs_exist_ok=True)
     size = json.loads((directory / "config.json").read_text())["vocab_size"]
     pieces = tiny.vocabulary(size)
-    engine = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True))
-    engine.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    merges = [(piece[0], piece[1]) for piece in pieces if len(piece) == 2]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    engine = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     engine.decoder = decoders.Metaspace("▁")
     engine.add_special_tokens([AddedToken(text, normalized=False) for text in pieces[:3]])
     engine.save(str(directory / "tokenizer.json"))

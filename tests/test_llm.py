@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 import ruvllm
 from ruvllm.checkpoint.loader import open_checkpoint
@@ -221,6 +222,34 @@ def test_a_stream_is_the_answer_in_whole_characters(saying: Any) -> None:
     assert list(cut.stream("x")) == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "stop", "text", "reason"),
+    [
+        ([*b"a", 0xE6, 0x97, cases.END], (), "a\N{REPLACEMENT CHARACTER}", "stop"),
+        ([0xF0, cases.END], (), "\N{REPLACEMENT CHARACTER}", "stop"),
+        ([*b"ab", 0xF0, 0x9F, cases.END], "abc", "ab\N{REPLACEMENT CHARACTER}", "stop"),  # "ab" was held back
+        ([*b"a", 0xC3], "\N{REPLACEMENT CHARACTER}", "a", "stop"),
+        ([*b"a|b", 0xF0, cases.END], "|", "a", "stop"),
+    ],
+)
+def test_bytes_of_a_character_that_is_not_finished_are_shown_as_by_decode(
+    saying: Any, ids: list[int], stop: Any, text: str, reason: str
+) -> None:
+    llm = saying(ids)
+    answer = llm.generate("x", stop=stop)
+    assert (answer.text, answer.finish_reason) == (text, reason)
+    assert "".join(llm.stream("x", stop=stop)) == text
+    if not stop:
+        assert text == llm.tokenizer.decode(answer.ids)
+
+
+def test_stop_strings_that_the_files_of_a_model_name(saying: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = saying("one two END three")
+    monkeypatch.setattr(llm.tokenizer, "stop_strings", ("END",))
+    assert llm.generate("x").text == "one two "
+    assert llm.generate("x", stop="two").text == "one "
+
+
 def test_a_stream_of_noise_is_the_answer_too(llm: LLM) -> None:
     """Random bytes are mostly no UTF-8; every piece is text all the same."""
     for seed in range(4):
@@ -331,6 +360,29 @@ def test_perplexity_of_text_and_of_ids(
     llm.perplexity(ids, context=32, progress=False)
     assert capsys.readouterr().err == ""
     assert by_ids == dataclasses.replace(result, bits_per_byte=None)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_perplexity_begins_each_window_with_what_encoding_puts_before_a_text(named: bool, tmp_path: Path) -> None:
+    """A directory of config.json, tokenizer.json and weights: only the post-processor says that texts begin so."""
+    directory = cases.write_directory(tmp_path / "tiny")
+    if not named:
+        (directory / "tokenizer_config.json").unlink()
+    engine = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    engine.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    engine.save(str(directory / "tokenizer.json"))
+    llm = ruvllm.load(directory, weights="f32")
+    text = "The quick brown fox jumps over the lazy dog. " * 3
+    ids = np.array(engine.encode(text, add_special_tokens=False).ids)
+    assert llm.tokenizer.encode(text) == [1, *ids] and llm.tokenizer.bos_id == 1
+    losses = []
+    with open_checkpoint(directory) as checkpoint:
+        for start in range(0, len(ids) - 15, 16):
+            window = np.concatenate([[1], ids[start + 1 : start + 16]])
+            rows = reference_logits(checkpoint, window)
+            rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            losses += [-rows[j, window[j + 1]] for j in range(8, 15)]
+    assert llm.perplexity(text, context=16).value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
 # --- options -----------------------------------------------------------------------------------------------------

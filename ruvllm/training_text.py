@@ -71,7 +71,9 @@ def to_example(record: Record, tokenizer: Any, context: int) -> Example:
         record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned;
             {"prompt": ..., "completion": ...} ("response" or "answer" for "completion"; {"instruction": ..., "input":
             ..., "output": ...} likewise): a chat of two messages where the model has a chat template, else one text;
-            {"text": ...} or a str: all of it is learned; an Example: as it is.
+            {"text": ...} or a str: all of it is learned; an Example: as it is. Control tokens written in a text, or
+            in a prompt and its completion without a template, are read as such, as in a prompt: such texts may have
+            the form of a chat already. In messages they are text. One end token closes each text.
         tokenizer: of the model.
         context: longer examples are cut to this many tokens.
 
@@ -87,7 +89,7 @@ def to_example(record: Record, tokenizer: Any, context: int) -> Example:
     if "messages" in record:
         ids, learn = _chat(record["messages"], tokenizer)
     elif "text" in record:
-        ids = tokenizer.encode(_text(record, "text"), parse_special=False) + _end(tokenizer)
+        ids = _ended(tokenizer.encode(_text(record, "text")), tokenizer)
         learn = np.ones(len(ids), bool)
     else:
         ids, learn = _pair(*_question_and_answer(record), tokenizer)
@@ -118,14 +120,18 @@ def _text(record: Mapping[str, Any], key: str) -> str:
 def _pair(question: str, answer: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
     if tokenizer.chat_template is not None:
         return _chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
-    before = tokenizer.encode(question, parse_special=False)
-    after = tokenizer.encode(answer, add_special=False, parse_special=False) + _end(tokenizer)
-    return before + after, np.arange(len(before) + len(after)) >= len(before)
+    before = tokenizer.with_prefix(tokenizer.encode(question, add_special=False))
+    ids = tokenizer.with_prefix(tokenizer.encode(question + answer, add_special=False))
+    if ids[: len(before)] != before:  # a token would take in the end of the prompt, which is asked without the answer
+        ids = before + tokenizer.encode(answer, add_special=False)
+    ids = _ended(ids, tokenizer)
+    return ids, np.arange(len(ids)) >= len(before)
 
 
-def _end(tokenizer: Any) -> list[int]:
-    """The token that ends a text, if the model has one."""
-    return list(tokenizer.eos_ids)[:1]
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids with the token that ends a text behind them, if the model has one, unless they end with it already."""
+    end = list(tokenizer.eos_ids)[:1]
+    return ids if ids[-1:] == end else ids + end
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], np.ndarray]:
@@ -150,7 +156,7 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[i
 
 
 def _windows(text: str, tokenizer: Any, context: int) -> Iterator[Example]:
-    ids = np.array(tokenizer.encode(text, parse_special=False), np.int64)
+    ids = np.array(tokenizer.encode(text), np.int64)
     for lo in range(0, len(ids), context):
         part = ids[lo : lo + context]
         if len(part) > 1:

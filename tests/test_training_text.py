@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
+from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.cli import main
 from ruvllm.llm import LLM
 from ruvllm.model import LoraConfig
@@ -41,11 +45,77 @@ def test_only_answers_are_learned(llm: LLM) -> None:
 
 
 def test_plain_texts(llm: LLM, tmp_path: Path) -> None:
-    example = to_example("a <|end|> b", llm.tokenizer, 512)
-    assert example.learn.all() and example.ids.tolist() == [*b"a <|end|> b", END]  # text is no control token
+    example = to_example("a b", llm.tokenizer, 512)
+    assert example.learn.all() and example.ids.tolist() == [*b"a b", END]
     (tmp_path / "book.txt").write_text("abcdefghij" * 3)
     windows = read_examples(tmp_path / "book.txt", llm.tokenizer, 8)
     assert [len(e.ids) for e in windows] == [8, 8, 8, 6] and all(e.learn.all() for e in windows)
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
+    """SentencePiece with BOS and merges, no template: our tokenizer, and the one of `tokenizers`."""
+    directory = write_directory(tmp_path_factory.mktemp("spm"), "bf16_sharded_tied")
+    engine = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    engine.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    engine.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory), engine
+
+
+CHAT_FORM = "<|user|>hi<|end|><|assistant|>hello"
+
+
+@pytest.mark.parametrize("text", [CHAT_FORM, CHAT_FORM + "<|end|>", CHAT_FORM + "<|end|>\n", "a <|end|> b", "plain"])
+def test_control_tokens_in_a_text_are_control_tokens(text: str, llm: LLM, tmp_path: Path) -> None:
+    """As TRL's SFTTrainer reads `text`: the end token is put behind it unless it ends so, then all of it is encoded."""
+    oracle = Tokenizer.from_file(str(llm.path / "tokenizer.json"))
+    expected = oracle.encode(text if text.endswith("<|end|>") else text + "<|end|>").ids
+    for record in (text, {"text": text}):
+        example = to_example(record, llm.tokenizer, 512)
+        assert example.ids.tolist() == expected and example.learn.all()
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    assert read_examples(path, llm.tokenizer, 512)[0].ids.tolist() == oracle.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("<|user|>hi<|end|><|assistant|>", "yes"), ("Q: ", "A<|end|>"), ("<|user|>", "<|assistant|>x"), ("", "x")],
+)
+def test_control_tokens_in_a_prompt_without_a_template(
+    prompt: str, completion: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = Tokenizer.from_file(str(llm.path / "tokenizer.json"))
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    example = to_example({"prompt": prompt, "completion": completion}, llm.tokenizer, 512)
+    whole = prompt + completion
+    assert example.ids.tolist() == oracle.encode(whole if whole.endswith("<|end|>") else whole + "<|end|>").ids
+    assert np.flatnonzero(~example.learn).tolist() == list(range(len(oracle.encode(prompt).ids)))
+
+
+def test_prompt_and_completion_are_one_text(with_bos: tuple[Any, Tokenizer]) -> None:
+    """As in TRL: the completion of a SentencePiece prompt has no space before it that nobody wrote."""
+    tokenizer, oracle = with_bos
+    for prompt, completion in (("2+2=", "4"), ("<s>Q:", " no</s>"), ("one", " two</s>")):
+        example = to_example({"prompt": prompt, "completion": completion}, tokenizer, 512)
+        expected = oracle.encode(prompt.removeprefix("<s>") + completion.removesuffix("</s>") + "</s>").ids
+        assert example.ids.tolist() == expected
+        assert (~example.learn).sum() == len(oracle.encode(prompt.removeprefix("<s>")).ids)
+    # Where one token would take the end of the prompt with it, the prompt stays what it is when it is asked.
+    example = to_example({"prompt": "xa", "completion": "b"}, tokenizer, 512)
+    assert example.ids[: (~example.learn).sum()].tolist() == oracle.encode("xa").ids
+    assert tokenizer.decode(example.ids[example.learn].tolist(), continuation=True).strip() == "b</s>"
+
+
+def test_a_file_that_asks_for_an_end_token_gets_one(with_bos: tuple[Any, Tokenizer]) -> None:
+    tokenizer = Tokenizer.from_str(with_bos[1].to_str())
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    directory = Path(with_bos[0].path)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    both = load_tokenizer(directory)
+    assert to_example("hi", both, 64).ids.tolist() == tokenizer.encode("hi").ids
+    pair = to_example({"prompt": "hi", "completion": "ho"}, both, 64).ids.tolist()
+    assert (pair.count(1), pair.count(2), pair[0], pair[-1]) == (1, 1, 1, 2)
 
 
 def test_long_examples_are_cut(llm: LLM) -> None:

@@ -78,7 +78,7 @@ _END_OF_TURN = frozenset({
 
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
 # Names of tokens in keys, the wrong spelling of one of them included, and in templates.
-_NAMED = {
+NAMED = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
     "mask": "mask_token", "cls": "cls_token",
 }  # fmt: skip
@@ -96,7 +96,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     ids = _ids_of(keys, pieces)
     kinds = _kinds(keys, len(pieces))
     _check_byte_pieces(keys, pieces, kinds)
-    named = {name: _named_id(keys, name, pieces, model) for name in {*_NAMED, *_ENDS}}
+    named = {name: _named_id(keys, name, pieces, model) for name in {*NAMED, *_ENDS}}
     ends = _end_ids(keys, pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
         if looks_like_control(pieces[i]):
@@ -118,7 +118,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
         suffix=_surrounding(keys, "eos", False, named["eos"]),
         bos_id=named["bos"],
         eos_ids=ends,
-        names={_NAMED[name]: pieces[i] for name, i in named.items() if i is not None and name in _NAMED},
+        names={NAMED[name]: pieces[i] for name, i in named.items() if i is not None and name in NAMED},
         chat_template=keys.get("tokenizer.chat_template", str),
     )
 

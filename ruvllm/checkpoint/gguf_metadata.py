@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_metadata
+from ruvllm.checkpoint._tokenizer_gguf import NAMED, PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint._tokenizer_keys import PREFIX
 from ruvllm.checkpoint.gguf import GGUFFile
@@ -19,7 +19,8 @@ from ruvllm.checkpoint.gguf_config import ARCHITECTURE
 from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary
+from ruvllm.checkpoint.tokenizer import Vocabulary, with_rows
+from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.rope.frequencies import rope_inv_freq
 from ruvllm.model.config import ModelConfig
@@ -82,27 +83,31 @@ def rope_factors(checkpoint: Checkpoint) -> np.ndarray | None:
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
-    """The keys ``tokenizer.*`` for a directory's tokenizer and an embedding of ``vocab_size`` rows."""
-    vocabulary = vocabulary_from_directory(directory)
-    missing = vocab_size - len(vocabulary.pieces)  # rows of the embedding that no token has
-    spelt = [*vocabulary.pieces, *[None] * missing]
-    kinds = [*vocabulary.kinds, *[int(Kind.UNUSED)] * missing]
-    pieces = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(spelt)]
+    """The keys ``tokenizer.*`` for a directory's tokenizer and an embedding of ``vocab_size`` rows.
+
+    Raises: ModelFormatError where a file with these keys would not mean what the directory means.
+    """
+    vocabulary = with_rows(vocabulary_from_directory(directory, vocab_size), vocab_size, str(directory))
+    # The converter's name for rows of the embedding that no token has.
+    pieces = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(vocabulary.pieces)]
     values: dict[str, Any] = {
         PREFIX + "model": "gpt2" if vocabulary.byte_level else "llama",
         PREFIX + "tokens": pieces,
-        PREFIX + "token_type": kinds,
+        PREFIX + "token_type": [*vocabulary.kinds],
         PREFIX + "add_bos_token": vocabulary.bos_id is not None and vocabulary.bos_id in vocabulary.prefix,
         PREFIX + "add_eos_token": bool(vocabulary.suffix),
     }
     ids = {piece: i for i, piece in enumerate(pieces)}
     if vocabulary.bos_id is not None:
         values[PREFIX + "bos_token_id"] = vocabulary.bos_id
-    for key, name in (("unknown_token_id", "unk_token"), ("padding_token_id", "pad_token")):
-        if vocabulary.names.get(name) in ids:
-            values[PREFIX + key] = ids[vocabulary.names[name]]
-    for key, token in zip(("eos_token_id", "eot_token_id", "eom_token_id"), vocabulary.eos_ids, strict=False):
-        values[PREFIX + key] = int(token)
+    for key, name in NAMED.items():
+        if key not in ("bos", "eos") and vocabulary.names.get(name) in ids:
+            values[f"{PREFIX}{key}_token_id"] = ids[vocabulary.names[name]]
+    ends = [int(token) for token in vocabulary.eos_ids]
+    for key, token in zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False):
+        values[PREFIX + key] = token
+    if len(ends) > 3:
+        values[PREFIX + "eos_token_ids"] = ends
     if vocabulary.chat_template is not None:
         values["tokenizer.chat_template"] = vocabulary.chat_template
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
@@ -112,6 +117,8 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     else:
         values[PREFIX + "scores"] = _scores(pieces, merges)
         values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"
+    copy = vocabulary_from_metadata(str(directory), values)
+    require_agreement(str(directory), vocabulary, copy, "a GGUF file")
     return values
 
 

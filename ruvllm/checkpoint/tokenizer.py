@@ -92,14 +92,17 @@ def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: in
     """
     path: str = os.fspath(source) if isinstance(source, str | os.PathLike) else source.path
     vocabulary = _vocabulary(source, vocab_size)
-    missing = 0 if vocab_size is None else vocab_size - len(vocabulary.pieces)
+    return Tokenizer(vocabulary if vocab_size is None else with_rows(vocabulary, vocab_size, path), path)
+
+
+def with_rows(vocabulary: Vocabulary, rows: int, path: str) -> Vocabulary:
+    """The vocabulary with ids that have no text, up to the rows of the embedding. Raises: ModelFormatError."""
+    missing = rows - len(vocabulary.pieces)
     if missing < 0:
-        expected = f"at most {vocab_size}, the rows of the embedding"
+        expected = f"at most {rows}, the rows of the embedding"
         raise ModelFormatError(path, field="tokenizer", found=f"{len(vocabulary.pieces)} tokens", expected=expected)
-    if missing:
-        pieces, kinds = [*vocabulary.pieces, *[None] * missing], vocabulary.kinds + bytes([Kind.UNUSED]) * missing
-        vocabulary = replace(vocabulary, pieces=pieces, kinds=kinds)
-    return Tokenizer(vocabulary, path)
+    pieces, kinds = [*vocabulary.pieces, *[None] * missing], vocabulary.kinds + bytes([Kind.UNUSED]) * missing
+    return replace(vocabulary, pieces=pieces, kinds=kinds)
 
 
 def _vocabulary(source: MetadataFile | str | os.PathLike[str], rows: int | None) -> Vocabulary:

@@ -70,10 +70,10 @@ def to_example(record: Record, tokenizer: Any, context: int) -> Example:
     Args:
         record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned;
             {"prompt": ..., "completion": ...} ("response" or "answer" for "completion"; {"instruction": ..., "input":
-            ..., "output": ...} likewise): a chat of two messages where the model has a chat template, else one text;
-            {"text": ...} or a str: all of it is learned; an Example: as it is. Control tokens written in a text, or
-            in a prompt and its completion without a template, are read as such, as in a prompt: such texts may have
-            the form of a chat already. In messages they are text. One end token closes each text.
+            ..., "output": ...} likewise): a chat of two messages where the model has a chat template and the prompt
+            does not begin with a control token (it would have the form of a chat already), else one text;
+            {"text": ...} or a str: all of it is learned; an Example: as it is. Control tokens written in a text are
+            read as such, as in a prompt; in messages they are text. One end token closes each text.
         tokenizer: of the model.
         context: longer examples are cut to this many tokens.
 
@@ -118,7 +118,8 @@ def _text(record: Mapping[str, Any], key: str) -> str:
 
 
 def _pair(question: str, answer: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template is not None and not _in_chat_form(question, tokenizer):
+        answer = answer.removesuffix(tokenizer.decode(_end(tokenizer)))  # the template writes it too
         return _chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
     before = tokenizer.with_prefix(tokenizer.encode(question, add_special=False))
     ids = tokenizer.with_prefix(tokenizer.encode(question + answer, add_special=False))
@@ -128,9 +129,20 @@ def _pair(question: str, answer: str, tokenizer: Any) -> tuple[list[int], np.nda
     return ids, np.arange(len(ids)) >= len(before)
 
 
+def _in_chat_form(prompt: str, tokenizer: Any) -> bool:
+    """Whether a prompt begins with a control token: then whoever wrote it has put it through a template already."""
+    ids = tokenizer.encode(prompt.lstrip(), add_special=False)
+    return bool(ids) and ids[0] in tokenizer.special_ids
+
+
+def _end(tokenizer: Any) -> list[int]:
+    """The token that ends a text, if the model has one."""
+    return list(tokenizer.eos_ids)[:1]
+
+
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """The ids with the token that ends a text behind them, if the model has one, unless they end with it already."""
-    end = list(tokenizer.eos_ids)[:1]
+    end = _end(tokenizer)
     return ids if ids[-1:] == end else ids + end
 
 

@@ -93,6 +93,19 @@ def test_control_tokens_in_a_prompt_without_a_template(
     assert np.flatnonzero(~example.learn).tolist() == list(range(len(oracle.encode(prompt).ids)))
 
 
+def test_a_prompt_in_chat_form_is_not_put_into_the_template_again(llm: LLM) -> None:
+    oracle = Tokenizer.from_file(str(llm.path / "tokenizer.json"))
+    for prompt in ("<|user|>hi<|end|><|assistant|>", "\n<|system|>x<|end|>"):
+        example = to_example({"prompt": prompt, "completion": "yes<|end|>"}, llm.tokenizer, 512)
+        assert example.ids.tolist() == oracle.encode(prompt + "yes<|end|>").ids
+        assert llm.tokenizer.decode(example.ids[example.learn].tolist()) == "yes<|end|>"
+    quoting = {"prompt": "What is <|user|>?", "completion": "A <|end|> token.<|end|>"}  # text, but for the last
+    example = to_example(quoting, llm.tokenizer, 512)
+    controls = [i for i in example.ids.tolist() if i >= END]
+    assert controls == [END + 1, END, END + 2, END]
+    assert llm.tokenizer.decode(example.ids[example.learn].tolist()) == "A <|end|> token.<|end|>"
+
+
 def test_prompt_and_completion_are_one_text(with_bos: tuple[Any, Tokenizer]) -> None:
     """As in TRL: the completion of a SentencePiece prompt has no space before it that nobody wrote."""
     tokenizer, oracle = with_bos

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
+# Keys under which programs pass on what a model thought. Templates look for the first, some for the second.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 32
 _NAME = re.compile(r"[A-Za-z_$][\w.$-]*")
 _DISGUISES = range(0x102000, 0x10FFFE)  # private use, and none of the tokenizer's marks
@@ -276,7 +278,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}['content']: found {type(content).__name__}, expected str")
     plain: dict[str, Any] = _plain({**message, "content": content}, where)
     # As transformers does: most templates would print None as a word, and know what to do without the key.
-    return {key: value for key, value in plain.items() if value is not None}
+    plain = {key: value for key, value in plain.items() if value is not None}
+    thoughts = next((plain[key] for key in _THOUGHTS if key in plain), None)
+    return plain if thoughts is None else {"thinking": thoughts, **plain, "reasoning_content": thoughts}
 
 
 def _part(part: Any, where: str) -> str:

@@ -389,6 +389,19 @@ def test_keys_of_messages_without_a_value_are_left_out(template, text):
     assert render_chat(template, WITHOUT_VALUES) == text
 
 
+@pytest.mark.parametrize(
+    ("keys", "text"),  # of transformers 5.24
+    [
+        ({"reasoning": "a"}, "a a"), ({"thinking": "a"}, "a a"), ({"reasoning_content": "a"}, "a a"), ({}, " "),
+        ({"reasoning": "a", "thinking": "b"}, "b b"), ({"thinking": "a", "reasoning_content": "b"}, "b a"),
+        ({"reasoning": "a", "reasoning_content": None}, "a a"), ({"reasoning_content": ""}, " "),
+    ],
+)  # fmt: skip
+def test_what_a_model_thought_is_known_by_all_its_names(keys, text):
+    message = {"role": "assistant", "content": "x", **keys}
+    assert render_chat("{{ messages[0].reasoning_content }} {{ messages[0].thinking }}", [message]) == text
+
+
 def test_nesting_has_an_end():
     deep = []
     for _ in range(100):

@@ -56,7 +56,7 @@ def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | Non
     tokens = read_named_tokens(root, config)
     add_named_tokens(engine, tokens, rows)
     names = {name: token.content for name, token in tokens.named.items()}
-    _make_special(engine, names)
+    _make_special(engine, {*names.values(), *(config.get("chat_control_tokens", list) or [])})
     pieces = _pieces(path, engine)
     kinds = _kinds(engine, pieces, byte_level)
     prefix, suffix = _surroundings(path, engine, config, names)
@@ -181,12 +181,12 @@ def _check_space_prefix(config: Fields, engine: Any, byte_level: bool, spelt: bo
         raise config.error("add_prefix_space", str(asked).lower(), f"{str(spelt).lower()}, as in tokenizer.json")
 
 
-def _make_special(engine: Any, names: dict[str, str]) -> None:
+def _make_special(engine: Any, named: set[Any]) -> None:
     """Make control tokens of named tokens, and of added ones that look like it, where the file does not say so."""
     from tokenizers import AddedToken
 
     for token in engine.get_added_tokens_decoder().values():
-        if not token.special and (token.content in names.values() or looks_like_control(token.content)):
+        if not token.special and (token.content in named or looks_like_control(token.content)):
             how = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             engine.add_special_tokens([AddedToken(token.content, special=True, **how)])
 

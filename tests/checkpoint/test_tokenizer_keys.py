@@ -54,6 +54,12 @@ def test_tokens_beside_tokenizer_json_are_read_as_transformers_reads_them(case, 
     assert tokenizer.vocab_size == max(map(int, [*golden["added"], 256])) + 1
 
 
+def test_tokens_that_are_listed_as_control_tokens_of_chats(tmp_path):
+    listed = {"added_tokens_decoder": {"257": {"content": "<think>"}, "258": {"content": "<b>"}}}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={**listed, "chat_control_tokens": ["<think>"]}))
+    assert tokenizer.special_ids == {256, 257}
+
+
 def test_a_listed_token_that_would_get_another_id_is_refused(tmp_path):
     listed = {"300": {"content": "<|im_end|>", "special": True}}
     with pytest.raises(ModelFormatError, match=r"found the id 300 for '<\|im_end\|>', expected 257, the next"):

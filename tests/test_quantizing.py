@@ -241,6 +241,23 @@ def test_chats_that_would_change_are_refused(tmp_path: Path) -> None:
         tokenizer_metadata(directory, 1000)
 
 
+@pytest.mark.parametrize(("whole", "name"), [(True, "llama-bpe"), (False, "dbrx")])
+def test_words_that_no_merge_makes_decide_between_names_of_one_split(whole: bool, name: str, tmp_path: Path) -> None:
+    """The first tokenizer.json files of LLaMA-3 had no `ignore_merges`."""
+    directory = byte_level_directory(tmp_path, SPLITS["llama-bpe"])
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = whole
+    content["model"]["vocab"]["qzxj"] = content["added_tokens"][0]["id"]
+    content["added_tokens"][0]["id"] += 1
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    values = tokenizer_metadata(directory, 1000)
+    assert values["tokenizer.ggml.pre"] == name
+    oracle = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer = load_tokenizer(SimpleNamespace(path="out.gguf", metadata=values))
+    assert tokenizer.encode("qzxj") == oracle.encode("qzxj").ids
+    assert (len(tokenizer.encode("qzxj")) == 1) == whole
+
+
 def test_every_end_token_is_written(tmp_path: Path) -> None:
     directory = byte_level_directory(tmp_path, SPLITS["gpt-2"])
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7, 8]}))

@@ -96,7 +96,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     ids = _ids_of(keys, pieces)
     kinds = _kinds(keys, len(pieces))
     _check_byte_pieces(keys, pieces, kinds)
-    named = {name: _named_id(keys, name, pieces, model) for name in {*NAMED, *_ENDS}}
+    named = {name: _named_id(keys, name, pieces, model) for name in dict.fromkeys((*NAMED, *_ENDS))}
     ends = _end_ids(keys, pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
         if looks_like_control(pieces[i]):

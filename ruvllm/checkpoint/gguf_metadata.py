@@ -30,7 +30,8 @@ _PROBE = (
     "Hello World's 12345 1 22 333 4444, it'S we'LL  two   spaces\n\n\nlines\r\n\ttabs ÅÄö señor naïveté Ελληνικά "
     "中文字符和標點。ひらがな カタカナ 한국어 👍🏽 (x+y)^2=a_b*c/d; foo_bar fooBar HTTPServer ...!!! ## $5.60 <|x|> ~`"
 )
-_SPLITS = ("llama-bpe", "gpt-2", *sorted(set(PRE_TOKENIZERS.values()) - {"llama-bpe", "gpt-2"}))
+_SPLITS = ("llama-bpe", "dbrx", "gpt-2", *sorted(set(PRE_TOKENIZERS.values()) - {"llama-bpe", "gpt-2"}))
+_FORM = "a GGUF file"
 _NO_MERGE = -1e6  # below it, scores of pieces that no merge makes; none like another
 
 
@@ -112,13 +113,10 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         values["tokenizer.chat_template"] = vocabulary.chat_template
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
     if vocabulary.byte_level:
-        values[PREFIX + "merges"] = merges
-        values[PREFIX + "pre"] = _pre_tokenizer(directory, vocabulary, values)
-    else:
-        values[PREFIX + "scores"] = _scores(pieces, merges)
-        values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"
-    copy = vocabulary_from_metadata(str(directory), values)
-    require_agreement(str(directory), vocabulary, copy, "a GGUF file")
+        return _with_pre_tokenizer(directory, vocabulary, values | {PREFIX + "merges": merges})
+    values[PREFIX + "scores"] = _scores(pieces, merges)
+    values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"
+    require_agreement(str(directory), vocabulary, vocabulary_from_metadata(str(directory), values), _FORM)
     return values
 
 
@@ -135,14 +133,25 @@ def _scores(pieces: list[str], merges: list[str]) -> list[float]:
     return [-float(order[piece]) if piece in order else _NO_MERGE - i for i, piece in enumerate(pieces)]
 
 
-def _pre_tokenizer(directory: Path, vocabulary: Vocabulary, values: dict[str, Any]) -> str:
-    """llama.cpp's name for how this tokenizer cuts text into words: the first that gives the same ones."""
-    wanted = vocabulary.engine.pre_tokenizer.pre_tokenize_str(_PROBE)
-    for name in _SPLITS:
-        named = vocabulary_from_metadata(str(directory), values | {PREFIX + "pre": name})
-        if named.engine.pre_tokenizer.pre_tokenize_str(_PROBE) == wanted:
-            return name
-    raise ModelFormatError(
+def _with_pre_tokenizer(directory: Path, vocabulary: Vocabulary, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with llama.cpp's name for how this tokenizer cuts text into words: the first that gives the same ids.
+
+    Names that cut alike differ in whether a word that is a token is taken as a whole.
+    """
+    splitter = vocabulary.engine.pre_tokenizer
+    disagreement: ModelFormatError | None = None
+    for name in _SPLITS if splitter is not None else ():
+        named = values | {PREFIX + "pre": name}
+        copy = vocabulary_from_metadata(str(directory), named)
+        if copy.engine.pre_tokenizer.pre_tokenize_str(_PROBE) != splitter.pre_tokenize_str(_PROBE):
+            continue
+        try:
+            require_agreement(str(directory), vocabulary, copy, _FORM)
+        except ModelFormatError as error:
+            disagreement = disagreement or error
+        else:
+            return named
+    raise disagreement or ModelFormatError(
         directory / "tokenizer.json",
         field="pre_tokenizer",
         found="a way to split text that GGUF has no name for",

@@ -69,6 +69,10 @@ def _differences(original: Tokenizer, copy: Tokenizer) -> Iterator[tuple[str, An
     for i in range(original.vocab_size):
         if original.token_bytes(i) != copy.token_bytes(i):
             yield f"the token {i}", original.token_bytes(i), copy.token_bytes(i)
+        text = original.decode([i])  # no merge may make it: some tokenizers take such words as a whole
+        mine, its = (tokenizer.encode(text, parse_special=False, add_special=False) for tokenizer in (original, copy))
+        if mine != its:
+            yield f"the text {printable(repr(text), 60)}", *_apart(mine, its)
 
 
 def _apart(mine: list[int] | str, its: list[int] | str) -> tuple[Any, Any]:

@@ -128,9 +128,11 @@ def add_named_tokens(engine: Any, tokens: NamedTokens, rows: int | None) -> None
             expected = f"{engine.token_to_id(token.content)}, the next that tokenizer.json leaves free"
             raise tokens.config.error("added_tokens_decoder", found, expected)
     known = {token.content for token in (*engine.get_added_tokens_decoder().values(), *tokens.listed.values())}
-    order = [*_STANDARD, *tokens.named]
-    named = [tokens.named[name] for name in sorted(tokens.named, key=order.index)]
-    for token in (*named, *tokens.more):
-        if token.content not in known and fits(token, engine.get_vocab_size()):
-            engine.add_tokens([token])
+    named = {**dict.fromkeys(_STANDARD), **tokens.named}  # in the order in which transformers adds them
+    added, following = [], engine.get_vocab_size()  # all at once: each call sorts the added tokens anew
+    for token in (*(token for token in named.values() if token is not None), *tokens.more):
+        if token.content not in known and fits(token, following):
+            added.append(token)
+            following += engine.token_to_id(token.content) is None
         known.add(token.content)
+    engine.add_tokens(added)

@@ -185,10 +185,12 @@ def _make_special(engine: Any, named: set[Any]) -> None:
     """Make control tokens of named tokens, and of added ones that look like it, where the file does not say so."""
     from tokenizers import AddedToken
 
-    for token in engine.get_added_tokens_decoder().values():
-        if not token.special and (token.content in named or looks_like_control(token.content)):
-            how = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            engine.add_special_tokens([AddedToken(token.content, special=True, **how)])
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    engine.add_special_tokens([
+        AddedToken(token.content, special=True, **{name: getattr(token, name) for name in flags})
+        for token in engine.get_added_tokens_decoder().values()
+        if not token.special and (token.content in named or looks_like_control(token.content))
+    ])  # fmt: skip
 
 
 def _pieces(path: Path, engine: Any) -> list[str | None]:

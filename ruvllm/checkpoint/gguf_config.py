@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.names import GGUF_LAYER, GGUF_MODEL, GGUF_ROPE_FACTORS
 from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
 
@@ -41,7 +41,7 @@ _KEYS = {
 _END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
+def config_from_gguf(file: AnyGGUF) -> ModelConfig:
     """The configuration that a GGUF file describes.
 
     Raises: ModelFormatError naming the metadata key (or tensor), what it holds and what was expected.
@@ -97,9 +97,6 @@ def _check_kind(meta: Fields) -> None:
     kind = meta.get("general.type", str)
     if kind not in (None, "model"):
         raise meta.error("general.type", kind, "'model'")
-    parts = meta.get("split.count", int)
-    if parts is not None and parts > 1:
-        raise meta.error("split.count", parts, "a model in one file (join the parts with `llama-gguf-split --merge`)")
 
 
 def _check_neutral(meta: Fields, head_dim: int) -> None:
@@ -121,7 +118,7 @@ def _check_neutral(meta: Fields, head_dim: int) -> None:
         raise meta.error("llama.attention.scale", asked, f"1/sqrt(head_dim) = {scale:.8g}")
 
 
-def _vocab_size(file: GGUFFile, meta: Fields) -> int:
+def _vocab_size(file: AnyGGUF, meta: Fields) -> int:
     """Length of the token list; without one, what `llama.vocab_size` or the embedding's rows say."""
     tokens = meta.get("tokenizer.ggml.tokens", list)
     if tokens is not None:
@@ -135,7 +132,7 @@ def _vocab_size(file: GGUFFile, meta: Fields) -> int:
     return embedding.shape[0]
 
 
-def _rope(file: GGUFFile, meta: Fields) -> RopeConfig:
+def _rope(file: AnyGGUF, meta: Fields) -> RopeConfig:
     """Base, linear factor and per-pair divisors. llama.cpp divides by both where a file has both; so do we."""
     theta = meta.get("llama.rope.freq_base", float)
     theta = 10000.0 if theta is None else theta
@@ -156,6 +153,6 @@ def _rope(file: GGUFFile, meta: Fields) -> RopeConfig:
     return RopeConfig(theta=theta, scaling=None if factor == 1.0 else "linear", factor=factor)
 
 
-def _any_bias(file: GGUFFile, *parts: str) -> bool:
+def _any_bias(file: AnyGGUF, *parts: str) -> bool:
     """Whether the first layer has any of these biases; the loader then demands all of them in all layers."""
     return any(f"blk.0.{GGUF_LAYER[part]}" in file.tensors for part in parts)

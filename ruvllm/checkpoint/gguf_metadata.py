@@ -14,8 +14,8 @@ import numpy as np
 from ruvllm.checkpoint._tokenizer_gguf import NAMED, PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint._tokenizer_keys import PREFIX
-from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_config import ARCHITECTURE
+from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
@@ -38,7 +38,7 @@ _NO_MERGE = -1e6  # below it, scores of pieces that no merge makes; none like an
 def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Key -> encoded value. Raises: ModelFormatError where GGUF has no word for something in a directory."""
     source = checkpoint.tokenizer_source
-    if isinstance(source, GGUFFile):
+    if isinstance(source, AnyGGUF):
         return {key: source.metadata_bytes(key) for key in source.metadata}
     values = _model(checkpoint.config) | tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
     return {key: encoded(value) for key, value in values.items()}
@@ -71,7 +71,7 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 def rope_factors(checkpoint: Checkpoint) -> np.ndarray | None:
     """The divisors (D/2,) of each pair's frequency that GGUF keeps as a tensor; None where metadata say it all."""
     config, source = checkpoint.config, checkpoint.tokenizer_source
-    if isinstance(source, GGUFFile):
+    if isinstance(source, AnyGGUF):
         return source.tensor(GGUF_ROPE_FACTORS).float32()[0] if GGUF_ROPE_FACTORS in source.tensors else None
     rope = config.rope
     if rope.scaling in (None, "linear"):

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal, Self
 
-from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_config import config_from_gguf
+from ruvllm.checkpoint.gguf_split import AnyGGUF, open_gguf
 from ruvllm.checkpoint.hf_config import config_from_directory
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, HF_MODEL, gguf_name, half_split_rows, hf_name
 from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
@@ -39,7 +39,7 @@ class Checkpoint:
         format: "gguf" or "huggingface".
         config: the model's configuration.
         weight_dtypes: how many tensors there are of each storage type, most frequent first.
-        tokenizer_source: what `load_tokenizer` takes: the open GGUFFile, or the directory.
+        tokenizer_source: what `load_tokenizer` takes: the open GGUF file, or the directory.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Checkpoint:
         format: Literal["gguf", "huggingface"],
         config: ModelConfig,
         tensors: dict[str, Tensor],
-        files: GGUFFile | SafetensorsFile | SafetensorsIndex,
+        files: AnyGGUF | SafetensorsFile | SafetensorsIndex,
     ) -> None:
         self.path = path
         self.format = format
         self.config = config
         self.weight_dtypes: dict[str, int] = dict(Counter(t.dtype for t in tensors.values()).most_common())
-        self.tokenizer_source: GGUFFile | Path = files if isinstance(files, GGUFFile) else path
+        self.tokenizer_source: AnyGGUF | Path = files if isinstance(files, AnyGGUF) else path
         self._tensors = tensors
         self._files = files
 
@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
-    """Open a `.gguf` file or a Hugging Face directory (config.json and safetensors).
+    """Open a `.gguf` file (of several parts the first) or a Hugging Face directory (config.json and safetensors).
 
     Args:
         path: the file or directory.
@@ -112,7 +112,7 @@ def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
 
 
 def _open_gguf(path: Path, mmap: bool) -> Checkpoint:
-    file = GGUFFile(path, mmap=mmap)
+    file = open_gguf(path, mmap=mmap)
     try:
         config = config_from_gguf(file)
         tensors = _collect(path, config, gguf_name, file.tensor, file.tensors, {GGUF_ROPE_FACTORS})

@@ -69,7 +69,8 @@ def test_optional_keys(rewritten, metadata, expected):
     [
         ({"general.architecture": "qwen2"}, "general.architecture"),
         ({"general.type": "adapter"}, "general.type"),
-        ({"split.count": 3}, "split.count"),
+        ({"split.count": 3}, "split.no"),
+        ({"split.count": "3"}, "split.count"),
         ({"llama.embedding_length": None}, "llama.embedding_length"),
         ({"llama.block_count": None}, "llama.block_count"),
         ({"llama.feed_forward_length": None}, "llama.feed_forward_length"),

@@ -32,8 +32,9 @@ def load(
     """Load a model.
 
     Args:
-        path: a name known to ``ruvllm pull`` ("smollm2-135m"; fetched if need be), a .gguf file, or a Hugging Face
-            directory with config.json, tokenizer.json and safetensors.
+        path: a .gguf file (of several parts the first), a Hugging Face directory with config.json, tokenizer.json and
+            safetensors, or a name that ``ruvllm pull`` takes, fetched if need be: "smollm2-135m", or on the Hugging
+            Face Hub "OWNER/NAME" (a directory), "OWNER/NAME:Q4_K_M", "OWNER/NAME/file.gguf".
         weights: how weights are kept in memory: "auto" keeps the precision of the file, so that a 4-bit file runs on
             4-bit weights; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores.
@@ -47,7 +48,7 @@ def load(
         FileNotFoundError: neither a known name nor an existing path.
         ModelFormatError: not a model that this library can run.
         InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the memory that is free.
-        DownloadError: a known name that could not be fetched.
+        DownloadError: a name that could not be fetched.
         ValueError: unknown ``weights``, or threads < 1.
     """
     if weights not in WEIGHTS:

@@ -15,8 +15,8 @@ from tests.model import tiny
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
-    "gguf", "jinja2", "llvmlite", "matplotlib", "numba", "numpy", "pandas", "psutil", "rich", "safetensors",
-    "threadpoolctl", "tokenizers", "torch", "tqdm", "transformers",
+    "gguf", "httpx2", "huggingface_hub", "jinja2", "llvmlite", "matplotlib", "numba", "numpy", "pandas", "psutil",
+    "rich", "safetensors", "threadpoolctl", "tokenizers", "torch", "tqdm", "transformers",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.strict_json import read_json_object
+from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
@@ -72,6 +73,18 @@ def config_from_directory(directory: Path) -> ModelConfig:
         )
     except ConfigError as error:
         raise keys.error(_KEYS.get(error.field, error.field), error.found, error.expected) from None
+
+
+def refuse_other_architectures(directory: Path) -> None:
+    """Raise ModelFormatError where config.json names what this library does not run; its other faults are for later."""
+    path = directory / "config.json"
+    try:
+        keys = Fields(path, read_json_object(path, _MAX_JSON_BYTES))
+    except ModelFormatError:
+        return
+    if "architectures" in keys or "model_type" in keys:
+        _model_type(keys)
+    _check_supported(keys)
 
 
 def _model_type(keys: Fields) -> str:

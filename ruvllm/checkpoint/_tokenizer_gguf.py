@@ -104,12 +104,15 @@ _END_OF_TURN = frozenset({
     "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 
+_NO_MODEL = ("none", "no_vocab")  # llama.cpp: a model of ids alone
+_TEMPLATE = "tokenizer.chat_template"
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
 # Names of tokens in keys, the wrong spelling of one of them included, and in templates.
 NAMED = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
     "mask": "mask_token", "cls": "cls_token",
 }  # fmt: skip
+_ANY_ID = 1 << 31  # the ids below it, where no vocabulary says how many there are
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
@@ -118,6 +121,11 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     keys = Fields(path, metadata)
     check_gguf_keys(keys)
     model = keys.require(PREFIX + "model", str)
+    if model in _NO_MODEL:
+        missing = f"{path}: {PREFIX}model is {model!r}: this model takes token ids, but no text"
+        logger.warning(missing)
+        given = _listed_ends(keys, {name: keys.get(f"{PREFIX}{name}_token_id", int) for name in _ENDS})
+        return Vocabulary(None, [], b"", byte_level=True, eos_ids=given, missing=missing)
     if model not in ("gpt2", "llama"):
         raise keys.error(PREFIX + "model", repr(model), "a tokenizer of kind 'gpt2' or 'llama'")
     pieces = keys.require(PREFIX + "tokens", list)
@@ -147,8 +155,12 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
         bos_id=named["bos"],
         eos_ids=ends,
         names={NAMED[name]: pieces[i] for name, i in named.items() if i is not None and name in NAMED},
-        chat_template=keys.get("tokenizer.chat_template", str),
-    )
+        chat_template=keys.get(_TEMPLATE, str),
+        named_templates={
+            key.removeprefix(f"{_TEMPLATE}."): keys.require(key, str)
+            for key in metadata if key.startswith(f"{_TEMPLATE}.")
+        },
+    )  # fmt: skip
 
 
 def looks_like_control(piece: str) -> bool:
@@ -197,7 +209,7 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
     key = f"{PREFIX}{name}_token_id"
     found = keys.get(key, int)
     if found is not None and not 0 <= found < len(pieces):
-        if name not in ("unknown", "padding"):
+        if name in ("bos", *_ENDS):
             raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
         logger.warning("%s: %s is %d, which is no token: it is left out", keys.path, key, found)
         found = None
@@ -209,13 +221,19 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
 
 def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
     """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
+    spelt = spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))
+    return tuple(dict.fromkeys([*_listed_ends(keys, named, len(pieces)), *spelt]))
+
+
+def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _ANY_ID) -> tuple[int, ...]:
+    """The tokens that the file itself says to end a text, a turn or a message; ids of a vocabulary of ``count``."""
     given = [i for name in _ENDS if (i := named[name]) is not None]
     more = _numbers(keys, PREFIX + "eos_token_ids")  # Ollama's key for several
     for i in [] if more is None else more.tolist():
-        if not isinstance(i, int) or not 0 <= i < len(pieces):
-            raise keys.error(PREFIX + "eos_token_ids", i, f"token ids from 0 to {len(pieces) - 1}")
+        if not isinstance(i, int) or not 0 <= i < count:
+            raise keys.error(PREFIX + "eos_token_ids", i, f"token ids from 0 to {count - 1}")
         given.append(i)
-    return tuple(dict.fromkeys(given + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+    return tuple(dict.fromkeys(given))
 
 
 def spelt_ends(pieces: Sequence[str | None], ids: Iterable[int]) -> list[int]:

@@ -9,6 +9,7 @@ encoding really puts round a text comes first, then the name, then the id.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENIZER_BYTES = 1 << 27  # the largest published ones have 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 22
@@ -34,19 +37,20 @@ _GROWTH = {
 }  # fmt: skip
 
 _MISTRAL_TOKENS = 100000  # a vocabulary that is larger may have been published with the wrong regular expression
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | None = None) -> Vocabulary:
-    """The tokenizer of a Hugging Face checkpoint whose embedding has ``rows``, if known.
-
-    Raises: ModelFormatError naming the file and what is wrong in it.
-    """
+def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
+    """The tokenizer of a Hugging Face checkpoint. Raises: ModelFormatError naming the file and what is wrong in it."""
     root = Path(directory)
     path = root / "tokenizer.json"
-    config, generation = read_if_there(root / "tokenizer_config.json"), read_if_there(root / "generation_config.json")
-    require_neutral(config, TOKENIZER_CONFIG_NEUTRAL)
+    model, generation = read_if_there(root / "config.json"), read_if_there(root / "generation_config.json")
     require_neutral(generation, GENERATION_CONFIG_NEUTRAL)
+    if not os.path.lexists(path):
+        return _without_tokenizer(root, _listed_ends(generation, model))
+    config = read_if_there(root / "tokenizer_config.json")
+    require_neutral(config, TOKENIZER_CONFIG_NEUTRAL)
     engine = _engine(path)
     byte_level = _is_byte_level(path, engine)
     if config.get("fix_mistral_regex", bool) and engine.get_vocab_size() > _MISTRAL_TOKENS:
@@ -54,7 +58,7 @@ def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | Non
     space_prefix = "never" if byte_level else _space_prefix(engine)
     _check_space_prefix(config, engine, byte_level, space_prefix != "never")
     tokens = read_named_tokens(root, config)
-    add_named_tokens(engine, tokens, rows)
+    add_named_tokens(engine, tokens)
     names = {name: token.content for name, token in tokens.named.items()}
     _make_special(engine, {*names.values(), *(config.get("chat_control_tokens", list) or [])})
     pieces = _pieces(path, engine)
@@ -63,8 +67,7 @@ def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | Non
     if max((*prefix, *suffix), default=0) >= len(pieces):
         found = f"the ids {[*prefix, *suffix]}"
         raise ModelFormatError(path, field="post_processor", found=found, expected=f"ids below {len(pieces)}")
-    model = read_if_there(root / "config.json")
-    ends = _end_ids(generation, model, engine, names, pieces, kinds)
+    ends = _end_ids(_listed_ends(generation, model), engine, names, pieces, kinds)
     bos = _begin_id(generation, model, engine, names, prefix, len(pieces))
     for name, i in (("bos_token", bos), ("eos_token", ends[0] if ends else None)):
         if i is not None and pieces[i] is not None:
@@ -82,9 +85,20 @@ def vocabulary_from_directory(directory: str | os.PathLike[str], rows: int | Non
         bos_id=bos,
         eos_ids=ends,
         names=names,
-        chat_template=_chat_template(root, config),
         stop_strings=_stop_strings(generation),
+        **_chat_templates(root, config),
     )
+
+
+def _without_tokenizer(root: Path, ends: tuple[int, ...]) -> Vocabulary:
+    """Nothing but the ids that end a generation: enough for ids in, ids and logits out."""
+    other = next((name for name in _OTHER_TOKENIZERS if (root / name).exists()), None)
+    made = (
+        f" ({other} is there: transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(...)` makes one of it)"
+    )
+    missing = f"{root}: no tokenizer.json{made if other else ''}: this model takes token ids, but no text"
+    logger.warning(missing)
+    return Vocabulary(None, [], b"", byte_level=True, eos_ids=ends, missing=missing)
 
 
 def _engine(path: Path) -> Any:
@@ -234,24 +248,26 @@ def _surroundings(
 
 
 def _end_ids(
-    generation: Fields, model: Fields, engine: Any, names: dict[str, str], pieces: list[str | None], kinds: bytearray
+    listed: tuple[int, ...], engine: Any, names: dict[str, str], pieces: list[str | None], kinds: bytearray
 ) -> tuple[int, ...]:
-    """The named end token, those that generation_config.json (or else config.json) lists, those known by spelling.
+    """The named end token, those that the files list, those known by spelling.
 
     The last are what llama.cpp adds in a GGUF file: a model should not answer differently in the two forms.
     """
     named = engine.token_to_id(names["eos_token"]) if "eos_token" in names else None
     ends = [] if named is None else [named]
+    ends += [i for i in listed if i < len(pieces)]  # an embedding may have more rows than there are tokens
+    return tuple(dict.fromkeys(ends + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+
+
+def _listed_ends(generation: Fields, model: Fields) -> tuple[int, ...]:
+    """The ids that generation_config.json (or else config.json) ends a generation with."""
     keys = model if generation.values.get("eos_token_id") is None else generation
     value = keys.values.get("eos_token_id")
-    for i in value if isinstance(value, list) else [value]:
-        if i is None:
-            continue
-        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-            raise keys.error("eos_token_id", repr(value), "a token id or a list of them")
-        if i < len(pieces):  # an embedding may have more rows than there are tokens
-            ends.append(i)
-    return tuple(dict.fromkeys(ends + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+    ends = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ends):
+        raise keys.error("eos_token_id", repr(value), "a token id or a list of them")
+    return tuple(ends)
 
 
 def _begin_id(
@@ -278,7 +294,8 @@ def _stop_strings(generation: Fields) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _chat_template(root: Path, config: Fields) -> str | None:
+def _chat_templates(root: Path, config: Fields) -> dict[str, Any]:
+    """``chat_template`` and ``named_templates`` of a Vocabulary."""
     path = root / "chat_template.jinja"
     if path.exists():
         with Source(path, mmap=False) as source:
@@ -287,14 +304,14 @@ def _chat_template(root: Path, config: Fields) -> str | None:
                 raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
             raw = source.read(0, source.size).tobytes()
         try:
-            return raw.decode("utf-8")
+            return {"chat_template": raw.decode("utf-8")}
         except UnicodeDecodeError as error:
             raise ModelFormatError(path, field="encoding", found=error.reason, expected="UTF-8") from None
     value = config.values.get("chat_template")
     if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        for entry in value:
-            if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
-                return str(entry["template"])
-    raise config.error("chat_template", type(value).__name__, "a template, or a list of named ones with a 'default'")
+        return {"chat_template": value}
+    named = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    templates = {entry.get("name"): entry.get("template") for entry in named}
+    if not templates or not all(isinstance(text, str) for text in (*templates, *templates.values())):
+        raise config.error("chat_template", type(value).__name__, "a template, or a list of named ones")
+    return {"chat_template": templates.pop("default", None), "named_templates": templates}

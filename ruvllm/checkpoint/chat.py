@@ -66,16 +66,15 @@ def encode_chat(
             put them there.
         tools: descriptions of functions that the model may call.
         variables: further variables for the template (``{"enable_thinking": False}``).
-        template: used in place of the tokenizer's.
+        template: used in place of the tokenizer's: a template, or the name of one that the model has. Without it, a
+            model that has one named "tool_use" uses that for `tools`, as transformers does.
 
     Raises:
         ValueError: the messages are not of this form, or the template does not accept them, or case 3 above.
         ModelFormatError: the template is damaged, asks for what is not allowed, or for more time or memory than any
             template needs (see `_template`).
     """
-    source = template if template is not None else tokenizer.chat_template
-    if source is None:
-        raise ValueError(f"{tokenizer.path} has no chat template: pass one as template=")
+    source = _source(tokenizer, template, tools is not None)
     controls = _Controls(tokenizer)
     named = tokenizer.special_tokens
     marks = {text: tokenizer.mark(i) for text, i in controls.ids.items() if text in source or text in named.values()}
@@ -92,6 +91,25 @@ def encode_chat(
     else:
         ids = tokenizer.encode_marked(_told_apart(chat, given, source, render, controls))
     return tokenizer.with_prefix(ids) if add_special else ids
+
+
+def _source(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> str:
+    """The template that is meant."""
+    if tokenizer.missing is not None:
+        raise ValueError(tokenizer.missing)
+    named = tokenizer.named_templates
+    if template is None and with_tools and "tool_use" in named:
+        template = "tool_use"
+    if template is not None:
+        return named.get(template, template)
+    if tokenizer.chat_template is None:
+        has = (
+            f"only chat templates of the names {', '.join(sorted(named))}: pass one of these"
+            if named
+            else ("no chat template: pass one")
+        )
+        raise ValueError(f"{tokenizer.path} has {has} as template=")
+    return tokenizer.chat_template
 
 
 def _told_apart(

@@ -14,12 +14,13 @@ import numpy as np
 from ruvllm.checkpoint._tokenizer_gguf import NAMED, PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint._tokenizer_keys import PREFIX
+from ruvllm.checkpoint._tokenizer_rows import with_rows
 from ruvllm.checkpoint.gguf_config import ARCHITECTURE
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
-from ruvllm.checkpoint.tokenizer import Vocabulary, with_rows
+from ruvllm.checkpoint.tokenizer import Vocabulary
 from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.rope.frequencies import rope_inv_freq
@@ -88,7 +89,9 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
 
     Raises: ModelFormatError where a file with these keys would not mean what the directory means.
     """
-    vocabulary = with_rows(vocabulary_from_directory(directory, vocab_size), vocab_size, str(directory))
+    vocabulary = with_rows(vocabulary_from_directory(directory), vocab_size, str(directory))
+    if vocabulary.missing is not None:
+        return {PREFIX + "model": "none"} | _end_keys(vocabulary)
     # The converter's name for rows of the embedding that no token has.
     pieces = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(vocabulary.pieces)]
     values: dict[str, Any] = {
@@ -104,11 +107,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     for key, name in NAMED.items():
         if key not in ("bos", "eos") and vocabulary.names.get(name) in ids:
             values[f"{PREFIX}{key}_token_id"] = ids[vocabulary.names[name]]
-    ends = [int(token) for token in vocabulary.eos_ids]
-    for key, token in zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False):
-        values[PREFIX + key] = token
-    if len(ends) > 3:
-        values[PREFIX + "eos_token_ids"] = ends
+    values |= _end_keys(vocabulary)
     if vocabulary.chat_template is not None:
         values["tokenizer.chat_template"] = vocabulary.chat_template
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
@@ -118,6 +117,13 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"
     require_agreement(str(directory), vocabulary, vocabulary_from_metadata(str(directory), values), _FORM)
     return values
+
+
+def _end_keys(vocabulary: Vocabulary) -> dict[str, Any]:
+    ends = [int(token) for token in vocabulary.eos_ids]
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    values: dict[str, Any] = {PREFIX + key: token for key, token in zip(keys, ends, strict=False)}
+    return values if len(ends) <= len(keys) else {**values, PREFIX + "eos_token_ids": ends}
 
 
 def _merges(vocabulary: Vocabulary) -> list[Any]:

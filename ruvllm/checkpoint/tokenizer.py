@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
@@ -63,6 +63,9 @@ class Vocabulary:
         prefix, suffix: ids put round a text.
         names: spelling of the tokens that templates know by name (`bos_token`, `eos_token`, ...).
         stop_strings: texts that end a generation.
+        chat_template: the one for every chat; None if there is none, or only ``named_templates``.
+        named_templates: others, for tools or retrieval, by name.
+        missing: in words what keeps text from becoming ids; ``engine`` is None then. None: nothing does.
     """
 
     engine: Any
@@ -75,41 +78,39 @@ class Vocabulary:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
-    chat_template: str | None = None
     stop_strings: tuple[str, ...] = ()
+    chat_template: str | None = None
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    missing: str | None = None
 
 
 def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model: an open GGUF file, or the directory of a Hugging Face checkpoint.
 
     vocab_size: rows of the model's embedding, if known. Ids that the tokenizer has no token for (many embeddings are
-    padded to a round number of rows) have no text.
+    padded to a round number of rows) have no text. Added tokens without a row (a ``<pad>``, put in without resizing the
+    embedding) are left out, with a warning.
+
+    A model that comes without any tokenizer gets one that says so where it is asked for text.
 
     Raises:
         ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named), or has more
             tokens than ``vocab_size``.
-        FileNotFoundError: the directory has no tokenizer.json.
     """
     path: str = os.fspath(source) if isinstance(source, str | os.PathLike) else source.path
-    vocabulary = _vocabulary(source, vocab_size)
-    return Tokenizer(vocabulary if vocab_size is None else with_rows(vocabulary, vocab_size, path), path)
+    vocabulary = _vocabulary(source)
+    if vocab_size is not None:
+        from ruvllm.checkpoint._tokenizer_rows import with_rows
+
+        vocabulary = with_rows(vocabulary, vocab_size, path)
+    return Tokenizer(vocabulary, path)
 
 
-def with_rows(vocabulary: Vocabulary, rows: int, path: str) -> Vocabulary:
-    """The vocabulary with ids that have no text, up to the rows of the embedding. Raises: ModelFormatError."""
-    missing = rows - len(vocabulary.pieces)
-    if missing < 0:
-        expected = f"at most {rows}, the rows of the embedding"
-        raise ModelFormatError(path, field="tokenizer", found=f"{len(vocabulary.pieces)} tokens", expected=expected)
-    pieces, kinds = [*vocabulary.pieces, *[None] * missing], vocabulary.kinds + bytes([Kind.UNUSED]) * missing
-    return replace(vocabulary, pieces=pieces, kinds=kinds)
-
-
-def _vocabulary(source: MetadataFile | str | os.PathLike[str], rows: int | None) -> Vocabulary:
+def _vocabulary(source: MetadataFile | str | os.PathLike[str]) -> Vocabulary:
     if isinstance(source, str | os.PathLike):
         from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 
-        return vocabulary_from_directory(source, rows)
+        return vocabulary_from_directory(source)
     from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
 
     return vocabulary_from_metadata(source.path, source.metadata)
@@ -137,8 +138,10 @@ class Tokenizer:
         eos_ids: every token that ends a generation, the file's own end token first.
         special_ids: the control tokens: read from text only with ``parse_special``, hidden by ``skip_special``.
         special_tokens: spelling of the named ones, as templates know them (``bos_token``, ``eos_token``, ...).
-        chat_template: the model's chat template (Jinja), if it has one.
         stop_strings: texts that end a generation, if the model's files name some.
+        chat_template: the model's chat template (Jinja) for every chat, if it has one.
+        named_templates: its others by name; for tools, say.
+        missing: in words why text can be neither encoded nor decoded; None where it can.
     """
 
     def __init__(self, vocabulary: Vocabulary, path: str) -> None:
@@ -155,6 +158,8 @@ class Tokenizer:
         self.special_tokens = dict(vocabulary.names)
         self.chat_template = vocabulary.chat_template
         self.stop_strings = vocabulary.stop_strings
+        self.named_templates = dict(vocabulary.named_templates)
+        self.missing = vocabulary.missing
         self.special_ids = frozenset(ids_of_kind(vocabulary.kinds, Kind.CONTROL, Kind.UNKNOWN))
         self._cut_out = self.special_ids | set(ids_of_kind(vocabulary.kinds, Kind.USER_DEFINED))
 
@@ -215,8 +220,9 @@ class Tokenizer:
             continuation: the ids go on from earlier text, so the first of them keeps the space that it may begin with.
                 Otherwise the space that a SentencePiece vocabulary puts before text is taken away again.
 
-        Raises: ValueError naming an id out of range.
+        Raises: ValueError naming an id out of range, or what is missing.
         """
+        self._require()
         spell = _Speller(self, skip_special, continuation)
         return b"".join([spell(i) for i in ids]).decode("utf-8", "replace")
 
@@ -226,6 +232,7 @@ class Tokenizer:
 
     def id_to_piece(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token (``Ġthe``, ``▁the``, ``<0x0A>``). Raises: ValueError."""
+        self._require()
         return self._v.pieces[self._checked(token_id)] or ""
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -239,6 +246,7 @@ class Tokenizer:
     def _encoding(self, text: str, parse_special: bool) -> Any:
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
+        self._require()
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -248,6 +256,10 @@ class Tokenizer:
             self._engine.encode_special_tokens = not parse_special
             with errors_of_the_library(self.path):
                 return self._engine.encode(text, add_special_tokens=False)
+
+    def _require(self) -> None:
+        if self.missing is not None:
+            raise ValueError(self.missing)
 
     def _checked(self, token_id: int) -> int:
         index = operator.index(token_id)

@@ -38,7 +38,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.raw and args.system is not None:
         raise ValueError("--system needs the chat template that --raw leaves out")
     llm = load_model(args, model)
-    if args.raw or llm.tokenizer.chat_template is None:
+    if args.raw or not _has_template(llm):
         if args.system is not None:
             raise ValueError(f"{model} has no chat template, so it knows no --system message")
         request: str | list[Message] = prompt
@@ -56,8 +56,11 @@ def chat(args: argparse.Namespace) -> None:
         raise ValueError(f"unexpected argument {operand!r}")
     interactive = sys.stdin.isatty()
     llm = load_model(args, model)
-    if llm.tokenizer.chat_template is None:
-        raise ValueError(f"{model} has no chat template; continue a text with: ruvllm generate {model} --raw")
+    if not _has_template(llm):
+        raise ValueError(
+            llm.tokenizer.missing
+            or f"{model} has no chat template; continue a text with: ruvllm generate {model} --raw"
+        )
     cache = _cache(llm, args)
     if interactive:
         _enable_line_editing()
@@ -141,6 +144,11 @@ def _adapter(given: str) -> tuple[str, float]:
         except ValueError:
             pass  # a path with "=" in it
     return given, 1.0
+
+
+def _has_template(llm: LLM) -> bool:
+    """Whether the model answers messages; where it has only templates of other names, what encodes them says so."""
+    return llm.tokenizer.chat_template is not None or bool(llm.tokenizer.named_templates)
 
 
 def _system(args: argparse.Namespace) -> list[Message]:

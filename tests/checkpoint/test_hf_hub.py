@@ -64,9 +64,6 @@ class User:
         url = hub if isinstance(hub, str) else hub.url
         return self.run("-m", "ruvllm", "pull", *argv, url=url, **environment)
 
-    def left_behind(self) -> list[str]:
-        return [path.name for path in self.home.rglob("*.incomplete")]
-
 
 @pytest.fixture
 def user(tmp_path: Path) -> User:
@@ -294,10 +291,13 @@ def test_verify_finds_a_flipped_byte(user: User) -> None:
 
 
 def test_a_download_that_breaks_off_is_resumed(user: User) -> None:
+    """By `huggingface_hub` itself, of which older versions leave it to the next call."""
     content = os.urandom(1 << 20) * 32
     with fake_hub(o__tiny=Repository({"a.gguf": content})) as hub:
         hub.cuts = [len(content) - 1]
-        assert user.pull(hub, "o/tiny").path.read_bytes() == content
+        broken = user.pull(hub, "o/tiny")
+        done = broken if broken.code == 0 else user.pull(hub, "o/tiny")
+        assert done.path.read_bytes() == content
         first, second = (place for method, path, place in hub.served if method == "GET" and path.endswith("a.gguf"))
     assert first is None and second is not None
     assert int(second.removeprefix("bytes=").removesuffix("-")) >= len(content) // 2
@@ -354,7 +354,6 @@ def test_a_connection_that_breaks_for_good(user: User) -> None:
         hub.cuts = [1000] + [0] * 50
         said = user.run("-c", script, "pull", "o/tiny", url=hub.url).said
     assert said.startswith(f"o/tiny: the connection to {hub.url} failed (") and "try again" in said
-    assert user.left_behind() == []
 
 
 def test_too_little_room_is_found_before_fetching(user: User) -> None:
@@ -374,7 +373,6 @@ def test_a_disk_that_fills_up(user: User) -> None:
         assert user.run("-c", script, "pull", "o/tiny:Q4_K_M", url=hub.url).path.read_bytes() == Q4
         said = user.run("-c", script, "pull", "o/tiny:Q8_0", url=hub.url).said
     assert said.startswith("o/tiny: no room left in ") and "HF_HOME" in said
-    assert user.left_behind() == []
 
 
 @pytest.mark.parametrize(

@@ -632,11 +632,6 @@ def test_other_damaged_files_are_refused(file, content, message, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_directory_without_tokenizer_json(tmp_path):
-    with pytest.raises(ModelFormatError, match="tokenizer.json: found no such file"):
-        load_tokenizer(tmp_path)
-
-
 def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path):
     """The library's regular expressions have a limit, beyond which it panics: an error that nobody would catch."""
     write_byte_tokenizer(tmp_path)

@@ -29,7 +29,7 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from ruvllm.checkpoint import _template_functions as functions
-from ruvllm.checkpoint._template_budget import Budget, Refused, allow, current
+from ruvllm.checkpoint._template_budget import Budget, Refused, allow, current, transparent
 
 MAX_SOURCE = 1 << 15  # characters of a template; the longest known have 17 000
 MAX_NODES = 5000  # of the parsed template; the largest known have 1300
@@ -149,7 +149,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         budget = current.get()
         budget.spend()
         given = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
-        budget.weigh_all(value for value in (*args, *given.values()) if not isinstance(value, Namespace))
+        budget.weigh_all((*args, *given.values()))
         if isinstance(owner, str):
             budget.spend(read=len(owner))
             functions.check_method(budget, owner, __obj.__name__, args, given)
@@ -250,7 +250,7 @@ def _call(hook: str, args: list[nodes.Expr], where: nodes.Node) -> nodes.Call:
 
 @pass_context
 def _printed(context: Context, value: Any) -> Any:
-    if not isinstance(value, Undefined | Namespace):
+    if not isinstance(value, Undefined):
         current.get().spend(made=current.get().weigh(value).characters)
     return value
 
@@ -267,7 +267,7 @@ def _hooked_filter(name: str, jinjas: Mapping[str, Callable[..., Any]]) -> Calla
         budget.weigh_all(args)
         budget.weigh_all(kwargs.values())
         if not shallow:
-            budget.spend(read=budget.weigh(value).characters)
+            budget.spend(read=transparent(budget.weigh(value), f"the filter {name}").characters)
         if check is not None:
             check(budget, value, *args, **kwargs)
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}

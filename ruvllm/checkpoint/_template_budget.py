@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
 MAX_TEXT = 1 << 22  # characters of any one value, what it contains included, and of the whole output
@@ -25,11 +26,16 @@ class Refused(Exception):
 
 
 class Weight(NamedTuple):
-    """How large a value is: items (nested ones counted), characters, levels of nesting."""
+    """How large a value is: items (nested ones counted), characters, levels of nesting.
+
+    ``opaque``: it holds namespaces or loops. These count as things, not as what can be reached through them: printed or
+    copied they are small, but what looks into them by itself (a format, a filter with ``attribute=``) must be refused.
+    """
 
     items: int
     characters: int
     depth: int = 0
+    opaque: bool = False
 
 
 class Budget:
@@ -39,8 +45,9 @@ class Budget:
         self._deadline = time.thread_time() + SECONDS
         self._until_clock = _CLOCK_EVERY
         self._left = MAX_TOTAL
-        # No container changes once it is made (the sandbox is an immutable one), so each is weighed once. It is kept
-        # beside its weight, since an id is unique among the living only.
+        # No container changes once it is made (the sandbox is an immutable one), but for namespaces in it, which weigh
+        # the same whatever they hold; so each is weighed once. It is kept beside its weight, since an id is unique
+        # among the living only.
         self._weights: dict[int, tuple[Any, Weight]] = {}
 
     def spend(self, made: int = 0, read: int = 0) -> None:
@@ -60,8 +67,8 @@ class Budget:
             return allow(1, len(value))
         if isinstance(value, int):
             return allow(1, value.bit_length() // 3 + 1)
-        if isinstance(value, Namespace):
-            raise Refused("it puts a namespace into another value")
+        if isinstance(value, Namespace | LoopContext):
+            return Weight(1, 16, opaque=True)
         if not isinstance(value, _CONTAINERS):
             return Weight(1, 16)
         known = self._weights.get(id(value))
@@ -73,14 +80,15 @@ class Budget:
 
     def weigh_all(self, values: Iterable[Any]) -> Weight:
         """The weight of a list of these values. Raises: Refused if it is too heavy."""
-        items, characters, depth = 1, 0, 0
+        items, characters, depth, opaque = 1, 0, 0, False
         for value in values:
             weight = self.weigh(value)
             items += weight.items
             characters += weight.characters + 4  # brackets, commas, quotes
             depth = max(depth, weight.depth)
+            opaque = opaque or weight.opaque
             allow(items, characters)
-        return Weight(items, characters, depth + 1)
+        return Weight(items, characters, depth + 1, opaque)
 
     def checked(self, value: Any) -> Any:
         """A value that was just made, weighed and paid for; one that makes its items later makes them now."""
@@ -102,6 +110,13 @@ class Budget:
             collected.append(value)
             allow(len(collected), 0)
         return collected
+
+
+def transparent(weight: Weight, what: str) -> Weight:
+    """The same weight. Raises: Refused if it does not count all that ``what`` would look into."""
+    if weight.opaque:
+        raise Refused(f"{what} looks into a namespace or a loop")
+    return weight
 
 
 def allow(items: int, characters: int) -> Weight:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.utils import Namespace
 
-from ruvllm.checkpoint._template_budget import MAX_BITS, MAX_ITEMS, Budget, Refused, allow, current
+from ruvllm.checkpoint._template_budget import MAX_BITS, MAX_ITEMS, Budget, Refused, allow, current, transparent
 
 _LARGEST_ARGUMENT = 1000  # widths and precisions
 _LARGEST_SET = 4096  # distinct numbers can be made to hash alike, and then take quadratic time
@@ -28,7 +28,7 @@ class Raised(TemplateError):
 
 
 class ValueNamespace(Namespace):
-    """Jinja's namespace, for plain values: no namespace in it, and no names with an underscore in front."""
+    """Jinja's namespace, whose values are weighed, and have no names with an underscore in front."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # a template may call an attribute "self"
         Namespace.__init__(args[0])
@@ -83,7 +83,7 @@ def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None
     elif operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(times, int) and isinstance(value, str | list | tuple):
-                items, characters, _ = budget.weigh(value)
+                items, characters, *_ = budget.weigh(value)
                 allow(1 if isinstance(value, str) else items * max(times, 0), characters * max(times, 0))
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
         if left.bit_length() * abs(right) > MAX_BITS:
@@ -102,7 +102,8 @@ def check_braces(budget: Budget, text: str, args: tuple[Any, ...], kwargs: Mappi
     """What `text.format(...)` would make."""
     if _WIDE.search(text) or _NESTED_BRACES.search(text):
         raise SecurityError("widths of more than three digits, or taken from arguments, are unsafe")
-    each = budget.weigh_all([*args, *kwargs.values()]).characters + _LARGEST_ARGUMENT
+    given = transparent(budget.weigh_all([*args, *kwargs.values()]), "a format")
+    each = given.characters + _LARGEST_ARGUMENT
     allow(1, len(text) + text.count("{") * each)
 
 

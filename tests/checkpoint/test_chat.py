@@ -467,8 +467,28 @@ HOSTILE = {
     "tuples of the same tuple": (
         "{% set t0 = 1 %}" + "".join(f"{{% set t{i + 1} = (t{i}, t{i}) %}}" for i in range(60)) + "{{ {t60: 1} }}",
         "items"),
-    "namespaces in lists": (
-        "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b, b] %}{{ a }}", "namespace"),
+    "formatting a namespace": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{0.x}' * 1000).format(n) %}", "looks into a namespace"),
+    "formatting a list of namespaces": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{0[0].x}' * 1000).format([n]) %}", "a format looks into"),
+    "formatting a namespace by name": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{n.x}' * 1000).format_map({'n': n}) %}", "a format"),
+    "formatting a loop": (
+        "{% for i in ['a' * 4000000, 1] %}{% set y = ('{0.previtem}' * 1000).format(loop) %}{% endfor %}", "or a loop"),
+    "joining attributes of namespaces": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | join(attribute='x') %}", "the filter join"),
+    "joining attributes of loops": (
+        "{% for i in ['a' * 4000000, 1] %}{% set y = ([loop] * 1000) | join(attribute='previtem') %}{% endfor %}",
+        "the filter join looks into"),
+    "sorting by attributes of namespaces": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | sort(attribute='x') %}", "the filter sort"),
+    "attributes of many namespaces": (
+        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | map(attribute='x') | list %}", "characters"),
+    "a namespace in itself": (
+        "{% set n = namespace() %}{% set n.n = [n] %}{% set n.m = {'m': n} %}{{ [n.n, n.m] | string }}", "the filter"),
+    "namespaces without end": (
+        "{% set n = namespace(x=0) %}{% for i in range(262143) %}{% set n.x = namespace(x=n.x) %}{% endfor %}"
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes"),
     "replace": ("{{ ('a' * 2000000).replace('a', 'b' * 2000000) }}", "characters"),
     "the filter replace": ("{{ ('a' * 2000000) | replace('a', 'b' * 2000000) }}", "characters"),
     "join": ("{{ ('a' * 2000000).join('b' * 2000000) }}", "characters"),
@@ -529,6 +549,44 @@ def test_a_hostile_template_is_refused(attack):
     with pytest.raises(ModelFormatError, match=r"^model\.gguf: tokenizer\.chat_template: found ") as caught:
         encode_chat(TOKENIZERS["chatml"], USER, template=source)
     assert message in str(caught.value)
+
+
+NAMESPACES = {
+    "in a list": (
+        "{% set all = namespace(turns=[]) %}{% for m in messages %}"
+        "{% set all.turns = all.turns + [namespace(role=m.role, text=m.content)] %}{% endfor %}"
+        "{% for t in all.turns | reverse %}{{ t.role }}: {{ t.text }}{{ '; ' if not loop.last }}{% endfor %}"
+        "{{ all.turns | length }}"
+    ),
+    "in another": (
+        "{% set a = namespace(b=namespace(n=1)) %}{% for m in messages %}{% set b = a.b %}{% set b.n = b.n * 3 %}"
+        "{% endfor %}{{ a.b.n }}{{ a.b is sameas a.b }}{% if a.b in [a.b] %}!{% endif %}"
+    ),
+    "in a dict": (
+        "{% set state = {'last': namespace(content='')} %}{% for m in messages %}{% set last = state.last %}"
+        "{% set last.content = last.content ~ m.content %}{% endfor %}{{ state['last'].content }}"
+        "{% for key, value in state.items() %}{{ key }}={{ value.content }}{% endfor %}"
+    ),
+    "in itself": (
+        "{% set n = namespace(x=1) %}{% set n.me = n %}{% set m = n.me.me %}{% set m.x = 2 %}"
+        "{{ n.x }}{{ [n, n.me][1].me.x }}"
+    ),
+    "of a macro": (
+        "{% macro add(ns, text) %}{% set ns.text = ns.text ~ text %}{% endmacro %}{% set n = namespace(text='') %}"
+        "{% for m in messages %}{{ add(ns=[n][0], text=m.content) }}{% endfor %}{{ n.text }}"
+    ),
+    "by filters": (
+        "{% set l = [namespace(a=1, b='x'), namespace(a=2, b='y')] %}{{ l | map(attribute='b') | join('-') }}"
+        "{{ (l | selectattr('a', 'equalto', 2) | first).b }}{{ (l | rejectattr('a', 'equalto', 2) | list | last).b }}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", NAMESPACES)
+def test_a_namespace_may_be_put_into_another_value(where):
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    expected = rendered_by_jinja(NAMESPACES[where], chat)
+    assert expected and render_chat(NAMESPACES[where], chat) == expected
 
 
 def test_hostile_templates_are_refused_before_they_take_memory():

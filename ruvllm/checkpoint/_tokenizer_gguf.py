@@ -1,8 +1,8 @@
 """A tokenizer from GGUF metadata: `tokenizer.ggml.*` as an engine of the `tokenizers` library.
 
 Model "gpt2" is byte-level BPE with its merges in the file and its pre-tokenizer given by name; model "llama" is
-SentencePiece BPE, whose merges follow from the pieces' scores. Source of the names, of what each of them splits, and
-of what holds where the file says nothing: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular
+SentencePiece BPE, joined by the pieces' scores (`_spm`). Source of the names, of what each of them splits, and of what
+holds where the file says nothing: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular
 expression, the model's own is used.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._spm import merges_from_scores
+from ruvllm.checkpoint._spm import ScoredPieces, merges_from_scores
 from ruvllm.checkpoint._tokenizer_keys import PREFIX, check_gguf_keys
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
@@ -301,7 +301,7 @@ def _known_pre_tokenizer(keys: Fields, ids: dict[str, int]) -> str:
 def _sentencepiece_engine(
     keys: Fields, pieces: list[str], ids: dict[str, int], kinds: bytearray, unknown: int | None
 ) -> Any:
-    from tokenizers import Tokenizer, models, normalizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     scores = _numbers(keys, PREFIX + "scores", len(pieces))
     if scores is None or not np.isfinite(scores).all():
@@ -309,17 +309,20 @@ def _sentencepiece_engine(
         raise keys.error(PREFIX + "scores", found, "a finite number for each token")
     # As SentencePiece does it: pieces of control tokens cannot join to one.
     in_text = (Kind.NORMAL, Kind.UNUSED)
-    scored = [(p, s) for p, s, kind in zip(pieces, scores.tolist(), kinds, strict=True) if kind in in_text and p]
+    scored = {p: s for p, s, kind in zip(pieces, scores.tolist(), kinds, strict=True) if kind in in_text and p}
     merges = merges_from_scores(str(keys.path), scored)
     engine = Tokenizer(
         models.BPE(
             vocab=ids,
-            merges=merges,
+            merges=merges or [],
+            ignore_merges=merges is None,
             byte_fallback=True,
             unk_token=None if unknown is None else pieces[unknown],
             fuse_unk=True,
         )
     )
+    if merges is None:
+        engine.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(ScoredPieces(scored, ids))
     spaces: list[Any] = [normalizers.Replace(" ", "▁")]
     if keys.default(PREFIX + "add_space_prefix", bool, True):
         spaces.insert(0, normalizers.Prepend("▁"))

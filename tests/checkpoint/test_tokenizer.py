@@ -136,78 +136,11 @@ def test_sentencepiece_on_long_runs_of_one_character(trained):
                 assert tokenizer.encode(text, add_special=False, parse_special=False) == sp.encode(text)
 
 
-def joined_by_score(text, scores):
-    """SentencePiece BPE as its definition has it: the highest score first, of equal ones the leftmost."""
-    parts = list(text)
-    while True:
-        pairs = [
-            (scores[parts[i] + parts[i + 1]], -i) for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in scores
-        ]
-        if not pairs:
-            return parts
-        i = -max(pairs)[1]
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def engine_of_scores(scores):
-    tokens = list(scores)
-    return from_metadata(
-        {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.scores": list(scores.values()),
-            "tokenizer.ggml.add_space_prefix": False,
-        }
-    )
-
-
-@given(data=st.data(), texts=st.lists(st.text("ab", min_size=1, max_size=40), min_size=1, max_size=10))
-def test_any_vocabulary_of_different_scores(data, texts):
-    pieces = ["a", "b"]
-    for _ in range(data.draw(st.integers(1, 12))):
-        piece = "".join(data.draw(st.sampled_from(pieces)) for _ in range(2))
-        if piece not in pieces:
-            pieces.append(piece)
-    scores = dict(zip(pieces, map(float, data.draw(st.permutations(range(len(pieces))))), strict=True))
-    tokenizer = engine_of_scores(scores)
-    for text in texts:
-        ids = tokenizer.encode(text, add_special=False)
-        assert [tokenizer.id_to_piece(i) for i in ids] == joined_by_score(text, scores)
-
-
-@given(
-    lengths=st.sets(st.integers(3, 16)),
-    runs=st.lists(st.integers(1, 60), min_size=1, max_size=4),
-)
-def test_any_vocabulary_of_runs_of_one_score(lengths, runs):
-    tokenizer = engine_of_scores({"a": -1.0, "b": -2.0} | {"a" * n: -9.0 for n in (2, *sorted(lengths))})
-    scores = {"a" * n: -9.0 for n in (2, *lengths)}
-    text = "b".join("a" * n for n in runs)
-    ids = tokenizer.encode(text, add_special=False)
-    assert [tokenizer.id_to_piece(i) for i in ids] == joined_by_score(text, scores)
-
-
 def test_pieces_of_one_score_are_joined_from_the_left_when_they_are_runs():
     # As in Mistral's vocabulary, where runs of spaces share a score: "▁" x 14 and x 16, but no x 15.
     tokenizer = TOKENIZERS["mistral_v1"]
     pieces = [tokenizer.id_to_piece(i) for i in tokenizer.encode(" " * 38, add_special=False)]
     assert [len(piece) for piece in pieces] == [16, 16, 7]
-
-
-def test_pieces_of_one_score_that_compete_are_refused():
-    tokens, scores = ["<unk>", "a", "b", "c", "ab", "bc"], [0.0, -1.0, -2.0, -3.0, -9.0, -9.0]
-    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores}
-    with pytest.raises(ModelFormatError, match=r"scores: found -9\.0 for both 'ab' and 'bc'"):
-        from_metadata(metadata)
-    scores[-1] = -8.0
-    tokenizer = from_metadata({**metadata, "tokenizer.ggml.add_space_prefix": False})
-    assert tokenizer.encode("abc", add_special=False) == [1, 5]
-
-
-def test_a_piece_of_a_character_that_is_no_piece_is_refused():
-    with pytest.raises(ModelFormatError, match="tokens: found 'ab' without 'b', expected each character"):
-        engine_of_scores({"a": -1.0, "ab": -2.0})
-    engine_of_scores({"a": -1.0, "xyz": -2.0})  # nothing could ever be joined to it
 
 
 def test_control_tokens_are_not_joined_from_pieces():

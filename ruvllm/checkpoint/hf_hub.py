@@ -28,7 +28,7 @@ from ruvllm.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, shards_of
 from ruvllm.errors import DownloadError, ModelFormatError
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 logger = logging.getLogger(__name__)
 
@@ -84,38 +84,48 @@ def fetch(name: HubName, progress: bool = True, verify: bool = False) -> Path:
             connection, or no room.
         ModelFormatError: its architecture is not supported; found before the weights are fetched.
     """
-    from huggingface_hub import HfApi, constants
-
     with _one_line(name), _quiet(progress):
         try:
-            info = HfApi().model_info(name.repo, files_metadata=True, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+            files = _listed(name.repo)
         except Exception as error:
             cached = _from_cache(name)
             if cached is None:
                 raise
             logger.warning("%s: %s; taken from the cache", name.repo, _reason(error))
             return cached
-        siblings = {file.rfilename: file for file in info.siblings or () if _is_plain(file.rfilename)}
-        return _Repository(name, siblings, verify).fetch()
+        return _Repository(name, files, verify).fetch()
+
+
+def _listed(repo: str) -> dict[str, RepoFile | RepoSibling]:
+    """The files of a repository by their paths, which all lie in it."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
+
+    timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    info = HfApi().model_info(repo, revision=constants.DEFAULT_REVISION, files_metadata=True, timeout=timeout)
+    found: list[RepoFile | RepoSibling] = list(info.siblings or ())
+    if not found:  # a mirror may know the other list alone
+        found = [entry for entry in HfApi().list_repo_tree(repo, recursive=True) if isinstance(entry, RepoFile)]
+    return {file.rfilename: file for file in found if _is_plain(file.rfilename)}
 
 
 class _Repository:
     """The files that the Hub lists, and what has been fetched of them."""
 
-    def __init__(self, name: HubName, siblings: Mapping[str, RepoSibling], verify: bool) -> None:
+    def __init__(self, name: HubName, files: Mapping[str, RepoFile | RepoSibling], verify: bool) -> None:
         self._name = name
-        self._siblings = siblings
+        self._listed = files
         self._verify = verify
         self._commit: str | None = None  # the first file tells it; the others are of the same
 
     def fetch(self) -> Path:
-        files = _choose(self._name, {name: file.size for name, file in self._siblings.items()})
+        files = _choose(self._name, {name: file.size for name, file in self._listed.items()})
         if files is not None:
             return self._download(files) / files[0]
-        first = [name for name in _SMALL_FILES if name in self._siblings]
-        folder = self._download(first + ([] if SINGLE_FILE in self._siblings else [INDEX_FILE]))
+        first = [name for name in _SMALL_FILES if name in self._listed]
+        folder = self._download(first + ([] if SINGLE_FILE in self._listed else [INDEX_FILE]))
         refuse_other_architectures(folder)
-        self._download(_weights(folder, self._siblings))
+        self._download(_weights(folder, self._listed))
         return folder
 
     def _download(self, files: Sequence[str]) -> Path:
@@ -126,10 +136,10 @@ class _Repository:
         folder = Path()
         for file in files:
             path = Path(hf_hub_download(self._name.repo, file, revision=self._commit))
-            if self._verify and not _is_intact(path, self._siblings[file]):
+            if self._verify and not _is_intact(path, self._listed[file]):
                 logger.warning("%s: not what the Hub has; it is fetched again", path)
                 path = Path(hf_hub_download(self._name.repo, file, revision=self._commit, force_download=True))
-                if not _is_intact(path, self._siblings[file]):
+                if not _is_intact(path, self._listed[file]):
                     raise DownloadError(f"{self._name.repo}: {file} does not have the checksum that the Hub gives")
             folder = path.parents[file.count("/")]
             self._commit = folder.name
@@ -139,7 +149,7 @@ class _Repository:
         from huggingface_hub import constants, try_to_load_from_cache
 
         sizes = [
-            self._siblings[file].size or 0
+            self._listed[file].size or 0
             for file in files
             if not isinstance(try_to_load_from_cache(self._name.repo, file, revision=self._commit), str)
         ]
@@ -264,7 +274,7 @@ def _is_plain(file: str) -> bool:
     return not any(mark in file for mark in ("\\", ":", "\0")) and not {"", ".", ".."} & set(file.split("/"))
 
 
-def _is_intact(path: Path, file: RepoSibling) -> bool:
+def _is_intact(path: Path, file: RepoFile | RepoSibling) -> bool:
     """Whether a file has the checksum that the Hub gives: SHA-256 of a large one, git's of a small one."""
     with path.open("rb") as content:
         if file.lfs is not None:
@@ -288,17 +298,17 @@ def _quiet(progress: bool) -> Iterator[None]:
         disable_progress_bars,
         enable_progress_bars,
     )
+    from huggingface_hub.utils import logging as library
 
-    library = logging.getLogger("huggingface_hub")
-    level, silenced = library.level, not progress and not are_progress_bars_disabled()
-    if library.getEffectiveLevel() >= logging.WARNING and not logger.isEnabledFor(logging.DEBUG):
-        library.setLevel(logging.ERROR)
+    level, silenced = library.get_verbosity(), not progress and not are_progress_bars_disabled()
+    if level >= logging.WARNING and not logger.isEnabledFor(logging.DEBUG):
+        library.set_verbosity_error()
     if silenced:
         disable_progress_bars()
     try:
         yield
     finally:
-        library.setLevel(level)
+        library.set_verbosity(level)
         if silenced:
             enable_progress_bars()
 

@@ -23,7 +23,6 @@ from typing import IO, NoReturn
 
 from tqdm.auto import tqdm
 
-from ruvllm.checkpoint import hf_hub
 from ruvllm.errors import DownloadError
 from ruvllm.paths import cache_directory
 
@@ -101,6 +100,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path).expanduser()
     if path.exists() and os.fspath(name_or_path):
         return path
+    from ruvllm.checkpoint import hf_hub  # whose imports take a second
+
     on_hub = hf_hub.parse(name_or_path) if isinstance(name_or_path, str) else None
     if on_hub is not None:
         try:
@@ -131,10 +132,12 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
             Nothing is left behind, and a file that was in the cache stays.
         ModelFormatError: a model on the Hub whose architecture is not supported.
     """
-    on_hub = hf_hub.parse(name) if name not in MODELS else None
-    if on_hub is not None:
-        return hf_hub.fetch(on_hub, progress, verify)
     if name not in MODELS:
+        from ruvllm.checkpoint import hf_hub  # whose imports take a second
+
+        on_hub = hf_hub.parse(name)
+        if on_hub is not None:
+            return hf_hub.fetch(on_hub, progress, verify)
         raise DownloadError(
             f"no model called {name!r}: known names are {', '.join(MODELS)}; those on the Hugging Face Hub are written "
             "OWNER/NAME, OWNER/NAME:Q4_K_M or OWNER/NAME/file.gguf"

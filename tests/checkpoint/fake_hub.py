@@ -17,11 +17,13 @@ _LARGE = 1000  # bytes from which on a file has a SHA-256, as LFS gives it, inst
 
 @dataclass
 class Repository:
-    """Files of one model. ``sizes`` makes the Hub say another size; ``gated`` refuses files, ``status`` everything."""
+    """Files of one model. ``sizes`` makes the Hub say another size; ``gated`` refuses files, ``status`` everything;
+    ``tree``: they are listed by the tree alone."""
 
     files: dict[str, bytes]
     gated: bool = False
     status: int = 0
+    tree: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,6 +69,10 @@ def fake_hub(**repositories: Repository) -> Iterator[FakeHub]:
             if match is not None:
                 self._model(hub.repositories.get(match[1]), match[1], body)
                 return
+            match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path)
+            if match is not None:
+                self._tree(hub.repositories[match[1]], body)
+                return
             match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             repository = hub.repositories.get(match[1]) if match is not None else None
             if match is None or repository is None:
@@ -87,9 +93,20 @@ def fake_hub(**repositories: Repository) -> Iterator[FakeHub]:
             elif repository.status:
                 self._send(repository.status, {}, b"", body)
             else:
-                siblings = [_sibling(repository, file) for file in repository.files]
+                siblings = [_sibling(repository, file) for file in repository.files if not repository.tree]
                 answer = {"id": name, "modelId": name, "sha": repository.commit, "siblings": siblings}
                 self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
+
+        def _tree(self, repository: Repository, body: bool) -> None:
+            entries = [
+                {"type": "file", "path": file, "oid": sibling["blobId"], "size": sibling["size"]}
+                | ({"lfs": {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": 134}} if lfs else {})
+                for file in repository.files
+                for sibling in [_sibling(repository, file)]
+                for lfs in [sibling.get("lfs")]
+            ]
+            entries.append({"type": "directory", "path": "sub", "oid": "0" * 40})
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(entries).encode(), body)
 
         def _file(self, repository: Repository, content: bytes, body: bool) -> None:
             headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": repository.commit}

@@ -214,6 +214,12 @@ def test_pull_of_a_directory_takes_what_is_needed_and_no_pickles(user: User) -> 
         assert (folder / shards[2]).read_bytes() == (tiny.directory("bf16_sharded_tied") / shards[2]).read_bytes()
 
 
+def test_a_mirror_that_lists_files_by_the_tree_alone(user: User) -> None:
+    with fake_hub(o__tiny=Repository({"a-Q4_0.gguf": Q4, "a-Q8_0.gguf": b"small"}, tree=True)) as hub:
+        for name, content in (("o/tiny:Q4_0", Q4), ("o/tiny:Q8_0", b"small")):
+            assert user.pull(hub, name, "--verify").path.read_bytes() == content
+
+
 def test_a_single_file_goes_before_an_index(user: User) -> None:
     files = {"config.json": LLAMA, "model.safetensors": b"w", "model.safetensors.index.json": b"not even read"}
     with fake_hub(o__tiny=Repository(files)) as hub:

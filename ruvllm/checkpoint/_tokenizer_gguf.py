@@ -78,18 +78,23 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 _SAME_AS = {
-    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"),
+    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "granite-docling"),
     "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
+    "llama-bpe": (
+        "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe", "chatglm-bpe",
+    ),
     "qwen2": ("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"),
-    "gpt-4o": ("llama4",),
+    "deepseek-v3": ("hunyuan-dense",),
+    "gpt-4o": ("llama4", "minimax-m2"),
     "poro-chat": ("bloom", "gpt3-finnish"),
     "bailingmoe": ("bailingmoe2", "llada-moe"),
-}
+}  # fmt: skip
 PRE_TOKENIZERS = {name: name for name in _SPLITS} | {same: name for name, all_ in _SAME_AS.items() for same in all_}
 
 # A word that is a token as a whole is taken as that token, whatever the merges would make of it.
-_WHOLE_WORDS = frozenset({"llama-bpe", "tekken"}) | (frozenset(_SAME_AS["llama-bpe"]) - {"dbrx", "smaug-bpe"})
+_WHOLE_WORDS = frozenset({"llama-bpe", "tekken"}) | (
+    frozenset(_SAME_AS["llama-bpe"]) - {"dbrx", "smaug-bpe", "chatglm-bpe"}
+)
 _ADD_BOS = _WHOLE_WORDS
 
 # Tokens by which a vocabulary is known whose file, from before April 2024, does not name its pre-tokenizer.

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 MAX_TOKENIZER_BYTES = 1 << 27  # the largest published ones have 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 22
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' directory of those besides chat_template.jinja
+_MAX_TEMPLATES = 64
 MAX_GROWTH = 100  # of a text by the normalizer; SentencePiece's own steps come to 4
 # What the other steps of normalizers may make of a letter, at the most.
 _GROWTH = {
@@ -295,23 +297,30 @@ def _stop_strings(generation: Fields) -> tuple[str, ...]:
 
 
 def _chat_templates(root: Path, config: Fields) -> dict[str, Any]:
-    """``chat_template`` and ``named_templates`` of a Vocabulary."""
-    path = root / "chat_template.jinja"
-    if path.exists():
-        with Source(path, mmap=False) as source:
-            if source.size > MAX_TEMPLATE_BYTES:
-                expected = f"at most {MAX_TEMPLATE_BYTES} bytes"
-                raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
-            raw = source.read(0, source.size).tobytes()
-        try:
-            return {"chat_template": raw.decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise ModelFormatError(path, field="encoding", found=error.reason, expected="UTF-8") from None
+    """``chat_template`` and ``named_templates`` of a Vocabulary: from files of their own, else the configuration."""
+    path, more = root / "chat_template.jinja", root / NAMED_TEMPLATES
+    templates = {"default": _template_file(path)} if path.exists() else {}
+    for file in sorted(more.glob("*.jinja"))[:_MAX_TEMPLATES]:
+        templates[file.stem] = _template_file(file)
     value = config.values.get("chat_template")
-    if value is None or isinstance(value, str):
+    if not templates and (value is None or isinstance(value, str)):
         return {"chat_template": value}
-    named = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-    templates = {entry.get("name"): entry.get("template") for entry in named}
-    if not templates or not all(isinstance(text, str) for text in (*templates, *templates.values())):
-        raise config.error("chat_template", type(value).__name__, "a template, or a list of named ones")
+    if not templates:
+        entries = value if isinstance(value, list) and len(value) <= _MAX_TEMPLATES else []
+        named: list[Any] = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)]
+        if not named or not all(isinstance(text, str) for pair in named for text in pair):
+            raise config.error("chat_template", type(value).__name__, "a template, or a list of named ones")
+        templates = dict(named)
     return {"chat_template": templates.pop("default", None), "named_templates": templates}
+
+
+def _template_file(path: Path) -> str:
+    with Source(path, mmap=False) as source:
+        if source.size > MAX_TEMPLATE_BYTES:
+            expected = f"at most {MAX_TEMPLATE_BYTES} bytes"
+            raise ModelFormatError(path, field="file size", found=f"{source.size} bytes", expected=expected)
+        raw = source.read(0, source.size).tobytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(path, field="encoding", found=error.reason, expected="UTF-8") from None

@@ -110,6 +110,9 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     values |= _end_keys(vocabulary)
     if vocabulary.chat_template is not None:
         values["tokenizer.chat_template"] = vocabulary.chat_template
+    if vocabulary.named_templates:
+        values["tokenizer.chat_templates"] = list(vocabulary.named_templates)
+        values |= {f"tokenizer.chat_template.{name}": text for name, text in vocabulary.named_templates.items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
     if vocabulary.byte_level:
         return _with_pre_tokenizer(directory, vocabulary, values | {PREFIX + "merges": merges})

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from ruvllm.checkpoint._tokenizer_hf import NAMED_TEMPLATES
 from ruvllm.checkpoint.gguf_split import part_name, split_name
 from ruvllm.checkpoint.hf_config import refuse_other_architectures
 from ruvllm.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, shards_of
@@ -122,7 +123,8 @@ class _Repository:
         files = _choose(self._name, {name: file.size for name, file in self._listed.items()})
         if files is not None:
             return self._download(files) / files[0]
-        first = [name for name in _SMALL_FILES if name in self._listed]
+        named = [file for file in self._listed if PurePosixPath(file).match(f"{NAMED_TEMPLATES}/*.jinja")]
+        first = [file for file in _SMALL_FILES if file in self._listed] + named
         folder = self._download(first + ([] if SINGLE_FILE in self._listed else [INDEX_FILE]))
         refuse_other_architectures(folder)
         self._download(_weights(folder, self._listed))

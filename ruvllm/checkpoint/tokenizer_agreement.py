@@ -58,7 +58,7 @@ def _differences(original: Tokenizer, copy: Tokenizer) -> Iterator[tuple[str, An
             chats = [_chat(tokenizer, messages, cue) for tokenizer in (original, copy)]
             if chats[0] != chats[1]:
                 yield f"a chat of {len(messages)} messages", *_apart(*chats)
-    for name in ("bos_id", "add_bos", "vocab_size", "stop_strings", "chat_template"):
+    for name in ("bos_id", "add_bos", "vocab_size", "stop_strings", "chat_template", "named_templates"):
         mine, its = getattr(original, name), getattr(copy, name)
         if mine != its:
             yield name, mine, its

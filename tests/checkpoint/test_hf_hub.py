@@ -84,7 +84,7 @@ def directory_repository(case: str = "bf16_sharded_tied", **more: bytes) -> Repo
     files |= {
         "README.md": b"words", "pytorch_model.bin": b"pickle", "consolidated.safetensors": b"the same again",
         "original/model.safetensors": b"and again", "onnx/model.onnx": b"o", "tokenizer.model": b"t",
-        "tokenizer_config.json": b"{}",
+        "tokenizer_config.json": b"{}", "additional_chat_templates/rag.jinja": b"{{ messages }}",
     }  # fmt: skip
     return Repository(files | more)
 
@@ -209,8 +209,10 @@ def test_pull_of_a_directory_takes_what_is_needed_and_no_pickles(user: User) -> 
         folder = user.pull(hub, "o/tiny").path
         shards = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
         needed = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json"]
-        assert sorted(path.name for path in folder.iterdir()) == sorted([*needed, *shards])
+        needed.append("additional_chat_templates/rag.jinja")
         assert sorted(hub.fetched()) == sorted([*needed, *shards])
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        assert sorted(files) == sorted([*needed, *shards])
         assert (folder / shards[2]).read_bytes() == (tiny.directory("bf16_sharded_tied") / shards[2]).read_bytes()
 
 

@@ -105,6 +105,14 @@ def _named(tmp_path: Path, form: str, **templates: str) -> Any:
         listed = [{"name": name, "template": text} for name, text in templates.items()]
         _edit_json(model / "tokenizer_config.json", chat_template=listed)
         return load_tokenizer(model)
+    if form == "files":  # as transformers 5 saves them
+        model = llm_cases.write_directory(tmp_path / "model")
+        _edit_json(model / "tokenizer_config.json", chat_template="not this one")
+        (model / "additional_chat_templates").mkdir()
+        for name, text in templates.items():
+            file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+            (model / file).write_text(text, "utf-8")
+        return load_tokenizer(model)
     keys: dict[str, Any] = {"tokenizer.chat_templates": list(templates)}
     for name, text in templates.items():
         keys["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = text
@@ -112,7 +120,10 @@ def _named(tmp_path: Path, form: str, **templates: str) -> Any:
         return load_tokenizer(checkpoint.tokenizer_source)
 
 
-@pytest.mark.parametrize("form", ["directory", "gguf"])
+FORMS = pytest.mark.parametrize("form", ["directory", "files", "gguf"])
+
+
+@FORMS
 def test_named_templates_without_a_default(form: str, tmp_path: Path) -> None:
     tokenizer = _named(tmp_path, form, tool_use=TOOLS, rag=RAG)
     assert tokenizer.chat_template is None
@@ -122,13 +133,20 @@ def test_named_templates_without_a_default(form: str, tmp_path: Path) -> None:
         assert encode_chat(tokenizer, MESSAGES, template=name) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("form", ["directory", "gguf"])
+@FORMS
 def test_the_template_for_tools_is_taken_for_tools(form: str, tmp_path: Path) -> None:
     """As transformers' `get_chat_template` chooses."""
     tokenizer = _named(tmp_path, form, default="plain", tool_use=TOOLS)
     assert encode_chat(tokenizer, MESSAGES) == tokenizer.encode("plain")
     assert encode_chat(tokenizer, MESSAGES, tools=[{"name": "f"}]) == tokenizer.encode("[TOOL]hi")
     assert encode_chat(tokenizer, MESSAGES, tools=[{"name": "f"}], template="x") == tokenizer.encode("x")
+
+
+def test_named_templates_are_kept_in_a_gguf_file(tmp_path: Path) -> None:
+    directory = _named(tmp_path, "directory", default="plain", rag=RAG)
+    with open_checkpoint(quantize(directory.path, tmp_path / "tiny.gguf", "f32")) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    assert (tokenizer.chat_template, tokenizer.named_templates) == ("plain", {"rag": RAG})
 
 
 def test_the_command_line_names_them_too(tmp_path: Path, capsys: Any) -> None:
@@ -138,7 +156,10 @@ def test_the_command_line_names_them_too(tmp_path: Path, capsys: Any) -> None:
     assert "only chat templates of the names rag" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("templates", [[], [3], [{"name": "a"}], [{"name": "a", "template": 3}], [{"template": "x"}]])
+@pytest.mark.parametrize(
+    "templates",
+    [[], [3], [{"name": "a"}], [{"name": "a", "template": 3}], [{"template": "x"}], [{"name": [1], "template": "x"}]],
+)
 def test_a_list_that_holds_no_templates_is_refused(templates: list[Any], tmp_path: Path) -> None:
     model = llm_cases.write_directory(tmp_path / "model")
     _edit_json(model / "tokenizer_config.json", chat_template=templates)

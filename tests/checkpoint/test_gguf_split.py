@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
@@ -18,61 +17,17 @@ from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.errors import ModelFormatError
 from ruvllm.quantizing import quantize
 from tests.checkpoint.checks import close_to_golden
+from tests.checkpoint.gguf_parts import PARTS, contents, write_file, write_parts
 from tests.model import tiny
 
 CASE = "llama3_scaled_gqa"  # its rotary factors are a tensor, in the last part
-PARTS = 3
-
-
-def write_parts(
-    directory: Path, change: Callable[[int, dict[str, Any], dict[str, Any]], object] = lambda *_: None,
-    empty_first: bool = False,
-) -> Path:  # fmt: skip
-    """A case in three files; ``change(number, metadata, tensors)`` alters a part before it is written."""
-    values, tensors = _contents(tiny.write_gguf(CASE, directory / "whole.gguf"))
-    groups: list[Any] = np.array_split(list(tensors), PARTS - 1 if empty_first else PARTS)
-    for number, chosen in enumerate([[], *groups] if empty_first else groups):
-        metadata = dict(values) if number == 0 else {}
-        metadata |= {
-            "split.no": np.uint16(number), "split.count": np.uint16(PARTS), "split.tensors.count": len(tensors),
-        }  # fmt: skip
-        arrays = {str(name): tensors[name] for name in chosen}
-        change(number, metadata, arrays)
-        _write(directory / part_name("tiny", number, PARTS), metadata, arrays)
-    return directory / part_name("tiny", 0, PARTS)
-
-
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and tensors of a file."""
-    reader = gguf.GGUFReader(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    return metadata, {tensor.name: tensor.data for tensor in reader.tensors}
-
-
-def _write(path: Path, metadata: dict[str, Any], arrays: dict[str, Any]) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    if "general.architecture" not in metadata:
-        del writer.kv_data[0]["general.architecture"]
-    for key, value in metadata.items():
-        if key == "general.alignment":
-            writer.add_custom_alignment(value)
-        elif isinstance(value, np.uint16):
-            writer.add_uint16(key, int(value))
-        elif key != "general.architecture":
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for name, array in arrays.items():
-        writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
 @pytest.mark.parametrize("empty_first", [False, True])
 def test_parts_are_the_model_that_was_cut(tmp_path: Path, mmap: bool, empty_first: bool) -> None:
     """With tensors in the first part, and as `llama-gguf-split --no-tensor-first-split` writes them."""
-    path = write_parts(tmp_path, empty_first=empty_first)
+    path = write_parts(CASE, tmp_path, empty_first=empty_first)
     with open_checkpoint(path, mmap=mmap) as parts, open_checkpoint(tmp_path / "whole.gguf", mmap=mmap) as whole:
         assert isinstance(parts.tokenizer_source, SplitGGUFFile)
         assert (parts.config, parts.names(), parts.weight_dtypes) == (whole.config, whole.names(), whole.weight_dtypes)
@@ -85,8 +40,8 @@ def test_parts_are_the_model_that_was_cut(tmp_path: Path, mmap: bool, empty_firs
 
 def test_parts_become_one_file_again(tmp_path: Path) -> None:
     """Quantised, they give the bytes that the model in one file gives: nothing of `split.*` is left."""
-    path = write_parts(tmp_path)
-    _write(tmp_path / "one.gguf", *_contents(tmp_path / "whole.gguf"))
+    path = write_parts(CASE, tmp_path)
+    write_file(tmp_path / "one.gguf", *contents(tmp_path / "whole.gguf"))
     one, other = (quantize(p, tmp_path / f"{n}.q8", "q8_0") for n, p in enumerate((path, tmp_path / "one.gguf")))
     assert one.read_bytes() == other.read_bytes()
 
@@ -95,15 +50,15 @@ def test_parts_of_another_alignment(tmp_path: Path) -> None:
     def align(number: int, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
         metadata["general.alignment"] = 64 if number == 1 else 128
 
-    with open_checkpoint(write_parts(tmp_path, align)) as checkpoint:
+    with open_checkpoint(write_parts(CASE, tmp_path, align)) as checkpoint:
         close_to_golden(checkpoint, CASE)
 
 
 def test_one_part_of_one_is_a_file_like_any(tmp_path: Path) -> None:
     path = tiny.write_gguf(CASE, tmp_path / "model.gguf")
-    values, arrays = _contents(path)
+    values, arrays = contents(path)
     for count in (0, 1):
-        _write(tmp_path / "one.gguf", values | {"split.count": np.uint16(count)}, arrays)
+        write_file(tmp_path / "one.gguf", values | {"split.count": np.uint16(count)}, arrays)
         with open_gguf(tmp_path / "one.gguf") as file:
             assert isinstance(file, GGUFFile)
 
@@ -151,7 +106,7 @@ def _without(part: int, key: str) -> Callable[[int, dict[str, Any], dict[str, An
 def test_parts_that_do_not_belong_together(
     tmp_path: Path, change: Callable[..., object], says: str | None, at: int
 ) -> None:
-    path = write_parts(tmp_path, change)
+    path = write_parts(CASE, tmp_path, change)
     if says is None:
         open_gguf(path).close()
         return
@@ -163,27 +118,27 @@ def test_parts_that_do_not_belong_together(
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    path = write_parts(tmp_path)
+    path = write_parts(CASE, tmp_path)
     (tmp_path / part_name("tiny", 1, PARTS)).unlink()
     with pytest.raises(ModelFormatError, match=r"found no file 'tiny-00002-of-00003\.gguf' beside it"):
         open_checkpoint(path)
 
 
 def test_another_part_than_the_first_says_which_to_open(tmp_path: Path) -> None:
-    write_parts(tmp_path)
+    write_parts(CASE, tmp_path)
     with pytest.raises(ModelFormatError, match=r"split\.no.*found 1.*open .*tiny-00001-of-00003\.gguf"):
         open_checkpoint(tmp_path / part_name("tiny", 1, PARTS))
 
 
 def test_a_first_part_of_another_name(tmp_path: Path) -> None:
-    path = write_parts(tmp_path)
+    path = write_parts(CASE, tmp_path)
     shutil.copy(path, tmp_path / "renamed.gguf")
     with pytest.raises(ModelFormatError, match=r"file name: found renamed\.gguf, expected .* -00001-of-00003\.gguf"):
         open_checkpoint(tmp_path / "renamed.gguf")
 
 
 def test_every_part_is_checked_like_a_file_of_its_own(tmp_path: Path) -> None:
-    path = write_parts(tmp_path)
+    path = write_parts(CASE, tmp_path)
     second = tmp_path / part_name("tiny", 1, PARTS)
     whole = second.read_bytes()
     for length in (0, 10, 100, len(whole) - 40):

@@ -19,6 +19,7 @@ from ruvllm.checkpoint import hf_hub, hub
 from ruvllm.checkpoint.hf_hub import HubName
 from ruvllm.errors import DownloadError
 from tests.checkpoint.fake_hub import FakeHub, Repository, fake_hub
+from tests.checkpoint.gguf_parts import write_parts
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -246,14 +247,19 @@ LOAD = (
 
 
 def test_load_takes_the_same_names(user: User, tmp_path: Path) -> None:
-    """The file of the tiny model by name and by path gives the same logits."""
+    """A tiny model by name, as a file, in parts and as a directory, gives the logits that its file gives by path."""
     path = tiny.write_gguf("llama2_mha", tmp_path / "tiny-F32.gguf")
     by_path = user.run("-c", LOAD, str(path), url=NOWHERE)
     assert by_path.code == 0, by_path.err
-    with fake_hub(o__tiny=Repository({"tiny-F32.gguf": path.read_bytes(), "tiny-F16.gguf": b"x"})) as hub:
-        for name in ("o/tiny:F32", "o/tiny/tiny-F32.gguf"):
-            assert user.run("-c", LOAD, name, url=hub.url).out == by_path.out
-        assert hub.fetched() == ["tiny-F32.gguf"]
+    (tmp_path / "cut").mkdir()
+    parts = sorted(write_parts("llama2_mha", tmp_path / "cut").parent.glob("*-of-*.gguf"))
+    files = {"tiny-F32.gguf": path.read_bytes(), "tiny-F16.gguf": b"x"}
+    files |= {f"cut/{part.name}": part.read_bytes() for part in parts}
+    with fake_hub(o__tiny=Repository(files), o__dir=directory_repository("llama2_mha")) as hub:
+        for name in ("o/tiny:F32", "o/tiny/tiny-F32.gguf", "o/tiny/cut", "o/dir"):
+            loaded = user.run("-c", LOAD, name, url=hub.url)
+            assert loaded.out == by_path.out, (name, loaded.err)
+        assert hub.fetched().count("tiny-F32.gguf") == 1 and "tiny-F16.gguf" not in hub.fetched()
 
 
 def test_a_new_version_is_fetched_and_what_stayed_is_not(user: User) -> None:

@@ -54,3 +54,30 @@ def test_a_model_says_the_same(situation: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("situation", BY_LAYER)
 def test_under_every_threading_layer(situation: str, layer: str, tmp_path: Path) -> None:
     assert f"under {layer}," in _run(situation, tmp_path, NUMBA_THREADING_LAYER=layer)
+
+
+LOADED_AND_FORKED = """
+import os, sys
+from pathlib import Path
+from tests.llm_cases import byte_llm
+llm = byte_llm(Path(sys.argv[1]))  # has computed nothing yet, but loading has started the threads
+if not hasattr(os, "fork"):
+    sys.exit(0)
+child = os.fork()
+if child == 0:
+    try:
+        llm.generate("hello", max_tokens=2)
+    except RuntimeError as error:
+        os._exit(7 if "'spawn'" in str(error) else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_child_forked_after_loading_says_so(layer: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_AND_FORKED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": layer}, check=False, timeout=HANGING,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -20,7 +20,6 @@ PARALLEL_MACS = 131072  # multiply-adds that each read a number of their own: ma
 PARALLEL_TILE_MACS = 524288  # multiply-adds in tiles, which take a quarter of the time
 
 _one_at_a_time = threading.Lock()
-_pool_started = False  # numba's threads run in this process
 _forked = False  # this is a forked child of a process whose threads were running: they do not exist here
 
 
@@ -30,13 +29,10 @@ def num_threads() -> int:
     1 in a forked child of a process that had started its threads: OpenMP would end such a child, so kernels run
     there on the calling thread alone.
     """
-    global _pool_started
     if _forked:
         return 1
-    if not _pool_started:
-        _pool_started = True
-        return int(numba.get_num_threads())
-    # What numba.get_num_threads asks after taking two locks, which cost more than a small kernel.
+    # What numba.get_num_threads asks after taking two locks, which cost more than a small kernel; it is there once
+    # the threads are.
     count = getattr(parallel, "_get_num_threads", numba.get_num_threads)
     return int(count())
 
@@ -132,15 +128,21 @@ def launch(kernel: Callable[..., Any], *arguments: Any) -> None:
 
 def _workqueue() -> bool:
     """Whether the threading layer is, or may turn out to be, the workqueue."""
+    return not _pool_runs() or bool(threading_layer() == "workqueue")
+
+
+def _pool_runs() -> bool:
+    """Whether numba's threads run in this process: started here, or by the user's own calls of numba."""
     try:
-        return bool(threading_layer() == "workqueue")
-    except ValueError:  # not chosen yet: the first parallel call chooses
-        return True
+        threading_layer()
+    except ValueError:  # not chosen yet: the first call that needs threads chooses
+        return False
+    return True
 
 
 def _after_fork() -> None:
     global _forked, _one_at_a_time
-    _forked = _forked or _pool_started
+    _forked = _forked or _pool_runs()
     _one_at_a_time = threading.Lock()  # the parent may have held it
     _helpers.cache_clear()  # its threads are not here
 

@@ -142,13 +142,17 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
     try:
         leftovers = {name for name in files.tensors if _HF_LEFTOVERS.fullmatch(name)}
         ignored = set(leftovers)
-        if config.tie_word_embeddings and HF_MODEL["head"] in files.tensors:
+        stored_name = hf_name
+        embed, head = HF_MODEL["embed"], HF_MODEL["head"]
+        if config.tie_word_embeddings and head in files.tensors:
+            if embed not in files.tensors:  # safetensors' save_model keeps the first name of a tensor that has two
+                stored_name = _with_head_as_embed
             # transformers ties the two only if they are equal.
-            if _equal(files.tensor(HF_MODEL["embed"]), files.tensor(HF_MODEL["head"])):
-                ignored.add(HF_MODEL["head"])
+            elif _equal(files.tensor(embed), files.tensor(head)):
+                ignored.add(head)
             else:
                 config = dataclasses.replace(config, tie_word_embeddings=False)
-        tensors = _collect(path, config, hf_name, files.tensor, files.tensors, ignored)
+        tensors = _collect(path, config, stored_name, files.tensor, files.tensors, ignored)
         if others := [name for name in leftovers if not name.endswith("rotary_emb.inv_freq")]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             logger.warning("%s: no part of the model, left out: %s%s", path, printable(min(others)), more)
@@ -156,6 +160,10 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
     except BaseException:
         files.close()
         raise
+
+
+def _with_head_as_embed(name: str) -> str:
+    return HF_MODEL["head"] if name == "embed" else hf_name(name)
 
 
 def _collect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -23,6 +24,8 @@ from ruvllm.model.config import PRESETS, RopeConfig
 from ruvllm.model.reference import inverse_frequencies
 from tests.checkpoint.checks import close_to_golden
 from tests.model import tiny
+
+HEAD = "lm_head.weight"
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -111,6 +114,52 @@ def test_configurations_say_what_the_files_say():
         assert checkpoint.weight_dtypes == {"BF16": len(checkpoint.names())}
         with pytest.raises(KeyError):
             checkpoint.tensor("head")
+
+
+def renamed_embedding(directory, tensors, shards):
+    """A tied model under the one name that safetensors.torch.save_model leaves: the first of the alphabet."""
+    shutil.copy(tiny.directory("bf16_sharded_tied") / "config.json", directory)
+    files = [f"model-{n}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
+    place = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        mine = {name: tensors[name] for name in tensors if place[name] == file}
+        safetensors.numpy.save_file(mine, directory / file, {"format": "pt", "model.embed_tokens.weight": HEAD})
+    if shards > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_tied_model_may_store_its_matrix_as_the_head(shards, tmp_path):
+    tensors = tiny.weights("bf16_sharded_tied")
+    tensors[HEAD] = tensors.pop("model.embed_tokens.weight")
+    renamed_embedding(tmp_path, tensors, shards)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.config.tie_word_embeddings and "head" not in checkpoint
+        np.testing.assert_array_equal(checkpoint.tensor("embed").float32(), tensors[HEAD])
+        close_to_golden(checkpoint, "bf16_sharded_tied")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({HEAD: None}, r"tensor 'model\.embed_tokens\.weight': found no such tensor"),
+        ({HEAD: np.zeros((3, 5), np.float32)}, r"tensor 'lm_head\.weight' shape: found \(3, 5\)"),
+    ],
+)
+def test_a_tied_model_without_its_matrix_is_refused(change, message, tmp_path):
+    tensors = {**tiny.weights("bf16_sharded_tied"), "model.embed_tokens.weight": None, **change}
+    renamed_embedding(tmp_path, {name: array for name, array in tensors.items() if array is not None}, 1)
+    with pytest.raises(ModelFormatError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_an_untied_model_needs_both_matrices(tmp_path):
+    tensors = tiny.weights("llama2_mha")
+    del tensors["model.embed_tokens.weight"]
+    shutil.copy(tiny.directory("llama2_mha") / "config.json", tmp_path)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFormatError, match=r"tensor 'model\.embed_tokens\.weight': found no such tensor"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_real_file(smollm2_path):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ruvllm.checkpoint.adapter_settings import check_gguf, check_peft
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.names import HF_LAYER, gguf_name, half_split_rows, hf_name
@@ -30,15 +30,6 @@ from ruvllm.model.lora_adapter import MAX_RANK, TARGETS, LoraAdapter, LoraConfig
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
-# Settings of PEFT that change what an adapter means, and the one value of each that is understood.
-_PLAIN: dict[str, Collection[object]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_qalora": (False, None),
-    "lora_bias": (False, None), "fan_in_fan_out": (False, None), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "modules_to_save": ([], None), "layer_replication": ([], None),
-    "trainable_token_indices": ([], {}, None), "target_parameters": ([], None), "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None,), "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
-}  # fmt: skip
-_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # ways of initialising that also change the base weights
 _Pair = tuple[np.ndarray, np.ndarray]  # lora_A (R, K) and lora_B (N, R)
 
 
@@ -117,13 +108,7 @@ def _load_peft(path: Path, model: ModelConfig) -> LoraAdapter:
         found = f"{pickles[0]}, a pickle, which can run code" if pickles else f"no {WEIGHTS_FILE}"
         raise ModelFormatError(path, field="adapter", found=found, expected=WEIGHTS_FILE)
     fields = Fields(config_path, read_json_object(config_path, _MAX_CONFIG_BYTES))
-    for key, plain in _PLAIN.items():
-        usual = next(iter(plain))
-        if fields.values.get(key, usual) not in plain:
-            raise fields.error(key, json.dumps(fields.values[key]), f"{json.dumps(usual)}: no other is supported")
-    way = fields.values.get("init_lora_weights")
-    if isinstance(way, str) and _CHANGES_BASE.match(way.lower()):
-        raise fields.error("init_lora_weights", way, "a way of initialising that leaves the base weights as they are")
+    check_peft(fields)
     rank, alpha = fields.require("r", int), fields.require("lora_alpha", float)
     dropout, rslora = fields.default("lora_dropout", float, 0.0), bool(fields.get("use_rslora", bool))
 
@@ -145,11 +130,13 @@ def _load_gguf(path: Path, model: ModelConfig) -> LoraAdapter:
     with GGUFFile(path) as file:
         fields = Fields(path, file.metadata, offsets=file.metadata_offsets)
         kind = fields.get("general.type", str)
-        if kind != "adapter" or fields.get("adapter.type", str) != "lora":
+        if kind != "adapter":
             raise fields.error("general.type", kind or "no such key", "a GGUF file of a LoRA adapter")
+        fields.require("adapter.type", str)
         architecture = fields.require("general.architecture", str)
         if architecture != "llama":
             raise fields.error("general.architecture", architecture, "llama, as the model is")
+        check_gguf(fields)
         alpha = fields.require("adapter.lora.alpha", float)
         names = {gguf_name(name): name for name in _matrices(model)}
         parts = {"a": "A", "b": "B"}

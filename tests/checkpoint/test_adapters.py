@@ -76,13 +76,19 @@ def test_gguf_adapters(dtype: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.parameters, expected.parameters.astype(dtype).astype(np.float32))
 
 
-def write_gguf(path: Path, dtype: Any = np.float32, alpha: float | None = 6.0, kind: str = "adapter") -> Path:
-    """The golden adapter as GGUF."""
+def write_gguf(
+    path: Path, dtype: Any = np.float32, alpha: float | None = 6.0, kind: str = "adapter", **more: Any
+) -> Path:
+    """The golden adapter as GGUF; ``more``: keys after "adapter.", and their values."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(kind)
-    writer.add_string("adapter.type", "lora")
     if alpha is not None:
         writer.add_float32("adapter.lora.alpha", alpha)
+    for key, value in {"type": "lora", **more}.items():
+        if isinstance(value, list):
+            writer.add_array(f"adapter.{key}", value)
+        elif value is not None:
+            writer.add_string(f"adapter.{key}", value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for key, array in safetensors.numpy.load_file(GOLDEN / CASE / "adapter_model.safetensors").items():
         stem, part, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
@@ -123,6 +129,11 @@ def refused(path: Path, message: str, case: str = CASE) -> None:
         ({"rank_pattern": {"q_proj": 4}}, 'rank_pattern: found {"q_proj": 4}, expected {}: no other is supported'),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"use_dora": True}, "use_dora: found true"),
+        (
+            {"alora_invocation_tokens": [5, 6]},
+            r"alora_invocation_tokens: found \[5, 6\], expected null",
+        ),
+        ({"use_newest_idea": {"depth": 2}}, r'use_newest_idea: found {"depth": 2}, expected a setting that is known'),
         ({"bias": "all"}, 'bias: found "all", expected "none"'),
         ({"peft_type": "IA3"}, 'peft_type: found "IA3"'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -178,6 +189,31 @@ def test_files(copy: Path, tmp_path: Path) -> None:
     pickled = Path(shutil.copytree(GOLDEN / CASE, tmp_path / "pickled"))
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     refused(pickled, "adapter_model.bin, a pickle, which can run code")
+
+
+def test_settings_without_effect(copy: Path, tmp_path: Path) -> None:
+    expected = load_adapter(copy, config_of(CASE)).parameters
+    change(copy, use_newest_idea=None, another=False, use_dora=None, eva_config={"rho": 2.0}, megatron_core="x")
+    np.testing.assert_array_equal(load_adapter(copy, config_of(CASE)).parameters, expected)
+    shown: dict[str, Any] = {"lora.task_name": "chat", "lora.prompt_prefix": "Be kind.", "newest.idea": ""}
+    path = write_gguf(tmp_path / "adapter.gguf", **shown)
+    np.testing.assert_array_equal(load_adapter(path, config_of(CASE)).parameters, expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"alora.invocation_tokens": [5, 6]},
+            r"adapter\.alora\.invocation_tokens: found \[5, 6\], expected null: no other is supported",
+        ),
+        ({"type": "loha"}, r'adapter\.type: found "loha", expected "lora"'),
+        ({"type": None}, r"adapter\.type: found no such key"),
+        ({"newest.idea": "yes"}, r'adapter\.newest\.idea: found "yes", expected a setting that is known'),
+    ],
+)
+def test_gguf_settings(more: dict, message: str, tmp_path: Path) -> None:
+    refused(write_gguf(tmp_path / "adapter.gguf", **more), message)
 
 
 def test_gguf_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.foreign_formats import refuse_settings
 from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
@@ -34,6 +35,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     keys = Fields(path, read_json_object(path, _MAX_JSON_BYTES))
     model_type = _model_type(keys)
     llama = model_type == "llama"
+    refuse_settings(keys)
     _check_supported(keys)
     hidden, heads = keys.require("hidden_size", int), keys.require("num_attention_heads", int)
     head_dim = keys.get("head_dim", int)
@@ -50,6 +52,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     _check_layer_types(keys, window)
     max_positions = keys.default("max_position_embeddings", int, 2048 if llama else 131072)
     biased = llama and bool(keys.get("attention_bias", bool))
+    ends, ends_of = _end_tokens(directory, keys)
     try:
         return ModelConfig(
             vocab_size=keys.require("vocab_size", int),
@@ -68,11 +71,12 @@ def config_from_directory(directory: Path) -> ModelConfig:
             attention_out_bias=biased,  # transformers' LlamaAttention has one switch for all four
             mlp_bias=llama and bool(keys.get("mlp_bias", bool)),
             bos_token_id=keys.get("bos_token_id", int) if "bos_token_id" in keys else 1,
-            eos_token_ids=_end_tokens(directory, keys),
+            eos_token_ids=ends,
             name=directory.resolve().name,
         )
     except ConfigError as error:
-        raise keys.error(_KEYS.get(error.field, error.field), error.found, error.expected) from None
+        source = ends_of if error.field == "eos_token_ids" else keys
+        raise source.error(_KEYS.get(error.field, error.field), error.found, error.expected) from None
 
 
 def refuse_other_architectures(directory: Path) -> None:
@@ -84,6 +88,7 @@ def refuse_other_architectures(directory: Path) -> None:
         return
     if "architectures" in keys or "model_type" in keys:
         _model_type(keys)
+    refuse_settings(keys)
     _check_supported(keys)
 
 
@@ -105,10 +110,6 @@ def _model_type(keys: Fields) -> str:
 
 def _check_supported(keys: Fields) -> None:
     """Refuse by name what would need other kernels."""
-    quantization = keys.get("quantization_config", dict)
-    if quantization is not None:
-        method = quantization.get("quant_method", "an unnamed method")
-        raise keys.error("quantization_config.quant_method", method, "no quantisation: F32, F16 or BF16 weights")
     activation = keys.default("hidden_act", str, "silu")
     if activation not in ("silu", "swish"):
         raise keys.error("hidden_act", activation, "'silu'")
@@ -170,8 +171,11 @@ def _rope(keys: Fields, max_positions: int) -> RopeConfig:
         raise rope.error(key, error.found, error.expected) from None
 
 
-def _end_tokens(directory: Path, config: Fields) -> tuple[int, ...]:
-    """End-of-generation ids: an id or a list of ids, in generation_config.json if that has them, else config.json."""
+def _end_tokens(directory: Path, config: Fields) -> tuple[tuple[int, ...], Fields]:
+    """End-of-generation ids and the file that they are from: generation_config.json if that has any, else config.json.
+
+    Either holds an id or a list of them.
+    """
     path = directory / "generation_config.json"
     sources = [config]
     if path.exists():  # older checkpoints have none
@@ -183,5 +187,5 @@ def _end_tokens(directory: Path, config: Fields) -> tuple[int, ...]:
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise keys.error("eos_token_id", value, "a token id or a list of them")
-        return tuple(dict.fromkeys(ids))
-    return () if "eos_token_id" in config else (2,)
+        return tuple(dict.fromkeys(ids)), keys
+    return () if "eos_token_id" in config else (2,), config

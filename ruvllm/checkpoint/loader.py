@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal, Self
 
+from ruvllm.checkpoint.foreign_formats import refuse_files, refuse_tensors
 from ruvllm.checkpoint.gguf_config import config_from_gguf
 from ruvllm.checkpoint.gguf_split import AnyGGUF, open_gguf
 from ruvllm.checkpoint.hf_config import config_from_directory
@@ -138,8 +139,13 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         expected = "the directory of a Hugging Face model, or the path of a .gguf file"
         raise ModelFormatError(path, field="model", found=found, expected=expected)
     config = config_from_directory(path)
-    files = open_safetensors(path, mmap=mmap)
     try:
+        files = open_safetensors(path, mmap=mmap)
+    except ModelFormatError:
+        refuse_files(path)
+        raise
+    try:
+        refuse_tensors(path, files.tensors)
         leftovers = {name for name in files.tensors if _HF_LEFTOVERS.fullmatch(name)}
         ignored = set(leftovers)
         stored_name = hf_name

@@ -102,7 +102,6 @@ def test_llama_has_no_window(edited):
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
         ({"model_type": "mistral"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
@@ -147,6 +146,18 @@ def test_a_config_that_cannot_be_right_is_refused_by_name(edited, changes, field
     assert caught.value.field == field
     assert Path(caught.value.path) == directory / "config.json"
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [97, [2, 97], [2, -1], "2", [2, True], 10**30])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_bad_end_tokens_are_blamed_on_the_file_that_has_them(edited, name, ends):
+    directory = edited(eos_token_id=2)
+    (directory / "generation_config.json").write_text("{}")
+    (directory / name).write_text(json.dumps({**json.loads((directory / name).read_text()), "eos_token_id": ends}))
+    with pytest.raises(ModelFormatError) as caught:
+        config_of(directory)
+    assert caught.value.path == str(directory / name)
+    assert caught.value.field == "eos_token_id"
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

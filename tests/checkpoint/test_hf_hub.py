@@ -412,7 +412,10 @@ def test_a_cache_that_is_a_file(user: User) -> None:
     ("config", "said"),
     [
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "architectures: found Qwen3ForCausalLM"),
-        ({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}, "found gptq"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}},
+            "found GPTQ: quantised weights",
+        ),
     ],
 )
 def test_another_architecture_is_refused_before_its_weights_are_fetched(

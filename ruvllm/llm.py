@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
+_SCORED_TOKENS = 512  # of one window, where none is asked for
 _SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
 
@@ -288,12 +289,13 @@ class LLM:
         logprobs: int = 0,
         cache: KVCache | None = None,
         kv: str = "f32",
+        template: str | None = None,
     ) -> Stream:
         """Pieces of the continuation of ``prompt`` as they are made.
 
         Args:
             prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which go through the model's
-                own template.
+                own template, or the one given.
             max_tokens: how many tokens at the most; None: until the model ends or its context is full.
             temperature: 0 takes the most likely token each time.
             top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
@@ -301,10 +303,11 @@ class LLM:
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
             kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
+            template: a chat template (Jinja) for messages, in place of the model's.
 
         Raises:
             TypeError: the prompt is no text, no integers and no messages.
-            ValueError: an option outside its range, or an empty prompt.
+            ValueError: an option outside its range, an empty prompt, or a template that cannot be used.
             ContextFullError: the prompt does not fit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -316,7 +319,7 @@ class LLM:
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
-        ids = self._ids(prompt)
+        ids = self._ids(prompt, template)
         limit = self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
@@ -342,7 +345,7 @@ class LLM:
         return stream.result
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
-        """The answer to a conversation, through the model's own chat template; options as in ``stream``.
+        """The answer to a conversation, through the model's chat template or ``template=``; options as in ``stream``.
 
         messages: [{"role": "user", "content": "..."}, ...]. Raises TypeError for anything else.
         """
@@ -351,13 +354,15 @@ class LLM:
         return self.generate(list(messages), **options)
 
     def perplexity(
-        self, text: str | Sequence[int] | np.ndarray, context: int = 512, progress: bool | None = None, kv: str = "f32"
-    ) -> Perplexity:
+        self, text: str | Sequence[int] | np.ndarray, context: int | None = None, progress: bool | None = None,
+        kv: str = "f32",
+    ) -> Perplexity:  # fmt: skip
         """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol.
 
         Args:
             text: text, or token ids (T,).
-            context: tokens of one window, of which the second half is scored.
+            context: tokens of one window, of which the second half is scored; None: 512, or all that the model takes
+                where that is less.
             progress: show a bar; None: where stderr is a terminal or a notebook.
             kv: precision of the KV cache.
 
@@ -366,12 +371,13 @@ class LLM:
             ValueError: a context outside of 4 .. the model's, a text shorter than one window, or an unknown ``kv``.
         """
         ids, bos, nbytes = self._scored(text, kv)
+        context = min(_SCORED_TOKENS, self.config.max_position_embeddings) if context is None else context
         with _bar("perplexity", progress) as advance:
             return perplexity(self.model, ids, context, bos, nbytes, advance, kv)
 
     def divergence(
-        self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int = 512, progress: bool | None = None,
-        kv: str = "f32",
+        self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int | None = None,
+        progress: bool | None = None, kv: str = "f32",
     ) -> Divergence:  # fmt: skip
         """How far this model's predictions of a text lie from another's: mean KL divergence, same top token.
 
@@ -383,6 +389,7 @@ class LLM:
             TypeError, ValueError: as perplexity does; also where the vocabularies differ in size.
         """
         ids, bos, nbytes = self._scored(text, kv)
+        context = min(_SCORED_TOKENS, self.config.max_position_embeddings) if context is None else context
         with _bar("divergence", progress) as advance:
             return divergence(self.model, baseline.model, ids, context, bos, nbytes, advance, kv)
 
@@ -395,13 +402,15 @@ class LLM:
         ids = self.tokenizer.encode(text, add_special=False, parse_special=False)
         return np.array(ids, np.int64), bos, len(text.encode())
 
-    def _ids(self, prompt: Prompt) -> np.ndarray:
+    def _ids(self, prompt: Prompt, template: str | None = None) -> np.ndarray:
+        if template is not None and not _is_chat(prompt):
+            raise ValueError(f"template: expected with messages, found a prompt of type {type(prompt).__name__}")
         if isinstance(prompt, str):
             ids: Any = self.tokenizer.encode(prompt, parse_special=True)
         elif _is_chat(prompt):
             from ruvllm.checkpoint.chat import encode_chat
 
-            ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))
+            ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt), template=template)
         else:
             ids = prompt
         return self.model.checked_ids(ids, "prompt")

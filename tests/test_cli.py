@@ -110,6 +110,28 @@ def piped(monkeypatch):
     return pipe
 
 
+# The help of llama.cpp's command line (tools/cli/README.md), options of one dash and more than one letter.
+LLAMA_CPP = """
+-cl -tb -Cr -Cb -Crb -ub -fa -bf -kvo -nkvo -nr -ctk -ctv -dt -np -dio -ndio -lm -dev -ot -cmoe -ncmoe -ngl -sm -ts -mg
+-fit -fitt -fitc -mu -dr -hf -hfr -hff -hft -lv -ctkd -ctvd -jf -bs -co -ctxcp -cram -sys -sysf -sp -cnv -no-cnv -st
+-mli -mm -mmu -mmdev -rea -hfd -hfrd -td -tbd -Cd -Crd -Cbd -otd -cmoed -ncmoed -devd -ngld -md
+"""
+
+# The command line with a model that answers with characters of one, two and four bytes in UTF-8.
+SAYS = """
+import sys
+import ruvllm
+from ruvllm.cli import main
+from tests.test_cli import FakeLLM, FakeStream
+class Model(FakeLLM):
+    def stream(self, prompt, **options):
+        print("[asked %a]" % prompt[-1]["content"], file=sys.stderr)
+        return FakeStream(["Hello \\u00e9", " \\u2192 \\U0001f600."])
+ruvllm.load = Model().load
+sys.exit(main())
+"""
+
+
 def run(*argv):
     """A command in a process of its own, as a user starts it, its output in pipes."""
     return subprocess.run(
@@ -298,7 +320,18 @@ def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
     [
         ([], "COMMAND"),
         (["generatee"], "invalid choice: 'generatee'"),
-        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp (see `ruvllm generate --help`)"),
+        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp; a text that begins"),
+        (["generate", "m", "x", "--tmp", "0.5"], '"--" (see `ruvllm generate --help`)'),
+        (["generate", "m", "-hello"], 'unknown option -hello; a text that begins with "-" goes last, after "--"'),
+        (["generate", "m", "-for what?"], "unknown option '-for what?'; a text"),
+        (["generate", "m", "-ngl", "99", "x"], "-ngl is an option of llama.cpp that ruvllm has not: there are no GPUs"),
+        (["generate", "-ngl", "99", "-m", "m", "-p", "x"], "-ngl is an option of llama.cpp that ruvllm has not"),
+        (["generate", "m", "x", "--n-gpu-layers=99"], "--n-gpu-layers is an option of llama.cpp that ruvllm has not"),
+        (["generate", "m", "-fa", "x"], "-fa is an option of llama.cpp that ruvllm has not: attention always works so"),
+        (["chat", "m", "-sys", "Be kind."], "-sys is an option of llama.cpp that ruvllm has not: use --system (see"),
+        (["chat", "-hf", "o/n"], "-hf is an option of llama.cpp that ruvllm has not: give OWNER/NAME, OWNER"),
+        (["chat", "m", "-mli"], "-mli is an option of llama.cpp that ruvllm has not: use `ruvllm chat`"),
+        (["perplexity", "m", "f", "-ctk", "q8_0"], "-ctk is an option of llama.cpp that ruvllm has not: use --kv"),
         (["generate", "m", "x", "-n", "many"], "-n/--max-tokens/--n-predict/--max-new-tokens: invalid integer value"),
         (["generate", "m", "x", "-n", "0"], "--max-new-tokens: expected 1 or more or -1 or -2, found 0"),
         (["generate", "m", "x", "-n", "-5"], "--max-new-tokens: expected 1 or more or -1 or -2, found -5"),
@@ -323,6 +356,131 @@ def test_lines_that_cannot_be_read_are_one_line_too(capsys, argv, said):
     assert err.startswith("ruvllm: error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", LLAMA_CPP.split())
+def test_no_option_of_llama_cpp_is_read_as_another(llm, capsys, option):
+    """All options of one dash and several letters that its help lists; argparse would take -ngl for -n gl."""
+    with pytest.raises(SystemExit):
+        main(["generate", "m", "x", option, "1"])
+    assert f"error: {option} is an option of llama.cpp that ruvllm has not: " in capsys.readouterr().err
+    assert llm.loaded is None
+
+
+def test_numbers_may_stand_at_their_options(llm):
+    assert main(["generate", "m", "x", "-n5", "-s=7", "-c64"]) == 0
+    _, options = llm.asked[0]
+    assert (options["max_tokens"], options["seed"], options["cache"]) == (5, 7, "a cache of 64 tokens in f32")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["m", "--", "-hello --there"],
+        ["m", "-n", "5", "--", "-hello --there"],
+        ["-n", "5", "m", "--", "-hello --there"],
+        ["--", "m", "-hello --there"],
+    ],
+)
+def test_what_stands_after_two_dashes_is_no_option(llm, argv):
+    assert main(["generate", *argv]) == 0
+    assert llm.loaded[0] == "m"
+    assert llm.asked[0][0] == user("-hello --there")
+
+
+def test_two_dashes_before_nothing(llm, tmp_path, capsys):
+    file = tmp_path / "-f"
+    file.write_text("some text", encoding="utf-8")
+    assert main(["perplexity", "m", "--", str(file)]) == 0
+    assert main(["memory", "llama3-8b", "--"]) == 0
+    assert "LLaMA3-8B" in capsys.readouterr().out
+
+
+def test_a_small_context_is_taken_as_it_is(llm, tmp_path):
+    llm.config.max_position_embeddings = 256
+    file = tmp_path / "t.txt"
+    file.write_text("some text", encoding="utf-8")
+    assert main(["perplexity", "m", str(file)]) == 0
+    assert llm.asked[0][1]["context"] == 256
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "ascii:surrogateescape", "utf-8"])
+def test_an_answer_goes_on_after_characters_that_stdout_lacks(encoding):
+    """In a process of its own, with the characters that its encoding has."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS, "generate", "m", "x", "-q"], capture_output=True, cwd=ROOT, env=environment,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = "Hello \u00e9 \u2192 \U0001f600.\n".encode(encoding.partition(":")[0], "replace")
+    assert done.stdout == expected
+
+
+def test_what_the_user_chose_for_other_characters_stays():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:backslashreplace"}
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS, "generate", "m", "x", "-q"], capture_output=True, cwd=ROOT, env=environment,
+        timeout=60,
+    )  # fmt: skip
+    assert done.stdout == b"Hello \\xe9 \\u2192 \\U0001f600.\n"
+
+
+def test_paths_keep_bytes_that_are_no_text():
+    program = "import os; from ruvllm.cli import _print_what_can_be as f; f(); print(os.fsdecode(b'\\xe9/\\xff'))"
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, cwd=ROOT, timeout=60,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert done.stdout == b"\xe9/\xff\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "source", "found"),
+    [
+        (["generate", "m"], "stdin", "byte 0xe9 at 3"),
+        (["chat", "m"], "stdin", "byte 0xe9 at 3"),
+        (["perplexity", "m", "-"], "stdin", "byte 0xe9 at 3"),
+        (["generate", "m", b"caf\xe9"], "prompt", "byte 0xe9 at 3"),
+        (["generate", "m", "x", "--system", b"\xc3\xa9\xff"], "--system", "byte 0xff at 2"),
+        (["generate", "m", "x", "--stop", b"\xe9"], "--stop", "byte 0xe9 at 0"),
+        (["chat", "m", "--chat-template", b"{\xe9}"], "--chat-template", "byte 0xe9 at 1"),
+    ],
+)
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"PYTHONUTF8": "1"}])
+def test_bytes_that_are_no_utf8_are_named(argv, source, found, locale):
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS, *argv], input=b"caf\xe9 au lait\n", capture_output=True, cwd=ROOT, timeout=60,
+        env={**os.environ, **locale},
+    )  # fmt: skip
+    assert done.stderr.decode() == f"ruvllm: error: {source}: expected a text in UTF-8, found {found}\n"
+    assert done.returncode == 2
+
+
+def test_stdin_in_the_encoding_of_the_user():
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS, "generate", "m", "-q"], input=b"caf\xe9", capture_output=True, cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert b"[asked 'caf\\xe9']" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "m", "x"], ["chat", "m"]])
+def test_a_chat_template_of_the_user(llm, piped, tmp_path, capsys, command):
+    llm.tokenizer.chat_template = None
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages[0].content }}\r\n", encoding="utf-8")
+    for given, expected in (("{{ 'a' }}", "{{ 'a' }}"), (str(file), "{{ messages[0].content }}\n")):
+        piped("x\n")
+        assert main([*command, "--chat-template", given]) == 0
+        assert llm.asked[-1][0] == user("x")
+        assert llm.asked[-1][1]["template"] == expected
+    assert main([*command, "--chat-template", "chatml"]) == 2
+    assert "--chat-template: expected a template in Jinja, or a file that holds one, found 'chatml'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_no_prompt_at_a_terminal_does_not_wait_for_one(llm, typed, capsys):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
+_GIVEN = "chat template"  # in place of its file, where a template is from none
 # Keys under which programs pass on what a model thought. Templates look for the first, some for the second.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 32
@@ -74,15 +75,15 @@ def encode_chat(
         ModelFormatError: the template is damaged, asks for what is not allowed, or for more time or memory than any
             template needs (see `_template`).
     """
-    source = _source(tokenizer, template, tools is not None)
+    source, path = _source(tokenizer, template, tools is not None)
     controls = _Controls(tokenizer)
     named = tokenizer.special_tokens
     marks = {text: tokenizer.mark(i) for text, i in controls.ids.items() if text in source or text in named.values()}
-    compiled = _compiled(source, tuple(marks.items()), tokenizer.path)
+    compiled = _compiled(source, tuple(marks.items()), path)
     marked_names = {name: marks.get(text, text) for name, text in named.items()}
 
     def render(values: Mapping[str, Any]) -> _Chat:
-        return _Chat(_rendered(compiled, {**marked_names, **values}, tokenizer.path), marks, controls)
+        return _Chat(_rendered(compiled, {**marked_names, **values}, path), marks, controls)
 
     given = _variables(messages, add_generation_prompt, tools, variables)
     chat = render(given)
@@ -93,15 +94,15 @@ def encode_chat(
     return tokenizer.with_prefix(ids) if add_special else ids
 
 
-def _source(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> str:
-    """The template that is meant."""
+def _source(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> tuple[str, str]:
+    """The template that is meant, and the path that it is from, for errors."""
     if tokenizer.missing is not None:
         raise ValueError(tokenizer.missing)
     named = tokenizer.named_templates
     if template is None and with_tools and "tool_use" in named:
         template = "tool_use"
     if template is not None:
-        return named.get(template, template)
+        return (named[template], tokenizer.path) if template in named else (template, _GIVEN)
     if tokenizer.chat_template is None:
         has = (
             f"only chat templates of the names {', '.join(sorted(named))}: pass one of these"
@@ -109,7 +110,7 @@ def _source(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> str
             else ("no chat template: pass one")
         )
         raise ValueError(f"{tokenizer.path} has {has} as template=")
-    return tokenizer.chat_template
+    return tokenizer.chat_template, tokenizer.path
 
 
 def _told_apart(
@@ -142,7 +143,7 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
     special_tokens: Mapping[str, str] | None = None,
-    path: str = "chat template",
+    path: str = _GIVEN,
 ) -> str:
     """The text of a chat, to be looked at. Encode chats with `encode_chat`: in text it cannot be told who wrote what.
 
@@ -261,7 +262,8 @@ def _rendered(template: Template, variables: Mapping[str, Any], path: str) -> st
 
 
 def _not_allowed(path: str, found: str) -> ModelFormatError:
-    return ModelFormatError(path, field="tokenizer.chat_template", found=found, expected="a template that can be run")
+    field = "source" if path == _GIVEN else "tokenizer.chat_template"
+    return ModelFormatError(path, field=field, found=found, expected="a template that can be run")
 
 
 def _variables(

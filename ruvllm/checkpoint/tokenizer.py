@@ -250,8 +250,11 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = printable(text[error.start])
-            raise ValueError(f"text: found the lone surrogate {found} at {error.start}, expected Unicode") from None
+            code = ord(text[error.start])
+            # So Python keeps a byte that is not in the encoding that it expects, from a file name or a terminal.
+            byte = f" (the byte {code & 0xFF:#04x} of a text that is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
+            found = f"the lone surrogate {printable(text[error.start])}{byte}"
+            raise ValueError(f"text: found {found} at {error.start}, expected Unicode") from None
         with self._lock:
             self._engine.encode_special_tokens = not parse_special
             with errors_of_the_library(self.path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import logging
 import os
 import sys
@@ -17,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     An error is one line on stderr; `--debug` shows its trace. Only what argparse answers itself (help, version, a
     command line it cannot read) raises SystemExit.
     """
+    _print_what_can_be()
     args = parse(argv)
     debug = getattr(args, "debug", False)
     _show_log(debug, quiet=getattr(args, "quiet", False))
@@ -35,6 +38,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ruvllm: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print_what_can_be() -> None:
+    """Characters that stdout's encoding lacks become "?", as bytes of paths stay what they are: no answer breaks off.
+
+    Python's own default there is an error, in the middle of an answer. What the user has chosen (PYTHONIOENCODING)
+    stays.
+    """
+
+    def replace(error: UnicodeError) -> tuple[str | bytes, int]:
+        try:
+            return codecs.lookup_error("surrogateescape")(error)
+        except UnicodeError:
+            return codecs.lookup_error("replace")(error)
+
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        codecs.register_error("ruvllm.replace", replace)
+        sys.stdout.reconfigure(errors="ruvllm.replace")
 
 
 class _Line(logging.Formatter):

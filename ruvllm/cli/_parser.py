@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 import ruvllm
+from ruvllm.cli._foreign import is_no_option, what_to_use
 from ruvllm.cli._numbers import integer, number
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -245,15 +246,17 @@ def _common() -> Parser:
     return parser
 
 
-def _loading(context: int | None = None, said: str = "the model's, at most 8192") -> Parser:
-    """Options that say how a model is loaded."""
+def _loading(context: int = 8192, said: str | None = None) -> Parser:
+    """Options that say how a model is loaded; ``context`` is what is taken, of the model's, where none is asked for."""
     parser = Parser(add_help=False)
+    parser.set_defaults(usual_context=context)
+    said = said or f"the model's, at most {context}"
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the model, as an option")
     group.add_argument("-t", "--threads", type=integer(1), metavar="N", help="threads (default: physical cores)")
     group.add_argument(
-        "-c", "--ctx-size", "--context", dest="context", type=integer(0), default=context, metavar="N",
-        help=f"context length in tokens, 0: what the model was made for (default: {context or said})",
+        "-c", "--ctx-size", "--context", dest="context", type=integer(0), metavar="N",
+        help=f"context length in tokens, 0: what the model was made for (default: {said})",
     )  # fmt: skip
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
@@ -342,6 +345,10 @@ def _answering() -> Parser:
     """Options that say how a conversation is framed and shown."""
     parser = Parser(add_help=False)
     parser.add_argument("--system", "--system-prompt", dest="system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--chat-template", "--chat-template-file", dest="template", metavar="TEMPLATE",
+        help="a chat template in place of the model's: its text (Jinja), or a file that holds it",
+    )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times")
     return parser
 
@@ -349,15 +356,33 @@ def _answering() -> Parser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line; `operands` holds what is no option, wherever it stood.
 
-    argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers.
+    argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers. What stands
+    after "--" is no option, whatever it begins with.
     """
+    given = sys.argv[1:] if argv is None else argv
+    end = given.index("--") if "--" in given else len(given)
     parser = build_parser()
-    args, leftovers = parser.parse_known_args(argv)
+    command = next((argument for argument in given[:end] if not argument.startswith("-")), "")
+    for argument in filter(is_no_option, given[:end]):
+        _refuse_option(parser, argument, command)
+    args, leftovers = parser.parse_known_args(given[:end])
     for argument in leftovers:
         if argument.startswith("-") and argument != "-":
-            parser.exit(2, f"ruvllm: error: unknown option {argument} (see `ruvllm {args.command} --help`)\n")
+            _refuse_option(parser, argument, args.command)
         args.operands.append(argument)
+    args.operands += given[end + 1 :]
     return args
+
+
+def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
+    """Exit with an error that names an option that there is not, and what to use where it is one of llama.cpp's."""
+    hint = what_to_use(argument)
+    if hint is not None:
+        said = f"{argument.partition('=')[0]} is an option of llama.cpp that ruvllm has not: {hint}"
+    else:
+        shown = argument if argument.isprintable() and " " not in argument else repr(argument)
+        said = f'unknown option {shown}; a text that begins with "-" goes last, after "--"'
+    parser.exit(2, f"ruvllm: error: {said} (see `{f'ruvllm {command}'.rstrip()} --help`)\n")
 
 
 def take_model(args: argparse.Namespace, default: str | None = None) -> str:
@@ -377,34 +402,3 @@ def take_last(args: argparse.Namespace) -> str | None:
     if args.operands:
         raise ValueError(f"unexpected argument {args.operands[0]!r}; quote a text that has spaces")
     return operand
-
-
-def _decoded(content: bytes, source: str) -> str:
-    """UTF-8 text with the line ends of any system."""
-    try:
-        return content.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        found = f"byte {content[error.start]:#04x} at {error.start}"
-        raise ValueError(f"{source}: expected a text in UTF-8, found {found}") from None
-
-
-def read_text(given: str | None, file: str | None, what: str) -> str:
-    """A prompt or document: the text given, or that of a file, or of stdin for "-" or where stdin is a pipe.
-
-    Raises:
-        ValueError: there is none, it is given twice, or holds nothing but white space.
-    """
-    if given is not None and file is not None:
-        raise ValueError(f"{what} given twice")
-    if given is not None and given != "-":
-        text, source = given, "it"
-    elif file is not None and file != "-":
-        with open(file, "rb") as handle:
-            text, source = _decoded(handle.read(), file), file
-    elif given is None and file is None and sys.stdin.isatty():
-        raise ValueError(f"no {what}: give one as an argument, with --file, or on stdin")
-    else:
-        text, source = sys.stdin.read(), "stdin"
-    if not text.strip():
-        raise ValueError(f"no {what}: {source} is empty")
-    return text

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm.cli._parser import DEFAULT_MODEL, read_text, take_last, take_model
+from ruvllm.cli._input import checked, read_line, read_text
+from ruvllm.cli._parser import DEFAULT_MODEL, take_last, take_model
 from ruvllm.cli._tables import show
 from ruvllm.errors import ContextFullError
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from ruvllm.llm import LLM, Generation, Stream
     from ruvllm.model.kv_cache import KVCache
 
-# Without -c a conversation gets at most this: the caches of models with a very long context exceed the memory.
-_CHAT_CONTEXT = 8192
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 _CHAT_HELP = """\
 /help   this list
@@ -35,18 +34,22 @@ def generate(args: argparse.Namespace) -> None:
     if operand is not None and args.prompt is not None:
         raise ValueError("prompt given twice: as an argument and as --prompt")
     prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt").removesuffix("\n")
-    if args.raw and args.system is not None:
-        raise ValueError("--system needs the chat template that --raw leaves out")
+    for option, value in (("--system", args.system), ("--chat-template", args.template)):
+        if args.raw and value is not None:
+            raise ValueError(f"{option} is of a chat, which --raw leaves out")
+    options = _options(args)
     llm = load_model(args, model)
-    if args.raw or not _has_template(llm):
+    if args.raw or (args.template is None and not _has_template(llm)):
         if args.system is not None:
-            raise ValueError(f"{model} has no chat template, so it knows no --system message")
+            raise ValueError(
+                f"{model} has no chat template, so it knows no --system message; --chat-template gives one"
+            )
         request: str | list[Message] = prompt
     else:
         request = [*_system(args), {"role": "user", "content": prompt}]
     # Without a limit of tokens the facade makes a cache as long as the prompt and the answer.
     cache = None if args.context is None and args.max_tokens >= 0 else _cache(llm, args)
-    _show_answer(llm.stream(request, cache=cache, kv=args.kv, **_options(args)), cache, args)
+    _show_answer(llm.stream(request, cache=cache, kv=args.kv, **options), cache, args)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -55,11 +58,13 @@ def chat(args: argparse.Namespace) -> None:
     if (operand := take_last(args)) is not None:
         raise ValueError(f"unexpected argument {operand!r}")
     interactive = sys.stdin.isatty()
+    options = _options(args)
     llm = load_model(args, model)
-    if not _has_template(llm):
+    if args.template is None and not _has_template(llm):
         raise ValueError(
             llm.tokenizer.missing
-            or f"{model} has no chat template; continue a text with: ruvllm generate {model} --raw"
+            or f"{model} has no chat template: give one with --chat-template, or continue a text with: "
+            f"ruvllm generate {model} --raw"
         )
     cache = _cache(llm, args)
     if interactive:
@@ -77,16 +82,17 @@ def chat(args: argparse.Namespace) -> None:
             else:
                 _note(_CHAT_HELP if text == "/help" else f"no command {text!r}\n{_CHAT_HELP}")
         elif text:
-            _turn(llm, messages, text, cache, args, interactive)
+            _turn(llm, messages, text, cache, args, options)
 
 
 def _turn(
-    llm: LLM, messages: list[Message], text: str, cache: KVCache, args: argparse.Namespace, interactive: bool
+    llm: LLM, messages: list[Message], text: str, cache: KVCache, args: argparse.Namespace, options: dict[str, Any]
 ) -> None:
     """Answer one message and add both to the conversation; what did not fit leaves it as it was."""
     question = {"role": "user", "content": text}
+    interactive = sys.stdin.isatty()
     try:
-        stream = llm.stream([*messages, question], cache=cache, **_options(args))
+        stream = llm.stream([*messages, question], cache=cache, **options)
     except ContextFullError as error:
         if not interactive:
             raise
@@ -152,20 +158,37 @@ def _has_template(llm: LLM) -> bool:
 
 
 def _system(args: argparse.Namespace) -> list[Message]:
-    return [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [] if args.system is None else [{"role": "system", "content": checked(args.system, "--system")}]
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given, as `LLM.stream` takes them."""
+    """The options of the answer that were given, as `LLM.stream` takes them."""
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    for text in given.get("stop", ()):
+        checked(text, "--stop")
+    if args.template is not None:
+        given["template"] = _template(args.template)
     seed = None if args.seed == -1 else args.seed
     return given | {"seed": seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
 
 
+def _template(given: str) -> str:
+    """A chat template: the text given, or that of the file."""
+    if "{" not in given and not Path(given).exists():
+        raise ValueError(f"--chat-template: expected a template in Jinja, or a file that holds one, found {given!r}")
+    if "{" in given:
+        return checked(given, "--chat-template")
+    return read_text(None, given, "chat template")
+
+
 def context_of(llm: LLM, args: argparse.Namespace) -> int:
-    """The tokens that --ctx-size asks for; 0 is the model's own context."""
+    """The tokens that --ctx-size asks for; 0 is the model's own context.
+
+    Without it the command's usual number, or what the model has: a cache for all of a very long context exceeds the
+    memory.
+    """
     limit = llm.config.max_position_embeddings
-    context = min(limit, _CHAT_CONTEXT) if args.context is None else args.context or limit
+    context = min(limit, args.usual_context) if args.context is None else args.context or limit
     if context > limit:
         raise ValueError(f"--context (-c): expected at most {limit} tokens, the model's own, found {context}")
     return int(context)
@@ -204,13 +227,15 @@ def _note(text: str) -> None:
 def _next_line(interactive: bool) -> str | None:
     """The next line typed or piped; None at the end."""
     if not interactive:
-        return sys.stdin.readline() or None
+        return read_line() or None
     while True:
         try:
-            return input("> ")
+            return checked(input("> "), "the message")
         except EOFError:
             print(file=sys.stderr)
             return None
+        except ValueError as error:
+            _note(str(error))
         except KeyboardInterrupt:
             print(file=sys.stderr)
             _note("Ctrl-D or /exit leaves")

@@ -545,8 +545,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_hostile_template_is_refused(attack):
+    """And blamed on whom it is from: the model's file, or the caller."""
     source, message = HOSTILE[attack]
     with pytest.raises(ModelFormatError, match=r"^model\.gguf: tokenizer\.chat_template: found ") as caught:
+        encode_chat(tokenizer_with(source), USER)
+    assert message in str(caught.value)
+    with pytest.raises(ModelFormatError, match=r"^chat template: source: found ") as caught:
         encode_chat(TOKENIZERS["chatml"], USER, template=source)
     assert message in str(caught.value)
 

@@ -312,6 +312,9 @@ def test_ids_out_of_range_are_named(name):
 def test_text_that_is_not_unicode_is_refused():
     with pytest.raises(ValueError, match=r"text: found the lone surrogate \\ud83d at 3"):
         TOKENIZERS["gpt2"].encode("ab \ud83d")
+    byte = r"text: found the lone surrogate \\udce9 \(the byte 0xe9 of a text that is not UTF-8\) at 3"
+    with pytest.raises(ValueError, match=byte):
+        TOKENIZERS["gpt2"].encode(b"caf\xe9".decode("utf-8", "surrogateescape"))
     with pytest.raises(TypeError, match="text: found bytes, expected str"):
         TOKENIZERS["gpt2"].encode(b"ab")
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 from numba.core import event
-from tqdm.auto import tqdm
 
+from ruvllm._progress import tqdm
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from ruvllm._brief import brief
+from ruvllm._progress import tqdm
 from ruvllm.compiling import compile_cache, compile_training
-from ruvllm.errors import ContextFullError
+from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.generate import Sampling, Token, generate, is_integer
 from ruvllm.model.kv_cache import KVCache
@@ -66,6 +67,8 @@ class Generation:
     finish_reason: str = ""
     timings: Timings = field(default_factory=Timings)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] | None = None
+
+    __repr__ = brief
 
     def __str__(self) -> str:
         return self.text
@@ -416,4 +419,4 @@ class LLM:
         return self.model.checked_ids(ids, "prompt")
 
     def __repr__(self) -> str:
-        return f"LLM({self.path.name}: {self.model!r})"
+        return f"LLM({printable(self.path.name)}: {self.model!r})"

@@ -6,8 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from ruvllm._progress import tqdm
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from ruvllm._progress import tqdm
 from ruvllm.checkpoint.encode import encode_rows
 from ruvllm.checkpoint.gguf_metadata import metadata_of, rope_factors
 from ruvllm.checkpoint.gguf_writer import Described, encoded, pad, write_header

@@ -167,6 +167,33 @@ def test_a_token_allocates_nothing_on_its_way_through_the_layers(layout: str, kv
     assert found["left"] < 4 * 1024 * 4  # after sixty tokens
 
 
+# --- notebooks ---------------------------------------------------------------------------------------------------
+
+IN_A_NOTEBOOK = """
+import importlib, json, pkgutil, sys, types, warnings
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")  # by this one or the other, tqdm knows a notebook
+sys.modules["ipywidgets"] = None  # is not installed
+import ruvllm
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    import tqdm
+print(json.dumps([str(w.message) for w in caught if issubclass(w.category, tqdm.TqdmWarning)]))
+"""
+
+
+def test_a_notebook_without_widgets_is_no_reason_for_a_warning() -> None:
+    """tqdm.auto warns when it is first imported there: so one module does that, quietly, for all."""
+    users = {path for path in (ROOT / "ruvllm").rglob("*.py") if "tqdm" in path.read_text()}
+    direct = {path for path in users if "tqdm.auto" in path.read_text()}
+    assert direct == {ROOT / "ruvllm" / "_progress.py"} and len(users) > 5
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(users)]
+    assert _python(IN_A_NOTEBOOK, *[name for name in names if not name.endswith("_progress")]) == []
+
+
 # --- idle threads ------------------------------------------------------------------------------------------------
 
 SPINNING = """

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
-from tqdm.auto import tqdm
-
+from ruvllm._progress import tqdm
 from ruvllm.errors import DownloadError
 from ruvllm.paths import cache_directory
 

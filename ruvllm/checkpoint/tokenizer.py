@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.errors import ModelFormatError, printable
 
 
@@ -82,6 +83,8 @@ class Vocabulary:
     chat_template: str | None = None
     named_templates: Mapping[str, str] = field(default_factory=dict)
     missing: str | None = None
+
+    __repr__ = brief
 
 
 def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
@@ -164,7 +167,7 @@ class Tokenizer:
         self._cut_out = self.special_ids | set(ids_of_kind(vocabulary.kinds, Kind.USER_DEFINED))
 
     def __repr__(self) -> str:
-        return f"<Tokenizer of {self.path}: {self.vocab_size} tokens>"
+        return f"<Tokenizer of {printable(self.path)}: {self.vocab_size} tokens>"
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of a text.

@@ -92,7 +92,7 @@ def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Examp
 
 def _run(trainer: Trainer, save_every: int, save: Any) -> None:
     """All steps, with a bar where stderr is a terminal and a line now and then where it is not."""
-    from tqdm.auto import tqdm
+    from ruvllm._progress import tqdm
 
     shown = max(1, trainer.total // 20)
     with tqdm(total=trainer.total, initial=trainer.done, desc="training", unit="step", disable=None) as bar:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ruvllm._brief import brief
+
 _FUNCTION = re.compile(r'^"?([A-Za-z_$][\w.$]*)"?:')
 _BLOCK = re.compile(r"^\.?L?(BB\d+_\d+):|^[#;] %(bb\.\d+):")
 _HEADER = re.compile(r"=>\s*This Inner Loop Header")
@@ -86,6 +88,8 @@ class Loop:
     elements: int
     element: str
     assembly: tuple[Instruction, ...]
+
+    __repr__ = brief
 
     @property
     def lines_per_element(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ruvllm._brief import brief
 from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.lab.peaks import Peaks, measured_peaks
 from ruvllm.machine import size
@@ -44,6 +45,8 @@ class Cost:
     context: int
     peaks: Peaks
     layouts: tuple[Layout, ...]
+
+    __repr__ = brief
 
     def __getitem__(self, layout: str) -> Layout:
         return {x.name: x for x in self.layouts}[layout]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from ruvllm._brief import brief
+from ruvllm._progress import tqdm
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.lab._display import as_html, as_text, axis
@@ -36,6 +37,8 @@ class Drift:
     logits: float
     divergence: float
     agreement: float
+
+    __repr__ = brief
 
     def heading(self) -> str:
         """One line: the path, and what its error does to predictions."""
@@ -133,6 +136,8 @@ class QuantisationError:
     name: str
     dtypes: dict[str, str]
     errors: dict[str, dict[str, float]]  # by layout, then by tensor
+
+    __repr__ = brief
 
     def heading(self) -> str:
         """One line: the mean error of each layout."""

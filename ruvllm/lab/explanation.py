@@ -16,6 +16,7 @@ import numpy as np
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
+from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
 from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
@@ -60,6 +61,8 @@ class Explanation:
     defined: frozenset[str]
     remarks: tuple[Remark, ...]
     assembly: str
+
+    __repr__ = brief
 
     @property
     def width(self) -> int:

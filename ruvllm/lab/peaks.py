@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.simd.vectors import LANES
@@ -44,6 +45,8 @@ class Peaks:
     fma: float
     int8_dot: float
     levels: tuple[Level, ...]
+
+    __repr__ = brief
 
     @property
     def memory(self) -> float:

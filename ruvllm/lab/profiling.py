@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.kernels import tape as t
 from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.lab.peaks import Peaks, measured_peaks
@@ -57,6 +58,8 @@ class Profile:
     decode: float
     untimed: float
     peaks: Peaks
+
+    __repr__ = brief
 
     def heading(self) -> str:
         """One line: the speeds, and what measuring cost."""

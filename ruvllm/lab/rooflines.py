@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.lab._display import as_html, as_text, axis
@@ -49,6 +50,8 @@ class Roofline:
 
     peaks: Peaks
     points: tuple[Point, ...]
+
+    __repr__ = brief
 
     def heading(self) -> str:
         """One line: on how many threads."""

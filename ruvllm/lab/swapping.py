@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.lab._calls import replaced
 from ruvllm.lab._display import as_html, as_text, axis
@@ -33,12 +34,16 @@ class Swapped:
     calls: int = 0
     seconds: float = 0.0
 
+    __repr__ = brief
+
 
 @dataclass
 class Swap:
     """The kernels that are swapped; print() it, or let a notebook show it."""
 
     kernels: dict[str, Swapped]
+
+    __repr__ = brief
 
     def __getitem__(self, name: str) -> Swapped:
         return self.kernels[name]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors
@@ -32,6 +33,8 @@ class Consolidation:
     anchor: np.ndarray
     fisher: np.ndarray
     strength: float
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.anchor.shape != self.fisher.shape:

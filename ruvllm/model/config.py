@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ruvllm._brief import brief
 from ruvllm.errors import RuvllmError, printable
 
 ROPE_SCALINGS = (None, "linear", "ntk", "llama3", "factors")
@@ -92,6 +93,8 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     factors: tuple[float, ...] | None = None  # (D/2,)
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _real("rope.theta", self.theta, 0.0, 1e30)

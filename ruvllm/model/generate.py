@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm._brief import brief
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 
@@ -66,6 +67,8 @@ class Token:
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+    __repr__ = brief
 
 
 def generate(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm.errors import printable
 from ruvllm.kernels.attention.prefill import scratch_size
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
@@ -210,7 +211,8 @@ class Llama:
         return vectors + sum(linear.nbytes for linear in self.linears().values())
 
     def __repr__(self) -> str:
-        return f"Llama({self.config.name or 'random'}, {len(self.decoder.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
+        name = printable(self.config.name or "random", 60)
+        return f"Llama({name}, {len(self.decoder.layers)} layers, {self.nbytes / 1e6:.0f} MB)"
 
 
 def choose_layouts(config: ModelConfig, weights: Weights, layout: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ruvllm.errors import printable
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter, LoraConfig, is_number, require
 from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.weights import FLOAT_LAYOUTS, FloatWeights
@@ -329,7 +330,7 @@ class MicroLora:
 
     def __repr__(self) -> str:
         acting = ", ".join(f"{name}={weight:g}" for name, weight in self.active.items()) or "none acts"
-        return f"MicroLora({len(self.adapters)} adapters; {acting})"
+        return f"MicroLora({len(self.adapters)} adapters; {printable(acting)})"
 
 
 def _checked_weight(name: str, weight: Any) -> float:

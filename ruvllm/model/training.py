@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm._brief import brief
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors
@@ -148,6 +149,8 @@ class Trainer:
     config: TrainingConfig = field(default_factory=TrainingConfig)
     fixed: Mapping[str, Factors] | None = None
     penalty: Penalty | None = None
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         require_examples("examples", self.examples, self.model.config.vocab_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ruvllm._brief import brief
 from ruvllm.model.training_pass import NO_TARGET, Batch
 
 
@@ -20,6 +21,8 @@ class Example:
 
     ids: np.ndarray
     learn: np.ndarray
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", np.asarray(self.ids, np.int64))

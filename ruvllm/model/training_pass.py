@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm._brief import brief
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
@@ -29,6 +30,8 @@ class Batch:
     ids: np.ndarray
     targets: np.ndarray
     starts: np.ndarray
+
+    __repr__ = brief
 
 
 class TrainingPass:

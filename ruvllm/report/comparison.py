@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ruvllm._brief import brief
 from ruvllm.report.results import Report
 from ruvllm.report.timing import Timing
 
@@ -39,6 +40,8 @@ class Comparison:
     only_new: tuple[str, ...]
     less_right: tuple[str, ...]  # rows that were within their tolerance, and are not now
     warnings: tuple[str, ...]
+
+    __repr__ = brief
 
     def of(self, change: str) -> list[Change]:
         """The changes of one kind, the largest first."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ruvllm._brief import brief
 from ruvllm.errors import RuvllmError
 from ruvllm.report.timing import Timing
 
@@ -33,6 +34,8 @@ class Entry:
     limit: float
     bound: str
     peers: dict[str, Timing]
+
+    __repr__ = brief
 
     @property
     def best(self) -> float:
@@ -70,6 +73,8 @@ class Result:
     note: str = ""
     reason: str = ""
 
+    __repr__ = brief
+
     def at(self, threads: int) -> Entry | None:
         """The entry of so many threads."""
         return next((entry for entry in self.entries if entry.threads == threads), None)
@@ -89,6 +94,8 @@ class SectionResult:
     about: str
     results: tuple[Result, ...]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Report:
@@ -103,6 +110,8 @@ class Report:
     sections: tuple[SectionResult, ...]
     seconds: float
     schema: int = SCHEMA
+
+    __repr__ = brief
 
     def results(self) -> dict[str, Result]:
         """Every row by its id; one that stands in two tables once, as measured first."""

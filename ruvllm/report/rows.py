@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ruvllm._brief import brief
+
 US, MS = 1e-6, 1e-3
 
 
@@ -69,6 +71,8 @@ class Section:
     about: str
     rows: tuple[Row, ...]
     quick: tuple[str, ...] | None = field(default=None)  # ids that --quick measures, None for all
+
+    __repr__ = brief
 
 
 def _one_head(length: int, dim: int, label: str, seed: float | None) -> KernelRow:

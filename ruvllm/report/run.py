@@ -8,9 +8,8 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ruvllm import machine
+from ruvllm._progress import tqdm
 from ruvllm.kernels.threads.pool import physical_cores, require_threads
 from ruvllm.lab.peaks import Peaks, measure_peaks
 from ruvllm.model.config import PRESETS

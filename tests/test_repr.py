@@ -1,0 +1,197 @@
+"""repr() of whatever the library hands out is one line, however much it holds: a notebook shows it unasked."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ruvllm
+from ruvllm import lab
+from ruvllm._brief import brief
+from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
+from ruvllm.checkpoint.gguf import GGUFFile
+from ruvllm.checkpoint.gguf_split import open_gguf, split_name
+from ruvllm.checkpoint.hf_hub import parse
+from ruvllm.checkpoint.hub import MODELS
+from ruvllm.checkpoint.loader import open_checkpoint
+from ruvllm.checkpoint.safetensors import SafetensorsFile
+from ruvllm.kernels import KERNELS
+from ruvllm.lab.explanation import Remark
+from ruvllm.lab.peaks import Level, Peaks
+from ruvllm.llm import LLM
+from ruvllm.model import RopeConfig
+from ruvllm.model.adaptation import consolidate
+from ruvllm.model.config import PRESETS
+from ruvllm.model.generate import Sampling, Token
+from ruvllm.model.lora import LoraAdapter, LoraConfig
+from ruvllm.model.training import TrainingConfig
+from ruvllm.model.training_data import make_batch
+from ruvllm.report.comparison import compare
+from ruvllm.report.rows import SECTIONS
+from ruvllm.report.summary import standings, verdicts
+from tests import llm_cases
+from tests.checkpoint.gguf_parts import write_parts
+from tests.model import tiny
+from tests.report.report_cases import ALL_ROWS, a_report
+
+LONGEST = 700  # characters: ModelConfig, all of whose fields are small
+# Handed to nobody: the inside of a file, of a compiler, of a forward pass, of measuring.
+INSIDE = {
+    "ruvllm.checkpoint.fields", "ruvllm.checkpoint.gguf_header", "ruvllm.checkpoint.gguf_writer",
+    "ruvllm.checkpoint.groups", "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source",
+    "ruvllm.kernels.quant_panels", "ruvllm.model.activations", "ruvllm.model.forward_plan", "ruvllm.model.layer",
+    "ruvllm.model.low_rank", "ruvllm.model.random_weights", "ruvllm.model.weights", "ruvllm.report.bench",
+    "ruvllm.report.inside",
+    "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.peers", "ruvllm.report.tables",
+    "ruvllm.report.timing", "ruvllm.report.worker", "ruvllm.report.seed",
+}  # fmt: skip
+NEVER_MADE = {"Kind", "MetadataFile", "Penalty", "Weights", "SafetensorsIndex", "TrainingPass"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[type, Any]:
+    """An object of each class, from calls that users make and from what those objects hold, each with much in it."""
+    directory = tmp_path_factory.mktemp("repr")
+    seen: dict[type, Any] = {}
+    for root in _roots(directory):
+        _walk(root, seen)
+    return seen
+
+
+def _roots(directory: Path) -> Iterable[Any]:
+    llm = llm_cases.byte_llm(directory)
+    yield llm
+    records = [{"text": f"number {n}, " * 30} for n in range(50)]
+    trainer = llm.fit(records, training=TrainingConfig(steps=2, batch_size=2), on_step=lambda *_: None)
+    yield trainer
+    yield trainer.evaluate(trainer.examples[:2])
+    yield consolidate(llm.model, trainer.adapter, trainer.examples[:3])
+    yield make_batch(trainer.examples[:2])
+    llm.lora.use()
+    yield llm.stream("x" * 100, max_tokens=100)
+    answer = llm.generate("x" * 100, max_tokens=100, logprobs=200)
+    yield answer
+    yield Token(1, -0.5, answer.logprobs[0][1] if answer.logprobs else ())
+    yield Sampling()
+    yield llm.new_cache(200)
+    yield llm.tokenizer.stream_decoder()
+    yield llm.tokenizer
+    yield llm.divergence(np.arange(250) % 200, llm, context=64)
+    long_rope = RopeConfig(scaling="factors", factors=tuple(np.linspace(1, 8, 64).tolist()))
+    yield dataclasses.replace(llm_cases.CONFIG, head_dim=128, rope=long_rope)
+    yield [PRESETS["llama2-7b"], PRESETS["llama2-7b"].memory_estimate(), *MODELS.values(), *KERNELS.values()]
+    for layout in ("int4", "f16"):
+        yield llm_cases.byte_llm(directory, layout).model
+    path = tiny.write_gguf("llama2_mha", directory / "tiny.gguf")
+    yield [GGUFFile(path), open_gguf(write_parts("llama2_mha", directory)), split_name("a-00001-of-00002.gguf")]
+    yield parse("owner/name:Q4_K_M")
+    yield SafetensorsFile(tiny.directory("llama2_mha") / "model.safetensors")
+    yield vocabulary_from_directory(directory)
+    for place in (path, tiny.directory("llama2_mha"), tiny.directory("bf16_sharded_tied")):
+        checkpoint = open_checkpoint(place)
+        yield checkpoint
+        yield checkpoint.tensor("embed")
+    loaded = ruvllm.load(path, progress=False)
+    peaks = Peaks(2, 1e11, 4e11, (Level("L1", 32 << 10, 4e11), Level("memory", math.inf, 2e10)))
+    yield lab.cost("llama3-8b", peaks=peaks)
+    yield lab.drift(loaded, [3, 4, 5], progress=False)
+    yield lab.quantisation_error(path, progress=False)
+    yield lab.explain("rms_norm")
+    yield lab.profile(loaded, [3, 4, 5], max_tokens=3, peaks=peaks)
+    yield lab.roofline("rms_norm", peaks=peaks)
+    with lab.swap(rms_norm=_rms_norm) as swapped:
+        loaded.logits([3, 4, 5])
+        yield swapped
+    yield Remark("norm.py", 12, "cannot be vectorised")
+    yield [*ALL_ROWS, *SECTIONS]
+    report = a_report({row.id: 1e-3 for row in ALL_ROWS})
+    yield report
+    yield [compare(report, report), verdicts(report), standings(report, 1)]
+
+
+def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+
+
+def _walk(value: Any, seen: dict[type, Any]) -> None:
+    """All of the library's objects in public attributes of ``value``, and in theirs; the longest of each class."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value[:200]:
+            _walk(item, seen)
+        return
+    kind = type(value)
+    if not kind.__module__.startswith("ruvllm."):
+        return
+    known = kind in seen
+    if not known or len(repr(value)) > len(repr(seen[kind])):
+        seen[kind] = value
+    if not known:
+        names = [name for name in {*getattr(value, "__dict__", {}), *_properties(kind)} if not name.startswith("_")]
+        for name in names:
+            _walk(getattr(value, name, None), seen)
+
+
+def _properties(kind: type) -> list[str]:
+    return [name for name, member in inspect.getmembers(kind) if isinstance(member, property)]
+
+
+def test_every_public_object_is_one_line(found: dict[type, Any]) -> None:
+    wrong = {kind.__name__: len(repr(value)) for kind, value in found.items() if not _is_a_line(repr(value))}
+    assert not wrong
+
+
+def _is_a_line(text: str) -> bool:
+    return text.isprintable() and len(text) <= LONGEST
+
+
+def test_no_public_class_is_left_out(found: dict[type, Any]) -> None:
+    public = set()
+    for module in pkgutil.walk_packages(ruvllm.__path__, "ruvllm."):
+        if not any(part.startswith("_") for part in module.name.split(".")) and module.name not in INSIDE:
+            for name, kind in vars(importlib.import_module(module.name)).items():
+                ours = inspect.isclass(kind) and kind.__module__ == module.name and not name.startswith("_")
+                if ours and not issubclass(kind, BaseException) and name not in NEVER_MADE:
+                    public.add(kind)
+    assert {kind.__qualname__ for kind in public - set(found)} == set()
+
+
+def test_brief_says_what_is_small_and_counts_what_is_not() -> None:
+    sampling = Sampling(temperature=0.5, seed=None)
+    assert brief(sampling) == (
+        "Sampling(temperature=0.5, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None)"
+    )
+    object.__setattr__(sampling, "seed", "a\n" * 1000)
+    object.__setattr__(sampling, "top_k", np.zeros((3, 4), np.float32))
+    object.__setattr__(sampling, "top_p", list(range(1000)))
+    object.__setattr__(sampling, "min_p", {"a": 1})
+    text = brief(sampling)
+    assert "top_k=<float32 (3, 4)>, top_p=<1000 in a list>, min_p={'a': 1}" in text
+    assert "... (2000 characters)" in text and _is_a_line(text)
+
+
+def test_names_from_files_and_users_stay_on_the_line(tmp_path: Path) -> None:
+    name = "two\nlines " * 1000
+    llm = llm_cases.byte_llm(tmp_path, config=dataclasses.replace(llm_cases.CONFIG, name=name))
+    llm.path = Path(name)
+    for n in range(50):
+        llm.lora.attach(LoraAdapter(llm.config, LoraConfig(rank=1)), f"{n}{name}")
+    for value in (llm, llm.model, llm.lora):
+        assert _is_a_line(repr(value)), repr(value)[:1000]
+
+
+def test_a_generation_is_printed_as_its_text_and_shown_as_one_line(found: dict[type, Any]) -> None:
+    llm = next(value for kind, value in found.items() if kind is LLM)
+    answer = llm.generate("x", max_tokens=50)
+    assert str(answer) == answer.text
+    assert repr(answer).startswith("Generation(text=")

@@ -15,6 +15,9 @@ from ruvllm.errors import RuvllmError, printable
 from ruvllm.model.training_data import Example
 
 _FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "output": ...} or {"text": ...}'
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_PLAIN_TEXT = ("", ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods", ".db", ".sqlite")
 _ANSWERS = ("completion", "response", "answer")
 
 Record = Mapping[str, Any] | str | Example
@@ -27,16 +30,29 @@ class TrainingDataError(RuvllmError, ValueError):
 def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) -> list[Example]:
     """The examples of a file: one a line of .jsonl (see ``to_example``), or windows of ``context`` tokens of a text.
 
+    A .json file may hold them in one array.
+
     Raises:
         OSError: it cannot be read.
-        TrainingDataError: it is empty, or a line is no JSON or of no known form; the line is named.
+        TrainingDataError: it is empty, of a kind that is not read, or a line is no JSON or of no known form; the line
+            is named.
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (*_JSON_LINES, *_PLAIN_TEXT):
+        hint = "write its rows as JSON lines" if kind in _TABLES else "call it .txt if it is plain text"
+        known = f"{', '.join(_JSON_LINES)} or a text ({', '.join(_PLAIN_TEXT[1:])})"
+        raise TrainingDataError(f"{printable(path)}: expected {known}, found {printable(path.suffix)}: {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise TrainingDataError(f"{printable(path)}: byte {error.start} is not UTF-8") from None
-    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+    if kind == ".json" and text.lstrip().startswith("["):
+        examples = [
+            _numbered(f"{printable(path)} record {number}", _from_json, record, tokenizer, context)
+            for number, record in enumerate(_array(text, path), 1)
+        ]
+    elif kind in _JSON_LINES:
         examples = [
             _numbered(f"{printable(path)} line {number}", _parsed, line, tokenizer, context)
             for number, line in enumerate(text.split("\n"), 1)
@@ -180,6 +196,18 @@ def _parsed(line: str, tokenizer: Any, context: int) -> Example:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {printable(error)}") from None
+    return _from_json(record, tokenizer, context)
+
+
+def _array(text: str, path: Path) -> list[Any]:
+    try:
+        found: list[Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TrainingDataError(f"{printable(path)}: not JSON: {printable(error)}") from None
+    return found
+
+
+def _from_json(record: Any, tokenizer: Any, context: int) -> Example:
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, {_FORMS}, found a JSON {type(record).__name__}")
     return to_example(record, tokenizer, context)

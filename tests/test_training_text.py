@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,49 @@ def test_empty_and_foreign_files(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_bytes(b"abc\xff")
     with pytest.raises(TrainingDataError, match="byte 3 is not UTF-8"):
         read_examples(tmp_path / "data.txt", llm.tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("x.csv", b"prompt,completion\nhello,world\n", "found .csv: write its rows as JSON lines"),
+        ("x.TSV", b"prompt\tcompletion\n", "found .TSV: write its rows as JSON lines"),
+        ("x.parquet", b"PAR1\xff", "found .parquet: write its rows as JSON lines"),
+        ("x.jsonl.gz", b"\x1f\x8b", "found .gz: call it .txt if it is plain text"),
+        ("x.yaml", b"a: b", "found .yaml: call it .txt"),
+    ],
+)
+def test_kinds_of_files_that_are_not_read_are_not_learned_as_text(
+    name: str, content: bytes, hint: str, llm: LLM, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingDataError, match=re.escape(hint)) as caught:
+        llm.examples(tmp_path / name)
+    assert f"{name}: expected .jsonl, .ndjson, .json or a text (.txt, " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["book", "book.md", "book.TXT"])
+def test_texts(name: str, llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[abcdefghij]")
+    assert [e.ids.tolist() for e in llm.examples(tmp_path / name, 64)] == [llm.tokenizer.encode("[abcdefghij]")]
+
+
+def test_an_array_of_records(llm: LLM, tmp_path: Path) -> None:
+    records = [{"prompt": "a", "completion": "b"}, {"text": "cde"}]
+    array, lines = tmp_path / "array.json", tmp_path / "lines.json"
+    array.write_text(json.dumps(records, indent=2))
+    lines.write_text("\n".join(map(json.dumps, records)))
+    got, expected = llm.examples(array), llm.examples(lines)
+    assert [e.ids.tolist() for e in got] == [e.ids.tolist() for e in expected]
+    assert [e.learn.tolist() for e in got] == [e.learn.tolist() for e in expected]
+    for content, message in (
+        ('[{"text": "cde"}, 3]', r"array\.json record 2: expected an object"),
+        ('[{"text": "cde"}', r"array\.json: not JSON"),
+        ("[]", r"array\.json: expected at least one example, found none"),
+    ):
+        array.write_text(content)
+        with pytest.raises(TrainingDataError, match=message):
+            llm.examples(array)
 
 
 def test_the_facade_learns_and_adapts(llm: LLM) -> None:

@@ -64,7 +64,8 @@ Train a LoRA adapter on a file and write it as PEFT does (default model: smollm2
 in 4 or 8 bits if it has so few.
 
 FILE.jsonl holds one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ...,
-"output": ...} or {"text": ...}; only answers are learned. Any other file is plain text, cut into windows of --context.
+"output": ...} or {"text": ...}; only answers are learned. A .txt (or .md ...) is plain text, cut into windows of
+--context.
 
 examples:
   ruvllm train --data questions.jsonl --out mine --epochs 5

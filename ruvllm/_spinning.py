@@ -21,5 +21,6 @@ def shorten() -> None:
 
 
 def environment_of_others() -> dict[str, str]:
-    """The environment without what ``shorten`` has set: for programs that are to run as they would by themselves."""
-    return {name: value for name, value in os.environ.items() if name not in _OURS or name in _SET_BY_USER}
+    """The environment without what this package has set: for programs that are to run as they would by themselves."""
+    ours = {*_OURS, "NUMBA_NUM_THREADS"} - _SET_BY_USER  # the latter by _container
+    return {name: value for name, value in os.environ.items() if name not in ours}

@@ -36,6 +36,8 @@ def machine() -> dict[str, str]:
     import llvmlite.binding as llvm
     import psutil
 
+    from ruvllm import _container
+
     features = llvm.get_host_cpu_features()
     memory = psutil.virtual_memory()
     facts = {
@@ -45,6 +47,11 @@ def machine() -> dict[str, str]:
         "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
         "memory": f"{size(memory.total)}, {size(memory.available)} available",
     }
+    cpus = _container.cpus()
+    if cpus is not None and cpus < (psutil.cpu_count() or 1):
+        facts["cores"] += f", of which this container may use {cpus}"
+    if (limits := _container.memory()) is not None:
+        facts["memory"] += f"; this container may take {size(limits[0])}, {size(limits[1])} of it available"
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.2f} in the last minute"
     return facts

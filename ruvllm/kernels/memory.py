@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm import _container
 from ruvllm.errors import InsufficientMemoryError
 
 CACHE_LINE = 64
@@ -89,13 +90,25 @@ def scratch(count: int) -> np.ndarray:
     return array[:count]
 
 
-def require_memory(needed: float, what: str) -> None:
-    """Raise InsufficientMemoryError, with the numbers, unless ``needed`` bytes are free; without psutil, never."""
+def free_memory() -> int | None:
+    """Bytes that can be had, of the machine and within the container; None where neither is known."""
+    free = []
+    if (limits := _container.memory()) is not None:
+        free.append(limits[1])
     try:
         import psutil
     except ImportError:  # kernels need numpy and numba alone
+        pass
+    else:
+        free.append(int(psutil.virtual_memory().available))
+    return min(free, default=None)
+
+
+def require_memory(needed: float, what: str) -> None:
+    """Raise InsufficientMemoryError, with the numbers, unless ``needed`` bytes are free, as far as that is known."""
+    free = free_memory()
+    if free is None:
         return
-    free = psutil.virtual_memory().available
     needed = min(needed, 1e30)  # an integer of hundreds of digits is no float
     if needed > free:
         raise InsufficientMemoryError(f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")

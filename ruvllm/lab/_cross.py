@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from ruvllm.kernels._threads import physical_cores
+
 
 class Body(NamedTuple):
     """A compiled function: module and name, or a pickle of it where no module can be imported; its numba types."""
@@ -72,7 +74,7 @@ def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[li
             raise RuntimeError(f"{names}: could not be compiled for {target.cpu}: {why}")
         return [Compiled(*texts) for texts in pickle.loads(done.stdout)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(physical_cores()) as pool:
         return list(pool.map(compiled, targets))
 
 

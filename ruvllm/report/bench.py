@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
-import psutil
 from threadpoolctl import threadpool_limits
 
 from ruvllm.kernels import buffer_sum
-from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.memory import aligned_empty, free_memory
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.lab.peaks import Peaks
 from ruvllm.report.results import Entry
@@ -76,7 +75,7 @@ def least_seconds(peaks: Peaks, flops: float, nbytes: float, integer: bool = Fal
 
 def lacking_memory(nbytes: float) -> str:
     """Why a row that takes so much is not measured, or nothing if it can be."""
-    free = psutil.virtual_memory().available
-    if nbytes <= _FREE_SHARE * free:
+    free = free_memory()
+    if free is None or nbytes <= _FREE_SHARE * free:
         return ""
     return f"needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

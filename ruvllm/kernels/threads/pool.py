@@ -13,6 +13,8 @@ from numba.core import config
 from numba.np.ufunc import parallel
 from numba.np.ufunc.parallel import threading_layer
 
+from ruvllm import _container
+
 # Work per call from which two threads were faster than one, by measurement: a launch costs 3 to 4 us (omp).
 PARALLEL_ELEMENTS = 32768  # elements on each of which a kernel spends some ten operations, as exp does
 PARALLEL_STREAM = 65536  # elements that are read and written with an operation or two between
@@ -69,9 +71,10 @@ def limited_to(threads: int) -> Iterator[None]:
 def physical_cores() -> int:
     """Cores that this process may run on, at most numba's pool (NUMBA_NUM_THREADS).
 
-    A thread without a core of its own makes all others wait for it, so logical (hyper-threading) cores do not count.
+    A thread without a core of its own makes all others wait for it, so logical (hyper-threading) cores do not count,
+    nor those whose time a container withholds.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = min(_container.affinity(), _container.cpus() or most_threads())
     try:
         import psutil
 

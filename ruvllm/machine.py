@@ -42,7 +42,7 @@ def machine() -> dict[str, str]:
     memory = psutil.virtual_memory()
     facts = {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "CPU": f"{_cpu_name()} (LLVM: {llvm.get_host_cpu_name()})",
+        "CPU": f"{cpu_name()} (LLVM: {llvm.get_host_cpu_name()})",
         "CPU features": " ".join(name for name in _FEATURES if features.get(name)) or "none that the kernels use",
         "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
         "memory": f"{size(memory.total)}, {size(memory.available)} available",
@@ -57,7 +57,7 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The name that the maker gave the processor, where the system tells it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -70,17 +70,22 @@ def _cpu_name() -> str:
 
 
 def threads() -> dict[str, str]:
-    """How many threads kernels use, and by which threading layer."""
+    """How many threads kernels use, and by which threading layer; where they leave products to BLAS."""
     from numba.np.ufunc.parallel import get_num_threads, threading_layer
 
     from ruvllm.kernels.matmul.blas import SIZES, blas_name, speedups
 
     count = get_num_threads()  # also starts the threading layer, which until then has no name
-    measured = ", ".join(f"{value:.2f}x at {n}" for n, value in zip(SIZES, speedups(count) or (), strict=False))
+    measured = [
+        f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f}) for {n} x {n}, so "
+        f"{'BLAS is' if found.clear else 'our kernels are'} used"
+        for n, found in zip(SIZES, speedups(count) or (), strict=False)
+    ]
+    ratios = f"time of our kernels / time of BLAS, on {count} thread{'s' * (count > 1)}: {'; '.join(measured)}"
     return {
         "kernels use": str(count),
         "threading layer": threading_layer(),
-        "BLAS in gemm": f"{blas_name()}, beside our kernels: {measured or 'not measured yet'}",
+        "BLAS in gemm": f"{blas_name()}; {ratios if measured else 'not measured yet (ruvllm info --calibrate)'}",
     }
 
 

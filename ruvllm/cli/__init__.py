@@ -132,7 +132,12 @@ def _perplexity(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from ruvllm.cli._tables import show_info
 
-    show_info(take_last(args))
+    model = take_last(args)
+    if args.calibrate:
+        from ruvllm.kernels.matmul import calibrate_blas
+
+        calibrate_blas()
+    show_info(model)
 
 
 def _memory(args: argparse.Namespace) -> None:

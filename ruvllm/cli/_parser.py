@@ -80,6 +80,7 @@ with MODEL also what the model is and the memory that it takes.
 examples:
   ruvllm info
   ruvllm info smollm2-135m
+  ruvllm info --calibrate
 """
 
 _MEMORY = """\
@@ -206,7 +207,10 @@ def build_parser() -> Parser:
     sampling = _sampling(max_tokens=1024, temperature=0.7)
     add("chat", "[MODEL]", "talk with a model", _CHAT, _loading(), sampling, _answering())
 
-    add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
+    info = add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
+    info.add_argument(
+        "--calibrate", action="store_true", help="measure anew where NumPy's BLAS multiplies faster than our kernels"
+    )
 
     _add_training(add("train", "[MODEL]", "train an adapter on a file", _TRAIN, _loading(context=512)))
 

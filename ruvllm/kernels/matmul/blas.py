@@ -1,8 +1,9 @@
-"""NumPy's BLAS behind gemm: taken where a short measurement on this host has found it faster than the kernels here.
+"""NumPy's BLAS behind gemm: taken where a short measurement on this host has found it clearly faster than our kernels.
 
 That is where BLAS reaches units that no compiled loop can, as Accelerate does on Apple Silicon. The measurement, some
 tenths of a second, is made when the first product is large enough to repay it, once for each number of threads; it is
-kept beside the compiled kernels.
+kept beside the compiled kernels, for this processor, its cores, this NumPy and its BLAS. ``ruvllm info --calibrate``
+makes it anew.
 """
 
 import contextlib
@@ -15,22 +16,39 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core.registry import cpu_target
 
+import ruvllm
 from ruvllm.kernels.jit.cache import kernel_cache_directory
+from ruvllm.kernels.threads.pool import physical_cores
+from ruvllm.machine import cpu_name
 
 BACKENDS = ("auto", "numba", "blas")
 SIZES = (256, 1024)  # of the square products that are measured; larger ones are as the last of them
-_TURNS = 5
-_SECONDS = 0.03  # that each is called again and again: at first its threads may share a core
+_TURNS = 9  # of each side, one after the other: what disturbs the machine meanwhile then disturbs both
+_TURN_SECONDS = 0.002  # of a turn, and at least one call; its best call counts
 _ROUNDS = 5  # if BLAS seems so much faster: threads that share a core take a hundred times as long, but not for ever
 _FASTER = 1.5  # so much that no disturbance of the measurement decides: BLAS may round differently by its threads
 
-_measuring = threading.Lock()
-_speedups: dict[str, list[float]] = {}  # of BLAS over the kernels, for each of SIZES; by number of threads
+
+class Speedup(NamedTuple):
+    """Time of our kernels divided by that of BLAS: the median of the turns, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether BLAS is so much faster in three turns of four."""
+        return self.low > _FASTER
+
+
+_first, _measuring = threading.Lock(), threading.Lock()
+_speedups: dict[str, list[Speedup]] = {}  # for each of SIZES; by number of threads
 
 Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # out = a b, in these kernels
 
@@ -43,8 +61,8 @@ def takes_blas(backend: str, macs: int, threads: int, multiply: Multiply) -> boo
     if backend == "numba" or (backend == "auto" and macs < SIZES[0] ** 3):
         return False
     if backend == "auto":
-        found = speedups(threads) or _measure(threads, multiply)
-        return found[0 if macs < SIZES[1] ** 3 else 1] > _FASTER
+        found = speedups(threads) or _measure_once(threads, multiply)
+        return found[0 if macs < SIZES[1] ** 3 else 1].clear
     if backend != "blas":
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     return True
@@ -56,53 +74,50 @@ def blas_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> No
         np.dot(a, b, out=out)
 
 
-def speedups(threads: int) -> list[float] | None:
+def speedups(threads: int) -> list[Speedup] | None:
     """Speed of BLAS over that of the kernels for each of SIZES, as measured before, or None."""
     key = str(threads)
-    if key not in _speedups:
-        path = _path()
-        if path is not None:
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                found = json.loads(path.read_text()).get(key)
-                if len(found) == len(SIZES):
-                    _speedups[key] = [float(value) for value in found]
+    if key not in _speedups and (found := _kept().get(key)) is not None:
+        _speedups[key] = found
     return _speedups.get(key)
 
 
-def _measure(threads: int, multiply: Multiply) -> list[float]:
+def measure(threads: int, multiply: Multiply) -> list[Speedup]:
+    """Measure on so many threads, whatever is known, and keep it; ``multiply`` uses as many."""
     with _measuring:
-        known = speedups(threads)  # of another Python thread, which was here before
-        if known is not None:
-            return known
         rng = np.random.default_rng(0)
         found = []
         for n in SIZES:
             a, b = rng.standard_normal((2, n, n), np.float32)
             out = np.empty_like(a)
-            ours = theirs = np.inf
+            ours, theirs = partial(multiply, a, b, out), partial(blas_gemm, a, b, out, threads)
             for _ in range(_ROUNDS):
-                ours = min(ours, _best_seconds(partial(multiply, a, b, out)))
-                theirs = min(theirs, _best_seconds(partial(_blas_on, threads, a, b, out)))
-                if ours <= theirs * _FASTER:
+                speedup = _by_turns(ours, theirs)
+                if not speedup.clear:
                     break
-            found.append(ours / theirs)
+            found.append(speedup)
         _speedups[str(threads)] = found
         _keep()
         return found
 
 
-def _blas_on(threads: int, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    blas_gemm(a, b, out, threads)
+def _measure_once(threads: int, multiply: Multiply) -> list[Speedup]:
+    with _first:
+        return speedups(threads) or measure(threads, multiply)  # of another Python thread, which was here before
+
+
+def _by_turns(ours: Callable[[], None], theirs: Callable[[], None]) -> Speedup:
+    ratios = [_best_seconds(ours) / _best_seconds(theirs) for _ in range(_TURNS)]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return Speedup(float(median), float(low), float(high))
 
 
 def _best_seconds(call: Callable[[], None]) -> float:
     best, begun = np.inf, time.perf_counter()
-    turns = 0
-    while turns < _TURNS or time.perf_counter() - begun < _SECONDS:
+    while best == np.inf or time.perf_counter() - begun < _TURN_SECONDS:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
-        turns += 1
     return best
 
 
@@ -111,27 +126,49 @@ def _keep() -> None:
     path = _path()
     if path is None:
         return
+    known = _kept() | _speedups  # others may have measured with other numbers of threads
     with contextlib.suppress(OSError):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
-            json.dump(_speedups, file)
+            json.dump(known, file)
         os.replace(temporary, path)
+
+
+def _kept() -> dict[str, list[Speedup]]:
+    """What the file holds, as far as it is sound."""
+    sound: dict[str, list[Speedup]] = {}
+    path = _path()
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for threads, found in json.loads(path.read_text()).items():
+                with contextlib.suppress(ValueError, TypeError):
+                    each = [Speedup(*map(float, numbers)) for numbers in found]
+                    if len(each) == len(SIZES):
+                        sound[threads] = each
+    return sound
 
 
 @cache
 def _path() -> Path | None:
-    """The file for this NumPy, its BLAS and this CPU, in the private directory of compiled kernels."""
+    """The file for this machine, this NumPy and its BLAS, in the private directory of compiled kernels."""
     directory = kernel_cache_directory()
     if directory is None:
         return None
-    host = f"{np.__version__} {blas_name()} {cpu_target.target_context.codegen().magic_tuple()}"
-    return directory / f"blas-{hashlib.sha256(host.encode()).hexdigest()[:16]}.json"
+    return directory / f"blas-{hashlib.sha256(_host().encode()).hexdigest()[:16]}.json"
+
+
+def _host() -> str:
+    """What the measurement depends on: where any of it changes, it is made again."""
+    compiled_for = cpu_target.target_context.codegen().magic_tuple()
+    cores = f"{physical_cores()} of {os.cpu_count()}"
+    return f"{ruvllm.__version__} {np.__version__} {blas_name()} {cpu_name()} {cores} {compiled_for}"
 
 
 def blas_name() -> str:
-    """What NumPy was built with: openblas, accelerate, mkl, ..."""
+    """What NumPy was built with, and its version: openblas, accelerate, mkl, ..."""
     config: Any = np.show_config(mode="dicts")
-    return str(config.get("Build Dependencies", {}).get("blas", {}).get("name", "unknown"))
+    blas = config.get("Build Dependencies", {}).get("blas", {})
+    return " ".join(str(blas[key]) for key in ("name", "version") if blas.get(key)) or "unknown"
 
 
 @cache

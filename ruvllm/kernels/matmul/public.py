@@ -9,7 +9,7 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import flat
-from ruvllm.kernels.matmul.blas import blas_gemm, takes_blas
+from ruvllm.kernels.matmul.blas import blas_gemm, measure, takes_blas
 from ruvllm.kernels.matmul.gemm import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
 from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, WIDE
 from ruvllm.kernels.matmul.panels import panel_count
@@ -17,7 +17,7 @@ from ruvllm.kernels.memory import scratch
 from ruvllm.kernels.simd.vectors import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows, prefetch_l2
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, limited_to, num_threads, threads_for
 from ruvllm.kernels.threads.team import turn_counts
 
 _scratch_size = inline_kernel(scratch_size)
@@ -258,6 +258,13 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     else:
         groups, counts = _groups(threads, inner, panels), turn_counts(threads)
         launch(gemm_parallel, a, b, transposed, groups, out, by_rows, counts, threads)
+
+
+def calibrate_blas() -> None:
+    """Measure anew where BLAS is faster than gemm, on one thread and on all; see ``blas``."""
+    for threads in sorted({1, num_threads()}):
+        with limited_to(threads):
+            measure(threads, _times)
 
 
 def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:

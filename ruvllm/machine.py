@@ -77,7 +77,7 @@ def threads() -> dict[str, str]:
 
     count = get_num_threads()  # also starts the threading layer, which until then has no name
     measured = [
-        f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f}) for {n} x {n}, so "
+        f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {n} x {n}, so "
         f"{'BLAS is' if found.clear else 'our kernels are'} used"
         for n, found in zip(SIZES, speedups(count) or (), strict=False)
     ]

@@ -93,6 +93,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
     def multiply(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         self.now += next(self.ours)
         self.called += "o"
@@ -110,29 +113,36 @@ def measured(monkeypatch: pytest.MonkeyPatch, ours: Iterator[float], theirs: Ite
 
 
 def test_measured_by_turns(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of nine turns the median and the quartiles; a turn of a slow product is one call."""
-    turns = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
-    found, called = measured(monkeypatch, itertools.cycle(turns), itertools.repeat(4.0))
-    assert found == [(1.25, 0.75, 1.75)] * 2
-    assert called == "ob" * 9 * 2
-    assert json.loads(stored.read_text()) == {"1": [[1.25, 0.75, 1.75]] * 2}
+    """Each side at its best; as spread, the best of one beside the median of the other. A turn is two calls or more."""
+    ours = [time for turn in range(2, 11) for time in (turn + 0.5, turn)]  # best 2, median 6
+    theirs = [time for turn in range(4, 13) for time in (turn, turn + 0.5)]  # best 4, median 8
+    found, called = measured(monkeypatch, itertools.cycle(ours), itertools.cycle(theirs))
+    assert found == [pytest.approx((0.5, 0.25, 1.5))] * 2
+    assert called == "oobb" * 9 * 2
+    assert json.loads(stored.read_text()) == {"1": [pytest.approx([0.5, 0.25, 1.5])] * 2}
 
 
 def test_of_a_turn_of_short_products_the_best_call_counts(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, called = measured(monkeypatch, itertools.cycle([0.0005, 0.0011, 0.0006]), itertools.repeat(0.001))
-    assert found[0] == pytest.approx((0.5, 0.5, 0.5))
+    found, called = measured(monkeypatch, itertools.cycle([0.001, 0.0023, 0.0012]), itertools.repeat(0.0025))
+    assert found[0] == pytest.approx((0.4, 0.4, 0.4))
     assert called.startswith("ooobb" * 9)
 
 
 def test_a_moment_in_which_the_machine_was_busy_does_not_decide(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BLAS seems ten times as fast for a while; measured on, it is not. For ever so: it is taken."""
-    busy = itertools.chain([10.0] * 9, itertools.repeat(1.0))
+    busy = itertools.chain([10.0] * 18, itertools.repeat(1.0))
     found, called = measured(monkeypatch, busy, itertools.repeat(1.0))
-    assert found == [(1.0, 1.0, 1.0)] * 2
-    assert called == "ob" * 9 * 3
+    assert found == [pytest.approx((1.0, 1.0, 5.5)), pytest.approx((1.0, 1.0, 1.0))]
+    assert called == "oobb" * 9 * 3
     found, called = measured(monkeypatch, itertools.repeat(10.0), itertools.repeat(1.0))
-    assert found == [(10.0, 10.0, 10.0)] * 2 and all(speedup.clear for speedup in found)
-    assert called == "ob" * 9 * 5 * 2
+    assert found == [pytest.approx((10.0, 10.0, 10.0))] * 2 and all(speedup.clear for speedup in found)
+    assert called == "oobb" * 9 * 4 * 2
+
+
+def test_one_quick_moment_of_blas_does_not_decide(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = itertools.cycle([0.1, *[1.0] * 17])
+    found, _ = measured(monkeypatch, itertools.repeat(1.0), theirs)
+    assert found == [pytest.approx((10.0, 1.0, 10.0))] * 2 and not any(speedup.clear for speedup in found)
 
 
 def test_small_products_measure_nothing(stored: Path, calls: list[int]) -> None:

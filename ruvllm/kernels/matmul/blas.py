@@ -29,21 +29,26 @@ from ruvllm.machine import cpu_name
 BACKENDS = ("auto", "numba", "blas")
 SIZES = (256, 1024)  # of the square products that are measured; larger ones are as the last of them
 _TURNS = 9  # of each side, one after the other: what disturbs the machine meanwhile then disturbs both
-_TURN_SECONDS = 0.002  # of a turn, and at least one call; its best call counts
-_ROUNDS = 5  # if BLAS seems so much faster: threads that share a core take a hundred times as long, but not for ever
+_TURN_SECONDS = 0.004  # of a turn, and at least two calls: the first wakes threads; the best counts
+_PAUSE = 0.004  # before a turn: idle threads of the other side then spin no longer on the cores
+_ROUNDS = (0.0, 0.1, 0.2, 0.4)  # seconds to wait, each before more turns if BLAS seems so much faster until then:
+# threads that share a core take ten times as long, but not for ever
 _FASTER = 1.5  # so much that no disturbance of the measurement decides: BLAS may round differently by its threads
 
 
 class Speedup(NamedTuple):
-    """Time of our kernels divided by that of BLAS: the median of the turns, and the quartiles around it."""
+    """Time of our kernels divided by that of BLAS, each at its best: value; low and high: what disturbances leave open.
 
-    median: float
+    low: our best turn beside a usual one of BLAS; high: a usual one of ours beside the best of BLAS.
+    """
+
+    value: float
     low: float
     high: float
 
     @property
     def clear(self) -> bool:
-        """Whether BLAS is so much faster in three turns of four."""
+        """Whether BLAS is so much faster in half of its turns than our kernels ever were."""
         return self.low > _FASTER
 
 
@@ -91,11 +96,13 @@ def measure(threads: int, multiply: Multiply) -> list[Speedup]:
             a, b = rng.standard_normal((2, n, n), np.float32)
             out = np.empty_like(a)
             ours, theirs = partial(multiply, a, b, out), partial(blas_gemm, a, b, out, threads)
-            for _ in range(_ROUNDS):
-                speedup = _by_turns(ours, theirs)
-                if not speedup.clear:
+            turns: list[tuple[float, float]] = []
+            for seconds in _ROUNDS:
+                time.sleep(seconds)
+                turns += [(_best_seconds(ours), _best_seconds(theirs)) for _ in range(_TURNS)]
+                if not _speedup(turns).clear:
                     break
-            found.append(speedup)
+            found.append(_speedup(turns))
         _speedups[str(threads)] = found
         _keep()
         return found
@@ -106,18 +113,19 @@ def _measure_once(threads: int, multiply: Multiply) -> list[Speedup]:
         return speedups(threads) or measure(threads, multiply)  # of another Python thread, which was here before
 
 
-def _by_turns(ours: Callable[[], None], theirs: Callable[[], None]) -> Speedup:
-    ratios = [_best_seconds(ours) / _best_seconds(theirs) for _ in range(_TURNS)]
-    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    return Speedup(float(median), float(low), float(high))
+def _speedup(turns: list[tuple[float, float]]) -> Speedup:
+    best, usual = np.min(turns, axis=0), np.median(turns, axis=0)
+    return Speedup(float(best[0] / best[1]), float(best[0] / usual[1]), float(usual[0] / best[1]))
 
 
 def _best_seconds(call: Callable[[], None]) -> float:
-    best, begun = np.inf, time.perf_counter()
-    while best == np.inf or time.perf_counter() - begun < _TURN_SECONDS:
+    time.sleep(_PAUSE)
+    best, begun, calls = np.inf, time.perf_counter(), 0
+    while calls < 2 or time.perf_counter() - begun < _TURN_SECONDS:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
+        calls += 1
     return best
 
 

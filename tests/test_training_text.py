@@ -258,6 +258,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["train", model]) == 2 and "which data?" in capsys.readouterr().err
 
 
+def test_a_model_of_a_short_context_takes_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without -c: windows of 512 tokens, or as many as the model has."""
+    model = write_directory(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    data = tmp_path / "data.txt"
+    data.write_text("abcdefgh" * 60)
+    out = str(tmp_path / "out")
+    assert (
+        main(["train", str(model), "--data", str(data), "-o", out, "--steps", "1", "--eval-share", "0", "-t", "1"]) == 0
+    )
+    assert "8 examples" in capsys.readouterr().out
+    assert main(["perplexity", str(model), str(data), "-t", "1"]) == 0
+    assert "windows of 64" in capsys.readouterr().out
+    assert main(["perplexity", str(model), str(data), "-t", "1", "-c", "512"]) == 2
+    assert "--context (-c): expected at most 64 tokens, the model's own, found 512" in capsys.readouterr().err
+
+
 def test_one_record_is_no_list_of_records(llm: LLM) -> None:
     record = {"prompt": "2+2?", "completion": "4"}
     for one in (record, "a text"):

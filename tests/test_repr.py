@@ -25,6 +25,7 @@ from ruvllm.checkpoint.hub import MODELS
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.kernels import KERNELS
+from ruvllm.kernels.blas import Speedup
 from ruvllm.lab.explanation import Remark
 from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.llm import LLM
@@ -112,7 +113,7 @@ def _roots(directory: Path) -> Iterable[Any]:
         loaded.logits([3, 4, 5])
         yield swapped
     yield Remark("norm.py", 12, "cannot be vectorised")
-    yield [*ALL_ROWS, *SECTIONS]
+    yield [*ALL_ROWS, *SECTIONS, Speedup(1.0, 0.9, 1.1)]
     report = a_report({row.id: 1e-3 for row in ALL_ROWS})
     yield report
     yield [compare(report, report), verdicts(report), standings(report, 1)]

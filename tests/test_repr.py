@@ -127,7 +127,7 @@ def _walk(value: Any, seen: dict[type, Any]) -> None:
     """All of the library's objects in public attributes of ``value``, and in theirs; the longest of each class."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):  # and no named tuple
         for item in value[:200]:
             _walk(item, seen)
         return

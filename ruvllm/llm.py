@@ -306,7 +306,7 @@ class LLM:
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
             kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
-            template: a chat template (Jinja) for messages, in place of the model's.
+            template: a chat template (Jinja) for messages, in place of the model's, or the name of one that it has.
 
         Raises:
             TypeError: the prompt is no text, no integers and no messages.

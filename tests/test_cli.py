@@ -477,6 +477,11 @@ def test_a_chat_template_of_the_user(llm, piped, tmp_path, capsys, command):
         assert main([*command, "--chat-template", given]) == 0
         assert llm.asked[-1][0] == user("x")
         assert llm.asked[-1][1]["template"] == expected
+    llm.tokenizer.named_templates = {"rag": "{{ messages }}"}
+    piped("x\n")
+    assert main([*command, "--chat-template", "rag"]) == 0
+    assert llm.asked[-1][1]["template"] == "rag"
+    llm.tokenizer.named_templates = {}
     assert main([*command, "--chat-template", "chatml"]) == 2
     assert "--chat-template: expected a template in Jinja, or a file that holds one, found 'chatml'" in (
         capsys.readouterr().err

@@ -352,7 +352,7 @@ def _answering() -> Parser:
     parser.add_argument("--system", "--system-prompt", dest="system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--chat-template", "--chat-template-file", dest="template", metavar="TEMPLATE",
-        help="a chat template in place of the model's: its text (Jinja), or a file that holds it",
+        help="a chat template in place of the usual one: its text (Jinja), a file, or a name that the model knows",
     )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times")
     return parser

@@ -39,7 +39,7 @@ def generate(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is of a chat, which --raw leaves out")
     options = _options(args)
     llm = load_model(args, model)
-    if args.raw or (args.template is None and not _has_template(llm)):
+    if args.raw or not _has_template(llm, args.template, model):
         if args.system is not None:
             raise ValueError(
                 f"{model} has no chat template, so it knows no --system message; --chat-template gives one"
@@ -60,7 +60,7 @@ def chat(args: argparse.Namespace) -> None:
     interactive = sys.stdin.isatty()
     options = _options(args)
     llm = load_model(args, model)
-    if args.template is None and not _has_template(llm):
+    if not _has_template(llm, args.template, model):
         raise ValueError(
             llm.tokenizer.missing
             or f"{model} has no chat template: give one with --chat-template, or continue a text with: "
@@ -152,9 +152,18 @@ def _adapter(given: str) -> tuple[str, float]:
     return given, 1.0
 
 
-def _has_template(llm: LLM) -> bool:
-    """Whether the model answers messages; where it has only templates of other names, what encodes them says so."""
-    return llm.tokenizer.chat_template is not None or bool(llm.tokenizer.named_templates)
+def _has_template(llm: LLM, given: str | None, model: str) -> bool:
+    """Whether messages have a form: that of --chat-template (``given``), or the model's. Raises: ValueError."""
+    named = llm.tokenizer.named_templates
+    names = ", ".join(sorted(named))
+    if given is None:
+        if llm.tokenizer.chat_template is None and named:
+            raise ValueError(f"{model} has only chat templates of the names {names}: choose one with --chat-template")
+        return llm.tokenizer.chat_template is not None
+    if not (_is_template(given) or given in named):
+        choice = f", a file that holds one, or one of {names}" if named else ", or a file that holds one"
+        raise ValueError(f"--chat-template: expected a template in Jinja{choice}, found {given!r}")
+    return True
 
 
 def _system(args: argparse.Namespace) -> list[Message]:
@@ -173,12 +182,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _template(given: str) -> str:
-    """A chat template: the text given, or that of the file."""
-    if "{" not in given and not Path(given).exists():
-        raise ValueError(f"--chat-template: expected a template in Jinja, or a file that holds one, found {given!r}")
-    if "{" in given:
+    """A chat template: the text given, or that of the file; else a name, which the model has to know."""
+    if "{" in given or not _is_template(given):
         return checked(given, "--chat-template")
     return read_text(None, given, "chat template")
+
+
+def _is_template(given: str) -> bool:
+    return "{" in given or Path(given).exists()
 
 
 def context_of(llm: LLM, args: argparse.Namespace) -> int:

@@ -153,7 +153,9 @@ def test_the_command_line_names_them_too(tmp_path: Path, capsys: Any) -> None:
     model = llm_cases.write_directory(tmp_path / "model")
     _edit_json(model / "tokenizer_config.json", chat_template=[{"name": "rag", "template": RAG}])
     assert main(["generate", str(model), "hi", "-n", "1"]) == 2
-    assert "only chat templates of the names rag" in capsys.readouterr().err
+    assert "only chat templates of the names rag: choose one with --chat-template" in capsys.readouterr().err
+    assert main(["generate", str(model), "hi", "-n", "1", "--chat-template", "reg"]) == 2
+    assert "Jinja, a file that holds one, or one of rag, found 'reg'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

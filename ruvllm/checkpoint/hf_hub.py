@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ruvllm.checkpoint._tokenizer_hf import NAMED_TEMPLATES
 from ruvllm.checkpoint.gguf_split import part_name, split_name
 from ruvllm.checkpoint.hf_config import refuse_other_architectures
-from ruvllm.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, shards_of
+from ruvllm.checkpoint.safetensors import INDEX_FILE, PICKLES, SINGLE_FILE, shards_of
 from ruvllm.errors import DownloadError, ModelFormatError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # GGUF files that stand beside a model
 
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -205,7 +204,7 @@ def _choose(name: HubName, sizes: Mapping[str, int | None]) -> list[str] | None:
         return None
     models = _gguf_models(sizes)
     if not models:
-        pickles = next((file for file in sizes if file.endswith(_PICKLES)), None)
+        pickles = next((file for file in sizes if file.endswith(PICKLES)), None)
         found = "no GGUF file" if directory else "neither GGUF files nor config.json with safetensors"
         raise DownloadError(f"{name}: {found}" + (f", only pickles ({pickles}), which can run code" if pickles else ""))
     matches = _matches(name, models)

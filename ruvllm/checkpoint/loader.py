@@ -21,7 +21,7 @@ from ruvllm.checkpoint.gguf_config import config_from_gguf
 from ruvllm.checkpoint.gguf_split import AnyGGUF, open_gguf
 from ruvllm.checkpoint.hf_config import config_from_directory
 from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, HF_MODEL, gguf_name, half_split_rows, hf_name
-from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
+from ruvllm.checkpoint.safetensors import PICKLES, SafetensorsFile, SafetensorsIndex, open_safetensors
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError, printable
@@ -36,7 +36,6 @@ _HF_LEFTOVERS = re.compile(
     r"(?:.*\.)?rotary_emb\.\w+|(?:.*\.)?(?:masked_bias|causal_mask|position_ids)|.*\.self_attn\.bias"
     r"|(?!model\.|lm_head\.).+"
 )
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _COMPARED_ROWS = 1024  # of embedding and head at a time
 
 
@@ -113,7 +112,7 @@ def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
             found="weights alone",
             expected=f"the directory that also holds config.json: {path.parent}",
         )
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise ModelFormatError(
             path, field="model", found="a pickle, which can run code", expected="a .gguf file or safetensors"
         )

@@ -31,7 +31,7 @@ _MAX_INDEX_BYTES = 6_000_000
 _MAX_AXES = 8
 _MAX_SHARDS = 1000
 _MAX_SIZE = (1 << 63) - 1
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class SafetensorsFile:
@@ -165,11 +165,11 @@ def open_safetensors(path: str | os.PathLike[str], mmap: bool = True) -> Safeten
 
 def _pickles_in(directory: Path) -> Iterator[Path]:
     # "pytorch_model.bin.index.json" goes with "pytorch_model-00001-of-00002.bin", which is found here.
-    return (entry for entry in sorted(directory.iterdir()) if entry.suffix in _PICKLES)
+    return (entry for entry in sorted(directory.iterdir()) if entry.suffix in PICKLES)
 
 
 def _refuse_pickle(path: Path) -> None:
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         found = f"the pickle {path.name!r}, whose loading can execute anything"
         raise ModelFormatError(path, field="file", found=found, expected="weights in safetensors or GGUF")
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.checkpoint.strict_json import read_json_object
-
-MAX_JSON_BYTES = 1 << 24  # tokenizer_config.json lists all added tokens
+from ruvllm.checkpoint.hf_files import MAX_TOKENS_BYTES, read_if_there
 
 _STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE = ("extra_special_tokens", "additional_special_tokens")
@@ -36,11 +34,6 @@ class NamedTokens:
     listed: dict[int, Any] = field(default_factory=dict)
 
 
-def read_if_there(path: Path) -> Fields:
-    """The keys of a JSON file; none if there is no such file. Raises: ModelFormatError."""
-    return Fields(path, read_json_object(path, MAX_JSON_BYTES) if path.exists() else {})
-
-
 def read_named_tokens(root: Path, config: Fields) -> NamedTokens:
     """The tokens that tokenizer_config.json (``config``) and the files beside it name. Raises: ModelFormatError."""
     found = NamedTokens(config)
@@ -51,8 +44,8 @@ def read_named_tokens(root: Path, config: Fields) -> NamedTokens:
                 raise config.error("added_tokens_decoder", f"{key!r}: {value!r}", "objects by their token ids")
             found.listed[int(key)] = _token(config, "added_tokens_decoder", value)
     else:
-        _read_names(found, read_if_there(root / "special_tokens_map.json"))
-        added = read_if_there(root / "added_tokens.json")
+        _read_names(found, read_if_there(root / "special_tokens_map.json", MAX_TOKENS_BYTES))
+        added = read_if_there(root / "added_tokens.json", MAX_TOKENS_BYTES)
         special = {token.content for token in (*found.named.values(), *found.more)}
         for content in added.values:
             how = {"special": content in special, "normalized": content not in special}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.checkpoint._spm import ScoredPieces, merges_from_scores
-from ruvllm.checkpoint._tokenizer_keys import PREFIX, check_gguf_keys
+from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, PREFIX, check_gguf_keys
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
 from ruvllm.errors import ModelFormatError
@@ -112,13 +112,7 @@ _END_OF_TURN = frozenset({
 _NO_MODEL = ("none", "no_vocab")  # llama.cpp: a model of ids alone
 _TEMPLATE = "tokenizer.chat_template"
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
-# Names of tokens in keys, the wrong spelling of one of them included, and in templates.
-NAMED = {
-    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
-    "mask": "mask_token", "cls": "cls_token",
-}  # fmt: skip
 _ANY_ID = 1 << 31  # the ids below it, where no vocabulary says how many there are
-_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -129,7 +123,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     if model in _NO_MODEL:
         missing = f"{path}: {PREFIX}model is {model!r}: this model takes token ids, but no text"
         logger.warning(missing)
-        given = _listed_ends(keys, {name: keys.get(f"{PREFIX}{name}_token_id", int) for name in _ENDS})
+        given = _listed_ends(keys, {name: keys.get(f"{PREFIX}{name}_token_id", int) for name in END_NAMES})
         return Vocabulary(None, [], b"", byte_level=True, eos_ids=given, missing=missing)
     if model not in ("gpt2", "llama"):
         raise keys.error(PREFIX + "model", repr(model), "a tokenizer of kind 'gpt2' or 'llama'")
@@ -137,7 +131,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     ids = _ids_of(keys, pieces)
     kinds = _kinds(keys, len(pieces))
     _check_byte_pieces(keys, pieces, kinds)
-    named = {name: _named_id(keys, name, pieces, model) for name in dict.fromkeys((*NAMED, *_ENDS))}
+    named = {name: _named_id(keys, name, pieces, model) for name in dict.fromkeys((*NAMED, *END_NAMES))}
     ends = _end_ids(keys, pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
         if looks_like_control(pieces[i]):
@@ -214,7 +208,7 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
     key = f"{PREFIX}{name}_token_id"
     found = keys.get(key, int)
     if found is not None and not 0 <= found < len(pieces):
-        if name in ("bos", *_ENDS):
+        if name in ("bos", *END_NAMES):
             raise keys.error(key, found, f"a token id from 0 to {len(pieces) - 1}")
         logger.warning("%s: %s is %d, which is no token: it is left out", keys.path, key, found)
         found = None
@@ -232,7 +226,7 @@ def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[s
 
 def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _ANY_ID) -> tuple[int, ...]:
     """The tokens that the file itself says to end a text, a turn or a message; ids of a vocabulary of ``count``."""
-    given = [i for name in _ENDS if (i := named[name]) is not None]
+    given = [i for name in END_NAMES if (i := named[name]) is not None]
     more = _numbers(keys, PREFIX + "eos_token_ids")  # Ollama's key for several
     for i in [] if more is None else more.tolist():
         if not isinstance(i, int) or not 0 <= i < count:

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ruvllm.checkpoint._added_tokens import add_named_tokens, read_if_there, read_named_tokens
+from ruvllm.checkpoint._added_tokens import add_named_tokens, read_named_tokens
 from ruvllm.checkpoint._tokenizer_gguf import looks_like_control, spelt_ends, splits_of
 from ruvllm.checkpoint._tokenizer_keys import GENERATION_CONFIG_NEUTRAL, TOKENIZER_CONFIG_NEUTRAL, require_neutral
 from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, MAX_TOKENS_BYTES, listed_ends, read_if_there
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library, ids_of_kind
 from ruvllm.errors import ModelFormatError
@@ -47,11 +48,12 @@ def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
     """The tokenizer of a Hugging Face checkpoint. Raises: ModelFormatError naming the file and what is wrong in it."""
     root = Path(directory)
     path = root / "tokenizer.json"
-    model, generation = read_if_there(root / "config.json"), read_if_there(root / "generation_config.json")
+    model = read_if_there(root / "config.json", MAX_CONFIG_BYTES)
+    generation = read_if_there(root / "generation_config.json", MAX_CONFIG_BYTES)
     require_neutral(generation, GENERATION_CONFIG_NEUTRAL)
     if not os.path.lexists(path):
-        return _without_tokenizer(root, _listed_ends(generation, model))
-    config = read_if_there(root / "tokenizer_config.json")
+        return _without_tokenizer(root, listed_ends(model, generation)[0])
+    config = read_if_there(root / "tokenizer_config.json", MAX_TOKENS_BYTES)
     require_neutral(config, TOKENIZER_CONFIG_NEUTRAL)
     engine = _engine(path)
     byte_level = _is_byte_level(path, engine)
@@ -69,7 +71,7 @@ def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
     if max((*prefix, *suffix), default=0) >= len(pieces):
         found = f"the ids {[*prefix, *suffix]}"
         raise ModelFormatError(path, field="post_processor", found=found, expected=f"ids below {len(pieces)}")
-    ends = _end_ids(_listed_ends(generation, model), engine, names, pieces, kinds)
+    ends = _end_ids(listed_ends(model, generation)[0], engine, names, pieces, kinds)
     bos = _begin_id(generation, model, engine, names, prefix, len(pieces))
     for name, i in (("bos_token", bos), ("eos_token", ends[0] if ends else None)):
         if i is not None and pieces[i] is not None:
@@ -260,16 +262,6 @@ def _end_ids(
     ends = [] if named is None else [named]
     ends += [i for i in listed if i < len(pieces)]  # an embedding may have more rows than there are tokens
     return tuple(dict.fromkeys(ends + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
-
-
-def _listed_ends(generation: Fields, model: Fields) -> tuple[int, ...]:
-    """The ids that generation_config.json (or else config.json) ends a generation with."""
-    keys = model if generation.values.get("eos_token_id") is None else generation
-    value = keys.values.get("eos_token_id")
-    ends = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ends):
-        raise keys.error("eos_token_id", repr(value), "a token id or a list of them")
-    return tuple(ends)
 
 
 def _begin_id(

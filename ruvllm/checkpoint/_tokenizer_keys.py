@@ -19,6 +19,12 @@ from ruvllm.checkpoint.fields import Fields
 logger = logging.getLogger(__name__)
 
 PREFIX = "tokenizer.ggml."
+# Names of tokens in keys, the wrong spelling of one of them included, and in templates.
+NAMED = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
+    "mask": "mask_token", "cls": "cls_token",
+}  # fmt: skip
+END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # of tokens that end a generation
 
 GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     PREFIX + "add_sep_token": (False,),
@@ -31,9 +37,7 @@ GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
 _GGUF_FOLLOWED = {
     PREFIX + key for key in (
         "model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token",
-        "add_space_prefix", "bos_token_id", "eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id",
-        "unknown_token_id", "padding_token_id", "seperator_token_id", "mask_token_id", "cls_token_id",
-        "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id",
+        "add_space_prefix", "eos_token_ids", *(f"{name}_token_id" for name in (*NAMED, *END_NAMES)),
     )
 }  # fmt: skip
 _GGUF_WITHOUT_MEANING = {

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ruvllm.checkpoint._tokenizer_keys import END_NAMES, PREFIX
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.names import GGUF_LAYER, GGUF_MODEL, GGUF_ROPE_FACTORS
@@ -37,8 +38,7 @@ _KEYS = {
     "rope.factors": f"tensor {GGUF_ROPE_FACTORS!r}",
     "bos_token_id": "tokenizer.ggml.bos_token_id",
 }
-# Every id that ends a generation: end of sequence, of turn, of message.
-_END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_END_KEYS = [f"{PREFIX}{name}_token_id" for name in END_NAMES]
 
 
 def config_from_gguf(file: AnyGGUF) -> ModelConfig:

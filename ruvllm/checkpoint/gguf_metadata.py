@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._tokenizer_gguf import NAMED, PRE_TOKENIZERS, vocabulary_from_metadata
+from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
-from ruvllm.checkpoint._tokenizer_keys import PREFIX
+from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, PREFIX
 from ruvllm.checkpoint._tokenizer_rows import with_rows
 from ruvllm.checkpoint.gguf_config import ARCHITECTURE
 from ruvllm.checkpoint.gguf_split import AnyGGUF
@@ -124,9 +124,9 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
 
 def _end_keys(vocabulary: Vocabulary) -> dict[str, Any]:
     ends = [int(token) for token in vocabulary.eos_ids]
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    values: dict[str, Any] = {PREFIX + key: token for key, token in zip(keys, ends, strict=False)}
-    return values if len(ends) <= len(keys) else {**values, PREFIX + "eos_token_ids": ends}
+    names = END_NAMES[:3]  # the others end texts that were filled in
+    values: dict[str, Any] = {f"{PREFIX}{name}_token_id": i for name, i in zip(names, ends, strict=False)}
+    return values if len(ends) <= len(names) else {**values, PREFIX + "eos_token_ids": ends}
 
 
 def _merges(vocabulary: Vocabulary) -> list[Any]:

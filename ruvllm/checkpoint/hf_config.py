@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.foreign_formats import refuse_settings
+from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, listed_ends, read_if_there
 from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
@@ -23,8 +24,6 @@ _KEYS = {
     "rope.original_max_position": "original_max_position_embeddings",
 }
 
-_MAX_JSON_BYTES = 1 << 20
-
 
 def config_from_directory(directory: Path) -> ModelConfig:
     """The configuration that `directory/config.json` describes; end tokens also from generation_config.json.
@@ -32,7 +31,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     Raises: ModelFormatError naming the file, the key, what it holds and what was expected.
     """
     path = directory / "config.json"
-    keys = Fields(path, read_json_object(path, _MAX_JSON_BYTES))
+    keys = Fields(path, read_json_object(path, MAX_CONFIG_BYTES))
     model_type = _model_type(keys)
     llama = model_type == "llama"
     refuse_settings(keys)
@@ -52,7 +51,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     _check_layer_types(keys, window)
     max_positions = keys.default("max_position_embeddings", int, 2048 if llama else 131072)
     biased = llama and bool(keys.get("attention_bias", bool))
-    ends, ends_of = _end_tokens(directory, keys)
+    ends, ends_of = listed_ends(keys, read_if_there(directory / "generation_config.json", MAX_CONFIG_BYTES))
     try:
         return ModelConfig(
             vocab_size=keys.require("vocab_size", int),
@@ -71,7 +70,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
             attention_out_bias=biased,  # transformers' LlamaAttention has one switch for all four
             mlp_bias=llama and bool(keys.get("mlp_bias", bool)),
             bos_token_id=keys.get("bos_token_id", int) if "bos_token_id" in keys else 1,
-            eos_token_ids=ends,
+            eos_token_ids=ends if ends or "eos_token_id" in keys else (2,),
             name=directory.resolve().name,
         )
     except ConfigError as error:
@@ -83,7 +82,7 @@ def refuse_other_architectures(directory: Path) -> None:
     """Raise ModelFormatError where config.json names what this library does not run; its other faults are for later."""
     path = directory / "config.json"
     try:
-        keys = Fields(path, read_json_object(path, _MAX_JSON_BYTES))
+        keys = Fields(path, read_json_object(path, MAX_CONFIG_BYTES))
     except ModelFormatError:
         return
     if "architectures" in keys or "model_type" in keys:
@@ -169,23 +168,3 @@ def _rope(keys: Fields, max_positions: int) -> RopeConfig:
     except ConfigError as error:
         key = _KEYS.get(error.field, error.field.removeprefix("rope."))
         raise rope.error(key, error.found, error.expected) from None
-
-
-def _end_tokens(directory: Path, config: Fields) -> tuple[tuple[int, ...], Fields]:
-    """End-of-generation ids and the file that they are from: generation_config.json if that has any, else config.json.
-
-    Either holds an id or a list of them.
-    """
-    path = directory / "generation_config.json"
-    sources = [config]
-    if path.exists():  # older checkpoints have none
-        sources.insert(0, Fields(path, read_json_object(path, _MAX_JSON_BYTES)))
-    for keys in sources:
-        value = keys.values.get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise keys.error("eos_token_id", value, "a token id or a list of them")
-        return tuple(dict.fromkeys(ids)), keys
-    return () if "eos_token_id" in config else (2,), config

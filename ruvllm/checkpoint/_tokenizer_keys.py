@@ -12,8 +12,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from ruvllm.checkpoint.fields import Fields
 
 logger = logging.getLogger(__name__)
@@ -81,13 +79,8 @@ GENERATION_CONFIG_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def require_neutral(keys: Fields, neutral: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse by its name a key whose value asks for what is not done here. Raises: ModelFormatError."""
-    for key, allowed in neutral.items():
-        value = keys.values.get(key)
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if value is not None and value not in allowed:
-            expected = " or ".join(map(repr, allowed)) or "nothing"
-            raise keys.error(key, repr(value), f"{expected}, since this library does not do that")
+    for key, values in neutral.items():
+        keys.require_plain(key, values)
 
 
 def check_gguf_keys(keys: Fields) -> None:

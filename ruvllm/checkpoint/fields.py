@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
+
+import numpy as np
 
 from ruvllm.errors import ModelFormatError
 
@@ -62,11 +65,27 @@ class Fields:
         """The value of `key`, or `default` if there is no such key; a null is an error. Raises: ModelFormatError."""
         return self.require(key, kind) if key in self else default
 
+    def require_plain(self, key: str, plain: Collection[object], expected: str | None = None) -> None:
+        """Refuse a key that asks for what is not done here: whose value, if it has any, is none of ``plain``.
+
+        Raises: ModelFormatError.
+        """
+        found = self.values.get(key)
+        value = found.tolist() if isinstance(found, np.ndarray) else found
+        same = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in plain)
+        if value is not None and not any(same):
+            plainly = " or ".join(map(_spelt, plain)) or "nothing"
+            raise self.error(key, _spelt(value), expected or f"{plainly}: no other is supported")
+
     def error(self, key: str, found: object, expected: str) -> ModelFormatError:
         """An error that speaks of `key`."""
         return ModelFormatError(
             self.path, field=self.prefix + key, found=found, expected=expected, offset=self.offsets.get(key)
         )
+
+
+def _spelt(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _as_float(value: int) -> float | int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from ruvllm.checkpoint._tokenizer_keys import END_NAMES, PREFIX
 from ruvllm.checkpoint.fields import Fields
@@ -102,17 +101,11 @@ def _check_kind(meta: Fields) -> None:
 def _check_neutral(meta: Fields, head_dim: int) -> None:
     """Refuse keys that ask for arithmetic which this library does not do, unless their value changes nothing."""
     scale = 1 / math.sqrt(head_dim)
-    neutral: tuple[tuple[str, type, tuple[Any, ...]], ...] = (
-        ("llama.expert_count", int, (0,)),
-        ("llama.rope.dimension_count", int, (head_dim,)),
-        ("llama.attention.value_length", int, (head_dim,)),
-        ("llama.attention.causal", bool, (True,)),
-        ("llama.rope.scaling.attn_factor", float, (1.0,)),
-    )
-    for key, kind, allowed in neutral:
-        value = meta.get(key, kind)
-        if value is not None and value not in allowed:
-            raise meta.error(key, value, " or ".join(map(str, allowed)))
+    meta.require_plain("llama.expert_count", (0,))
+    meta.require_plain("llama.rope.dimension_count", (head_dim,))
+    meta.require_plain("llama.attention.value_length", (head_dim,))
+    meta.require_plain("llama.attention.causal", (True,))
+    meta.require_plain("llama.rope.scaling.attn_factor", (1.0,))
     asked = meta.get("llama.attention.scale", float)
     if asked and not math.isclose(asked, scale, rel_tol=1e-6):  # 0 stands for the default
         raise meta.error("llama.attention.scale", asked, f"1/sqrt(head_dim) = {scale:.8g}")

@@ -131,7 +131,7 @@ def refused(path: Path, message: str, case: str = CASE) -> None:
         ({"use_dora": True}, "use_dora: found true"),
         (
             {"alora_invocation_tokens": [5, 6]},
-            r"alora_invocation_tokens: found \[5, 6\], expected null",
+            r"alora_invocation_tokens: found \[5, 6\], expected \[\]",
         ),
         ({"use_newest_idea": {"depth": 2}}, r'use_newest_idea: found {"depth": 2}, expected a setting that is known'),
         ({"bias": "all"}, 'bias: found "all", expected "none"'),
@@ -205,7 +205,7 @@ def test_settings_without_effect(copy: Path, tmp_path: Path) -> None:
     [
         (
             {"alora.invocation_tokens": [5, 6]},
-            r"adapter\.alora\.invocation_tokens: found \[5, 6\], expected null: no other is supported",
+            r"adapter\.alora\.invocation_tokens: found \[5, 6\], expected \[\]: no other is supported",
         ),
         ({"type": "loha"}, r'adapter\.type: found "loha", expected "lora"'),
         ({"type": None}, r"adapter\.type: found no such key"),

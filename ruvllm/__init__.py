@@ -27,16 +27,17 @@ if TYPE_CHECKING:
         ModelFormatError,
         RuvllmError,
     )
-    from ruvllm.llm import LLM, Generation
+    from ruvllm.llm import LLM
     from ruvllm.loading import load
     from ruvllm.model import KVCache, Llama, ModelConfig
     from ruvllm.quantizing import quantize
+    from ruvllm.streaming import Generation
 
 _HOMES = {
     "load": "ruvllm.loading",
     "warmup": "ruvllm.compiling",
     "LLM": "ruvllm.llm",
-    "Generation": "ruvllm.llm",
+    "Generation": "ruvllm.streaming",
     "pull": "ruvllm.checkpoint.hub",
     "quantize": "ruvllm.quantizing",
     "KVCache": "ruvllm.model",

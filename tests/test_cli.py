@@ -12,9 +12,9 @@ import ruvllm
 from ruvllm.checkpoint import hub
 from ruvllm.cli import _parser, main
 from ruvllm.errors import ContextFullError, DownloadError
-from ruvllm.llm import Generation, Timings
 from ruvllm.model import llama
 from ruvllm.model.perplexity import Perplexity
+from ruvllm.streaming import Generation, Timings
 
 DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "f32"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -14,8 +14,9 @@ from ruvllm.cli._tables import show
 from ruvllm.errors import ContextFullError
 
 if TYPE_CHECKING:
-    from ruvllm.llm import LLM, Generation, Stream
+    from ruvllm.llm import LLM
     from ruvllm.model.kv_cache import KVCache
+    from ruvllm.streaming import Generation, Stream
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 _CHAT_HELP = """\

@@ -15,8 +15,8 @@ import pytest
 import ruvllm
 from ruvllm import _container
 from ruvllm.errors import InsufficientMemoryError
-from ruvllm.kernels._memory import free_memory, require_memory
-from ruvllm.kernels._threads import physical_cores
+from ruvllm.kernels.memory import free_memory, require_memory
+from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.machine import machine
 from tests.model import tiny
 
@@ -165,7 +165,7 @@ def test_it_is_shown(system: Any) -> None:
 POOL = """
 import json, os, ruvllm
 from ruvllm._spinning import environment_of_others
-from ruvllm.kernels._threads import most_threads, num_threads
+from ruvllm.kernels.threads.pool import most_threads, num_threads
 print(json.dumps([most_threads(), num_threads(), environment_of_others().get("NUMBA_NUM_THREADS")]))
 """
 

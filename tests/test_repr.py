@@ -25,7 +25,7 @@ from ruvllm.checkpoint.hub import MODELS
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.kernels import KERNELS
-from ruvllm.kernels.blas import Speedup
+from ruvllm.kernels.matmul.blas import Speedup
 from ruvllm.lab.explanation import Remark
 from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.llm import LLM
@@ -49,7 +49,7 @@ LONGEST = 700  # characters: ModelConfig, all of whose fields are small
 INSIDE = {
     "ruvllm.checkpoint.fields", "ruvllm.checkpoint.gguf_header", "ruvllm.checkpoint.gguf_writer",
     "ruvllm.checkpoint.groups", "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source",
-    "ruvllm.kernels.quant_panels", "ruvllm.model.activations", "ruvllm.model.forward_plan", "ruvllm.model.layer",
+    "ruvllm.kernels.quant.panels", "ruvllm.model.activations", "ruvllm.model.forward_plan", "ruvllm.model.layer",
     "ruvllm.model.low_rank", "ruvllm.model.random_weights", "ruvllm.model.weights", "ruvllm.report.bench",
     "ruvllm.report.inside",
     "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.peers", "ruvllm.report.tables",

@@ -134,7 +134,7 @@ def _info(args: argparse.Namespace) -> None:
 
     model = take_last(args)
     if args.calibrate:
-        from ruvllm.kernels.matmul import calibrate_blas
+        from ruvllm.kernels.matmul.public import calibrate_blas
 
         calibrate_blas()
     show_info(model)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from ruvllm.kernels._threads import physical_cores
+from ruvllm.kernels.threads.pool import physical_cores
 
 
 class Body(NamedTuple):

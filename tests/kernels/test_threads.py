@@ -135,12 +135,12 @@ print(pool._pool_runs())
 
 def test_the_lock_of_a_forked_child_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     num_threads()  # starts the pool, if nothing has
-    monkeypatch.setattr(_threads, "_forked", False)
-    monkeypatch.setattr(_threads, "_one_at_a_time", _threads._one_at_a_time)
-    with _threads._one_at_a_time:  # as if another thread of the parent were inside a kernel
-        _threads._after_fork()
-        assert _threads._forked
-        assert not _threads._one_at_a_time.locked()
+    monkeypatch.setattr(pool, "_forked", False)
+    monkeypatch.setattr(pool, "_one_at_a_time", pool._one_at_a_time)
+    with pool._one_at_a_time:  # as if another thread of the parent were inside a kernel
+        pool._after_fork()
+        assert pool._forked
+        assert not pool._one_at_a_time.locked()
 
 
 def test_read_bandwidth() -> None:

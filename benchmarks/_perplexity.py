@@ -1,4 +1,4 @@
-"""Perplexity of one text under both engines, by one protocol, from the same token ids."""
+"""Perplexity of one text under both engines, with one protocol and the same token ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import ruvllm
-from benchmarks._engines import LlamaCpp
 from benchmarks._files import FETCHED, smollm2
+from ruvllm.measure.engines import LlamaCpp
 
 CONTEXT = 512
 STANDARD_TEXT = "pydoc"
@@ -59,7 +59,7 @@ def compare(text: str, kinds: list[str], threads: int, llama: LlamaCpp | None) -
         float32 = kind == "F32"
         path, peer = smollm2(FETCHED if float32 else kind, llama), smollm2(kind, llama)
         if path is None:
-            continue  # made by llama.cpp, which is not there
+            continue  # llama.cpp, which converts it, is not installed
         llm = ruvllm.load(path, weights="f32" if float32 else "auto", threads=threads)
         ids = llm.tokenizer.encode(text, add_special=False, parse_special=False)
         own = llm.perplexity(ids, context=CONTEXT)

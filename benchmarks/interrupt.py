@@ -3,8 +3,8 @@
     python -m benchmarks.interrupt [MODEL] [--tokens 1024] [--times 10]     (MODEL: a name, file or directory; seven-b)
 
 A timer sends this process SIGINT at some moment of a long prompt; the time from the signal to KeyboardInterrupt is
-measured. Afterwards the same tokens must give the same logits as before. ``seven-b`` is the
-random Q4_0 file of LLaMA-2-7B's shape that ``benchmarks.make_7b`` writes (3.8 GB).
+measured. Afterwards the same tokens must give the same logits as before. ``seven-b`` is the file of
+``benchmarks.make_7b`` (3.8 GB).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 import ruvllm
-from benchmarks._files import seven_b
+from benchmarks.make_7b import seven_b
 from ruvllm.llm import LLM
 
 

@@ -1,9 +1,9 @@
-"""Write a GGUF file of LLaMA-2-7B's shape with random Q4_0 weights: its speed is that of the real model.
+"""Write a GGUF file of LLaMA-2-7B's shape with random Q4_0 weights: it runs as fast as the real model.
 
 python -m benchmarks.make_7b [FILE]     (3.8 GB; default: in the cache directory, where benchmarks.peers looks)
 
 Needs the ``gguf`` package (of the test extra). Codes are uniform, scales such that activations neither vanish nor
-overflow; the vocabulary is made up. What the model says means nothing.
+overflow; the vocabulary is made up, the output meaningless.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from benchmarks._files import directory, made_once
+from ruvllm.measure import gguf_file
+from ruvllm.measure.gguf_file import BLOCK_BYTES, GROUP
 from ruvllm.model.config import PRESETS, ModelConfig
-from ruvllm.report import gguf_file
-from ruvllm.report.gguf_file import BLOCK_BYTES, GROUP
 
 SEVEN_B = PRESETS["llama2-7b"]
 CODE_DEVIATION = 4.61  # standard deviation of the integers -8 .. 7, all equally likely
@@ -35,7 +36,7 @@ def write(path: Path, config: ModelConfig, seed: int = 0, progress: bool = True)
     """Write the file, a tensor at a time.
 
     Raises:
-        ValueError: a matrix has columns that are no multiple of 32.
+        ValueError: a matrix's columns are not a multiple of 32.
     """
     shapes = config.tensor_shapes()
     writer = gguf_file.start(path, config, "q4_0")
@@ -49,10 +50,13 @@ def write(path: Path, config: ModelConfig, seed: int = 0, progress: bool = True)
     writer.close()
 
 
+def seven_b() -> Path:
+    """The LLaMA-2-7B-shaped file in the cache, 3.8 GB; written if missing."""
+    return made_once(directory() / "llama2-7b-shape.Q4_0.gguf", lambda partial: write(partial, SEVEN_B))
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         write(Path(sys.argv[1]), SEVEN_B)
     else:
-        from benchmarks._files import seven_b
-
         print(seven_b())

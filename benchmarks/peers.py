@@ -1,13 +1,14 @@
-"""ruvllm beside llama.cpp, on the same files, in one run.
+"""ruvllm against llama.cpp and ik_llama.cpp, on the same files, in one run.
 
 python -m benchmarks.peers [--models Q4_1,Q4_0,Q8_0,Q4_K_M] [--threads 1,2] [--cases decode,prefill-512] [--quick]
                            [--seven-b] [--kv f16] [--json OUT] [--llama-python PYTHON]
 python -m benchmarks.peers --perplexity [FILE]
 
-The two engines take turns, A B A B, and never compute at the same time; figures are medians over the rounds. Beside
-each row stands the read bandwidth of the machine, measured in the same rounds, and for decoding how much of it each
-engine used: the bytes of its weights over the time of a token. llama.cpp (llama-cpp-python, flash attention on,
-memory-mapped) runs in a process of its own; ``--llama-python`` or RUVLLM_LLAMA_PYTHON names a Python that has it.
+The engines take turns, A B A B, and never compute at the same time; figures are medians over the rounds. Each row has
+the read bandwidth of the machine, measured in the same rounds, and for decoding the share of it that each engine used:
+the bytes of its weights over the time of a token. llama.cpp (llama-cpp-python, flash attention on, memory-mapped) runs
+in a process of its own; ``--llama-python`` or RUVLLM_LLAMA_PYTHON names a Python that has it. ik_llama.cpp is a column
+where RUVLLM_IK_BENCH names its program ``llama-bench`` (flash attention on, weights repacked at load, random tokens).
 "decode" feeds given tokens one by one, "prefill" many at once; both end with logits, nothing is sampled.
 """
 
@@ -28,11 +29,14 @@ import numpy as np
 
 import ruvllm
 from benchmarks import _files, _perplexity
-from benchmarks._engines import NOT_INSTALLED, Engine, LlamaCpp, Ruvllm
+from benchmarks._table import NOT_INSTALLED, Headings, chosen, table_head, table_line
+from benchmarks.make_7b import seven_b
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import read_bandwidth
+from ruvllm.measure.engines import Engine, IkLlamaCpp, LlamaCpp, Ruvllm
+from ruvllm.measure.workers import python_for
 
-PAUSE_SECONDS = 0.02  # an OpenMP team spins for some milliseconds after its work: the other's turn begins after that
+PAUSE_SECONDS = 0.02  # before each turn: the OpenMP team of the last engine spins for some milliseconds
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,14 @@ CASES = {
     "decode": Case("decode", 32, context=32),
     "decode@1k": Case("decode", 16, context=1024),
     "decode@4k": Case("decode", 16, context=4096),
-}  # by growing context: what one case left in the cache, the next continues
+}  # by growing context: each case continues from what the last one left in the KV cache
 QUICK = ("prefill-32", "prefill-128", "decode")
 SEVEN_B = ("prefill-128", "decode")
 
 
 @dataclass
 class Row:
-    """One line of the table: seconds of every round, and what was measured beside them."""
+    """One line of the table: seconds of every round, and what was measured with them."""
 
     model: str
     case: str
@@ -68,19 +72,19 @@ class Row:
     tokens: int
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by engine
     bandwidth: list[float] = field(default_factory=list)  # bytes/s
-    weight_bytes: dict[str, int] = field(default_factory=dict)  # that a token reads, by engine
+    weight_bytes: dict[str, int] = field(default_factory=dict)  # read for a token, by engine
 
     def speed(self, engine: str) -> float | None:
         """Median tokens per second."""
         return self.tokens / statistics.median(self.seconds[engine]) if engine in self.seconds else None
 
-    def ratio(self) -> float | None:
-        """Speed of ruvllm over that of llama.cpp."""
-        own, other = self.speed(Ruvllm.name), self.speed(LlamaCpp.name)
+    def ratio(self, engine: str = LlamaCpp.name) -> float | None:
+        """Speed of ruvllm over that of another engine."""
+        own, other = self.speed(Ruvllm.name), self.speed(engine)
         return own / other if own and other else None
 
     def share(self, engine: str) -> float | None:
-        """Bytes of weights read per second, over the read bandwidth; of decoding alone."""
+        """Bytes of weights read per second over the read bandwidth; None unless decoding."""
         speed = self.speed(engine)
         if speed is None or CASES[self.case].kind != "decode":
             return None
@@ -92,91 +96,78 @@ class Row:
         return asdict(self) | {
             "tokens_per_second": {name: self.speed(name) for name in engines},
             "ratio": self.ratio(),
+            "ratios": {name: self.ratio(name) for name in engines if name != Ruvllm.name},
             "share_of_bandwidth": {name: self.share(name) for name in engines},
         }
 
 
 def measure(engines: list[Engine], model: str, path: Path, names: list[str], threads: int, rounds: int) -> list[Row]:
-    """Rows of one model with one number of threads, printed as they come."""
+    """Rows of one model on one number of threads, printed one by one."""
     context = max(case.context + case.tokens for case in map(CASES.get, names) if case)
     for engine in engines:
         engine.load(path, threads, context + 1)
     with open_checkpoint(path) as checkpoint:
         vocabulary = checkpoint.config.vocab_size
-    ids = np.random.default_rng(0).integers(0, vocabulary, context).tolist()  # the same for both
+    ids = np.random.default_rng(0).integers(0, vocabulary, context).tolist()  # the same for all
+    others = columns(engines)
     rows, held = [], 0
     for name in names:
         case = CASES[name]
         row = Row(model, name, threads, case.tokens)
         for engine in engines:
             if case.context > held:
-                engine.prefill(ids[held : case.context])
+                engine.append(ids[held : case.context])
             row.weight_bytes[engine.name] = engine.weight_bytes
         held = case.context
         timed = ids[held : held + case.tokens]
-        for number in range(rounds + 1):  # the first is for warming up
+        for number in range(rounds + 1):  # the first warms up
             bandwidth = read_bandwidth(repeats=3, threads=threads)
             if number:
                 row.bandwidth.append(bandwidth)
             for engine in engines:
                 time.sleep(PAUSE_SECONDS)
-                seconds = _turn(engine, case.kind, timed, held)
+                seconds = engine.turn(case.kind, timed, held)
                 if number:
                     row.seconds.setdefault(engine.name, []).append(seconds)
-        print(_line(row), flush=True)
+        print(_line(row, others), flush=True)
         rows.append(row)
     for engine in engines:
         engine.unload()
     return rows
 
 
-def _turn(engine: Engine, kind: str, ids: list[int], held: int) -> float:
-    """Seconds of one measurement; the cache is left as it was."""
-    engine.decode(ids[:1])  # wakes threads and brings what the other engine pushed out of the processor's caches
-    engine.truncate(held)
-    seconds = engine.prefill(ids) if kind == "prefill" else engine.decode(ids)
-    engine.truncate(held)
-    return seconds
+def columns(engines: list[Engine]) -> list[str]:
+    """The engines that ruvllm is compared with; llama.cpp always has a column."""
+    return list(dict.fromkeys([LlamaCpp.name, *(engine.name for engine in engines if engine.name != Ruvllm.name)]))
 
 
-HEADINGS = (
-    ("model", -15), ("case", -12), ("threads", 7), ("ruvllm tok/s", 12), ("llama.cpp tok/s", 15), ("ratio", 6),
-    ("read GB/s", 9), ("ruvllm % of it", 14), ("llama.cpp % of it", 17),
-)  # fmt: skip
+def headings(others: list[str]) -> Headings:
+    """The headings of the table."""
+    names = [Ruvllm.name, *others]
+    ratios = [("ratio" if name == LlamaCpp.name else f"ratio to {name}", 6) for name in others]
+    return (
+        ("model", -15), ("case", -12), ("threads", 7), *((f"{name} tok/s", len(name) + 6) for name in names),
+        *ratios, ("read GB/s", 9), *((f"{name} % of it", len(name) + 8) for name in names),
+    )  # fmt: skip
 
 
-def _line(row: Row) -> str:
-    own, other, ratio = row.speed(Ruvllm.name), row.speed(LlamaCpp.name), row.ratio()
-    shares = [row.share(name) for name in (Ruvllm.name, LlamaCpp.name)]
+def _line(row: Row, others: list[str]) -> str:
+    names = [Ruvllm.name, *others]
+    speeds, ratios, shares = map(row.speed, names), map(row.ratio, others), map(row.share, names)
     return table_line(
         row.model,
         row.case,
         row.threads,
-        f"{own:.1f}",
-        NOT_INSTALLED if other is None else f"{other:.1f}",
-        "-" if ratio is None else f"{ratio:.2f}x",
+        *(NOT_INSTALLED if speed is None else f"{speed:.1f}" for speed in speeds),
+        *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
         f"{statistics.median(row.bandwidth) / 1e9:.1f}",
         *("-" if share is None else f"{100 * share:.0f}" for share in shares),
+        headings=headings(others),
     )
 
 
-def table_line(*cells: object, headings: tuple[tuple[str, int], ...] = HEADINGS) -> str:
-    """A line of a Markdown table; a negative width aligns to the left."""
-    texts = (
-        f"{cell!s:<{-width}}" if width < 0 else f"{cell!s:>{width}}"
-        for cell, (_, width) in zip(cells, headings, strict=True)
-    )
-    return "| " + " | ".join(texts) + " |"
-
-
-def table_head(headings: tuple[tuple[str, int], ...] = HEADINGS) -> str:
-    """Headings and the rule below them."""
-    rule = "|".join("-" * (2 - width) if width < 0 else "-" * (width + 1) + ":" for _, width in headings)
-    return f"{table_line(*(name for name, _ in headings), headings=headings)}\n|{rule}|"
-
-
-def machine(llama: LlamaCpp | None) -> dict[str, str]:
-    """What the figures were measured on, and with."""
+def machine(engines: list[Engine]) -> dict[str, str]:
+    """The machine, and the engines that ruvllm is compared with."""
     import llvmlite.binding as llvm
     import numba
     from numba.np.ufunc.parallel import get_num_threads, threading_layer
@@ -185,10 +176,10 @@ def machine(llama: LlamaCpp | None) -> dict[str, str]:
     found = {
         "machine": f"{platform.system()} {platform.machine()}, {llvm.get_host_cpu_name()}, {os.cpu_count()} cores",
         "ruvllm": f"{ruvllm.__version__}, numba {numba.__version__}, {threading_layer()} with {threads} threads",
-        "llama.cpp": NOT_INSTALLED if llama is None else f"llama-cpp-python {llama.version}: {llama.system}",
-    }
+        LlamaCpp.name: NOT_INSTALLED,
+    } | {engine.name: engine.about for engine in engines}
     if hasattr(os, "getloadavg"):
-        found["load before"] = f"{os.getloadavg()[0]:.2f} (anything else that computes spoils the figures)"
+        found["load before"] = f"{os.getloadavg()[0]:.2f} (other busy programs distort the figures)"
     return found
 
 
@@ -199,14 +190,14 @@ def show_perplexity(source: str, kinds: list[str], threads: int, llama: LlamaCpp
     digest = _perplexity.sha256(text)
     print(f"text: {name}, {len(text)} characters, SHA-256 {digest}")
     print(f"protocol: windows of {_perplexity.CONTEXT} tokens, the second half of each scored, each window alone\n")
-    headings = (("weights", -8), ("ruvllm", 10), ("+/-", 8), (LlamaCpp.name, 13), ("difference", 10), ("tokens", 6))
-    print(table_head(headings))
+    titles = (("weights", -8), ("ruvllm", 10), ("+/-", 8), (LlamaCpp.name, 13), ("difference", 10), ("tokens", 6))
+    print(table_head(titles))
     records = []
     for row in _perplexity.compare(text, ["F32", *kinds], threads, llama):
         other = NOT_INSTALLED if row.llama is None else f"{row.llama:.4f}"
         difference = "-" if row.difference is None else f"{100 * row.difference:+.3f} %"
         cells = (row.model, f"{row.ruvllm:.4f}", f"{row.error:.4f}", other, difference, row.tokens)
-        print(table_line(*cells, headings=headings), flush=True)
+        print(table_line(*cells, headings=titles), flush=True)
         records.append(asdict(row) | {"difference": row.difference, "text_sha256": digest})
     return records
 
@@ -223,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kv", help="type of ruvllm's KV cache (default: the library's); llama.cpp's is f16")
     p.add_argument("--json", metavar="OUT", help="write all measurements to a file")
     p.add_argument(
-        "--llama-python", default=os.environ.get("RUVLLM_LLAMA_PYTHON", sys.executable), metavar="PYTHON",
+        "--llama-python", default=python_for("llama"), metavar="PYTHON",
         help="a Python that has llama-cpp-python (default: RUVLLM_LLAMA_PYTHON, else this one)",
     )  # fmt: skip
     p.add_argument(
@@ -233,21 +224,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def chosen(option: str, given: str, known: tuple[str, ...]) -> list[str]:
-    """The names in a comma-separated option, in the order of ``known``.
-
-    Raises:
-        ValueError: one that is not known, or none at all.
-    """
-    names = [name for name in given.split(",") if name]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"{option}: expected some of {','.join(known)}, found {given!r}")
-    return [name for name in known if name in names]
-
-
-def run(args: argparse.Namespace, llama: LlamaCpp | None) -> list[dict[str, Any]]:
-    """Measure and print what the options ask for; the records for --json."""
+def run(args: argparse.Namespace, llama: LlamaCpp | None, ik: IkLlamaCpp | None = None) -> list[dict[str, Any]]:
+    """Measure and print as the options say; the records for --json."""
     kinds = chosen("--models", args.models, _files.TYPES)
     threads = [int(n) for n in args.threads.split(",")]
     if min(threads) < 1 or args.rounds < 1:
@@ -256,17 +234,16 @@ def run(args: argparse.Namespace, llama: LlamaCpp | None) -> list[dict[str, Any]
         return show_perplexity(args.perplexity, kinds, max(threads), llama)
     names = chosen("--cases", args.cases or ",".join(QUICK if args.quick else CASES), tuple(CASES))
     rounds = min(args.rounds, 3) if args.quick else args.rounds
-    own = Ruvllm(kv=args.kv)
-    engines: list[Engine] = [own] if llama is None else [own, llama]
+    engines: list[Engine] = [Ruvllm(kv=args.kv), *(engine for engine in (llama, ik) if engine is not None)]
     jobs = [(f"SmolLM2 {kind}", _files.smollm2(kind, llama), names) for kind in kinds]
     if args.seven_b:
-        jobs.append(("7B shape Q4_0", _files.seven_b(), [name for name in names if name in SEVEN_B]))
-    print(f"medians of {rounds} rounds\n\n{table_head()}", flush=True)
+        jobs.append(("7B shape Q4_0", seven_b(), [name for name in names if name in SEVEN_B]))
+    print(f"medians of {rounds} rounds\n\n{table_head(headings(columns(engines)))}", flush=True)
     rows: list[Row] = []
     for model, path, wanted in jobs:
         for n in threads:
             if path is None:
-                print(f"{model}: its file is made by llama.cpp, which is not installed", file=sys.stderr)
+                print(f"{model}: llama.cpp, which converts its file, is not installed", file=sys.stderr)
             elif wanted:
                 rows += measure(engines, model, path, wanted, n, rounds)
     return [row.record() for row in rows]
@@ -281,10 +258,13 @@ def main(argv: list[str] | None = None) -> int:
             llama = LlamaCpp(args.llama_python)
         except ModuleNotFoundError:
             print(f"{args.llama_python} has no llama-cpp-python: that column stays empty", file=sys.stderr)
-        about = machine(llama)
+        ik = IkLlamaCpp(os.environ["RUVLLM_IK_BENCH"]) if os.environ.get("RUVLLM_IK_BENCH") else None
+        others: list[Engine] = [engine for engine in (llama, ik) if engine is not None]
+        about = machine(others)
         for key, value in about.items():
             print(f"{key}: {value}")
-        records = run(args, llama)
+        records = run(args, llama, ik)
+        about |= {engine.name: engine.about for engine in others}  # llama-bench tells its build with its figures
         if args.json:
             Path(args.json).write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
     except (ruvllm.RuvllmError, ValueError, OSError, RuntimeError) as error:

@@ -1,37 +1,34 @@
-"""Adapters that learn: what training costs beside PyTorch + PEFT, what it teaches, what adapters cost a token.
+"""Training adapters: its cost against PyTorch + PEFT, what it teaches, what adapters cost per token.
 
     python -m benchmarks.training --learn      a small task: loss curve, held-out loss, answers before and after
-    python -m benchmarks.training --peer       the same data step by step in both, in turns: time, memory, loss
+    python -m benchmarks.training --peer       the same data in both, step by step in turns: time, memory, loss
     python -m benchmarks.training --adapters   decode with adapters, swapping, one step of feedback
 
-RUVLLM_TORCH_PYTHON names an interpreter that has torch, transformers and peft, for --peer. It trains on the same
-weights in float32, which is what PEFT trains on a CPU; ruvllm on the 4 bits of the file.
+RUVLLM_TORCH_PYTHON names a Python that has torch, transformers and peft, for --peer. PEFT trains on the same weights
+in float32, as it does on a CPU; ruvllm on the 4 bits of the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 import ruvllm
 from benchmarks._orders import orders
-from ruvllm._spinning import environment_of_others
 from ruvllm.checkpoint.adapters import save_adapter
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.names import hf_name
 from ruvllm.checkpoint.safetensors_writer import write_safetensors
+from ruvllm.measure.workers import Worker
 from ruvllm.model.lora import TARGETS, LoraAdapter, LoraConfig
 from ruvllm.model.training import TrainingConfig
 from ruvllm.model.training_data import step_batches
@@ -55,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the parts that were asked for; all if none was."""
+    """Run the chosen parts, or all of them."""
     args = parser().parse_args()
     every = not (args.learn or args.peer or args.adapters)
     llm = ruvllm.load(MODEL, weights=args.weights, threads=args.threads)
@@ -75,7 +72,7 @@ def settings(args: argparse.Namespace) -> TrainingConfig:
 
 
 def learn(llm: ruvllm.LLM, args: argparse.Namespace) -> None:
-    """Teach the task and show what came of it."""
+    """Teach the task and show the result."""
     data = orders(args.examples + HELD_OUT)
     teach, held_out = data[: args.examples], data[args.examples :]
     before = [llm.chat(_question(record), max_tokens=60).text for record in held_out[:3]]
@@ -105,38 +102,12 @@ def _question(record: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": record["prompt"]}]
 
 
-class Peer:
-    """PyTorch + PEFT in another process."""
-
-    def __init__(self, python: str) -> None:
-        # -P: files beside the script, such as kernels.py, are not taken for packages of these names.
-        command = [python, "-P", str(Path(__file__).with_name("_torch_trainer.py"))]
-        environment = {name: value for name, value in environment_of_others().items() if name != "PYTHONPATH"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return dict(answer["result"])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def peer(llm: ruvllm.LLM, args: argparse.Namespace) -> None:
     """The same examples, order, adapter and learning rates in both, a step each in turn."""
-    python = os.environ.get("RUVLLM_TORCH_PYTHON")
-    if python is None:
-        print("\nPyTorch + PEFT: not installed (RUVLLM_TORCH_PYTHON names its Python)")
+    try:
+        other = Worker("peft")
+    except ModuleNotFoundError:
+        print("\nPyTorch + PEFT: not installed (RUVLLM_TORCH_PYTHON names a Python that has them)")
         return
     data = orders(args.examples + HELD_OUT)
     examples, unseen = llm.examples(data[: args.examples]), llm.examples(data[args.examples :])
@@ -144,28 +115,26 @@ def peer(llm: ruvllm.LLM, args: argparse.Namespace) -> None:
     trainer = llm.lora.trainer(examples, "orders", LoraConfig(8, 16.0), config)
     with tempfile.TemporaryDirectory() as adapter:
         save_adapter(trainer.adapter, adapter, llm.config)
-        other = Peer(python)
-        versions = other(
-            "load", model=str(_float_directory()), adapter=adapter, threads=llm.model.threads, checkpointing=False
-        )
+        directory = str(_float_directory())
+        other.call("load", model=directory, adapter=adapter, threads=llm.model.threads, checkpointing=False)
     ours, theirs, tokens = [], [], 0
     for number in range(config.steps or 0):
         batch = next(iter(step_batches(examples, number, config.batch_size, 1, config.seed)))
         rows = [(batch.ids[a:b].tolist(), batch.targets[a:b].tolist()) for a, b in pairwise(batch.starts)]
         step = trainer.step()
         ids, targets = [row[0] for row in rows], [row[1] for row in rows]
-        answer = other("step", ids=ids, targets=targets, lr=step.lr, max_norm=config.max_grad_norm)
+        answer = other.call("step", ids=ids, targets=targets, lr=step.lr, max_norm=config.max_grad_norm)
         ours.append((step.loss, step.seconds))
         theirs.append((answer["loss"], answer["seconds"]))
         tokens += step.tokens
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     rows = [(e.ids.tolist(), [*np.where(e.learn[1:], e.ids[1:], -1).tolist(), -1]) for e in unseen]
-    after = other("loss", ids=[row[0] for row in rows], targets=[row[1] for row in rows])["loss"]
-    mine, their_peak = trainer.evaluate(unseen).loss, other("peak")["mb"]
+    after = other.call("loss", ids=[row[0] for row in rows], targets=[row[1] for row in rows])
+    mine, their_peak = trainer.evaluate(unseen).loss, other.call("peak")
     other.close()
     llm.lora.detach("orders")
     a, b = median(s for _, s in ours), median(s for _, s in theirs)
-    print(f"\nbeside {', '.join(f'{k} {v}' for k, v in versions.items())}; {tokens / len(ours):.0f} tokens a step")
+    print(f"\nagainst {', '.join(f'{k} {v}' for k, v in other.hello.items())}; {tokens / len(ours):.0f} tokens a step")
     print("| | ruvllm | PyTorch + PEFT | ratio |\n|---|--:|--:|--:|")
     print(f"| step, median s | {a:.3f} | {b:.3f} | {b / a:.2f}x |")
     print(f"| peak memory, MB | {peak:.0f} | {their_peak:.0f} | {their_peak / peak:.2f}x |")

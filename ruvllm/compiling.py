@@ -44,7 +44,6 @@ _REGION_FUNCTIONS = 90  # for another kind of KV cache
 _TRAINING_FUNCTIONS = 140  # for training on it
 _MOST_PROCESSES = 4  # that compile at once; each imports numba first
 _SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "append_rows": 5, "_replay": 6}
-_WARM_FLOPS = 2e9  # of a call that is made to compile what it needs
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
@@ -109,14 +108,13 @@ def warmup(progress: bool | None = True) -> None:
 
 
 def _run_kernel(spec: KernelSpec) -> None:
-    """Call a public kernel at the sizes that its record names, but those that take long: some need several threads."""
+    """Call a public kernel at the example sizes of its record: some take several threads."""
     takes_out = "out" in inspect.signature(spec.function).parameters
-    for sizes in spec.sizes:
-        if spec.flops(**sizes) <= _WARM_FLOPS:
-            arguments = spec.example(np.random.default_rng(0), **sizes)
-            result = spec.function(**arguments)
-            if takes_out and "out" not in arguments:  # small calls with out= have code of their own
-                spec.function(**arguments, out=result)
+    for sizes in spec.examples:
+        arguments = spec.example(np.random.default_rng(0), **sizes)
+        result = spec.function(**arguments)
+        if takes_out and "out" not in arguments:  # small calls with out= have code of their own
+            spec.function(**arguments, out=result)
 
 
 @contextmanager
@@ -258,9 +256,7 @@ def _train_tiny_model(layout: str) -> None:
 
 
 @contextmanager
-def _compile_bar(
-    progress: bool | None, functions: int = _FUNCTIONS, takes: str = "10 to 20 s"
-) -> Iterator[None]:
+def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS, takes: str = "10 to 20 s") -> Iterator[None]:
     """A bar that advances with each function that numba has compiled meanwhile."""
     bar = tqdm(
         total=functions, desc="compiling kernels (first run only)", unit="function", leave=False,

@@ -18,6 +18,7 @@ LAYERS = [
     "ruvllm.cli",
     "ruvllm.report",
     "ruvllm.lab",
+    "ruvllm.measure",
     "ruvllm.loading",
     "ruvllm.llm",
     "ruvllm.compiling ruvllm.quantizing",

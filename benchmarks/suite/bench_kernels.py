@@ -1,13 +1,17 @@
-"""Every kernel by its record: how far it is from float64, and how long a first call compiles."""
+"""Every kernel by its record: the time of a call at each size, the error, and how long a first call compiles."""
 
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import KERNELS
+from ruvllm.kernels import KERNELS, KernelSpec
 
 _FIRST_CALL = (
     "import sys, time, numpy as np\n"
@@ -21,7 +25,7 @@ _FIRST_CALL = (
 
 
 class Kernel:
-    """On the first of the sizes that its record names. A commit that has no such kernel skips it."""
+    """At the first size of its record. A commit without the kernel skips it."""
 
     version = "1"
     timeout = 300
@@ -53,3 +57,26 @@ class Kernel:
             return float(said.stdout)
 
     track_first_call.unit = "s"  # type: ignore[attr-defined]
+
+
+def _timed(spec: KernelSpec, sizes: dict[str, int]) -> Callable[[], None]:
+    """A benchmark of one call at one size, its output allocated beforehand."""
+    call: list[Callable[[], Any]] = []
+
+    def setup() -> None:
+        inputs = spec.example(np.random.default_rng(0), **sizes)
+        result = spec.function(**inputs)
+        if "out" in signature(spec.function).parameters and "out" not in inputs:
+            inputs["out"] = result
+        call[:] = [partial(spec.function, **inputs)]
+
+    def benchmark() -> None:
+        call[0]()
+
+    benchmark.__name__ = "_".join([f"time_{spec.name}", *(f"{axis}{n}" for axis, n in sizes.items())])
+    vars(benchmark).update(setup=setup, timeout=120, version="1")
+    return benchmark
+
+
+# A function for each size, not a parameter: asv matches parameters of two commits by position, functions by name.
+globals().update({made.__name__: made for spec in KERNELS.values() for made in (_timed(spec, s) for s in spec.sizes)})

@@ -1,4 +1,4 @@
-"""Memory: how fast it is read, how fast keys and values are appended, what a model of 7B parameters would need."""
+"""Memory: read bandwidth, appending to the KV cache, what a model of 7B parameters needs."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from ruvllm.model.config import PRESETS
 
 
 class Bandwidth:
-    """Reading 256 MB, and buffers that fit into the caches as in the seed's "Memory Bandwidth"."""
+    """Reading 256 MB, and buffers that fit into the caches."""
 
     version = "1"
     timeout = 60
@@ -48,7 +48,7 @@ class KVAppend:
 
 
 class Estimate:
-    """The seed's memory table, GQA and scales counted."""
+    """Memory of a model's weights, grouped-query attention and scales counted."""
 
     version = "1"
     params: Any = (["llama2-7b", "llama2-13b", "llama3-8b", "mistral-7b"], ["fp16", "int8", "int4"])

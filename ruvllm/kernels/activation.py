@@ -10,7 +10,7 @@ from ruvllm.kernels.jit.small_calls import alike, may_write, room, rows_of, smal
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.math import gelu, silu
 from ruvllm.kernels.simd.sums import exp_and_sum, maximum
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
@@ -156,6 +156,8 @@ def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
+_SIZES = grid(rows=(1, 64), n=(768, 1024, 2048, 4096, 8192))
+
 SPECS = [
     KernelSpec(
         name="softmax",
@@ -166,7 +168,7 @@ SPECS = [
         example=lambda rng, rows, n: {"x": 4 * rng.standard_normal((rows, n), np.float32)},
         flops=lambda rows, n: 5.0 * rows * n,
         bytes=lambda rows, n: 8.0 * rows * n,
-        sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+        sizes=(*_SIZES, *grid(rows=1, n=(128, 256, 512))),
     ),
     KernelSpec(
         name="silu_mul",
@@ -180,7 +182,7 @@ SPECS = [
         },
         flops=lambda rows, n: 5.0 * rows * n,
         bytes=lambda rows, n: 12.0 * rows * n,
-        sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+        sizes=_SIZES,
     ),
     KernelSpec(
         name="gelu_mul",
@@ -194,6 +196,6 @@ SPECS = [
         },
         flops=lambda rows, n: 9.0 * rows * n,
         bytes=lambda rows, n: 12.0 * rows * n,
-        sizes=({"rows": 1, "n": 768}, {"rows": 1, "n": 4096}, {"rows": 64, "n": 4096}),
+        sizes=_SIZES,
     ),
 ]

@@ -10,7 +10,7 @@ from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.matmul.micro_kernels import STREAMS
 from ruvllm.kernels.memory import aligned_empty, require_memory
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_zero, hsum
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
 
@@ -105,6 +105,6 @@ SPECS = [
         example=lambda rng, n: {"x": rng.uniform(0.5, 1.5, n).astype(np.float32)},
         flops=lambda n: float(n),
         bytes=lambda n: 4.0 * n,
-        sizes=({"n": 1 << 16}, {"n": 1 << 22}),
+        sizes=grid(n=tuple(1 << bits for bits in (16, 17, 18, 19, 20, 22, 26))),  # 256 KB to 256 MB
     ),
 ]

@@ -8,7 +8,7 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, sum_kernel
 from ruvllm.kernels.jit.small_calls import may_write, room, rows_of, small_call
 from ruvllm.kernels.simd.sums import sum_of_few, sum_of_squares
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
 
@@ -212,10 +212,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np
     return out
 
 
-_SIZES = (
-    *({"rows": 1, "n": n} for n in (768, 1024, 2048, 4096, 8192)),
-    {"rows": 64, "n": 4096},
-)
+_SIZES = grid(rows=(1, 64), n=(768, 1024, 2048, 4096, 8192))
 
 SPECS = [
     KernelSpec(

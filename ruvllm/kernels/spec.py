@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
+
+_EXAMPLE_FLOPS, _EXAMPLE_BYTES = 1e9, 1e8
+
+
+def grid(**axes: int | tuple[int, ...]) -> tuple[dict[str, int], ...]:
+    """Every combination of the axes' values, the last axis fastest."""
+    values = [value if isinstance(value, tuple) else (value,) for value in axes.values()]
+    return tuple(dict(zip(axes, combination, strict=True)) for combination in product(*values))
 
 
 @dataclass(frozen=True)
@@ -11,8 +20,9 @@ class KernelSpec:
 
     ``example(rng, **sizes)`` returns the keyword arguments of ``function`` (without ``out``); ``reference``
     takes the same arguments and returns the answer in float64. ``flops`` and ``bytes`` take the sizes and count
-    the arithmetic and the compulsory memory traffic of one call. ``tolerance`` bounds the normalised mean
-    squared error sum((y - r)^2) / sum(r^2) against the reference.
+    the arithmetic and the compulsory memory traffic of one call. ``sizes`` is the one list of sizes at which the
+    kernel is tested and measured. ``tolerance`` bounds the normalised mean squared error sum((y - r)^2) / sum(r^2)
+    against the reference.
     """
 
     name: str
@@ -30,6 +40,15 @@ class KernelSpec:
     def axes(self) -> tuple[str, ...]:
         """Names of the sizes, in the order of the first example."""
         return tuple(self.sizes[0])
+
+    @property
+    def examples(self) -> tuple[dict[str, int], ...]:
+        """The sizes whose float64 reference takes little time and memory."""
+        return tuple(
+            sizes
+            for sizes in self.sizes
+            if self.flops(**sizes) <= _EXAMPLE_FLOPS and self.bytes(**sizes) <= _EXAMPLE_BYTES
+        )
 
     def __repr__(self) -> str:
         return f"KernelSpec({self.name}: {self.formula}; axes {', '.join(self.axes)})"

@@ -7,10 +7,10 @@ matplotlib axis (``pip install 'ruvllm[lab]'``).
 from ruvllm.lab.costs import Cost, cost
 from ruvllm.lab.drifting import Drift, QuantisationError, drift, quantisation_error
 from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
-from ruvllm.lab.peaks import Peaks, measure_peaks
 from ruvllm.lab.profiling import Profile, profile
 from ruvllm.lab.rooflines import Roofline, roofline
 from ruvllm.lab.swapping import Swap, swap
+from ruvllm.measure.peaks import Peaks, measure_peaks
 
 __all__ = [
     "TARGETS",

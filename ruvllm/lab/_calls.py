@@ -26,7 +26,7 @@ def replaced(make: Callable[[Any], Any], wanted: Callable[[Any], bool]) -> Itera
     made: dict[int, Any] = {}
     try:
         for name, module in list(sys.modules.items()):
-            if name.startswith("ruvllm.") and not name.startswith("ruvllm.lab"):
+            if name.startswith("ruvllm.") and not name.startswith(("ruvllm.lab", "ruvllm.measure")):
                 for attribute, value in list(vars(module).items()):
                     if wanted(value):
                         before.append((module, attribute, value))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ruvllm._brief import brief
-from ruvllm.lab._display import as_html, as_text, axis
-from ruvllm.lab.peaks import Peaks, measured_peaks
 from ruvllm.machine import size
+from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import PRESETS, ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache

@@ -12,8 +12,8 @@ from ruvllm._brief import brief
 from ruvllm._progress import tqdm
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
-from ruvllm.lab._display import as_html, as_text, axis
 from ruvllm.llm import LLM, Prompt
+from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights

@@ -22,7 +22,7 @@ from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
 from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
 from ruvllm.lab._calls import Call, calls_of_kernel, calls_of_models
 from ruvllm.lab._cross import Body, Compiled, Target, compile_bodies
-from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.measure.display import as_html, as_text, axis
 
 _FOREIGN = {
     "apple-m4": Target("arm64-apple-macosx14.0.0", "apple-m4", "+dotprod"),

@@ -12,9 +12,9 @@ import numpy as np
 
 from ruvllm._brief import brief
 from ruvllm.kernels import tape as t
-from ruvllm.lab._display import as_html, as_text, axis
-from ruvllm.lab.peaks import Peaks, measured_peaks
 from ruvllm.llm import LLM, Prompt
+from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.schedule import Step
@@ -233,9 +233,7 @@ class _Reader:
                 if rows:
                     self._add_operation(step, rows, tokens, run, begin, end)
 
-    def _add_operation(
-        self, step: Step, rows: int, tokens: int, run: _Run, begin: np.ndarray, end: np.ndarray
-    ) -> None:
+    def _add_operation(self, step: Step, rows: int, tokens: int, run: _Run, begin: np.ndarray, end: np.ndarray) -> None:
         name, peak, held = step.label.rsplit(".", 1)[-1], self.peaks.fma, 0.0
         linear = self.linears.get(step.label)
         if linear is not None:
@@ -255,9 +253,7 @@ class _Reader:
         flops, nbytes = work
         limit = max(flops / peak, nbytes / self.peaks.bandwidth(held or nbytes))
         times = origin + float(begin[0]), origin + float(end[0]), float((end - begin).mean())
-        self.operations.append(
-            Operation(name, step.layer, tokens, len(self.passes) - 1, *times, flops, nbytes, limit)
-        )
+        self.operations.append(Operation(name, step.layer, tokens, len(self.passes) - 1, *times, flops, nbytes, limit))
 
 
 def _ticks_per_second(runs: list[_Run]) -> float:

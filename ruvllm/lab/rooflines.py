@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,15 @@ import numpy as np
 from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
-from ruvllm.lab._display import as_html, as_text, axis
-from ruvllm.lab.peaks import Peaks, measured_peaks
+from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.peaks import Peaks, measured_peaks
+from ruvllm.measure.timing import Effort, median_seconds
 from ruvllm.model.activations import Activations
 from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomTensor
 from ruvllm.model.weights import INTEGER_LAYOUTS
 
-_SECONDS = 0.02  # of measuring one kernel, and at least five calls
+_EFFORT = Effort(turns=9, seconds=1e-3, longest=0.05)
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class Point:
         return self.flops / self.nbytes
 
     def limit(self, peaks: Peaks) -> float:
-        """Seconds that it takes at least: its arithmetic, or its bytes from the cache that holds them."""
-        peak = peaks.int8_dot if self.integer else peaks.fma
-        return max(self.flops / peak, self.nbytes / peaks.bandwidth(self.nbytes))
+        """Least seconds: its arithmetic, or its bytes from the cache that holds them."""
+        return peaks.least_seconds(self.flops, self.nbytes, self.integer)[0]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Roofline:
             ("kernel", "sizes", "us", "op per byte", "Gop/s", "GB/s", "of limit", "limited by")
         ]
         for x in self.points:
-            reading = x.nbytes / self.peaks.bandwidth(x.nbytes)
+            least, bound = self.peaks.least_seconds(x.flops, x.nbytes, x.integer)
             found.append(
                 (
                     x.name, x.sizes, f"{x.seconds * 1e6:.1f}", f"{x.intensity:.2f}", f"{x.flops / x.seconds / 1e9:.1f}",
-                    f"{x.nbytes / x.seconds / 1e9:.1f}", f"{x.limit(self.peaks) / x.seconds:.0%}",
-                    "bytes" if reading >= x.limit(self.peaks) else "arithmetic",
+                    f"{x.nbytes / x.seconds / 1e9:.1f}", f"{least / x.seconds:.0%}",
+                    "arithmetic" if bound in ("FMA", "int8 dot") else "bytes",
                 )
             )  # fmt: skip
         return found
@@ -132,9 +132,9 @@ def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roo
 
 def _kernel(name: str) -> Point:
     spec = KERNELS[name]
-    sizes = max(spec.sizes, key=lambda s: spec.flops(**s))
+    sizes = max(spec.examples, key=lambda s: spec.flops(**s))
     arguments = spec.example(np.random.default_rng(0), **sizes)
-    seconds = _median(lambda: spec.function(**arguments))
+    seconds = median_seconds(lambda: spec.function(**arguments), _EFFORT)
     text = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
     return Point(name, text, spec.flops(**sizes), spec.bytes(**sizes), seconds, False)
 
@@ -145,19 +145,9 @@ def _linear(layout: str) -> Iterable[Point]:
     for tokens in (1, 96):
         x = Activations(tokens, n).of(np.random.default_rng(0).standard_normal((tokens, n), np.float32))
         out = np.empty((tokens, n), np.float32)
-        seconds = _median(lambda x=x, out=out: linear(x, out))
+        seconds = median_seconds(partial(linear, x, out), _EFFORT)
         nbytes = linear.nbytes + 8.0 * tokens * n
         yield Point(
             f"linear {layout} x{tokens}", f"tokens {tokens}, {n} x {n}", 2.0 * tokens * n * n, nbytes, seconds,
             layout in INTEGER_LAYOUTS,
         )  # fmt: skip
-
-
-def _median(call: Any) -> float:
-    call()
-    times: list[float] = []
-    while sum(times) < _SECONDS or len(times) < 5:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))

@@ -15,7 +15,7 @@ import numpy as np
 from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.lab._calls import replaced
-from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.model.llama import Llama
 
 _changing = threading.Lock()
@@ -209,7 +209,7 @@ def _as_kernel(spec: KernelSpec, function: Callable[..., Any], record: Swapped) 
 
 def _check(spec: KernelSpec, call: Callable[..., Any], record: Swapped, tolerance: float) -> None:
     """Compare with the reference at the kernel's example sizes."""
-    for sizes in spec.sizes:
+    for sizes in spec.examples:
         expected = _arrays(spec.name, spec.reference(**_example(spec, sizes)))
         result, changed = _called(call, spec, sizes)
         got = _arrays(spec.name, result)

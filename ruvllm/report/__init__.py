@@ -1,4 +1,4 @@
-"""`ruvllm report`: every row of the seed's benchmark report measured on this machine, beside its peers and limits.
+"""`ruvllm report`: every row of the Rust report measured on this machine, against its peers and limits.
 
 from ruvllm.report import measure, write
 report = measure(quick=True)

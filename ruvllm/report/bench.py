@@ -13,12 +13,12 @@ from threadpoolctl import threadpool_limits
 from ruvllm.kernels import buffer_sum
 from ruvllm.kernels.memory import aligned_empty, free_memory
 from ruvllm.kernels.threads.pool import limited_to
-from ruvllm.lab.peaks import Peaks
+from ruvllm.measure.peaks import Peaks
+from ruvllm.measure.timing import Call, Effort, Engine, Timing, alternate
 from ruvllm.report.results import Entry
-from ruvllm.report.timing import Call, Effort, Engine, Timing, alternate
 
-_TURNS_OF_MANY = 7  # where several threads work, since engines then settle between turns
-_FREE_SHARE = 0.8  # of the free memory, that a row may take
+_TURNS_OF_MANY = 7  # with several threads, where engines settle between turns
+_FREE_SHARE = 0.8  # of the free memory, at most, for one row
 _BUFFER_BYTES = 1 << 28
 OWN, _READ = "ruvllm", "read"
 
@@ -32,7 +32,7 @@ class Bench:
 
     @contextmanager
     def limited(self, threads: int) -> Iterator[None]:
-        """Kernels, and the BLAS of NumPy, use so many threads inside the block."""
+        """Kernels, and the BLAS of NumPy, use ``threads`` threads inside the block."""
         with limited_to(threads), threadpool_limits(threads, user_api="blas"):
             yield
 
@@ -47,34 +47,20 @@ class Bench:
             engines = {**engines, _READ: Call(partial(buffer_sum, self._buffer))}
         found = alternate(engines, effort, settle=many)
         if from_memory:
-            peaks = with_memory(peaks, self._buffer.nbytes / found.pop(_READ).median)
-        seconds, bound = least_seconds(peaks, flops, nbytes, integer)
+            peaks = peaks.with_memory(self._buffer.nbytes / found.pop(_READ).median)
+        seconds, bound = peaks.least_seconds(flops, nbytes, integer)
         return Entry(threads, found.pop(OWN), inside, seconds, bound, found)
 
     @cached_property
     def _buffer(self) -> np.ndarray:
-        """What is read beside rows that come from memory: the speed of that changes from one moment to the next."""
+        """Read in turns with rows that come from memory, whose bandwidth varies from moment to moment."""
         buffer = aligned_empty(_BUFFER_BYTES // 4)
         buffer[:] = 1
         return buffer
 
 
-def with_memory(peaks: Peaks, bandwidth: float) -> Peaks:
-    """The limits with another read bandwidth of memory, in bytes/s."""
-    return replace(peaks, levels=(*peaks.levels[:-1], replace(peaks.levels[-1], bandwidth=bandwidth)))
-
-
-def least_seconds(peaks: Peaks, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:
-    """The roofline: the longer of arithmetic at its peak and reads at the bandwidth of the level they fit into."""
-    arithmetic = flops / (peaks.int8_dot if integer else peaks.fma)
-    reads = nbytes / peaks.bandwidth(nbytes)
-    if arithmetic > reads:
-        return arithmetic, "int8 dot" if integer else "FMA"
-    return reads, next(level.name for level in peaks.levels if level.bandwidth == peaks.bandwidth(nbytes))
-
-
 def lacking_memory(nbytes: float) -> str:
-    """Why a row that takes so much is not measured, or nothing if it can be."""
+    """Why a row of ``nbytes`` cannot be measured; empty if it can."""
     free = free_memory()
     if free is None or nbytes <= _FREE_SHARE * free:
         return ""

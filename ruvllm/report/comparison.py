@@ -1,14 +1,14 @@
-"""Two reports beside each other: which rows became faster or slower by more than their noise."""
+"""Two reports compared: which rows became faster or slower by more than their noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ruvllm._brief import brief
+from ruvllm.measure.timing import Timing
 from ruvllm.report.results import Report
-from ruvllm.report.timing import Timing
 
-_LEAST = 0.05  # a change of less than this is called none, however quiet the machine was
+_LEAST = 0.05  # smaller changes count as none, however quiet the machine was
 FASTER, SLOWER, SAME = "faster", "slower", "same"
 
 
@@ -21,7 +21,7 @@ class Change:
     threads: int
     old: float
     new: float
-    noise: float  # relative: what the quartiles of both leave open
+    noise: float  # relative, from the spread of both
     change: str
 
     @property
@@ -32,13 +32,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: every row that both have, in the new report's order; the others by their labels; what else differs."""
+    """changes: every row in both reports, in the new one's order; labels of the others; what else differs."""
 
     created: str  # of the old report
     changes: tuple[Change, ...]
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
-    less_right: tuple[str, ...]  # rows that were within their tolerance, and are not now
+    less_right: tuple[str, ...]  # rows now outside their tolerance that were within it
     warnings: tuple[str, ...]
 
     __repr__ = brief
@@ -77,7 +77,7 @@ def compare(old: Report, new: Report) -> Comparison:
 
 
 def _change(id: str, label: str, threads: int, old: Timing, new: Timing) -> Change:
-    """The noise is half of both spreads together: medians this far apart may be of the same speed."""
+    """The noise is half the sum of both spreads: medians this close may be of the same speed."""
     noise, speedup = max(_LEAST, (old.spread + new.spread) / 2), old.median / new.median
     kind = FASTER if speedup > 1 + noise else SLOWER if speedup < 1 / (1 + noise) else SAME
     return Change(id, label, threads, old.median, new.median, noise, kind)

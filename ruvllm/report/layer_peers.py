@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,31 +11,30 @@ import numpy as np
 
 from ruvllm.kernels.quant.weights import quantize_int4
 from ruvllm.kernels.rope.frequencies import rope_tables
+from ruvllm.measure import gguf_file
+from ruvllm.measure.engines import LlamaCpp
+from ruvllm.measure.peers import PeerError, Torch, require_same
+from ruvllm.measure.timing import Engine
 from ruvllm.model.config import ModelConfig
 from ruvllm.paths import cache_directory
-from ruvllm.report import gguf_file, layers
-from ruvllm.report.peers import PeerError, Torch, relative_error
-from ruvllm.report.timing import Engine
-from ruvllm.report.worker import Worker
+from ruvllm.report import layers
 
-_SAME = 0.1  # relative error of logits up to which a peer computes the same: its 8-bit sums and f16 cache are its own
-_CONTEXT = 64  # positions of its KV cache
+_SAME = 0.1  # largest relative error of the same computation: peers round activations and KV cache differently
+_CONTEXT = 64  # positions of the KV cache
 _LARGEST_FILE = 4e9  # bytes
 
 
-class LlamaCpp:
-    """llama.cpp at its best settings, in a process of its own, on a file written for it. Raises what Worker does."""
+class LlamaCppLayer:
+    """llama.cpp at its best settings, on a file written for it."""
 
     name = "llama.cpp"
 
-    def __init__(self, python: str) -> None:
-        self._worker = Worker("llama.cpp", python, Path(__file__).with_name("_llama_worker.py"))
-        features = re.findall(r"(\w+) = 1", self._worker.hello["system"])
-        self.about = f"llama-cpp-python {self._worker.hello['version']} ({', '.join(features)})"
+    def __init__(self, llama: LlamaCpp) -> None:
+        self._llama = llama
 
     @contextmanager
     def file(self, config: ModelConfig, layout: str) -> Iterator[Path]:
-        """A GGUF file of that model, there as long as the block runs. Raises PeerError."""
+        """A GGUF file of that model, deleted after the block. Raises PeerError."""
         size = layers.weight_bytes(config, layout)
         if size > _LARGEST_FILE:
             raise PeerError(f"would need a file of {size / 1e9:.0f} GB")
@@ -48,47 +46,36 @@ class LlamaCpp:
             except ImportError:
                 raise PeerError("needs the gguf package to write its file") from None
             yield path
-            self._worker.call("unload")
+            self._llama.unload()
 
     def engine(self, path: Path, exact: np.ndarray, threads: int) -> Engine:
-        """One token after the others, ready to be timed until the next is. Raises PeerError."""
+        """One token after the others; it replaces the engine before. Raises PeerError."""
         try:
-            self._worker.call("load", path=str(path), threads=threads, context=_CONTEXT)
-            self._worker.call("prefill", ids=layers.context_ids().tolist())
-            engine = _OneToken(self._worker)
-            engine.seconds(1)
-            error = relative_error(np.array(self._worker.call("last_logits")), exact)
-        except RuntimeError as error_there:
-            raise PeerError(str(error_there)) from None
-        if not error < _SAME:
-            raise PeerError(f"llama.cpp computes something else: relative error {error:.1e}")
-        return engine
-
-    def close(self) -> None:
-        """End its process."""
-        self._worker.close()
-
-
-class _OneToken:
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+            self._llama.load(path, threads, _CONTEXT)
+            self._llama.append(layers.context_ids().tolist())
+            self.seconds(1)
+            found = np.array(self._llama.call("last_logits"))
+        except RuntimeError as error:
+            raise PeerError(str(error)) from None
+        require_same(self.name, found, exact, _SAME)
+        return self
 
     def seconds(self, calls: int) -> float:
-        """See Engine."""
+        """See ``timing.Engine``."""
         self._once()
         return sum(self._once() for _ in range(calls))
 
     def settle(self) -> None:
-        """See Engine."""
-        self._worker.call("settle")
+        """See ``timing.Engine``."""
+        self._llama.worker.settle()
 
     def _once(self) -> float:
-        self._worker.call("truncate", length=layers.CONTEXT)
-        return float(self._worker.call("decode", ids=[layers.TOKEN]))
+        self._llama.call("truncate", length=layers.CONTEXT)
+        return float(self._llama.call("decode", ids=[layers.TOKEN]))
 
 
 class TorchLayer:
-    """PyTorch on one float32 layer, written as its users would: ``torch`` is the peer that runs kernels too."""
+    """PyTorch on one float32 layer, written as its users would; ``torch`` also runs kernels."""
 
     name = "torch"
 
@@ -96,11 +83,11 @@ class TorchLayer:
         self._torch = torch
 
     def engine(self, config: ModelConfig, layout: str, exact: np.ndarray, threads: int) -> Engine:
-        """One token after the others, ready to be timed until the next is. Raises PeerError."""
+        """One token after the others; it replaces the engine before. Raises PeerError."""
         if layout != "f32":
             raise PeerError("PyTorch has no 4-bit weights with 8-bit activations on CPUs")
         if config.num_hidden_layers > 1:
-            raise PeerError("measured for one layer: its weights need as much memory again")
+            raise PeerError("measured for one layer: its weights would take as much memory again")
         weights = layers.RepeatedWeights(config)
         shapes = {name: shape for name, shape in config.tensor_shapes().items() if len(shape) == 2}
         arrays = {f"block{columns}": weights.block(columns) for columns in {shape[1] for shape in shapes.values()}}

@@ -6,22 +6,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 
+from ruvllm.measure.peers import PeerError, relative_error
+from ruvllm.measure.timing import Call, Engine
 from ruvllm.model import Llama, ModelConfig
 from ruvllm.report import layers
 from ruvllm.report.bench import OWN, Bench, lacking_memory
-from ruvllm.report.layer_peers import LlamaCpp, TorchLayer
-from ruvllm.report.peers import PeerError, relative_error
+from ruvllm.report.layer_peers import LlamaCppLayer, TorchLayer
 from ruvllm.report.results import Result
 from ruvllm.report.rows import LayerRow
-from ruvllm.report.timing import Call, Engine
 
-_TOLERANCES = {"f32": 1e-4, "int4": 3e-2}  # relative, of logits: rounding activations to 8 bits is part of int4
+_TOLERANCES = {"f32": 1e-4, "int4": 3e-2}  # relative error of logits; int4 includes rounding activations to 8 bits
 
 
 def measure_layers(
-    rows: Sequence[LayerRow], bench: Bench, torch: TorchLayer | None, llama: LlamaCpp | None
+    rows: Sequence[LayerRow], bench: Bench, torch: TorchLayer | None, llama: LlamaCppLayer | None
 ) -> Iterator[Result]:
-    """Measure rows one after the other; neighbours of the same model and layout share its weights."""
+    """Measure rows in order; consecutive rows of the same model and layout share its weights."""
     for (name, layout), group in groupby(rows, lambda row: (row.model, row.layout)):
         of_model = list(group)
         reasons = [lacking_memory(layers.weight_bytes(_config(row), layout)) for row in of_model]
@@ -29,7 +29,7 @@ def measure_layers(
         model = layers.layer_model(layers.layer_config(name, largest), layout) if largest else None
         for row, why in zip(of_model, reasons, strict=True):
             if model is None or why:
-                yield Result(row.id, row.label, row.seed, reason=why)
+                yield Result(row.id, row.label, row.rust_m4, reason=why)
             else:
                 yield _measure(row, model, bench, torch, llama)
 
@@ -38,7 +38,9 @@ def _config(row: LayerRow) -> ModelConfig:
     return layers.layer_config(row.model, row.layers)
 
 
-def _measure(row: LayerRow, model: Llama, bench: Bench, torch: TorchLayer | None, llama: LlamaCpp | None) -> Result:
+def _measure(
+    row: LayerRow, model: Llama, bench: Bench, torch: TorchLayer | None, llama: LlamaCppLayer | None
+) -> Result:
     config = _config(row)
     exact = layers.exact_logits(config, row.layout)
     flops, nbytes = layers.flops(config), layers.weight_bytes(config, row.layout)
@@ -66,4 +68,6 @@ def _measure(row: LayerRow, model: Llama, bench: Bench, torch: TorchLayer | None
                     except PeerError as why:
                         missing[llama.name] = str(why)
                 entries.append(bench.entry(threads, engines, flops, nbytes, integer=row.layout == "int4"))
-    return Result(row.id, row.label, row.seed, flops, nbytes, error, _TOLERANCES[row.layout], tuple(entries), missing)
+    return Result(
+        row.id, row.label, row.rust_m4, flops, nbytes, error, _TOLERANCES[row.layout], tuple(entries), missing
+    )

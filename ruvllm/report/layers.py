@@ -18,7 +18,7 @@ from ruvllm.model.random_weights import RandomTensor, RandomWeights
 from ruvllm.model.reference import Float64
 from ruvllm.model.weights import bytes_per_weight
 
-ROWS = 256  # of weights that differ; a matrix repeats them, each time in memory of its own
+ROWS = 256  # distinct rows of weights; a matrix repeats them, each copy in its own memory
 CONTEXT = 16  # tokens before the one that is timed
 TOKEN = 1
 _VOCABULARY = 512
@@ -30,7 +30,7 @@ def _block(columns: int) -> np.ndarray:
 
 
 class RepeatedTensor(RandomTensor):
-    """The same rows again and again: drawing 800 million random numbers would take longer than all else."""
+    """The same rows repeated: drawing 800 million random numbers would take longer than everything else."""
 
     def _rows(self, block: int) -> np.ndarray:
         return _block(self.shape[1])
@@ -40,11 +40,11 @@ class RepeatedWeights(RandomWeights):
     """Every tensor of a configuration, its matrices of repeated rows."""
 
     def tensor(self, name: str) -> RepeatedTensor:
-        """The tensor of a canonical name; KeyError if the configuration has none such."""
+        """The tensor of a canonical name; KeyError if the configuration has no such tensor."""
         return RepeatedTensor(name, super().tensor(name).shape, 0)
 
     def block(self, columns: int) -> np.ndarray:
-        """The rows that repeat in matrices of so many columns: (ROWS, columns) float32."""
+        """The repeated rows of matrices with ``columns`` columns: (ROWS, columns) float32."""
         return _block(columns)
 
 
@@ -67,7 +67,7 @@ def weight_bytes(config: ModelConfig, layout: str) -> float:
 
 
 def first_layers(model: Llama, layers: int, threads: int) -> Llama:
-    """The same model with fewer layers, on so many threads; weights are shared."""
+    """The same model with fewer layers, on ``threads`` threads; weights are shared."""
     part = copy.copy(model)
     part.config = dataclasses.replace(model.config, num_hidden_layers=layers)
     part.decoder = copy.copy(model.decoder)
@@ -78,7 +78,7 @@ def first_layers(model: Llama, layers: int, threads: int) -> Llama:
 
 
 class OneToken:
-    """One token through a model after CONTEXT others, again and again: a function without arguments."""
+    """One token through a model after CONTEXT others: a function without arguments."""
 
     def __init__(self, model: Llama) -> None:
         self.model = model
@@ -103,7 +103,7 @@ def flops(config: ModelConfig) -> float:
 
 
 def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:
-    """Logits after the token in float64, on the weights as they are held; (V,)."""
+    """Logits after the token in float64, on the weights as the layout holds them; (V,)."""
     ids = np.append(context_ids(), TOKEN)
     decoder = Decoder(config, _HeldParameters(config, layout))
     logits: Any = decoder(Float64(config, len(ids)), _held(config.hidden_size, layout)[ids % ROWS])

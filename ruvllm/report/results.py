@@ -11,21 +11,21 @@ from typing import Any
 
 from ruvllm._brief import brief
 from ruvllm.errors import RuvllmError
-from ruvllm.report.timing import Timing
+from ruvllm.measure.timing import Timing
 
-SCHEMA = 1  # of the JSON; another number is another meaning
+SCHEMA = 2  # of the JSON; in 1, the figures of the Rust report were called "seed"
 
 
 class ReportError(RuvllmError, ValueError):
-    """A file that is no report of this schema."""
+    """A file that is not a report of a known schema."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A row at one number of threads.
 
-    call: as called from Python. inside: looped in compiled code, where that was measured. limit: seconds that this
-    machine needs at the least, ``bound`` says for what. peers: by name.
+    call: as called from Python. inside: looped in compiled code, where that was measured. limit: least seconds on this
+    machine, set by ``bound``. peers: by name.
     """
 
     threads: int
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def share(self) -> float:
-        """Of what the machine's limit allows."""
+        """Share of the machine's limit."""
         return self.limit / self.best
 
     def ratio(self, peer: str) -> float | None:
@@ -54,15 +54,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found for a row, or the reason why it was not measured.
+    """What was measured for a row, or the reason why it was not.
 
-    error: relative, against float64, at most ``tolerance`` where the kernel is right. missing: why there is no figure
-    of a peer, by its name. sizes: of memory rows, in bytes.
+    rust_m4: seconds in the Rust report. error: relative, against float64, at most ``tolerance`` where the kernel is
+    right. missing: why a peer has no figure, by its name. sizes: of memory rows, in bytes.
     """
 
     id: str
     label: str
-    seed: float | None = None
+    rust_m4: float | None = None
     flops: float = 0.0
     bytes: float = 0.0
     error: float | None = None
@@ -76,7 +76,7 @@ class Result:
     __repr__ = brief
 
     def at(self, threads: int) -> Entry | None:
-        """The entry of so many threads."""
+        """The entry with this number of threads."""
         return next((entry for entry in self.entries if entry.threads == threads), None)
 
     @property
@@ -99,7 +99,7 @@ class SectionResult:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `ruvllm report` found. about: groups of facts; peers: what each is, or why it is not there."""
+    """All that `ruvllm report` measured. about: groups of facts; peers: what each is, or why it is missing."""
 
     created: str  # ISO 8601, UTC
     quick: bool
@@ -114,7 +114,7 @@ class Report:
     __repr__ = brief
 
     def results(self) -> dict[str, Result]:
-        """Every row by its id; one that stands in two tables once, as measured first."""
+        """Every row by its id; the first measurement of one that two tables have."""
         found: dict[str, Result] = {}
         for section in self.sections:
             for result in section.results:
@@ -122,7 +122,7 @@ class Report:
         return found
 
     def json(self) -> str:
-        """As JSON, with what follows from the measurements beside them."""
+        """As JSON, with figures derived from the measurements."""
         data = dataclasses.asdict(self)
         for section, shown in zip(self.sections, data["sections"], strict=True):
             for result, row in zip(section.results, shown["results"], strict=True):
@@ -132,7 +132,7 @@ class Report:
                         "gbytes": result.bytes / entry.best / 1e9,
                         "share": entry.share,
                         "ratios": {peer: entry.ratio(peer) for peer in entry.peers},
-                        "seed_ratio": None if result.seed is None else result.seed / entry.best,
+                        "rust_m4_ratio": None if result.rust_m4 is None else result.rust_m4 / entry.best,
                     }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
@@ -142,12 +142,13 @@ def load(path: str | Path) -> Report:
 
     Raises:
         OSError: it cannot be read.
-        ReportError: it is no report, or one of another schema.
+        ReportError: it is not a report, or of an unknown schema.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA:
-            raise ReportError(f"{path}: a report of schema {data['schema']!r}, this version reads {SCHEMA}")
+        if data["schema"] not in (1, SCHEMA):
+            raise ReportError(f"{path}: a report of schema {data['schema']!r}, this version reads 1 and {SCHEMA}")
+        data["schema"] = SCHEMA
         sections = tuple(
             SectionResult(s["name"], s["title"], s["about"], tuple(_result(row) for row in s["results"]))
             for s in data["sections"]
@@ -160,7 +161,7 @@ def load(path: str | Path) -> Report:
 
 
 def _require_kinds(report: Report) -> None:
-    """Raise TypeError where something is not of the kind that everybody who reads a report counts on."""
+    """Raise TypeError where a field does not have the type that readers of a report rely on."""
     _require("created", report.created, str)
     _require("threads", list(report.threads), list, int)
     _require("peers", report.peers, dict, str)
@@ -175,8 +176,8 @@ def _require_kinds(report: Report) -> None:
             _require(f"{row.label}: sizes", row.sizes, dict, float)
             _require(f"{row.label}: missing", row.missing, dict, str)
             _require(f"{row.label}: flops, bytes", [row.flops, row.bytes], list, float)
-            optional = [number for number in (row.seed, row.error, row.tolerance) if number is not None]
-            _require(f"{row.label}: seed, error, tolerance", optional, list, float)
+            optional = [number for number in (row.rust_m4, row.error, row.tolerance) if number is not None]
+            _require(f"{row.label}: rust_m4, error, tolerance", optional, list, float)
             for entry in row.entries:
                 for timing in (entry.call, entry.inside or entry.call, *entry.peers.values()):
                     times = [timing.median, timing.low, timing.high]
@@ -195,6 +196,8 @@ def _require(name: str, value: Any, kind: type, of: type | None = None) -> None:
 
 
 def _result(row: dict[str, Any]) -> Result:
+    sizes = {name.replace("seed_", "rust_"): size for name, size in row["sizes"].items()}  # "seed": of schema 1
+    row = {"rust_m4" if name == "seed" else name: value for name, value in row.items()} | {"sizes": sizes}
     return Result(**{**row, "entries": tuple(_entry(entry) for entry in row["entries"])})
 
 

@@ -1,12 +1,11 @@
-"""What the report measures: the seed's tables row by row, each with the seed's own figure on an Apple M4 Pro.
+"""What the report measures: the tables of the Rust report (see ``rust_report``), with its figures on an Apple M4 Pro.
 
-The seed is the benchmark report of RuvLLM, a Rust library of kernels, of 2026-01-18. Rows of ours alone say so: they
-have no figure of the seed.
+Rows without such a figure are our own. Their sizes are among those of the kernel's record, ``KernelSpec.sizes``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ruvllm._brief import brief
 
@@ -15,16 +14,16 @@ US, MS = 1e-6, 1e-3
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One call of a public kernel on arrays of the given sizes, as its KernelSpec makes them."""
+    """One call of a kernel on the example arrays of these sizes; rust_m4: seconds in the Rust report."""
 
     label: str
     kernel: str
     sizes: dict[str, int]
-    seed: float | None = None  # seconds on an M4 Pro
+    rust_m4: float | None = None
 
     @property
     def id(self) -> str:
-        """What the row is found by in another report."""
+        """The row's key in any report."""
         return self.kernel + "".join(f" {name}={size}" for name, size in self.sizes.items())
 
 
@@ -36,26 +35,26 @@ class LayerRow:
     model: str  # a preset
     layout: str
     layers: int
-    seed: float | None = None
+    rust_m4: float | None = None
 
     @property
     def id(self) -> str:
-        """What the row is found by in another report."""
+        """The row's key in any report."""
         return f"{self.model} {self.layout} layers={self.layers}"
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """What the weights of a model take; computed, not measured."""
+    """Memory of a model's weights; computed, not measured."""
 
     label: str
     model: str
-    seed_fp16: float  # GB
-    seed_int4: float
+    rust_fp16: float  # GB
+    rust_int4: float
 
     @property
     def id(self) -> str:
-        """What the row is found by in another report."""
+        """The row's key in any report."""
         return f"{self.model} memory"
 
 
@@ -70,36 +69,36 @@ class Section:
     title: str
     about: str
     rows: tuple[Row, ...]
-    quick: tuple[str, ...] | None = field(default=None)  # ids that --quick measures, None for all
+    quick: tuple[str, ...] | None = None  # ids that --quick measures, None for all
 
     __repr__ = brief
 
 
-def _one_head(length: int, dim: int, label: str, seed: float | None) -> KernelRow:
-    return KernelRow(label, "softmax_attention", {"length": length, "dim": dim}, seed)
+def _one_head(length: int, dim: int, label: str, rust_m4: float | None) -> KernelRow:
+    return KernelRow(label, "softmax_attention", {"length": length, "dim": dim}, rust_m4)
 
 
-def _gqa(heads: int, kv_heads: int, length: int, seed: float) -> KernelRow:
+def _gqa(heads: int, kv_heads: int, length: int, rust_m4: float) -> KernelRow:
     sizes = {"heads": heads, "kv_heads": kv_heads, "length": length, "dim": 128}
-    return KernelRow(f"{heads} query heads, {kv_heads} kv heads, {length}", "grouped_query_attention", sizes, seed)
+    return KernelRow(f"{heads} query heads, {kv_heads} kv heads, {length}", "grouped_query_attention", sizes, rust_m4)
 
 
-def _norm(kernel: str, label: str, n: int, seed: float | None) -> KernelRow:
-    return KernelRow(f"{label} {n}", kernel, {"rows": 1, "n": n}, seed)
+def _norm(kernel: str, label: str, n: int, rust_m4: float | None) -> KernelRow:
+    return KernelRow(f"{label} {n}", kernel, {"rows": 1, "n": n}, rust_m4)
 
 
-def _rope(kernel: str, label: str, dim: int, tokens: int, seed: float | None) -> KernelRow:
-    return KernelRow(f"{label} {dim} × {tokens}", kernel, {"tokens": tokens, "heads": 1, "dim": dim}, seed)
+def _rope(kernel: str, label: str, dim: int, tokens: int, rust_m4: float | None) -> KernelRow:
+    return KernelRow(f"{label} {dim} × {tokens}", kernel, {"tokens": tokens, "heads": 1, "dim": dim}, rust_m4)
 
 
-def _lora(kernel: str, label: str, dim: int, rank: int, seed: float) -> KernelRow:
-    return KernelRow(f"{label} {dim} × {dim}, rank {rank}", kernel, {"rows": 1, "dim": dim, "rank": rank}, seed)
+def _lora(kernel: str, label: str, dim: int, rank: int, rust_m4: float) -> KernelRow:
+    return KernelRow(f"{label} {dim} × {dim}, rank {rank}", kernel, {"rows": 1, "dim": dim, "rank": rank}, rust_m4)
 
 
-def _read(kilobytes: int, seed: float | None) -> tuple[KernelRow, KernelRow]:
-    """The seed's row, which is attention over so many bytes of keys and values; and a plain read of as many."""
+def _read(kilobytes: int, rust_m4: float | None) -> tuple[KernelRow, KernelRow]:
+    """The Rust report's row, attention over so many bytes of keys and values; and a plain read of as many."""
     return (
-        _one_head(kilobytes, 128, f"Attention over {kilobytes} KB", seed),
+        _one_head(kilobytes, 128, f"Attention over {kilobytes} KB", rust_m4),
         KernelRow(f"Plain read of {kilobytes} KB", "buffer_sum", {"n": kilobytes * 256}),
     )
 
@@ -111,8 +110,8 @@ def _append(tokens: int) -> KernelRow:
 
 ATTENTION = Section(
     "attention", "Attention",
-    "One query, one head. The seed's \"Softmax Attention\" is attention with head size 64, its \"Flash Attention\" the "
-    "same call with head size 128. Softmax alone, which the seed does not measure, stands below.",
+    "One query, one head. In the Rust report, \"Softmax Attention\" is attention with head size 64, and \"Flash "
+    "Attention\" the same call with head size 128. Softmax alone, which it does not measure, is below.",
     (
         *(_one_head(s, 64, f"Softmax attention {s}", us * US) for s, us in ((128, 1.74), (256, 3.17), (512, 6.34))),
         *(_one_head(s, 128, f"Flash attention {s}", us * US) for s, us in ((128, 3.31), (256, 6.53), (512, 12.84))),
@@ -123,8 +122,8 @@ ATTENTION = Section(
 
 GQA = Section(
     "gqa", "Grouped-query attention",
-    "One token; head size 128. The seed's ratio 4 is 16 query heads on 4 kv heads, its ratio 8 is 16 on 2. Its "
-    "headline of 840 us is the last row.",
+    "One token; head size 128. The Rust report's ratio 4 is 16 query heads on 4 kv heads, its ratio 8 is 16 on 2. "
+    "Its headline of 840 us is the last row.",
     (
         *(_gqa(16, 4, s, us * US) for s, us in ((128, 115.58), (256, 219.99), (512, 417.63))),
         *(_gqa(16, 2, s, us * US) for s, us in ((128, 112.03), (256, 209.19), (512, 395.51))),
@@ -134,8 +133,8 @@ GQA = Section(
 
 BANDWIDTH = Section(
     "bandwidth", "Memory bandwidth",
-    "The seed's rows are one-head attention whose keys and values together have that size. Beside each stands what it "
-    "was meant to show: how fast a buffer of that size is read.",
+    "The Rust report's rows are one-head attention whose keys and values together have that size. The row below each "
+    "is what they were meant to show: how fast a buffer of that size is read.",
     tuple(row for kb, us in ((256, 6.26), (512, 12.13), (1024, 24.05), (2048, 47.86), (4096, 101.63))
           for row in _read(kb, us * US)) + (KernelRow("Plain read of 256 MB", "buffer_sum", {"n": 1 << 26}),),
 )  # fmt: skip
@@ -180,8 +179,8 @@ _LORA = ((768, 1, 0.95409, 0.30688), (768, 2, 1.58, 0.48419), (2048, 1, 2.52, 0.
          (4096, 1, 5.07, 1.65), (4096, 2, 8.56, 2.61))  # fmt: skip
 LORA = Section(
     "lora", "MicroLoRA",
-    "One token. \"Forward\" allocates its output (the seed's scalar table), \"forward, added\" adds to the caller's "
-    "(its SIMD table). Gradients are those of A and B, rank 2.",
+    "One token. \"Forward\" allocates its output (the scalar table of the Rust report), \"forward, added\" adds to the "
+    "caller's (its SIMD table). Gradients are those of A and B, rank 2.",
     (
         *(_lora("lora_forward", "Forward", d, r, us * US) for d, r, us, _ in _LORA),
         *(_lora("lora_forward_add", "Forward, added", d, r, us * US) for d, r, _, us in _LORA),
@@ -209,7 +208,7 @@ LAYERS = Section(
 KV = Section(
     "kv", "KV cache",
     "Keys and values of so many tokens into an empty cache of one layer, LLaMA2-7B: 32 heads of size 128, 32 KB a "
-    "token. The seed's figures for it are its bandwidth column under another heading, so none stands here.",
+    "token. The Rust report's figures are its bandwidth column under another heading, so none is shown.",
     tuple(_append(tokens) for tokens in (256, 512, 1024, 2048)),
 )  # fmt: skip
 

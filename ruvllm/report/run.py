@@ -1,4 +1,4 @@
-"""Measure the rows that are asked for, one after the other, into a Report."""
+"""Measure the chosen rows, one after the other, into a Report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from ruvllm import machine
 from ruvllm._progress import tqdm
 from ruvllm.kernels.threads.pool import physical_cores, require_threads
-from ruvllm.lab.peaks import Peaks, measure_peaks
+from ruvllm.measure.engines import LlamaCpp
+from ruvllm.measure.peaks import Peaks, measure_peaks
+from ruvllm.measure.peers import KernelPeer, NumPy, Torch
+from ruvllm.measure.timing import FULL, QUICK
 from ruvllm.model.config import PRESETS
 from ruvllm.report.bench import Bench
 from ruvllm.report.kernel_rows import measure_kernel
-from ruvllm.report.layer_peers import LlamaCpp, TorchLayer
+from ruvllm.report.layer_peers import LlamaCppLayer, TorchLayer
 from ruvllm.report.layer_rows import measure_layers
-from ruvllm.report.peers import NumPy, Torch
 from ruvllm.report.results import Report, Result, SectionResult
 from ruvllm.report.rows import SECTIONS, KernelRow, LayerRow, MemoryRow, Row, Section
-from ruvllm.report.timing import FULL, QUICK
-from ruvllm.report.worker import python_for
 
 
 def measure(
@@ -31,10 +31,10 @@ def measure(
     peers: bool = True,
     progress: bool = True,
 ) -> Report:
-    """Measure the seed's tables on this machine; leave it alone meanwhile.
+    """Measure the tables of the Rust report on this machine, which must be idle otherwise.
 
     Args:
-        quick: fewer turns, and of the layers one alone; half a minute instead of some.
+        quick: fewer turns, and single layers only; half a minute instead of four.
         only: names of tables or parts of rows' names; empty for all.
         threads: numbers of threads to measure with; None for one, and unless ``quick`` for the physical cores.
         peers: also measure NumPy; and PyTorch and llama.cpp where RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name a
@@ -74,7 +74,7 @@ def measure(
 
 
 def choose(only: Sequence[str]) -> list[tuple[Section, tuple[Row, ...]]]:
-    """The tables, each with its rows that ``only`` names. Raises ValueError for a name of nothing."""
+    """The tables, each with the rows that ``only`` names. Raises ValueError for a name without rows."""
     names = [name.lower() for name in only]
 
     tables = [section.name for section in SECTIONS]
@@ -93,12 +93,12 @@ def choose(only: Sequence[str]) -> list[tuple[Section, tuple[Row, ...]]]:
 
 
 class _Peers:
-    """What this machine has to compare with; ``about`` says what each is, or why it is not there."""
+    """The peers of this machine; ``about`` describes each, or says why it is missing."""
 
     def __init__(self, wanted: bool) -> None:
-        self.kernels: list[NumPy | Torch] = []
+        self.kernels: list[KernelPeer] = []
         self.torch: TorchLayer | None = None
-        self.llama: LlamaCpp | None = None
+        self.llama: LlamaCppLayer | None = None
         self.about: dict[str, str] = {}
         self._stack = ExitStack()
         if wanted:
@@ -107,11 +107,12 @@ class _Peers:
             if (torch := self._started(Torch)) is not None:
                 self.kernels.append(torch)
                 self.torch = TorchLayer(torch)
-            self.llama = self._started(LlamaCpp)
+            if (llama := self._started(LlamaCpp)) is not None:
+                self.llama = LlamaCppLayer(llama)
 
     def _started(self, kind: Any) -> Any:
         try:
-            peer = kind(python_for(kind.name))
+            peer = kind()
         except ModuleNotFoundError:
             self.about[kind.name] = "not installed"
         except (OSError, RuntimeError) as error:
@@ -142,7 +143,7 @@ def _results(
         if isinstance(row, MemoryRow):
             yield memory(row)
         elif row.id in skipped:
-            yield Result(row.id, row.label, row.seed, reason="left out by --quick")
+            yield Result(row.id, row.label, row.rust_m4, reason="skipped by --quick")
         elif isinstance(row, KernelRow):
             yield measure_kernel(row, bench, peers.kernels)
         else:
@@ -151,13 +152,13 @@ def _results(
 
 
 def memory(row: MemoryRow) -> Result:
-    """What a model takes, and what the seed says of it."""
+    """Memory of a model, and what the Rust report says of it."""
     estimate = PRESETS[row.model].memory_estimate()
     return Result(
         row.id, row.label,
         sizes={
             "parameters": estimate.parameters, "fp16": estimate.fp16, "int8": estimate.int8, "int4": estimate.int4,
-            "seed_fp16": row.seed_fp16 * 1e9, "seed_int4": row.seed_int4 * 1e9,
+            "rust_fp16": row.rust_fp16 * 1e9, "rust_int4": row.rust_int4 * 1e9,
         },
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the figures say together: targets met or missed, how many rows are right, how they stand beside the peers."""
+"""The figures in sum: targets met or missed, how many rows are right, how they compare with each peer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ruvllm.report.results import Report, Result
-from ruvllm.report.seed import TARGETS
+from ruvllm.report.rust_report import TARGETS
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "not measured"
 
@@ -18,13 +18,13 @@ class Verdict:
     label: str
     found: float | None
     allowed: float
-    seed: float | None
+    rust_m4: float | None
     status: str
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Rows beside a peer: how many, in how many ruvllm is at least as fast, the geometric mean of the ratios."""
+    """Rows compared with a peer: how many, in how many ruvllm is at least as fast, geometric mean of the ratios."""
 
     peer: str
     rows: int
@@ -34,17 +34,19 @@ class Standing:
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """The seed's targets: a row passes if its call takes less than allowed and its result is right."""
+    """The Rust report's targets: a row passes if its call takes less than allowed and its result is right."""
     rows, threads = report.results(), min(report.threads)
     found = []
     for target in TARGETS:
         result = rows.get(target.row)
         entry = result.at(threads) if result else None
         if result is None or entry is None:
-            found.append(Verdict(target.label, None, target.seconds, result.seed if result else None, NOT_MEASURED))
+            found.append(Verdict(target.label, None, target.seconds, result.rust_m4 if result else None, NOT_MEASURED))
         else:
             met = entry.call.median < target.seconds and result.right is not False
-            found.append(Verdict(target.label, entry.call.median, target.seconds, result.seed, PASS if met else FAIL))
+            found.append(
+                Verdict(target.label, entry.call.median, target.seconds, result.rust_m4, PASS if met else FAIL)
+            )
     return found
 
 
@@ -55,14 +57,14 @@ def accuracy(report: Report) -> tuple[int, list[Result]]:
 
 
 def standings(report: Report, threads: int) -> list[Standing]:
-    """Beside each peer at so many threads, and at the least beside the seed's figures."""
+    """Rows compared with each peer on ``threads`` threads, and on the fewest with the Rust report too."""
     ratios: dict[str, list[tuple[str, float]]] = {}
     for result in report.results().values():
         if (entry := result.at(threads)) is not None:
             for peer in entry.peers:
                 ratios.setdefault(peer, []).append((result.label, entry.ratio(peer) or 0.0))
-            if result.seed is not None and threads == min(report.threads):
-                ratios.setdefault("seed", []).append((result.label, result.seed / entry.best))
+            if result.rust_m4 is not None and threads == min(report.threads):
+                ratios.setdefault("rust_m4", []).append((result.label, result.rust_m4 / entry.best))
     return [
         Standing(
             peer, len(found), sum(ratio >= 1 for _, ratio in found),

@@ -1,4 +1,4 @@
-"""A report as blocks of text and tables of strings, which Markdown and HTML then dress."""
+"""A report as blocks of text and tables of strings, for Markdown and HTML alike."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from dataclasses import dataclass
 from ruvllm.machine import size
 from ruvllm.report.comparison import FASTER, SLOWER, Comparison
 from ruvllm.report.results import Entry, Report, Result, SectionResult
-from ruvllm.report.seed import ERRATA, SEED
+from ruvllm.report.rust_report import ERRATA, RUST_REPORT
 from ruvllm.report.summary import NOT_MEASURED, accuracy, standings, verdicts
 
 NOTHING = "–"
-PEERS = {"numpy": "NumPy", "torch": "PyTorch", "llama.cpp": "llama.cpp", "seed": "M4 Pro (seed)"}
+RUST_M4 = "M4 Pro (Rust)"
+PEERS = {"numpy": "NumPy", "torch": "PyTorch", "llama.cpp": "llama.cpp", "rust_m4": RUST_M4}
 SHARE = "of the limit"  # the heading of a column that HTML draws as bars
 _SHOWN_CHANGES = 40
 _SHOWN_LABELS = 8
 
 NOTES = (
-    "Times are medians; the spread is the distance between the quartiles over the median. The engines of a row take "
-    "turns (A B B A) on the same arrays, and their results are compared with float64 before they are timed.",
-    "“Call” is as called from Python, with the output given. “Kernel alone” is its compiled body, called again and "
-    "again by compiled code; GFLOP/s, GB/s, the share of the limit and the comparison with the M4 Pro take it where it "
-    "was measured (calls under 100 us on one thread), because the seed's figures have no Python in them.",
-    "“Of the limit” is the time that this machine needs at least (the arithmetic at its peak, or the compulsory bytes "
-    "at the bandwidth of the level of memory that they fit into, whichever is longer) over the time taken. Where that "
-    "level is memory, its bandwidth was measured in the same turns. More than 100 % means that a part was still in a "
-    "nearer cache.",
+    "Times are medians; the spread is the interquartile range over the median. The engines of a row take turns "
+    "(A B B A) on the same arrays, and their results are compared with float64 before they are timed.",
+    "“Call” is a call from Python that writes to an existing output. “Kernel alone” is its compiled body in a loop of "
+    "compiled code, measured for calls under 1 ms on one thread. GFLOP/s, GB/s, the share of the limit and the "
+    "comparison with the M4 Pro use it where it exists, because the Rust figures include no Python.",
+    "“Of the limit” is the least time on this machine (the arithmetic at its peak, or the compulsory bytes at the "
+    "bandwidth of the level of memory they fit into, whichever is longer) over the time taken. Where that level is "
+    "memory, its bandwidth was measured in the same turns. More than 100 % means that some of the data was still in a "
+    "faster cache.",
     "“Error” is sqrt(Σ(y − r)² / Σr²) against the float64 result r.",
-    "A ratio of 2.0x beside a peer means that ruvllm takes half its time, both called from Python, with as many "
-    "threads. llama.cpp offers whole models alone, so it stands beside layers.",
+    "A ratio of 2.0x to a peer means that ruvllm takes half its time, both called from Python with the same number of "
+    "threads. llama.cpp runs only whole models, so it is compared on layers.",
 )  # fmt: skip
 
 
@@ -41,14 +42,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers, and goes to the right."""
+        """Whether a column holds numbers, and is aligned to the right."""
         cells = [row[column].lstrip("< ") for row in self.rows if not row[column].startswith((NOTHING, NOT_MEASURED))]
         return column > 0 and all(cell[:1].isdigit() and len(cell) < 16 for cell in cells)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A heading with what stands under it."""
+    """A heading and what is below it."""
 
     title: str
     anchor: str
@@ -66,9 +67,8 @@ def blocks(report: Report, comparison: Comparison | None = None) -> Iterator[Blo
     yield _limits(report)
     for section in report.sections:
         yield _memory(section) if section.name == "memory" else _section(section, report.threads)
-    errata = tuple(ERRATA)
-    yield Block("Where the seed's report is wrong", "errata", (f"The comparison is with {SEED}.",),
-                Table(("it says", "what is so"), errata))  # fmt: skip
+    yield Block("Errors of the Rust report", "errata", (f"The comparison is with {RUST_REPORT}.",),
+                Table(("it says", "what is true"), ERRATA))  # fmt: skip
     yield Block("How it was measured", "notes", NOTES, Table(("", ""), tuple(_facts(report))))
 
 
@@ -111,7 +111,7 @@ def _threads(count: int) -> str:
 def _summary(report: Report) -> Block:
     rows = tuple(
         (
-            verdict.label, _duration(verdict.found), f"< {duration(verdict.allowed)}", _duration(verdict.seed),
+            verdict.label, _duration(verdict.found), f"< {duration(verdict.allowed)}", _duration(verdict.rust_m4),
             verdict.status,
         )
         for verdict in verdicts(report)
@@ -121,7 +121,7 @@ def _summary(report: Report) -> Block:
     right += "all are within their tolerance." if not wrong else "outside their tolerance: " + ", ".join(
         f"{result.label} ({result.error:.1e}, at most {result.tolerance:.0e})" for result in wrong
     )  # fmt: skip
-    headings = ("metric", f"result, {_threads(min(report.threads))}", "target", "M4 Pro (seed)", "status")
+    headings = ("metric", f"result, {_threads(min(report.threads))}", "target", RUST_M4, "status")
     return Block("Executive summary", "summary", table=Table(headings, rows), after=(right,))
 
 
@@ -135,9 +135,9 @@ def _standings(report: Report) -> Block:
                     f"{_times(found.worst[1])}, {found.worst[0]}",
                 )
             )  # fmt: skip
-    headings = ("ruvllm beside", "threads", "rows", "at least as fast", "geometric mean", "least")
+    headings = ("ruvllm against", "threads", "rows", "at least as fast", "geometric mean", "least")
     before = tuple(f"{PEERS[name]}: {about}." for name, about in report.peers.items())
-    return Block("Beside its peers", "peers", before, Table(headings, tuple(rows)) if rows else None)
+    return Block("Against its peers", "peers", before, Table(headings, tuple(rows)) if rows else None)
 
 
 def _limits(report: Report) -> Block:
@@ -148,7 +148,7 @@ def _limits(report: Report) -> Block:
         for name in names
     )
     return Block(
-        "Limits of this machine", "limits", ("Measured in the same run; each row is held against them.",),
+        "Limits of this machine", "limits", ("Measured in the same run.",),
         Table(("limit", *(_threads(n) for n in report.threads)), rows),
     )  # fmt: skip
 
@@ -157,12 +157,12 @@ def _section(section: SectionResult, threads: Sequence[int]) -> Block:
     first, *others = threads
     peers = [peer for peer in PEERS if any(peer in e.peers for r in section.results for e in r.entries)]
     alone = any(entry.inside for result in section.results for entry in result.entries)
-    seeded = any(result.seed is not None for result in section.results)
+    rust = any(result.rust_m4 is not None for result in section.results)
     headings = ["row", f"call, {_threads(first)}", "spread", *(["kernel alone"] if alone else []), "GFLOP/s", "GB/s"]
     headings += [SHARE, "limit", "error", *(f"vs {PEERS[peer]}" for peer in peers)]
     for count in others:
         headings += [f"call, {_threads(count)}", *(f"vs {PEERS[peer]}" for peer in peers)]
-    headings += ["M4 Pro (seed)", "vs M4 Pro"] if seeded else []
+    headings += [RUST_M4, "vs M4 Pro"] if rust else []
     rows = []
     for result in section.results:
         entry = result.at(first)
@@ -173,9 +173,9 @@ def _section(section: SectionResult, threads: Sequence[int]) -> Block:
                 other = result.at(count)
                 cells.append(NOTHING if other is None else duration(other.call.median))
                 cells += [_times(other.ratio(peer)) if other else NOTHING for peer in peers]
-        cells += [NOTHING] * (len(headings) - 2 * seeded - len(cells))
-        if seeded and result.seed is not None:
-            cells += [duration(result.seed), _times(result.seed / entry.best) if entry else NOTHING]
+        cells += [NOTHING] * (len(headings) - 2 * rust - len(cells))
+        if rust and result.rust_m4 is not None:
+            cells += [duration(result.rust_m4), _times(result.rust_m4 / entry.best) if entry else NOTHING]
         cells += [NOTHING] * (len(headings) - len(cells))
         rows.append(tuple(cells))
     return Block(
@@ -193,7 +193,7 @@ def _first_cells(result: Result, entry: Entry, alone: bool) -> list[str]:
 
 
 def _reasons(section: SectionResult) -> Iterator[str]:
-    """Why figures of peers are missing, and notes."""
+    """Why peers have no figures."""
     labels: dict[tuple[str, str], list[str]] = {}
     for result in section.results:
         for peer, why in result.missing.items():
@@ -204,7 +204,7 @@ def _reasons(section: SectionResult) -> Iterator[str]:
 
 
 def _memory(section: SectionResult) -> Block:
-    headings = ("model", "parameters", "FP16", "INT8", "INT4", "FP16 (seed)", "INT4 (seed)")
+    headings = ("model", "parameters", "FP16", "INT8", "INT4", "FP16 (Rust)", "INT4 (Rust)")
     rows = tuple(
         (result.label, f"{result.sizes['parameters'] / 1e9:.2f} B", *(size(result.sizes[name]) for name in _SIZES))
         for result in section.results
@@ -212,7 +212,7 @@ def _memory(section: SectionResult) -> Block:
     return Block(section.title, section.name, (section.about,), Table(headings, rows))
 
 
-_SIZES = ("fp16", "int8", "int4", "seed_fp16", "seed_int4")
+_SIZES = ("fp16", "int8", "int4", "rust_fp16", "rust_int4")
 
 
 def _changes(found: Comparison) -> Block:
@@ -222,7 +222,7 @@ def _changes(found: Comparison) -> Block:
     before = (
         f"Against the report of {found.created}: {len(found.of(FASTER))} rows faster, {len(found.of(SLOWER))} slower, "
         f"{same} the same within their noise.",
-        *(f"Mind: {warning}." for warning in found.warnings),
+        *(f"Warning: {warning}." for warning in found.warnings),
     )
     rows = tuple(
         (
@@ -238,7 +238,7 @@ def _changes(found: Comparison) -> Block:
     )
     after = [f"And {len(changed) - _SHOWN_CHANGES} more."] if len(changed) > _SHOWN_CHANGES else []
     after += [f"No longer within its tolerance: {label}." for label in found.less_right]
-    for what, labels in (("In the old report alone", found.only_old), ("In the new report alone", found.only_new)):
+    for what, labels in (("Only in the old report", found.only_old), ("Only in the new report", found.only_new)):
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
         after += [f"{what}: {', '.join(labels[:_SHOWN_LABELS])}{more}."] if labels else []
     headings = ("row", "threads", "old", "new", "speedup", "noise", "change")

@@ -110,7 +110,7 @@ def assert_close(spec: KernelSpec, arguments: dict[str, Any], got: tuple[np.ndar
 
 
 def digest() -> dict[str, str]:
-    """A hash of the results at the record's own sizes (many of them large enough for threads).
+    """A hash of the results at the record's example sizes (many of them large enough for threads).
 
     Of the kernels here alone: which products "auto" hands to BLAS, which rounds in its own way, is measured for each
     number of threads.
@@ -119,7 +119,7 @@ def digest() -> dict[str, str]:
     for spec in KERNELS.values():
         state = hashlib.sha256()
         own = {"backend": "numba"} if "backend" in inspect.signature(spec.function).parameters else {}
-        for sizes in (*spec.sizes, *odd_sizes(spec, (1, 70))):
+        for sizes in (*spec.examples, *odd_sizes(spec, (1, 70))):
             for array in run(spec, example(spec, sizes) | own):
                 state.update(array.tobytes())
         hashes[spec.name] = state.hexdigest()

@@ -31,7 +31,7 @@ def test_record_is_complete(spec: KernelSpec) -> None:
 
 @EVERY_SPEC
 def test_reference_at_named_sizes(spec: KernelSpec) -> None:
-    for sizes in spec.sizes:
+    for sizes in spec.examples:
         arguments = cases.example(spec, sizes)
         cases.assert_close(spec, arguments, cases.run(spec, arguments), sizes)
 

@@ -12,9 +12,9 @@ import ruvllm.kernels as K
 from ruvllm import lab
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import KERNELS
-from ruvllm.lab.peaks import Level, Peaks
 from ruvllm.lab.profiling import WAIT
 from ruvllm.llm import LLM
+from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.model import Llama, ModelConfig
 from ruvllm.model.reference import reference_logits, reference_states
 from tests.model import tiny

@@ -2,10 +2,10 @@
 
 import dataclasses
 
+from ruvllm.measure.timing import Timing
 from ruvllm.report import run
 from ruvllm.report.results import Entry, Report, Result, SectionResult
 from ruvllm.report.rows import SECTIONS
-from ruvllm.report.timing import Timing
 
 ALL_ROWS = [row for section in SECTIONS for row in section.rows]
 
@@ -27,7 +27,7 @@ def a_report(seconds: dict[str, float], threads: tuple[int, ...] = (1,), **chang
                     Entry(n, timing(seconds[row.id] / n), None, 1e-7, "L1", {"numpy": timing(2 * seconds[row.id] / n)})
                     for n in threads
                 )
-                results.append(Result(row.id, row.label, row.seed, 1e6, 1e5, 1e-7, 1e-5, entries))  # type: ignore[union-attr]
+                results.append(Result(row.id, row.label, row.rust_m4, 1e6, 1e5, 1e-7, 1e-5, entries))  # type: ignore[union-attr]
             else:
                 results.append(Result(row.id, row.label, reason="left out"))
         sections.append(SectionResult(section.name, section.title, section.about, tuple(results)))

@@ -1,4 +1,4 @@
-"""Measuring: the rows are the seed's, each gets figures or a reason, and peers compute the same as the kernels."""
+"""Measuring: the rows are the Rust report's, each gets figures or a reason, and peers compute the same as kernels."""
 
 import dataclasses
 import re
@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels import KERNELS
-from ruvllm.lab.peaks import Level, Peaks
+from ruvllm.measure import workers
+from ruvllm.measure.inside import Inside
+from ruvllm.measure.numpy_peer import OPERATIONS
+from ruvllm.measure.peaks import Level, Peaks
+from ruvllm.measure.peers import NumPy, PeerError, Torch, relative_error
+from ruvllm.measure.timing import Call, Effort, alternate
+from ruvllm.measure.workers.quiet import wait_until_quiet
 from ruvllm.report import bench, kernel_rows, layer_peers, layer_rows, layers, run
-from ruvllm.report._quiet import wait_until_quiet
-from ruvllm.report.inside import Inside
-from ruvllm.report.numpy_peer import OPERATIONS
-from ruvllm.report.peers import NumPy, PeerError, Torch, relative_error
 from ruvllm.report.rows import SECTIONS, KernelRow, LayerRow
-from ruvllm.report.seed import TARGETS
-from ruvllm.report.timing import Call, Effort, alternate
-from ruvllm.report.worker import Worker
+from ruvllm.report.rust_report import TARGETS
 from tests.report.report_cases import ALL_ROWS
 
 SHORT = Effort(turns=3, seconds=1e-5, longest=0.01)
@@ -31,10 +31,10 @@ PEAKS = {n: Peaks(n, 1e11 * n, 4e11 * n, LEVELS) for n in (1, 2)}
 # --- the rows ------------------------------------------------------------------------------------------------------
 
 
-def test_the_seeds_tables_are_complete() -> None:
-    """The number of rows with a figure of the seed, table by table, as its report prints them."""
-    seeded = {s.name: sum(getattr(row, "seed", None) is not None for row in s.rows) for s in SECTIONS}
-    assert seeded == {
+def test_the_tables_of_the_rust_report_are_complete() -> None:
+    """The number of rows with a figure on the M4 Pro, table by table, as the Rust report prints them."""
+    figures = {s.name: sum(getattr(row, "rust_m4", None) is not None for row in s.rows) for s in SECTIONS}
+    assert figures == {
         "attention": 7, "gqa": 7, "bandwidth": 5, "norms": 9, "matmul": 8, "rope": 9, "lora": 15, "layers": 6, "kv": 0,
         "memory": 0,
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_rows_fit_the_kernels_records() -> None:
     for row in ALL_ROWS:
         if isinstance(row, KernelRow):
             spec = KERNELS[row.kernel]
-            assert set(row.sizes) == set(spec.axes), row.id
+            assert row.sizes in spec.sizes and tuple(row.sizes) == spec.axes, row.id
             assert spec.flops(**row.sizes) > 0 and spec.bytes(**row.sizes) > 0
 
 
@@ -125,7 +125,7 @@ def test_a_wrong_kernel_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.error == pytest.approx(1e-3, rel=0.01)
 
 
-def test_inside_calls_the_body_as_often_as_asked() -> None:
+def test_inside_calls_the_body_the_given_number_of_times() -> None:
     spec = KERNELS["lora_forward_add"]
     inputs = spec.example(np.random.default_rng(0), rows=1, dim=64, rank=2)
     out = inputs["out"]
@@ -164,7 +164,7 @@ def test_long_calls_get_fewer_turns() -> None:
 
 def test_limit_is_the_longer_of_arithmetic_and_reads() -> None:
     def least(flops: float, nbytes: float, integer: bool = False) -> list[str | float]:
-        seconds, bound = bench.least_seconds(PEAKS[1], flops, nbytes, integer)
+        seconds, bound = PEAKS[1].least_seconds(flops, nbytes, integer)
         return [round(seconds * 1e9), bound]
 
     assert least(1e6, 1000) == [10_000, "FMA"]
@@ -179,7 +179,7 @@ def test_reads_from_memory_are_measured_beside_the_row(monkeypatch: pytest.Monke
     timed = bench.Bench(SHORT, {1: PEAKS[1]})
     entry = timed.entry(1, {bench.OWN: Call(lambda: None)}, 10, 1e6)
     assert entry.bound == "memory" and not entry.peers
-    assert entry.limit > 1e6 / (4096 / 2e-3)  # a sleep takes at least as long as was asked for
+    assert entry.limit > 1e6 / (4096 / 2e-3)  # a sleep takes at least as long as given
     assert timed.entry(1, {bench.OWN: Call(lambda: None)}, 10, 1000).limit == 1000 / 1e11
 
 
@@ -232,9 +232,9 @@ def test_the_file_for_llama_cpp_holds_the_same_model(tmp_path: Path) -> None:
 
 def test_peers_that_are_missing_or_broken_have_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUVLLM_TORCH_PYTHON", str(tmp_path / "none"))
-    empty = tmp_path / "empty.py"
+    empty = tmp_path / "llama_worker.py"
     empty.write_text("import json; input(); print(json.dumps({'error': 'no module', 'missing': True}))")
-    monkeypatch.setattr(layer_peers, "Worker", lambda name, python, script: Worker(name, sys.executable, empty))
+    monkeypatch.setattr(workers, "_PROGRAMS", tmp_path)
     with run._Peers(True) as found:
         assert [peer.name for peer in found.kernels] == ["numpy"]
         assert found.llama is None and found.about["llama.cpp"] == "not installed"
@@ -243,7 +243,7 @@ def test_peers_that_are_missing_or_broken_have_reasons(tmp_path: Path, monkeypat
         assert not found.kernels and not found.about
 
 
-def test_the_torch_worker_is_asked_and_its_answer_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_torch_worker_answers_and_its_answer_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for torch: NumPy arrays behind the calls that the worker makes of it."""
     stand_in = tmp_path / "torch.py"
     stand_in.write_text(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from ruvllm.cli._report import _stem
-from ruvllm.lab.peaks import Level, Peaks
+from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.report import compare, html, load, markdown, run, write
 from ruvllm.report.results import Report, ReportError
-from ruvllm.report.seed import TARGETS
+from ruvllm.report.rust_report import TARGETS
 from ruvllm.report.summary import FAIL, NOT_MEASURED, PASS, accuracy, standings, verdicts
 from ruvllm.report.tables import blocks, duration
 from tests.report.report_cases import ALL_ROWS, a_report, timing
@@ -46,8 +46,8 @@ def test_standings() -> None:
     report = a_report({"rms_norm rows=1 n=4096": 620.4e-9 / 2, "rms_norm rows=1 n=2048": 342.72e-9 * 2})
     by_peer = {found.peer: found for found in standings(report, 1)}
     assert by_peer["numpy"].mean == pytest.approx(2) and by_peer["numpy"].ahead == 2
-    assert by_peer["seed"].mean == pytest.approx(1) and by_peer["seed"].ahead == 1
-    label, ratio = by_peer["seed"].worst
+    assert by_peer["rust_m4"].mean == pytest.approx(1) and by_peer["rust_m4"].ahead == 1
+    label, ratio = by_peer["rust_m4"].worst
     assert label == "RMSNorm 2048" and ratio == pytest.approx(0.5)
 
 
@@ -137,7 +137,7 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     entry = json.loads(path.read_text())["sections"][0]["results"][0]["entries"][0]
     assert entry["derived"] == {
         "gflops": pytest.approx(1.0), "gbytes": pytest.approx(0.1), "share": pytest.approx(1e-4),
-        "ratios": {"numpy": 2.0}, "seed_ratio": pytest.approx(1.74e-3),
+        "ratios": {"numpy": 2.0}, "rust_m4_ratio": pytest.approx(1.74e-3),
     }  # fmt: skip
 
 
@@ -149,6 +149,19 @@ def test_files_that_are_no_report(tmp_path: Path, text: str, message: str) -> No
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ReportError, match=message):
         load(tmp_path / "r.json")
+
+
+def test_a_report_of_schema_1_is_read(tmp_path: Path) -> None:
+    """It called the figures of the Rust report "seed"."""
+    report = a_report({ALL_ROWS[0].id: 1e-3})
+    data = json.loads(report.json())
+    data["schema"] = 1
+    for section in data["sections"]:
+        for row in section["results"]:
+            row["seed"] = row.pop("rust_m4")
+            row["sizes"] = {name.replace("rust_", "seed_"): size for name, size in row["sizes"].items()}
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert load(tmp_path / "r.json") == report
 
 
 def _change(data: dict[str, Any], path: str, value: object) -> None:

@@ -191,6 +191,7 @@ SPECS = [
         sizes=(
             {"tokens": 1, "kv_heads": 8, "dim": 128, "length": 1024},
             {"tokens": 128, "kv_heads": 3, "dim": 64, "length": 512},
+            *({"tokens": t, "kv_heads": 32, "dim": 128, "length": t} for t in (256, 512, 1024, 2048)),
         ),
         tolerance=0.0,
     )

@@ -15,7 +15,7 @@ from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import address, array_at
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_empty, scratch
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, num_threads, threads_for
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
@@ -339,7 +339,7 @@ SPECS = [
         },
         flops=lambda length, dim: 4.0 * length * dim,
         bytes=lambda length, dim: 8.0 * length * dim,
-        sizes=({"length": 128, "dim": 64}, {"length": 512, "dim": 64}, {"length": 512, "dim": 128}),
+        sizes=grid(length=(128, 256, 512, 1024, 2048, 4096), dim=(64, 128)),
     ),
     KernelSpec(
         name="multi_query_attention",
@@ -380,9 +380,8 @@ SPECS = [
         flops=lambda heads, kv_heads, length, dim: 4.0 * heads * length * dim,
         bytes=lambda heads, kv_heads, length, dim: 8.0 * kv_heads * length * dim,
         sizes=(
-            {"heads": 16, "kv_heads": 4, "length": 128, "dim": 128},
-            {"heads": 16, "kv_heads": 2, "length": 512, "dim": 128},
-            {"heads": 32, "kv_heads": 4, "length": 512, "dim": 128},
+            *grid(heads=16, kv_heads=(4, 2), length=(128, 256, 512, 4096), dim=128),
+            *grid(heads=32, kv_heads=(8, 4), length=(128, 512, 2048, 8192), dim=128),
         ),
     ),
     KernelSpec(
@@ -395,7 +394,7 @@ SPECS = [
         flops=lambda tokens, heads, kv_heads, dim: 2.0 * tokens * (tokens + 1) * heads * dim,
         bytes=lambda tokens, heads, kv_heads, dim: 8.0 * tokens * (heads + kv_heads) * dim,
         sizes=(
-            {"tokens": 128, "heads": 32, "kv_heads": 8, "dim": 128},
+            *grid(tokens=(128, 512, 2048, 4096), heads=32, kv_heads=8, dim=128),
             {"tokens": 512, "heads": 9, "kv_heads": 3, "dim": 64},
         ),
     ),

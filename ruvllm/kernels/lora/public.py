@@ -30,7 +30,7 @@ from ruvllm.kernels.simd.vectors import (
     zip_high,
     zip_low,
 )
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
 ADAPTER_MACS = 3 * PARALLEL_MACS  # from which threads pay: one half of the work waits for the other
@@ -317,7 +317,7 @@ SPECS = [
         example=example,
         flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + dim),
         bytes=lambda rows, dim, rank: 8.0 * dim * rank + 8.0 * rows * dim,
-        sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
+        sizes=grid(rows=1, dim=(768, 2048, 4096), rank=(1, 2, 8, 64)),
     ),
     KernelSpec(
         name="lora_forward_add",
@@ -328,6 +328,6 @@ SPECS = [
         example=example_add,
         flops=lambda rows, dim, rank: rows * (4.0 * dim * rank + 2.0 * dim),
         bytes=lambda rows, dim, rank: 8.0 * dim * rank + 12.0 * rows * dim,
-        sizes=({"rows": 1, "dim": 768, "rank": 2}, {"rows": 1, "dim": 4096, "rank": 8}),
+        sizes=grid(rows=1, dim=(768, 2048, 4096), rank=(1, 2, 8, 64)),
     ),
 ]

@@ -15,7 +15,7 @@ from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, WIDE
 from ruvllm.kernels.matmul.panels import panel_count
 from ruvllm.kernels.memory import scratch
 from ruvllm.kernels.simd.vectors import f32_load, f32_load_first, f32_zeros, fma_each, hsum, load_rows, prefetch_l2
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, limited_to, num_threads, threads_for
 from ruvllm.kernels.threads.team import turn_counts
@@ -293,7 +293,7 @@ SPECS = [
         },
         flops=lambda m, k: 2.0 * m * k,
         bytes=lambda m, k: 4.0 * (m * k + m + k),
-        sizes=({"m": 256, "k": 256}, {"m": 1024, "k": 1024}, {"m": 4096, "k": 4096}),
+        sizes=tuple({"m": n, "k": n} for n in (256, 512, 1024, 2048, 4096)),
     ),
     KernelSpec(
         name="gemm",
@@ -304,7 +304,7 @@ SPECS = [
         example=_matrices,
         flops=lambda m, n, k: 2.0 * m * n * k,
         bytes=lambda m, n, k: 4.0 * (m * k + k * n + m * n),
-        sizes=tuple({"m": n, "n": n, "k": n} for n in (128, 256, 512)),
+        sizes=tuple({"m": n, "n": n, "k": n} for n in (128, 256, 512, 1024, 2048, 4096)),
     ),
     KernelSpec(
         name="gemm_nt",
@@ -318,7 +318,11 @@ SPECS = [
         },
         flops=lambda m, n, k: 2.0 * m * n * k,
         bytes=lambda m, n, k: 4.0 * (m * k + k * n + m * n),
-        sizes=({"m": 4, "n": 576, "k": 576}, {"m": 64, "n": 1536, "k": 576}),
+        sizes=(
+            {"m": 4, "n": 576, "k": 576},
+            {"m": 64, "n": 1536, "k": 576},
+            *grid(m=(1, 4, 16, 64, 512), n=4096, k=4096),
+        ),
     ),
     KernelSpec(
         name="batched_gemm",

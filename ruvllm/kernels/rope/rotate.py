@@ -13,7 +13,7 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.small_calls import may_write, room, small_call
 from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
 from ruvllm.kernels.simd.vectors import fma
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
@@ -234,6 +234,11 @@ def _example_tables(rng: np.random.Generator, tokens: int, heads: int, dim: int)
     return {"x": rng.standard_normal((tokens, heads, dim), np.float32), "cos": cos, "sin": sin}
 
 
+_SIZES = (
+    *grid(tokens=(1, 8, 32, 128), heads=1, dim=(64, 128)),
+    *grid(tokens=(1, 64), heads=32, dim=128),
+)
+
 SPECS = [
     KernelSpec(
         name="apply_rope",
@@ -244,7 +249,7 @@ SPECS = [
         example=_example,
         flops=lambda tokens, heads, dim: 3.0 * tokens * heads * dim,
         bytes=lambda tokens, heads, dim: 8.0 * tokens * heads * dim,
-        sizes=tuple({"tokens": t, "heads": 1, "dim": d} for d in (64, 128) for t in (1, 8, 32, 128)),
+        sizes=_SIZES,
     ),
     KernelSpec(
         name="apply_rope_tables",
@@ -255,11 +260,6 @@ SPECS = [
         example=_example_tables,
         flops=lambda tokens, heads, dim: 3.0 * tokens * heads * dim,
         bytes=lambda tokens, heads, dim: 4.0 * (2 * heads + 1) * tokens * dim,
-        sizes=(
-            {"tokens": 1, "heads": 1, "dim": 64},
-            {"tokens": 8, "heads": 1, "dim": 128},
-            {"tokens": 32, "heads": 1, "dim": 128},
-            {"tokens": 64, "heads": 32, "dim": 128},
-        ),
+        sizes=_SIZES,
     ),
 ]

@@ -24,7 +24,7 @@ from ruvllm.kernels.simd.vectors import (
     zip_high,
     zip_low,
 )
-from ruvllm.kernels.spec import KernelSpec
+from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import launch, threads_for
 
 
@@ -222,6 +222,6 @@ SPECS = [
         example=_example,
         flops=lambda rows, dim, rank: rows * (8.0 * dim * rank + 4 * dim),
         bytes=lambda rows, dim, rank: 24.0 * dim * rank + 8.0 * rows * dim,
-        sizes=tuple({"rows": 1, "dim": d, "rank": r} for d in (768, 2048, 4096) for r in (1, 2, 8, 64)),
+        sizes=grid(rows=1, dim=(768, 2048, 4096), rank=(1, 2, 8, 64)),
     ),
 ]

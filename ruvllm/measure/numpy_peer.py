@@ -63,7 +63,7 @@ def _softmax_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
 
 
 def _grouped_query_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
-    # The query heads that share a kv head are so many rows of one product; keys lie in BLAS's favourite order.
+    # The query heads that share a kv head become rows of one product; keys are laid out as BLAS reads them fastest.
     heads, dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(kv_heads, heads // kv_heads, dim) * np.float32(dim**-0.5)
@@ -115,7 +115,7 @@ def _lora_accumulate_grad(
     return call
 
 
-# By the kernel's name: arguments in, a function without arguments out.
+# By the kernel's name: takes the arguments, returns a function without arguments.
 OPERATIONS: dict[str, Callable[..., Callable[[], Any]]] = {
     "apply_rope": _apply_rope,
     "apply_rope_tables": _apply_rope_tables,

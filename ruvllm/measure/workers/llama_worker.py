@@ -1,8 +1,4 @@
-"""llama.cpp in a process of its own: requests as JSON lines on stdin, answers as JSON lines on stdout.
-
-Run by ``worker.Worker`` with any Python that has llama-cpp-python; it imports nothing of ruvllm. It works only while a
-request is open, so that two engines never compute at the same time.
-"""
+"""llama.cpp as a worker (see ``workers``), run with any Python that has llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -11,9 +7,9 @@ import time
 from importlib import import_module
 from typing import Any
 
-from _serve import serve  # type: ignore[import-not-found]  # beside this program, which is no part of a package
+from serve import serve  # type: ignore[import-not-found]  # found beside this program, not in a package
 
-BATCH = 2048  # tokens per call, llama-bench's default; cut into UBATCH by the engine
+BATCH = 2048  # tokens per call, llama-bench's default; the engine splits them into UBATCH
 UBATCH = 512
 
 
@@ -25,12 +21,12 @@ class Worker:
         self.llm: Any = None
 
     def hello(self) -> dict[str, str]:
-        """Version of the binding, and the instruction sets that the engine was built for."""
+        """Version of the binding, and the instruction sets the engine was built for."""
         info = self.api.llama_print_system_info().decode()
         return {"version": self.api.__version__, "system": info.strip()}
 
     def quantize(self, source: str, target: str, ftype: int, threads: int) -> None:
-        """Write ``source`` anew as another file type (an llama_ftype)."""
+        """Convert ``source`` to another file type (an llama_ftype)."""
         parameters = self.api.llama_model_quantize_default_params()
         parameters.ftype = ftype
         parameters.nthread = threads
@@ -39,7 +35,7 @@ class Worker:
             raise RuntimeError(f"llama.cpp could not quantize {source}")
 
     def load(self, path: str, threads: int, context: int) -> dict[str, int]:
-        """Load a model, in place of the one before, as fast as the engine offers: flash attention, repacking."""
+        """Replace the model, at the engine's fastest settings: flash attention, repacking."""
         self.unload()
         self.llm = self.api.Llama(
             path, n_ctx=context, n_batch=min(BATCH, context), n_ubatch=UBATCH, n_threads=threads,
@@ -58,7 +54,7 @@ class Worker:
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.llm.ctx), -1, length, -1)
 
     def prefill(self, ids: list[int]) -> float:
-        """Seconds to take in tokens, up to the logits after the last."""
+        """Seconds to append tokens, up to the logits after the last."""
         parts = [(self.api.llama_token * len(part))(*part) for part in _cut(ids, BATCH)]
         start = time.perf_counter()
         for part in parts:
@@ -66,7 +62,7 @@ class Worker:
         return time.perf_counter() - start
 
     def decode(self, ids: list[int]) -> float:
-        """Seconds to take in tokens one by one, with the logits after each."""
+        """Seconds to append tokens one by one, with the logits after each."""
         parts = [(self.api.llama_token * 1)(token) for token in ids]
         start = time.perf_counter()
         for part in parts:
@@ -80,13 +76,13 @@ class Worker:
         self.api.llama_get_logits_ith(self.llm.ctx, -1)  # waits for them
 
     def last_logits(self) -> list[float]:
-        """Logits after the token that was taken in last."""
+        """Logits after the last token appended."""
         return self.api.llama_get_logits_ith(self.llm.ctx, -1)[: self.llm.n_vocab()]
 
     def losses(self, path: str, threads: int, windows: list[list[int]], first: int, bos: int | None, f32: bool) -> Any:
-        """Negative log-likelihood of tokens first + 1: of each window, each window alone, in nats.
+        """Negative log-likelihood of tokens first + 1: of each window, in nats; windows share no context.
 
-        With ``f32`` nothing is rounded on the way: float32 KV cache, plain attention.
+        ``f32``: no rounding anywhere: float32 KV cache, plain attention.
         """
         import numpy as np
 

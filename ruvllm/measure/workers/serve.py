@@ -1,6 +1,6 @@
-"""The loop of an engine in a process of its own: requests as JSON lines on stdin, answers as JSON lines on stdout.
+"""The loop of a worker program: requests as JSON lines on stdin, answers as JSON lines on stdout.
 
-Imported by the programs beside it, which ``worker.Worker`` runs with any Python; it imports nothing of ruvllm.
+The programs beside this file import it; ``workers.Worker`` runs them with any Python. It imports nothing of ruvllm.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from _quiet import wait_until_quiet  # type: ignore[import-not-found]  # beside this file, which is no part of a package
+from quiet import wait_until_quiet  # type: ignore[import-not-found]  # found beside the program, not in a package
 
 
 def serve(make: Callable[[], Any]) -> None:
-    """Answer requests until stdin ends: {"do": method, ...} calls a method of what ``make`` gives at the first one.
+    """Answer requests until stdin ends: {"do": method, ...} calls a method of ``make()``, made at the first request.
 
     "settle" waits until no thread of this process spins any more.
     """
-    # What the engine itself prints must not come between the answers.
+    # Output of the engine itself must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     engine: Any = None

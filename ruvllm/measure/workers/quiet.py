@@ -1,4 +1,4 @@
-"""Waiting until this process's threads spin no more; for workers too, so it imports nothing of ruvllm."""
+"""Wait until this process's threads stop spinning; workers need it too, so it imports nothing of ruvllm."""
 
 import time
 
@@ -7,9 +7,9 @@ _BUSY = 0.1  # of a core
 
 
 def wait_until_quiet() -> None:
-    """Return when all threads of this process sleep but this one: a team of threads spins for a while after its work.
+    """Return when all threads of this process but this one sleep: a thread team spins for a while after its work.
 
-    Gives up after half a second: some threads are set to spin for ever.
+    Gives up after half a second: some threads are configured to spin forever.
     """
     end = time.perf_counter() + _LONGEST
     while time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""A kernel's body called again and again by compiled code: its time without Python's call, checks and dispatch."""
+"""A kernel's body in a loop of compiled code: its time without Python's call, checks and dispatch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.jit.small_calls import long_way
 
 
-# Not a kernel but a user of them, made anew for each body that it is given: it has no place in the cache.
+# Not a kernel but a caller, specialised for each body: it does not belong in the cache.
 @numba.njit(nogil=True)
 def _repeat(body: Any, calls: int, arguments: Any) -> None:
     for _ in range(calls):
@@ -24,7 +24,7 @@ def _repeat(body: Any, calls: int, arguments: Any) -> None:
 
 
 class Inside:
-    """The one compiled call that a public function makes of given arguments, as an engine (see ``timing``).
+    """The one compiled call that a public function makes for these arguments, as an engine (see ``timing``).
 
     Raises:
         LookupError: it makes none, or several.
@@ -33,13 +33,13 @@ class Inside:
     def __init__(self, spec: KernelSpec, arguments: tuple[Any, ...]) -> None:
         seen: list[tuple[Any, tuple[Any, ...]]] = []
         with long_way():
-            spec.function(*arguments)  # compiles: what watches is no compiled code, which bodies may call
+            spec.function(*arguments)  # compiles: compiled bodies cannot call the recorder
             with _watched(spec, seen):
                 spec.function(*arguments)
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
         self._body, self._arguments = seen[0]
-        if self._body is not spec.compiled[0]:  # what does the work was called by another name, and not seen
+        if self._body is not spec.compiled[0]:  # the body that works was called under another name
             raise LookupError(f"{spec.name}: {spec.compiled[0].__name__} was not seen")
         _repeat(self._body, 1, self._arguments)  # compiles
 
@@ -56,7 +56,7 @@ class Inside:
 
 @contextmanager
 def _watched(spec: KernelSpec, seen: list[tuple[Any, tuple[Any, ...]]]) -> Iterator[None]:
-    """While inside, calls from Python to the kernel's compiled functions are written down."""
+    """Record the calls from Python to the kernel's compiled functions inside the block."""
 
     def watching(body: Any) -> Any:
         def call(*arguments: Any) -> Any:

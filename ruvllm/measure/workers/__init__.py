@@ -1,7 +1,7 @@
 """A peer in a process of its own: requests as JSON lines on its stdin, answers as JSON lines on its stdout.
 
 The other interpreter need not have ruvllm, nor this one the peer. A worker computes only while a request is open, so
-that two engines never compute at the same time.
+that two engines never compute at the same time. The programs beside this file import nothing of ruvllm.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ from typing import Any
 
 from ruvllm._spinning import environment_of_others
 
-PYTHONS = {"torch": "RUVLLM_TORCH_PYTHON", "llama.cpp": "RUVLLM_LLAMA_PYTHON"}
+_PYTHONS = {"torch": "RUVLLM_TORCH_PYTHON", "peft": "RUVLLM_TORCH_PYTHON", "llama": "RUVLLM_LLAMA_PYTHON"}
+_PROGRAMS = Path(__file__).parent
 
 
 def python_for(peer: str) -> str:
-    """The interpreter that has a peer: what RUVLLM_TORCH_PYTHON or RUVLLM_LLAMA_PYTHON names, else this one."""
-    return os.environ.get(PYTHONS[peer], sys.executable)
+    """The interpreter that has a peer, "torch", "peft" or "llama": the one its variable names, else this one."""
+    return os.environ.get(_PYTHONS[peer], sys.executable)
+
+
+def last_words(lines: list[str]) -> str:
+    """The last line that a program wrote before it failed."""
+    written = [line.strip() for line in lines if line.strip()]
+    return written[-1] if written else "no output"
 
 
 class Worker:
-    """A running worker script; ``hello`` is what it said of itself.
+    """A running ``{peer}_worker.py``; ``hello`` is what it says of itself: "version", "system".
 
     Raises:
         ModuleNotFoundError: that Python does not have the peer.
         OSError: that Python cannot be run.
-        RuntimeError: the script failed.
+        RuntimeError: the program failed.
     """
 
-    def __init__(self, name: str, python: str, script: Path) -> None:
-        self.name = name
+    def __init__(self, peer: str, python: str | None = None) -> None:
+        self.peer = peer
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment_of_others(),
+            [python or python_for(peer), str(_PROGRAMS / f"{peer}_worker.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment_of_others(),
         )  # fmt: skip
         try:
             self.hello: dict[str, str] = self.call("hello")
@@ -62,17 +69,17 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"{self.name}: its process ended during {do!r}: {self._last_words()}")
+            self._log.seek(0)
+            raise RuntimeError(f"{self.peer}: its process ended during {do!r}: {last_words(self._log.readlines())}")
         answer = json.loads(line)
         if "error" in answer:
             kind = ModuleNotFoundError if answer["missing"] else RuntimeError
-            raise kind(f"{self.name}: {do}: {answer['error']}")
+            raise kind(f"{self.peer}: {do}: {answer['error']}")
         return answer["result"]
 
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+    def settle(self) -> None:
+        """Return when no thread of the worker spins any more."""
+        self.call("settle")
 
     def close(self) -> None:
         """End the process."""

@@ -1,7 +1,7 @@
-"""PyTorch in a process of its own (see ``worker``): our kernels' operations as a PyTorch user would write them.
+"""PyTorch as a worker (see ``workers``): our kernels' operations as a PyTorch user would write them.
 
-Run with any Python that has torch; it imports nothing of ruvllm. An operation gets the arrays that our kernel gets,
-runs once for its result, which is compared with the float64 reference, and is then timed.
+Run with any Python that has torch. An operation gets the same arrays as our kernel, runs once for its result, which is
+compared with the float64 reference, and is then timed.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from _serve import serve  # type: ignore[import-not-found]  # beside this program, which is no part of a package
+from serve import serve  # type: ignore[import-not-found]  # found beside this program, not in a package
 
 
 def _heads_first(t: Any) -> Any:
-    """(S, KV, D) as a contiguous (1, KV, S, D): the layout that attention is fastest in."""
+    """(S, KV, D) as a contiguous (1, KV, S, D): the layout in which attention is fastest."""
     return t.transpose(0, 1).contiguous()[None]
 
 
 class Operations:
-    """One method a kernel, named as in KERNELS: arguments as tensors in, a function without arguments out."""
+    """One method per kernel, named as in KERNELS: takes tensors, returns a function without arguments."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -58,7 +58,7 @@ class Operations:
         return lambda: self.f.scaled_dot_product_attention(query, keys, values)[0, 0, 0]
 
     def grouped_query_attention(self, q: Any, k: Any, v: Any) -> Callable[[], Any]:
-        # The query heads that share a kv head are so many queries of it: no key is read twice.
+        # The query heads that share a kv head become several queries of it: no key is read twice.
         kv_heads = k.shape[1]
         query, keys, values = q.reshape(1, kv_heads, len(q) // kv_heads, -1), _heads_first(k), _heads_first(v)
         return lambda: self.f.scaled_dot_product_attention(query, keys, values).reshape(q.shape)
@@ -119,7 +119,7 @@ class Layer:
         self.values = torch.zeros(1, kv_heads, positions, 2 * half)
 
     def __call__(self, ids: Any, start: int) -> Any:
-        """Logits after the last of ids (T,), which stand at start, start + 1 ..."""
+        """Logits after the last of ids (T,), at positions start, start + 1 ..."""
         f, w, end = self.f, self.w, start + len(ids)
         x = w["embed"][ids]
         h = f.rms_norm(x, x.shape[-1:], w["attn_norm"], self.eps)
@@ -134,7 +134,7 @@ class Layer:
         return f.linear(f.rms_norm(x[-1], x.shape[-1:], w["norm"], self.eps), w["embed"])
 
     def _rotated(self, x: Any, start: int) -> Any:
-        """(T, H, D) turned by its positions, as (1, H, T, D)."""
+        """(T, H, D) rotated by its positions, as (1, H, T, D)."""
         half = x.shape[-1] // 2
         cos, sin = (self.w[name][start : start + len(x), None] for name in ("cos", "sin"))
         a, b = x[..., :half], x[..., half:]
@@ -142,7 +142,7 @@ class Layer:
 
 
 class Worker:
-    """The operation that was prepared last."""
+    """The operation prepared last."""
 
     def __init__(self) -> None:
         self.torch: Any = import_module("torch")
@@ -150,11 +150,11 @@ class Worker:
         self.operation: Callable[[], Any] | None = None
 
     def hello(self) -> dict[str, str]:
-        """Version and the instruction set that it chose."""
+        """Version, and the instruction set it chose."""
         return {"version": self.torch.__version__, "system": self.torch.backends.cpu.get_cpu_capability()}
 
     def prepare(self, kernel: str, arrays: str, numbers: dict[str, float], threads: int, result: str) -> bool:
-        """Make ready one operation on the arrays of an .npz file; its first result goes to another, in order.
+        """Prepare one operation on the arrays of an .npz file; its first result is written to another.
 
         False if there is no such operation.
         """
@@ -170,8 +170,8 @@ class Worker:
         self, arrays: str, shapes: dict[str, list[int]], ids: list[int], heads: int, kv_heads: int, eps: float,
         threads: int, result: str,
     ) -> bool:  # fmt: skip
-        """Make ready the last of ids in one layer, after the others; matrices repeat the rows of block{columns}."""
-        self.operation = None  # its weights go before others come
+        """Prepare the last of ids in one layer, after the others; matrices repeat the rows of block{columns}."""
+        self.operation = None  # frees its weights before others are allocated
         given = self._tensors(arrays, threads)
         weights = {name.rsplit(".", 1)[-1]: tensor for name, tensor in given.items()}
         for name, (rows, columns) in shapes.items():
@@ -185,7 +185,7 @@ class Worker:
         return True
 
     def _tensors(self, arrays: str, threads: int) -> dict[str, Any]:
-        """The arrays of a file; from now on so many threads compute."""
+        """The arrays of a file; sets the number of threads."""
         self.torch.set_num_threads(threads)
         with np.load(arrays) as file:
             return {name: self.torch.from_numpy(file[name]) for name in file.files}
@@ -198,7 +198,7 @@ class Worker:
         np.savez(path, *(t.numpy() for t in found))
 
     def seconds(self, calls: int) -> float:
-        """Seconds of so many calls, after one that wakes threads and caches."""
+        """Seconds of ``calls`` calls, after one that wakes threads and warms caches."""
         assert self.operation is not None
         with self.torch.inference_mode():
             self.operation()

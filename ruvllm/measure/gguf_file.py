@@ -1,6 +1,6 @@
-"""GGUF files with made-up weights, for llama.cpp to run; written with the ``gguf`` package, which they alone need.
+"""GGUF files with made-up weights, for llama.cpp to run; only they need the ``gguf`` package.
 
-The vocabulary is made up: what such a model says means nothing.
+The vocabulary is made up too: the output of such a model is meaningless.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ruvllm.model.config import ModelConfig
 
 GROUP = 32  # weights of a Q4_0 block: a float16 scale, then 16 bytes of two codes each
 BLOCK_BYTES = 18
-_PRIVATE_USE = 0xF0000  # Unicode's first of 65 534 characters that mean nothing
+_PRIVATE_USE = 0xF0000  # the first of 65 534 private-use characters of Unicode
 _NAMES = {
     "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "mlp_norm": "ffn_norm",
     "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
@@ -40,13 +40,13 @@ def vocabulary(size: int) -> list[bytes]:
 
 
 def start(path: Path, config: ModelConfig, layout: str) -> Any:
-    """A GGUFWriter whose header is written: what follows is ``write_tensor_data`` for each of ``tensor_names``.
+    """A GGUFWriter with its header written; call ``write_tensor_data`` for each of ``tensor_names``.
 
     layout: "q4_0" or "f32" for all matrices; vectors are float32.
 
     Raises:
         ImportError: the ``gguf`` package is not installed.
-        ValueError: a matrix has columns that are no multiple of 32.
+        ValueError: a matrix's columns are not a multiple of 32.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 

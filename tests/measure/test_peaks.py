@@ -7,8 +7,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from ruvllm.lab import _caches, _peak_loops, peaks
-from ruvllm.lab.peaks import Level, Peaks
+from ruvllm.measure import _caches, _peak_loops, peaks
+from ruvllm.measure.peaks import Level, Peaks
 
 matplotlib.use("Agg")
 SOME = Peaks(

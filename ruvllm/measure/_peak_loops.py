@@ -1,8 +1,8 @@
-"""Loops that do nothing but multiply-add, integer dot products, or reads: what they reach is the machine's limit.
+"""Loops of nothing but multiply-adds, integer dot products, or reads: what they reach is the machine's limit.
 
-How many sums must be under way at once depends on the processor: enough to hide the latency of an instruction (8, or 12
-dot products, where 512-bit instructions start twice a cycle), few enough for its registers (6 or 4 where a vector of 16
-lanes takes two or four of them). Each loop comes in some widths, and the fastest counts.
+How many accumulators a loop needs depends on the processor: enough to hide the latency of an instruction (8, or 12 for
+dot products, where two 512-bit instructions issue per cycle), few enough for its registers (6 or 4 where a vector of 16
+lanes takes two or four). Each loop comes with several numbers of accumulators; the fastest counts.
 """
 
 from typing import Any
@@ -27,13 +27,13 @@ from ruvllm.kernels.simd.vectors import (
     u8_load,
 )
 
-FMA_CHAINS = (6, 8)  # multiply-adds of one turn
-DOT_CHAINS = (4, 8, 12)  # dot products of one turn
+FMA_CHAINS = (6, 8)  # multiply-adds per iteration
+DOT_CHAINS = (4, 8, 12)  # dot products per iteration
 
 
 @kernel(strict=True)
 def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
-    """``turns`` times 6 or 8 multiply-adds of 16 lanes, each waiting for its own last; out[lo:hi] gets the sums."""
+    """``turns`` times 6 or 8 independent chains of multiply-adds on 16 lanes; out[lo:hi] gets the sums."""
     half, one = splat(np.float32(0.5)), splat(np.float32(1))
     for i in range(lo, hi):
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
@@ -53,8 +53,8 @@ def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
 def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
     """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; two of them read one quad from the first cache.
 
-    weights (128,) uint8: two vectors, so that no product is like another; quads (1024,) int8. Where sums are kept in
-    16 bits (AVX2) they wrap: nobody reads them.
+    weights (128,) uint8: two vectors, so that no two products are alike; quads (1024,) int8. Sums of 16 bits (AVX2)
+    wrap; nothing reads them.
     """
     for i in range(lo, hi):
         s0, s1, s2, s3 = dot_begin(), dot_begin(), dot_begin(), dot_begin()

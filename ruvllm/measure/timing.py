@@ -1,8 +1,9 @@
-"""Times of calls: engines take turns, so that what disturbs one disturbs all; medians and quartiles of many turns."""
+"""Times of calls: engines take turns, so that noise hits all of them alike; medians and quartiles of many turns."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from timeit import Timer
@@ -10,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ruvllm.report._quiet import wait_until_quiet
+from ruvllm.measure.workers.quiet import wait_until_quiet
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles over the median: the middle half of the turns lies within it."""
+        """Interquartile range over the median."""
         return (self.high - self.low) / self.median
 
 
@@ -38,11 +39,11 @@ class Engine(Protocol):
     """Something that can be timed."""
 
     def seconds(self, calls: int) -> float:
-        """Seconds of so many calls, after one that wakes threads and caches."""
+        """Seconds of ``calls`` calls, after one that wakes threads and warms caches."""
         ...
 
     def settle(self) -> None:
-        """Return when its threads no longer spin, which would take a core from the next engine."""
+        """Return when its threads no longer spin: they would take a core from the next engine."""
         ...
 
 
@@ -64,18 +65,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is measured: ``turns`` of each engine, in each of which calls fill ``seconds`` or are one."""
+    """How long to measure: ``turns`` of each engine, each of as many calls as fill ``seconds``, at least one.
+
+    longest: seconds that all turns of one engine may take together, unless three take longer. awake: seconds for
+    which an engine with several threads works, untimed, before each turn: after a rest, the system may wake a thread
+    on a core that another thread already uses.
+    """
 
     turns: int
     seconds: float
-    longest: float = 1.5  # seconds that all turns of one engine together may take, unless three take longer
+    longest: float = 1.5
+    awake: float = 0.0
 
     def calls(self, one: float) -> int:
-        """Calls of one turn, where one call takes so many seconds."""
+        """Calls of one turn, where one call takes ``one`` seconds."""
         return max(1, math.ceil(self.seconds / one))
 
     def turns_of(self, one: float) -> int:
-        """Turns, where one call takes so many seconds: at least three."""
+        """Turns, where one call takes ``one`` seconds: at least three."""
         return max(3, min(self.turns, int(self.longest / one)))
 
 
@@ -84,10 +91,10 @@ QUICK = Effort(turns=5, seconds=5e-4, longest=0.4)
 
 
 def alternate(engines: Mapping[str, Engine], effort: Effort, settle: bool = False) -> dict[str, Timing]:
-    """Time the engines in turns, A B B A; each ``settle``s where its threads could disturb the next.
+    """Time the engines in turns, A B B A. ``settle``: they have several threads, which must not disturb the next one.
 
-    A quarter of the calls come before, untimed: caches are then the engine's own, not those of the one before it,
-    whose arrays may be the same.
+    A quarter of the calls come first, untimed, so that each engine finds its own data in the caches, not that of the
+    engine before it, whose arrays may be the same.
     """
     calls = {}
     for name, engine in engines.items():
@@ -98,6 +105,9 @@ def alternate(engines: Mapping[str, Engine], effort: Effort, settle: bool = Fals
     slowest, turn = 0.0, 0
     while turn < (effort.turns_of(slowest) if turn else 1):
         for name, engine in list(engines.items())[:: -1 if turn % 2 else 1]:
+            end = time.perf_counter() + effort.awake
+            while settle and time.perf_counter() < end:
+                engine.seconds(1)
             if calls[name] > 1:
                 engine.seconds(calls[name] // 4)
             seconds[name].append(engine.seconds(calls[name]) / calls[name])
@@ -108,8 +118,13 @@ def alternate(engines: Mapping[str, Engine], effort: Effort, settle: bool = Fals
     return {name: Timing.of(found) for name, found in seconds.items()}
 
 
+def median_seconds(call: Callable[[], object], effort: Effort) -> float:
+    """The median time of one call in this process."""
+    return alternate({"": Call(call)}, effort)[""].median
+
+
 def _estimate(engine: Engine) -> float:
-    """Roughly the seconds of one call: the clock alone takes a tenth of a microsecond."""
+    """Roughly the seconds of one call; reading the clock takes a tenth of a microsecond."""
     calls, spent = 1, engine.seconds(1)
     while spent < 2e-4 and calls < 1 << 12:
         calls *= 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,18 +15,18 @@ from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.simd.vectors import LANES
 from ruvllm.kernels.threads.pool import launch, limited_to, physical_cores, require_threads
-from ruvllm.lab import _peak_loops as loops
-from ruvllm.lab._caches import cache_sizes
-from ruvllm.lab._display import as_html, as_text, axis
+from ruvllm.measure import _peak_loops as loops
+from ruvllm.measure._caches import cache_sizes
+from ruvllm.measure.display import as_html, as_text, axis
 
 _SECONDS = 0.01  # of one timed call: a launch of threads takes some microseconds
-_REPEATS = 7  # of which the best counts: a limit is what undisturbed work reaches
-_MEMORY_BYTES = 1 << 28  # read for the last level, and at least four times the last cache
+_REPEATS = 7  # the best counts: a limit is what undisturbed work reaches
+_MEMORY_BYTES = 1 << 28  # read from memory, or four times the last cache if that is more
 
 
 @dataclass(frozen=True)
 class Level:
-    """A level of the memory: its name, the bytes of it that one core sees, and bytes/s that all threads read."""
+    """A level of the memory: its name, the bytes that one core sees, and bytes/s that all threads read."""
 
     name: str
     size: float  # inf for memory
@@ -60,6 +60,17 @@ class Peaks:
             if nbytes <= level.size * (1 if shared else self.threads):
                 return level.bandwidth
         return self.memory
+
+    def least_seconds(self, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:
+        """The roofline: the longer of arithmetic at its peak and reads from the level that holds them; which it is."""
+        arithmetic, reads = flops / (self.int8_dot if integer else self.fma), nbytes / self.bandwidth(nbytes)
+        if arithmetic > reads:
+            return arithmetic, "int8 dot" if integer else "FMA"
+        return reads, next(level.name for level in self.levels if level.bandwidth == self.bandwidth(nbytes))
+
+    def with_memory(self, bandwidth: float) -> Peaks:
+        """The same limits with another read bandwidth of memory, in bytes/s."""
+        return replace(self, levels=(*self.levels[:-1], replace(self.levels[-1], bandwidth=bandwidth)))
 
     def rows(self) -> list[tuple[str, ...]]:
         """What was measured, and how much, as text; the first row has the headings."""
@@ -105,7 +116,7 @@ class Peaks:
 def fma_peak(threads: int | None = None) -> float:
     """Float32 FLOP/s of fused multiply-adds on vectors, two operations each; the best of several tries.
 
-    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
+    threads: None for the physical cores. Raises ValueError for more threads than the pool has.
     """
     threads = _checked(threads)
     out = np.empty(threads, np.float32)
@@ -118,7 +129,7 @@ def fma_peak(threads: int | None = None) -> float:
 def int8_dot_peak(threads: int | None = None) -> float:
     """Operations/s of the integer dot products that the quantised kernels use, two for each multiply-add of bytes.
 
-    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
+    threads: None for the physical cores. Raises ValueError for more threads than the pool has.
     """
     threads = _checked(threads)
     weights, quads, out = np.full(128, 7, np.uint8), np.ones(1024, np.int8), np.empty(threads, np.float32)
@@ -145,7 +156,7 @@ def cache_bandwidth(nbytes: int, threads: int | None = None) -> float:
 def read_levels(threads: int | None = None) -> tuple[Level, ...]:
     """Read bandwidth of each cache, from half of its size, and of memory.
 
-    threads: None for the physical cores. Raises ValueError for threads that cannot be had.
+    threads: None for the physical cores. Raises ValueError for more threads than the pool has.
     """
     threads = _checked(threads)
     levels, below = [], 0
@@ -161,7 +172,7 @@ def read_levels(threads: int | None = None) -> tuple[Level, ...]:
 def measure_peaks(threads: int | None = None) -> Peaks:
     """All limits of this machine at ``threads`` threads (None: the physical cores); takes about three seconds.
 
-    Leave the machine alone meanwhile. Raises ValueError for threads that cannot be had.
+    The machine must be idle otherwise. Raises ValueError for more threads than the pool has.
     """
     threads = _checked(threads)
     return Peaks(threads, fma_peak(threads), int8_dot_peak(threads), read_levels(threads))
@@ -183,7 +194,7 @@ def _checked(threads: int | None) -> int:
 
 
 def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None], *arguments: Any) -> float:
-    """Turns/s that each thread makes of a loop."""
+    """Iterations/s of a loop on each thread."""
 
     def seconds(turns: int, threads: int) -> float:
         start = time.perf_counter()
@@ -197,8 +208,7 @@ def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None]
         seconds(1, 1)  # compiles
         seconds(1, threads)  # starts the threads
         turns = 16
-        # On one thread, and the least of three: threads that wait for a core of their own would be timed over far too
-        # few turns.
+        # On one thread, and the minimum of three: threads still waiting for a core would make the turns far too few.
         while (spent := min(seconds(turns, 1) for _ in range(3))) < _SECONDS / 2:
             turns *= 2 if spent > _SECONDS / 16 else 8
         return turns / min(seconds(turns, threads) for _ in range(_REPEATS))

@@ -1,4 +1,4 @@
-"""How results of the laboratory are shown: as a text table, as HTML in a notebook, and on a matplotlib axis."""
+"""How results are shown: as a text table, as HTML in a notebook, and on a matplotlib axis."""
 
 from __future__ import annotations
 

@@ -1,0 +1,13 @@
+"""How ruvllm and its peers are measured: engines take turns, each in a quiet machine, beside what the machine can do.
+
+| module | what it has |
+|---|---|
+| ``timing`` | engines that take turns; medians and quartiles |
+| ``workers`` | a peer in a process of its own, and the programs that run there |
+| ``peaks`` | the limits of this machine: arithmetic, and reads from each cache and from memory |
+| ``inside`` | a kernel's body without Python's call |
+| ``peers`` | NumPy and PyTorch as peers of a kernel |
+| ``engines`` | ruvllm, llama.cpp and ik_llama.cpp on one model file |
+| ``gguf_file`` | model files with made-up weights |
+| ``display`` | results as text, as HTML and on a plot |
+"""

@@ -1,1 +1,1 @@
-"""Measurements of ruvllm: against other engines (``python -m benchmarks.peers``), and the files they need."""
+"""Measurements of ruvllm against other engines (``python -m benchmarks.peers``), and their model files."""

@@ -4,9 +4,9 @@
 
 Rounds take turns: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all of its threads,
 which then wait, perhaps spinning, while ours run; and the same with PyTorch, if it is installed. Only the decoding is
-timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's spin for 2^OPENBLAS_THREAD_TIMEOUT
-clock ticks, which NumPy reads when it is loaded. Here NumPy is imported first, as in most programs, so that is 26 or
-28; a program that imports ruvllm first gets what OPENBLAS_THREAD_TIMEOUT=18 shows.
+timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's threads spin for
+2^OPENBLAS_THREAD_TIMEOUT clock ticks, a variable that NumPy reads at import. Here NumPy is imported first, as in most
+programs, so the exponent is 26 or 28; a program that imports ruvllm first behaves as with OPENBLAS_THREAD_TIMEOUT=18.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy as np
 import ruvllm
 from ruvllm.llm import LLM
 
-REST_SECONDS = 0.5  # before each round, so that the last one's threads spin no more
+REST_SECONDS = 0.5  # before each round, until the threads of the last one stop spinning
 
 
 def seconds_per_token(llm: LLM, tokens: int, between: Callable[[], object]) -> float:
-    """Of greedy decoding after a short prompt, without what is done between the tokens."""
+    """Of greedy decoding after a short prompt, without the time between tokens."""
     cache = llm.new_cache(tokens + 8)
     logits = llm.logits([1, 2, 3, 4], cache, last_only=True)
     spent = 0.0
@@ -53,7 +53,7 @@ def neighbours() -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Print a line for each neighbour."""
-    parser = argparse.ArgumentParser(description="Decoding beside the threads of other libraries.")
+    parser = argparse.ArgumentParser(description="Decoding next to the threads of other libraries.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)

@@ -47,7 +47,7 @@ from ruvllm.report.tables import duration
 FULL = Effort(turns=9, seconds=2e-3, longest=6.0, awake=0.05)
 QUICK = Effort(turns=3, seconds=5e-4, longest=0.2, awake=0.05)
 HEADINGS: Headings = (
-    ("case", -54), ("threads", 7), ("call", 9), ("kernel", 9), ("numpy", 9), ("torch", 9), ("rust", 9), ("ratio", 6),
+    ("case", -63), ("threads", 7), ("call", 9), ("kernel", 9), ("numpy", 9), ("torch", 9), ("rust", 9), ("ratio", 6),
     ("limit", 10),
 )  # fmt: skip
 LINEAR, CACHED = "linear", "cached"  # names of rows in a model's layouts

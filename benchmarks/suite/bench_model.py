@@ -20,7 +20,7 @@ class _Model:
             _Model.setup(self, weights, 8)
 
     def setup(self, weights: str, tokens: int) -> None:
-        """A model and a cache that has room for the tokens; everything compiled."""
+        """A model and a KV cache large enough for the tokens; everything compiled."""
         self.model = Llama(PRESETS["smollm2-135m"], layout=weights)
         self.cache = self.model.new_cache(tokens + 64)
         self.ids = np.random.default_rng(0).integers(0, 49152, tokens)
@@ -45,7 +45,7 @@ class Prefill(_Model):
 
 
 class Decode(_Model):
-    """One token after so many others."""
+    """One token after ``cached`` others."""
 
     params: Any = (_LAYOUTS, [16, 1024])
     param_names = ("weights", "cached")

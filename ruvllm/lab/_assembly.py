@@ -1,6 +1,6 @@
-"""The innermost loops in assembly: how wide they compute, what they call, spill, read and write.
+"""The innermost loops in assembly: their vector width, and what they call, spill, read and write.
 
-Where a loop begins and which blocks belong to it, and which moves are spills, LLVM says in comments.
+LLVM's comments say where a loop begins, which blocks belong to it, and which moves are spills.
 """
 
 import re
@@ -27,7 +27,7 @@ _MOVE = re.compile(r"movq\s+(%\w+|-?\d*\(%rsp\)), (%\w+|-?\d*\(%rsp\))")
 
 _X86_REGISTER = re.compile(r"%([xyz])mm\d+")
 _ARM_VECTOR = re.compile(r"\bv\d+|\bq\d+")
-# Arithmetic on vectors of floats, and conversions between kinds of numbers.
+# Arithmetic on vectors of floats, and conversions between types.
 _PACKED = re.compile(
     r"v?(?:fn?m(?:add|sub)\w*|add|sub|mul|div|max|min|sqrt)p[sd]$|f(?:mla|mls|mul|add|sub|div|maxn?m?|minn?m?|sqrt)\.[24]"
     r"|v?cvt(?:p[sdh]|dq|udq|qq|uqq|tp[sd])2\w+$|(?:fcvt\w*|[su]cvtf)\.[24][sd]"
@@ -38,7 +38,7 @@ _INTEGERS = re.compile(
 )
 _FMA = re.compile(r"vfn?m(?:add|sub)\d+p[sd]$|fml[as]\.[24][sd]")
 _SCALAR = re.compile(r"v?(?:add|sub|mul|div|sqrt|fn?m(?:add|sub)\d+)s[sd]$|f(?:n?m?add|n?m?sub|mul|div|sqrt)$")
-# Arithmetic on numbers of 8 bytes.
+# Arithmetic on elements of 8 bytes.
 _DOUBLE = re.compile(r"v?(?:fn?m|add|sub|mul|div|max|min|sqrt)\w*[ps]d$|v?p(?:add|sub|mull|max[su]|min[su])q$|\w+\.2d")
 _ONE_FLOAT = re.compile(r"v?(?:mov|add|sub|mul|div|sqrt|max|min|u?comi|insertp|fn?m(?:add|sub)\d+)(s[sd]?)$")
 _DOT = re.compile(r"vpdpbusd|vpmaddubsw|[su]dot\.")
@@ -66,8 +66,8 @@ class Loop:
 
     width: bits of its widest vector arithmetic, 0 if it has none. moved: bits of its widest load or store.
     fma, dot: multiply-add and integer dot-product instructions on vectors. scalar_math: arithmetic on single floats.
-    spills: instructions that save or restore vectors on the stack. bytes_read, bytes_written: memory that one turn
-    touches. elements: numbers that one turn makes, of the kind ``element``: "multiply-add" where it sums products,
+    spills: instructions that save or restore vectors on the stack. bytes_read, bytes_written: memory that one
+    iteration touches. elements: those of one iteration, counted by ``element``: "multiply-add" where it sums products,
     "store" where it writes, else "load".
     """
 
@@ -110,7 +110,7 @@ def called(assembly: str) -> Counter[str]:
 
 
 def defined(assembly: str) -> set[str]:
-    """Functions whose code stands in the assembly."""
+    """Functions whose code is in the assembly."""
     return {_plain(match[1]) for text in assembly.splitlines() if (match := _FUNCTION.match(text))}
 
 
@@ -193,7 +193,7 @@ def _bodies(assembly: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Instruction and comment: "#" begins one on x86, ";" on ARM, where "#" is before numbers.
+    """Instruction and comment: "#" begins one on x86, ";" on ARM, where "#" marks constants.
 
     ARM's "fmla v0.4s, v1.4s" is written "fmla.4s v0.4s, v1.4s", as on macOS.
     """

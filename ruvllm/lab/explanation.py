@@ -1,4 +1,4 @@
-"""explain(kernel): what the compiler made of a kernel's loops, for this processor or another."""
+"""explain(kernel): how the compiler translated a kernel's loops, for this processor or another."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _FOREIGN = {
 }
 TARGETS = ("host", *_FOREIGN)
 _REMARK = re.compile(r"remark: (.*?):(\d+):\d+: loop not vectorized: (.*)")
-_HARMLESS = frozenset({"memset", "memcpy", "memmove", "bzero", "NRT_incref", "NRT_decref"})  # whole arrays at once
+_HARMLESS = frozenset({"memset", "memcpy", "memmove", "bzero", "NRT_incref", "NRT_decref"})  # per array
 _SOURCE_COLUMNS = 76
 
 
 @dataclass(frozen=True)
 class Remark:
-    """Why the compiler left a loop as it was."""
+    """Why the compiler did not vectorise a loop."""
 
     file: str
     line: int
@@ -46,10 +46,10 @@ class Remark:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a kernel's bodies. print() it, or let a notebook show it.
+    """How a kernel's bodies were compiled. print() it, or let a notebook show it.
 
     loops: the innermost loops, in the order of the code. calls: functions that are called from compiled code, with how
-    many calls there are. defined: functions whose code stands here. remarks: why loops were not vectorised.
+    many calls there are. defined: functions whose code is included. remarks: why loops were not vectorised.
     assembly: all of it.
     """
 
@@ -81,7 +81,7 @@ class Explanation:
 
     @property
     def scalar_calls(self) -> tuple[str, ...]:
-        """Functions called from loops, which compute one number at a time; not those whose own loops stand here."""
+        """Functions called from loops, one element at a time; not those whose own loops are included."""
         harmless = {*_HARMLESS, *self.defined}
         return tuple(dict.fromkeys(name for loop in self.loops for name in loop.calls if name not in harmless))
 
@@ -97,14 +97,14 @@ class Explanation:
 
     @property
     def moves_only(self) -> bool:
-        """Whether its loops only copy, several numbers at a time: there is no arithmetic, and no call."""
+        """Whether its loops only copy, several elements at a time, without arithmetic or calls."""
         copies = any(loop.stores and loop.moved >= 64 for loop in self.loops)
         return copies and not self.width and not self.scalar_loops and not self.scalar_calls
 
     def annotated(self, loop: int | None = None) -> str:
         """Assembly of one loop (or of all), each instruction to the right of the source line that it comes from."""
         chosen = range(len(self.loops)) if loop is None else (loop,)
-        return "\n\n".join(f"loop {i}\n{_beside(self.loops[i])}" for i in chosen)
+        return "\n\n".join(f"loop {i}\n{_side_by_side(self.loops[i])}" for i in chosen)
 
     def heading(self) -> str:
         """One line: what was compiled, for what, and whether it vectorised."""
@@ -275,7 +275,7 @@ def _described(target: str) -> str:
     return f"this machine ({_target('host').cpu}, {platform.machine()})" if target == "host" else target
 
 
-def _beside(loop: Loop) -> str:
+def _side_by_side(loop: Loop) -> str:
     """Source lines to the left, instructions to the right; a line is written where it changes."""
     lines, before = [], None
     for x in loop.assembly:

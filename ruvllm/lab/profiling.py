@@ -1,4 +1,4 @@
-"""profile(llm, prompt): where the time of a real generation goes, by operation and by layer, beside the limits."""
+"""profile(llm, prompt): the time of a generation by operation and by layer, against the machine's limits."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class Profile:
 def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None = None) -> Profile:
     """Generate greedily and time each operation inside the parallel region, on each thread.
 
-    The region that generation always uses takes time stamps before and after each row of its tape: no other path, no
-    patches, and nothing is paid where no profile is taken. Products of integers are compared with the integer peak,
+    The region that generation always uses takes time stamps before and after each row of its tape: same path, no
+    patches, no cost without a profile. Products of integers are compared with the integer peak,
     others with the float32 peak, reads with the bandwidth of memory, or of the smallest cache that holds what an
     operation touches.
 

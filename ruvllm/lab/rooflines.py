@@ -1,4 +1,4 @@
-"""roofline(): kernels between the limits of this machine: arithmetic against bytes, each where it was measured."""
+"""roofline(): kernels under the limits of this machine: arithmetic against bytes, at measured speeds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Kernels beside the limits of ``peaks.threads`` threads."""
+    """Kernels against the limits of ``peaks.threads`` threads."""
 
     peaks: Peaks
     points: tuple[Point, ...]
@@ -107,7 +107,7 @@ class Roofline:
 
 
 def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roofline:
-    """Measure kernels at their largest example size, and matrices of models as "linear int4", beside the limits.
+    """Measure kernels at their largest example size, and matrices of models as "linear int4".
 
     Args:
         kernels: names in KERNELS, "linear f32", "linear int8", "linear int4" (2048 x 2048; one token, and 96); none
@@ -116,7 +116,7 @@ def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roo
         peaks: limits at this number of threads; None measures them, once in a process (three seconds).
 
     Raises:
-        ValueError: no kernel has this name, or so many threads cannot be had.
+        ValueError: no kernel has this name, or there are fewer threads.
     """
     linears = [f"linear {layout}" for layout in ("f32", "int8", "int4")]
     for name in kernels:

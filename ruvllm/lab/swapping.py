@@ -1,4 +1,4 @@
-"""swap(rms_norm=mine): another implementation of a kernel, checked against the reference, then used by real models."""
+"""swap(rms_norm=mine): another implementation of a kernel, checked against the reference, then used by models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.model.llama import Llama
 
 _changing = threading.Lock()
-_in_place: set[str] = set()  # kernels that are swapped now, by any thread
+_in_place: set[str] = set()  # kernels swapped now, by any thread
 _walks = [0]  # blocks in which models walk their layers in Python
 
 
 @dataclass
 class Swapped:
-    """What stands in for a kernel: its error at each example size, and the calls and seconds so far."""
+    """A replacement of a kernel: its error at each example size, its calls and seconds so far."""
 
     name: str
     sizes: list[dict[str, int]] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Swapped:
 
 @dataclass
 class Swap:
-    """The kernels that are swapped; print() it, or let a notebook show it."""
+    """The swapped kernels; print() it, or let a notebook show it."""
 
     kernels: dict[str, Swapped]
 
@@ -69,7 +69,7 @@ class Swap:
         return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
-        """Errors of each kernel at its example sizes, beside the library's; returns the matplotlib axis."""
+        """Errors of each kernel at its example sizes, next to the library's; returns the matplotlib axis."""
         ax = axis(ax)
         labels = [f"{name} {at}" for name, at, *_ in self.rows()[1:]]
         places = np.arange(len(labels))
@@ -105,7 +105,7 @@ def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Ite
     Raises:
         ValueError: no kernel has this name, it is swapped already, a result is not that of the reference, or the
             function changes its arguments; nothing is swapped.
-        TypeError: a value that cannot be called as the kernel is, or that returns no numbers.
+        TypeError: a value that cannot be called like the kernel, or whose result is not numeric.
     """
     if not functions:
         raise ValueError("functions: expected at least one, such as rms_norm=my_function")
@@ -168,7 +168,7 @@ def readable_path() -> Iterator[None]:
 
 
 def _as_kernel(spec: KernelSpec, function: Callable[..., Any], record: Swapped) -> Callable[..., Any]:
-    """The function with the kernel's way of being called: ``out`` is filled and returned."""
+    """The function with the kernel's calling convention: ``out`` is filled and returned."""
     signature = inspect.signature(getattr(function, "py_func", function))
     takes_out = "out" in signature.parameters
     has_out = "out" in inspect.signature(spec.function).parameters
@@ -237,7 +237,7 @@ def _example(spec: KernelSpec, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def _called(call: Callable[..., Any], spec: KernelSpec, sizes: dict[str, int]) -> tuple[Any, set[str]]:
-    """What it returns for the example, and the names of the arguments that are other numbers afterwards."""
+    """Its result for the example, and the names of the arguments that it changed."""
     given = _example(spec, sizes)
     result = call(**given)
     fresh = _example(spec, sizes).items()

@@ -1,4 +1,4 @@
-"""How ruvllm and its peers are measured: engines take turns, each in a quiet machine, beside what the machine can do.
+"""How ruvllm and its peers are measured: engines take turns on a quiet machine, against the machine's limits.
 
 | module | what it has |
 |---|---|

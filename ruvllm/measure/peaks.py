@@ -54,7 +54,7 @@ class Peaks:
         return self.levels[-1].bandwidth
 
     def bandwidth(self, nbytes: float) -> float:
-        """Bytes/s at which ``nbytes``, split over the threads and read again and again, can be read."""
+        """Bytes/s at which ``nbytes``, split over the threads and read repeatedly, can be read."""
         for level in self.levels:
             shared = level.name not in ("L1", "L2")
             if nbytes <= level.size * (1 if shared else self.threads):

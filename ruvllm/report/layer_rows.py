@@ -1,4 +1,4 @@
-"""Rows that are transformer layers: one token through one or several, beside PyTorch and llama.cpp."""
+"""Rows that are transformer layers: one token through one or several, against PyTorch and llama.cpp."""
 
 from __future__ import annotations
 

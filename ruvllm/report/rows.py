@@ -96,7 +96,7 @@ def _lora(kernel: str, label: str, dim: int, rank: int, rust_m4: float) -> Kerne
 
 
 def _read(kilobytes: int, rust_m4: float | None) -> tuple[KernelRow, KernelRow]:
-    """The Rust report's row, attention over so many bytes of keys and values; and a plain read of as many."""
+    """The Rust report's row, attention over that many KB of keys and values; and a plain read of as many."""
     return (
         _one_head(kilobytes, 128, f"Attention over {kilobytes} KB", rust_m4),
         KernelRow(f"Plain read of {kilobytes} KB", "buffer_sum", {"n": kilobytes * 256}),
@@ -193,8 +193,8 @@ _MODELS = (("LLaMA2-7B", "llama2-7b", 569.67), ("LLaMA3-8B", "llama3-8b", 657.20
 LAYERS = Section(
     "layers", "Transformer layers",
     "One token after 16 others: attention over a KV cache with rotary positions in every head, feed-forward, "
-    "residuals; then the final norm and a head of 512 words. Each layer has memory of its own. In INT4, weights have "
-    "4 bits and activations 8; errors are against float64 on the weights as they are held.",
+    "residuals; then the final norm and a head of 512 words. Each layer has its own memory. In INT4, weights have "
+    "4 bits and activations 8; errors are against float64 on the quantised weights.",
     (
         *(LayerRow(f"{label}, 1 layer, f32", name, "f32", 1, ms * MS) for label, name, ms in _MODELS),
         *(LayerRow(f"{label}, 1 layer, INT4", name, "int4", 1) for label, name, _ in _MODELS),
@@ -207,7 +207,7 @@ LAYERS = Section(
 
 KV = Section(
     "kv", "KV cache",
-    "Keys and values of so many tokens into an empty cache of one layer, LLaMA2-7B: 32 heads of size 128, 32 KB a "
+    "Keys and values of all tokens into an empty cache of one layer, LLaMA2-7B: 32 heads of size 128, 32 KB a "
     "token. The Rust report's figures are its bandwidth column under another heading, so none is shown.",
     tuple(_append(tokens) for tokens in (256, 512, 1024, 2048)),
 )  # fmt: skip

@@ -26,7 +26,14 @@ def test_record_is_complete(spec: KernelSpec) -> None:
         assert tuple(sizes) == spec.axes
         assert spec.flops(**sizes) > 0
         assert spec.bytes(**sizes) > 0
+    assert spec.examples[0] == spec.sizes[0] and len({str(sizes) for sizes in spec.sizes}) == len(spec.sizes)
     assert spec.name in repr(spec) and spec.formula in repr(spec)
+
+
+def test_examples_leave_out_what_takes_long_in_float64() -> None:
+    assert [sizes["n"] for sizes in KERNELS["gemm"].examples] == [128, 256, 512]
+    reads = KERNELS["buffer_sum"]
+    assert [sizes for sizes in reads.sizes if sizes not in reads.examples] == [{"n": 1 << 26}]
 
 
 @EVERY_SPEC

@@ -8,6 +8,24 @@ from ruvllm.report.results import Entry, Report, Result, SectionResult
 from ruvllm.report.rows import SECTIONS
 
 ALL_ROWS = [row for section in SECTIONS for row in section.rows]
+# Sizes of each row's kernel that take no time.
+SMALL = {
+    "softmax_attention": {"length": 37, "dim": 64},
+    "grouped_query_attention": {"heads": 6, "kv_heads": 2, "length": 19, "dim": 32},
+    "softmax": {"rows": 1, "n": 77},
+    "rms_norm": {"rows": 1, "n": 77},
+    "layer_norm": {"rows": 1, "n": 77},
+    "gemv": {"m": 33, "k": 47},
+    "gemm": {"m": 17, "n": 33, "k": 9},
+    "gemm_nt": {"m": 17, "n": 33, "k": 9},
+    "apply_rope": {"tokens": 3, "heads": 1, "dim": 64},
+    "apply_rope_tables": {"tokens": 3, "heads": 1, "dim": 64},
+    "lora_forward": {"rows": 1, "dim": 77, "rank": 2},
+    "lora_forward_add": {"rows": 1, "dim": 77, "rank": 2},
+    "lora_accumulate_grad": {"rows": 1, "dim": 77, "rank": 2},
+    "buffer_sum": {"n": 1000},
+    "kv_append": {"tokens": 5, "kv_heads": 2, "dim": 32, "length": 5},
+}
 
 
 def timing(seconds: float, spread: float = 0.0) -> Timing:

@@ -1,7 +1,7 @@
 """A peer in a process of its own: requests as JSON lines on its stdin, answers as JSON lines on its stdout.
 
 The other interpreter need not have ruvllm, nor this one the peer. A worker computes only while a request is open, so
-that two engines never compute at the same time. The programs beside this file import nothing of ruvllm.
+that two engines never compute at the same time. The programs in this directory import nothing of ruvllm.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from importlib import import_module
 from typing import Any
 
-from serve import serve  # type: ignore[import-not-found]  # found beside this program, not in a package
+from serve import serve  # type: ignore[import-not-found]  # in this program's directory, not in a package
 
 
 class Trainer:

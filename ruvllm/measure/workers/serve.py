@@ -1,6 +1,6 @@
 """The loop of a worker program: requests as JSON lines on stdin, answers as JSON lines on stdout.
 
-The programs beside this file import it; ``workers.Worker`` runs them with any Python. It imports nothing of ruvllm.
+The programs in this directory import it; ``workers.Worker`` runs them with any Python. It imports nothing of ruvllm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from quiet import wait_until_quiet  # type: ignore[import-not-found]  # found beside the program, not in a package
+from quiet import wait_until_quiet  # type: ignore[import-not-found]  # in the program's directory, not in a package
 
 
 def serve(make: Callable[[], Any]) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from serve import serve  # type: ignore[import-not-found]  # found beside this program, not in a package
+from serve import serve  # type: ignore[import-not-found]  # in this program's directory, not in a package
 
 
 def _heads_first(t: Any) -> Any:

@@ -144,7 +144,7 @@ def columns(engines: list[Engine]) -> list[str]:
 def headings(others: list[str]) -> Headings:
     """The headings of the table."""
     names = [Ruvllm.name, *others]
-    ratios = [("ratio" if name == LlamaCpp.name else f"ratio to {name}", 6) for name in others]
+    ratios = [("ratio" if name == LlamaCpp.name else f"{name} ratio", len(name) + 6) for name in others]
     return (
         ("model", -15), ("case", -12), ("threads", 7), *((f"{name} tok/s", len(name) + 6) for name in names),
         *ratios, ("read GB/s", 9), *((f"{name} % of it", len(name) + 8) for name in names),

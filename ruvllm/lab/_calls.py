@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,26 +13,9 @@ from ruvllm.kernels import KernelSpec
 from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.kernels.jit.small_calls import long_way
 from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.measure.replacing import replaced
 
 Call = tuple[Any, tuple[Any, ...]]  # a compiled body, and the numba types of its arguments
-
-
-@contextmanager
-def replaced(make: Callable[[Any], Any], wanted: Callable[[Any], bool]) -> Iterator[None]:
-    """Wherever a module of the library names a ``wanted`` object, it finds ``make(object)`` inside the block."""
-    before: list[tuple[Any, str, Any]] = []
-    made: dict[int, Any] = {}
-    try:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ruvllm.") and not name.startswith(("ruvllm.lab", "ruvllm.measure")):
-                for attribute, value in list(vars(module).items()):
-                    if wanted(value):
-                        before.append((module, attribute, value))
-                        setattr(module, attribute, made.setdefault(id(value), make(value)))
-        yield
-    finally:
-        for module, attribute, value in before:
-            setattr(module, attribute, value)
 
 
 def calls_of(run: Callable[[], Any]) -> list[Call]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.lab._calls import replaced
 from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.replacing import replaced
 from ruvllm.model.llama import Llama
 
 _changing = threading.Lock()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import numba
 
 from ruvllm.kernels import KernelSpec
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.jit.small_calls import long_way
+from ruvllm.measure.replacing import replaced
 
 
 # Not a kernel but a caller, specialised for each body: it does not belong in the cache.
@@ -32,9 +29,18 @@ class Inside:
 
     def __init__(self, spec: KernelSpec, arguments: tuple[Any, ...]) -> None:
         seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+        def recorder(body: Any) -> Any:
+            def call(*arguments: Any) -> Any:
+                seen.append((body, arguments))
+                return body(*arguments)
+
+            return call
+
+        bodies = {id(body) for body in spec.compiled}
         with long_way():
             spec.function(*arguments)  # compiles: compiled bodies cannot call the recorder
-            with _watched(spec, seen):
+            with replaced(recorder, lambda value: id(value) in bodies):
                 spec.function(*arguments)
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
@@ -52,23 +58,3 @@ class Inside:
 
     def settle(self) -> None:
         """See ``timing.Engine``: it has one thread."""
-
-
-@contextmanager
-def _watched(spec: KernelSpec, seen: list[tuple[Any, tuple[Any, ...]]]) -> Iterator[None]:
-    """Record the calls from Python to the kernel's compiled functions inside the block."""
-
-    def watching(body: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            seen.append((body, arguments))
-            return body(*arguments)
-
-        return call
-
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ruvllm.kernels."):
-                for attribute, value in list(vars(module).items()):
-                    if any(value is body for body in spec.compiled):
-                        stack.enter_context(mock.patch.object(module, attribute, watching(value)))
-        yield

@@ -1,0 +1,28 @@
+"""Other objects in place of the library's own, to watch calls or to swap kernels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_WATCHERS = ("ruvllm.lab", "ruvllm.measure")  # keep what they have
+
+
+@contextmanager
+def replaced(make: Callable[[Any], Any], wanted: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside the block, every module of the library has ``make(object)`` in place of each ``wanted`` object."""
+    before: list[tuple[Any, str, Any]] = []
+    made: dict[int, Any] = {}
+    try:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ruvllm.") and not name.startswith(_WATCHERS):
+                for attribute, value in list(vars(module).items()):
+                    if wanted(value):
+                        before.append((module, attribute, value))
+                        setattr(module, attribute, made.setdefault(id(value), make(value)))
+        yield
+    finally:
+        for module, attribute, value in before:
+            setattr(module, attribute, value)

@@ -35,7 +35,7 @@ def test_close_to_float64_of_the_same_operands(kind: int, mins: bool, n: int, k:
         x = cases.activations(rng.standard_normal((tokens, k), np.float32))
         y = cases.multiply(w, x)
         assert nmse(y, x.matrix() @ w.matrix().T) <= 1e-11
-        for t in (0, tokens - 1):  # alone, in a large tile or in a small one: the same bits
+        for t in {*range(min(tokens, 13)), tokens - 1}:  # alone, or in a tile of any size: the same bits
             alone = cases.of_rows(cases.Rows(*(a[t : t + 1] for a in x.rows())))
             np.testing.assert_array_equal(cases.multiply(w, alone)[0], y[t])
 

@@ -18,7 +18,7 @@ from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import panels_matmul_part, panels_matmul_turns
 from ruvllm.kernels.operations.rows import quantized
 from ruvllm.kernels.quant.layout import GROUP, block_bytes
-from ruvllm.kernels.quant.matmul import quant_matmul_part
+from ruvllm.kernels.quant.matmul import Rounded, Share, quant_matmul_part
 from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
 from ruvllm.kernels.threads.team import part, share_of
 
@@ -46,15 +46,13 @@ def integer_matmul(kind: int) -> Operation:
         panels, groups = (outputs + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
         w = array_at(address_of(m, weights), (panels, groups, _block_bytes(np.int64(kind), has_mins)), np.uint8)
         codes, scales, offsets, totals, outliers = quantized(m, x, columns)
+        rounded = Rounded(codes, scales, offsets, totals, outliers)
         result, sync = matrix(m, out, m.rows, outputs), team_sync(m)
         for i in range(m.size if steal else 1):
             member = (m.rank + i) % m.size
             lo, hi = part(panels, member, m.size)
             counter = share_of(sync, m.rank, member, share)
-            products(
-                kind, has_mins, w, codes, scales, offsets, totals, outliers, result, lo, hi, sync, counter,
-                m.size == 1,
-            )  # fmt: skip
+            products(kind, has_mins, w, rounded, result, Share(lo, hi, sync, counter, m.size == 1))
 
     return integers
 

@@ -5,10 +5,13 @@
 
 Integer sums are exact, and float sums are taken in one order whatever the number of tokens: all instruction sets give
 the same integers, and a token's result does not depend on its neighbours.
+
+A share of the panels is cut into chunks, which members of a team take from a counter, and steal from each other
+(``threads.team``). Of a few tokens, memory is the limit, so that a chunk prefetches the weights of the next one.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -18,13 +21,10 @@ from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS, LANES, STREAMS, TILE, UNROLLS
 from ruvllm.kernels.quant.layout import (
     GROUP,
-    HALFS,
     INT4,
     INT5,
     INT8,
     LINE,
-    NO_ZERO,
-    OFFSETS,
     OUTLIERS,
     SIDE,
     ZERO4,
@@ -41,282 +41,247 @@ from ruvllm.kernels.quant.outliers import (
     outlier_column,
     unpack_columns,
 )
+from ruvllm.kernels.quant.tile import (
+    Operands,
+    add_block,
+    dots_int4,
+    dots_int5,
+    dots_int8,
+    panels_at,
+    prefetch_block,
+)
 from ruvllm.kernels.simd.vectors import (
-    dot_rows,
-    end_rows,
+    f32_load,
     f32_store,
     f32_store_first,
     f32_zero,
     f32_zeros,
     fma,
-    fma_panels,
-    halfs_of,
-    high_nibbles,
-    lines_of,
-    low_nibbles,
     never_inline,
-    offset_rows,
     prefetch_l2,
-    scale_rows,
-    sdot_rows,
-    signed_offset_rows,
     splat_at,
     stack_f32,
     stack_i32,
     stack_i64,
-    start_rows,
     store_panels,
-    with_fifth_bit,
 )
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import take_turn
 
-_FEW = 4  # tokens of the smaller tile, for those that do not fill a whole one
-_TILE_SUMS, _FEW_SUMS = TILE * DOT_PANELS, _FEW * DOT_PANELS
+_SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))  # accumulators of a tile
+_WIDTH = DOT_PANELS * LANES
 _AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
+_RAGGED = _AT_ONCE * _WIDTH  # floats
 _LISTED = _AT_ONCE * OUTLIERS
-_UNPACKED = _LISTED * DOT_PANELS * LANES  # floats: 30 or 60 KB, of which little is used
-_AHEAD = 2048  # bytes from what one token reads to what it asks for: a machine's own prefetching ends with each page
+_UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used
+# Bytes from what one token reads to what it prefetches: a machine's own prefetching ends with each page. From 512
+# bytes, one core of a Zen 4 read 36 to 41 GB/s, from 2048 25 to 28.
+_AHEAD = 512
 _NONE = np.float32(-1)  # no column either, and a whole number
 
 
-# A tile is one panel or two, whose blocks begin ``offset`` bytes from the places in the tuple ``at``, times some
-# tokens, whose numbers of the group lie side by side from place ``xi`` on; ``tile`` has a vector for each pair of them.
-# ``step``: from one token's group to the next, GROUP. These give sum((code - zero) xq).
+class Rounded(NamedTuple):
+    """Activations as ``quantize_activations`` leaves them."""
+
+    xq: Any
+    xs: Any
+    offsets: Any
+    totals: Any
+    outliers: Any
+
+
+class Share(NamedTuple):
+    """Panels lo:hi, whose chunks are numbered by counts[index]; ``alone``: nobody else takes any."""
+
+    lo: Any
+    hi: Any
+    counts: Any
+    index: Any
+    alone: Any
+
+
+class _Columns(NamedTuple):
+    """Columns of W that are outliers of the tokens from ``first`` on; see ``list_columns`` and ``unpack_columns``."""
+
+    outliers: Any
+    first: Any
+    found: Any
+    count: Any
+    places: Any
+    unpacked: Any
+
+
+class _Outputs(NamedTuple):
+    """Where a tile's outputs go: those of token t to numbers[start + t step:]."""
+
+    numbers: Any
+    start: Any
+    step: Any
 
 
 @inline_kernel
-def _dots_int4(
-    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
-) -> Any:
-    zero = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 0), OFFSETS, at, tile)
-    sums = start_rows(zero)
-    q = xi * GROUP
-    for j in range(step // 8):  # 4, and so is what follows: LLVM unrolls loops only where it knows the step
-        lines = lines_of(w, at, offset + j * LINE)
-        sums = dot_rows(sums, low_nibbles(lines), xq, q + 4 * j, step)
-        sums = dot_rows(sums, high_nibbles(lines), xq, q + 4 * j + 16, step)
-    return end_rows(sums, zero)
+def _next_chunk(share: Any) -> Any:
+    return take_turn(share.counts, share.index, share.alone)
 
 
 @inline_kernel
-def _two_of_int5(w: Any, at: Any, offset: Any, fifth: Any, j: Any, xq: Any, step: Any, q: Any, sums: Any) -> Any:
-    lines = lines_of(w, at, offset + j * LINE)
-    sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), xq, q + 4 * j, step)
-    return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), xq, q + 4 * j + 16, step)
-
-
-@inline_kernel
-def _dots_int5(
-    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
-) -> Any:
-    sums = offset_rows(offsets, xi * OFFSETS + (NO_ZERO if has_mins else 1), OFFSETS, at, tile)
-    q = xi * GROUP
-    fifth = lines_of(w, at, offset + 4 * LINE)
-    for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
-        so_far = sums
-        sums = start_rows(so_far)
-        if DOT_PANELS == 2:  # LLVM does not unroll this, and without it shifts by variable distances
-            sums = _two_of_int5(w, at, offset, fifth, half, xq, step, q, sums)
-            sums = _two_of_int5(w, at, offset, fifth, half + 1, xq, step, q, sums)
-        else:
-            for j in range(half, half + step // 16):
-                sums = _two_of_int5(w, at, offset, fifth, j, xq, step, q, sums)
-        sums = end_rows(sums, so_far)
-    return sums
-
-
-@inline_kernel
-def _dots_int8(
-    w: Any, at: Any, offset: Any, xq: Any, step: Any, offsets: Any, xi: Any, has_mins: Any, tile: Any
-) -> Any:
-    sums = signed_offset_rows(offsets, xi * OFFSETS, OFFSETS, at, tile)
-    for j in range(step // 4):
-        sums = sdot_rows(sums, lines_of(w, at, offset + j * LINE), xq, xi * GROUP + 4 * j, step)
-    return sums
-
-
-@inline_kernel
-def _add_block(
-    dots: Any, has_mins: Any, w: Any, at: Any, offset: Any, xq: Any, step: Any, xs: Any, offsets: Any, totals: Any,
-    xi: Any, tile: Any,
-) -> Any:  # fmt: skip
-    """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
-    if has_mins:  # first, as they lie: memory is read fastest in order
-        tile = fma_panels(halfs_of(w, at, offset + HALFS), totals, xi, 1, tile)
-    codes = offset + (2 * HALFS if has_mins else HALFS)
-    sums = dots(w, at, codes, xq, step, offsets, xi, has_mins, tile)
-    return scale_rows(tile, sums, halfs_of(w, at, offset), xs, xi, 1)
-
-
-@inline_kernel
-def _tile(
-    dots: Any, has_mins: Any, w: Any, at: Any, size: Any, xq: Any, step: Any, xs: Any, offsets: Any, totals: Any,
-    columns: Any, places: Any, outliers: Any, first: Any, t: Any, side: Any, groups: Any, zeros: Any, out: Any,
-    rows: Any, row: Any, count: Any,
-) -> None:  # fmt: skip
-    """The panels at ``at`` for the tokens from t on, as many as ``zeros`` has room for: out[t:, row : row + count]."""
-    tile = zeros
-    xi = t // side * groups * side + t % side
-    for g in range(groups):
-        tile = _add_block(dots, has_mins, w, at, g * size, xq, step, xs, offsets, totals, xi + g * side, tile)
-    tile = add_outliers(columns, places, outliers, first, t, at, zeros, tile)
-    to = t * rows + row
-    if count >= len(at) * LANES:
-        store_panels(out, to, rows, at, tile)
-    else:
-        height = len(tile) // len(at)
-        for i in range(len(tile)):
-            panel = i // height * LANES
-            if panel < count:
-                f32_store_first(out, to + i % height * rows + panel, tile[i], min(count - panel, LANES))
-
-
-if DOT_PANELS == 2:
-
-    @inline_kernel
-    def _panels_at(p: Any, hi: Any, step: Any) -> Any:
-        """Where panel p begins and the next one; p twice, and the work of two, if it is the last of an odd number."""
-        return p * step, min(p + 1, hi - 1) * step
-
-else:
-
-    @inline_kernel
-    def _panels_at(p: Any, hi: Any, step: Any) -> Any:
-        """Where panel p begins."""
-        return (p * step,)
+def _operands(has_mins: Any, blocks: Any, x: Any, step: Any) -> Any:
+    return Operands(
+        has_mins != 0, flat(blocks), blocks.shape[1], blocks.shape[2], flat(x.xq), step, flat(x.xs), flat(x.offsets),
+        flat(x.totals), x.xs.shape[2],
+    )  # fmt: skip
 
 
 def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     """quant_matmul for one kind of weights: how it multiplies, what a column of it is, and its code of 0."""
-    most = block_bytes(kind, True)  # a constant: what asks for these bytes is unrolled
+    most = block_bytes(kind, True)  # a constant: what prefetches these bytes is unrolled
 
     @part_kernel
-    def _one_token(
-        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, turns: Any, counts: Any, share: Any, alone: Any,
-    ) -> Any:  # fmt: skip
-        """The only token times STREAMS runs of ``turns`` panels from lo on, read side by side: memory is the limit.
+    def _one_token(has_mins: Any, blocks: Any, x: Any, out: Any, chunks: Any, share: Any) -> Any:
+        """The only token times STREAMS runs of ``chunks`` panels, read side by side: memory is the limit.
 
-        A turn is one panel of each run. Returns the number that came after these: a turn of what is left, if any.
+        A chunk is one panel of each run. Returns the number that came after these: a chunk of what is left, if any.
         """
         never_inline()
-        groups, size = blocks.shape[1], blocks.shape[2]
-        w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
-        outliers, out = flat(outliers), flat(out)
-        apart = turns * groups * size
-        turn = take_turn(counts, share, alone)
-        while turn < turns:
-            p = lo + turn
+        p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
+        apart, here = chunks * p.groups * p.size, np.int64(0)  # a literal would be compiled apart
+        chunk = _next_chunk(share)
+        while chunk < chunks:
+            panel = share.lo + chunk
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
             a_kept, b_kept, c_kept, d_kept = f32_zero(), f32_zero(), f32_zero(), f32_zero()
             i, k = 0, np.int64(outliers[0])
-            for g in range(groups):
-                at = (p * groups + g) * size
+            for g in range(p.groups):
+                at = (panel * p.groups + g) * p.size
                 for line in range(0, most, LINE):
                     for run in range(STREAMS):
-                        prefetch_l2(w, at + run * apart + _AHEAD + line)
-                a = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, a)
+                        prefetch_l2(p.w, at + run * apart + _AHEAD + line)
+                a = add_block(dots, p, (at,), here, g, a)
                 at += apart
-                b = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, b)
+                b = add_block(dots, p, (at,), here, g, b)
                 at += apart
-                c = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, c)
+                c = add_block(dots, p, (at,), here, g, c)
                 at += apart
-                d = _add_block(dots, has_mins, w, (at,), 0, xq, GROUP, xs, offsets, totals, g, d)
+                d = add_block(dots, p, (at,), here, g, d)
                 while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
-                    x = splat_at(outliers, 2 * i + 1)
-                    a_kept = fma(outlier_column(column, zero, has_mins, w, at - 3 * apart, k), x, a_kept)
-                    b_kept = fma(outlier_column(column, zero, has_mins, w, at - 2 * apart, k), x, b_kept)
-                    c_kept = fma(outlier_column(column, zero, has_mins, w, at - apart, k), x, c_kept)
-                    d_kept = fma(outlier_column(column, zero, has_mins, w, at, k), x, d_kept)
+                    v = splat_at(outliers, 2 * i + 1)
+                    a_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 3 * apart, k), v, a_kept)
+                    b_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 2 * apart, k), v, b_kept)
+                    c_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - apart, k), v, c_kept)
+                    d_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at, k), v, d_kept)
                     i += 1
                     k = np.int64(outliers[2 * i] if i < OUTLIERS else _NONE)
-            f32_store(out, p * LANES, a[0] + a_kept)
-            f32_store(out, (p + turns) * LANES, b[0] + b_kept)
-            f32_store(out, (p + 2 * turns) * LANES, c[0] + c_kept)
-            f32_store(out, (p + 3 * turns) * LANES, d[0] + d_kept)
-            turn = take_turn(counts, share, alone)
-        return turn
+            f32_store(out, panel * LANES, a[0] + a_kept)
+            f32_store(out, (panel + chunks) * LANES, b[0] + b_kept)
+            f32_store(out, (panel + 2 * chunks) * LANES, c[0] + c_kept)
+            f32_store(out, (panel + 3 * chunks) * LANES, d[0] + d_kept)
+            chunk = _next_chunk(share)
+        return chunk
 
     @part_kernel
-    def _tokens(
-        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, turn: Any, turns: Any, counts: Any, share: Any, alone: Any,
-    ) -> None:  # fmt: skip
-        """All tokens times panels lo:hi, in tiles: _AT_ONCE tokens and DOT_PANELS panels a turn, from ``turn`` on.
+    def _unpack(p: Any, at: Any, columns: Any) -> None:
+        """unpack_columns, which tiles of all sizes call."""
+        never_inline()
+        unpack_columns(column, zero, p.has_mins, p.w, at, p.size, columns.found, columns.count, columns.unpacked)
 
-        ``turns``: how many there were before.
+    @inline_kernel
+    def _tile(p: Any, columns: Any, at: Any, ahead: Any, t: Any, xi: Any, zeros: Any, out: Any) -> None:
+        """The panels at ``at`` times the tokens from t on, as many as ``zeros`` has accumulators for.
+
+        Their first group is at place ``xi`` of the activations.
+
+        The first tile of a chunk prefetches the panels ``ahead`` bytes later, those of the next chunk, block by block
+        behind the products of each: so memory and products overlap, where all lines at once would fill the core's
+        list of misses. It also unpacks the outliers' columns, which its products have brought near. In the other
+        tiles ``ahead`` is 0.
+        """
+        tile, offset = zeros, np.int64(0)
+        for _ in range(p.groups):
+            prefetch_block(p, at, offset + ahead, most)
+            tile = add_block(dots, p, at, offset, xi, tile)
+            offset += p.size
+            xi += p.side
+        if ahead:
+            _unpack(p, at, columns)
+        tile = add_outliers(columns.unpacked, columns.places, columns.outliers, columns.first, t, at, zeros, tile)
+        store_panels(out.numbers, out.start + t * out.step, out.step, at, tile)
+
+    @part_kernel
+    def _tokens(has_mins: Any, blocks: Any, x: Any, out: Any, lo: Any, chunk: Any, before: Any, share: Any) -> None:
+        """All tokens times panels from lo to the share's end, in tiles, from ``chunk`` on.
+
+        A chunk is DOT_PANELS panels and _AT_ONCE tokens; ``before``: how many chunks of another kind there were.
         """
         never_inline()
-        groups, size, tokens, rows, side = blocks.shape[1], blocks.shape[2], out.shape[0], out.shape[1], xs.shape[2]
-        step = GROUP if UNROLLS else xq.shape[3]  # the same, which LLVM then does not know
-        w, xq, xs, offsets, totals = flat(blocks), flat(xq), flat(xs), flat(offsets), flat(totals)
-        outliers, out = flat(outliers), flat(out)
-        found, places, columns = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
-        wide = (hi - lo + DOT_PANELS - 1) // DOT_PANELS
-        last = turns + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
+        tokens, rows = out.shape
+        step = np.int64(GROUP) if UNROLLS else x.xq.shape[3]  # the same, which LLVM then does not know
+        p = _operands(has_mins, blocks, x, step)
+        outliers, out = flat(x.outliers), flat(out)
+        found, places, unpacked = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
+        ragged = stack_f32(_RAGGED)
+        wide = (share.hi - lo + DOT_PANELS - 1) // DOT_PANELS
+        last = before + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
         listed, count = -1, 0
-        while turn < last:
-            first, p = (turn - turns) // wide * _AT_ONCE, lo + (turn - turns) % wide * DOT_PANELS
+        while chunk < last:
+            first, panel = (chunk - before) // wide * _AT_ONCE, lo + (chunk - before) % wide * DOT_PANELS
             end = min(first + _AT_ONCE, tokens)
             if first != listed:
                 listed, count = first, list_columns(outliers, first, end, found, places)
-            here, after = _panels_at(p, hi, groups * size), (p + DOT_PANELS) * groups * size
-            for at in range(after, after + DOT_PANELS * groups * size, LINE):
-                prefetch_l2(w, at)  # the next ones: columns are read here and there, which no machine foresees
-            unpack_columns(column, zero, has_mins, w, here, size, found, count, columns)
-            row, width = p * LANES, min(hi * LANES, rows) - p * LANES
+            columns = _Columns(outliers, first, found, count, places, unpacked)
+            at, ahead = panels_at(panel, share.hi, p.groups * p.size), DOT_PANELS * p.groups * p.size
+            width = min(share.hi * LANES, rows) - panel * LANES
+            whole = width >= _WIDTH
+            to = _Outputs(out, panel * LANES, rows) if whole else _Outputs(ragged, -first * _WIDTH, _WIDTH)
             t = first
             while t < end:
-                left = min(side - t % side, end - t)
-                if left >= TILE and left not in (8, 9):  # of those, two of four leave less
-                    _tile(
-                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                        first, t, side, groups, f32_zeros(_TILE_SUMS), out, rows, row, width,
-                    )  # fmt: skip
-                    t += TILE
-                elif left >= _FEW:
-                    _tile(
-                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                        first, t, side, groups, f32_zeros(_FEW_SUMS), out, rows, row, width,
-                    )  # fmt: skip
-                    t += _FEW
+                place = t % p.side
+                left, xi = min(p.side - place, end - t), (t - place) * p.groups + place
+                if left >= 6 and left != 9:  # of 9, two of four leave less
+                    _tile(p, columns, at, ahead, t, xi, f32_zeros(_SIX), to)
+                    t += 6
+                elif left >= 4:
+                    _tile(p, columns, at, ahead, t, xi, f32_zeros(_FOUR), to)
+                    t += 4
+                elif left == 3:
+                    _tile(p, columns, at, ahead, t, xi, f32_zeros(_THREE), to)
+                    t += 3
+                elif left == 2:
+                    _tile(p, columns, at, ahead, t, xi, f32_zeros(_TWO), to)
+                    t += 2
                 else:
-                    _tile(
-                        dots, has_mins, w, here, size, xq, step, xs, offsets, totals, columns, places, outliers,
-                        first, t, side, groups, f32_zeros(DOT_PANELS), out, rows, row, width,
-                    )  # fmt: skip
+                    _tile(p, columns, at, ahead, t, xi, f32_zeros(_ONE), to)
                     t += 1
-            turn = take_turn(counts, share, alone)
+                ahead = 0
+            if not whole:
+                for t in range(first, end):
+                    for i in range(0, width, LANES):
+                        v = f32_load(ragged, (t - first) * _WIDTH + i)
+                        f32_store_first(out, t * rows + panel * LANES + i, v, width - i)
+            chunk = _next_chunk(share)
 
     @inline_kernel
-    def _panels(
-        has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any,
-    ) -> None:  # fmt: skip
-        """quant_matmul for one kind of weights, as many turns of it as there are left."""
-        turns = 0
+    def _panels(has_mins: Any, blocks: Any, x: Any, out: Any, share: Any) -> None:
+        """quant_matmul for one kind of weights, as many chunks of it as there are left."""
+        chunks = 0
         if out.shape[0] == 1:
-            turns = max(0, min(hi, out.shape[1] // LANES) - lo) // STREAMS
-        if turns == 0:
-            turn = take_turn(counts, share, alone)
+            chunks = max(0, min(share.hi, out.shape[1] // LANES) - share.lo) // STREAMS
+        if chunks == 0:
+            chunk = _next_chunk(share)
         elif has_mins:  # constants, so that each has code of its own: one loop for both spills registers
-            turn = _one_token(True, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share, alone)
+            chunk = _one_token(True, blocks, x, out, chunks, share)
         else:
-            turn = _one_token(False, blocks, xq, xs, offsets, totals, outliers, out, lo, turns, counts, share, alone)
-        lo += STREAMS * turns
-        if lo < hi:
-            _tokens(
-                has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, turn, turns, counts, share, alone
-            )  # fmt: skip
+            chunk = _one_token(False, blocks, x, out, chunks, share)
+        lo = share.lo + STREAMS * chunks
+        if lo < share.hi:
+            _tokens(has_mins, blocks, x, out, lo, chunk, chunks, share)
 
     return _panels
 
 
 _PANELS = {
-    INT4: _panels_of(INT4, _dots_int4, column_int4, ZERO4),
-    INT5: _panels_of(INT5, _dots_int5, column_int5, ZERO5),
-    INT8: _panels_of(INT8, _dots_int8, column_int8, ZERO8),
+    INT4: _panels_of(INT4, dots_int4, column_int4, ZERO4),
+    INT5: _panels_of(INT5, dots_int5, column_int5, ZERO5),
+    INT8: _panels_of(INT8, dots_int8, column_int8, ZERO8),
 }
 
 
@@ -324,21 +289,18 @@ _PANELS = {
 def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
     """quant_matmul as a part of larger kernels, for these kinds alone: each takes seconds to compile.
 
-    It computes the chunks of the panels lo:hi that are left; counts[share] numbers them (``threads.team``).
+    It computes chunks of a ``Share`` until there are none left.
     """
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
-    def products(
-        kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-        out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any,
-    ) -> None:  # fmt: skip
+    def products(kind: Any, has_mins: Any, blocks: Any, x: Any, out: Any, share: Any) -> None:
         if int4 is not None and kind == INT4:
-            int4(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
+            int4(has_mins, blocks, x, out, share)
         if int5 is not None and kind == INT5:
-            int5(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
+            int5(has_mins, blocks, x, out, share)
         if int8 is not None and kind == INT8:
-            int8(has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, share, alone)
+            int8(has_mins, blocks, x, out, share)
 
     return products
 
@@ -354,7 +316,7 @@ def quant_matmul(
     """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
     counts = stack_i64(1)
     counts[0] = 0
-    _matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi, counts, 0, True)
+    _matmul(kind, has_mins, blocks, Rounded(xq, xs, offsets, totals, outliers), out, Share(lo, hi, counts, 0, True))
 
 
 @parallel_kernel

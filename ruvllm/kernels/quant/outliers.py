@@ -97,6 +97,7 @@ def add_outliers(
     ``first``: the token at which the places begin.
     """
     kept = zeros
-    for i in range(t * OUTLIERS, (t + 1) * OUTLIERS):
-        kept = fma_places(columns, places, i - first * OUTLIERS, outliers, 2 * i + 1, OUTLIERS, at, kept)
+    place, x = (t - first) * OUTLIERS, 2 * OUTLIERS * t + 1
+    for i in range(OUTLIERS):
+        kept = fma_places(columns, places, place + i, outliers, x + 2 * i, OUTLIERS, at, kept)
     return sum_rows(tile, kept)

@@ -179,35 +179,35 @@ sdot_rows = _step(add_signed)  # the same with signed weights
 
 
 @intrinsic
-def fma_panels(typingctx: Any, w: Any, x: Any, index: Any, step: Any, tile: Any) -> Any:
-    """The tile + w[panel] x[index + row step]."""
+def fma_panels(typingctx: Any, w: Any, x: Any, index: Any, tile: Any) -> Any:
+    """The tile + w[panel] x[index + row]."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        w, x, index, step, tile = args
+        w, x, index, tile = args
         w, tile = cgutils.unpack_tuple(builder, w), cgutils.unpack_tuple(builder, tile)
         rows = len(tile) // len(w)
-        numbers = _splats(context, builder, x, sig.args[1], index, step, rows)
+        numbers = _splats(context, builder, x, sig.args[1], index, index.type(1), rows)
         found = [_fma(builder, w[i // rows], numbers[i % rows], total) for i, total in enumerate(tile)]
         return context.make_tuple(builder, sig.return_type, found)
 
-    return tile(w, x, types.intp, types.intp, tile), codegen
+    return tile(w, x, types.intp, tile), codegen
 
 
 @intrinsic
-def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index: Any, step: Any) -> Any:
-    """The tile + float(sums) (scales[panel] xs[index + row step])."""
+def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index: Any) -> Any:
+    """The tile + float(sums) (scales[panel] xs[index + row])."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         tile, sums, scales = (cgutils.unpack_tuple(builder, a) for a in args[:3])
         rows = len(tile) // len(scales)
-        numbers = _splats(context, builder, args[3], sig.args[3], args[4], args[5], rows)
+        numbers = _splats(context, builder, args[3], sig.args[3], args[4], args[4].type(1), rows)
         found = []
         for i, (total, s) in enumerate(zip(tile, sums, strict=True)):
             factor = builder.fmul(scales[i // rows], numbers[i % rows])
             found.append(_fma(builder, builder.sitofp(s, f32x16.llvm), factor, total))
         return context.make_tuple(builder, sig.return_type, found)
 
-    return tile(tile, sums, scales, xs, types.intp, types.intp), codegen
+    return tile(tile, sums, scales, xs, types.intp), codegen
 
 
 @intrinsic

@@ -323,12 +323,12 @@ def sdot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
     return dot_rows(sums, tuple(w.view(np.int8) for w in lines), xq, index, step)
 
 
-def fma_panels(w: Any, x: Any, index: int, step: int, tile: Any) -> Any:
-    return tuple(fma(v, splat_at(x, index + row * step), total) for total, v, row in _places(tile, w))
+def fma_panels(w: Any, x: Any, index: int, tile: Any) -> Any:
+    return tuple(fma(v, splat_at(x, index + row), total) for total, v, row in _places(tile, w))
 
 
-def scale_rows(tile: Any, sums: Any, scales: Any, xs: Any, index: int, step: int) -> Any:
-    factors = (scale * splat_at(xs, index + row * step) for _, scale, row in _places(tile, scales))
+def scale_rows(tile: Any, sums: Any, scales: Any, xs: Any, index: int) -> Any:
+    factors = (scale * splat_at(xs, index + row) for _, scale, row in _places(tile, scales))
     return tuple(fma(to_f32(s), factor, total) for total, s, factor in zip(tile, sums, factors, strict=True))
 
 

@@ -1,0 +1,134 @@
+"""The tile of integer products: one or two panels of quantised weights times some tokens, with all sums in registers.
+
+Weights and activations lie as quant/layout.py says. A tile is a tuple of accumulators, one for each of its panels and
+tokens: first those of all tokens for the first panel, then those for the second.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ruvllm.kernels.jit.decorators import inline_kernel
+from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS
+from ruvllm.kernels.quant.layout import GROUP, HALFS, LINE, NO_ZERO, OFFSETS
+from ruvllm.kernels.simd.vectors import (
+    dot_rows,
+    end_rows,
+    fma_panels,
+    halfs_of,
+    high_nibbles,
+    lines_of,
+    low_nibbles,
+    offset_rows,
+    prefetch_l2,
+    scale_rows,
+    sdot_rows,
+    signed_offset_rows,
+    start_rows,
+    with_fifth_bit,
+)
+
+
+class Operands(NamedTuple):
+    """Weights and activations of a product, as flat memory.
+
+    A panel is ``groups`` blocks of ``size`` bytes. A block of activations holds ``side`` tokens; ``step`` is the
+    distance from one token's group to the next, GROUP.
+    """
+
+    has_mins: Any
+    w: Any
+    groups: Any
+    size: Any
+    xq: Any
+    step: Any
+    xs: Any
+    offsets: Any
+    totals: Any
+    side: Any
+
+
+# These give sum((code - zero) xq) for the blocks ``offset`` bytes from the places in the tuple ``at``, one for each
+# panel, and the tokens whose numbers of the group lie side by side from place ``xi`` on, as many as ``tile`` has.
+
+
+@inline_kernel
+def dots_int4(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+    """The sums of 4-bit weights."""
+    zero = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 0), OFFSETS, at, tile)
+    sums = start_rows(zero)
+    q = xi * GROUP
+    for j in range(p.step // 8):  # 4, and so is what follows: LLVM unrolls loops only where it knows the step
+        lines = lines_of(p.w, at, offset + j * LINE)
+        sums = dot_rows(sums, low_nibbles(lines), p.xq, q + 4 * j, p.step)
+        sums = dot_rows(sums, high_nibbles(lines), p.xq, q + 4 * j + 16, p.step)
+    return end_rows(sums, zero)
+
+
+@inline_kernel
+def _two_of_int5(p: Any, at: Any, offset: Any, fifth: Any, j: Any, q: Any, sums: Any) -> Any:
+    lines = lines_of(p.w, at, offset + j * LINE)
+    sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), p.xq, q + 4 * j, p.step)
+    return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), p.xq, q + 4 * j + 16, p.step)
+
+
+@inline_kernel
+def dots_int5(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+    """The sums of 5-bit weights."""
+    sums = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 1), OFFSETS, at, tile)
+    q = xi * GROUP
+    fifth = lines_of(p.w, at, offset + 4 * LINE)
+    if DOT_PANELS == 2:  # LLVM does not unroll so long a loop, and without it shifts by variable distances
+        sums = _two_of_int5(p, at, offset, fifth, np.int64(0), q, sums)
+        sums = _two_of_int5(p, at, offset, fifth, np.int64(1), q, sums)
+        sums = _two_of_int5(p, at, offset, fifth, np.int64(2), q, sums)
+        return _two_of_int5(p, at, offset, fifth, np.int64(3), q, sums)
+    for half in range(0, 4, 2):  # in halves: no accumulator of any target overflows
+        so_far = sums
+        sums = start_rows(so_far)
+        for j in range(half, half + p.step // 16):
+            sums = _two_of_int5(p, at, offset, fifth, j, q, sums)
+        sums = end_rows(sums, so_far)
+    return sums
+
+
+@inline_kernel
+def dots_int8(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+    """The sums of 8-bit weights."""
+    sums = signed_offset_rows(p.offsets, xi * OFFSETS, OFFSETS, at, tile)
+    for j in range(p.step // 4):
+        sums = sdot_rows(sums, lines_of(p.w, at, offset + j * LINE), p.xq, xi * GROUP + 4 * j, p.step)
+    return sums
+
+
+@inline_kernel
+def add_block(dots: Any, p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+    """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
+    if p.has_mins:  # first, as they lie: memory is read fastest in order
+        tile = fma_panels(halfs_of(p.w, at, offset + HALFS), p.totals, xi, tile)
+    codes = offset + (2 * HALFS if p.has_mins else HALFS)
+    sums = dots(p, at, codes, xi, tile)
+    return scale_rows(tile, sums, halfs_of(p.w, at, offset), p.xs, xi)
+
+
+@inline_kernel
+def prefetch_block(p: Any, at: Any, offset: Any, size: Any) -> None:
+    """Prefetch ``size`` bytes of each panel, ``offset`` bytes from its place in ``at``."""
+    for line in range(0, size, LINE):
+        for i in range(len(at)):
+            prefetch_l2(p.w, at[i] + offset + line)
+
+
+if DOT_PANELS == 2:
+
+    @inline_kernel
+    def panels_at(p: Any, hi: Any, step: Any) -> Any:
+        """Where panel p begins and the next one; p twice, and the work of two, if it is the last of an odd number."""
+        return p * step, min(p + 1, hi - 1) * step
+
+else:
+
+    @inline_kernel
+    def panels_at(p: Any, hi: Any, step: Any) -> Any:
+        """Where panel p begins."""
+        return (p * step,)

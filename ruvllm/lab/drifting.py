@@ -207,9 +207,11 @@ def _tensor_error(checkpoint: Checkpoint, name: str, layout: str) -> float:
     tensor = checkpoint.tensor(name)
     weights = load_weights(tensor, layout)
     squares, size = 0.0, 0.0
-    for i in np.unique(np.linspace(0, tensor.shape[0] - 1, _ROWS).astype(int)).tolist():
+    chosen = np.unique(np.linspace(0, tensor.shape[0] - 1, _ROWS).astype(np.int64))
+    rows = weights.take(chosen, np.empty((len(chosen), tensor.shape[1]), np.float32))
+    for i, row in zip(chosen.tolist(), rows, strict=True):
         wanted = tensor.float32(i, i + 1).reshape(-1).astype(np.float64)
-        squares += float(np.sum((weights.row(i) - wanted) ** 2))
+        squares += float(np.sum((row - wanted) ** 2))
         size += float(np.sum(wanted**2))
     return float(np.sqrt(squares / size)) if size else 0.0
 

@@ -37,9 +37,9 @@ class Linear:
             adapter.add(x.x, out)
         return out
 
-    def row(self, i: int) -> np.ndarray:
-        """Row i of W as (K,) float32: the embedding of token i."""
-        return self.weights.row(i)
+    def take(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows ids (T,) int64 of W as (T, K) float32, into ``out`` if given: the embeddings of tokens."""
+        return self.weights.take(ids, np.empty((len(ids), self.columns), np.float32) if out is None else out)
 
     @property
     def rows(self) -> int:

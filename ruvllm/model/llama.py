@@ -160,10 +160,7 @@ class Llama:
 
     def embedded(self, ids: np.ndarray) -> np.ndarray:
         """The embeddings (T, E) of token ids (T,)."""
-        x = aligned_empty((len(ids), self.config.hidden_size))
-        for row, token in zip(x, ids, strict=True):
-            row[:] = self.decoder.embed.row(int(token))
-        return x
+        return self.decoder.embed.take(ids, aligned_empty((len(ids), self.config.hidden_size)))
 
     def set_adapters(self, adapters: AdapterSet | None) -> None:
         """What is added to the matrices from the next token on; see ``model.lora``, which makes such sets."""

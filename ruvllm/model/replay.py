@@ -130,9 +130,7 @@ class Working:
         """Replay a tape for ids at ``positions``."""
         h, T = self.header, len(ids)
         self._use(tape)
-        embed = self.tapes.model.decoder.embed
-        for row, token in zip(self.rows_of(tape.source), ids, strict=False):
-            row[:] = embed.row(int(token))
+        self.tapes.model.decoder.embed.take(ids, self.rows_of(tape.source)[:T])
         h[t.TOKENS] = T
         t.set_space(h, t.COS, cos.ctypes.data)
         t.set_space(h, t.SIN, sin.ctypes.data)

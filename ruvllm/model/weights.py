@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, unpack_row
+from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, take_rows
 from ruvllm.kernels.memory import weights_empty
 from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES
 from ruvllm.kernels.quant.matmul import linear_quant
 from ruvllm.kernels.quant.panels import Panels
-from ruvllm.kernels.quant.panels import unpack_row as unpack_quant_row
+from ruvllm.kernels.quant.panels import take_rows as take_quant_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from ruvllm.model.activations import Activations
@@ -94,16 +94,16 @@ class FloatWeights:
         """out (T, K) = dy W, or += with ``add``."""
         linear_transposed(self.panels, dy, out, add)
 
-    def row(self, i: int) -> np.ndarray:
-        """Row i as (K,) float32."""
-        return unpack_row(self.panels, i)
+    def take(self, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Rows ids (T,) int64 into out (T, K) float32."""
+        return take_rows(self.panels, ids, out)
 
     def plus(self, update: np.ndarray) -> FloatWeights:
         """W + update (N, K), as weights of their own in the same layout."""
         panels = weights_empty(self.panels.shape, self.panels.dtype)
         for p in range(len(panels)):
-            rows = range(p * LANES, min(self.rows, p * LANES + LANES))
-            changed = np.stack([self.row(i) for i in rows]) + update[rows.start : rows.stop]
+            rows = np.arange(p * LANES, min(self.rows, p * LANES + LANES))
+            changed = self.take(rows, np.empty((len(rows), self.columns), np.float32)) + update[rows]
             pack(_converted(changed.astype(np.float32), self.layout), panels[p : p + 1])
         return FloatWeights(panels, self.rows)
 
@@ -129,9 +129,9 @@ class IntegerWeights:
         """out (T, K) = dy W, or += with ``add``; dy is not rounded."""
         quant_transposed(*self.panels, dy, out, add)
 
-    def row(self, i: int) -> np.ndarray:
-        """Row i as (K,) float32."""
-        return unpack_quant_row(self.panels, i)[: self.columns]
+    def take(self, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Rows ids (T,) int64 into out (T, K) float32."""
+        return take_quant_rows(self.panels, ids, out)
 
     def address(self) -> tuple[int, int]:
         """Where the weights are, and whether they have mins, for a tape."""

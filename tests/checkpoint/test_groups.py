@@ -16,7 +16,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant.panels import unpack_row
+from ruvllm.kernels.quant.panels import take_rows
 from tests.checkpoint import corpus
 
 LAYOUTS = {
@@ -231,8 +231,8 @@ def test_panels_of_a_whole_tensor(kind: str, elements: int, tmp_path: Path, monk
             panels = load_panels(t)
             assert panels.has_mins == (found.mins is not None)
             expected = values(found)
-            for row in range(rows):
-                np.testing.assert_allclose(unpack_row(panels, row), expected[row], rtol=1e-6, atol=1e-6)
+            unpacked = take_rows(panels, np.arange(rows), np.empty(expected.shape, np.float32))
+            np.testing.assert_allclose(unpacked, expected, rtol=1e-6, atol=1e-6)
             assert not panels.scales[-1, :, (rows - 1) % 16 + 1 :].any()
 
 
@@ -243,5 +243,7 @@ def test_panels_of_a_real_model(smollm2_path: Path) -> None:
     for name in matrices[::4]:
         t = file.tensor(name)
         panels = load_panels(t)
-        for row in (0, t.rows // 3, t.rows - 1):
-            np.testing.assert_array_equal(unpack_row(panels, row), t.float32(row, row + 1)[0], err_msg=name)
+        ids = np.array([0, t.rows // 3, t.rows - 1])
+        expected = np.concatenate([t.float32(row, row + 1) for row in ids])
+        found = take_rows(panels, ids, np.empty_like(expected))
+        np.testing.assert_array_equal(found, expected, err_msg=name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels import batched_gemm, dot, gemm, gemm_nt, gemv
-from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, panels_matmul, unpack_row
+from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, panels_matmul, take_rows
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -94,8 +94,10 @@ def packed(w: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 def test_packed_product(rows: int, dtype: Any) -> None:
     for columns in (1, 3, 64, 1030):
         panels, w = packed(normal(rows, columns), dtype)
-        for i in range(rows):
-            np.testing.assert_array_equal(unpack_row(panels, i), w[i])
+        ids = np.random.default_rng(rows).integers(0, rows, 7)
+        buffer = np.full((9, columns), np.float32(7))
+        np.testing.assert_array_equal(take_rows(panels, ids, buffer[1:-1]), w[ids])
+        assert (buffer[[0, -1]] == 7).all()
         assert not panels[-1, :, rows - (len(panels) - 1) * 16 :].any()
         for tokens in (1, 5, 6, 7, 12):
             x = normal(tokens, columns, seed=tokens)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ruvllm.kernels.matmul.panels import pack, panel_count, unpack_row
+from ruvllm.kernels.matmul.panels import pack, panel_count, take_rows
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.quant.panels import empty_panels, pack_groups
-from ruvllm.kernels.quant.panels import unpack_row as unpack_quant_row
+from ruvllm.kernels.quant.panels import take_rows as take_quant_rows
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from tests.kernels.quant_cases import CODES, KINDS
@@ -49,7 +49,7 @@ def test_floats(dtype: type, shape: tuple[int, int]) -> None:
         values = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(np.int16)
     panels = aligned_empty((panel_count(rows), columns, 16), dtype)
     pack(np.ascontiguousarray(values), panels)
-    w = np.array([unpack_row(panels, i) for i in range(rows)], np.float64)
+    w = take_rows(panels, np.arange(rows), np.empty(shape, np.float32)).astype(np.float64)
     check(lambda dy, dx, add: linear_transposed(panels, dy, dx, add), w)
 
 
@@ -63,5 +63,5 @@ def test_integers(kind: int, mins: bool, shape: tuple[int, int]) -> None:
     scales, lows = (rng.uniform(0.01, 0.1, (2, rows, groups)).astype(np.float16)).view(np.uint16)
     panels = empty_panels(kind, rows, columns, mins)
     pack_groups(codes, np.ascontiguousarray(scales), np.ascontiguousarray(lows) if mins else None, panels)
-    w = np.array([unpack_quant_row(panels, i)[:columns] for i in range(rows)], np.float64)
+    w = take_quant_rows(panels, np.arange(rows), np.empty(shape, np.float32)).astype(np.float64)
     check(lambda dy, dx, add: quant_transposed(*panels, dy, dx, add), w)

@@ -15,7 +15,7 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, put, token_times_panels
 from ruvllm.kernels.matmul.tile import GROUP, K_BLOCK, group_times_rows, turn_size
-from ruvllm.kernels.simd.vectors import f32_to_f16, f32_zero, fma, load, splat_at
+from ruvllm.kernels.simd.vectors import f32_store_first, f32_to_f16, f32_zero, fma, load, splat_at
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import TURN_STEP, part, take_turn, turn_counts
 
@@ -117,14 +117,23 @@ def halve(x: Any, out: Any) -> None:
         out[i] = f32_to_f16(x[i])
 
 
-def unpack_row(panels: np.ndarray, row: int) -> np.ndarray:
-    """Row ``row`` of the packed matrix as (K,) float32: an embedding look-up in a tied head."""
-    values = panels[row // LANES, :, row % LANES]
-    if values.dtype == np.uint16:
-        return values.view(np.float16).astype(np.float32)
-    if values.dtype == np.int16:
-        return (values.astype(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.ascontiguousarray(values)
+@kernel
+def unpack_rows(panels: Any, ids: Any, numbers: Any, out: Any) -> None:
+    """out[i] (K,) float32 = row ids[i] of the packed matrix; ``numbers``: room for a vector of them as stored."""
+    columns = panels.shape[1]
+    for i in range(ids.shape[0]):
+        panel, lane, row = panels[ids[i] // LANES], ids[i] % LANES, out[i]
+        for k in range(0, columns, LANES):
+            count = min(LANES, columns - k)
+            for j in range(count):
+                numbers[j] = panel[k + j, lane]
+            f32_store_first(row, k, load(numbers, 0), count)
+
+
+def take_rows(panels: np.ndarray, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows ids (T,) int64 of the packed matrix into out (T, K) float32: embeddings looked up in a tied head."""
+    unpack_rows(panels, ids, np.zeros(LANES, panels.dtype), out)
+    return out
 
 
 def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:

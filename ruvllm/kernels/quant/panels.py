@@ -4,14 +4,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import weights_empty
 from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES, block_bytes
+from ruvllm.kernels.simd.vectors import f16_to_f32
 
 _QUADS = GROUP // 4  # of one row's group: four columns each
 _NIBBLE = np.uint32(4)
-_ZERO_CODES = {INT4: np.float32(8), INT5: np.float32(16), INT8: np.float32(0)}  # of symmetric weights
+_BYTE, _EIGHT = np.uint32(255), np.uint32(8)
+_ZERO_CODES = {INT4: 8, INT5: 16, INT8: 0}  # of symmetric weights
 _NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
 
 
@@ -133,19 +135,48 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type
     return np.require(array, None, ("C", "A", "W"))
 
 
-def unpack_row(panels: Panels, row: int) -> np.ndarray:
-    """Row ``row`` as (32 G,) float32: an embedding looked up in a tied head."""
-    p, r = divmod(row, LANES)
-    quads = np.ascontiguousarray(panels.codes[p]).view(np.uint32)[:, :, r].copy().view(np.uint8)  # (G, 16, 20 or 32)
-    if panels.kind == INT8:
-        codes = quads.view(np.int8).astype(np.float32)
-    else:
-        nibbles = np.concatenate((quads[:, :16] & 15, quads[:, :16] >> 4), axis=1)
-        if panels.kind == INT5:
-            fifth = quads[:, 16:, None].transpose(0, 2, 1) >> np.arange(_QUADS, dtype=np.uint8)[:, None] & 1
-            nibbles |= fifth.reshape(nibbles.shape) << 4
-        codes = nibbles.astype(np.float32)
-    scale = panels.scales[p, :, r].view(np.float16).astype(np.float32)[:, None]
-    if panels.has_mins:
-        return (codes * scale + panels.mins[p, :, r].view(np.float16).astype(np.float32)[:, None]).reshape(-1)
-    return ((codes - _ZERO_CODES[panels.kind]) * scale).reshape(-1)
+@inline_kernel
+def _quad(kind: Any, lines: Any, j: Any, r: Any) -> Any:
+    """The codes of quad j of row r, four bytes, from the words of a block's lines."""
+    if kind == INT8:
+        return lines[j * LANES + r]
+    codes = (lines[j % 4 * LANES + r] >> (_NIBBLE * np.uint32(j // 4))) & _NIBBLES
+    if kind == INT5:
+        codes |= ((lines[4 * LANES + r] >> np.uint32(j)) & _ONES) << _NIBBLE
+    return codes
+
+
+@kernel(strict=True)
+def unpack_quant_rows(kind: Any, zero: Any, words: Any, halfs: Any, ids: Any, out: Any) -> None:
+    """out[i] (K,) float32 = row ids[i] of blocks, given in words and in halfs.
+
+    zero: the code of 0; -1 where there are mins.
+    """
+    groups, columns, symmetric = words.shape[1], out.shape[1], zero >= 0
+    numbers = words.shape[2] - LINES[kind] * LANES  # words of scales and mins, before the codes
+    for i in range(ids.shape[0]):
+        p, r = ids[i] // LANES, ids[i] % LANES
+        for g in range(groups):
+            lines = words[p, g, numbers:]
+            scale = f16_to_f32(halfs[p, g, r])
+            low = np.float32(0) if symmetric else f16_to_f32(halfs[p, g, LANES + r])
+            for j in range(_QUADS):
+                codes = _quad(kind, lines, j, r)
+                first = g * GROUP + 4 * j
+                for k in range(first, min(first + 4, columns)):
+                    code = np.int64(codes & _BYTE)
+                    codes >>= _EIGHT
+                    if kind == INT8 and code > 127:
+                        code -= 256
+                    if symmetric:
+                        out[i, k] = np.float32(code - zero) * scale
+                    else:
+                        out[i, k] = np.float32(code) * scale + low
+
+
+def take_rows(panels: Panels, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows ids (T,) int64 into out (T, K) float32, K <= 32 G: embeddings looked up in a tied head."""
+    zero = -1 if panels.has_mins else _ZERO_CODES[panels.kind]
+    blocks = panels.blocks
+    unpack_quant_rows(panels.kind, zero, blocks.view(np.uint32), blocks.view(np.uint16), ids, out)
+    return out

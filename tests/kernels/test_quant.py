@@ -67,7 +67,7 @@ def test_same_for_one_and_two_threads(kind: int, mins: bool) -> None:
             quant_matmul_parallel(*w.panels, *x, out, threads)
             np.testing.assert_array_equal(out, expected)
             parallel = cases.Activations(*(np.empty_like(array) for array in x))
-            quantize_activations_parallel(numbers, *parallel, threads)
+            quantize_activations_parallel(threads, tokens, numbers, *parallel)
             for array, same in zip(parallel.rows(), x.rows(), strict=True):
                 np.testing.assert_array_equal(array, same)
 

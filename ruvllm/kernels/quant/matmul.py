@@ -190,10 +190,10 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
         Their first group is at place ``xi`` of the activations.
 
-        The first tile of a chunk prefetches the panels ``ahead`` bytes later, those of the next chunk, block by block
-        behind the products of each: so memory and products overlap, where all lines at once would fill the core's
-        list of misses. It also unpacks the outliers' columns, which its products have brought near. In the other
-        tiles ``ahead`` is 0.
+        The first tile of a chunk prefetches the panels ``ahead`` bytes later, those of the next chunk, a block with
+        each block: so memory and products overlap, where all lines at once would fill the core's list of misses.
+        Before the products, not after: then AVX-512's accumulators stay in registers. It also unpacks the outliers'
+        columns, which its products have brought near. In the other tiles ``ahead`` is 0.
         """
         tile, offset = zeros, np.int64(0)
         for _ in range(p.groups):

@@ -88,7 +88,7 @@ def one_thread(llm: LLM, expected: list[list[int]]) -> None:
 def normalise_all(x: Any, weight: Any, out: Any) -> None:
     """A user's loop over one of our parallel kernels: each iteration would like threads of its own."""
     for i in prange(len(x)):
-        rms_norm_parallel(x[i], weight, 1e-5, out[i], 2)
+        rms_norm_parallel(2, len(x[i]), x[i], weight, 1e-5, out[i])
 
 
 def users_loops(llm: LLM, expected: list[list[int]]) -> None:

@@ -50,7 +50,7 @@ INSIDE = (
     "ruvllm.checkpoint.fields", "ruvllm.checkpoint.gguf_header", "ruvllm.checkpoint.gguf_writer",
     "ruvllm.checkpoint.groups", "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source",
     "ruvllm.kernels.jit", "ruvllm.kernels.simd",
-    "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant.panels", "ruvllm.kernels.tape", "ruvllm.kernels.threads",
+    "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant", "ruvllm.kernels.tape", "ruvllm.kernels.threads",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
     "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.layer", "ruvllm.model.low_rank", "ruvllm.model.ops",

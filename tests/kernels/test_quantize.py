@@ -140,7 +140,7 @@ def test_same_for_any_number_of_threads(method: str) -> None:
     kind = INT8 if method == "int8" else INT4
     for threads in (1, 2, 5):
         found = np.empty_like(codes), np.empty_like(scales), np.empty((37, 0 if mins is None else 4), np.uint16)
-        quantize_parallel(kind, x, found[0].view(np.uint8), found[1], found[2], threads)
+        quantize_parallel(threads, len(x), kind, x, found[0].view(np.uint8), found[1], found[2])
         for array, expected in zip(found, (codes, scales, found[2] if mins is None else mins), strict=True):
             np.testing.assert_array_equal(array, expected)
     part = np.full(codes.shape, 99, codes.dtype)

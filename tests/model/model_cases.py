@@ -77,7 +77,7 @@ def digest(threads: int) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "tokens":
         answers = []
-        for layout, kv in (("f32", "f32"), ("bf16", "f32"), ("int4", "f16")):
+        for layout, kv in (("f32", "f32"), ("bf16", "f32"), ("int4", "f32"), ("f32", "f16")):
             model = small_model(layout, threads=1)
             answers.append(run(model, model.new_cache(12, kv), text(9), [7, 1, 1]).tolist())
         print(json.dumps(answers))

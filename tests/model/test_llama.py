@@ -183,8 +183,9 @@ def test_results_are_the_same_for_any_number_of_threads_and_in_two_processes() -
 def test_plain_python_agrees() -> None:
     """NUMBA_DISABLE_JIT=1: a prompt and the tokens after it, with every kernel as Python that a debugger can enter."""
     python, compiled = (json.loads(_in_a_process("tokens", NUMBA_DISABLE_JIT=flag)) for flag in "10")
-    for got, expected in zip(python, compiled, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    # A value at a tie is rounded to another half float where its last bit differs: 2^-11 of it.
+    for got, expected, tolerance in zip(python, compiled, (1e-4, 1e-4, 1e-4, 2e-3), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
 
 # --- in any parts ------------------------------------------------------------------------------------------------

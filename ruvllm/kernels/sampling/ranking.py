@@ -7,6 +7,7 @@ import numpy as np
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.simd.sums import exp_sum, maximum
+from ruvllm.kernels.simd.vectors import must_be_float32
 from ruvllm.kernels.spec import KernelSpec
 
 _BLOCK = 256  # elements whose maximum is looked at before any of them alone
@@ -19,6 +20,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 @kernel(strict=True)
 def argmax_index(x: Any) -> Any:
     """Index of the first maximum of x (n,), n >= 1, or -1 where x holds NaN."""
+    must_be_float32(x)
     best, index = _MINUS_INFINITY, 0
     for block in range(0, x.size, _BLOCK):
         top = maximum(x[block : block + _BLOCK])

@@ -501,3 +501,15 @@ prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache,
 def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen IEEE halfs from byte ``index`` of a uint8 array on, as float32."""
     return f32x16(array, types.intp), _read_f16
+
+
+@intrinsic
+def must_be_float32(typingctx: Any, array: Any) -> Any:
+    """Refuse to compile for an array of another dtype: for a plain loop that would give another result."""
+    if array.dtype != types.float32:
+        raise TypingError(f"kernels take arrays of float32, found {array}")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), codegen

@@ -1,4 +1,4 @@
-"""The vectors of _simd as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means.
+"""The vectors of vectors_llvm.py as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means.
 
 Unlike the compiled ones these loads and stores raise IndexError outside the array.
 """
@@ -11,7 +11,9 @@ LANES = 16
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    return a * b + c
+    # The product of two float32 is exact in float64: rounded once but for ties, as the instruction does.
+    exact = np.multiply(a, b, dtype=np.float64) + c
+    return exact.astype(np.float32) if isinstance(exact, np.ndarray) else np.float32(exact)
 
 
 fmax, fmin, larger_or_nan = np.fmax, np.fmin, np.maximum
@@ -387,3 +389,7 @@ def scaled(cache: Any, vector: Any, scales: Any) -> Any:
 
 def scaled_rows(cache: Any, rows: Any, scales: Any) -> Any:
     return tuple(scaled(cache, row, scales) for row in rows)
+
+
+def must_be_float32(array: Any) -> None:
+    assert array.dtype == np.float32

@@ -26,7 +26,7 @@ from ruvllm.model import KVCache
 from ruvllm.model.config import PRESETS
 from ruvllm.model.llama import PREFILL_TOKENS
 from ruvllm.model.ops.recorder import Pass
-from ruvllm.model.replay import Tapes, Working, working_bytes
+from ruvllm.model.replay import Working, working_bytes
 from tests import llm_cases
 from tests.model import tiny
 from tests.model.model_cases import SMALL, small_model
@@ -89,8 +89,8 @@ def test_numbers_beyond_any_memory_are_refused_too() -> None:
 
 def test_working_memory_is_what_is_said() -> None:
     model = small_model("int8", threads=1)
-    working = Working(Tapes(model), model.new_cache(16), 128, 1)
-    working._use(Tapes(model).tape(Pass.PROMPT, "f32"))
+    working = Working(model, model.new_cache(16), 128, 1)
+    working._use(model.tapes.tape(Pass.PROMPT, "f32"))
     assert working.shared.nbytes == working_bytes(SMALL, 128)
 
 

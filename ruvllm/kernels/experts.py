@@ -7,6 +7,14 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import kernel
 
+MAX_EXPERTS = 512  # of one layer
+
+
+def require_routing(k: int, experts: int) -> None:
+    """Raise ValueError unless k of so many experts can be chosen."""
+    if not 1 <= k <= experts <= MAX_EXPERTS:
+        raise ValueError(f"route: expected 1 <= k <= experts <= {MAX_EXPERTS}, found k = {k} of {experts} experts")
+
 
 @kernel(strict=True)
 def route_tokens(scores: Any, experts: Any, slots: Any, weights: Any, tokens: Any, counts: Any) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ruvllm.kernels.experts import MAX_EXPERTS
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, view_kernel
 from ruvllm.kernels.jit.views import array_at, load_integers
 from ruvllm.kernels.simd.vectors import prefetch_l2
@@ -49,14 +50,13 @@ SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, KEYS, VALUES, PARTIAL, SC
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
 EXPERT_ROWS = _STRIDE + (1 << _SPACE_BITS)  # from here on: rows routed to each expert, written by operations
-MAX_EXPERTS = 512
 HEADER_SIZE = EXPERT_ROWS + MAX_EXPERTS
 
 # Row fields. COUNT: the header field that holds the operation's number of rows. REPLICATED: each member computes all
 # rows, into its own copy. ARGUMENTS: the first of up to twelve.
 FUNCTION, FLAGS, COUNT, REPLICATED, ARGUMENTS = range(5)
-# Flags. MEET: a barrier before the row. OFFER: before that barrier, the leader offers late threads to join. ADMIT: here
-# they do. ENTRY: the row runs only for members that start the replay here.
+# Flags. MEET: a barrier before the row. OFFER: before that barrier the leader publishes how many threads wait. ADMIT:
+# they join before the row. ENTRY: the row runs only for members that start the replay here.
 MEET, OFFER, ADMIT, ENTRY = 1, 2, 4, 8
 FIELDS = 16
 _ROW_BYTES = FIELDS * 8

@@ -223,10 +223,9 @@ class _Reader:
                 self.passes.append((run.start, run.stop, tokens))
             self.passes[-1] = (self.passes[-1][0], run.stop, tokens)
             times = run.times[run.first :]
-            joined = times[:, times[-1, :, 2] > 0]  # threads that came too late left no stamps
-            seconds = (joined - joined[:1, :1, :1]) / rate
+            seconds = (times - times[0, 0, 0]) / rate
             for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
-                before, begin, end = seconds[i].T
+                before, begin, end = seconds[i, times[i, :, 2] > 0].T  # late threads left no stamps before they joined
                 if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
                     self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
                 rows = int(run.header[step.count])

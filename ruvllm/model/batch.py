@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from ruvllm.model.replay import Working
 
 class Batch:
     """Decodes one token at a time for each of several sequences, reading the weights once for all of them.
+
+    Always replays the tape, whatever ``model.fused`` says.
 
     Each sequence's logits are bit-identical to those that it gets alone.
 
@@ -39,7 +42,7 @@ class Batch:
         for cache in caches:
             cache.claim(model)
         config, chunks = model.config, max(chunk_count(cache.max_tokens) for cache in caches)
-        self.working = Working(model._tapes, caches[0], max(2, len(caches)), model.threads)
+        self.working = Working(model, caches[0], max(2, len(caches)), model.threads)
         self.partial = aligned_empty((len(caches), config.num_attention_heads, chunks, partial_width(config.head_dim)))
         addresses = [(c.keys.ctypes.data, c.values.ctypes.data, c.keys.shape[2]) for c in caches]
         self.table = np.array(addresses, np.int64)
@@ -53,17 +56,25 @@ class Batch:
         Raises:
             TypeError, ValueError: ids are not one token id for each sequence.
             ContextFullError: a sequence is full; none is changed.
+            RuntimeError: another thread is using one of the caches.
         """
         ids = self.model.checked_ids(ids)
         if len(ids) != len(self.caches):
             raise ValueError(f"ids: expected {len(self.caches)}, one for each sequence, found {len(ids)}")
-        for cache in self.caches:
-            cache.require_room(1)
+        with ExitStack() as owned:
+            for cache in self.caches:
+                owned.enter_context(cache.in_use())
+                cache.claim(self.model)
+                cache.require_room(1)
+            return self._forward(ids)
+
+    def _forward(self, ids: np.ndarray) -> np.ndarray:
+        """``forward`` of checked ids."""
         lengths = np.array([cache.length for cache in self.caches])
         cos, sin = (table[lengths] for table in self.model.rope_tables(int(lengths.max()) + 1))
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         self.working.positions[: len(ids)] = lengths
-        tape = self.model._tapes.tape(Pass.BATCH, self.caches[0].dtype)
+        tape = self.model.tapes.tape(Pass.BATCH, self.caches[0].dtype)
         with limited_to(self.model.threads):
             self.working.replay(tape, ids, cos, sin, logits)
         for cache, token in zip(self.caches, ids, strict=True):

@@ -28,6 +28,8 @@ class Linear:
         """W x + bias + adapter of x (T, K) as float32 (T, N), into ``out`` if given."""
         if isinstance(x, np.ndarray):
             x = Activations(*x.shape).of(x)
+        if x.x.shape[1] != self.columns:
+            raise ValueError(f"{self.name or 'linear'}: expected {self.columns} inputs, found {x.x.shape[1]}")
         if out is None:
             out = np.empty((len(x.x), self.rows), np.float32)
         self.weights.matmul(x, out)

@@ -79,7 +79,7 @@ class Llama:
         self.runner: Runner = Parallel()
         self.adapters: AdapterSet | None = None  # see ``model.lora``
         self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
-        self._tapes = Tapes(self)
+        self.tapes = Tapes(self)
         self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
 
     @property
@@ -119,7 +119,7 @@ class Llama:
             raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
         with cache.in_use():
             cache.claim(self)
-            return self._forward_all(ids, cache, last_only, out, ops if self.fused else ops or Eager)
+            return self._forward_all(ids, cache, last_only, out, ops or (None if self.fused else Eager))
 
     def _forward_all(
         self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None,
@@ -149,7 +149,7 @@ class Llama:
         start, end = cache.length, cache.length + len(ids)
         cos, sin = (table[start:end] for table in self.rope_tables(end))
         if ops is None:
-            working = cache.buffers_for("fused", len(ids), lambda n: Working(self._tapes, cache, n, self.threads))
+            working = cache.buffers_for("fused", len(ids), lambda n: Working(self, cache, n, self.threads))
             working.run(ids, cos, sin, logits)
         else:
             scratch = cache.buffers_for("eager", len(ids), lambda n: _Scratch(n, self.threads, self.config.head_dim))
@@ -168,7 +168,7 @@ class Llama:
 
     def weights_changed(self) -> None:
         """To be called when a matrix got other weights: their addresses are looked up anew."""
-        self._tapes = Tapes(self)
+        self.tapes = Tapes(self)
 
     def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -63,6 +64,11 @@ class Replayed(Protocol):
     runner: Runner
     layer_weights: int
 
+    @property
+    def tapes(self) -> Tapes:
+        """Its tapes; others after ``weights_changed``."""
+        ...
+
 
 class Tapes:
     """The tapes of a model, recorded when needed: one for each kind of pass, cache dtype and shape of adapters."""
@@ -88,18 +94,21 @@ class Tapes:
             return self._by_shape[shape].with_adapters(adapters)
         recorder = Recorder(kind, DTYPES[kv], adapters)
         self.model.decoder(recorder, recorder.source_of(self.model.config.hidden_size))
-        self._by_shape[shape] = tape = recorder.finish()
+        recorder.require_cache_of(self.model.config)
+        tape = recorder.finish()
+        self._by_shape[shape] = replace(tape, adapters={})  # adapters that nobody uses any more are not kept alive
         return tape
 
 
 class Working:
     """The working memory of passes of up to ``tokens`` tokens; it belongs to a KV cache and is allocated once."""
 
-    def __init__(self, tapes: Tapes, cache: KVCache, tokens: int, threads: int) -> None:
-        config = tapes.model.config
+    def __init__(self, model: Replayed, cache: KVCache, tokens: int, threads: int) -> None:
+        config = model.config
         D, heads = config.head_dim, config.num_attention_heads
-        self.tapes, self.cache, self.tokens, self.threads = tapes, cache, tokens, threads
+        self.model, self.cache, self.tokens, self.threads = model, cache, tokens, threads
         self.tape: Tape | None = None
+        self.logits: np.ndarray | None = None
         self.capacity = token_capacity(tokens)
         chunks = chunk_count(cache.max_tokens)
         scratch = max(scratch_size(D), token_scratch_size(D, heads // config.num_key_value_heads))
@@ -124,35 +133,46 @@ class Working:
         """Take ids through the model, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
         length, T = self.cache.length, len(ids)
         self.positions[:T] = np.arange(length, length + T) if T > 1 else length
-        self.replay(self.tapes.tape(Pass.TOKEN if T == 1 else Pass.PROMPT, self.cache.dtype), ids, cos, sin, logits)
+        tape = self.model.tapes.tape(Pass.TOKEN if T == 1 else Pass.PROMPT, self.cache.dtype)
+        self.replay(tape, ids, cos, sin, logits)
 
     def replay(self, tape: Tape, ids: np.ndarray, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None) -> None:
         """Replay a tape for ids at ``positions``."""
         h, T = self.header, len(ids)
         self._use(tape)
-        self.tapes.model.decoder.embed.take(ids, self.rows_of(tape.source)[:T])
         h[t.TOKENS] = T
+        self.model.decoder.embed.take(ids, self.rows_of(tape.source))
         t.set_space(h, t.COS, cos.ctypes.data)
         t.set_space(h, t.SIN, sin.ctypes.data)
         t.set_space(h, t.LOGITS, 0 if logits is None else logits.ctypes.data)
         h[t.LOGIT_ROWS] = 0 if logits is None else len(logits)
+        self.logits = logits
         h[t.THREADS] = min(num_threads(), self.threads)
-        per_call = max(1, MACS_PER_CALL // (T * self.tapes.model.layer_weights))  # segments
+        per_call = max(1, MACS_PER_CALL // (T * self.model.layer_weights))  # segments
+        self._call(tape, -1)
         first = 0
         for i, (start, end) in enumerate(tape.segments):
-            calls = tape.calls.get(i, ())
-            if calls or (i + 1) % per_call == 0 or end == len(tape.rows):
+            if i in tape.calls or (i + 1) % per_call == 0 or end == len(tape.rows):
                 h[t.FIRST], h[t.END], h[t.LAST_ADMISSION], first = first, end, start, end
                 self.sync[:] = 0
-                self.tapes.model.runner.run(tape, self)
-                for value, function in calls:
-                    function(self.rows_of(value)[:T])
+                self.model.runner.run(tape, self)
+                self._call(tape, i)
+
+    def _call(self, tape: Tape, segment: int) -> None:
+        """The Python functions that follow a segment; -1: those before the first."""
+        for value, function in tape.calls.get(segment, ()):
+            rows = self.rows_of(value)
+            if len(rows):
+                function(rows.reshape(len(rows), -1, value.dim) if value.dim else rows)
 
     def rows_of(self, value: Value) -> np.ndarray:
-        """A value as (tokens, width); of one token, member 0's copy."""
+        """The rows of a value in this pass, (rows, width); of one token, member 0's copy."""
+        count = int(self.header[value.count])
+        if value.space == t.LOGITS:
+            return np.empty((0, value.width), np.float32) if self.logits is None else self.logits
         memory, scale = (self.local, 1) if value.space == t.LOCAL else (self.shared, self.capacity)
-        rows = memory[value.offset * scale :][: self.tokens * value.row_bytes]
-        return rows.view(np.float32).reshape(self.tokens, value.width)
+        rows = memory[value.offset * scale :][: count * value.row_bytes]
+        return rows.view(np.float32).reshape(count, value.width)
 
     def _use(self, tape: Tape) -> None:
         """Point the header at a tape, with memory for its values."""

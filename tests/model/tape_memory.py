@@ -47,7 +47,8 @@ class Memory:
         elif value.space == t.PARTIAL:
             masks["partial"][:] = True
         elif not value.row_bytes and value.space == t.SHARED:  # the counts of experts' rows
-            masks["header"][:] = True
+            first = 8 * (value.offset - t.EXPERT_ROWS)
+            masks["header"][first : first + 8 * value.width] = True
         elif value.space == t.LOCAL:
             copy = 0 if partition == ANY else member
             start = value.offset + copy * int(header[t._STRIDE + t.LOCAL])

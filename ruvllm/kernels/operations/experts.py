@@ -1,7 +1,7 @@
 """Operations of a mixture of experts: route tokens, gather an expert's rows, combine what the experts return.
 
-How many rows an expert gets is known only at replay: ``route`` writes it into the header at EXPERT_ROWS, and the
-expert's own operations read their number of rows from there. An expert without tokens costs one test per operation.
+How many rows an expert gets is known only at replay: ``route`` writes it into the header, and the expert's own
+operations read their number of rows from there. An expert without tokens costs one test per operation.
 """
 
 from typing import Any
@@ -13,7 +13,6 @@ from ruvllm.kernels.jit.decorators import as_part, view_kernel
 from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.tape import (
     CAPACITY,
-    EXPERT_ROWS,
     TOKENS,
     address_of,
     matrix,
@@ -42,11 +41,14 @@ def _routing(m: Any, operand: Any, rows: Any, k: Any, count: Any) -> Any:
 
 
 @operation
-def route(m: Any, scores: Any, routing: Any, k: Any, count: Any) -> None:
-    """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all."""
+def route(m: Any, scores: Any, routing: Any, k: Any, count: Any, first: Any) -> None:
+    """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all.
+
+    The rows of each expert are counted in the header fields from ``first`` on.
+    """
     if m.rank == 0:
         chosen, slots, weights, tokens = _routing(m, routing, m.rows, k, count)
-        rows_each = m.header[EXPERT_ROWS : EXPERT_ROWS + count]
+        rows_each = m.header[first : first + count]
         route_tokens(matrix(m, scores, m.rows, count), chosen, slots, weights, tokens, rows_each)
 
 
@@ -63,7 +65,7 @@ def gather(m: Any, x: Any, routing: Any, out: Any, columns: Any, expert: Any, k:
 
 
 @operation
-def combine(m: Any, parts: Any, routing: Any, out: Any, columns: Any, k: Any, count: Any) -> None:
+def combine(m: Any, parts: Any, routing: Any, out: Any, columns: Any, k: Any, count: Any, first: Any) -> None:
     """out (rows, columns) = for each row the weighted sum of its experts' results; ``parts``: an operand of each."""
     lo, hi = row_range(m)
     chosen, slots, weights, _ = _routing(m, routing, m.rows, k, count)
@@ -71,5 +73,5 @@ def combine(m: Any, parts: Any, routing: Any, out: Any, columns: Any, k: Any, co
     for i in range(lo, hi):
         for j in range(k):
             x = chosen[i, j]
-            part = matrix(m, results[x], m.header[EXPERT_ROWS + x], columns)
+            part = matrix(m, results[x], m.header[first + x], columns)
             add_weighted(part, slots[i, j], weights[i, j], target, i, j == 0)

@@ -10,7 +10,7 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels.attention.kv import append
 from ruvllm.kernels.attention.prefill import cached_attention
-from ruvllm.kernels.experts import add_weighted, route_tokens
+from ruvllm.kernels.experts import add_weighted, require_routing, route_tokens
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
 
@@ -83,6 +83,7 @@ class Eager:
     def route(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
         """experts, slots, weights (T, k), tokens (X, T) and counts (X,): see ``kernels.experts``."""
         T, count = scores.shape
+        require_routing(k, count)
         experts, slots = np.empty((T, k), np.int64), np.empty((T, k), np.int64)
         weights = np.empty((T, k), np.float32)
         tokens, counts = np.empty((count, T), np.int64), np.empty(count, np.int64)
@@ -110,6 +111,7 @@ class Eager:
     def call(self, x: np.ndarray, function: Callable[[np.ndarray], None]) -> np.ndarray:
         """x, after ``function`` has read or changed it."""
         function(x)
+        self._inputs = Activations(0, 0)  # the function may have changed what was rounded
         return x
 
     def last_rows(self, x: np.ndarray) -> np.ndarray:

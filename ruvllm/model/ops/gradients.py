@@ -304,8 +304,11 @@ class Gradients:
         return x
 
     def call(self, x: Node, function: Callable[[np.ndarray], None]) -> Node:
-        """x, after ``function`` has read it. A gradient knows no change that it makes."""
+        """x, after ``function`` has read it. Raises ValueError if it changed x: no gradient is known of the change."""
+        before = x.array.copy()
         function(x.array)
+        if not np.array_equal(before, x.array, equal_nan=True):
+            raise ValueError("call: a function may read values that a gradient flows through, not change them")
         return x
 
     def last_rows(self, x: Node) -> Node:

@@ -19,6 +19,7 @@ import numpy as np
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.prefill import NO_WINDOW
+from ruvllm.kernels.experts import MAX_EXPERTS, require_routing
 from ruvllm.kernels.lora.packed import PARTS
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import panel_count
@@ -31,6 +32,7 @@ from ruvllm.model.ops.tape import Tape, assemble
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
 
 if TYPE_CHECKING:
+    from ruvllm.model.config import ModelConfig
     from ruvllm.model.linear import Linear
     from ruvllm.model.low_rank import LowRank
     from ruvllm.model.ops import Ops
@@ -62,7 +64,9 @@ class Recorder:
         self.source = Value()
         self._layer = -1
         self._partial = Value(space=t.PARTIAL)
-        self._expert_rows = Value()
+        self._ended = False
+        self._routings: list[tuple[int, int, Value]] = []  # first and last header field, and the routing that has them
+        self._cached: set[tuple[int, int, int]] = set()  # layer, kv heads and head size of each attention
         self._caches: dict[int, Value] = {}
 
     def source_of(self, width: int) -> Value:
@@ -79,6 +83,8 @@ class Recorder:
     def rms_norm(self, x: Value, weight: np.ndarray, eps: float) -> Value:
         """Over the last axis of (T, E) or (T, H, D)."""
         columns = len(weight)
+        if columns != (x.dim or x.width):
+            raise ValueError(f"rms_norm: expected a weight of {x.dim or x.width}, found {columns}")
         out = self._like(x)
         arguments = {
             "x": x, "weight": self._array(weight), "eps": self._number(eps), "out": out, "columns": columns,
@@ -88,21 +94,26 @@ class Recorder:
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
+        _require_alike("add", a, b)
         out = self._like(a)
         return self._on_rows(o.add, [a, b], out, {"a": a, "b": b, "out": out, "columns": a.width})
 
     def silu_mul(self, gate: Value, up: Value) -> Value:
         """silu(gate) * up."""
+        _require_alike("silu_mul", gate, up)
         out = self._like(gate)
         return self._on_rows(o.silu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
 
     def gelu_mul(self, gate: Value, up: Value) -> Value:
         """gelu(gate) * up."""
+        _require_alike("gelu_mul", gate, up)
         out = self._like(gate)
         return self._on_rows(o.gelu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
 
     def heads(self, x: Value, dim: int) -> Value:
         """x (T, H D) as (T, H, D): the same memory."""
+        if x.width % dim or x.dim not in (0, dim):
+            raise ValueError(f"heads: {x.width} elements (heads of {x.dim or 'any'}) do not split into heads of {dim}")
         x.dim = dim
         return x
 
@@ -130,10 +141,14 @@ class Recorder:
         return self._linear(x, matrix, Value(x.count, matrix.rows, 4 * matrix.rows))
 
     def logits(self, x: Value, head: Linear) -> Value:
-        """x W^T, into the caller's array."""
-        return self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
+        """x W^T, into the caller's array; nothing may follow it."""
+        out = self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
+        self._ended = True
+        return out
 
     def _linear(self, x: Value, matrix: Linear, out: Value) -> Value:
+        if x.width != matrix.columns:
+            raise ValueError(f"{matrix.name or 'linear'}: expected {matrix.columns} inputs, found {x.width}")
         weights, adapter = matrix.weights, self.adapters.get(matrix.name)
         address, has_mins = weights.address()
         self.kept.append(weights)
@@ -205,6 +220,7 @@ class Recorder:
             "q": q, "heads": q.width // q.dim, "window": NO_WINDOW if window is None else window,
             "scale": self._number(scale),
         }  # fmt: skip
+        self._cached.add((layer, k.width // k.dim, k.dim))
         cache = self._caches.setdefault(layer, Value(space=t.KEYS, offset=layer))
         if self.single:
             reads = [self._whole(q), self._whole(k), self._whole(v), Access(cache, ANY)]
@@ -232,32 +248,45 @@ class Recorder:
     # Mixtures of experts.
 
     def route(self, scores: Value, k: int) -> Value:
-        """The k best experts of each token."""
-        out = Value(scores.count, k, routing_bytes(k, scores.width), layout="routing", dim=scores.width)
-        arguments = {"scores": scores, "routing": out, "k": k, "count": scores.width}
-        writes = [Access(out, ANY), Access(self._expert_rows, ANY)]
+        """The k best experts of each token; the rows of each are counted in header fields of this routing."""
+        experts = scores.width
+        require_routing(k, experts)
+        first = self._routings[-1][1] if self._routings else t.EXPERT_ROWS
+        if first + experts > t.HEADER_SIZE:
+            first = t.EXPERT_ROWS
+        out = Value(scores.count, k, routing_bytes(k, experts), layout="routing", dim=experts)
+        out.counts = Value(offset=first, width=experts)
+        # Fields that an earlier routing had are taken over: whoever still reads that one is refused.
+        taken = [r for r in self._routings if r[0] < first + experts and first < r[1]]
+        self._routings = [r for r in self._routings if r not in taken] + [(first, first + experts, out)]
+        arguments = {"scores": scores, "routing": out, "k": k, "count": experts, "first": first}
+        writes = [Access(value, ANY) for value in (out, out.counts, *(r[2].counts for r in taken)) if value is not None]
         self._record(o.route, scores.count, [self._whole(scores)], writes, arguments)
         return out
 
     def gather(self, x: Value, routing: Value, expert: int) -> Value:
         """The rows of x that go to one expert."""
-        out = self._floats(t.EXPERT_ROWS + expert, x.width)
+        counts = self._counts_of(routing)
+        out = self._floats(counts.offset + expert, x.width)
         arguments = {
             "x": x, "routing": routing, "out": out, "columns": x.width, "expert": expert, "k": routing.width,
             "count": routing.dim,
         }  # fmt: skip
-        reads = [self._whole(x), Access(routing, ANY), Access(self._expert_rows, ANY)]
+        reads = [self._whole(x), Access(routing, ANY), Access(counts, ANY)]
         self._record(o.gather, out.count, reads, [Access(out, self._rows(out))], arguments)
         return out
 
     def combine(self, parts: list[Value], routing: Value) -> Value:
         """The weighted sum of each token's experts."""
+        counts = self._counts_of(routing)
+        if len(parts) != routing.dim:
+            raise ValueError(f"combine: expected the parts of {routing.dim} experts, found {len(parts)}")
         out = self._floats(routing.count, parts[0].width)
         arguments = {
             "parts": parts, "routing": routing, "out": out, "columns": out.width, "k": routing.width,
-            "count": routing.dim,
+            "count": routing.dim, "first": counts.offset,
         }  # fmt: skip
-        reads = [*map(self._whole, parts), Access(routing, ANY), Access(self._expert_rows, ANY)]
+        reads = [*map(self._whole, parts), Access(routing, ANY), Access(counts, ANY)]
         self._record(o.combine, out.count, reads, [Access(out, self._rows(out))], arguments)
         return out
 
@@ -271,11 +300,29 @@ class Recorder:
 
     def call(self, x: Value, function: Callable[[np.ndarray], None]) -> Value:
         """The replay returns here, and Python gets x."""
-        self.calls.setdefault(self.schedule.steps[-1].segment, []).append((x, function))
+        segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
+        self.calls.setdefault(segment, []).append((x, function))
         self.schedule.end_segment(meet=True)
+        x.quantized = None  # the function may change x
         return x
 
     # How it is recorded.
+
+    def require_cache_of(self, config: ModelConfig) -> None:
+        """Raise ValueError unless each attention's keys and values fit a cache of this configuration."""
+        layers, kv_heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        for layer, found_heads, found_dim in sorted(self._cached):
+            if not 0 <= layer < layers or (found_heads, found_dim) != (kv_heads, dim):
+                raise ValueError(
+                    f"attention: found layer {layer} with {found_heads} kv heads of {found_dim}, expected one of "
+                    f"{layers} layers with {kv_heads} kv heads of {dim}, as the cache has"
+                )
+
+    def _counts_of(self, routing: Value) -> Value:
+        """The counts of a routing's rows. Raises ValueError if a later routing took over its header fields."""
+        if routing.counts is None or all(routing is not owner for _, _, owner in self._routings):
+            raise ValueError(f"routing: routings that are used side by side have more than {MAX_EXPERTS} experts")
+        return routing.counts
 
     @property
     def _row_space(self) -> int:
@@ -316,8 +363,17 @@ class Recorder:
         self, operation: Operation, count: int, reads: list[Access], writes: list[Access],
         arguments: Mapping[str, object], label: str = "", in_place: bool = False,
     ) -> None:  # fmt: skip
+        if self._ended:
+            raise ValueError(f"{operation.__name__}: nothing may follow ops.logits")
+        if count >= t.EXPERT_ROWS:
+            reads = [*reads, *(Access(r.counts, ANY) for lo, hi, r in self._routings if r.counts and lo <= count < hi)]
         name = label or operation.__name__
         self.schedule.add(Step(operation, count, reads, writes, dict(arguments), in_place, name, self._layer))
+
+
+def _require_alike(name: str, a: Value, b: Value) -> None:
+    if (a.width, a.count) != (b.width, b.count):
+        raise ValueError(f"{name}: expected arrays of one shape, found rows of {a.width} and {b.width}")
 
 
 if TYPE_CHECKING:

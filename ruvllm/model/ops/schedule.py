@@ -50,8 +50,8 @@ class Value:
     """An array that a tape computes: ``count`` (a header field) rows of ``width`` elements, or a resource.
 
     space, offset: where it lies. dim: the head size, once it is split into heads. layout: "floats", "quantized",
-    "partial", "routing". written: phase and partition of the last operation that wrote it (several, if they continue
-    each other's work); read: those of the reads since.
+    "partial", "routing". quantized: its rows in 8 bits. counts: of a routing, the header fields that count its rows.
+    written: phase and partition of the last write; read: those of the reads since.
     """
 
     count: int = t.ONE
@@ -62,6 +62,7 @@ class Value:
     dim: int = 0
     layout: str = "floats"
     quantized: Value | None = None
+    counts: Value | None = None
     written: list[tuple[int, Partition]] = field(default_factory=list)
     read: list[tuple[int, Partition]] = field(default_factory=list)
 

@@ -56,7 +56,7 @@ def assemble(
     """Place the values of scheduled steps in memory and write the rows."""
     steps = _with_broadcasts(steps, source)
     ends = {step.segment: i for i, step in enumerate(steps)}
-    held = {value: ends[segment] for segment, after in calls.items() for value, _ in after}  # Python reads it then
+    held = {value: ends[i] for i, after in calls.items() if i >= 0 for value, _ in after}  # Python reads it then
     sizes = place(steps, source, held)
     rows = np.zeros((len(steps), t.FIELDS), np.int64)
     segments: list[tuple[int, int]] = []

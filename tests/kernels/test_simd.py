@@ -406,3 +406,21 @@ def test_rows_merged_four_times_are_transposed() -> None:
     for _ in range(4):
         rows = vectors_python.zip_rows(rows)
     np.testing.assert_array_equal(np.stack(rows), x[:, :16].T)
+
+
+@pytest.mark.parametrize(
+    ("triple", "cpu", "expected"),
+    [
+        ("arm64-apple-darwin24", "apple-m1", True), ("arm64-apple-darwin24", "apple-m4", True),
+        ("arm64-apple-darwin24", "generic", False), ("aarch64-unknown-linux-gnu", "generic", False),
+        ("aarch64-unknown-linux-gnu", "cortex-a72", False),  # Raspberry Pi 4
+        ("aarch64-unknown-linux-gnu", "cortex-a76", True),  # Raspberry Pi 5
+        ("aarch64-unknown-linux-gnu", "neoverse-n1", True),  # Ampere, Graviton 2
+        ("aarch64-unknown-linux-gnu", "neoverse-v1", True),  # Graviton 3
+    ],
+)  # fmt: skip
+def test_arm_processors_with_an_integer_dot_product_are_known(triple: str, cpu: str, expected: bool) -> None:
+    from ruvllm.kernels.simd.dot_llvm import has_sdot
+
+    assert has_sdot(triple, cpu, "") is expected
+    assert cpu != "generic" or has_sdot(triple, cpu, "+dotprod")

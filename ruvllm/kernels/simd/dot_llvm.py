@@ -12,8 +12,10 @@ All give the same integers. The choice follows the features of the compilation t
 can be tried with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
 """
 
+from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -40,12 +42,37 @@ def _all_bytes(value: int) -> ir.Constant:
     return ir.Constant(_BYTES, [_I8(value)] * 64)
 
 
+_SUM_OF_PRODUCTS = """
+declare <4 x i32> @llvm.vector.partial.reduce.add.v4i32.v16i32(<4 x i32>, <16 x i32>)
+define <4 x i32> @f(<4 x i32> %a, <16 x i8> %b, <16 x i8> %c) {
+  %x = sext <16 x i8> %b to <16 x i32>
+  %y = sext <16 x i8> %c to <16 x i32>
+  %m = mul <16 x i32> %x, %y
+  %r = call <4 x i32> @llvm.vector.partial.reduce.add.v4i32.v16i32(<4 x i32> %a, <16 x i32> %m)
+  ret <4 x i32> %r
+}
+"""
+
+
+@cache
+def has_sdot(triple: str, cpu: str, features: str) -> bool:
+    """Whether an ARM processor has the dot product of 8-bit integers.
+
+    LLVM knows it by the processor's name; the list of features need not contain it (on Linux it does not). So LLVM is
+    asked to compile a sum of products: 2 ms, once in a process.
+    """
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=2)
+    return "sdot" in machine.emit_assembly(llvm.parse_assembly(_SUM_OF_PRODUCTS))
+
+
 def target_kind(context: Any) -> str:
     """ "vnni512", "vnni256", "avx2", "neon" or "generic", from the features of the code that is being made."""
     triple, _, features = context.codegen().magic_tuple()
     have = set(features.split(","))
     if triple.startswith(("aarch64", "arm64")):
-        return "neon" if "+dotprod" in have or "apple" in triple else "generic"
+        return "neon" if has_sdot(*context.codegen().magic_tuple()) else "generic"
     if "+avx512vnni" in have:
         return "vnni512"
     if "+avxvnni" in have:

@@ -14,7 +14,6 @@ import numpy as np
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.decode import chunk_count, partial_width, token_scratch_size
 from ruvllm.kernels.attention.prefill import scratch_size
-from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_empty, aligned_zeros
 from ruvllm.kernels.operations import broadcast
 from ruvllm.kernels.quant.layout import SIDE
@@ -190,7 +189,7 @@ class Working:
 
 def token_capacity(tokens: int) -> int:
     """Rows that working memory has for passes of up to ``tokens``: rows rounded to 8 bits lie in blocks of SIDE."""
-    return 1 if tokens == 1 else -(-(tokens + SIDE) // LANES) * LANES
+    return tokens if tokens < SIDE else -(-tokens // SIDE) * SIDE
 
 
 def working_bytes(config: ModelConfig, tokens: int, architecture: type[Decoder] = Decoder) -> int:

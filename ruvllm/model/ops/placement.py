@@ -14,8 +14,9 @@ _ALIGNMENT = 64  # bytes, a cache line
 
 @dataclass
 class _Free:
-    """A slot that a value left: what fits into it, and how its last phase divided it."""
+    """A slot that a value left: its size for one token, and what its last phase did with it."""
 
+    size: int
     kind: tuple[Any, ...]
     offset: int
     phase: int
@@ -27,8 +28,9 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
 
     held: values that must live at least until the step of this index.
 
-    A slot is reused for values of the same kind only (space, layout, row size, count): rows then divide alike. Within
-    one phase it is reused only where old and new value have compatible partitions, so that no barrier is added.
+    A slot is reused in a later phase for any value that fits. Within one phase it is reused for a value of the same
+    kind (space, layout, row size, count: rows then divide alike) whose partition is compatible, so that no barrier is
+    added.
     """
     last: dict[Value, int] = {}
     uses: dict[Value, list[tuple[int, Partition]]] = {}
@@ -45,24 +47,31 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
             ending_at.setdefault(i, []).append(value)
     sizes = {t.SHARED: 0, t.LOCAL: 0}
     free: list[_Free] = []
+    held_size: dict[Value, int] = {}  # of the slot that a value has
 
     def kind(value: Value) -> tuple[Any, ...]:
         return value.space, value.layout, value.row_bytes, value.count
 
     def allocate(value: Value, phase: int, partition: Partition) -> None:
-        for i in range(len(free) - 1, -1, -1):
-            slot = free[i]
-            reusable = slot.phase < phase or all(compatible(partition, used) for used in slot.partitions)
-            if slot.kind == kind(value) and reusable:
-                value.offset = slot.offset
-                del free[i]
-                return
-        value.offset = sizes[value.space]
-        sizes[value.space] += -(-value.row_bytes // _ALIGNMENT) * _ALIGNMENT
+        size = -(-value.row_bytes // _ALIGNMENT) * _ALIGNMENT
+
+        def fits(slot: _Free) -> bool:
+            alike = slot.kind == kind(value) and all(compatible(partition, used) for used in slot.partitions)
+            return slot.kind[0] == value.space and slot.size >= size and (slot.phase < phase or alike)
+
+        slots = [slot for slot in reversed(free) if fits(slot)]
+        if slots:
+            best = min(slots, key=lambda slot: slot.size)  # of equal ones that which was used last
+            free.remove(best)
+            value.offset, held_size[value] = best.offset, best.size
+        else:
+            value.offset, held_size[value] = sizes[value.space], size
+            sizes[value.space] += size
 
     def release(value: Value) -> None:
         phase = max(when for when, _ in uses[value])
-        free.append(_Free(kind(value), value.offset, phase, [used for when, used in uses[value] if when == phase]))
+        partitions = [used for when, used in uses[value] if when == phase]
+        free.append(_Free(held_size[value], kind(value), value.offset, phase, partitions))
 
     allocate(source, 0, PRIVATE)
     for i, step in enumerate(steps):

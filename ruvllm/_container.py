@@ -26,7 +26,7 @@ def cpus() -> int | None:
 
 
 def memory() -> tuple[int, int] | None:
-    """Bytes that this process and those beside it may take, and those of them that are free; None without a limit."""
+    """The memory limit of this process's control group and what is free of it, in bytes; None without a limit."""
     found = []
     for group, version in _groups("memory"):
         limit = _number(group, "memory.max" if version == 2 else "memory.limit_in_bytes")

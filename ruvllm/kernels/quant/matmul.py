@@ -74,8 +74,7 @@ _AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
 _RAGGED = _AT_ONCE * _WIDTH  # floats
 _LISTED = _AT_ONCE * OUTLIERS
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used
-# Bytes from what one token reads to what it prefetches: a machine's own prefetching ends with each page. From 512
-# bytes, one core of a Zen 4 read 36 to 41 GB/s, from 2048 25 to 28.
+# Prefetch distance of one token in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
 _NONE = np.float32(-1)  # no column either, and a whole number
 

@@ -1,4 +1,4 @@
-"""Atomic operations for Numba: what a team of threads needs to wait for each other (used by _team alone)."""
+"""Atomic operations for Numba: what a team of threads needs to wait for each other (used by team.py and cores.py)."""
 
 from typing import Any
 

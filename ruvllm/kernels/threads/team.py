@@ -13,11 +13,11 @@ admission point, and the leader publishes where the newcomers start, how many ba
 size, for which the newcomers wait (``admit``). Offers alternate between two slots: the leader may have made the next
 one, before a barrier at which it waits, while a slow member still reads the last.
 
-Cores are not alike: some are made slower, and any may be busy with something else. So a member's share of large work
-can be cut into turns, and who has done its own share takes turns of the others.
+Cores differ in speed, and any of them may be busy with something else. So a member's share of large work can be cut
+into chunks ("turns"), and a member that has finished its own share steals chunks of the others.
 
 ``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
-many barriers it has reached, and how many turns of its shares are taken; each on cache lines of its own, so that a
+many barriers it has reached, and how many chunks of its shares are taken; each on cache lines of its own, so that a
 barrier moves one line from each to the others.
 """
 
@@ -183,16 +183,15 @@ def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
 
 
 def turn_counts(threads: int) -> np.ndarray:
-    """Where threads without a team count the turns of their shares: that of thread t at t TURN_STEP."""
+    """Chunk counters of threads without a team: that of thread t is at t TURN_STEP."""
     return np.zeros(threads * TURN_STEP, np.int64)
 
 
 @inline_kernel
 def take_turn(counts: Any, share: Any, alone: Any) -> Any:
-    """The number of a turn that is the caller's alone, from 0 on; there may be none of that number.
+    """Claim the next chunk of a share: its index, from 0 on. An index beyond the last chunk means that none is left.
 
-    alone: nobody else takes turns. Then no atomic addition is needed, behind which reads of memory must wait: that
-    took one token two percent longer.
+    alone: no other thread claims chunks. An atomic addition, which later loads must wait for, is then left out.
     """
     if alone:
         turn = counts[share]

@@ -139,6 +139,23 @@ class Tensor:
             index = self._index[index]
         return Tensor(self._info, self._source, index, by_element=len(self.shape) == 1)
 
+    def expert(self, i: int) -> Tensor:
+        """Part i of the first axis: the matrix (N, K) of one expert where a file has them as one tensor (E, N, K).
+
+        Its name is that of the whole with ``[i]`` after it. Nothing is read.
+
+        Raises:
+            ValueError: there is no such part, or rows of a permuted tensor are asked for.
+        """
+        if len(self.shape) < 2 or self._index is not None:
+            raise ValueError(f"{self!r} has no experts: expected two axes or more, not permuted")
+        if not 0 <= i < self.shape[0]:
+            raise ValueError(f"expert must lie in 0:{self.shape[0]}, not {i}")
+        whole = self._info
+        nbytes = whole.nbytes // self.shape[0]
+        part = TensorInfo(f"{whole.name}[{i}]", whole.shape[1:], whole.type, whole.offset + i * nbytes, nbytes)
+        return Tensor(part, self._source)
+
     def quantized(self, layout: str) -> Panels:
         """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
         from ruvllm.checkpoint.groups import load_panels  # which reads tensors

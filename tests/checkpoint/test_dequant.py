@@ -203,6 +203,50 @@ def test_vectors_are_one_row_and_permute_by_element(tmp_path: Path) -> None:
         blocks.permuted(np.arange(64))
 
 
+@pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_one_expert_of_a_tensor_of_many(kind: str, mmap: bool, tmp_path: Path) -> None:
+    columns = BLOCKS[kind][0] * 2
+    raw = corpus.random_rows(kind, 4 * 5, columns)
+    experts = oracle(kind, raw).reshape(4, 5, columns)
+    cube = one_tensor(kind, (4, 5, columns), raw, tmp_path, mmap)
+    for i in range(4):
+        expert = cube.expert(i)
+        assert (expert.shape, expert.rows, expert.dtype, expert.name) == ((5, columns), 5, kind, f"t[{i}]")
+        same_bits(expert.float32(), experts[i])
+        same_bits(expert.float32(1, 4), experts[i, 1:4])
+        same_bits(expert.permuted([4, 0]).float32(), experts[i, [4, 0]])
+        np.testing.assert_array_equal(expert.raw(), raw[5 * i : 5 * i + 5])
+        expert.release()
+        with pytest.raises(ValueError, match="rows 0:6 are outside"):
+            expert.float32(0, 6)
+    biases = cube.expert(3).expert(2)
+    assert biases.shape == (columns,)
+    same_bits(biases.float32(), experts[3, 2:3])
+
+
+def test_experts_that_are_not_there(tmp_path: Path) -> None:
+    cube = one_tensor("F32", (2, 2, 3), corpus.random_rows("F32", 4, 3), tmp_path)
+    for i in (-1, 2):
+        with pytest.raises(ValueError, match=f"expert must lie in 0:2, not {i}"):
+            cube.expert(i)
+    for tensor in (cube.expert(0).expert(0), cube.expert(0).permuted([1, 0])):
+        with pytest.raises(ValueError, match="has no experts"):
+            tensor.expert(0)
+
+
+def test_a_bad_scale_of_an_expert_is_named(tmp_path: Path) -> None:
+    raw = corpus.random_rows("Q8_0", 6, 64)
+    raw[4, 34:36] = np.array([np.nan], "<f2").view(np.uint8)
+    cube = one_tensor("Q8_0", (3, 2, 64), raw, tmp_path)
+    for i in (0, 1):
+        cube.expert(i).float32()
+    with pytest.raises(ModelFormatError, match=r"tensor 't\[2\]' row 0 block 1 scale: found nan") as caught:
+        cube.expert(2).float32()
+    assert caught.value.offset is not None
+    assert (tmp_path / "model.gguf").read_bytes()[caught.value.offset :][:2] == raw[4, 34:36].tobytes()
+
+
 def test_tensor_arguments_are_checked(tmp_path: Path) -> None:
     tensor = one_tensor("F32", (4, 3), corpus.random_rows("F32", 4, 3), tmp_path)
     cube = one_tensor("F32", (2, 2, 3), corpus.random_rows("F32", 4, 3), tmp_path)

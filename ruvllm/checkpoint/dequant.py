@@ -4,8 +4,10 @@ A quantised row is a chain of blocks, each with its own 16-bit scale ``d`` (and 
 
     Q4_0  w = d (q - 8)       Q5_0  w = d (q - 16)      Q8_0  w = d q
     Q4_1  w = d q + m         Q5_1  w = d q + m
+    Q2_K  w = (d s) q - (dmin z)                                  s, z: 4-bit scale and minimum of each 16 elements
     Q4_K  w = (d s) q - (dmin z)    Q5_K  the same with 5 bits    s, z: 6-bit scale and minimum of each 32 elements
     Q6_K  w = (d s) (q - 32)                                      s: int8 scale of each 16 elements
+    Q3_K, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0: see ``whole_numbers``
 
 Products and sums are rounded in that order and never fused, as in the reference. Source: ggml-quants.c of ggml.
 """
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
+from ruvllm.checkpoint.whole_numbers import WHOLE_TYPES, whole_rows
 from ruvllm.kernels.jit.decorators import kernel
 
 Array = np.ndarray[Any, Any]
@@ -29,10 +32,17 @@ SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     "Q5_0": (0,),
     "Q5_1": (0, 2),
     "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
+_NO_NUMBER = 255  # the power of two of MXFP4 that stands for NaN
 _CHECKED_BLOCKS = 1 << 20  # blocks whose scales are looked at together: bounds the temporary array
 
 
@@ -117,6 +127,24 @@ def q8_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
             d = half(x[0], x[1])
             for j in range(32):
                 y[j] = d * np.float32(np.int8(x[2 + j]))
+
+
+@kernel(strict=True)
+def q2_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Rows lo:hi of Q2_K: 16 bytes of s and z; 2 x 32 bytes, two bits of all before the next two; 16-bit d, dmin."""
+    for i in range(lo, hi):
+        for b in range(out.shape[1] // 256):
+            x = raw[i, b * 84 : b * 84 + 84]
+            d = half(x[80], x[81])
+            dmin = half(x[82], x[83])
+            for g in range(16):
+                ds = d * np.float32(x[g] & 15)
+                dz = dmin * np.float32(x[g] >> 4)
+                q = x[16 + g // 8 * 32 + g % 2 * 16 : 32 + g // 8 * 32 + g % 2 * 16]
+                y = out[i, b * 256 + g * 16 : b * 256 + g * 16 + 16]
+                shift = np.uint8(g % 8 // 2 * 2)
+                for j in range(16):
+                    y[j] = ds * np.float32((q[j] >> shift) & 3) - dz
 
 
 @kernel(strict=True)
@@ -211,6 +239,10 @@ def _bf16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
     bits <<= 16
 
 
+def _whole_rows(dtype: str) -> Callable[[Array, Array, int, int], None]:
+    return lambda raw, out, lo, hi: whole_rows(dtype, raw[lo:hi], out[lo:hi])
+
+
 # type -> decoder(raw, out, lo, hi); NumPy's own conversions are as fast where there are no blocks
 ROW_DECODERS: dict[str, Callable[[Array, Array, int, int], None]] = {
     "F64": _f64_rows,
@@ -222,9 +254,11 @@ ROW_DECODERS: dict[str, Callable[[Array, Array, int, int], None]] = {
     "Q5_0": q5_0_rows,
     "Q5_1": q5_1_rows,
     "Q8_0": q8_0_rows,
+    "Q2_K": q2_k_rows,
     "Q4_K": q4_k_rows,
     "Q5_K": q5_k_rows,
     "Q6_K": q6_k_rows,
+    **{dtype: _whole_rows(dtype) for dtype in WHOLE_TYPES},
 }
 
 
@@ -270,9 +304,12 @@ def first_bad_scale(dtype: str, raw: Array) -> tuple[int, int, float] | None:
         dtype: a storage type; those without block scales have nothing to find.
         raw: (n, bytes per row) uint8, C-contiguous.
     """
+    block_bytes = BLOCKS[dtype][1]
+    if dtype == "MXFP4":
+        bad = raw[:, ::block_bytes] == _NO_NUMBER
+        return (*divmod(int(bad.argmax()), bad.shape[1]), np.nan) if bad.any() else None
     if dtype not in SCALE_OFFSETS or raw.size == 0:
         return None
-    block_bytes = BLOCKS[dtype][1]
     halves = raw.reshape(-1, block_bytes).view("<u2")  # (blocks, block_bytes / 2)
     for start in range(0, len(halves), _CHECKED_BLOCKS):
         for at in SCALE_OFFSETS[dtype]:

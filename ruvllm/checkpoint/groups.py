@@ -10,6 +10,12 @@ What each type becomes (``kernels.quant.weights`` says what the codes mean):
     Q5_1  int5 with mins    exact
     Q5_K  int5 with mins    codes exact; scale and min rounded as for Q4_K
     Q6_K  int8              one scale in place of two of 16 elements: see ``q6_k_rows``
+    Q3_K  int8              exact: codes -s q, scale -d, see ``whole_numbers``
+    Q2_K  int8              rounded by ``kernels.quant.weights``: two mins of 16 elements have no common scale
+    IQ4_NL          int8    exact
+    IQ4_XS          int8    codes exact; scale d s rounded as for Q4_K
+    MXFP4           int5    exact for scales of 2^-24 to 2^15; codes of a smaller one rounded to multiples of 2^-24
+    TQ1_0, TQ2_0    int4    exact
     F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quant.weights``
 
 Rounding to half precision has a relative error of at most 2^-11. Where it would be subnormal (below 2^-14) d s is a
@@ -23,8 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.checkpoint.dequant import half, scale_and_minimum
-from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.checkpoint.whole_numbers import whole_numbers
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8
@@ -43,6 +49,7 @@ _LARGEST, _LOWEST, _REACH = np.float32(127), np.float32(-128), np.float32(127.5)
 _ONE_BIT = np.uint16(1)
 _INFINITE_BITS = np.uint16(0x7C00)
 _LARGEST_HALF = 65504
+_SMALLEST_HALF = np.float32(2.0**-24)
 
 
 class Groups(NamedTuple):
@@ -140,6 +147,26 @@ def byte_rows(
     codes[lo:hi].reshape(hi - lo, scales.shape[1], GROUP)[:] = blocks[:, :, codes_at:]
 
 
+def _whole_rows(dtype: str, zero: int) -> Any:
+    """The decoder of a type of ``whole_numbers`` into codes whose zero is ``zero``."""
+
+    def rows(
+        raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
+    ) -> None:
+        numbers = codes[lo:hi].view(np.int8)
+        exact = whole_numbers(dtype, raw[lo:hi], numbers)
+        tiny = (exact != 0) & (np.abs(exact) < _SMALLEST_HALF)  # of MXFP4: other scales are multiples of it
+        if tiny.any():
+            groups = numbers.reshape(*exact.shape, GROUP)
+            groups[tiny] = np.rint(groups[tiny] * (exact[tiny] / _SMALLEST_HALF)[:, None])
+            exact[tiny] = _SMALLEST_HALF
+        numbers += np.int8(zero)
+        with np.errstate(over="ignore"):  # refused by ``_check_half``
+            scales[lo:hi] = exact.astype(np.float16).view(np.uint16)
+
+    return rows
+
+
 # kind, has mins, decoder of rows; and where things are in a block: its bytes, the position of the fifth bits (0: there
 # are none) and of the codes.
 _TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
@@ -151,6 +178,12 @@ _TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
     "Q4_K": ("int4", True, k_rows, 144, 0, 16),
     "Q5_K": ("int5", True, k_rows, 176, 16, 48),
     "Q6_K": ("int8", False, q6_k_rows, 210, 0, 0),
+    "Q3_K": ("int8", False, _whole_rows("Q3_K", ZEROS["int8"]), 110, 0, 0),
+    "IQ4_NL": ("int8", False, _whole_rows("IQ4_NL", ZEROS["int8"]), 18, 0, 0),
+    "IQ4_XS": ("int8", False, _whole_rows("IQ4_XS", ZEROS["int8"]), 136, 0, 0),
+    "MXFP4": ("int5", False, _whole_rows("MXFP4", ZEROS["int5"]), 17, 0, 0),
+    "TQ1_0": ("int4", False, _whole_rows("TQ1_0", ZEROS["int4"]), 54, 0, 0),
+    "TQ2_0": ("int4", False, _whole_rows("TQ2_0", ZEROS["int4"]), 66, 0, 0),
 }
 
 
@@ -159,7 +192,8 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
 
     Args:
         dtype: a storage type.
-        kind: one of KINDS; None for that of the type, which is int8 for floats. Only a type of 5 bits becomes int5.
+        kind: one of KINDS; None for that of the type, which is int8 for floats. Only a type that the table above makes
+            int5 can become that.
         symmetric: for numbers that must be rounded to int4, whether they do without mins.
 
     Raises:
@@ -171,7 +205,7 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
     if kind is None or kind in (stored, "int8"):  # narrower codes fit into 8 bits
         return kind or stored, mins
     if kind == "int5":
-        raise ValueError(f"kind: {dtype} cannot become int5, which is for types of 5 bits")
+        raise ValueError(f"kind: {dtype} cannot become int5, which is for codes of 5 bits")
     return kind, not symmetric
 
 
@@ -194,9 +228,8 @@ def tensor_groups(
     if stored is None or (kind == "int4" and stored != "int4"):
         return _rounded(tensor, lo, hi, kind, symmetric)
     codes, scales, mins = decode_groups(tensor.dtype, tensor.raw(lo, hi), tensor.columns)
-    if BLOCKS[tensor.dtype][0] > GROUP:  # smaller blocks have their scales from the file, and ``raw`` has checked them
-        _check_half(tensor, lo, scales, "scale")
-        _check_half(tensor, lo, mins, "min")
+    _check_half(tensor, lo, scales, "scale")
+    _check_half(tensor, lo, mins, "min")
     if kind != stored and not with_mins:
         codes -= np.uint8(ZEROS[stored])  # int8 codes have their zero at 0
     return Groups(kind, codes, scales, mins if with_mins else None)

@@ -24,10 +24,11 @@ FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np
 INTEGER_LAYOUTS = {"int4": INT4, "int5": INT5, "int8": INT8}
 LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
 
-# What "auto" makes of the storage types: as many bits as the file has, rounded up to what the kernels know.
+# What "auto" makes of the storage types: the least of the kernels' layouts that keeps the precision of the file.
 _AUTO = {
-    "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4",
-    "Q5_0": "int5", "Q5_1": "int5", "Q5_K": "int5", "Q6_K": "int8", "Q8_0": "int8",
+    "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "TQ1_0": "int4", "TQ2_0": "int4",
+    "Q5_0": "int5", "Q5_1": "int5", "Q5_K": "int5", "MXFP4": "int5", "Q2_K": "int8", "Q3_K": "int8",
+    "IQ4_NL": "int8", "IQ4_XS": "int8", "Q6_K": "int8", "Q8_0": "int8",
 }  # fmt: skip
 
 

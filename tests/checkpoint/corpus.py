@@ -20,7 +20,8 @@ HUGE = 1 << 63
 # Byte positions of the 16-bit scales and minimums in a block, from ggml's block structures.
 SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
-    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **{"IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,)},
 }
 
 
@@ -49,6 +50,10 @@ def random_rows(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray
         for at in SCALE_OFFSETS[kind]:
             scales = rng.standard_normal(len(blocks)).astype("<f2")
             blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+        return blocks.reshape(rows, -1)
+    if kind == "MXFP4":
+        blocks = rng.integers(0, 256, (rows * columns // per_block, block_bytes), np.uint8)
+        blocks[:, 0] = rng.integers(118, 130, len(blocks))  # powers of two near those of weights
         return blocks.reshape(rows, -1)
     values = rng.standard_normal((rows, columns)).astype(np.float32)
     if kind == "BF16":
@@ -253,7 +258,7 @@ def hostile_gguf() -> list[Hostile]:
         Hostile(24, "alignment-128K", _with_alignment(1 << 17), "'general.alignment': found 131072"),
         Hostile(24, "alignment-u64", _with_alignment(32, U64), "expected an unsigned 32-bit integer"),
         Hostile(24, "alignment-array", _with_entry(ARRAY, array(U32, 1, u32(32)), "general.alignment"), "32-bit"),
-        Hostile(25, "unsupported", small_gguf(second=description("b", (256, 2), 10, 32)), "found Q2_K, which is not"),
+        Hostile(25, "unsupported", small_gguf(second=description("b", (256, 2), 21, 32)), "found IQ3_S, which is not"),
         Hostile(25, "unsupported-I32", small_gguf(second=description("b", (17,), 26, 32)), "found I32, which is not"),
     ]
 

@@ -118,7 +118,7 @@ for kind in SCALE_OFFSETS:
 def test_arguments_are_checked() -> None:
     raw, out = corpus.random_rows("Q8_0", 2, 64), np.empty((2, 64), np.float32)
     for kind, bad_raw, columns, bad_out, error, says in (
-        ("Q2_K", raw, 64, out, ValueError, "dtype must be one of"),
+        ("IQ3_S", raw, 64, out, ValueError, "dtype must be one of"),
         ("Q8_0", raw, 63, out, ValueError, "columns must be a multiple of 32"),
         ("Q8_0", raw, -32, out, ValueError, "columns"),
         ("Q8_0", raw.view(np.int8), 64, out, TypeError, "raw must be uint8"),
@@ -150,6 +150,17 @@ def test_row33_bad_scale(kind: str, bits: int, tmp_path: Path) -> None:
             assert start == bits
         same_bits(tensor.float32(0, 2), oracle(kind, raw[:2]))  # the other rows are sound
         same_bits(tensor.float32(3), oracle(kind, raw[3:]))
+
+
+def test_mxfp4_scale_that_is_no_number(tmp_path: Path) -> None:
+    raw = corpus.random_rows("MXFP4", 4, 96)
+    raw[2, 17] = 255
+    tensor = one_tensor("MXFP4", (4, 96), raw, tmp_path)
+    with pytest.raises(ModelFormatError, match="tensor 't' row 2 block 1 scale: found nan") as caught:
+        tensor.float32()
+    assert caught.value.offset is not None
+    assert (tmp_path / "model.gguf").read_bytes()[caught.value.offset] == 255
+    same_bits(tensor.float32(3), oracle("MXFP4", raw[3:]))
 
 
 def test_row33_in_a_large_tensor(tmp_path: Path) -> None:

@@ -28,8 +28,14 @@ LAYOUTS = {
     "Q5_K": ("int5", True),
     "Q6_K": ("int8", False),
     "Q8_0": ("int8", False),
+    "Q3_K": ("int8", False),
+    "IQ4_NL": ("int8", False),
+    "IQ4_XS": ("int8", False),
+    "MXFP4": ("int5", False),
+    "TQ1_0": ("int4", False),
+    "TQ2_0": ("int4", False),
 }
-EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "IQ4_NL", "MXFP4", "TQ1_0", "TQ2_0")
 FLOATS = ("F64", "F32", "F16", "BF16")
 EVERY_TYPE = pytest.mark.parametrize("kind", LAYOUTS)
 
@@ -77,6 +83,8 @@ def assert_as_stated(kind: str, found: Groups, expected: np.ndarray) -> None:
     if kind == "Q6_K":  # half a step of the one scale; a whole one where 128 is wanted; and the scale's rounding
         steps = np.where(found.codes.view(np.int8).reshape(error.shape) == 127, 1.0, 0.5) + 128 * 2.0**-11
         allowed = half(found.scales)[..., None] * steps
+    elif kind == "IQ4_XS":
+        allowed = (half_step(found.scales) * 127)[..., None]
     else:  # the codes are exact: what rounding scale and min to half precision moves them by
         largest = 15 if kind == "Q4_K" else 31
         assert found.mins is not None
@@ -108,13 +116,15 @@ def test_scales_of_every_size(kind: str, exponent: int, tmp_path: Path) -> None:
     raw = corpus.random_rows(kind, 20, columns, 3)
     blocks = raw.reshape(-1, BLOCKS[kind][1])
     rng = np.random.default_rng(exponent + 99)
-    for at in SCALE_OFFSETS[kind]:
+    for at in SCALE_OFFSETS.get(kind, ()):
         scales = (rng.uniform(-1, 1, len(blocks)) * 2.0**exponent).astype("<f2")
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if kind == "MXFP4":
+        blocks[:, 0] = np.clip(128 + exponent + rng.integers(-4, 5, len(blocks)), 104, 143)
     t = tensor(tmp_path, kind, raw, columns)
     found, expected = tensor_groups(t), t.float32()
     assert_as_stated(kind, found, expected)
-    if exponent <= -20 and kind in ("Q4_K", "Q5_K"):
+    if exponent <= -20 and kind in ("Q4_K", "Q5_K", "IQ4_XS"):
         np.testing.assert_array_equal(values(found), expected)
 
 
@@ -142,6 +152,58 @@ def test_q6_k_error_on_weights_like_a_models(tmp_path: Path) -> None:
     assert np.sum((values(tensor_groups(t)) - expected) ** 2) <= 5e-5 * np.sum(expected**2)
 
 
+def test_q3_k_is_exact_where_its_numbers_are_largest(tmp_path: Path) -> None:
+    """Scale -32 with code -4 make 128, which int8 holds only as -128; scale 31 with -4 make -124."""
+    raw = corpus.random_rows("Q3_K", 32, 512, 4)
+    blocks = raw.reshape(-1, 110)
+    blocks[:, :96] = 0  # all codes -4
+    blocks[::2, 96:108] = 0  # all scales -32
+    blocks[1::2, 96:108] = 255  # all scales 31
+    t = tensor(tmp_path, "Q3_K", raw, 512)
+    found = tensor_groups(t)
+    np.testing.assert_array_equal(values(found), t.float32())
+    assert set(np.unique(found.codes.view(np.int8))) == {-128, 124}
+
+
+def test_mxfp4_of_every_power(tmp_path: Path) -> None:
+    """Below 2^-24 the codes are rounded, from 2^16 on the tensor is refused."""
+    raw = corpus.random_rows("MXFP4", 144, 64, 5)
+    raw[:, 0::17] = np.arange(144)[:, None]
+    t = tensor(tmp_path, "MXFP4", raw, 64)
+    found, expected = values(tensor_groups(t)), t.float32().astype(np.float64)
+    np.testing.assert_array_equal(found[104:], expected[104:])
+    assert np.abs(found - expected).max() <= 2.0**-25 and found[101:104].any()
+    for power in (144, 200, 254):
+        raw[7, 17] = power
+        t = tensor(tmp_path, "MXFP4", raw, 64)
+        with pytest.raises(ModelFormatError, match="tensor 't' row 7 group 1 scale: .*beyond 65504"):
+            tensor_groups(t)
+
+
+def test_q2_k_error_on_weights_like_a_models(tmp_path: Path) -> None:
+    """Quantised as ggml's reference does it, roughly: the second rounding is far below the first."""
+    x = np.random.default_rng(1).standard_normal((64, 1024)).astype(np.float32) * 0.02
+    t = tensor(tmp_path, "Q2_K", q2_k(x), 1024)
+    stored = t.float32().astype(np.float64)
+    first = np.sum((stored - x) ** 2)
+    assert 0.02 <= first / np.sum(x.astype(np.float64) ** 2) <= 0.2  # so these are weights of 2 bits
+    assert np.sum((values(tensor_groups(t)) - stored) ** 2) <= 5e-4 * first
+
+
+def q2_k(x: np.ndarray) -> np.ndarray:
+    """Rows as Q2_K: of each 16 numbers the smallest is the min, and a third of their range the scale."""
+    groups = x.reshape(-1, 16, 16)
+    low = np.maximum(-groups.min(2), 0)
+    step = (groups.max(2) + low) / 3
+    d, dmin = step.max(1) / 15, low.max(1) / 15
+    s, z = np.rint(step / d[:, None]), np.rint(low / dmin[:, None])
+    codes = np.rint((groups + (z * dmin[:, None])[..., None]) / np.maximum(s * d[:, None], 1e-9)[..., None])
+    codes = np.clip(codes, 0, 3).astype(np.uint8).reshape(-1, 2, 4, 32)
+    packed = (codes << np.array([0, 2, 4, 6], np.uint8)[:, None]).sum(2, dtype=np.uint8)
+    halves = np.stack([d, dmin], 1).astype("<f2").view(np.uint8)
+    return np.concatenate([(s + 16 * z).astype(np.uint8), packed.reshape(-1, 64), halves], 1).reshape(len(x), -1)
+
+
 def test_scales_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     for kind, at, what in (("Q4_K", 0, "scale"), ("Q4_K", 2, "min"), ("Q5_K", 0, "scale"), ("Q6_K", 208, "scale")):
         raw = corpus.random_rows(kind, 5, 512, 1)
@@ -160,15 +222,17 @@ def test_scales_beyond_half_precision_are_refused(tmp_path: Path) -> None:
 
 
 def test_bad_scales_in_the_file_are_refused(tmp_path: Path) -> None:
-    for kind in LAYOUTS:
+    for kind in (*LAYOUTS, "Q2_K"):
         raw = corpus.random_rows(kind, 4, 512, 1)
-        at = 208 if kind == "Q6_K" else 0
-        raw[2, at : at + 2] = np.array([np.nan], "<f2").view(np.uint8)
+        if kind == "MXFP4":
+            raw[2, 0] = 255
+        else:
+            raw[2, SCALE_OFFSETS[kind][0] :][:2] = np.array([np.nan], "<f2").view(np.uint8)
         with pytest.raises(ModelFormatError, match="tensor 't' row 2 block 0 scale: found nan"):
             load_panels(tensor(tmp_path, kind, raw, 512))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "MXFP4", "TQ1_0", "TQ2_0"])
 def test_narrow_types_widen_to_int8_without_loss(kind: str, tmp_path: Path) -> None:
     t = tensor(tmp_path, kind, corpus.random_rows(kind, 9, 512), 512)
     own, wide = tensor_groups(t), tensor_groups(t, kind="int8")
@@ -176,10 +240,10 @@ def test_narrow_types_widen_to_int8_without_loss(kind: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(values(wide), values(own))
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kind", [*FLOATS, "Q8_0", "Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS", "Q2_K"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_must_be_rounded_is(kind: str, symmetric: bool, tmp_path: Path) -> None:
-    columns = 512 if kind in LAYOUTS else 77
+    columns = 77 if kind in FLOATS else 512
     t = tensor(tmp_path, kind, corpus.random_rows(kind, 21, columns), columns)
     x = t.float32()
     for wanted, step in (("int4", 1 / 7), ("int8", 1 / 127)):
@@ -216,7 +280,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         tensor_groups(t, 2, 9)
 
 
-@pytest.mark.parametrize("kind", [*LAYOUTS, "F32", "BF16"])
+@pytest.mark.parametrize("kind", [*LAYOUTS, "Q2_K", "F32", "BF16"])
 @pytest.mark.parametrize("elements", [1, 1 << 13, 1 << 30])
 def test_panels_of_a_whole_tensor(kind: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of 16 rows, of some, and at once; over threads and not; permuted as attention weights are."""

@@ -1,0 +1,105 @@
+"""Makes tests/data/architectures: what transformers computes from tiny random checkpoints of each architecture.
+
+Run ``python -m tests.data.make_architectures [NAME ...]`` where torch and transformers are installed
+(`pip install ruvllm[peers]`); the committed files were made with torch 2.13 and transformers 5.24. The weights are not
+stored: tests/model/tiny_checkpoints.py makes them from the tensors' names. They are written under the names that files
+on the Hub have, and read back by `from_pretrained`, which must find all of them and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # type: ignore[import-not-found]
+import transformers  # type: ignore[import-not-found]
+
+from tests.data.architecture_configs import CONFIGS, GENERATION, TOKENS
+from tests.model.tiny_checkpoints import DATA, Checkpoint, write_checkpoint
+
+LEAST_GAP = 1e-3  # between the logits of the last expert chosen and of the first that is not
+MOST_ERROR = 4e-5  # of float32 against float64, so that 2e-4 is a fair bound for another order of sums
+
+
+def make(name: str) -> None:
+    """Write one variant's file."""
+    config = CONFIGS[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        (directory / "config.json").write_text(json.dumps(config))
+        new_config, shapes = _saved(directory, config)
+    text = config.get("text_config", config)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    ids = rng.integers(3, text["vocab_size"] - 8, TOKENS.get(name, 48))
+    blank = np.empty(0, np.float32)
+    for salt in range(100):
+        checkpoint = Checkpoint(config, new_config, GENERATION.get(name), shapes, salt, ids, blank)
+        logits, gap = _logits(checkpoint, new=False)
+        exact, _ = _logits(checkpoint, new=False, dtype=torch.float64)
+        error = np.abs(exact - logits).max()
+        if gap > LEAST_GAP and error < MOST_ERROR:
+            break
+    else:
+        raise ValueError(f"{name}: no salt gives clear choices of experts and accurate logits")
+    again, _ = _logits(checkpoint, new=True)
+    np.testing.assert_array_equal(again, logits)
+    about = dataclasses.asdict(checkpoint)
+    del about["ids"], about["logits"]
+    DATA.mkdir(exist_ok=True)
+    np.savez_compressed(DATA / f"{name}.npz", about=json.dumps(about), ids=ids, logits=logits.astype(np.float32))
+    size = (DATA / f"{name}.npz").stat().st_size
+    print(f"{name}: {size} bytes, salt {salt}, gap {gap:.1e}, std {logits.std():.2f}, float64 {error:.1e}", flush=True)
+
+
+def _saved(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """What `save_pretrained` makes of it: config.json, and the tensors' shapes by the names of files on the Hub."""
+    model = _model_class(config)(transformers.AutoConfig.from_pretrained(directory))
+    model.save_pretrained(directory / "saved")
+    new_config = json.loads((directory / "saved" / "config.json").read_text())
+    raw = (directory / "saved" / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+    return new_config, {_hub_name(name): tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def _hub_name(name: str) -> str:
+    """`save_pretrained` writes the names of the Hub, but for Gemma 3's vision tower, which has one more part there."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    return getattr(transformers, config["architectures"][0])
+
+
+def _logits(checkpoint: Checkpoint, new: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, float]:
+    """Logits (T, V), and the least distance of a choice of experts from a tie."""
+    gaps = [np.inf]
+
+    def watch(module: Any, _: Any, output: Any) -> None:
+        ordered = output[0].float().sort(dim=-1, descending=True).values
+        gaps.append(float((ordered[:, module.top_k - 1] - ordered[:, module.top_k]).min()))
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), checkpoint, new)
+        model, found = _model_class(checkpoint.config).from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
+            output_loading_info=True,
+        )  # fmt: skip
+    wrong = {key: value for key, value in found.items() if value}
+    assert not wrong, wrong
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(watch)
+    with torch.no_grad():
+        return model.eval()(torch.tensor(checkpoint.ids)[None]).logits[0].numpy(), min(gaps)
+
+
+if __name__ == "__main__":
+    for variant in sys.argv[1:] or CONFIGS:
+        make(variant)

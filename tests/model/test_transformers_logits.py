@@ -1,0 +1,51 @@
+"""Every architecture against the logits of transformers, from each form that its files have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ruvllm
+from ruvllm.llm import LLM
+from ruvllm.model.generate import Sampling, generate
+from tests.model import tiny_checkpoints
+from tests.model.model_cases import logits, run
+
+FORMS = ("hub", "new")  # config.json as the Hub's files have it, and as transformers 5 writes it
+RUNNING = ("llama3",)  # of tiny_checkpoints.VARIANTS
+
+CASES = [(variant, form) for variant in RUNNING for form in FORMS]
+
+
+def load(variant: str, form: str, directory: Path, threads: int = 1) -> LLM:
+    """The model of a variant in one of its forms, with float32 weights."""
+    tiny_checkpoints.write_checkpoint(directory, tiny_checkpoints.read(variant), new=form == "new")
+    return ruvllm.load(directory, weights="f32", threads=threads)
+
+
+@pytest.mark.parametrize(("variant", "form"), CASES)
+def test_logits(variant: str, form: str, tmp_path: Path) -> None:
+    """Beyond the window and the original context: all at once, token by token, with other numbers of threads."""
+    expected = tiny_checkpoints.read(variant)
+    model = load(variant, form, tmp_path).model
+    together = logits(model, expected.ids)
+    assert np.abs(together - expected.logits).max() <= 2e-4
+    for parts in ([1] * len(expected.ids), [7, 1, 1, 20, len(expected.ids) - 29]):
+        again = run(model, model.new_cache(len(expected.ids)), expected.ids, parts)
+        np.testing.assert_array_equal(again, together)
+    model.threads = 2
+    np.testing.assert_array_equal(logits(model, expected.ids), together)
+    model.threads, model.fused = 1, False
+    np.testing.assert_array_equal(logits(model, expected.ids), together)
+
+
+@pytest.mark.parametrize(("variant", "form"), CASES)
+def test_greedy_text(variant: str, form: str, tmp_path: Path) -> None:
+    """Each token of a greedy answer is the most likely one after the text before it, in one pass over that text."""
+    prompt = tiny_checkpoints.read(variant).ids[:20]
+    model = load(variant, form, tmp_path, threads=2).model
+    answer = [token.id for token in generate(model, model.new_cache(40), prompt, Sampling(), max_tokens=20)]
+    best = model.forward(np.array([*prompt, *answer[:-1]]), model.new_cache(40)).argmax(-1)
+    np.testing.assert_array_equal(best[len(prompt) - 1 :], answer)

@@ -12,6 +12,7 @@ from ruvllm.kernels.attention.public import (
     softmax_attention,
 )
 from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
+from ruvllm.kernels.bounded import clamped_swiglu, softcap
 from ruvllm.kernels.lora.public import lora_forward, lora_forward_add
 from ruvllm.kernels.matmul.public import batched_gemm, gemm, gemm_nt, gemv
 from ruvllm.kernels.norm import layer_norm, rms, rms_norm
@@ -28,9 +29,9 @@ from ruvllm.kernels.training.loss import cross_entropy
 from ruvllm.kernels.vector import add, dot, scale
 
 _MODULES = (
-    "activation", "attention.public", "bandwidth", "attention.kv", "lora.public", "training.lora", "matmul.public",
-    "norm", "sampling.ranking", "rope.rotate", "sampling.sample", "vector", "training.attention", "training.backward",
-    "training.loss", "training.adamw",
+    "activation", "attention.public", "bandwidth", "bounded", "attention.kv", "lora.public", "training.lora",
+    "matmul.public", "norm", "sampling.ranking", "rope.rotate", "sampling.sample", "vector", "training.attention",
+    "training.backward", "training.loss", "training.adamw",
 )  # fmt: skip
 KERNELS: dict[str, KernelSpec] = {
     spec.name: spec for module in _MODULES for spec in import_module(f"ruvllm.kernels.{module}").SPECS
@@ -48,6 +49,7 @@ __all__ = [
     "attention_backward",
     "batched_gemm",
     "buffer_sum",
+    "clamped_swiglu",
     "cross_entropy",
     "dot",
     "flash_attention",
@@ -74,6 +76,7 @@ __all__ = [
     "scale",
     "silu_mul",
     "silu_mul_backward",
+    "softcap",
     "softmax",
     "softmax_attention",
     "top_k",

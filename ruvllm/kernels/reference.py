@@ -93,6 +93,18 @@ def gelu_mul(gate: Any, up: Any) -> np.ndarray:
     return np.asarray(gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up)
 
 
+def softcap(x: Any, cap: float) -> np.ndarray:
+    """cap * tanh(x / cap)."""
+    return np.asarray(cap * np.tanh(_f64(x) / cap))
+
+
+def clamped_swiglu(gate: Any, up: Any, limit: float = 7.0, alpha: float = 1.702) -> np.ndarray:
+    """(clip(up) + 1) * g * sigmoid(alpha * g), g = min(gate, limit)."""
+    gate, up = _f64(gate, up)
+    gate = np.minimum(gate, limit)
+    return np.asarray((np.clip(up, -limit, limit) + 1) * gate / (1 + np.exp(-alpha * gate)))
+
+
 # --- vectors and matrices -----------------------------------------------------------------------------------------
 
 

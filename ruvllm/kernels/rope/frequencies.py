@@ -22,6 +22,9 @@ def rope_inv_freq(
     high_freq_factor: float = 4.0,
     original_max_position: int = 8192,
     factors: Sequence[float] | np.ndarray | None = None,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> np.ndarray:
     """inv_freq[i] = theta^(-2i/D), radians per position of pair i, after scaling.
 
@@ -32,9 +35,12 @@ def rope_inv_freq(
       w < L / high_freq_factor; inv_freq / factor where w > L / low_freq_factor; between them
       ((1 - s) / factor + s) inv_freq with s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
     - ``"factors"``: inv_freq / factors, one divisor per pair (the tensor ``rope_freqs`` of GGUF files).
+    - ``"yarn"``: a pair that turns r times within L = original_max_position keeps inv_freq where r > beta_fast and
+      gets inv_freq / factor where r < beta_slow; between them the two are mixed in proportion to the pair's index.
+      ``truncate`` rounds the two limits of the index outwards to integers.
 
     Args:
-        head_dim: D, even.
+        head_dim: D, even (of a partly rotated head the number of elements that are rotated).
         theta: base of the frequencies, > 0.
 
     Returns:
@@ -44,7 +50,8 @@ def rope_inv_freq(
         ValueError: an unknown scaling, an odd head_dim, a number that is not positive, or factors of a wrong length.
 
     Source: Su et al. 2021, "RoFormer"; Chen et al. 2023, "Extending Context Window of Large Language Models via
-    Positional Interpolation" (linear); bloc97 2023, "NTK-aware scaled RoPE"; Llama 3.1 (llama3, as in transformers).
+    Positional Interpolation" (linear); bloc97 2023, "NTK-aware scaled RoPE"; Llama 3.1 (llama3, as in transformers);
+    Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models".
     """
     head_dim = check.integer("head_dim", head_dim)
     if not 2 <= head_dim <= _LARGEST_HEAD or head_dim % 2:
@@ -73,7 +80,19 @@ def rope_inv_freq(
         if divisors.shape != inv_freq.shape or not np.all(divisors > 0):
             raise ValueError(f"factors: expected {len(inv_freq)} positive numbers, found shape {divisors.shape}")
         return inv_freq / divisors
-    raise ValueError(f"scaling: expected None, 'linear', 'ntk', 'llama3' or 'factors', found {scaling!r}")
+    if scaling == "yarn":
+        length = check.positive("original_max_position", original_max_position)
+        low, high = (
+            head_dim * np.log(length / (check.positive(name, turns) * 2 * np.pi)) / (2 * np.log(theta))
+            for name, turns in (("beta_fast", beta_fast), ("beta_slow", beta_slow))
+        )
+        if truncate:
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        stretched = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return inv_freq / factor * stretched + inv_freq * (1 - stretched)
+    expected = "None, 'linear', 'ntk', 'llama3', 'factors' or 'yarn'"
+    raise ValueError(f"scaling: expected {expected}, found {scaling!r}")
 
 
 def rope_tables(
@@ -87,6 +106,9 @@ def rope_tables(
     original_max_position: int = 8192,
     factors: Sequence[float] | np.ndarray | None = None,
     out: tuple[np.ndarray, np.ndarray] | None = None,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos[t, i] = cos(positions[t] inv_freq[i]), and sin alike; frequencies as in ``rope_inv_freq``.
 
@@ -103,8 +125,9 @@ def rope_tables(
         ValueError: as ``rope_inv_freq``; or ``out`` has another shape.
     """
     inv_freq = rope_inv_freq(
-        head_dim, theta, scaling, factor, low_freq_factor, high_freq_factor, original_max_position, factors
-    )
+        head_dim, theta, scaling, factor, low_freq_factor, high_freq_factor, original_max_position, factors,
+        beta_fast, beta_slow, truncate,
+    )  # fmt: skip
     angles = check.integers("positions", positions)[:, None] * inv_freq
     if out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
         raise TypeError(f"out: expected two arrays, (cos, sin), found {type(out).__name__}")

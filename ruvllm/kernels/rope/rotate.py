@@ -24,20 +24,25 @@ _ONE_OVER_PI = 1 / np.pi
 
 @inline_kernel(independent=True)
 def rotate(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any) -> None:
-    """Rotate the pairs of one head. x, out (D,); cos, sin (D/2,); sign float32: 1, or -1 for the inverse."""
+    """Rotate the pairs of one head. x, out (D,); cos, sin (R/2,); sign float32: 1, or -1 for the inverse.
+
+    Elements from R on stay as they are.
+    """
     half = cos.size
     for i in range(half):
         first, second = (2 * i, 2 * i + 1) if interleaved else (i, half + i)
         a, b = x[first], x[second]
         out[first] = fma(a, cos[i], b * sin[i] * -sign)
         out[second] = fma(b, cos[i], a * sin[i] * sign)
+    for i in range(2 * half, x.size):
+        out[i] = x[i]
 
 
 @inline_kernel
 def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any, lo: Any, hi: Any) -> None:
     """Rows lo:hi, row = t H + h, of either layout. x, out (T, H, D).
 
-    cos, sin (n, D/2): token t uses table row t % n, so that a batch of sequences shares one table.
+    cos, sin (n, R/2): token t uses table row t % n, so that a batch of sequences shares one table.
     """
     heads = x.shape[1]
     for t in range(lo // heads, (hi + heads - 1) // heads):
@@ -66,7 +71,7 @@ rope_interleaved_parallel = over_rows(rope_rows_interleaved)
 def rope_small(x: Any, cos: Any, sin: Any, interleaved: Any, inverse: Any, out: Any) -> bool:
     """apply_rope_tables of fewer elements than PARALLEL_ELEMENTS."""
     tokens, heads, dim = x.shape
-    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] != dim:
+    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] > dim:
         return False
     if not 0 < x.size < PARALLEL_ELEMENTS or not (may_write(out, x) and may_write(out, cos) and may_write(out, sin)):
         return False
@@ -81,8 +86,8 @@ def apply_rope_tables(
 
     Args:
         x: (..., T, H, D) float32, D even; leading dimensions are sequences that share the tables.
-        cos, sin: (T, D/2) float32, from ``rope_tables``.
-        interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
+        cos, sin: (T, R/2) float32, from ``rope_tables``; R <= D: elements from R on are not rotated.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2).
         inverse: rotate back.
         out: (..., T, H, D) float32 to write into; may be ``x`` itself.
 
@@ -101,8 +106,10 @@ def apply_rope_tables(
     x = check.float32("x", x, min_ndim=3)
     tokens, heads, dim = x.shape[-3:]
     _require_pairs(dim)
-    cos = check.float32("cos", cos, shape=(tokens, dim // 2))
-    sin = check.float32("sin", sin, shape=(tokens, dim // 2))
+    cos = check.float32("cos", cos, shape=(tokens, None))
+    sin = check.float32("sin", sin, shape=cos.shape)
+    if 2 * cos.shape[1] > dim:
+        raise ValueError(f"cos: expected at most {dim // 2} pairs for heads of {dim}, found {cos.shape[1]}")
     out = check.output("out", out, x.shape, x, cos, sin)
     if x.size:
         sequences = x if x.ndim == 3 else x.reshape(-1, heads, dim)

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from benchmarks._files import directory, made_once
 from ruvllm.measure import gguf_file
 from ruvllm.measure.gguf_file import BLOCK_BYTES, GROUP
-from ruvllm.model.config import PRESETS, ModelConfig
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.presets import PRESETS
 
 SEVEN_B = PRESETS["llama2-7b"]
 CODE_DEVIATION = 4.61  # standard deviation of the integers -8 .. 7, all equally likely

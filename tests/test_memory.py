@@ -23,9 +23,9 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.loading import weight_bytes
 from ruvllm.model import KVCache
-from ruvllm.model.config import PRESETS
 from ruvllm.model.llama import PREFILL_TOKENS
 from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import Working, working_bytes
 from tests import llm_cases
 from tests.model import tiny

@@ -31,9 +31,9 @@ from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.model import RopeConfig
 from ruvllm.model.adaptation import consolidate
-from ruvllm.model.config import PRESETS
 from ruvllm.model.generate import Sampling, Token
 from ruvllm.model.lora import LoraAdapter, LoraConfig
+from ruvllm.model.presets import PRESETS
 from ruvllm.model.training import TrainingConfig
 from ruvllm.model.training_data import make_batch
 from ruvllm.report.comparison import compare

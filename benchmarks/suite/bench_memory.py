@@ -7,7 +7,7 @@ import numpy as np
 
 from ruvllm.kernels import kv_append, read_bandwidth
 from ruvllm.model import KVCache
-from ruvllm.model.config import PRESETS
+from ruvllm.model.presets import PRESETS
 
 
 class Bandwidth:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.model import Llama
-from ruvllm.model.config import PRESETS
+from ruvllm.model.presets import PRESETS
 
 _LAYOUTS = ["f32", "f16", "int8", "int4"]
 

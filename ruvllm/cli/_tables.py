@@ -32,7 +32,7 @@ def show_memory(names: list[str]) -> None:
     from rich import box
     from rich.table import Table
 
-    from ruvllm.model.config import PRESETS
+    from ruvllm.model.presets import PRESETS
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
@@ -56,7 +56,7 @@ def show_memory(names: list[str]) -> None:
 
 def _config_of(name: str) -> ModelConfig:
     from ruvllm.checkpoint.hub import MODELS, resolve
-    from ruvllm.model.config import PRESETS
+    from ruvllm.model.presets import PRESETS
 
     if name not in MODELS and not Path(name).expanduser().exists():
         raise FileNotFoundError(

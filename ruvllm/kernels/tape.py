@@ -10,6 +10,7 @@ is filled in for each pass. So a tape is recorded once, and replayed for any cac
 - ABSOLUTE (weights, constants): base 0, scale 1; the offset is the address.
 - SHARED (one copy for the team, tokens stacked): scale is the token capacity, offsets are bytes per token.
 - LOCAL (one copy per member): stride is the size of a member's copy.
+- COS, SIN: offset is the rotary embedding, scale the bytes of its table.
 - KEYS, VALUES: offset is the layer, scale the bytes of a layer.
 
 An operation is a C function of its own: it is compiled and cached apart from all others, and only for models that use
@@ -44,8 +45,8 @@ from ruvllm.kernels.threads.team import (
 (
     THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
     CACHE_BLOCKS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
-    CALLS,
-) = range(19)  # fmt: skip
+    CALLS, ROPE_PAIRS,
+) = range(20)  # fmt: skip
 SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, KEYS, VALUES, PARTIAL, SCRATCH, LOGITS = range(11)
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))

@@ -11,9 +11,10 @@ from ruvllm._brief import brief
 from ruvllm.machine import size
 from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
-from ruvllm.model.config import PRESETS, ModelConfig
+from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.presets import PRESETS
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, bytes_per_weight
 
 

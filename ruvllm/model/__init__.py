@@ -4,16 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ruvllm.model.config import PRESETS, ModelConfig, RopeConfig
+    from ruvllm.model.config import ModelConfig, RopeConfig
     from ruvllm.model.kv_cache import KVCache
     from ruvllm.model.layer import TransformerLayer
     from ruvllm.model.linear import Linear
     from ruvllm.model.llama import Llama
     from ruvllm.model.lora import LoraAdapter, LoraConfig, MicroLora
+    from ruvllm.model.presets import PRESETS
 
 # Fetched when first used: a configuration can be read without loading the compiler.
 _HOMES = {
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "ModelConfig": "config",
     "RopeConfig": "config",
     "KVCache": "kv_cache",

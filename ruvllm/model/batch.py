@@ -71,7 +71,7 @@ class Batch:
     def _forward(self, ids: np.ndarray) -> np.ndarray:
         """``forward`` of checked ids."""
         lengths = np.array([cache.length for cache in self.caches])
-        cos, sin = (table[lengths] for table in self.model.rope_tables(int(lengths.max()) + 1))
+        cos, sin = self._angles()
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         self.working.positions[: len(ids)] = lengths
         tape = self.model.tapes.tape(Pass.BATCH, self.caches[0].dtype)
@@ -81,3 +81,10 @@ class Batch:
             cache.ids[cache.length] = token
             cache.length += 1
         return logits
+
+    def _angles(self) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin (n, S, R/2) of each sequence's next position: they may depend on its cache's capacity."""
+        tables = [self.model.rope.upto(cache.length + 1, cache.max_tokens) for cache in self.caches]
+        rows = [[table[:, c.length] for table in pair] for c, pair in zip(self.caches, tables, strict=True)]
+        cos, sin = (np.stack(parts, axis=1) for parts in zip(*rows, strict=True))
+        return cos, sin

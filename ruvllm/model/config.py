@@ -1,6 +1,6 @@
-"""The configuration of a LLaMA-family model: its sizes, its rotary embedding, its variants, its memory.
+"""The configuration of a model: its sizes, the choices that its layers make, its memory.
 
-Field names are those of Hugging Face `transformers`. A `ModelConfig` that exists is valid: every
+Field names are those of Hugging Face `transformers` where it has them. A `ModelConfig` that exists is valid: every
 value is checked once, here, whatever file or program it came from.
 """
 
@@ -9,108 +9,57 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from ruvllm._brief import brief
-from ruvllm.errors import RuvllmError, printable
+from ruvllm.model.config_checks import ConfigError, require_boolean, require_integer, require_real
+from ruvllm.model.rope_config import RopeConfig
 
-ROPE_SCALINGS = (None, "linear", "ntk", "llama3", "factors")
+__all__ = ["ConfigError", "ExpertsConfig", "MemoryEstimate", "ModelConfig", "RopeConfig"]
 
-# Larger than any model that one machine runs, small enough that no product of two of them overflows 64 bits.
-_LIMITS = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 4096,
-    "num_key_value_heads": 4096,
-    "head_dim": 1024,
-    "max_position_embeddings": 1 << 31,
-    "sliding_window": 1 << 31,
-    "rope.original_max_position": 1 << 31,
+FULL, SLIDING = "full_attention", "sliding_attention"
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "hidden_act": ("silu", "gelu_tanh", "clamped_swiglu"),
+    "norms": ("before", "after", "both"),
+    "qk_norm": (None, "head", "row"),
 }
-
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+_FLAGS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "attention_sinks")
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "swiglu_limit")
+_OPTIONAL_FACTORS = ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping")
 
 GROUP = 32  # weights that share one scale in the INT8 and INT4 estimates
 SCALE_BYTES = 2  # a float16 scale
 
 
-class ConfigError(RuvllmError, ValueError):
-    """A configuration value that no model can have: `field`, what was `found`, what was `expected`."""
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a layer's feed-forward network: a router sends each token to a few of them.
 
-    def __init__(self, field: str, found: object, expected: str) -> None:
-        self.field = field
-        self.found = found
-        self.expected = expected
-        super().__init__(field, found, expected)
-
-    def __str__(self) -> str:
-        return f"{self.field}: found {printable(repr(self.found))}, expected {self.expected}"
-
-
-def _integer(name: str, value: Any) -> None:
-    high = _LIMITS[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-        raise ConfigError(name, value, f"an integer from 1 to {high}")
-
-
-def _boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(name, value, "True or False")
-
-
-def _real(name: str, value: Any, low: float, high: float) -> None:
-    """Require low < value <= high; NaN fails, being in no interval."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-        raise ConfigError(name, value, f"a number above {low:g} and at most {high:g}")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: pair i of a head of D values turns by `position * inv_freq[i]`.
-
-    With base[i] = theta ** (-2i / D), i = 0 .. D/2 - 1, `scaling` says what inv_freq is:
-
-    - None: base[i].
-    - "linear": base[i] / factor (position interpolation).
-    - "ntk": the same formula with theta * factor ** (D / (D - 2)) for theta (fixed NTK-aware scaling).
-    - "llama3": base[i] / factor for wavelengths 2π/base[i] above original_max_position / low_freq_factor, base[i]
-      below original_max_position / high_freq_factor, and between them interpolated linearly in 1 / wavelength.
-    - "factors": base[i] / factors[i], one divisor a pair (the tensor `rope_freqs.weight` of a GGUF file).
-
-    Source: Su et al. 2021 (RoPE), Chen et al. 2023 (linear), Llama 3.1's reference code (llama3).
-    Raises ConfigError (a ValueError) when a value is impossible.
+    normalised: the weights of the chosen experts sum to 1; else they are their share of the softmax over all.
+    layers: those that have experts; None: all. The shared expert is one that every token goes to, with a weight of
+    sigmoid(x · shared_gate) if there is such a gate. bias: router and experts have biases.
     """
 
-    theta: float = 10000.0
-    scaling: str | None = None
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    factors: tuple[float, ...] | None = None  # (D/2,)
-
-    __repr__ = brief
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool = True
+    layers: tuple[int, ...] | None = None
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
-        _real("rope.theta", self.theta, 0.0, 1e30)
-        if self.scaling not in ROPE_SCALINGS:
-            raise ConfigError("rope.scaling", self.scaling, "None, 'linear', 'ntk', 'llama3' or 'factors'")
-        _real("rope.factor", self.factor, 0.0, 1e9)
-        _real("rope.low_freq_factor", self.low_freq_factor, 0.0, 1e9)
-        _real("rope.high_freq_factor", self.high_freq_factor, 0.0, 1e9)
-        if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            expected = f"more than low_freq_factor = {self.low_freq_factor:g}"
-            raise ConfigError("rope.high_freq_factor", self.high_freq_factor, expected)
-        _integer("rope.original_max_position", self.original_max_position)
-        if (self.factors is not None) != (self.scaling == "factors"):
-            raise ConfigError("rope.factors", self.factors, "one divisor a pair with scaling 'factors', else None")
-        for i, factor in enumerate(self.factors or ()):
-            _real(f"rope.factors[{i}]", factor, 0.0, 1e9)
+        for size in ("count", "per_token", "intermediate_size"):
+            require_integer(f"experts.{size}", getattr(self, size))
+        if self.per_token > self.count:
+            raise ConfigError("experts.per_token", self.per_token, f"at most experts.count = {self.count}")
+        for flag in ("normalised", "shared_gate", "bias"):
+            require_boolean(f"experts.{flag}", getattr(self, flag))
+        if self.shared_intermediate_size:
+            require_integer("experts.shared_intermediate_size", self.shared_intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -134,12 +83,27 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the shape and the arithmetic of a LLaMA or Mistral model.
+    """Everything that decides the shape and the arithmetic of a model.
 
-    hidden_size is E, intermediate_size F, num_attention_heads H, num_key_value_heads KV, head_dim D,
-    vocab_size V; H · D need not equal E. With `sliding_window` W, position p sees positions p-W+1 .. p (None: all
-    up to p). `tie_word_embeddings` makes the embedding serve as the output head. attention_bias: biases on q, k, v;
-    attention_out_bias: on o; mlp_bias: on gate, up, down.
+    Sizes: hidden_size is E, intermediate_size F, num_attention_heads H, num_key_value_heads KV, head_dim D,
+    vocab_size V; H · D need not equal E. `tie_word_embeddings` makes the embedding serve as the output head.
+
+    Attention: with `sliding_window` W, position p of a windowed layer sees positions p-W+1 .. p; `layer_types` says
+    which layers are windowed ("sliding_attention") and which see all ("full_attention"); without it all are alike.
+    `local_rope` is the rotary embedding of windowed layers where it differs from `rope`; `no_rope_layers` have none.
+    attention_bias: biases on q, k, v; attention_out_bias: on o. qk_norm: RMSNorm of q and k, of each "head" or of the
+    whole "row". attention_multiplier: factor of the scores, 1 / √D if None;
+    attn_logit_softcapping c: scores become c tanh(score / c). attention_sinks: each head has a score that takes its
+    share of the softmax and has no value.
+
+    Feed-forward: hidden_act "silu" (SwiGLU), "gelu_tanh" (GeGLU), or "clamped_swiglu" with swiglu_limit and
+    swiglu_alpha; mlp_bias: biases on gate, up, down; `experts`: a mixture.
+
+    Layer: norms stand "before" attention and feed-forward, "after" them or on "both" sides. Embeddings are multiplied
+    by embedding_multiplier, what a layer adds by residual_multiplier; logits are divided by logits_scaling, then
+    softcapped by final_logit_softcapping.
+
+    model_type names the family whose file format and names the model has; it decides no arithmetic.
 
     Raises ConfigError (a ValueError) naming the field, the value found and what was expected.
     """
@@ -154,39 +118,71 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None
+    no_rope_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
+    qk_norm: str | None = None
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    attention_sinks: bool = False
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    experts: ExpertsConfig | None = None
+    norms: str = "before"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     name: str = ""
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
         for size in _SIZES:
-            _integer(size, getattr(self, size))
+            require_integer(size, getattr(self, size))
         if self.num_attention_heads % self.num_key_value_heads:
             expected = f"a divisor of num_attention_heads = {self.num_attention_heads}"
             raise ConfigError("num_key_value_heads", self.num_key_value_heads, expected)
-        if self.head_dim % 2:
-            raise ConfigError("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
-        if self.sliding_window is not None:
-            _integer("sliding_window", self.sliding_window)
-        _real("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
-        for flag in ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"):
-            _boolean(flag, getattr(self, flag))
-        self._check_rope()
+        require_real("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        for flag in _FLAGS:
+            require_boolean(flag, getattr(self, flag))
+        for choice, known in _CHOICES.items():
+            if getattr(self, choice) not in known:
+                raise ConfigError(choice, getattr(self, choice), "one of " + ", ".join(map(repr, known)))
+        for factor in (*_FACTORS, *(name for name in _OPTIONAL_FACTORS if getattr(self, name) is not None)):
+            require_real(factor, getattr(self, factor), 0.0, 1e9)
+        for rope in self.ropes:
+            if not isinstance(rope, RopeConfig):
+                raise ConfigError("rope", rope, "a RopeConfig")
+            rope.require_head(self.head_dim)
+        if len({rope.rotary_dim for rope in self.ropes}) > 1:
+            raise ConfigError("local_rope", self.local_rope, "the rotary_dim of rope")
+        self._check_layers()
         self._check_tokens()
 
-    def _check_rope(self) -> None:
-        if not isinstance(self.rope, RopeConfig):
-            raise ConfigError("rope", self.rope, "a RopeConfig")
-        if self.rope.factors is not None and len(self.rope.factors) != self.head_dim // 2:
-            expected = f"{self.head_dim // 2} divisors (head_dim / 2)"
-            raise ConfigError("rope.factors", f"{len(self.rope.factors)} divisors", expected)
-        if self.rope.scaling == "ntk" and self.head_dim == 2:
-            raise ConfigError("rope.scaling", "ntk", "another scaling: NTK needs head_dim above 2")
+    def _check_layers(self) -> None:
+        if self.sliding_window is not None:
+            require_integer("sliding_window", self.sliding_window)
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            expected = f"one for each of num_hidden_layers = {self.num_hidden_layers}"
+            raise ConfigError("layer_types", f"{len(self.layer_types)} types", expected)
+        for kind in self.layer_types:
+            if kind not in (FULL, SLIDING):
+                raise ConfigError("layer_types", kind, f"{FULL!r} or {SLIDING!r}")
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise ConfigError("sliding_window", None, "an integer: layer_types has windowed layers")
+        chosen = () if self.experts is None else self.experts.layers or ()
+        for name, layers in (("no_rope_layers", self.no_rope_layers), ("experts.layers", chosen)):
+            for layer in layers:
+                if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+                    raise ConfigError(name, layer, f"layers from 0 to {self.num_hidden_layers - 1}")
 
     def _check_tokens(self) -> None:
         if not isinstance(self.eos_token_ids, tuple):
@@ -198,41 +194,101 @@ class ModelConfig:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                 raise ConfigError(name, token, f"a token id from 0 to {self.vocab_size - 1}")
 
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+    # What a layer chooses.
+
+    def window(self, layer: int) -> int | None:
+        """The window of a layer's attention; None: it sees all positions."""
+        if self.layer_types and self.layer_types[layer] != SLIDING:
+            return None
+        return self.sliding_window
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings that layers choose from."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def rope_index(self, layer: int) -> int | None:
+        """Which of ``ropes`` a layer uses; None: its heads are not rotated."""
+        if layer in self.no_rope_layers:
+            return None
+        return 0 if self.local_rope is None or self.window(layer) is None else 1
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward network of a layer is a mixture of experts."""
+        return self.experts is not None and (self.experts.layers is None or layer in self.experts.layers)
+
+    @property
+    def attention_scale(self) -> float:
+        """What the scores q·k are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    # Tensors.
+
+    def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of one layer, by its name within the layer. Matrices are (outputs, inputs)."""
-        E, F = self.hidden_size, self.intermediate_size
-        HD, KVD = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "attn_norm": (E,), "q": (HD, E), "k": (KVD, E), "v": (KVD, E), "o": (E, HD),
-            "mlp_norm": (E,), "gate": (F, E), "up": (F, E), "down": (E, F),
-        }  # fmt: skip
+        E, D = self.hidden_size, self.head_dim
+        HD, KVD = self.num_attention_heads * D, self.num_key_value_heads * D
+        before, after = self.norms != "after", self.norms != "before"
+        shapes: dict[str, tuple[int, ...]] = {"attn_norm": (E,)} if before else {}
+        shapes |= {"q": (HD, E), "k": (KVD, E), "v": (KVD, E), "o": (E, HD)}
         if self.attention_bias:
             shapes |= {"q_bias": (HD,), "k_bias": (KVD,), "v_bias": (KVD,)}
         if self.attention_out_bias:
-            shapes |= {"o_bias": (E,)}
-        if self.mlp_bias:
-            shapes |= {"gate_bias": (F,), "up_bias": (F,), "down_bias": (E,)}
+            shapes["o_bias"] = (E,)
+        if self.qk_norm is not None:
+            per_head = self.qk_norm == "head"
+            shapes |= {"q_norm": (D if per_head else HD,), "k_norm": (D if per_head else KVD,)}
+        if self.attention_sinks:
+            shapes["sinks"] = (self.num_attention_heads,)
+        shapes |= {"attn_post_norm": (E,)} if after else {}
+        shapes |= {"mlp_norm": (E,)} if before else {}
+        shapes |= self._expert_shapes() if self.has_experts(layer) else self._mlp_shapes("", self.intermediate_size)
+        return shapes | ({"mlp_post_norm": (E,)} if after else {})
+
+    def _mlp_shapes(self, prefix: str, F: int, bias: bool | None = None) -> dict[str, tuple[int, ...]]:
+        E = self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {f"{prefix}gate": (F, E), f"{prefix}up": (F, E), f"{prefix}down": (E, F)}
+        if self.mlp_bias if bias is None else bias:
+            shapes |= {f"{prefix}gate_bias": (F,), f"{prefix}up_bias": (F,), f"{prefix}down_bias": (E,)}
         return shapes
+
+    def _expert_shapes(self) -> dict[str, tuple[int, ...]]:
+        assert self.experts is not None
+        experts, E = self.experts, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"router": (experts.count, E)}
+        if experts.bias:
+            shapes["router_bias"] = (experts.count,)
+        for x in range(experts.count):
+            shapes |= self._mlp_shapes(f"experts.{x}.", experts.intermediate_size, experts.bias)
+        if experts.shared_intermediate_size:
+            shapes |= self._mlp_shapes("shared.", experts.shared_intermediate_size, False)
+        return shapes | ({"shared_gate": (1, E)} if experts.shared_gate else {})
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the model, by canonical name: `embed`, `norm`, `head`, `layers.{i}.q` ..."""
         shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, self.hidden_size)}
-        layer = self.layer_shapes()
         for i in range(self.num_hidden_layers):
-            shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in self.layer_shapes(i).items()}
         shapes["norm"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["head"] = (self.vocab_size, self.hidden_size)
         return shapes
 
     def parameter_count(self) -> int:
-        """Number of weights; a tied head counts once."""
+        """Number of weights; a tied head counts once, of a mixture all experts."""
         return self._total(math.prod)
+
+    def active_parameter_count(self) -> int:
+        """Number of weights that one token meets: of a mixture only the experts that it is sent to."""
+        if self.experts is None:
+            return self.parameter_count()
+        idle = 3 * self.hidden_size * self.experts.intermediate_size * (self.experts.count - self.experts.per_token)
+        return self.parameter_count() - idle * sum(self.has_experts(i) for i in range(self.num_hidden_layers))
 
     def memory_estimate(self) -> MemoryEstimate:
         """Bytes of the weights at several precisions and of the KV cache per token; see `MemoryEstimate`.
 
-        KV cache of one token: 2 · layers · KV · D values.
+        KV cache of one token: 2 · layers · KV · D values; windowed layers keep no more than their window.
         """
         parameters = self.parameter_count()
         kv_values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
@@ -257,33 +313,3 @@ def _quantized_bytes(shape: tuple[int, ...], bits: int) -> int:
         return 2 * shape[0]
     rows, columns = shape
     return rows * ((columns * bits + 7) // 8 + (columns + GROUP - 1) // GROUP * SCALE_BYTES)
-
-
-PRESETS: dict[str, ModelConfig] = {
-    "llama2-7b": ModelConfig(
-        name="LLaMA2-7B", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, rope=RopeConfig(theta=10000.0), bos_token_id=1, eos_token_ids=(2,),
-    ),
-    "llama2-13b": ModelConfig(
-        name="LLaMA2-13B", vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-        num_attention_heads=40, num_key_value_heads=40, head_dim=128, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, rope=RopeConfig(theta=10000.0), bos_token_id=1, eos_token_ids=(2,),
-    ),
-    "llama3-8b": ModelConfig(
-        name="LLaMA3-8B", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
-        rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0), bos_token_id=128000, eos_token_ids=(128001,),
-    ),
-    "mistral-7b": ModelConfig(
-        name="Mistral-7B", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
-        rms_norm_eps=1e-5, rope=RopeConfig(theta=10000.0), sliding_window=4096, bos_token_id=1, eos_token_ids=(2,),
-    ),
-    "smollm2-135m": ModelConfig(
-        name="SmolLM2-135M-Instruct", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
-        max_position_embeddings=8192, rms_norm_eps=1e-5, rope=RopeConfig(theta=100000.0),
-        tie_word_embeddings=True, bos_token_id=1, eos_token_ids=(2,),
-    ),
-}  # fmt: skip

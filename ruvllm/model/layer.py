@@ -1,7 +1,8 @@
 """The model, defined once: attention, feed-forward, layer, decoder, in the operations of ``ops`` (``model.ops``).
 
-This is the only place that says what a LLaMA computes. Generation, training, the float64 reference and the profiler
-run this code with other ``ops``. A variant is a subclass: see "Add a model" in the README.
+This is the only place that says what a model computes. Generation, training, the float64 reference and the profiler
+run this code with other ``ops``. What ``ModelConfig`` can say is a choice here; anything else is a subclass: see "Add a
+model" in the README.
 
     q k v o gate up down    matrices (outputs, inputs); attn_norm mlp_norm norm    vectors (E,)
 """
@@ -9,72 +10,82 @@ run this code with other ``ops``. A variant is a subclass: see "Add a model" in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.experts import MixtureOfExperts
+from ruvllm.model.feed_forward import FeedForward, Parameters
 from ruvllm.model.linear import Linear
 from ruvllm.model.ops import Ops
 
-
-class Parameters(Protocol):
-    """Where the parts of a model get their matrices and vectors, by canonical name ("layers.3.q")."""
-
-    def linear(self, name: str) -> Linear:
-        """A matrix, with its bias if it has one."""
-        ...
-
-    def vector(self, name: str) -> np.ndarray:
-        """A vector (n,)."""
-        ...
+__all__ = ["Attention", "Decoder", "FeedForward", "MixtureOfExperts", "Parameters", "TransformerLayer", "parts"]
 
 
 class Attention:
     """Grouped-query attention with rotary position embedding, over a KV cache."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
-        self.q, self.k, self.v, self.o = (parameters.linear(f"layers.{layer}.{name}") for name in "qkvo")
-        self.layer, self.dim = layer, config.head_dim
-        self.window, self.scale = config.sliding_window, config.head_dim**-0.5
+        at = f"layers.{layer}."
+        self.q, self.k, self.v, self.o = (parameters.linear(at + name) for name in "qkvo")
+        self.layer, self.dim, self.eps = layer, config.head_dim, config.rms_norm_eps
+        self.rope, self.window = config.rope_index(layer), config.window(layer)
+        self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
+        self.sinks = parameters.vector(at + "sinks") if config.attention_sinks else None
+        self.qk_norm = config.qk_norm
+        if self.qk_norm is not None:
+            self.q_norm, self.k_norm = parameters.vector(at + "q_norm"), parameters.vector(at + "k_norm")
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E); the tokens' keys and values go into the layer's cache."""
-        q, k, v = (ops.heads(ops.linear(h, matrix), self.dim) for matrix in (self.q, self.k, self.v))  # (T, H, D)
-        attended = ops.attention(ops.rope(q), ops.rope(k), v, self.layer, self.window, self.scale)
+        q, k, v = (ops.linear(h, matrix) for matrix in (self.q, self.k, self.v))
+        if self.qk_norm == "row":
+            q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
+        q, k, v = (ops.heads(x, self.dim) for x in (q, k, v))  # (T, H, D)
+        if self.qk_norm == "head":
+            q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
+        if self.rope is not None:
+            q, k = ops.rope(q, self.rope), ops.rope(k, self.rope)
+        attended = ops.attention(q, k, v, self.layer, self.window, self.scale, self.softcap, self.sinks)
         return ops.linear(attended, self.o)
 
 
-class FeedForward:
-    """SwiGLU: down(silu(gate(h)) * up(h))."""
-
-    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
-        self.gate, self.up, self.down = (
-            parameters.linear(f"layers.{layer}.{name}") for name in ("gate", "up", "down")
-        )  # fmt: skip
-
-    def __call__(self, ops: Ops, h: Any) -> Any:
-        """h (T, E) -> (T, E)."""
-        return ops.linear(ops.silu_mul(ops.linear(h, self.gate), ops.linear(h, self.up)), self.down)
-
-
 class TransformerLayer:
-    """x + attention(norm(x)), then that + feed_forward(norm(that))."""
+    """x + attention(norm(x)), then that + feed_forward(norm(that)); norms may also stand behind, or only there."""
 
     attention_type: type[Attention] = Attention
     mlp_type: type[FeedForward] = FeedForward
+    experts_type: type[MixtureOfExperts] = MixtureOfExperts
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
-        self.eps = config.rms_norm_eps
+        self.eps, self.residual_multiplier = config.rms_norm_eps, config.residual_multiplier
         self.attention = self.attention_type(config, parameters, layer)
-        self.mlp = self.mlp_type(config, parameters, layer)
-        self.attn_norm = parameters.vector(f"layers.{layer}.attn_norm")
-        self.mlp_norm = parameters.vector(f"layers.{layer}.mlp_norm")
+        mlp_type = self.experts_type if config.has_experts(layer) else self.mlp_type
+        self.mlp: Any = mlp_type(config, parameters, layer)
+        # Those that the configuration leaves out are None.
+        self.attn_norm: Any = None
+        self.mlp_norm: Any = None
+        self.attn_post_norm: Any = None
+        self.mlp_post_norm: Any = None
+        if config.norms != "after":
+            self.attn_norm, self.mlp_norm = (parameters.vector(f"layers.{layer}.{x}_norm") for x in ("attn", "mlp"))
+        if config.norms != "before":
+            self.attn_post_norm, self.mlp_post_norm = (
+                parameters.vector(f"layers.{layer}.{x}_post_norm") for x in ("attn", "mlp")
+            )
 
     def __call__(self, ops: Ops, x: Any) -> Any:
         """x (T, E) after the layer."""
-        x = ops.add(x, self.attention(ops, ops.rms_norm(x, self.attn_norm, self.eps)))
-        return ops.add(x, self.mlp(ops, ops.rms_norm(x, self.mlp_norm, self.eps)))
+        x = self._add(ops, x, self.attention, self.attn_norm, self.attn_post_norm)
+        return self._add(ops, x, self.mlp, self.mlp_norm, self.mlp_post_norm)
+
+    def _add(self, ops: Ops, x: Any, block: Any, before: np.ndarray | None, after: np.ndarray | None) -> Any:
+        """x + residual_multiplier * after(block(before(x)))."""
+        added = block(ops, x if before is None else ops.rms_norm(x, before, self.eps))
+        if after is not None:
+            added = ops.rms_norm(added, after, self.eps)
+        return ops.add(x, added if self.residual_multiplier == 1 else ops.scale(added, self.residual_multiplier))
 
 
 class Decoder:
@@ -84,6 +95,8 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, parameters: Parameters) -> None:
         self.eps = config.rms_norm_eps
+        self.embedding_multiplier, self.logits_scaling = config.embedding_multiplier, config.logits_scaling
+        self.softcap = config.final_logit_softcapping
         self.embed = parameters.linear("embed")
         self.layers = [self.layer_type(config, parameters, i) for i in range(config.num_hidden_layers)]
         self.norm = parameters.vector("norm")
@@ -91,9 +104,14 @@ class Decoder:
 
     def __call__(self, ops: Ops, x: Any) -> Any:
         """x (T, E), the embedded tokens, to logits (rows, V)."""
+        if self.embedding_multiplier != 1:
+            x = ops.scale(x, self.embedding_multiplier)
         for layer in self.layers:
             x = layer(ops, ops.boundary(x))
-        return ops.logits(ops.rms_norm(ops.last_rows(x), self.norm, self.eps), self.head)
+        x = ops.rms_norm(ops.last_rows(x), self.norm, self.eps)
+        if self.logits_scaling != 1:
+            x = ops.scale(x, 1 / self.logits_scaling)
+        return ops.logits(x, self.head, self.softcap)
 
     def linears(self) -> dict[str, Linear]:
         """Every matrix by its canonical name; a tied head appears once, as ``embed``."""

@@ -1,4 +1,4 @@
-"""Llama: token ids to logits. Mistral is a configuration with a sliding window."""
+"""Llama: token ids to logits, of LLaMA and of every model that a ``ModelConfig`` describes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.replay import Parallel, Runner, Tapes, Working
+from ruvllm.model.rope import RopeTables
 from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Weights(Protocol):
 
 
 class Llama:
-    """A LLaMA or Mistral model: embedding, layers, norm, head.
+    """A model: embedding, layers, norm, head; which family it is of, its configuration says.
 
     Args:
         config: sizes and variants.
@@ -80,13 +81,12 @@ class Llama:
         self.adapters: AdapterSet | None = None  # see ``model.lora``
         self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
         self.tapes = Tapes(self)
-        self._rope_tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
+        self.rope = RopeTables(config)
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens of one forward pass: PREFILL_TOKENS, but whole tiles of six fewer where a layer is very large."""
         return max(6, min(PREFILL_TOKENS, LAYER_MACS // self.layer_weights // 6 * 6))
-
 
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
         """A KV cache with room for ``max_tokens`` positions."""
@@ -147,7 +147,7 @@ class Llama:
     ) -> None:
         """Append ids to the cache; write the logits after the last ``len(logits)`` of them (1 or all)."""
         start, end = cache.length, cache.length + len(ids)
-        cos, sin = (table[start:end] for table in self.rope_tables(end))
+        cos, sin = (table[:, start:end] for table in self.rope.upto(end, cache.max_tokens))
         if ops is None:
             working = cache.buffers_for("fused", len(ids), lambda n: Working(self, cache, n, self.threads))
             working.run(ids, cos, sin, logits)
@@ -169,18 +169,6 @@ class Llama:
     def weights_changed(self) -> None:
         """To be called when a matrix got other weights: their addresses are looked up anew."""
         self.tapes = Tapes(self)
-
-    def rope_tables(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin (at least ``length``, D/2) of the angles of positions 0, 1, 2 ..."""
-        if len(self._rope_tables[0]) < length:
-            rope = self.config.rope
-            self._rope_tables = K.rope_tables(
-                np.arange(max(length, 1024, 2 * len(self._rope_tables[0]))), self.config.head_dim, theta=rope.theta,
-                scaling=rope.scaling, factor=rope.factor, low_freq_factor=rope.low_freq_factor,
-                high_freq_factor=rope.high_freq_factor, original_max_position=rope.original_max_position,
-                factors=rope.factors,
-            )  # fmt: skip
-        return self._rope_tables
 
     def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
         """Token ids as int64 (T,), T >= 1. Raises TypeError for anything but integers, ValueError outside 0 .. V-1."""

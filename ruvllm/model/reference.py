@@ -33,7 +33,7 @@ class Float64:
     """Operations of a whole sequence at once, in float64. ``states`` collects the residual stream between layers."""
 
     def __init__(self, config: ModelConfig, tokens: int) -> None:
-        self.cos, self.sin = rope_angles(config, tokens)
+        self.angles = [rope_angles(config, tokens, i) for i in range(len(config.ropes))]
         self.states: list[Array] = []
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -52,6 +52,15 @@ class Float64:
         """gelu(gate) · up."""
         return gelu(gate) * up
 
+    def clamped_swiglu(self, gate: Array, up: Array, limit: float, alpha: float) -> Array:
+        """(clip(up) + 1) · g · sigmoid(alpha g), g = min(gate, limit)."""
+        gate = np.minimum(gate, limit)
+        return (np.clip(up, -limit, limit) + 1) * silu(alpha * gate) / alpha
+
+    def scale(self, x: Array, factor: float) -> Array:
+        """factor · x."""
+        return factor * x
+
     def linear(self, x: Array, matrix: ExactMatrix) -> Array:
         """x W^T + bias."""
         return matrix.product(x)
@@ -60,13 +69,16 @@ class Float64:
         """x (T, H·D) as (T, H, D)."""
         return x.reshape(len(x), -1, dim)
 
-    def rope(self, x: Array) -> Array:
+    def rope(self, x: Array, index: int = 0) -> Array:
         """x (T, H, D) rotated."""
-        return rotate(x.swapaxes(0, 1), self.cos, self.sin).swapaxes(0, 1)
+        return rotate(x.swapaxes(0, 1), *self.angles[index]).swapaxes(0, 1)
 
-    def attention(self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float) -> Array:
+    def attention(
+        self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float,
+        softcap: float | None = None, sinks: Array | None = None,
+    ) -> Array:  # fmt: skip
         """Causal attention of q (T, H, D) to k and v (T, KV, D) -> (T, H·D)."""
-        return attention(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), window, scale)
+        return attention(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), window, scale, softcap, sinks)
 
     def route(self, scores: Array, k: int) -> tuple[NDArray[np.int64], Array]:
         """Experts and weights (T, k) of each token."""
@@ -101,9 +113,10 @@ class Float64:
         self.states.append(x)
         return x
 
-    def logits(self, x: Array, head: ExactMatrix) -> Array:
+    def logits(self, x: Array, head: ExactMatrix, softcap: float | None = None) -> Array:
         """x W^T."""
-        return head.product(x)
+        logits = head.product(x)
+        return logits if softcap is None else softcap * np.tanh(logits / softcap)
 
 
 class ExactParameters:
@@ -175,29 +188,39 @@ def softmax(x: Array) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + D/2) of x (heads, T, D) by the angles given as cos and sin (T, D/2)."""
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """Turn the pairs (i, i + R/2) of x (heads, T, D) by the angles given as cos and sin (T, R/2), R <= D."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def attention(q: Array, k: Array, v: Array, window: int | None, scale: float | None = None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, window: int | None, scale: float | None = None, softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:  # fmt: skip
     """Causal softmax(scale q kᵀ) v, (H, T, D) -> (T, H·D); scale 1 / √D by default.
 
-    Query head h reads key/value head h·KV // H.
+    Query head h reads key/value head h·KV // H. softcap c: c tanh(score / c). sinks (H,): one more score of a head.
     """
     H, T, D = q.shape
     group = H // len(k)
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
     query, key = np.arange(T)[:, None], np.arange(T)[None, :]
     seen = (key <= query) & (key > query - (window or T))
-    scores = np.where(seen, q @ k.swapaxes(1, 2) * (1 / np.sqrt(D) if scale is None else scale), -np.inf)
-    return (softmax(scores) @ v).swapaxes(0, 1).reshape(T, H * D)
+    scores = q @ k.swapaxes(1, 2) * (1 / np.sqrt(D) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(seen, scores, -np.inf)
+    if sinks is not None:
+        scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (H, T, 1))], axis=-1)
+    return (softmax(scores)[..., :T] @ v).swapaxes(0, 1).reshape(T, H * D)
 
 
-def rope_angles(config: ModelConfig, tokens: int) -> tuple[Array, Array]:
-    """cos and sin (T, D/2) of position · inv_freq."""
-    angles = np.arange(tokens)[:, None] * inverse_frequencies(config.rope, config.head_dim)
-    return np.cos(angles), np.sin(angles)
+def rope_angles(config: ModelConfig, tokens: int, index: int = 0) -> tuple[Array, Array]:
+    """cos and sin (T, R/2) of position · inv_freq, times the attention factor; for a context of T tokens."""
+    rope = config.ropes[index].for_context(tokens)
+    angles = np.arange(tokens)[:, None] * inverse_frequencies(rope, rope.rotary_dim or config.head_dim)
+    return rope.attention_factor * np.cos(angles), rope.attention_factor * np.sin(angles)
 
 
 def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
@@ -208,10 +231,19 @@ def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
         return base / rope.factor
     if rope.scaling == "factors":
         return base / np.array(rope.factors)
+    # How often a pair turns within the original context: few (stretched by the factor) to many (left alone).
+    turns = rope.original_max_position * base / (2 * np.pi)
     if rope.scaling == "llama3":
-        # How many wavelengths fit into the original context, from "few" (0: stretched) to "many" (1: left alone).
-        turns = rope.original_max_position * base / (2 * np.pi)
         kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        return base * (kept + (1 - kept) / rope.factor)
+    if rope.scaling == "yarn":
+        fast, slow = (
+            D * np.log(rope.original_max_position / (2 * np.pi * beta)) / (2 * np.log(theta))
+            for beta in (rope.beta_fast, rope.beta_slow)
+        )
+        first, last = (np.floor(fast), np.ceil(slow)) if rope.truncate else (fast, slow)
+        first, last = max(first, 0), min(last, D - 1)
+        kept = 1 - np.clip((np.arange(D // 2) - first) / max(last - first, 0.001), 0, 1)
         return base * (kept + (1 - kept) / rope.factor)
     return base
 

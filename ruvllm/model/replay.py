@@ -141,8 +141,9 @@ class Working:
         self._use(tape)
         h[t.TOKENS] = T
         self.model.decoder.embed.take(ids, self.rows_of(tape.source))
-        t.set_space(h, t.COS, cos.ctypes.data)
-        t.set_space(h, t.SIN, sin.ctypes.data)
+        h[t.ROPE_PAIRS] = cos.shape[2]
+        t.set_space(h, t.COS, cos.ctypes.data, cos.strides[0])
+        t.set_space(h, t.SIN, sin.ctypes.data, sin.strides[0])
         t.set_space(h, t.LOGITS, 0 if logits is None else logits.ctypes.data)
         h[t.LOGIT_ROWS] = 0 if logits is None else len(logits)
         self.logits = logits

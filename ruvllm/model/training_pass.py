@@ -84,7 +84,8 @@ class TrainingPass:
     def _run(self, batch: Batch, keep: bool) -> None:
         """Forward through the decoder, and back."""
         positions = np.concatenate([np.arange(b - a) for a, b in pairwise(batch.starts)])
-        cos, sin = (table[positions] for table in self.model.rope_tables(int(positions.max()) + 1))
+        longest = int(positions.max()) + 1
+        cos, sin = (table[:, positions] for table in self.model.rope.upto(longest, longest))
         rows = np.flatnonzero(batch.targets != NO_TARGET)
         self._targets, self._losses = batch.targets[rows], np.empty(len(rows), np.float32)
         ops = Gradients(batch.starts, cos, sin, self, rows, keep, self.checkpointing)

@@ -12,8 +12,8 @@ import numpy as np
 from ruvllm.kernels import reference
 from ruvllm.kernels.quant.weights import quantize_int4
 from ruvllm.model import KVCache, Llama, ModelConfig
-from ruvllm.model.config import PRESETS
 from ruvllm.model.layer import Decoder
+from ruvllm.model.presets import PRESETS
 from ruvllm.model.random_weights import RandomTensor, RandomWeights
 from ruvllm.model.reference import Float64
 from ruvllm.model.weights import bytes_per_weight

@@ -15,7 +15,7 @@ from ruvllm.measure.engines import LlamaCpp
 from ruvllm.measure.peaks import Peaks, measure_peaks
 from ruvllm.measure.peers import KernelPeer, NumPy, Torch
 from ruvllm.measure.timing import FULL, QUICK
-from ruvllm.model.config import PRESETS
+from ruvllm.model.presets import PRESETS
 from ruvllm.report.bench import Bench
 from ruvllm.report.kernel_rows import measure_kernel
 from ruvllm.report.layer_peers import LlamaCppLayer, TorchLayer

@@ -20,7 +20,8 @@ from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.names import half_split_rows, hf_name
 from ruvllm.errors import ModelFormatError
-from ruvllm.model.config import PRESETS, RopeConfig
+from ruvllm.model.config import RopeConfig
+from ruvllm.model.presets import PRESETS
 from ruvllm.model.reference import inverse_frequencies
 from tests.checkpoint.checks import close_to_golden
 from tests.model import tiny

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ruvllm.errors import RuvllmError
-from ruvllm.model.config import PRESETS, ConfigError, ModelConfig, RopeConfig
+from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.presets import PRESETS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 50, "intermediate_size": 67, "num_hidden_layers": 3,

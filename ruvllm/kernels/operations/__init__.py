@@ -7,10 +7,22 @@ convention array arguments come first, then sizes. ``m.rows`` is the number of r
 from ruvllm.kernels.operations.attention import append, append_each, attend, attend_each, attend_token, merge
 from ruvllm.kernels.operations.experts import combine, gather, route
 from ruvllm.kernels.operations.matmul import adapter_down, adapter_up, add_bias, float_matmul, integer_matmul
-from ruvllm.kernels.operations.rows import add, broadcast, gelu_mul, last_rows, quantize, rms_norm, rope, silu_mul
+from ruvllm.kernels.operations.rows import (
+    add,
+    broadcast,
+    clamped_swiglu,
+    gelu_mul,
+    last_rows,
+    quantize,
+    rms_norm,
+    rope,
+    scale,
+    silu_mul,
+    softcap,
+)
 
 __all__ = [
     "adapter_down", "adapter_up", "add", "add_bias", "append", "append_each", "attend", "attend_each",
-    "attend_token", "broadcast", "combine", "float_matmul", "gather", "gelu_mul", "integer_matmul", "last_rows",
-    "merge", "quantize", "rms_norm", "rope", "route", "silu_mul",
+    "attend_token", "broadcast", "clamped_swiglu", "combine", "float_matmul", "gather", "gelu_mul", "integer_matmul",
+    "last_rows", "merge", "quantize", "rms_norm", "rope", "route", "scale", "silu_mul", "softcap",
 ]  # fmt: skip

@@ -4,13 +4,25 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import activation, norm, vector
+from ruvllm.kernels import activation, bounded, norm, vector
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at, flat
+from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.quant import activations as rounding
 from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, token_blocks
 from ruvllm.kernels.rope import rotate as rotary
-from ruvllm.kernels.tape import CAPACITY, TOKENS, address_for, address_of, matrix, number, operation, row_range
+from ruvllm.kernels.tape import (
+    CAPACITY,
+    ROPE_PAIRS,
+    TOKENS,
+    address_for,
+    address_of,
+    matrix,
+    number,
+    operation,
+    row_range,
+)
+from ruvllm.kernels.threads.team import part
 
 rms_norm_rows = as_part(norm.rms_norm_rows)
 rope_rows = as_part(rotary.rope_rows)
@@ -18,6 +30,9 @@ quantize_activations = as_part(rounding.quantize_activations)
 silu_mul_range = as_part(activation.silu_mul_range)
 gelu_mul_range = as_part(activation.gelu_mul_range)
 add_range = as_part(vector.add_range)
+scale_range = as_part(vector.scale_range)
+clamped_swiglu_range = as_part(bounded.clamped_swiglu_range)
+softcap_range = as_part(bounded.softcap_range)
 _token_blocks = inline_kernel(token_blocks)
 
 QUANTIZED_GROUP_BYTES = GROUP + 4 + 4 + 4 * OFFSETS  # codes, scale, total and offsets of one group of one row
@@ -84,12 +99,37 @@ def gelu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
 
 
 @operation
+def clamped_swiglu(m: Any, gate: Any, up: Any, limit: Any, alpha: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = the clamped SwiGLU of gate and up."""
+    lo, hi = row_range(m)
+    first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
+    clamped_swiglu_range(first, second, number(m, limit), number(m, alpha), result, lo * columns, hi * columns)
+
+
+@operation
+def scale(m: Any, x: Any, factor: Any, out: Any, columns: Any) -> None:
+    """out (rows, columns) = factor * x."""
+    lo, hi = row_range(m)
+    scale_range(_elements(m, x, columns), number(m, factor), _elements(m, out, columns), lo * columns, hi * columns)
+
+
+@operation
+def softcap(m: Any, x: Any, cap: Any, columns: Any) -> None:
+    """x (rows, columns) = cap tanh(x / cap), divided by panels: logits are few rows, but long."""
+    lo, hi = part((columns + LANES - 1) // LANES, m.rank, m.size)
+    rows = matrix(m, x, m.rows, columns)
+    for i in range(m.rows):
+        softcap_range(rows[i], number(m, cap), rows[i], lo * LANES, min(hi * LANES, columns))
+
+
+@operation
 def rope(m: Any, x: Any, cos: Any, sin: Any, out: Any, heads: Any, dim: Any) -> None:
-    """out (rows, heads, dim) = x rotated by the angles whose cosines and sines are (rows, dim / 2)."""
+    """out (rows, heads, dim) = x rotated by the angles whose cosines and sines are (rows, ROPE_PAIRS)."""
     lo, hi = row_range(m)
     source = array_at(address_of(m, x), (m.rows, heads, dim), np.float32)
     target = array_at(address_of(m, out), (m.rows, heads, dim), np.float32)
-    cosines, sines = matrix(m, cos, m.rows, dim // 2), matrix(m, sin, m.rows, dim // 2)
+    pairs = m.header[ROPE_PAIRS]
+    cosines, sines = matrix(m, cos, m.rows, pairs), matrix(m, sin, m.rows, pairs)
     rope_rows(source, cosines, sines, np.float32(1), target, lo * heads, hi * heads)
 
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Eager:
-    """The operations of T tokens at ``positions`` (T,), whose rope angles are cos and sin (T, D/2).
+    """The operations of T tokens at ``positions`` (T,), whose rope angles are cos and sin (n, T, R/2).
 
     Subclass it to hook an operation: ``lab.drift`` overrides ``boundary``.
 
     Args:
         cache: keys and values of the sequence.
         positions: (T,) int64.
-        cos, sin: (T, D/2) float32.
+        cos, sin: (n, T, R/2) float32, of each of the model's rotary embeddings.
         scratch: a buffer for each thread, for attention.
         out: (rows, V) float32 for the logits of the last rows; None if none are wanted.
         adapters: what is added to each matrix.
@@ -59,6 +59,14 @@ class Eager:
         """gelu(gate) * up."""
         return K.gelu_mul(gate, up)
 
+    def clamped_swiglu(self, gate: np.ndarray, up: np.ndarray, limit: float, alpha: float) -> np.ndarray:
+        """(clamp(up) + 1) * g * sigmoid(alpha g), g = min(gate, limit)."""
+        return K.clamped_swiglu(gate, up, limit, alpha)
+
+    def scale(self, x: np.ndarray, factor: float) -> np.ndarray:
+        """factor * x."""
+        return K.scale(x, factor)
+
     def linear(self, x: np.ndarray, matrix: Linear) -> np.ndarray:
         """x W^T + bias + adapter."""
         return matrix(self._activations(x), adapter=self.adapters.get(matrix.name))
@@ -67,13 +75,14 @@ class Eager:
         """x (T, H D) as (T, H, D)."""
         return x.reshape(len(x), -1, dim)
 
-    def rope(self, x: np.ndarray) -> np.ndarray:
+    def rope(self, x: np.ndarray, index: int = 0) -> np.ndarray:
         """x (T, H, D) rotated."""
-        return K.apply_rope_tables(x, self.cos, self.sin)
+        return K.apply_rope_tables(x, self.cos[index], self.sin[index])
 
     def attention(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, layer: int, window: int | None, scale: float
-    ) -> np.ndarray:
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, layer: int, window: int | None, scale: float,
+        softcap: float | None = None, sinks: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Append k and v, then attention of q over the layer's cache -> (T, H D)."""
         keys, values, out = self.cache.keys[layer], self.cache.values[layer], np.empty_like(q)
         append(k, v, keys, values, self.positions)
@@ -118,9 +127,12 @@ class Eager:
         """The rows whose logits are wanted."""
         return x[len(x) - (0 if self.out is None else len(self.out)) :]
 
-    def logits(self, x: np.ndarray, head: Linear) -> np.ndarray:
+    def logits(self, x: np.ndarray, head: Linear, softcap: float | None = None) -> np.ndarray:
         """x W^T, into ``out``."""
-        return x if self.out is None else head(self._activations(x), self.out)
+        if self.out is None:
+            return x
+        logits = head(self._activations(x), self.out)
+        return logits if softcap is None else K.softcap(logits, softcap, out=logits)
 
     def _activations(self, x: np.ndarray) -> Activations:
         """x with its 8-bit form, made once for all matrices that read it."""

@@ -117,7 +117,7 @@ class Gradients:
 
     Args:
         starts: (n + 1,) where each sequence begins, and T.
-        cos, sin: (T, D/2) of each token's position in its sequence.
+        cos, sin: (n, T, R/2) of each token's position in its sequence, of each of the model's rotary embeddings.
         learner: the adapters.
         rows: the tokens whose logits are wanted.
         keep: note the way back; else only the loss is computed.
@@ -198,6 +198,23 @@ class Gradients:
 
         return self._noted(out, back, gate, up)
 
+    def clamped_swiglu(self, gate: Node, up: Node, limit: float, alpha: float) -> Node:
+        """(clamp(up) + 1) * g * sigmoid(alpha g), g = min(gate, limit)."""
+        out = self._node(lambda: K.clamped_swiglu(gate.array, up.array, limit, alpha), gate, up, remake=True)
+
+        def back() -> None:
+            g, u, dy = np.minimum(gate.array, limit), np.clip(up.array, -limit, limit), out.take()
+            s = 1 / (1 + np.exp(-np.float32(alpha) * g))
+            gate.receive(dy * (u + 1) * (s + np.float32(alpha) * g * s * (1 - s)) * (gate.array <= limit))
+            up.receive(dy * g * s * (abs(up.array) <= limit))
+
+        return self._noted(out, back, gate, up)
+
+    def scale(self, x: Node, factor: float) -> Node:
+        """factor * x."""
+        out = self._node(lambda: K.scale(x.array, factor), x)
+        return self._noted(out, lambda: x.receive(K.scale(out.take(), factor)))
+
     def linear(self, x: Node, matrix: Linear) -> Node:
         """x W^T + bias + what the adapters add."""
         name = matrix.name
@@ -223,12 +240,16 @@ class Gradients:
         out = self._node(lambda: x.array.reshape(len(x.array), -1, dim), x)
         return self._noted(out, lambda: x.receive(out.take()))
 
-    def rope(self, x: Node) -> Node:
+    def rope(self, x: Node, index: int = 0) -> Node:
         """x (T, H, D) rotated; the gradient is rotated back."""
-        out = self._node(lambda: K.apply_rope_tables(x.array, self.cos, self.sin), x)
-        return self._noted(out, lambda: x.receive(K.apply_rope_tables(out.take(), self.cos, self.sin, inverse=True)))
+        cos, sin = self.cos[index], self.sin[index]
+        out = self._node(lambda: K.apply_rope_tables(x.array, cos, sin), x)
+        return self._noted(out, lambda: x.receive(K.apply_rope_tables(out.take(), cos, sin, inverse=True)))
 
-    def attention(self, q: Node, k: Node, v: Node, layer: int, window: int | None, scale: float) -> Node:
+    def attention(
+        self, q: Node, k: Node, v: Node, layer: int, window: int | None, scale: float,
+        softcap: float | None = None, sinks: np.ndarray | None = None,
+    ) -> Node:  # fmt: skip
         """Causal attention within each sequence -> (T, H D)."""
         attended = aligned_empty(q.shape)
         for a, b in pairwise(self.starts):
@@ -325,7 +346,7 @@ class Gradients:
 
         return self._noted(out, back)
 
-    def logits(self, x: Node, head: Linear) -> Node:
+    def logits(self, x: Node, head: Linear, softcap: float | None = None) -> Node:
         """The loss of each row, a few rows of logits at a time: those of all would be the largest array of all."""
         h, count = x.array, len(x.array)
         logits = aligned_empty((min(_LOGIT_ROWS, count), head.rows))
@@ -334,8 +355,14 @@ class Gradients:
             rows = slice(lo, min(count, lo + _LOGIT_ROWS))
             some = logits[: rows.stop - lo]
             head(Activations(*h[rows].shape).of(h[rows]), some)
+            slope = None
+            if softcap is not None:
+                K.softcap(some, softcap, out=some)
+                slope = 1 - (some / np.float32(softcap)) ** 2
             self.learner.loss(some, rows, None if dh is None else some)
             if dh is not None:
+                if slope is not None:
+                    some *= slope
                 head.weights.matmul_transposed(some, dh[rows], False)
         if dh is not None:
             x.receive(dh)

@@ -30,6 +30,14 @@ class Ops(Protocol):
         """gelu(gate) * up, with the tanh approximation (GeGLU)."""
         ...
 
+    def clamped_swiglu(self, gate: Array, up: Array, limit: float, alpha: float) -> Array:
+        """(clamp(up) + 1) * g * sigmoid(alpha g), g = min(gate, limit)."""
+        ...
+
+    def scale(self, x: Array, factor: float) -> Array:
+        """factor * x."""
+        ...
+
     def linear(self, x: Array, matrix: Matrix) -> Array:
         """x W^T + bias + what the adapters add: x (T, K) -> (T, N)."""
         ...
@@ -38,12 +46,18 @@ class Ops(Protocol):
         """x (T, H D) seen as (T, H, D)."""
         ...
 
-    def rope(self, x: Array) -> Array:
-        """x (T, H, D) rotated by the angles of the tokens' positions."""
+    def rope(self, x: Array, index: int = 0) -> Array:
+        """x (T, H, D) rotated by the angles of the tokens' positions, of the model's rotary embedding ``index``."""
         ...
 
-    def attention(self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float) -> Array:
-        """Append k and v (T, KV, D) to the layer's cache; causal attention of q (T, H, D) over it -> (T, H D)."""
+    def attention(
+        self, q: Array, k: Array, v: Array, layer: int, window: int | None, scale: float,
+        softcap: float | None = None, sinks: np.ndarray | None = None,
+    ) -> Array:  # fmt: skip
+        """Append k and v (T, KV, D) to the layer's cache; causal attention of q (T, H, D) over it -> (T, H D).
+
+        softcap c: scores s become c tanh(s / c). sinks (H,): a score of each head that has no value.
+        """
         ...
 
     def route(self, scores: Array, k: int) -> Array:
@@ -70,6 +84,6 @@ class Ops(Protocol):
         """The rows of x whose logits are wanted: none, the last, or all."""
         ...
 
-    def logits(self, x: Array, head: Matrix) -> Array:
-        """x W^T: the result of the pass, (rows, V)."""
+    def logits(self, x: Array, head: Matrix, softcap: float | None = None) -> Array:
+        """x W^T: the result of the pass, (rows, V); softcap c: each becomes c tanh(logit / c)."""
         ...

@@ -110,6 +110,22 @@ class Recorder:
         out = self._like(gate)
         return self._on_rows(o.gelu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
 
+    def clamped_swiglu(self, gate: Value, up: Value, limit: float, alpha: float) -> Value:
+        """(clamp(up) + 1) * g * sigmoid(alpha g), g = min(gate, limit)."""
+        _require_alike("clamped_swiglu", gate, up)
+        out = self._like(gate)
+        arguments = {
+            "gate": gate, "up": up, "limit": self._number(limit), "alpha": self._number(alpha), "out": out,
+            "columns": gate.width,
+        }  # fmt: skip
+        return self._on_rows(o.clamped_swiglu, [gate, up], out, arguments)
+
+    def scale(self, x: Value, factor: float) -> Value:
+        """factor * x."""
+        out = self._like(x)
+        arguments = {"x": x, "factor": self._number(factor), "out": out, "columns": x.width}
+        return self._on_rows(o.scale, [x], out, arguments)
+
     def heads(self, x: Value, dim: int) -> Value:
         """x (T, H D) as (T, H, D): the same memory."""
         if x.width % dim or x.dim not in (0, dim):
@@ -117,12 +133,12 @@ class Recorder:
         x.dim = dim
         return x
 
-    def rope(self, x: Value) -> Value:
+    def rope(self, x: Value, index: int = 0) -> Value:
         """x (T, H, D) rotated."""
         out = self._like(x)
         arguments = {
-            "x": x, "cos": t.operand(t.COS), "sin": t.operand(t.SIN), "out": out, "heads": x.width // x.dim,
-            "dim": x.dim,
+            "x": x, "cos": t.operand(t.COS, index), "sin": t.operand(t.SIN, index), "out": out,
+            "heads": x.width // x.dim, "dim": x.dim,
         }  # fmt: skip
         return self._on_rows(o.rope, [x], out, arguments)
 
@@ -140,9 +156,12 @@ class Recorder:
         """x W^T + bias + adapter."""
         return self._linear(x, matrix, Value(x.count, matrix.rows, 4 * matrix.rows))
 
-    def logits(self, x: Value, head: Linear) -> Value:
+    def logits(self, x: Value, head: Linear, softcap: float | None = None) -> Value:
         """x W^T, into the caller's array; nothing may follow it."""
         out = self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
+        if softcap is not None:
+            arguments = {"x": out, "cap": self._number(softcap), "columns": out.width}
+            self._record(o.softcap, out.count, [Access(out, by_panels(out.width))], [Access(out, by_panels(out.width))], arguments)
         self._ended = True
         return out
 
@@ -209,7 +228,10 @@ class Recorder:
 
     # Attention.
 
-    def attention(self, q: Value, k: Value, v: Value, layer: int, window: int | None, scale: float) -> Value:
+    def attention(
+        self, q: Value, k: Value, v: Value, layer: int, window: int | None, scale: float,
+        softcap: float | None = None, sinks: np.ndarray | None = None,
+    ) -> Value:  # fmt: skip
         """Append k and v (T, KV, D), then attention of q (T, H, D) over the layer's cache -> (T, H D)."""
         sizes: dict[str, object] = {"kv_heads": k.width // k.dim, "dim": q.dim}
         if self.kind is Pass.BATCH:

@@ -1,0 +1,45 @@
+"""RopeTables: cosines and sines of every rotary embedding of a model, made as far as they are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ruvllm.kernels.rope.frequencies import rope_tables
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.rope_config import RopeConfig
+
+_FIRST = 1024  # positions that a table has at the least
+_MOST_KEPT = 4  # tables for caches of different capacities
+
+
+class RopeTables:
+    """cos and sin (n, T, R/2) float32 of the n rotary embeddings of a configuration at positions 0, 1, 2 ..."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._made: dict[tuple[RopeConfig, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def upto(self, length: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tables of at least ``length`` positions for a KV cache of ``capacity`` positions."""
+        ropes = tuple(rope.for_context(capacity) for rope in self.config.ropes)
+        cos, sin = self._made.get(ropes, (np.empty((1, 0, 1), np.float32),) * 2)
+        if cos.shape[1] < length:
+            positions = np.arange(max(length, _FIRST, 2 * cos.shape[1]))
+            pairs = [angles(rope, positions, self.config.head_dim) for rope in ropes]
+            cos, sin = (np.stack(tables) for tables in zip(*pairs, strict=True))
+            self._made.pop(ropes, None)
+            while len(self._made) >= _MOST_KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[ropes] = cos, sin
+        return cos, sin
+
+
+def angles(rope: RopeConfig, positions: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (T, R/2) float32 of the angles at ``positions`` (T,), times the rope's attention factor."""
+    cos, sin = rope_tables(
+        positions, rope.rotary_dim or head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor,
+        rope.high_freq_factor, rope.original_max_position, rope.factors, beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow, truncate=rope.truncate,
+    )  # fmt: skip
+    factor = np.float32(rope.attention_factor)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,14 +12,16 @@ import numpy as np
 
 from ruvllm._progress import tqdm
 from ruvllm.checkpoint.encode import encode_rows
+from ruvllm.checkpoint.families import BY_TYPE
 from ruvllm.checkpoint.gguf_metadata import metadata_of, rope_factors
 from ruvllm.checkpoint.gguf_writer import Described, encoded, pad, write_header
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
-from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, gguf_name, half_split_rows
+from ruvllm.checkpoint.names import GGUF_MODEL, half_split_rows
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
+from ruvllm.model.config import ModelConfig
 
 # Type of the matrices: its name in files, and llama.cpp's number for files of it (llama_ftype).
 TYPES = {
@@ -87,41 +90,54 @@ def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | N
     metadata = metadata_of(checkpoint)
     metadata |= {"general.file_type": encoded(number), "general.quantization_version": encoded(_QUANTIZATION_VERSION)}
     metadata.pop("general.alignment", None)  # ours is the default
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-    described = {
-        name: Described(gguf_name(name), tensor.shape, _dtype(name, tensor, kind)) for name, tensor in tensors.items()
-    }
+    tensors = _file_tensors(checkpoint)
+    described = [Described(name, shape, _dtype(name, shape, kind)) for name, (shape, _) in tensors.items()]
     factors = rope_factors(checkpoint)
-    first = [] if factors is None else [Described(GGUF_ROPE_FACTORS, factors.shape, "F32")]
-    _require_room(file, sum(tensor.nbytes for tensor in [*first, *described.values()]))
-    write_header(file, metadata, [*first, *described.values()])
-    if factors is not None:
-        file.write(encode_rows("F32", factors[None]).tobytes())
+    first = [Described(name, divisors.shape, "F32") for name, divisors in factors.items()]
+    _require_room(file, sum(tensor.nbytes for tensor in [*first, *described]))
+    write_header(file, metadata, [*first, *described])
+    for divisors in factors.values():
+        file.write(encode_rows("F32", divisors[None]).tobytes())
         pad(file)
-    total = sum(tensor.rows * tensor.columns for tensor in tensors.values())
+    total = sum(math.prod(shape) for shape, _ in tensors.values())
     quiet = None if progress is None else not progress
     with tqdm(total=total, desc=f"writing {type}", unit="", unit_scale=True, leave=False, disable=quiet) as bar:
-        for name, tensor in tensors.items():
-            _write_tensor(file, _in_file_order(checkpoint, name, tensor), described[name].dtype, bar)
-            tensor.release()
+        for (_, parts), target in zip(tensors.values(), described, strict=True):
+            for tensor in parts:
+                _write_tensor(file, tensor, target.dtype, bar)
+                tensor.release()
             pad(file)
 
 
-def _dtype(name: str, tensor: Tensor, kind: str) -> str:
-    """The storage type that a tensor is written in."""
-    if len(tensor.shape) == 1:
+def _file_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+    """Shape of each tensor of the file, and the tensors of ours that it consists of, one behind the other."""
+    config = checkpoint.config
+    family = BY_TYPE[config.model_type]
+    places, found = family.gguf_places(config), dict[str, tuple[tuple[int, ...], list[Tensor]]]()
+    for name in checkpoint.names():
+        tensor, place = checkpoint.tensor(name), places[name]
+        shape = place.file_shape(tensor.shape)
+        parts = found.setdefault(place.name, (shape[1:] if shape[0] == 1 else shape, []))[1]
+        parts.append(_interleaved(config, name, tensor) if family.interleaved else tensor)
+    return found
+
+
+def _dtype(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The storage type that a tensor of the file is written in: routers decide, so they stay exact."""
+    if len(shape) == 1 or "ffn_gate_inp" in name:
         return "F32"
-    if kind in ("Q4_0", "Q4_1") and name in ("embed", "head"):
+    if len(shape) == 2 and "_exps.bias" in name:
+        return "F32"
+    if kind in ("Q4_0", "Q4_1") and name in (GGUF_MODEL["embed"], GGUF_MODEL["head"]):
         kind = "Q8_0"
-    return "F16" if tensor.columns % BLOCKS[kind][0] else kind
+    return "F16" if shape[-1] % BLOCKS[kind][0] else kind
 
 
-def _in_file_order(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """Rows of q and k as GGUF has them: the pairs that are turned together are neighbours."""
+def _interleaved(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
+    """Rows of q and k as some families' GGUF files have them: the pairs that are turned together are neighbours."""
     part = name.rpartition(".")[2].removesuffix("_bias")
     if part not in ("q", "k"):
         return tensor
-    config = checkpoint.config
     heads = config.num_attention_heads if part == "q" else config.num_key_value_heads
     return tensor.permuted(np.argsort(half_split_rows(heads, config.head_dim)))
 

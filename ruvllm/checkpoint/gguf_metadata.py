@@ -15,16 +15,18 @@ from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_me
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, PREFIX
 from ruvllm.checkpoint._tokenizer_rows import with_rows
-from ruvllm.checkpoint.gguf_config import ARCHITECTURE
+from ruvllm.checkpoint.families import BY_TYPE
+from ruvllm.checkpoint.family import Family
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
-from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS
+from ruvllm.checkpoint.names import GGUF_LONG_FACTORS, GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS
 from ruvllm.checkpoint.tokenizer import Vocabulary
 from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.rope.frequencies import rope_inv_freq
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.rope_config import yarn_attention_factor
 
 # Text that the pre-tokenizers known by name split differently: letters, digits, spaces, lines, scripts, marks.
 _PROBE = (
@@ -41,47 +43,76 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     source = checkpoint.tokenizer_source
     if isinstance(source, AnyGGUF):
         return {key: source.metadata_bytes(key) for key in source.metadata}
-    values = _model(checkpoint.config) | tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
+    values = _model(Path(source), checkpoint.config) | tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
     return {key: encoded(value) for key, value in values.items()}
 
 
-def _model(config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "general.architecture": ARCHITECTURE,
-        "general.name": config.name or "model",
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": float(config.rope.theta),
-        "llama.vocab_size": config.vocab_size,
-    }
-    if config.rope.scaling == "linear":
-        values |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(config.rope.factor)}
-    if config.sliding_window is not None:
-        values["llama.attention.sliding_window"] = config.sliding_window
+def _model(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    """The keys of the model. Raises ModelFormatError where a GGUF file of its family cannot say what it does."""
+    family = BY_TYPE[config.model_type]
+    try:
+        values = {
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+            "block_count": config.num_hidden_layers,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "vocab_size": config.vocab_size,
+            **_rope(config, family),
+            **family.gguf_values(config),
+        }
+    except ValueError as error:
+        expected, _, found = str(error).partition(": found ")
+        raise ModelFormatError(directory / "config.json", field="model", found=found, expected=expected) from None
+    own = {f"{family.architecture}.{key}": value for key, value in values.items()}
+    return {"general.architecture": family.architecture, "general.name": config.name or "model"} | own
+
+
+def _rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+    rope = config.rope
+    dim = rope.rotary_dim or config.head_dim
+    values: dict[str, Any] = {"rope.dimension_count": dim, "rope.freq_base": float(rope.theta)}
+    if rope.scaling == "linear":
+        return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+    if rope.scaling == "dynamic":
+        raise ValueError("rotary embedding that does not depend on the context's length: found dynamic NTK scaling")
+    if rope.scaling not in ("yarn", "longrope"):
+        return values
+    values |= {
+        "rope.scaling.type": rope.scaling, "rope.scaling.original_context_length": rope.original_max_position,
+        "rope.scaling.attn_factor": float(rope.attention_factor),
+    }  # fmt: skip
+    if rope.scaling == "yarn":
+        if (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, family.yarn_truncate):
+            found = f"beta_fast {rope.beta_fast:g}, beta_slow {rope.beta_slow:g}, truncate {rope.truncate}"
+            raise ValueError(f"YaRN with beta_fast 32, beta_slow 1, truncate {family.yarn_truncate}: found {found}")
+        values["rope.scaling.factor"] = float(rope.factor)
+        values["rope.scaling.attn_factor"] = float(rope.attention_factor / yarn_attention_factor(rope.factor))
     return values
 
 
-def rope_factors(checkpoint: Checkpoint) -> np.ndarray | None:
-    """The divisors (D/2,) of each pair's frequency that GGUF keeps as a tensor; None where metadata say it all."""
+def rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The divisors (R/2,) of each pair's frequency that GGUF keeps as tensors, by the tensors' names."""
     config, source = checkpoint.config, checkpoint.tokenizer_source
     if isinstance(source, AnyGGUF):
-        return source.tensor(GGUF_ROPE_FACTORS).float32()[0] if GGUF_ROPE_FACTORS in source.tensors else None
+        names = (GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS, GGUF_LONG_FACTORS)
+        return {name: source.tensor(name).float32()[0] for name in names if name in source.tensors}
     rope = config.rope
-    if rope.scaling in (None, "linear"):
-        return None
+    if rope.scaling == "longrope":
+        pairs = ((GGUF_SHORT_FACTORS, rope.factors), (GGUF_LONG_FACTORS, rope.long_factors))
+        return {name: np.array(factors, np.float32) for name, factors in pairs}
+    if rope.scaling in (None, "linear", "yarn"):
+        return {}
+    dim = rope.rotary_dim or config.head_dim
     scaled = rope_inv_freq(
-        config.head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
+        dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
         rope.original_max_position, rope.factors,
     )  # fmt: skip
-    return (rope_inv_freq(config.head_dim, rope.theta) / scaled).astype(np.float32)
+    return {GGUF_ROPE_FACTORS: (rope_inv_freq(dim, rope.theta) / scaled).astype(np.float32)}
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:

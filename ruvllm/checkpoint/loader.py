@@ -12,15 +12,26 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+
+from ruvllm.checkpoint.computed import shifted, transposed
+from ruvllm.checkpoint.families import BY_TYPE
+from ruvllm.checkpoint.family import Place
 from ruvllm.checkpoint.foreign_formats import refuse_files, refuse_tensors
 from ruvllm.checkpoint.gguf_config import config_from_gguf
 from ruvllm.checkpoint.gguf_split import AnyGGUF, open_gguf
 from ruvllm.checkpoint.hf_config import config_from_directory
-from ruvllm.checkpoint.names import GGUF_ROPE_FACTORS, HF_MODEL, gguf_name, half_split_rows, hf_name
+from ruvllm.checkpoint.names import (
+    GGUF_LONG_FACTORS,
+    GGUF_ROPE_FACTORS,
+    GGUF_SHORT_FACTORS,
+    HF_MODEL,
+    half_split_rows,
+)
 from ruvllm.checkpoint.safetensors import PICKLES, SafetensorsFile, SafetensorsIndex, open_safetensors
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
@@ -123,8 +134,11 @@ def _open_gguf(path: Path, mmap: bool) -> Checkpoint:
     file = open_gguf(path, mmap=mmap)
     try:
         config = config_from_gguf(file)
-        tensors = _collect(path, config, gguf_name, file.tensor, file.tensors, {GGUF_ROPE_FACTORS})
-        _deinterleave(config, tensors)
+        family = BY_TYPE[config.model_type]
+        tables = {GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS, GGUF_LONG_FACTORS}
+        tensors = _collect(path, config, family.gguf_places(config), file.tensor, file.tensors, tables)
+        if family.interleaved:
+            _deinterleave(config, tensors)
         return Checkpoint(path, "gguf", config, tensors, file)
     except BaseException:
         file.close()
@@ -145,20 +159,31 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         raise
     try:
         refuse_tensors(path, files.tensors)
-        leftovers = {name for name in files.tensors if _HF_LEFTOVERS.fullmatch(name)}
+        stored = _text_names(files.tensors)
+        leftovers = {name for name in stored if _HF_LEFTOVERS.fullmatch(name)}
         ignored = set(leftovers)
-        stored_name = hf_name
+
+        def tensor(name: str) -> Tensor:
+            return files.tensor(stored[name])
+
+        family = BY_TYPE[config.model_type]
+        places = family.hf_places(config)
         embed, head = HF_MODEL["embed"], HF_MODEL["head"]
-        if config.tie_word_embeddings and head in files.tensors:
-            if embed not in files.tensors:  # safetensors' save_model keeps the first name of a tensor that has two
-                stored_name = _with_head_as_embed
+        if config.tie_word_embeddings and head in stored:
+            if embed not in stored:  # safetensors' save_model keeps the first name of a tensor that has two
+                places["embed"] = Place(head)
             # transformers ties the two only if they are equal.
-            elif _equal(files.tensor(embed), files.tensor(head)):
+            elif _equal(tensor(embed), tensor(head)):
                 ignored.add(head)
             else:
                 config = dataclasses.replace(config, tie_word_embeddings=False)
-        tensors = _collect(path, config, stored_name, files.tensor, files.tensors, ignored)
-        if others := [name for name in leftovers if not name.endswith("rotary_emb.inv_freq")]:
+                places = family.hf_places(config)
+        tensors = _collect(path, config, places, tensor, stored, ignored)
+        if family.norm_offset:
+            for name in tensors:
+                if name.endswith("norm"):
+                    tensors[name] = shifted(tensors[name], family.norm_offset)
+        if others := [stored[name] for name in leftovers if not name.endswith("rotary_emb.inv_freq")]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             logger.warning("%s: no part of the model, left out: %s%s", path, printable(min(others)), more)
         return Checkpoint(path, "huggingface", config, tensors, files)
@@ -167,14 +192,21 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         raise
 
 
-def _with_head_as_embed(name: str) -> str:
-    return HF_MODEL["head"] if name == "embed" else hf_name(name)
+def _text_names(stored: Collection[str]) -> dict[str, str]:
+    """Each tensor's name as a text model has it, and its name in the file: in models with images the text model stands
+    under a name of its own."""
+    for prefix in ("language_model.model.", "model.language_model."):
+        if f"{prefix}embed_tokens.weight" in stored:
+            names = {f"model.{name.removeprefix(prefix)}": name for name in stored if name.startswith(prefix)}
+            rest = set(stored) - set(names.values())
+            return names | {name.removeprefix("language_model.").removeprefix("model."): name for name in rest}
+    return {name: name for name in stored}
 
 
 def _collect(
     path: Path,
     config: ModelConfig,
-    stored_name: Callable[[str], str],
+    places: Mapping[str, Place],
     tensor: Callable[[str], Tensor],
     stored: Collection[str],
     ignored: Collection[str],
@@ -183,25 +215,37 @@ def _collect(
     tensors: dict[str, Tensor] = {}
     expected_names = set(ignored)
     for name, shape in config.tensor_shapes().items():
-        file_name = stored_name(name)
-        if file_name not in stored:
+        place = places[name]
+        expected = place.file_shape(shape)
+        if place.name not in stored:
             raise ModelFormatError(
-                path, field=f"tensor {file_name!r}", found="no such tensor", expected=f"shape {shape}"
+                path, field=f"tensor {place.name!r}", found="no such tensor", expected=f"shape {expected}"
             )
-        found = tensor(file_name)
-        if found.shape != shape:
-            raise ModelFormatError(path, field=f"tensor {file_name!r} shape", found=found.shape, expected=shape)
+        found = tensor(place.name)
+        if found.shape != expected and not (expected[0] == 1 and found.shape == expected[1:]):
+            raise ModelFormatError(path, field=f"tensor {place.name!r} shape", found=found.shape, expected=expected)
         if len(shape) == 1 and BLOCKS[found.dtype][0] != 1:
             raise ModelFormatError(
-                path, field=f"tensor {file_name!r} type", found=found.dtype, expected="a vector in F32, F16 or BF16"
+                path, field=f"tensor {place.name!r} type", found=found.dtype, expected="a vector in F32, F16 or BF16"
             )
-        expected_names.add(file_name)
-        tensors[name] = found
+        expected_names.add(place.name)
+        tensors[name] = _part(found, place, shape)
     for file_name in stored:
         if file_name not in expected_names:
-            expected = f"only the tensors of a {config.num_hidden_layers}-layer model of this configuration"
-            raise ModelFormatError(path, field=f"tensor {file_name!r}", found="an unknown tensor", expected=expected)
+            only = f"only the tensors of a {config.num_hidden_layers}-layer model of this configuration"
+            raise ModelFormatError(path, field=f"tensor {file_name!r}", found="an unknown tensor", expected=only)
     return tensors
+
+
+def _part(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
+    """The part of a file's tensor that is ours."""
+    if place.expert is not None:
+        tensor = tensor.expert(place.expert)
+    if place.transposed:
+        tensor = transposed(tensor)
+    if place.rows is not None:
+        tensor = tensor.permuted(np.asarray(place.rows))
+    return tensor if tensor.shape == shape else tensor.reshaped(shape)
 
 
 def _deinterleave(config: ModelConfig, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """What each tensor is called in GGUF files and in Hugging Face checkpoints, and the order of q/k rows in GGUF.
 
 Canonical names are those of `ModelConfig.tensor_shapes`: `embed`, `norm`, `head`, and for each layer
-`layers.{i}.` followed by attn_norm, q, k, v, o, mlp_norm, gate, up, down (and `{matrix}_bias`).
+`layers.{i}.` followed by attn_norm, q, k, v, o, mlp_norm, gate, up, down (and `{matrix}_bias`), and what other families
+have besides. Here are the names that most families share; `family` says where one differs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ GGUF_LAYER = {
     "mlp_norm": "ffn_norm.weight",
     "gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
     "gate_bias": "ffn_gate.bias", "up_bias": "ffn_up.bias", "down_bias": "ffn_down.bias",
+    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight", "sinks": "attn_sinks.weight",
+    "attn_post_norm": "post_attention_norm.weight", "mlp_post_norm": "post_ffw_norm.weight",
+    "router": "ffn_gate_inp.weight", "router_bias": "ffn_gate_inp.bias",
+    "experts.gate": "ffn_gate_exps.weight", "experts.up": "ffn_up_exps.weight", "experts.down": "ffn_down_exps.weight",
+    "experts.gate_bias": "ffn_gate_exps.bias", "experts.up_bias": "ffn_up_exps.bias",
+    "experts.down_bias": "ffn_down_exps.bias",
+    "shared.gate": "ffn_gate_shexp.weight", "shared.up": "ffn_up_shexp.weight", "shared.down": "ffn_down_shexp.weight",
+    "shared_gate": "ffn_gate_inp_shexp.weight",
 }  # fmt: skip
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
+GGUF_SHORT_FACTORS, GGUF_LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 HF_MODEL = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 HF_LAYER = {
@@ -30,6 +40,13 @@ HF_LAYER = {
     "mlp_norm": "post_attention_layernorm.weight",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
     "gate_bias": "mlp.gate_proj.bias", "up_bias": "mlp.up_proj.bias", "down_bias": "mlp.down_proj.bias",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight", "sinks": "self_attn.sinks",
+    "attn_post_norm": "post_attention_layernorm.weight", "mlp_post_norm": "post_feedforward_layernorm.weight",
+    "router": "mlp.gate.weight",
+    "experts.gate": "mlp.experts.{x}.gate_proj.weight", "experts.up": "mlp.experts.{x}.up_proj.weight",
+    "experts.down": "mlp.experts.{x}.down_proj.weight",
+    "shared.gate": "mlp.shared_expert.gate_proj.weight", "shared.up": "mlp.shared_expert.up_proj.weight",
+    "shared.down": "mlp.shared_expert.down_proj.weight", "shared_gate": "mlp.shared_expert_gate.weight",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +155,12 @@ class Tensor:
         nbytes = whole.nbytes // self.shape[0]
         part = TensorInfo(f"{whole.name}[{i}]", whole.shape[1:], whole.type, whole.offset + i * nbytes, nbytes)
         return Tensor(part, self._source)
+
+    def reshaped(self, shape: tuple[int, ...]) -> Tensor:
+        """The same elements in another shape, with the last axis as it is: (n,) as (1, n)."""
+        if self._index is not None or math.prod(shape) != math.prod(self.shape) or shape[-1] != self.columns:
+            raise ValueError(f"{self!r} cannot be seen as {shape}")
+        return Tensor(replace(self._info, shape=shape), self._source)
 
     def quantized(self, layout: str) -> Panels:
         """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""

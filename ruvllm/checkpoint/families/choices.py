@@ -1,0 +1,72 @@
+"""Choices that several families make: windows by layer, experts, biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ruvllm.checkpoint.family import Choices, Sizes
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.model.config import FULL, SLIDING, ExpertsConfig, ModelConfig
+
+
+def windows(keys: Fields, sizes: Sizes, window: int | None, slides: Callable[[int], bool]) -> Choices:
+    """A window, and the layers that have one: those of ``layer_types``, or where it is absent those that slide."""
+    types = keys.get("layer_types", list)
+    if types is not None and len(types) != sizes.layers:
+        raise keys.error("layer_types", f"{len(types)} types", f"one for each of {sizes.layers} layers")
+    for kind in types or ():
+        if kind not in (FULL, SLIDING):
+            raise keys.error("layer_types", kind, f"{FULL!r} or {SLIDING!r}")
+    if types is None:
+        types = [SLIDING if window is not None and slides(i) else FULL for i in range(sizes.layers)]
+    return window_choices(keys, window, types)
+
+
+def window_choices(keys: Fields, window: int | None, types: list[str]) -> Choices:
+    """A window and the type of each layer, said in the shortest way."""
+    if SLIDING not in types:
+        return {}
+    if window is None:
+        raise keys.error("sliding_window", None, "an integer: layer_types has windowed layers")
+    return {"sliding_window": window, "layer_types": tuple(types) if FULL in types else ()}
+
+
+def biased(keys: Fields) -> Choices:
+    """``attention_bias``, which in transformers is one switch for q, k, v and o."""
+    bias = bool(keys.get("attention_bias", bool))
+    return {"attention_bias": bias, "attention_out_bias": bias}
+
+
+def sparse_layers(keys: Fields, sizes: Sizes) -> tuple[int, ...] | None:
+    """The layers with experts by decoder_sparse_step and mlp_only_layers; None: all."""
+    step, dense = keys.default("decoder_sparse_step", int, 1), keys.get("mlp_only_layers", list) or []
+    if step < 1:
+        raise keys.error("decoder_sparse_step", step, "a positive integer")
+    layers = tuple(i for i in range(sizes.layers) if i not in dense and (i + 1) % step == 0)
+    return None if len(layers) == sizes.layers else layers
+
+
+def gguf_experts(meta: Fields, size_key: str = "expert_feed_forward_length", **choices: Any) -> Choices:
+    """The experts that GGUF metadata describe."""
+    count, used = meta.require("expert_count", int), meta.require("expert_used_count", int)
+    size = meta.require(size_key, int)
+    return {"experts": ExpertsConfig(count=count, per_token=used, intermediate_size=size, **choices)}
+
+
+def gguf_expert_values(config: ModelConfig, normalised: bool) -> dict[str, Any]:
+    """GGUF metadata of experts. ValueError where their weights are not ``normalised`` as in all files of the family."""
+    experts = config.experts
+    if experts is None:
+        return {}
+    if experts.normalised != normalised:
+        raise ValueError(f"norm_topk_prob = {normalised}: found {experts.normalised}")
+    if experts.layers is not None:
+        raise ValueError(f"experts in every layer: found them in layers {experts.layers}")
+    values = {
+        "expert_count": experts.count, "expert_used_count": experts.per_token,
+        "expert_feed_forward_length": experts.intermediate_size,
+    }  # fmt: skip
+    if experts.shared_intermediate_size:
+        values["expert_shared_feed_forward_length"] = experts.shared_intermediate_size
+    return values

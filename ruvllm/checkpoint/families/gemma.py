@@ -1,0 +1,142 @@
+"""Gemma 1, 2 and 3: norms that are stored less one, embeddings times sqrt(E), GeGLU, windows by layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ruvllm.checkpoint.families.choices import biased, windows
+from ruvllm.checkpoint.family import Choices, Family, Sizes
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.model.config import FULL, SLIDING, ModelConfig, RopeConfig
+
+_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the older name also means the tanh approximation here
+_LOCAL_THETA = 10000.0
+
+
+def _common(sizes: Sizes) -> Choices:
+    return {"hidden_act": "gelu_tanh", "embedding_multiplier": math.sqrt(sizes.hidden)}
+
+
+def _hf_common(keys: Fields, sizes: Sizes) -> Choices:
+    key = "hidden_activation" if keys.get("hidden_activation", str) is not None else "hidden_act"
+    keys.require_plain(key, _ACTIVATIONS)
+    keys.require_plain("use_bidirectional_attention", (False,))
+    return _common(sizes) | biased(keys)
+
+
+def _gemma2(keys: Fields, sizes: Sizes) -> Choices:
+    window = keys.default("sliding_window", int, 4096)
+    return {
+        **_hf_common(keys, sizes), **windows(keys, sizes, window, lambda i: i % 2 == 0), "norms": "both",
+        "attention_multiplier": _scale(keys),
+        "attn_logit_softcapping": _optional(keys, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _optional(keys, "final_logit_softcapping", 30.0),
+    }  # fmt: skip
+
+
+def _gemma3(keys: Fields, sizes: Sizes) -> Choices:
+    window = keys.default("sliding_window", int, 4096)
+    pattern = keys.get("sliding_window_pattern", int) or keys.get("_sliding_window_pattern", int) or 6
+    choices = {
+        **_hf_common(keys, sizes), **windows(keys, sizes, window, lambda i: (i + 1) % pattern != 0), "norms": "both",
+        "qk_norm": "head", "attention_multiplier": _scale(keys),
+        "final_logit_softcapping": _optional(keys, "final_logit_softcapping", None),
+    }  # fmt: skip
+    parameters = keys.get("rope_parameters", dict) or {}
+    if not isinstance(parameters.get(SLIDING), dict):  # else both are read from there
+        choices["local_rope"] = RopeConfig(theta=keys.default("rope_local_base_freq", float, _LOCAL_THETA))
+    return choices
+
+
+def _scale(keys: Fields) -> float:
+    scalar = keys.default("query_pre_attn_scalar", float, 256.0)
+    if not scalar > 0:
+        raise keys.error("query_pre_attn_scalar", scalar, "a positive number")
+    return scalar**-0.5
+
+
+def _optional(keys: Fields, key: str, default: float | None) -> float | None:
+    return keys.get(key, float) if key in keys else default
+
+
+def _gguf_scale(sizes: Sizes, layers_of_27b: int) -> float:
+    """llama.cpp has no key for it: the largest model of each series has another scale than 1 / sqrt(D)."""
+    return (sizes.hidden / sizes.heads if sizes.layers == layers_of_27b else sizes.head_dim) ** -0.5
+
+
+def _gguf_gemma2(meta: Fields, sizes: Sizes) -> Choices:
+    window = meta.get("attention.sliding_window", int) or 4096
+    return {
+        **_common(sizes), **windows(meta, sizes, window, lambda i: i % 2 == 0), "norms": "both",
+        "attention_multiplier": _gguf_scale(sizes, 46),
+        "attn_logit_softcapping": meta.get("attn_logit_softcapping", float),
+        "final_logit_softcapping": meta.get("final_logit_softcapping", float),
+    }  # fmt: skip
+
+
+def _gguf_gemma3(meta: Fields, sizes: Sizes) -> Choices:
+    window, every = meta.get("attention.sliding_window", int), meta.get("attention.sliding_window_pattern", int) or 6
+    local = meta.get("rope.freq_base_swa", float)
+    return {
+        **_common(sizes), **windows(meta, sizes, window, lambda i: (i + 1) % every != 0), "norms": "both",
+        "qk_norm": "head", "attention_multiplier": _gguf_scale(sizes, 62),
+        "final_logit_softcapping": meta.get("final_logit_softcapping", float) or None,
+        "local_rope": RopeConfig(theta=_LOCAL_THETA if local is None else local) if window else None,
+    }  # fmt: skip
+
+
+def _values(config: ModelConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if config.sliding_window is not None:
+        values["attention.sliding_window"] = config.sliding_window
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name) is not None:
+            values[name] = float(getattr(config, name))
+    _require_known_pattern(config)
+    return values
+
+
+def _require_known_pattern(config: ModelConfig) -> None:
+    """Raise ValueError where the layers' windows or the scale are none that a GGUF file of this family can say."""
+    every = {"gemma2": 2, "gemma3_text": 6}.get(config.model_type)
+    if every is None:
+        return
+    sizes = Sizes(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        config.head_dim,
+    )  # fmt: skip
+    types = tuple(SLIDING if config.window(i) else FULL for i in range(sizes.layers))
+    if types != tuple(SLIDING if (i + 1) % every else FULL for i in range(sizes.layers)):
+        raise ValueError(f"a window in all layers but each {every}th: found {', '.join(types[:8])}")
+    if not math.isclose(config.attention_scale, _gguf_scale(sizes, 46 if every == 2 else 62)):
+        raise ValueError(f"an attention scale of 1 / sqrt(head_dim): found {config.attention_scale:.6g}")
+    if config.local_rope is not None and config.local_rope != RopeConfig(theta=_LOCAL_THETA):
+        raise ValueError(f"a rotary base of {_LOCAL_THETA:g} in windowed layers: found {config.local_rope.theta:g}")
+
+
+_NORMS = {"mlp_norm": "pre_feedforward_layernorm.weight"}
+_DEFAULTS = {
+    "head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": 8192, "bos_token_id": 2,
+    "eos_token_id": 1,
+}  # fmt: skip
+
+GEMMA = Family(
+    model_type="gemma", classes=("GemmaForCausalLM",), architecture="gemma", hf_choices=_hf_common,
+    gguf_choices=lambda meta, sizes: _common(sizes), gguf_values=_values, norm_offset=1.0,
+    defaults=_DEFAULTS | {"num_key_value_heads": 16},
+)  # fmt: skip
+GEMMA2 = Family(
+    model_type="gemma2", classes=("Gemma2ForCausalLM",), architecture="gemma2", hf_choices=_gemma2,
+    gguf_choices=_gguf_gemma2, gguf_values=_values, norm_offset=1.0, hf_names=_NORMS,
+    defaults=_DEFAULTS | {"num_key_value_heads": 4},
+)  # fmt: skip
+GEMMA3 = Family(
+    model_type="gemma3_text", classes=("Gemma3ForCausalLM", "Gemma3TextForCausalLM", "Gemma3ForConditionalGeneration"),
+    architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3, gguf_values=_values, norm_offset=1.0,
+    hf_names=_NORMS,
+    defaults=_DEFAULTS | {
+        "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6, "vocab_size": 262208,
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    },
+)  # fmt: skip

@@ -1,0 +1,150 @@
+"""Family: all that is particular to the files of one family of models, and where each tensor stands in them.
+
+A family's own file in ``families`` says what its keys mean and how its tensors are called; everything that families
+have in common is read in ``hf_config``, ``gguf_config`` and ``loader``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.names import GGUF_LAYER, GGUF_MODEL, HF_LAYER, HF_MODEL
+from ruvllm.model.config import ModelConfig
+
+Choices = dict[str, Any]  # fields of a ModelConfig
+
+
+class Place(NamedTuple):
+    """Where a tensor of the model stands in a file.
+
+    rows: those of the file's tensor that belong to it, of so many as ``height``; None: all. expert: its index along the
+    first of three axes, of so many as ``experts``. transposed: the file has (inputs, outputs).
+    """
+
+    name: str
+    rows: range | None = None
+    height: int = 0
+    expert: int | None = None
+    experts: int = 0
+    transposed: bool = False
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor, of which ours has ``shape``."""
+        if self.rows is not None:
+            shape = (self.height, *shape[1:])
+        if self.transposed:
+            shape = shape[::-1]
+        return shape if self.expert is None else (self.experts, *shape)
+
+
+class Sizes(NamedTuple):
+    """What families ask about a model before its configuration is complete."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+Fused = Callable[[ModelConfig], dict[str, Place]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family's files. ``{x}`` in a tensor's name is the number of an expert; without it experts are stacked.
+
+    Args:
+        model_type: in config.json; also the name of the family.
+        classes: what ``architectures`` in config.json may hold.
+        architecture: ``general.architecture`` of a GGUF file.
+        hf_choices: from the keys of config.json and the sizes, the fields of ModelConfig that are not common to all.
+        gguf_choices: the same from GGUF metadata, whose keys are read without the architecture's name.
+        gguf_values: the other way round: keys without the architecture's name, for a configuration.
+        defaults: keys of config.json that transformers fills in otherwise than for LLaMA.
+        hf_names, gguf_names: names of a layer's tensors where they differ from LLaMA's.
+        hf_fused, gguf_fused: parts of a layer that stand in a larger tensor.
+        interleaved: GGUF files hold the rows of q and k so that the pairs that turn together are neighbours.
+        norm_offset: what a norm's weight in safetensors lacks.
+        yarn_truncate: whether YaRN rounds its limits, which GGUF files do not say.
+        partial_rotary: ``partial_rotary_factor`` may rotate a part of each head.
+    """
+
+    model_type: str
+    classes: tuple[str, ...]
+    architecture: str
+    hf_choices: Callable[[Fields, Sizes], Choices] = lambda keys, sizes: {}
+    gguf_choices: Callable[[Fields, Sizes], Choices] = lambda meta, sizes: {}
+    gguf_values: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    hf_fused: Fused = lambda config: {}
+    gguf_fused: Fused = lambda config: {}
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    partial_rotary: bool = False
+    yarn_truncate: bool = True
+
+    def hf_places(self, config: ModelConfig) -> dict[str, Place]:
+        """Where each tensor stands in safetensors, by canonical name."""
+        return _places(config, HF_MODEL, HF_LAYER | dict(self.hf_names), self.hf_fused(config), "model.layers")
+
+    def gguf_places(self, config: ModelConfig) -> dict[str, Place]:
+        """Where each tensor stands in a GGUF file, by canonical name."""
+        return _places(config, GGUF_MODEL, GGUF_LAYER | dict(self.gguf_names), self.gguf_fused(config), "blk")
+
+
+def _places(
+    config: ModelConfig, model: Mapping[str, str], layer: Mapping[str, str], fused: Mapping[str, Place], prefix: str
+) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for name in config.tensor_shapes():
+        if not name.startswith("layers."):
+            places[name] = Place(model[name])
+            continue
+        _, number, part = name.split(".", 2)
+        place = _layer_place(config, layer, fused, part)
+        places[name] = place._replace(name=f"{prefix}.{number}.{place.name}")
+    return places
+
+
+def _layer_place(config: ModelConfig, layer: Mapping[str, str], fused: Mapping[str, Place], part: str) -> Place:
+    pieces = part.split(".")
+    if pieces[0] != "experts":
+        return fused.get(part) or Place(layer[part])
+    assert config.experts is not None
+    x, kind = int(pieces[1]), f"experts.{pieces[2]}"
+    place = fused.get(kind) or Place(layer[kind])
+    if "{x}" in place.name:
+        return place._replace(name=place.name.format(x=x))
+    return place._replace(expert=x, experts=config.experts.count)
+
+
+def fused_qkv(name: str) -> Fused:
+    """q, k and v one above the other in one tensor."""
+
+    def places(config: ModelConfig) -> dict[str, Place]:
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        bounds = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+        return {part: Place(name, range(*rows), q + 2 * kv) for part, rows in bounds.items()}
+
+    return places
+
+
+def fused_gate_up(name: str) -> Fused:
+    """Gate above up in one tensor."""
+
+    def places(config: ModelConfig) -> dict[str, Place]:
+        F = config.intermediate_size
+        return {"gate": Place(name, range(F), 2 * F), "up": Place(name, range(F, 2 * F), 2 * F)}
+
+    return places
+
+
+def both(first: Fused, second: Fused) -> Fused:
+    """The places of two."""
+    return lambda config: first(config) | second(config)

@@ -199,6 +199,9 @@ CONFIGS = {
         _sliding_window_pattern=6, use_bidirectional_attention=False,
     ),
     "gemma3_nested": _nested_gemma3(),
+    "gemma3_pattern": _gemma3(
+        4, layer_types=[_SLIDING, _FULL, _FULL, _SLIDING], rope_local_base_freq=3000.0, final_logit_softcapping=8.0
+    ),
     "smollm3": _smollm3(5, no_rope_layers=[1, 1, 1, 0, 1]),
     "smollm3_layers": _smollm3(
         4, no_rope_layers=[1, 0, 0, 1], use_sliding_window=True, sliding_window=10, attention_bias=True, mlp_bias=True
@@ -209,9 +212,7 @@ CONFIGS = {
     "granite_biased": _granite(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_hidden_layers=3),
     "phi3": _phi3(),
     "phi3_window": _phi3(sliding_window=11),
-    "phi3_short": _phi3(
-        max_position_embeddings=2048, rope_scaling=_longrope(8), tie_word_embeddings=True
-    ),
+    "phi3_short": _phi3(max_position_embeddings=2048, rope_scaling=_longrope(8), tie_word_embeddings=True),
     "phi3_long": _phi3(original_max_position_embeddings=32, rope_scaling=_longrope(8)),
     "phi4_mini": _phi3(
         partial_rotary_factor=0.75, original_max_position_embeddings=32, rope_scaling=_longrope(6),
@@ -234,7 +235,7 @@ CONFIGS = {
     "gpt_oss_truncated": _gpt_oss(truncate=True),
     "llama_yarn": _llama(
         rope_theta=500.0,
-        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 2.0},
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ),
     "llama_yarn_mscale": _llama(
         rope_theta=500.0,
@@ -247,6 +248,7 @@ CONFIGS = {
         rope_theta=500.0,
         rope_scaling={
             "type": "yarn", "factor": 6.0, "original_max_position_embeddings": 32, "attention_factor": 1.25,
+            "beta_fast": 2.0,
         },
     ),
     "llama_dynamic": _llama(max_position_embeddings=32, rope_scaling={"type": "dynamic", "factor": 2.0}),

@@ -1,9 +1,10 @@
 """Makes tests/data/architectures: what transformers computes from tiny random checkpoints of each architecture.
 
 Run ``python -m tests.data.make_architectures [NAME ...]`` where torch and transformers are installed
-(`pip install ruvllm[peers]`); the committed files were made with torch 2.13 and transformers 5.24. The weights are not
-stored: tests/model/tiny_checkpoints.py makes them from the tensors' names. They are written under the names that files
-on the Hub have, and read back by `from_pretrained`, which must find all of them and no others.
+(`pip install ruvllm[peers,test]`); the committed files were made with torch 2.13 and transformers 5.24. The weights are
+not stored: tests/model/tiny_checkpoints.py makes them from the tensors' names. They are written under the names that
+files on the Hub have, and read back by `from_pretrained`, which must find all of them and no others. As GGUF files they
+are read by llama.cpp (llama-cpp-python 0.3.36), which must compute the same logits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 import torch  # type: ignore[import-not-found]
 import transformers  # type: ignore[import-not-found]
 
 from tests.data.architecture_configs import CONFIGS, GENERATION, TOKENS
-from tests.model.tiny_checkpoints import DATA, Checkpoint, write_checkpoint
+from tests.model import tiny_gguf
+from tests.model.tiny_checkpoints import DATA, Checkpoint, read, write_checkpoint
 
 LEAST_GAP = 1e-3  # between the logits of the last expert chosen and of the first that is not
 MOST_ERROR = 4e-5  # of float32 against float64, so that 2e-4 is a fair bound for another order of sums
@@ -100,6 +103,25 @@ def _logits(checkpoint: Checkpoint, new: bool, dtype: torch.dtype = torch.float3
         return model.eval()(torch.tensor(checkpoint.ids)[None]).logits[0].numpy(), min(gaps)
 
 
+def check_gguf(name: str) -> None:
+    """llama.cpp reads the GGUF file of a variant and computes what transformers does."""
+    checkpoint = read(name)
+    ids = checkpoint.ids.tolist()
+    with tempfile.TemporaryDirectory() as directory:
+        path = tiny_gguf.write_gguf(Path(directory) / "model.gguf", checkpoint)
+        f32 = llama_cpp.GGML_TYPE_F32
+        model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, type_k=f32, type_v=f32, verbose=False)
+        model.eval(ids)
+        error = np.abs(model.scores[: len(ids)] - checkpoint.logits).max()
+        model.close()
+    # Its GELU is a table of float16; what else differs would move logits by whole units.
+    most = 1e-2 if name.startswith("gemma") else 1e-4
+    print(f"{name}: llama.cpp {error:.1e}", flush=True)
+    assert error < most, f"{name}: llama.cpp is {error} from transformers"
+
+
 if __name__ == "__main__":
     for variant in sys.argv[1:] or CONFIGS:
         make(variant)
+        if variant in tiny_gguf.VARIANTS:
+            check_gguf(variant)

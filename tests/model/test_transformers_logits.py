@@ -10,19 +10,23 @@ import pytest
 import ruvllm
 from ruvllm.llm import LLM
 from ruvllm.model.generate import Sampling, generate
-from tests.model import tiny_checkpoints
+from tests.model import tiny_checkpoints, tiny_gguf
 from tests.model.model_cases import logits, run
 
-FORMS = ("hub", "new")  # config.json as the Hub's files have it, and as transformers 5 writes it
 RUNNING = ("llama3",)  # of tiny_checkpoints.VARIANTS
-
-CASES = [(variant, form) for variant in RUNNING for form in FORMS]
+# A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, and a GGUF file.
+CASES = [(variant, form) for variant in RUNNING for form in ("hub", "new")]
+CASES += [(variant, "gguf") for variant in RUNNING if variant in tiny_gguf.VARIANTS]
 
 
 def load(variant: str, form: str, directory: Path, threads: int = 1) -> LLM:
     """The model of a variant in one of its forms, with float32 weights."""
-    tiny_checkpoints.write_checkpoint(directory, tiny_checkpoints.read(variant), new=form == "new")
-    return ruvllm.load(directory, weights="f32", threads=threads)
+    checkpoint = tiny_checkpoints.read(variant)
+    if form == "gguf":
+        path = tiny_gguf.write_gguf(directory / "model.gguf", checkpoint)
+    else:
+        path = tiny_checkpoints.write_checkpoint(directory, checkpoint, new=form == "new")
+    return ruvllm.load(path, weights="f32", threads=threads)
 
 
 @pytest.mark.parametrize(("variant", "form"), CASES)

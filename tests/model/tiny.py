@@ -72,7 +72,7 @@ def write_gguf(case: str, path: Path, dtype: str = "F32") -> Path:
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     _add_rope(writer, config, head_dim)
-    _add_vocabulary(writer, config["vocab_size"])
+    add_vocabulary(writer, config["vocab_size"])
     end_ids = config["eos_token_id"]
     if isinstance(end_ids, list):
         writer.add_eot_token_id(end_ids[1])
@@ -106,19 +106,24 @@ def _add_rope(writer: Any, config: dict[str, Any], head_dim: int) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "llama3":
-        divisors = []
-        for i in range(head_dim // 2):
-            wavelength = 2 * np.pi * theta ** (2 * i / head_dim)
-            turns = rope["original_max_position_embeddings"] / wavelength
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            smooth = (turns - low) / (high - low)
-            if turns > high:
-                divisors.append(1.0)
-            elif turns < low:
-                divisors.append(rope["factor"])
-            else:
-                divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
+        writer.add_tensor("rope_freqs.weight", np.array(llama3_divisors(rope, theta, head_dim), np.float32))
+
+
+def llama3_divisors(rope: dict[str, Any], theta: float, dim: int) -> list[float]:
+    """What LLaMA 3.1 divides the frequency of each pair by."""
+    divisors = []
+    for i in range(dim // 2):
+        wavelength = 2 * np.pi * theta ** (2 * i / dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = (turns - low) / (high - low)
+        if turns > high:
+            divisors.append(1.0)
+        elif turns < low:
+            divisors.append(rope["factor"])
+        else:
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return divisors
 
 
 def vocabulary(size: int) -> list[str]:
@@ -128,7 +133,8 @@ def vocabulary(size: int) -> list[str]:
     return (pieces + [a + b for a in letters for b in letters])[:size]
 
 
-def _add_vocabulary(writer: Any, size: int) -> None:
+def add_vocabulary(writer: Any, size: int, bos: int = 1, eos: int = 2) -> None:
+    """The tokenizer of ``vocabulary``."""
     pieces = vocabulary(size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
@@ -136,8 +142,8 @@ def _add_vocabulary(writer: Any, size: int) -> None:
     writer.add_token_types(
         [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.NORMAL] * (size - 3)]
     )
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(eos)
 
 
 def _add_tensor(writer: Any, name: str, array: NDArray[np.float32], dtype: str) -> None:

@@ -233,6 +233,15 @@ CONFIGS = {
     "olmoe_clipped": _olmoe(2, clip_qkv=1.2, norm_topk_prob=True, tie_word_embeddings=True),
     "gpt_oss": _gpt_oss(truncate=False, swiglu_limit=3.0),
     "gpt_oss_truncated": _gpt_oss(truncate=True),
+    "gpt_oss_mxfp4": _gpt_oss(
+        truncate=True, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=4,
+        layer_types=[_SLIDING, _FULL], quantization_config={
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+    ),
     "llama_yarn": _llama(
         rope_theta=500.0,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},

@@ -68,12 +68,21 @@ def _saved(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dic
     raw = (directory / "saved" / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     header.pop("__metadata__", None)
-    return new_config, {_hub_name(name): tuple(entry["shape"]) for name, entry in header.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in header.items():
+        shapes |= _on_the_hub(name, tuple(entry["shape"]), "quantization_config" in config)
+    return new_config, shapes
 
 
-def _hub_name(name: str) -> str:
-    """`save_pretrained` writes the names of the Hub, but for Gemma 3's vision tower, which has one more part there."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
+def _on_the_hub(name: str, shape: tuple[int, ...], mxfp4: bool) -> dict[str, tuple[int, ...]]:
+    """`save_pretrained` writes the names of the Hub, but for the vision tower of Gemma 3 and the blocks of GPT-OSS."""
+    if mxfp4 and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        experts, inputs, outputs = shape
+        return {
+            f"{name}_blocks": (experts, outputs, inputs // 32, 16),
+            f"{name}_scales": (experts, outputs, inputs // 32),
+        }
+    return {name.replace("vision_tower.", "vision_tower.vision_model."): shape}
 
 
 def _model_class(config: dict[str, Any]) -> Any:
@@ -88,11 +97,14 @@ def _logits(checkpoint: Checkpoint, new: bool, dtype: torch.dtype = torch.float3
         ordered = output[0].float().sort(dim=-1, descending=True).values
         gaps.append(float((ordered[:, module.top_k - 1] - ordered[:, module.top_k]).min()))
 
+    more = {}
+    if "quantization_config" in checkpoint.config:  # only GPUs compute with MXFP4
+        more["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), checkpoint, new)
         model, found = _model_class(checkpoint.config).from_pretrained(
             directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
-            output_loading_info=True,
+            output_loading_info=True, **more,
         )  # fmt: skip
     wrong = {key: value for key, value in found.items() if value}
     assert not wrong, wrong
@@ -114,8 +126,9 @@ def check_gguf(name: str) -> None:
         model.eval(ids)
         error = np.abs(model.scores[: len(ids)] - checkpoint.logits).max()
         model.close()
-    # Its GELU is a table of float16; what else differs would move logits by whole units.
-    most = 1e-2 if name.startswith("gemma") else 1e-4
+    # Its GELU is a table of float16, and it multiplies MXFP4 with activations of 8 bits. A wrong convention would move
+    # logits by whole units.
+    most = 1e-2 if name.startswith("gemma") else 0.3 if name.endswith("mxfp4") else 1e-4
     print(f"{name}: llama.cpp {error:.1e}", flush=True)
     assert error < most, f"{name}: llama.cpp is {error} from transformers"
 

@@ -34,8 +34,8 @@ class Checkpoint:
     ids: NDArray[np.int64]  # (T,)
     logits: Array  # (T, V)
 
-    def tensors(self) -> dict[str, Array]:
-        """All weights."""
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All weights, as files hold them: float32, or the bytes of MXFP4."""
         text = self.config.get("text_config", self.config)
         around_zero = text["model_type"].startswith("gemma")  # whose norms multiply by 1 + weight
         return {name: _tensor(name, shape, self.salt, around_zero) for name, shape in self.shapes.items()}
@@ -60,8 +60,11 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, new: bool = False)
     return directory
 
 
-def _tensor(name: str, shape: tuple[int, ...], salt: int, around_zero: bool) -> Array:
+def _tensor(name: str, shape: tuple[int, ...], salt: int, around_zero: bool) -> NDArray[Any]:
     """The weights of one tensor: wide, so that attention is peaked and logits are far from flat."""
+    if name.endswith(("_blocks", "_scales")):  # MXFP4: two numbers to a byte, and a power of 2 for each 32
+        raw = _raw(f"{salt}/{name}", int(np.prod(shape))).reshape(shape)
+        return (raw if name.endswith("_blocks") else 122 + raw % 3).astype(np.uint8)
     noise = _noise(f"{salt}/{name}", shape)
     if name.endswith("norm.weight"):
         return np.float32(0 if around_zero else 1) + np.float32(0.3) * noise
@@ -82,7 +85,9 @@ def _noise(key: str, shape: tuple[int, ...]) -> Array:
 
     NumPy promises the raw stream of a bit generator for ever, but not the normal numbers made of it.
     """
-    count = int(np.prod(shape))
-    raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw(count).astype("<u8")
-    sums = raw.view("<u2").reshape(count, 4).astype(np.int64).sum(1)
+    sums = _raw(key, int(np.prod(shape))).view("<u2").reshape(-1, 4).astype(np.int64).sum(1)
     return ((sums - 2 * 65535) * np.sqrt(3 / 4) / 32768).astype(np.float32).reshape(shape)
+
+
+def _raw(key: str, count: int) -> NDArray[np.uint64]:
+    return np.random.PCG64(zlib.crc32(key.encode())).random_raw(count).astype("<u8")

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.model import tiny
-from tests.model.tiny_checkpoints import Array, Checkpoint
+from tests.model.tiny_checkpoints import Checkpoint
 
 # Those that llama.cpp computes. It knows no windows of Qwen and Phi, no attention scale of Gemma's own, no other
 # pattern of layers without positions than SmolLM3's, no betas of YaRN in a file, and truncates them always.
 VARIANTS = (
-    "gemma", "gemma2", "gemma3", "gemma3_pattern", "gpt_oss_truncated", "granite", "granite_biased", "llama3",
-    "llama_yarn", "mixtral", "olmo2", "olmoe", "phi3", "phi3_long", "phi3_short", "phi4_mini", "qwen2", "qwen2_moe",
-    "qwen2_yarn", "qwen3", "qwen3_moe", "smollm3",
+    "gemma", "gemma2", "gemma3", "gemma3_pattern", "gpt_oss_mxfp4", "gpt_oss_truncated", "granite", "granite_biased",
+    "llama3", "llama_yarn", "mixtral", "olmo2", "olmoe", "phi3", "phi3_long", "phi3_short", "phi4_mini", "qwen2",
+    "qwen2_moe", "qwen2_yarn", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 ARCHITECTURES = {
     "gemma": "GEMMA", "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "gpt_oss": "GPT_OSS", "granite": "GRANITE",
@@ -34,7 +34,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint as llama.cpp's converter would, all in F32."""
+    """Write a checkpoint as llama.cpp's converter would, in F32 (and MXFP4 where it is so)."""
     config = checkpoint.config
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config["model_type"]]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
@@ -48,7 +48,8 @@ def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
         for part, values in _split(name, array).items():
             gguf_name = names.get_name(part, (".weight", ".bias"))
             assert gguf_name is not None, part
-            writer.add_tensor(gguf_name, np.ascontiguousarray(_converted(part, values, config)))
+            kind = gguf.GGMLQuantizationType.MXFP4 if values.dtype == np.uint8 else None
+            writer.add_tensor(gguf_name, np.ascontiguousarray(_converted(part, values, config)), raw_dtype=kind)
     for name, factors in rope.items():
         writer.add_tensor(name, np.array(factors, np.float32))
     writer.write_header_to_file()
@@ -135,12 +136,16 @@ def _add_rope(writer: Any, config: dict[str, Any]) -> dict[str, list[float]]:
     return {}
 
 
-def _merged(tensors: dict[str, Array]) -> dict[str, Array]:
+def _merged(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """With the matrices of all experts of a layer stacked: (experts, rows, columns)."""
-    merged: dict[str, Array] = {}
-    stacks: dict[str, dict[int, Array]] = {}
+    merged: dict[str, NDArray[Any]] = {}
+    stacks: dict[str, dict[int, NDArray[Any]]] = {}
     for name, array in tensors.items():
-        if found := EXPERT.fullmatch(name):
+        if name.endswith("_blocks"):
+            merged[name.removesuffix("_blocks")] = _mxfp4(array, tensors[name.removesuffix("_blocks") + "_scales"])
+        elif name.endswith("_scales"):
+            continue
+        elif found := EXPERT.fullmatch(name):
             where, number, part = found.groups()
             stacks.setdefault(f"{where}.{part}.weight", {})[int(number)] = array
         else:
@@ -148,14 +153,21 @@ def _merged(tensors: dict[str, Array]) -> dict[str, Array]:
     return merged | {name: np.stack([stack[x] for x in range(len(stack))]) for name, stack in stacks.items()}
 
 
-def _split(name: str, array: Array) -> dict[str, Array]:
+def _mxfp4(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(experts, outputs, bytes): GGUF's blocks are a scale, then bytes of numbers i and i + 16, not 2i and 2i + 1."""
+    numbers = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    packed = np.concatenate([scales[..., None], numbers[..., :16] | numbers[..., 16:] << 4], axis=-1)
+    return packed.reshape(*scales.shape[:2], -1)
+
+
+def _split(name: str, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """GPT-OSS: gate and up apart, rows of outputs, names that end like the others'."""
     if name.endswith("sinks"):
         return {name + ".weight": array}
     if not name.endswith(("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj_bias", "down_proj")):
         return {name: array}
     stem, biased = name.removesuffix("_bias"), name.endswith("_bias")
-    rows = array if biased else array.swapaxes(-1, -2)
+    rows = array if biased or array.dtype == np.uint8 else array.swapaxes(-1, -2)
     end = ".bias" if biased else ".weight"
     if stem.endswith("gate_up_proj"):
         stem = stem.removesuffix("gate_up_proj")
@@ -163,7 +175,7 @@ def _split(name: str, array: Array) -> dict[str, Array]:
     return {stem + end: rows}
 
 
-def _converted(name: str, array: Array, config: dict[str, Any]) -> NDArray[np.float32]:
+def _converted(name: str, array: NDArray[Any], config: dict[str, Any]) -> NDArray[Any]:
     """The values that the file holds in place of transformers'."""
     if config["model_type"].startswith("gemma") and name.endswith("norm.weight"):
         return array + np.float32(1)

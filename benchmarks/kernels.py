@@ -29,7 +29,8 @@ import ruvllm
 from benchmarks._table import NOT_INSTALLED, Headings, chosen, table_head, table_line
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.attention.kv import append
-from ruvllm.kernels.attention.prefill import cached_attention, scratch_size
+from ruvllm.kernels.attention.prefill import attend_cache, prompt_scratch_size, scoring_of
+from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.matmul.panels import linear_panels, pack, panel_count, panels_matmul, panels_matmul_parallel
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import num_threads
@@ -86,10 +87,10 @@ def cached(spec: KernelSpec, inputs: Inputs) -> tuple[KernelSpec, tuple[Any, ...
     length, kv_heads, dim = k.shape
     keys, values = aligned_empty((kv_heads, length // 16, dim, 16)), aligned_empty((kv_heads, length, dim))
     append(k, v, keys, values, np.arange(length))
-    scratch = np.empty((num_threads(), scratch_size(dim)), np.float32)
+    scratch = np.empty((num_threads(), prompt_scratch_size(dim)), np.float32)
     out = np.empty((1, *q.shape), np.float32)
-    spec = replace(spec, function=cached_attention, compiled=())
-    return spec, (q[None], keys, values, np.array([length - 1]), None, dim**-0.5, out, scratch)
+    spec = replace(spec, function=attend_cache, compiled=())
+    return spec, (q[None], Cache(keys, values), np.array([length - 1]), scoring_of(None, dim**-0.5), out, scratch)
 
 
 FORMS = {LINEAR: packed_linear, CACHED: cached}

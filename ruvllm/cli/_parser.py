@@ -144,7 +144,7 @@ _ONLY = "a table (attention, gqa, bandwidth, norms, matmul, rope, lora, layers, 
 _EXPLAIN = """\
 What the compiler made of a kernel's loops: their width in bits, multiply-adds, integer dot products, spills, cache
 lines read and written per number, calls of functions. For this processor, or for one that this machine need not be.
-NAME is a kernel (rms_norm, gemv ...) or a part of a model (quant_matmul, attend_units ...).
+NAME is a kernel (rms_norm, gemv ...) or a part of a model (quant_matmul, attend_prompt ...).
 
 examples:
   ruvllm explain rms_norm

@@ -16,7 +16,7 @@ _ONE = np.float32(1)
 
 
 @kernel(independent=True)
-def softcap_range(x: Any, cap: Any, out: Any, lo: Any, hi: Any) -> None:
+def softcap_range(x, cap, out, lo, hi):
     """Elements lo:hi of softcap. x, out (n,)."""
     limit, x, out = np.float32(cap), x[lo:hi], out[lo:hi]
     inverse = _ONE / limit
@@ -53,7 +53,7 @@ def softcap(x: Any, cap: float, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(independent=True)
-def clamped_swiglu_range(gate: Any, up: Any, limit: Any, alpha: Any, out: Any, lo: Any, hi: Any) -> None:
+def clamped_swiglu_range(gate, up, limit, alpha, out, lo, hi):
     """Elements lo:hi of clamped_swiglu. gate, up, out (n,)."""
     most, slope = np.float32(limit), np.float32(alpha)
     gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]

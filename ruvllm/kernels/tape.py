@@ -26,7 +26,7 @@ import numpy as np
 
 from ruvllm.kernels.experts import MAX_EXPERTS
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, view_kernel
-from ruvllm.kernels.jit.views import array_at, load_integers
+from ruvllm.kernels.jit.views import array_at, integer_loader
 from ruvllm.kernels.simd.vectors import prefetch_l2
 from ruvllm.kernels.threads.regions import CFunction, Region
 from ruvllm.kernels.threads.team import (
@@ -120,14 +120,21 @@ def row_range(m: Any) -> Any:
 class Operation(CFunction):
     """What one member does for one row of the tape; made by ``@operation`` from ``body(member, *arguments)``.
 
-    ``arguments`` are the body's parameter names; recorders pass them by keyword.
+    ``arguments`` are the body's parameter names; recorders pass them by keyword. A parameter that is annotated with a
+    class of named tuples stands for its fields.
     """
 
     parameters = 4  # table, row, rank, size
 
     def __init__(self, body: Callable[..., None]) -> None:
-        self.arguments = tuple(inspect.signature(body).parameters)[1:]
-        super().__init__(_entry(body, len(self.arguments)))
+        parameters = list(inspect.signature(body).parameters.values())[1:]
+        groups = tuple(getattr(p.annotation, "_fields", None) and p.annotation for p in parameters)
+        self.arguments = tuple(
+            name
+            for p, group in zip(parameters, groups, strict=True)
+            for name in (group._fields if group else (p.name,))
+        )
+        super().__init__(_entry(body, groups))
 
     if DISABLE_JIT:
 
@@ -139,14 +146,14 @@ class Operation(CFunction):
             return len(OPERATIONS)
 
 
-def _entry(body: Callable[..., None], count: int) -> Callable[[Any, Any, Any, Any], None]:
+def _entry(body: Callable[..., None], groups: tuple[Any, ...]) -> Callable[[Any, Any, Any, Any], None]:
     """The C function around a body: it unpacks the row."""
-    inlined = view_kernel(body)
+    inlined, load = view_kernel(body), integer_loader(groups)
 
     def call(table: Any, row: Any, rank: Any, size: Any) -> None:
         header, fields = array_at(table, HEADER_SIZE, np.int64), array_at(row, FIELDS, np.int64)
         m = Member(header, rank, size, header[fields[COUNT]], fields[REPLICATED])
-        inlined(m, *load_integers(row + ARGUMENTS * 8, count))
+        inlined(m, *load(row + ARGUMENTS * 8))
 
     call.__name__, call.__qualname__, call.__doc__ = body.__name__, body.__qualname__, body.__doc__
     return call

@@ -6,9 +6,7 @@ import numpy as np
 
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.quant.activations import round_activations
-from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, SIDE, token_blocks
-
-Rounded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # xq, xs, offsets, totals, outliers
+from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, SIDE, Rounded, token_blocks
 
 
 class Activations:
@@ -36,10 +34,10 @@ class Activations:
             B, S = token_blocks(T)
             shape = B, -(-self.x.shape[1] // GROUP), S
             n = B * shape[1] * S
-            self._rounded = (
+            self._rounded = Rounded(
                 self._codes[: n * GROUP].reshape(*shape, GROUP), self._scales[:n].reshape(shape),
                 self._offsets[: n * OFFSETS].reshape(*shape, OFFSETS), self._totals[:n].reshape(shape),
                 self._outliers[:T],
             )  # fmt: skip
-            round_activations(self.x, *self._rounded)
+            round_activations(self.x, self._rounded)
         return self._rounded

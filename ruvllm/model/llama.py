@@ -10,7 +10,7 @@ import numpy as np
 
 import ruvllm.kernels as K
 from ruvllm.errors import printable
-from ruvllm.kernels.attention.prefill import scratch_size
+from ruvllm.kernels.attention.prefill import prompt_scratch_size
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
@@ -241,7 +241,7 @@ class _Scratch:
     """What attention needs beside its arrays, for each thread."""
 
     def __init__(self, tokens: int, threads: int, dim: int) -> None:
-        self.tokens, self.floats = tokens, aligned_empty((threads, scratch_size(dim)))
+        self.tokens, self.floats = tokens, aligned_empty((threads, prompt_scratch_size(dim)))
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.decode import chunk_count, partial_width, token_scratch_size
-from ruvllm.kernels.attention.prefill import scratch_size
+from ruvllm.kernels.attention.prefill import prompt_scratch_size
 from ruvllm.kernels.memory import aligned_empty, aligned_zeros
 from ruvllm.kernels.operations import broadcast
 from ruvllm.kernels.quant.layout import SIDE
@@ -110,7 +110,7 @@ class Working:
         self.logits: np.ndarray | None = None
         self.capacity = token_capacity(tokens)
         chunks = chunk_count(cache.max_tokens)
-        scratch = max(scratch_size(D), token_scratch_size(D, heads // config.num_key_value_heads))
+        scratch = max(prompt_scratch_size(D), token_scratch_size(D, heads // config.num_key_value_heads))
         self.positions = np.zeros(tokens, np.int64)
         self.sync = aligned_empty(sync_size(threads), np.int64)
         self.partial = aligned_empty((heads, chunks, partial_width(D)))

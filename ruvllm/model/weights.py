@@ -124,7 +124,7 @@ class IntegerWeights:
 
     def matmul(self, x: Activations, out: np.ndarray) -> None:
         """out (T, N) = x W^T, with x rounded to 8 bits."""
-        linear_quant(*self.panels, *x.rounded(), out)
+        linear_quant(self.panels, x.rounded(), out)
 
     def matmul_transposed(self, dy: np.ndarray, out: np.ndarray, add: bool) -> None:
         """out (T, K) = dy W, or += with ``add``; dy is not rounded."""

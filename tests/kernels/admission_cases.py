@@ -140,13 +140,13 @@ class Model:
         sync = self.sync
         for i in range(m.size):
             member = (m.rank + i) % m.size
-            lo, hi = team_module.part(UNITS, member, m.size)
-            counter = team_module.share_of(sync, m.rank, member, 0)
-            unit = lo + team_module.take_turn(sync, counter, False)
-            while unit < hi:
+            counter = team_module.counter_of(sync, m.rank, member, 0)
+            share = team_module.share_of(UNITS, sync, counter, member, m.size)._replace(alone=False)
+            unit = share.lo + team_module.take_chunk(share)
+            while unit < share.hi:
                 self.done[layer, unit] += 1
                 self.scheduler.store(self.partial[layer], unit, mine * 3 + unit)
-                unit = lo + team_module.take_turn(sync, counter, False)
+                unit = share.lo + team_module.take_chunk(share)
 
     def total(self, m: Any, layer: int) -> None:
         self.sizes.setdefault(layer, set()).add(int(m.size))

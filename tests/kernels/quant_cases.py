@@ -12,7 +12,7 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, kernel
 from ruvllm.kernels.quant.activations import quantize_activations
-from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, token_blocks
+from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, Rounded, token_blocks
 from ruvllm.kernels.quant.matmul import quant_matmul
 from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
@@ -142,7 +142,7 @@ def activations(x: np.ndarray) -> Activations:
     xs, totals = np.full((2, blocks, groups, side), np.float32(99))
     offsets = np.full((blocks, groups, side, 4), 99, np.int32)
     outliers = np.full((tokens, OUTLIERS, 2), np.float32(99))
-    quantize_activations(x, xq, xs, offsets, totals, outliers, 0, tokens)
+    quantize_activations(x, Rounded(xq, xs, offsets, totals, outliers), 0, tokens)
     return Activations(xq, xs, offsets, totals, outliers)
 
 
@@ -157,7 +157,7 @@ def unit_activations(xq: np.ndarray) -> Activations:
 def multiply(w: Weights, x: Activations) -> np.ndarray:
     """y (T, N), with quant_matmul."""
     out = np.full((len(x.outliers), len(w.codes)), np.nan, np.float32)
-    quant_matmul(*w.panels, *x, out, 0, len(w.panels.blocks))
+    quant_matmul(w.panels, Rounded(*x), out, 0, len(w.panels.blocks))
     return out
 
 

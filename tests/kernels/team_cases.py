@@ -18,7 +18,7 @@ from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.threads import regions
 from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.regions import Region
-from ruvllm.kernels.threads.team import barrier, join_team, part, share_of, sync_size, take_turn
+from ruvllm.kernels.threads.team import barrier, counter_of, join_team, part, share_of, sync_size, take_chunk
 
 if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels.threads.atomics_python import atomic_add, atomic_load, pause
@@ -33,18 +33,17 @@ SLOT = 8  # numbers between the members' values: a cache line each
 
 @inline_kernel
 def visit(items: Any, r: Any, sync: Any, rank: Any, size: Any) -> None:
-    """Visit each item once in each of one to three shares, by turns; one member is slower, and others help it."""
-    for share in range(r % 3 + 1):
+    """Visit each item once for each of one to three counters; one member is slower, and others help it."""
+    for counter in range(r % 3 + 1):
         for i in range(size):
             member = (rank + i) % size
-            lo, hi = part(items.size, member, size)
-            counts = share_of(sync, rank, member, share)
-            item = lo + take_turn(sync, counts, size == 1)
-            while item < hi:
+            share = share_of(items.size, sync, counter_of(sync, rank, member, counter), member, size)
+            item = share.lo + take_chunk(share)
+            while item < share.hi:
                 atomic_add(items, item, 1)
                 for _ in range(10 if rank == r % size else 0):
                     pause()
-                item = lo + take_turn(sync, counts, size == 1)
+                item = share.lo + take_chunk(share)
 
 
 @inline_kernel

@@ -14,7 +14,8 @@ from ruvllm.kernels import (
     softmax_attention,
 )
 from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
-from ruvllm.kernels.attention.prefill import cached_attention, scratch_size
+from ruvllm.kernels.attention.prefill import attend_cache, prompt_scratch_size, scoring_of
+from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.matmul.micro_kernels import LANES
 
 Array = np.ndarray
@@ -309,24 +310,24 @@ def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | Non
             keys[...] = np.where(np.isnan(as_numbers(keys)), np.zeros((), dtype), keys)  # masked lanes may be read
         values[:, :length, 18:] = 0
         q = normal(tokens, 6, 18)
-        out, scratch = np.empty_like(q), np.empty((2, scratch_size(18)), np.float32)
+        out, scratch = np.empty_like(q), np.empty((2, prompt_scratch_size(18)), np.float32)
         positions = np.arange(first, length)
         reach = window or length
         expected = attended(q, k, v, lambda t: range(max(0, first + t - reach + 1), first + t + 1), 0.25)  # noqa: B023
         values[:, length:] = 0
-        assert cached_attention(q, keys, values, positions, window, 0.25, out, scratch) is out
+        assert attend_cache(q, Cache(keys, values), positions, scoring_of(window, 0.25), out, scratch) is out
         assert_near(out, expected)
 
 
 def test_many_tokens_on_several_threads_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a thread takes turns of what others have not done: nine on fewer cores."""
+    """Also where a thread steals what others have not done: nine threads on fewer cores."""
     _, _, keys, values = cache(300, 3, 18, np.float32)
     q, positions = normal(300, 6, 18), np.arange(300)
     answers = []
     for threads in (1, 2, 5, 9):
         monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
-        scratch, out = np.empty((threads, scratch_size(18)), np.float32), np.full(q.shape, np.float32(np.nan))
-        answers.append(cached_attention(q, keys, values, positions, None, 0.25, out, scratch))
+        scratch, out = np.empty((threads, prompt_scratch_size(18)), np.float32), np.full(q.shape, np.float32(np.nan))
+        answers.append(attend_cache(q, Cache(keys, values), positions, scoring_of(None, 0.25), out, scratch))
     for answer in answers:
         np.testing.assert_array_equal(answer, answers[0])
     assert np.isfinite(answers[0]).all()
@@ -339,8 +340,9 @@ def test_one_token_on_several_threads_is_the_same(window: int | None, monkeypatc
     answers = []
     for threads in (1, 2, 5, 9):
         monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
-        scratch = np.empty((threads, scratch_size(18)), np.float32)
-        answers.append(cached_attention(q, keys, values, position, window, 0.25, np.empty_like(q), scratch))
+        scratch = np.empty((threads, prompt_scratch_size(18)), np.float32)
+        scoring, out = scoring_of(window, 0.25), np.empty_like(q)
+        answers.append(attend_cache(q, Cache(keys, values), position, scoring, out, scratch))
     for other in answers[1:]:
         np.testing.assert_array_equal(other, answers[0])
 

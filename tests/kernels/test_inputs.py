@@ -21,6 +21,7 @@ from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.norm import rms_norm_rows
 from ruvllm.kernels.quant import weights as quantize
 from ruvllm.kernels.quant.activations import quantize_activations
+from ruvllm.kernels.quant.layout import Rounded
 from ruvllm.kernels.sampling.ranking import argmax_index
 from ruvllm.kernels.simd.vectors import f32_load, f32_store
 from tests.kernels import spec_cases as cases
@@ -240,6 +241,7 @@ def test_bodies_refuse_to_write_what_they_would_spoil() -> None:
     read_only.flags.writeable = False
     with pytest.raises(NumbaError, match="readonly array"):
         softmax_rows(x, read_only, 0, 4)
-    rounded = [np.zeros((1, 1, 4, 32), np.int32), np.zeros((1, 1, 4), np.float32), np.zeros((1, 1, 4, 4), np.int32)]
+    wrong, scales = np.zeros((1, 1, 4, 32), np.int32), np.zeros((1, 1, 4), np.float32)
+    rounded = Rounded(wrong, scales, np.zeros((1, 1, 4, 4), np.int32), scales, np.zeros((4, 4, 2), np.float32))
     with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8 or uint8, found"):
-        quantize_activations(x, *rounded, np.zeros((1, 1, 4), np.float32), np.zeros((4, 4, 2), np.float32), 0, 4)
+        quantize_activations(x, rounded, 0, 4)

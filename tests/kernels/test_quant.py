@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels.quant.activations import quantize_activations_parallel
-from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS
+from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, Rounded
 from ruvllm.kernels.quant.matmul import quant_matmul, quant_matmul_parallel
 from tests.kernels import quant_cases as cases
 
@@ -64,10 +64,10 @@ def test_same_for_one_and_two_threads(kind: int, mins: bool) -> None:
         expected = cases.multiply(w, x)
         for threads in (1, 2, 3):
             out = np.full_like(expected, np.nan)
-            quant_matmul_parallel(*w.panels, *x, out, threads)
+            quant_matmul_parallel(w.panels, Rounded(*x), out, threads)
             np.testing.assert_array_equal(out, expected)
             parallel = cases.Activations(*(np.empty_like(array) for array in x))
-            quantize_activations_parallel(threads, tokens, numbers, *parallel)
+            quantize_activations_parallel(threads, tokens, numbers, Rounded(*parallel))
             for array, same in zip(parallel.rows(), x.rows(), strict=True):
                 np.testing.assert_array_equal(array, same)
 
@@ -80,7 +80,7 @@ def test_only_its_own_outputs_are_written(kind: int, mins: bool) -> None:
         x = cases.activations(rng.standard_normal((tokens, 64), np.float32))
         buffer = np.full(tokens * n + 64, np.float32(-5))
         out = buffer[32 : 32 + tokens * n].reshape(tokens, n)
-        quant_matmul_parallel(*w.panels, *x, out, 2)
+        quant_matmul_parallel(w.panels, Rounded(*x), out, 2)
         np.testing.assert_array_equal(out, cases.multiply(w, x))
         assert (buffer[:32] == -5).all() and (buffer[-32:] == -5).all()
 
@@ -93,7 +93,7 @@ def test_an_empty_range_of_panels_writes_nothing(kind: int, mins: bool) -> None:
     x = cases.activations(rng.standard_normal((1, 64), np.float32))
     out = np.full((1, 100), np.float32(-5))
     for p in range(8):
-        quant_matmul(*w.panels, *x, out, p, p)
+        quant_matmul(w.panels, Rounded(*x), out, p, p)
     assert (out == -5).all()
 
 
@@ -220,12 +220,16 @@ def test_integers_are_the_same_on_other_cpus_and_without_a_compiler() -> None:
 
 INSPECT = """
 from numba import int64, types
+from ruvllm.kernels.quant.layout import Rounded
+from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.quant.matmul import quant_matmul
 def array(element, axes):
     return types.Array(element, axes, "C")
 blocks, x = array(types.uint8, 3), array(types.float32, 2)
 xq, xs, offsets = array(types.int8, 4), array(types.float32, 3), array(types.int32, 4)
-quant_matmul.compile((int64, types.boolean, blocks, xq, xs, offsets, xs, xs, x, int64, int64))
+w = types.NamedTuple((int64, types.boolean, blocks), Panels)
+rounded = types.NamedTuple((xq, xs, offsets, xs, xs), Rounded)
+quant_matmul.compile((w, rounded, x, int64, int64))
 print(*quant_matmul.inspect_asm().values())
 """
 

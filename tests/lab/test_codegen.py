@@ -14,7 +14,7 @@ from ruvllm.lab._calls import calls_of_models
 
 WIDTHS = {"haswell": 256, "apple-m4": 128}
 MODEL_BODIES = (
-    "quant_matmul", "quantize_activations", "panels_matmul", "attend_token_chunks", "merge_chunks",
+    "quant_matmul", "quantize_activations", "panels_matmul", "attend_token", "merge_chunks",
     "low_rank_down", "low_rank_up", "transposed_quant", "transposed_float",
 )  # fmt: skip
 MOVE_ONLY = {"kv_append"}  # nothing is computed
@@ -30,9 +30,7 @@ def test_bodies_of_models_are_those_that_models_call() -> None:
     assert set(MODEL_BODIES) <= set(calls_of_models())
 
 
-@pytest.mark.parametrize(
-    ("name", "target"), [*product((*KERNELS, *MODEL_BODIES), WIDTHS), *product(KERNELS, ["host"])]
-)
+@pytest.mark.parametrize(("name", "target"), [*product((*KERNELS, *MODEL_BODIES), WIDTHS), *product(KERNELS, ["host"])])
 def test_loops_are_vectors(explanations: dict[tuple[str, str], Explanation], name: str, target: str) -> None:
     found = explanations[name, target]
     if name in MOVE_ONLY:

@@ -17,7 +17,7 @@ from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.tape import Operation
 from ruvllm.kernels.threads.pool import limited_to
-from ruvllm.kernels.threads.team import SHARES
+from ruvllm.kernels.threads.team import COUNTERS
 from ruvllm.model import Llama
 from ruvllm.model.lora import MicroLora
 from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig
@@ -188,7 +188,7 @@ def test_barriers_are_enough_and_none_is_needless(name: str, layout: str, tokens
         assert not list(conflicts(phase, memory))
     for before, after in pairwise(phases):
         called = {s.segment for s in before} & tape.calls.keys() - {s.segment for s in after}
-        counters = sum(step.counted for step in before) >= SHARES and any(step.counted for step in after)
+        counters = sum(step.counted for step in before) >= COUNTERS and any(step.counted for step in after)
         assert called or counters or any(True for _ in conflicts(before + after, memory)), (
             f"needless barrier before {after[0].label}"
         )

@@ -1,13 +1,17 @@
-"""Attention of one new token over a KV cache, cut into chunks of positions so that threads can share long contexts.
+"""Attention of one new token over a KV cache ("flash-decoding", Dao et al. 2023).
 
-Each kv head and chunk of 256 positions is a unit: it gives, for every query head of the group, the largest score m,
-l = sum 2^(score - m) and the sum of values weighted by 2^(score - m), with scores scaled by log2(e) so that 2^x serves
-for e^x. ``merge_chunks`` adds the chunks of a head up, each times 2^(m - largest m) ("flash-decoding", Dao et al.
-2023). Chunks are cut at fixed positions, so the result does not depend on the number of threads. The cache's layout is
-that of attention/kv.py.
+For each query head, out = sum_s softmax(scale q k_s) v_s over the cached positions s. A long context is work enough for
+all threads, so positions are cut into chunks of 256. A unit of work is one chunk of one kv head: ``attend_token``
+computes for every query head of the kv head's group
+
+    m = max score,   l = sum 2^(score - m),   o = sum 2^(score - m) v
+
+with scores scaled by log2(e), so that 2^x serves for e^x. ``merge_chunks`` then rescales each chunk to the largest m
+of its head and adds them: out = sum o 2^(m - top) / sum l 2^(m - top). Chunks begin at fixed positions, so the result
+does not depend on the number of threads. The layout of the cache is described in attention/kv.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +19,15 @@ from ruvllm.kernels.attention.tile import (
     CHUNK,
     LOG2_E,
     PAIRS,
+    Heads,
+    Keys,
+    Queries,
+    Span,
     copy_queries,
     largest_score,
     scores,
     to_weights,
-    turned_4,
+    transpose_4,
 )
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.views import flat
@@ -39,105 +47,110 @@ from ruvllm.kernels.simd.vectors import (
     store_rows,
 )
 
-GROUP = 4  # query heads that read a block of keys and values together
+HEAD_TILE = 4  # query heads that share each load of keys and values
 
 
 def partial_width(head_dim: int) -> int:
-    """Floats of one head's result of one chunk: the weighted sum, padded to whole vectors, then m and l."""
+    """Floats of one head's result of one chunk: o, padded to whole vectors, then m and l."""
     return (head_dim + LANES - 1) // LANES * LANES + LANES
 
 
 def token_scratch_size(head_dim: int, group: int) -> int:
-    """Floats of scratch that one thread needs: scores of the heads of a group; queries and sums of GROUP of them."""
+    """Floats of scratch per thread: scores of the heads of a group; queries and sums of HEAD_TILE of them."""
     wide = (head_dim + LANES - 1) // LANES * LANES
-    return (group + GROUP - 1) // GROUP * GROUP * CHUNK + GROUP * LANES + 2 * GROUP * wide
+    return (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK + HEAD_TILE * LANES + 2 * HEAD_TILE * wide
 
 
 def chunk_count(positions: int) -> int:
-    """Chunks that may hold ``positions`` positions."""
+    """Chunks of so many positions."""
     return (positions + CHUNK - 1) // CHUNK
 
 
+class Rows(NamedTuple):
+    """Rows of values, flat: row s begins at elements[start + s stride]."""
+
+    elements: Any
+    start: Any
+    stride: Any
+    count: Any
+
+
 @kernel(strict=True)
-def attend_token_chunks(
-    q: Any, keys: Any, values: Any, position: Any, window: Any, scale: Any, partial: Any, scratch: Any, lo: Any, hi: Any
-) -> None:
+def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     """Units lo:hi of the token at ``position``: unit = kv head * chunks + chunk, counted from the first chunk it sees.
 
-    q (H, D); partial (H, chunks, partial_width(D)); scratch (token_scratch_size(D, H / KV),).
+    q (H, D); cache: a ``Cache``; scoring: a ``Scoring``; partial (H, chunks, partial_width(D));
+    scratch (token_scratch_size(D, H / KV),).
     """
     heads, dim = q.shape
+    keys, values = cache.keys, cache.values
     group = heads // keys.shape[0]
     wide = values.shape[2]
     width = partial.shape[2]
-    first, end = max(0, position - window + 1), position + 1
+    first, end = max(0, position - scoring.window + 1), position + 1
     first_chunk = first // CHUNK
     chunks = (end + CHUNK - 1) // CHUNK - first_chunk
     q_flat, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
     block = keys.shape[2] * LANES
-    stage = (group + GROUP - 1) // GROUP * GROUP * CHUNK
-    queries = stage + GROUP * LANES
-    sums = queries + GROUP * wide
-    for i in range(stage, queries, LANES):
+    panels = Keys(keys_flat, block, dim)
+    stage = (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK
+    queries = Queries(scratch, stage + HEAD_TILE * LANES, HEAD_TILE)
+    sums = queries.start + HEAD_TILE * wide
+    for i in range(stage, queries.start, LANES):
         f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
         kv, c = unit // chunks, unit % chunks
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
-        start, stop = begin - base, min(end - base, CHUNK)
+        span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
         ki = (kv * keys.shape[1] + begin // LANES) * block
         vi = (kv * values.shape[1] + begin) * wide
-        for r in range(0, group, GROUP):
+        count = span.stop - span.start
+        for r in range(0, group, HEAD_TILE):
             copy_queries(
-                q_flat, r, min(GROUP, group - r), kv, group, heads, dim, scale * LOG2_E, scratch, stage, queries,
-                GROUP, turned_4,
+                Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), scoring.scale * LOG2_E, queries,
+                stage, transpose_4,
             )  # fmt: skip
             if group == 1:
-                scores(f32_zeros(1), keys_flat, ki, block, dim, scratch, queries, GROUP, 0, start, stop)
+                scores(f32_zeros(1), panels, ki, queries, 0, span.start, span.stop)
             else:
-                scores(f32_zeros(GROUP), keys_flat, ki, block, dim, scratch, queries, GROUP, r * CHUNK, start, stop)
-        for r in range(0, group, GROUP):
-            for head in range(r, min(r + GROUP, group)):
+                scores(f32_zeros(HEAD_TILE), panels, ki, queries, r * CHUNK, span.start, span.stop)
+        for r in range(0, group, HEAD_TILE):
+            for head in range(r, min(r + HEAD_TILE, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width + wide
-                top = largest_score(scratch, head * CHUNK, start, stop, first - base, end - base)
-                total = to_weights(
-                    scratch, head * CHUNK, start, stop, first - base, end - base, top,
-                    keys_flat, ki + (dim + 4) * LANES, block,
-                )  # fmt: skip
+                top = largest_score(scratch, head * CHUNK, span)
+                total = to_weights(scratch, head * CHUNK, span, top, keys_flat, ki + (dim + 4) * LANES, block)
                 parts[at] = top
                 parts[at + 1] = hsum(total)
-            for i in range(sums, sums + GROUP * wide, LANES):
+            for i in range(sums, sums + HEAD_TILE * wide, LANES):
                 f32_store(scratch, i, f32_zero())
-            weights, count = r * CHUNK + start, stop - start
-            ahead = vi + count * wide
+            rows, weights, ahead = Rows(values_flat, vi, wide, count), r * CHUNK + span.start, vi + count * wide
             if group == 1:
-                add_weighted_values(f32_zeros(1), values_flat, vi, wide, wide, scratch, weights, count, sums, ahead)
+                add_weighted_rows(f32_zeros(1), rows, ahead, wide, scratch, weights, sums)
             else:
-                add_weighted_values(f32_zeros(GROUP), values_flat, vi, wide, wide, scratch, weights, count, sums, ahead)
-            for head in range(r, min(r + GROUP, group)):
+                add_weighted_rows(f32_zeros(HEAD_TILE), rows, ahead, wide, scratch, weights, sums)
+            for head in range(r, min(r + HEAD_TILE, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width
                 for d in range(0, wide, LANES):
                     f32_store(parts, at + d, f32_load(scratch, sums + (head - r) * wide + d))
 
 
 @inline_kernel
-def add_weighted_values(
-    zeros: Any, values: Any, vi: Any, step: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any,
-    ahead: Any,
-) -> None:  # fmt: skip
-    """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s step + d], for d < wide.
+def add_weighted_rows(zeros, rows, ahead, wide, scratch, weights, sums):
+    """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] rows[s, d], for d < wide.
 
-    A run of four vectors of each value while it is there: memory is read in long pieces. As many values from ``ahead``
-    on, which come next, are asked for in the order in which they lie: then the processor foresees what follows.
+    Four vectors of each row at a time, so that memory is read in long runs. The rows that follow, at
+    elements[ahead:], are prefetched in memory order, which the hardware prefetcher then recognises.
     """
+    values, vi, step = rows.elements, rows.start, rows.stride
     d = 0
     while (PAIRS or len(zeros) == 1) and d + 4 * LANES <= wide:
         s0 = load_rows(scratch, sums + d, wide, len(zeros))
         s1 = load_rows(scratch, sums + d + LANES, wide, len(zeros))
         s2 = load_rows(scratch, sums + d + 2 * LANES, wide, len(zeros))
         s3 = load_rows(scratch, sums + d + 3 * LANES, wide, len(zeros))
-        for s in range(count):
-            at, w, line = vi + s * step + d, weights + s, ahead + d * count + 4 * s * LANES
+        for s in range(rows.count):
+            at, w, line = vi + s * step + d, weights + s, ahead + d * rows.count + 4 * s * LANES
             for i in range(4):
                 prefetch_l2(values, line + i * LANES)
             s0 = fma_rows(load(values, at), scratch, w, CHUNK, s0)
@@ -151,14 +164,14 @@ def add_weighted_values(
         d += 4 * LANES
     while d < wide:
         s0 = load_rows(scratch, sums + d, wide, len(zeros))
-        for s in range(count):
+        for s in range(rows.count):
             s0 = fma_rows(load(values, vi + s * step + d), scratch, weights + s, CHUNK, s0)
         store_rows(scratch, sums + d, wide, s0)
         d += LANES
 
 
 @kernel(strict=True)
-def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
+def merge_chunks(partial, chunks, out, lo, hi):
     """out (H, D) for heads lo:hi from the first ``chunks`` of partial (H, >= chunks, partial_width(D))."""
     dim, state = out.shape[1], partial.shape[2] - LANES
     for head in range(lo, hi):
@@ -176,14 +189,14 @@ def merge_chunks(partial: Any, chunks: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @inline_kernel(independent=True)
-def add_multiple(factor: Any, x: Any, y: Any) -> None:
+def add_multiple(factor, x, y):
     """y += factor x."""
     for i in range(y.size):
         y[i] = fma(factor, x[i], y[i])
 
 
 @inline_kernel(independent=True)
-def multiply(y: Any, factor: Any) -> None:
+def multiply(y, factor):
     """y *= factor."""
     for i in range(y.size):
         y[i] *= factor

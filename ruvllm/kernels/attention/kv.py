@@ -53,7 +53,7 @@ def key_rows(head_dim: int, dtype: Any) -> int:
 
 
 @kernel(strict=True)
-def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: Any, hi: Any) -> None:
+def kv_append_heads(k, v, keys, values, positions, lo, hi):
     """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
     tokens, heads, dim = k.shape
     k_flat, v_flat, keys_flat, values_flat = flat(k), flat(v), flat(keys), flat(values)
@@ -90,7 +90,7 @@ def kv_append_heads(k: Any, v: Any, keys: Any, values: Any, positions: Any, lo: 
 
 
 @inline_kernel
-def _scale(x: Any, xi: Any, dim: Any) -> Any:
+def _scale(x, xi, dim):
     """The largest magnitude of dim numbers / 127; NaN if one of them is NaN or infinite."""
     top, not_finite = f32_zero(), f32_zero()
     for d in range(0, dim, LANES):
@@ -101,7 +101,7 @@ def _scale(x: Any, xi: Any, dim: Any) -> Any:
 
 
 @inline_kernel
-def _fill_block(positions: Any, t: Any) -> Any:
+def _fill_block(positions, t):
     """Whether the tokens from t on are the sixteen of one block, in order."""
     if positions[t] % LANES or t + LANES > len(positions):
         return False

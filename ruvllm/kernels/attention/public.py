@@ -8,8 +8,9 @@ import numpy as np
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.decode import chunk_count, merge_chunks, partial_width
 from ruvllm.kernels.attention.kv import append, kv_append_heads, padded
-from ruvllm.kernels.attention.prefill import attend_units, cached_attention, scratch_size
-from ruvllm.kernels.attention.rows import attend_rows, attend_rows_parallel, row_scratch_size
+from ruvllm.kernels.attention.paged import attend_paged, attend_paged_parallel, paged_scratch_size
+from ruvllm.kernels.attention.prefill import attend_cache, attend_prompt, prompt_scratch_size, scoring_of
+from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import address, array_at
@@ -22,7 +23,7 @@ _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one b
 _FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together, below which one token needs one thread
 _LARGEST = float(np.finfo(np.float32).max)
 _chunk_count, _partial_width = inline_kernel(chunk_count), inline_kernel(partial_width)
-_row_scratch_size = inline_kernel(row_scratch_size)
+_paged_scratch_size = inline_kernel(paged_scratch_size)
 
 
 def paged_attention(
@@ -81,9 +82,7 @@ def paged_attention(
 
 
 @inline_kernel
-def attend_few(
-    q: Any, k: Any, v: Any, heads: Any, kv_heads: Any, length: Any, scale: Any, scaled: Any, memory: Any, out: Any
-) -> Any:
+def attend_few(q, k, v, heads, kv_heads, length, scale, scaled, memory, out):
     """One token's attention, if it is little and its sizes, which must be those of the arrays, fit each other.
 
     scale: that of the scores where they are to be ``scaled``, else it is 1 / sqrt(D). memory: float32 scratch, whose
@@ -95,7 +94,7 @@ def attend_few(
         return False
     dim = q.size // heads
     parts = heads * _chunk_count(length) * _partial_width(dim)
-    if 2 * heads * length * dim >= _FEW_MACS or parts + LANES + _row_scratch_size(dim, heads, kv_heads) > memory.size:
+    if 2 * heads * length * dim >= _FEW_MACS or parts + LANES + _paged_scratch_size(dim, heads, kv_heads) > memory.size:
         return False
     if not (apart(out, q) and apart(out, k) and apart(out, v)):
         return False
@@ -103,7 +102,7 @@ def attend_few(
     table = array_at(address(memory), 1, np.int64)
     table[0] = 0
     pool = (1, length, kv_heads, dim)
-    attend_rows(
+    attend_paged(
         array_at(address(q), (heads, dim), np.float32), array_at(address(k), pool, np.float32),
         array_at(address(v), pool, np.float32), table, length, factor, memory[LANES:],
         array_at(address(out), (heads, dim), np.float32),
@@ -112,7 +111,7 @@ def attend_few(
 
 
 @small_call((1, 2, 2, float, bool, 1, 1))
-def softmax_attention_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
+def softmax_attention_small(q, k, v, scale, scaled, memory, out):
     """softmax_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[1] != q.size or v.shape != k.shape or out.shape != q.shape:
         return False
@@ -120,7 +119,7 @@ def softmax_attention_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, mem
 
 
 @small_call((2, 3, 3, float, bool, 1, 2))
-def grouped_query_small(q: Any, k: Any, v: Any, scale: Any, scaled: Any, memory: Any, out: Any) -> bool:
+def grouped_query_small(q, k, v, scale, scaled, memory, out):
     """grouped_query_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[2] != q.shape[1] or v.shape != k.shape or out.shape != q.shape:
         return False
@@ -135,16 +134,15 @@ def _attend(
     kv_heads = k.shape[2]
     factor = np.float32(check.attention_scale(scale, dim))
     chunks, width = chunk_count(length), partial_width(dim)
-    units, size = kv_heads * chunks, row_scratch_size(dim, heads, kv_heads)
+    units, size = kv_heads * chunks, paged_scratch_size(dim, heads, kv_heads)
     threads = threads_for(2 * heads * length * dim, _FEW_MACS, units)
     parts = heads * chunks * width
     memory = scratch(parts + threads * size)
     if threads == 1:
-        attend_rows(q, k, v, table, length, factor, memory, out)
+        attend_paged(q, k, v, table, length, factor, memory, out)
         return out
-    partial, each = memory[:parts].reshape(heads, chunks, width), memory[parts:].reshape(threads, size)
-    launch(attend_rows_parallel, q, k, v, table, length, factor, partial, each, threads)
-    merge_chunks(partial, chunks, out, 0, heads)
+    launch(attend_paged_parallel, q, k, v, table, length, factor, memory, threads)
+    merge_chunks(memory[:parts].reshape(heads, chunks, width), chunks, out, 0, heads)
     return out
 
 
@@ -285,15 +283,16 @@ def flash_attention(
     values = aligned_empty((kv_heads, blocks * LANES, padded(dim)))
     keys[:, -1] = 0  # lanes past the last position are read, and masked
     values[:, :, dim:] = 0
-    own = aligned_empty((num_threads(), scratch_size(dim)))
+    own = aligned_empty((num_threads(), prompt_scratch_size(dim)))
     positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
-    every = np.arange(length)
+    every, cache = np.arange(length), Cache(keys, values)
+    scoring = scoring_of(window and min(window, length), scale)
     for qs, ks, vs, outs in zip(
         q.reshape(-1, tokens, heads, dim), k.reshape(-1, length, kv_heads, dim), v.reshape(-1, length, kv_heads, dim),
         out.reshape(-1, tokens, heads, dim), strict=True,
     ):  # fmt: skip
         append(ks, vs, keys, values, every)
-        cached_attention(qs, keys, values, positions, window and min(window, length), scale, outs, own)
+        attend_cache(qs, cache, positions, scoring, outs, own)
     return out
 
 
@@ -329,7 +328,7 @@ SPECS = [
     KernelSpec(
         name="softmax_attention",
         function=softmax_attention,
-        compiled=(attend_rows,),
+        compiled=(attend_paged,),
         reference=reference.softmax_attention,
         formula="softmax(q k^T / sqrt(D)) v, one query, one head",
         example=lambda rng, length, dim: {
@@ -344,7 +343,7 @@ SPECS = [
     KernelSpec(
         name="multi_query_attention",
         function=multi_query_attention,
-        compiled=(attend_rows, attend_rows_parallel),
+        compiled=(attend_paged, attend_paged_parallel),
         reference=reference.multi_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, one kv head for all query heads",
         example=lambda rng, heads, length, dim: {
@@ -359,7 +358,7 @@ SPECS = [
     KernelSpec(
         name="paged_attention",
         function=paged_attention,
-        compiled=(attend_rows, attend_rows_parallel),
+        compiled=(attend_paged, attend_paged_parallel),
         reference=reference.paged_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, keys and values in blocks of a pool",
         example=_paged,
@@ -373,7 +372,7 @@ SPECS = [
     KernelSpec(
         name="grouped_query_attention",
         function=grouped_query_attention,
-        compiled=(attend_rows, attend_rows_parallel),
+        compiled=(attend_paged, attend_paged_parallel),
         reference=reference.grouped_query_attention,
         formula="softmax(q k^T / sqrt(D)) v, one token, H / KV query heads per kv head",
         example=_one_token,
@@ -387,7 +386,7 @@ SPECS = [
     KernelSpec(
         name="flash_attention",
         function=flash_attention,
-        compiled=(kv_append_heads, attend_units),
+        compiled=(kv_append_heads, attend_prompt),
         reference=reference.flash_attention,
         formula="softmax(q k^T / sqrt(D), causal) v, many queries",
         example=_many_tokens,

@@ -1,10 +1,10 @@
-"""What attention does to a tile: some rows (queries that share a kv head) against blocks of keys and values.
+"""Attention of one tile: a few rows (queries that share a kv head) against blocks of keys and values.
 
-The queries of a tile lie beside each other, number by number. Sums are taken position by position and
-dimension by dimension, so that a row's result depends neither on the tile's size nor on its other rows.
+The queries of a tile are transposed, so that one load serves all rows. Sums run position by position and dimension
+by dimension: a row's result depends neither on the tile's size nor on its other rows.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,147 +32,187 @@ from ruvllm.kernels.simd.vectors import (
     zip_rows,
 )
 
-# Rows of a tile and panels at a time, by the target's registers: 12 x 2 sums of AVX-512's 32 (14 loads serve 24
-# multiply-adds), 6 x 1 of two registers each of AVX2's 16, 6 x 1 of four each of NEON's 32.
+# Rows of a tile, and whether it takes two panels at a time, by the target's registers: 12 x 2 accumulators of
+# AVX-512's 32 registers (14 loads serve 24 multiply-adds), 6 x 1 of two registers each of AVX2's 16, 6 x 1 of four
+# each of NEON's 32.
 ROWS, PAIRS = (12, True) if WIDE else (6, False)
-Q_STEP = 16 if WIDE else 8  # from one number of a tile's first query to its next: at least ROWS, a power of two
+Q_STEP = 16 if WIDE else 8  # stride of a tile's transposed queries: at least ROWS, a power of two
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
 LOG2_E = np.float32(1.4426950408889634)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 
 
+class Cache(NamedTuple):
+    """The KV cache of one layer: its arrays as attention/kv.py lays them out."""
+
+    keys: Any
+    values: Any
+
+
+class Scoring(NamedTuple):
+    """How attention scores a position: ``scale`` times q k^T; a query sees the ``window`` latest positions."""
+
+    window: Any
+    scale: Any
+
+
+class Heads(NamedTuple):
+    """The query heads of one kv head in q (T, heads, dim), flat; ``group`` heads share it.
+
+    Their rows are numbered token by token: row i is head i % group of token i // group.
+    """
+
+    q: Any
+    kv: Any
+    group: Any
+    heads: Any
+    dim: Any
+
+
+class Queries(NamedTuple):
+    """The rows of a tile, transposed: dimension d of row r is scratch[start + d step + r]."""
+
+    scratch: Any
+    start: Any
+    step: Any
+
+
+class Keys(NamedTuple):
+    """Cached keys, flat: ``block`` elements for each 16 positions, of which the first 16 dim are keys."""
+
+    elements: Any
+    block: Any
+    dim: Any
+
+
+class Span(NamedTuple):
+    """The positions start:stop of a chunk, in whole blocks of 16, of which a row sees first:end."""
+
+    start: Any
+    stop: Any
+    first: Any
+    end: Any
+
+
 @inline_kernel
-def query_at(row: Any, kv: Any, group: Any, heads: Any, dim: Any) -> Any:
-    """Where the query of row ``row`` of a kv head begins in q (T, H, D): token row // group, head row % group of it."""
-    return (row // group * heads + kv * group + row % group) * dim
-
-
-# The numbers of 4, 8 or 16 rows that lie beside each other, number by number.
+def query_at(heads, row):
+    """The offset in q of a row."""
+    return (row // heads.group * heads.heads + heads.kv * heads.group + row % heads.group) * heads.dim
 
 
 @inline_kernel
-def turned_4(scratch: Any, at: Any) -> Any:
-    """Four rows of scratch transposed."""
+def transpose_4(scratch, at):
+    """Four rows of scratch, transposed."""
     return zip_rows(zip_rows(load_rows(scratch, at, LANES, 4)))
 
 
 @inline_kernel
-def _turned_8(scratch: Any, at: Any) -> Any:
+def _transpose_8(scratch, at):
     return zip_rows(zip_rows(zip_rows(load_rows(scratch, at, LANES, 8))))
 
 
 @inline_kernel
-def _turned_16(scratch: Any, at: Any) -> Any:
+def _transpose_16(scratch, at):
     return zip_rows(zip_rows(zip_rows(zip_rows(load_rows(scratch, at, LANES, 16)))))
 
 
-turned = _turned_16 if WIDE else _turned_8
+transpose = _transpose_16 if WIDE else _transpose_8
 
 
 @inline_kernel
-def copy_queries(
-    q: Any, first: Any, rows: Any, kv: Any, group: Any, heads: Any, dim: Any, factor: Any, scratch: Any, stage: Any,
-    to: Any, step: Any, turn: Any,
-) -> None:  # fmt: skip
-    """scratch[to + d step + r] = factor q[row first + r, d] for r < rows, up to whole vectors of d.
+def copy_queries(heads, first, rows, factor, to, stage, transpose):
+    """Write ``rows`` rows from ``first`` on, times ``factor``, transposed to the ``Queries`` ``to``.
 
-    turn: makes lines of ``step`` rows, turned_4 or ``turned``. Needs 16 step floats of scratch at ``stage``.
+    transpose: transpose_4 or ``transpose``, for 4 or Q_STEP rows. scratch[stage:]: 16 to.step floats for it.
     """
+    scratch, dim = to.scratch, heads.dim
     for d in range(0, dim, LANES):
         for r in range(rows):
-            at = query_at(first + r, kv, group, heads, dim) + d
-            numbers = f32_load(q, at) if d + LANES <= dim else f32_load_first(q, at, dim - d)
-            f32_store(scratch, stage + r * LANES, numbers * splat(factor))
-        store_rows(scratch, to + d * step, LANES, turn(scratch, stage))
+            at = query_at(heads, first + r) + d
+            x = f32_load(heads.q, at) if d + LANES <= dim else f32_load_first(heads.q, at, dim - d)
+            f32_store(scratch, stage + r * LANES, x * splat(factor))
+        store_rows(scratch, to.start + d * to.step, LANES, transpose(scratch, stage))
 
 
 @inline_kernel
-def scores(
-    zeros: Any, keys: Any, ki: Any, block: Any, dim: Any, scratch: Any, queries: Any, step: Any, base: Any, start: Any,
-    stop: Any,
-) -> None:  # fmt: skip
+def scores(zeros, keys, ki, queries, base, start, stop):
     """scratch[base + r CHUNK + s] = query r times the key at s, for s in start:stop and the rest of the last block.
 
-    ``zeros`` is a tuple of as many zeros as the tile has rows, whose numbers lie side by side, ``step`` apart from one
-    dimension to the next; the block of ``start`` begins at keys[ki], the next ``block`` numbers behind it.
+    zeros: a tuple of one zero vector for each row of the tile. keys.elements[ki]: the block of ``start``.
     """
+    k, block, dim, scratch = keys.elements, keys.block, keys.dim, queries.scratch
     s = start
     while PAIRS and s + LANES < stop:
         left = right = zeros
         other, ahead = ki + block, ki + 2 * block
         for d in range(dim):
-            prefetch_l2(keys, ahead + d * LANES)
-            prefetch_l2(keys, ahead + block + d * LANES)
+            prefetch_l2(k, ahead + d * LANES)
+            prefetch_l2(k, ahead + block + d * LANES)
             left, right = fma_two(
-                load(keys, ki + d * LANES), load(keys, other + d * LANES), scratch, queries + d * step, 1, left, right
-            )
-        store_rows(scratch, base + s, CHUNK, scaled_rows(keys, left, read_scales(keys, ki + dim * LANES)))
-        store_rows(scratch, base + s + LANES, CHUNK, scaled_rows(keys, right, read_scales(keys, other + dim * LANES)))
+                load(k, ki + d * LANES), load(k, other + d * LANES),
+                scratch, queries.start + d * queries.step, 1, left, right,
+            )  # fmt: skip
+        store_rows(scratch, base + s, CHUNK, scaled_rows(k, left, read_scales(k, ki + dim * LANES)))
+        store_rows(scratch, base + s + LANES, CHUNK, scaled_rows(k, right, read_scales(k, other + dim * LANES)))
         s += 2 * LANES
         ki += 2 * block
     while s < stop:
         left = zeros
         for d in range(dim):
-            left = fma_rows(load(keys, ki + d * LANES), scratch, queries + d * step, 1, left)
-        store_rows(scratch, base + s, CHUNK, scaled_rows(keys, left, read_scales(keys, ki + dim * LANES)))
+            left = fma_rows(load(k, ki + d * LANES), scratch, queries.start + d * queries.step, 1, left)
+        store_rows(scratch, base + s, CHUNK, scaled_rows(k, left, read_scales(k, ki + dim * LANES)))
         s += LANES
         ki += block
 
 
 @inline_kernel
-def largest_score(scratch: Any, base: Any, start: Any, stop: Any, first: Any, end: Any) -> Any:
-    """The largest of a row's scores start:stop that lie in first:end; -inf if none does."""
+def largest_score(scratch, base, span):
+    """The largest of the scores scratch[base:] that a row sees in a span; -inf if it sees none."""
     top = splat(NEGATIVE_INFINITY)
-    for i in range(start, stop, LANES):
+    for i in range(span.start, span.stop, LANES):
         found = f32_load(scratch, base + i)
-        if i < first or i + LANES > end:
-            found = lanes_between(found, first - i, end - i, NEGATIVE_INFINITY)
+        if i < span.first or i + LANES > span.end:
+            found = lanes_between(found, span.first - i, span.end - i, NEGATIVE_INFINITY)
         top = greater(found, top)
     return hmax(top)
 
 
 @inline_kernel
-def to_weights(
-    scratch: Any, base: Any, start: Any, stop: Any, first: Any, end: Any, top: Any, keys: Any, scales: Any, step: Any
-) -> Any:
-    """Turn a row's scores start:stop into weights 2^(score - top), 0 outside first:end; returns 16 sums of them.
+def to_weights(scratch, base, span, top, k, scales, block):
+    """Turn the scores scratch[base:] of a span into weights 2^(score - top), 0 where a row sees nothing.
 
-    What is stored is the weight times the scale of its position's value (int8 caches): 16 scales at keys[scales],
-    those of the next block ``step`` numbers behind.
+    Returns 16 partial sums of the weights. For int8 caches, each stored weight is multiplied by the scale of its
+    value: k[scales] is the first of 16 scales, those of the next 16 positions are ``block`` elements on.
     """
-    zero_point = splat(top if top > NEGATIVE_INFINITY else np.float32(0))  # nothing seen so far: all weights are 0
+    shift = splat(top if top > NEGATIVE_INFINITY else np.float32(0))  # no score seen so far: all weights become 0
     total = f32_zero()
-    for i in range(start, stop, LANES):
-        weights = exp2_of_negative(f32_load(scratch, base + i) - zero_point)
-        to = scaled(keys, weights, read_scales(keys, scales + (i - start) // LANES * step))
-        if i < first or i + LANES > end:
-            weights = lanes_between(weights, first - i, end - i, np.float32(0))
-            to = lanes_between(to, first - i, end - i, np.float32(0))
+    for i in range(span.start, span.stop, LANES):
+        weights = exp2_of_negative(f32_load(scratch, base + i) - shift)
+        to = scaled(k, weights, read_scales(k, scales + (i - span.start) // LANES * block))
+        if i < span.first or i + LANES > span.end:
+            weights = lanes_between(weights, span.first - i, span.end - i, np.float32(0))
+            to = lanes_between(to, span.first - i, span.end - i, np.float32(0))
         f32_store(scratch, base + i, to)
         total = total + weights
     return total
 
 
 @inline_kernel
-def add_weighted_values(
-    zeros: Any, values: Any, vi: Any, wide: Any, scratch: Any, weights: Any, count: Any, sums: Any, sums_row: Any
-) -> None:
-    """scratch[sums + r sums_row + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], d < wide."""
+def add_weighted_values(zeros, values, vi, wide, scratch, weights, count, sums):
+    """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], d < wide."""
     d = 0
     while PAIRS and d + LANES < wide:
-        left = load_rows(scratch, sums + d, sums_row, len(zeros))
-        right = load_rows(scratch, sums + d + LANES, sums_row, len(zeros))
+        left = load_rows(scratch, sums + d, wide, len(zeros))
+        right = load_rows(scratch, sums + d + LANES, wide, len(zeros))
         for s in range(count):
             at = vi + s * wide + d
-            left, right = fma_two(
-                load(values, at), load(values, at + LANES), scratch, weights + s, CHUNK, left, right
-            )
-        store_rows(scratch, sums + d, sums_row, left)
-        store_rows(scratch, sums + d + LANES, sums_row, right)
+            left, right = fma_two(load(values, at), load(values, at + LANES), scratch, weights + s, CHUNK, left, right)
+        store_rows(scratch, sums + d, wide, left)
+        store_rows(scratch, sums + d + LANES, wide, right)
         d += 2 * LANES
     while d < wide:
-        left = load_rows(scratch, sums + d, sums_row, len(zeros))
+        left = load_rows(scratch, sums + d, wide, len(zeros))
         for s in range(count):
             left = fma_rows(load(values, vi + s * wide + d), scratch, weights + s, CHUNK, left)
-        store_rows(scratch, sums + d, sums_row, left)
+        store_rows(scratch, sums + d, wide, left)
         d += LANES

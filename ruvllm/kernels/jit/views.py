@@ -5,6 +5,7 @@ seconds longer to compile.
 """
 
 import ctypes
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +46,13 @@ if TYPE_CHECKING or DISABLE_JIT:
     def flat(array: Any) -> Any:
         return array.reshape(-1)
 
-    def load_integers(address: Any, count: Any) -> Any:
-        return tuple(array_at(address, count, np.int64))
+    def integer_loader(groups: tuple[Any, ...]) -> Any:
+        def load(address: Any) -> Any:
+            size = sum(len(group._fields) if group else 1 for group in groups)
+            values = iter(array_at(address, size, np.int64))
+            return tuple(group(*(next(values) for _ in group._fields)) if group else next(values) for group in groups)
+
+        return load
 
 else:
 
@@ -91,18 +97,31 @@ else:
 
         return result(array), codegen
 
-    @intrinsic
-    def load_integers(typingctx: Any, address: Any, count: Any) -> Any:
-        """``count`` int64 values from an address on, as a tuple; the count is a constant."""
-        if not isinstance(count, types.IntegerLiteral):
-            return None
+    def integer_loader(groups: tuple[Any, ...]) -> Any:
+        """A function that loads int64 values from an address on, as a tuple: one for None, a named tuple for its class.
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            word = context.get_value_type(types.int64)
-            pointer = builder.inttoptr(args[0], word.as_pointer())
-            values = [
-                builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)])) for i in range(count.literal_value)
-            ]
-            return context.make_tuple(builder, sig.return_type, values)
+        So the fields of a table become the arguments of a function.
+        """
 
-        return types.UniTuple(types.int64, count.literal_value)(types.int64, count), codegen
+        @intrinsic
+        def load(typingctx: Any, address: Any) -> Any:
+            kinds = [types.NamedUniTuple(types.int64, len(g._fields), g) if g else types.int64 for g in groups]
+            result = types.BaseTuple.from_types(kinds)
+
+            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                word = context.get_value_type(types.int64)
+                pointer = builder.inttoptr(args[0], word.as_pointer())
+                count = itertools.count()
+
+                def load_next(_: Any = None) -> Any:
+                    return builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), next(count))]))
+
+                values = [
+                    context.make_tuple(builder, kind, list(map(load_next, g._fields))) if g else load_next()
+                    for g, kind in zip(groups, kinds, strict=True)
+                ]
+                return context.make_tuple(builder, result, values)
+
+            return result(types.int64), codegen
+
+        return load

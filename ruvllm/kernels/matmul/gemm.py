@@ -11,9 +11,9 @@ from numba import prange
 
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
-from ruvllm.kernels.matmul.tile import GROUP, group_times_rows, turn_size
+from ruvllm.kernels.matmul.tile import GROUP, chunk_size, group_times_rows
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
-from ruvllm.kernels.threads.team import TURN_STEP, part, take_turn
+from ruvllm.kernels.threads.team import COUNTER_STRIDE, Share, part, take_chunk
 
 _AT_ONCE = 16  # rows of B, packed panel by panel: lines are written in a row, and those read stay near for the next
 
@@ -86,7 +86,7 @@ def gemm_parallel(
 ) -> None:
     """gemm_part with columns, two panels at least, or rows of C split over threads. groups (threads, scratch_size).
 
-    Who has done its own columns takes turns of the others'. counts: turn_counts(threads).
+    A thread that finishes its columns steals chunks from the others. counts: chunk_counters(threads).
     """
     rows, panels = out.shape[0], (out.shape[1] + LANES - 1) // LANES
     pairs = (panels + 1) // 2
@@ -98,12 +98,12 @@ def gemm_parallel(
             for i in range(threads):
                 member = (t + i) % threads
                 lo, hi = part(pairs, member, threads)
-                lo, hi = 2 * lo, min(2 * hi, panels)
-                size = turn_size(hi - lo)
-                first = lo + take_turn(counts, member * TURN_STEP, False) * size
-                while first < hi:
-                    gemm_part(a, b, transposed, groups[t], out, 0, rows, first, min(first + size, hi))
-                    first = lo + take_turn(counts, member * TURN_STEP, False) * size
+                share = Share(2 * lo, min(2 * hi, panels), counts, member * COUNTER_STRIDE, False)
+                size = chunk_size(share.hi - share.lo)
+                first = share.lo + take_chunk(share) * size
+                while first < share.hi:
+                    gemm_part(a, b, transposed, groups[t], out, 0, rows, first, min(first + size, share.hi))
+                    first = share.lo + take_chunk(share) * size
 
 
 @kernel(strict=True)

@@ -14,10 +14,10 @@ from numba import prange
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, put, token_times_panels
-from ruvllm.kernels.matmul.tile import GROUP, K_BLOCK, group_times_rows, turn_size
+from ruvllm.kernels.matmul.tile import GROUP, K_BLOCK, chunk_size, group_times_rows
 from ruvllm.kernels.simd.vectors import f32_store_first, f32_to_f16, f32_zero, fma, load, splat_at
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
-from ruvllm.kernels.threads.team import TURN_STEP, part, take_turn, turn_counts
+from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, part, share_of, take_chunk
 
 
 def panel_count(rows: int) -> int:
@@ -56,13 +56,14 @@ def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any,
 
 
 @part_kernel
-def panels_matmul_turns(w: Any, x: Any, out: Any, lo: Any, hi: Any, counts: Any, share: Any, alone: Any) -> None:
-    """panels_matmul of the chunks of the panels lo:hi that are left; counts[share] numbers them (``threads.team``)."""
-    size = hi - lo if alone else turn_size(hi - lo)
-    first = lo + take_turn(counts, share, alone) * size
-    while first < hi:
-        panels_matmul_part(w, x, out, first, min(first + size, hi))
-        first = lo + take_turn(counts, share, alone) * size
+def panels_matmul_share(w: Any, x: Any, out: Any, share: Any) -> None:
+    """panels_matmul of the chunks of a share of the panels that nobody has claimed (``threads.team``)."""
+    count = share.hi - share.lo
+    size = count if share.alone else chunk_size(count)
+    first = share.lo + take_chunk(share) * size
+    while first < share.hi:
+        panels_matmul_part(w, x, out, first, min(first + size, share.hi))
+        first = share.lo + take_chunk(share) * size
 
 
 @kernel(strict=True)
@@ -80,7 +81,7 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
 def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) -> None:
     """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same.
 
-    Of many rows, who has done its own share takes turns of the others'. counts: turn_counts(threads).
+    Of many rows, a thread that finishes steals chunks from the others. counts: chunk_counters(threads).
     """
     panels = w.shape[0]
     for t in prange(threads):
@@ -90,8 +91,7 @@ def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) 
         else:
             for i in range(threads):
                 member = (t + i) % threads
-                lo, hi = part(panels, member, threads)
-                panels_matmul_turns(w, x, out, lo, hi, counts, member * TURN_STEP, False)
+                panels_matmul_share(w, x, out, share_of(panels, counts, member * COUNTER_STRIDE, member, threads))
 
 
 @kernel
@@ -146,7 +146,7 @@ def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
     if threads == 1:
         panels_matmul(w, x, out, 0, w.shape[0])
     else:
-        launch(panels_matmul_parallel, w, x, out, turn_counts(threads), threads)
+        launch(panels_matmul_parallel, w, x, out, chunk_counters(threads), threads)
     return out
 
 

@@ -18,7 +18,7 @@ from ruvllm.kernels.simd.vectors import f32_load, f32_load_first, f32_zeros, fma
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, limited_to, num_threads, threads_for
-from ruvllm.kernels.threads.team import turn_counts
+from ruvllm.kernels.threads.team import chunk_counters
 
 _scratch_size = inline_kernel(scratch_size)
 _AHEAD = 512  # numbers
@@ -256,7 +256,7 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     if threads == 1:
         gemm_part(a, b, transposed, scratch(scratch_size(inner, panels)), out, 0, rows, 0, panels)
     else:
-        groups, counts = _groups(threads, inner, panels), turn_counts(threads)
+        groups, counts = _groups(threads, inner, panels), chunk_counters(threads)
         launch(gemm_parallel, a, b, transposed, groups, out, by_rows, counts, threads)
 
 

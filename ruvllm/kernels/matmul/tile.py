@@ -60,10 +60,10 @@ _EACH = LANES  # a line asked for with each column, of a few rows: more than wit
 
 
 @inline_kernel
-def turn_size(share: Any) -> Any:
+def chunk_size(share: Any) -> Any:
     """Panels of a chunk (threads/team.py) where a thread has ``share`` of them for many rows: an eighth, in threes.
 
-    No fewer than six, as a turn reads all rows once more, and no more than a group.
+    No fewer than six, as a chunk reads all rows once more, and no more than a group.
     """
     return min(GROUP, max(6, (share + 7) // 8 + 2) // 3 * 3)
 

@@ -4,8 +4,6 @@ How many rows an expert gets is known only at replay: ``route`` writes it into t
 operations read their number of rows from there. An expert without tokens costs one test per operation.
 """
 
-from typing import Any
-
 import numpy as np
 
 from ruvllm.kernels import experts
@@ -30,7 +28,7 @@ def routing_bytes(k: int, count: int) -> int:
 
 
 @view_kernel
-def _routing(m: Any, operand: Any, rows: Any, k: Any, count: Any) -> Any:
+def _routing(m, operand, rows, k, count):
     """experts, slots and weights (rows, k) of each token, and each expert's tokens (count, capacity)."""
     capacity, start = m.header[CAPACITY], address_of(m, operand)
     chosen = array_at(start, (rows, k), np.int64)
@@ -41,7 +39,7 @@ def _routing(m: Any, operand: Any, rows: Any, k: Any, count: Any) -> Any:
 
 
 @operation
-def route(m: Any, scores: Any, routing: Any, k: Any, count: Any, first: Any) -> None:
+def route(m, scores, routing, k, count, first):
     """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all.
 
     The rows of each expert are counted in the header fields from ``first`` on.
@@ -53,7 +51,7 @@ def route(m: Any, scores: Any, routing: Any, k: Any, count: Any, first: Any) -> 
 
 
 @operation
-def gather(m: Any, x: Any, routing: Any, out: Any, columns: Any, expert: Any, k: Any, count: Any) -> None:
+def gather(m, x, routing, out, columns, expert, k, count):
     """out (rows, columns) = the rows of x (TOKENS, columns) that go to one expert."""
     lo, hi = row_range(m)
     total = m.header[TOKENS]
@@ -65,7 +63,7 @@ def gather(m: Any, x: Any, routing: Any, out: Any, columns: Any, expert: Any, k:
 
 
 @operation
-def combine(m: Any, parts: Any, routing: Any, out: Any, columns: Any, k: Any, count: Any, first: Any) -> None:
+def combine(m, parts, routing, out, columns, k, count, first):
     """out (rows, columns) = for each row the weighted sum of its experts' results; ``parts``: an operand of each."""
     lo, hi = row_range(m)
     chosen, slots, weights, _ = _routing(m, routing, m.rows, k, count)

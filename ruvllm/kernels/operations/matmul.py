@@ -1,12 +1,11 @@
 """Operations of linear layers: products with integer or float weights, biases, low-rank adapters.
 
-A member computes a range of panels (16 outputs each) for all rows. With ``steal`` a share is cut into chunks, and a
-member that has finished its own steals chunks of the others (``threads.team``); ``share`` names the counter of this
-product among those between two barriers.
+A member computes a range of panels (16 outputs each) for all rows. Its share is cut into chunks, and a member that
+finishes early steals chunks from the others (``threads.team``).
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +14,12 @@ from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.lora import packed as low_rank
 from ruvllm.kernels.lora.packed import PARTS, join_parts
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.matmul.panels import panels_matmul_part, panels_matmul_turns
+from ruvllm.kernels.matmul.panels import panels_matmul_part, panels_matmul_share
 from ruvllm.kernels.operations.rows import quantized
 from ruvllm.kernels.quant.layout import GROUP, block_bytes
-from ruvllm.kernels.quant.matmul import Rounded, Share, quant_matmul_part
+from ruvllm.kernels.quant.matmul import quant_matmul_part
 from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
-from ruvllm.kernels.threads.team import part, share_of
+from ruvllm.kernels.threads.team import counter_of, part, share_of
 
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
@@ -28,10 +27,26 @@ low_rank_up = as_part(low_rank.low_rank_up)
 _block_bytes = inline_kernel(block_bytes)
 
 
+class Adapted(NamedTuple):
+    """An adapter's up matrix (outputs, rank) in panels."""
+
+    weights: Any
+    outputs: Any
+    rank: Any
+
+
+class Stealing(NamedTuple):
+    """Whether members steal chunks of this operation; if so, ``counter`` is its chunk counter in this phase."""
+
+    counter: Any
+    steal: Any
+
+
 @view_kernel
-def team_sync(m: Any) -> Any:
-    """The team's shared counters."""
-    return array_at(m.header[SYNC], m.header[SYNC_SIZE], np.int64)
+def member_share(m, items, stealing, i):
+    """The share of ``items`` of the i-th member after this one."""
+    sync, member = array_at(m.header[SYNC], m.header[SYNC_SIZE], np.int64), (m.rank + i) % m.size
+    return share_of(items, sync, counter_of(sync, m.rank, member, stealing.counter), member, m.size)
 
 
 @cache
@@ -40,19 +55,12 @@ def integer_matmul(kind: int) -> Operation:
     products = quant_matmul_part((kind,))
 
     @operation
-    def integers(
-        m: Any, x: Any, weights: Any, out: Any, has_mins: Any, outputs: Any, columns: Any, share: Any, steal: Any
-    ) -> None:
+    def integers(m, x, weights, out, has_mins, outputs, columns, stealing: Stealing):
         panels, groups = (outputs + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
         w = array_at(address_of(m, weights), (panels, groups, _block_bytes(np.int64(kind), has_mins)), np.uint8)
-        codes, scales, offsets, totals, outliers = quantized(m, x, columns)
-        rounded = Rounded(codes, scales, offsets, totals, outliers)
-        result, sync = matrix(m, out, m.rows, outputs), team_sync(m)
-        for i in range(m.size if steal else 1):
-            member = (m.rank + i) % m.size
-            lo, hi = part(panels, member, m.size)
-            counter = share_of(sync, m.rank, member, share)
-            products(kind, has_mins, w, rounded, result, Share(lo, hi, sync, counter, m.size == 1))
+        rounded, result = quantized(m, x, columns), matrix(m, out, m.rows, outputs)
+        for i in range(m.size if stealing.steal else 1):
+            products(kind, has_mins, w, rounded, result, member_share(m, panels, stealing, i))
 
     return integers
 
@@ -62,25 +70,22 @@ def float_matmul(dtype: type) -> Operation:
     """out (rows, outputs) = x W^T on panels of this dtype; x (rows, columns) float32."""
 
     @operation
-    def floats(m: Any, x: Any, weights: Any, out: Any, outputs: Any, columns: Any, share: Any, steal: Any) -> None:
+    def floats(m, x, weights, out, outputs, columns, stealing: Stealing):
         panels = (outputs + LANES - 1) // LANES
         w = array_at(address_of(m, weights), (panels, columns, LANES), dtype)
-        source, result, sync = matrix(m, x, m.rows, columns), matrix(m, out, m.rows, outputs), team_sync(m)
+        source, result = matrix(m, x, m.rows, columns), matrix(m, out, m.rows, outputs)
         if m.rows == 1:
             lo, hi = part(panels, m.rank, m.size)
             panels_matmul_part(w, source, result, lo, hi)
         else:
-            for i in range(m.size if steal else 1):
-                member = (m.rank + i) % m.size
-                lo, hi = part(panels, member, m.size)
-                counter = share_of(sync, m.rank, member, share)
-                panels_matmul_turns(w, source, result, lo, hi, sync, counter, m.size == 1)
+            for i in range(m.size if stealing.steal else 1):
+                panels_matmul_share(w, source, result, member_share(m, panels, stealing, i))
 
     return floats
 
 
 @operation
-def add_bias(m: Any, bias: Any, out: Any, outputs: Any) -> None:
+def add_bias(m, bias, out, outputs):
     """out (rows, outputs) += bias (outputs,), divided by panels as the product before it."""
     lo, hi = part((outputs + LANES - 1) // LANES, m.rank, m.size)
     result, values = matrix(m, out, m.rows, outputs), array_at(address_of(m, bias), outputs, np.float32)
@@ -97,7 +102,7 @@ def adapter_down(dtype: type) -> Operation:
     """
 
     @operation
-    def down(m: Any, x: Any, weights: Any, scales: Any, out: Any, columns: Any, panels: Any, split_k: Any) -> None:
+    def down(m, x, weights, scales, out, columns, panels, split_k):
         w = array_at(address_of(m, weights), (panels, columns, LANES), dtype)
         source, padded = matrix(m, x, m.rows, columns), panels * LANES
         if split_k:
@@ -119,9 +124,8 @@ def adapter_up(dtype: type) -> Operation:
     """
 
     @operation
-    def up(
-        m: Any, h: Any, weights: Any, scales: Any, joined: Any, out: Any, outputs: Any, rank: Any, split_k: Any
-    ) -> None:
+    def up(m, h, up: Adapted, scales, joined, out, split_k):
+        weights, outputs, rank = up
         padded, panels = (rank + LANES - 1) // LANES * LANES, (outputs + LANES - 1) // LANES
         source = matrix(m, h, m.rows, padded)
         if split_k:

@@ -1,7 +1,5 @@
 """Operations on rows: norms, activations, rotary embedding, rounding to 8 bits, copies."""
 
-from typing import Any
-
 import numpy as np
 
 from ruvllm.kernels import activation, bounded, norm, vector
@@ -9,7 +7,7 @@ from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at, flat
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.quant import activations as rounding
-from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, token_blocks
+from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, Rounded, token_blocks
 from ruvllm.kernels.rope import rotate as rotary
 from ruvllm.kernels.tape import (
     CAPACITY,
@@ -40,7 +38,7 @@ QUANTIZED_ROW_BYTES = 4 * 2 * OUTLIERS  # outliers of one row
 
 
 @operation
-def broadcast(m: Any, x: Any, columns: Any) -> None:
+def broadcast(m, x, columns):
     """Copy x (1, columns) from member 0: for members that start their replay here."""
     if m.rank:
         source = array_at(address_for(m, x, np.int64(0)), columns, np.float32)
@@ -50,7 +48,7 @@ def broadcast(m: Any, x: Any, columns: Any) -> None:
 
 
 @operation
-def last_rows(m: Any, x: Any, out: Any, columns: Any) -> None:
+def last_rows(m, x, out, columns):
     """out (rows, columns) = the last rows of x (TOKENS, columns)."""
     tokens = m.header[TOKENS]
     source, target = matrix(m, x, tokens, columns), matrix(m, out, m.rows, columns)
@@ -61,7 +59,7 @@ def last_rows(m: Any, x: Any, out: Any, columns: Any) -> None:
 
 
 @operation
-def rms_norm(m: Any, x: Any, weight: Any, eps: Any, out: Any, columns: Any, vectors: Any) -> None:
+def rms_norm(m, x, weight, eps, out, columns, vectors):
     """out = rms_norm(x) * weight over each of the ``vectors`` vectors (columns,) of a row."""
     lo, hi = row_range(m)
     rows_in, rows_out = matrix(m, x, m.rows * vectors, columns), matrix(m, out, m.rows * vectors, columns)
@@ -70,12 +68,12 @@ def rms_norm(m: Any, x: Any, weight: Any, eps: Any, out: Any, columns: Any, vect
 
 
 @view_kernel
-def _elements(m: Any, operand: Any, columns: Any) -> Any:
+def _elements(m, operand, columns):
     return flat(matrix(m, operand, m.rows, columns))
 
 
 @operation
-def add(m: Any, a: Any, b: Any, out: Any, columns: Any) -> None:
+def add(m, a, b, out, columns):
     """out (rows, columns) = a + b."""
     lo, hi = row_range(m)
     first, second, result = _elements(m, a, columns), _elements(m, b, columns), _elements(m, out, columns)
@@ -83,7 +81,7 @@ def add(m: Any, a: Any, b: Any, out: Any, columns: Any) -> None:
 
 
 @operation
-def silu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
+def silu_mul(m, gate, up, out, columns):
     """out (rows, columns) = silu(gate) * up."""
     lo, hi = row_range(m)
     first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
@@ -91,7 +89,7 @@ def silu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
 
 
 @operation
-def gelu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
+def gelu_mul(m, gate, up, out, columns):
     """out (rows, columns) = gelu(gate) * up."""
     lo, hi = row_range(m)
     first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
@@ -99,7 +97,7 @@ def gelu_mul(m: Any, gate: Any, up: Any, out: Any, columns: Any) -> None:
 
 
 @operation
-def clamped_swiglu(m: Any, gate: Any, up: Any, limit: Any, alpha: Any, out: Any, columns: Any) -> None:
+def clamped_swiglu(m, gate, up, limit, alpha, out, columns):
     """out (rows, columns) = the clamped SwiGLU of gate and up."""
     lo, hi = row_range(m)
     first, second, result = _elements(m, gate, columns), _elements(m, up, columns), _elements(m, out, columns)
@@ -107,14 +105,14 @@ def clamped_swiglu(m: Any, gate: Any, up: Any, limit: Any, alpha: Any, out: Any,
 
 
 @operation
-def scale(m: Any, x: Any, factor: Any, out: Any, columns: Any) -> None:
+def scale(m, x, factor, out, columns):
     """out (rows, columns) = factor * x."""
     lo, hi = row_range(m)
     scale_range(_elements(m, x, columns), number(m, factor), _elements(m, out, columns), lo * columns, hi * columns)
 
 
 @operation
-def softcap(m: Any, x: Any, cap: Any, columns: Any) -> None:
+def softcap(m, x, cap, columns):
     """x (rows, columns) = cap tanh(x / cap), divided by panels: logits are few rows, but long."""
     lo, hi = part((columns + LANES - 1) // LANES, m.rank, m.size)
     rows = matrix(m, x, m.rows, columns)
@@ -123,7 +121,7 @@ def softcap(m: Any, x: Any, cap: Any, columns: Any) -> None:
 
 
 @operation
-def rope(m: Any, x: Any, cos: Any, sin: Any, out: Any, heads: Any, dim: Any) -> None:
+def rope(m, x, cos, sin, out, heads, dim):
     """out (rows, heads, dim) = x rotated by the angles whose cosines and sines are (rows, ROPE_PAIRS)."""
     lo, hi = row_range(m)
     source = array_at(address_of(m, x), (m.rows, heads, dim), np.float32)
@@ -134,8 +132,8 @@ def rope(m: Any, x: Any, cos: Any, sin: Any, out: Any, heads: Any, dim: Any) -> 
 
 
 @view_kernel
-def quantized(m: Any, operand: Any, columns: Any) -> Any:
-    """An operand as rows rounded to 8 bits: codes, scales, offsets, totals, outliers (``quant_layout``).
+def quantized(m, operand, columns):
+    """An operand as rows rounded to 8 bits (quant/layout.py).
 
     The five arrays lie one after the other, each with room for CAPACITY rows.
     """
@@ -147,7 +145,7 @@ def quantized(m: Any, operand: Any, columns: Any) -> Any:
     scales = offsets + capacity * groups * 4 * OFFSETS
     totals = scales + capacity * groups * 4
     outliers = totals + capacity * groups * 4
-    return (
+    return Rounded(
         array_at(codes, (blocks, groups, side, GROUP), np.int8),
         array_at(scales, (blocks, groups, side), np.float32),
         array_at(offsets, (blocks, groups, side, OFFSETS), np.int32),
@@ -157,8 +155,7 @@ def quantized(m: Any, operand: Any, columns: Any) -> Any:
 
 
 @operation
-def quantize(m: Any, x: Any, out: Any, columns: Any) -> None:
+def quantize(m, x, out, columns):
     """out = x (rows, columns) rounded to 8 bits."""
     lo, hi = row_range(m)
-    codes, scales, offsets, totals, outliers = quantized(m, out, columns)
-    quantize_activations(matrix(m, x, m.rows, columns), codes, scales, offsets, totals, outliers, lo, hi)
+    quantize_activations(matrix(m, x, m.rows, columns), quantized(m, out, columns), lo, hi)

@@ -1,13 +1,12 @@
 """Activations rounded to 8 bits in groups of 32, all but their outliers (see quant/layout.py)."""
 
-from typing import Any
-
 import numpy as np
+from numba import prange
 
-from ruvllm.kernels.jit.decorators import inline_kernel, kernel
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.quant.layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS
+from ruvllm.kernels.quant.layout import GROUP, NO_ZERO, OFFSETS, OUTLIERS, Rounded
 from ruvllm.kernels.simd.vectors import (
     f32_load,
     f32_load_first,
@@ -24,7 +23,7 @@ from ruvllm.kernels.simd.vectors import (
     without_lane,
     zero_below,
 )
-from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 _SEARCHED = 2048  # groups of a row at a time, on the stack: outliers are among the first
@@ -33,7 +32,7 @@ _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
 
 @inline_kernel
-def _load_group(flat_x: Any, at: Any, left: Any) -> Any:
+def _load_group(flat_x, at, left):
     """A group of numbers as two vectors; those past the end of the row, ``left`` numbers away, are 0."""
     if left >= GROUP:
         return f32_load(flat_x, at), f32_load(flat_x, at + LANES)
@@ -42,20 +41,20 @@ def _load_group(flat_x: Any, at: Any, left: Any) -> Any:
 
 
 @inline_kernel
-def _without(a: Any, b: Any, k: Any) -> Any:
+def _without(a, b, k):
     """The group of a and b with number ``k`` made 0, if it is one of theirs."""
     return without_lane(a, k), without_lane(b, k - LANES)
 
 
 @inline_kernel
-def _find(a: Any, b: Any, magnitude: Any) -> Any:
+def _find(a, b, magnitude):
     """The first of the group's numbers with this magnitude, without a branch that nobody could foretell."""
     k, later = find_magnitude(a, magnitude), find_magnitude(b, magnitude)
     return k + later if k == LANES else k
 
 
 @inline_kernel
-def _largest(magnitudes: Any, groups: Any) -> Any:
+def _largest(magnitudes, groups):
     """The largest of a row's numbers, one of each group, and the first group that has it; 0 if all are 0.
 
     32 groups of which one is NaN do not count.
@@ -70,7 +69,7 @@ def _largest(magnitudes: Any, groups: Any) -> Any:
 
 
 @inline_kernel
-def _in_order(outliers: Any, t: Any, at: Any) -> None:
+def _in_order(outliers, t, at):
     """Exchange outlier ``at`` of row t and the one before, if its column is the smaller one."""
     k, x, later, y = outliers[t, at - 1, 0], outliers[t, at - 1, 1], outliers[t, at, 0], outliers[t, at, 1]
     wrong = later < k
@@ -79,7 +78,7 @@ def _in_order(outliers: Any, t: Any, at: Any) -> None:
 
 
 @inline_kernel
-def _find_outliers(x: Any, row: Any, columns: Any, largest: Any, groups: Any, outliers: Any, t: Any) -> None:
+def _find_outliers(x, row, columns, largest, groups, outliers, t):
     """Four times, take the largest number out of the group that has it: ``largest`` (G,) is what then is left."""
     for i in range(OUTLIERS):
         magnitude, g = _largest(largest, groups)
@@ -99,7 +98,7 @@ def _find_outliers(x: Any, row: Any, columns: Any, largest: Any, groups: Any, ou
 
 
 @kernel(strict=True)
-def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any, lo: Any, hi: Any) -> None:
+def quantize_activations(x, to, lo, hi):
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
 
     the largest number of the row is taken out, four times.
@@ -109,9 +108,10 @@ def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, ou
     numbers below 2^-120 become zeros. Columns beyond 65536 have no outliers.
     """
     columns = x.shape[1]
-    groups, side = xs.shape[1], xs.shape[2]
+    groups, side = to.xs.shape[1], to.xs.shape[2]
+    outliers = to.outliers
     largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group, side by side
-    xf, codes, scales, starts, sums = flat(x), flat(xq), flat(xs), flat(offsets), flat(totals)
+    xf, lines = flat(x), Rounded(flat(to.xq), flat(to.xs), flat(to.offsets), flat(to.totals), flat(outliers))
     for t in range(lo, hi):
         row, place = t * columns, t // side * groups * side + t % side
         taken = 0  # outliers that were taken out
@@ -138,32 +138,32 @@ def quantize_activations(x: Any, xq: Any, xs: Any, offsets: Any, totals: Any, ou
                     if outliers[t, taken, 1] != np.float32(0):
                         a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
                     taken += 1
-                _round_group(a, b, inverse[g], largest[g], codes, scales, starts, sums, place + (base + g) * side)
+                _round_group(a, b, inverse[g], largest[g], lines, place + (base + g) * side)
         for i in range(OUTLIERS):
-            sums[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+            lines.totals[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
 
 
 @inline_kernel
-def _round_group(
-    a: Any, b: Any, inverse: Any, scale: Any, codes: Any, xs: Any, offsets: Any, totals: Any, at: Any
-) -> None:
-    """Write the codes, scale, offsets and total of the vectors a and b as the group at place ``at``."""
+def _round_group(a, b, inverse, scale, to, at):
+    """Write the codes, scale, offsets and total of the vectors a and b as the group of index ``at``."""
     qa, qb = round_to_i32(a * splat(inverse)), round_to_i32(b * splat(inverse))
-    i8_store(codes, at * GROUP, qa)
-    i8_store(codes, at * GROUP + LANES, qb)
-    total = i32_hsum(qa + qb)
-    xs[at] = scale
-    totals[at] = scale * np.float32(total)
+    i8_store(to.xq, at * GROUP, qa)
+    i8_store(to.xq, at * GROUP + LANES, qb)
+    total, offsets = i32_hsum(qa + qb), to.offsets
+    to.xs[at] = scale
+    to.totals[at] = scale * np.float32(total)
     offsets[at * OFFSETS], offsets[at * OFFSETS + 1], offsets[at * OFFSETS + 2] = -8 * total, -16 * total, -128 * total
     offsets[at * OFFSETS + NO_ZERO] = 0
 
 
-quantize_activations_parallel = over_rows(quantize_activations)
+@parallel_kernel
+def quantize_activations_parallel(threads, rows, x, to):
+    """quantize_activations with the rows split over threads."""
+    for t in prange(threads):
+        quantize_activations(x, to, rows * t // threads, rows * (t + 1) // threads)
 
 
-def round_activations(
-    x: np.ndarray, xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, outliers: np.ndarray
-) -> None:
+def round_activations(x: np.ndarray, to: Rounded) -> None:
     """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
     threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
-    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, xq, xs, offsets, totals, outliers)
+    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, to)

@@ -24,6 +24,8 @@ et al. 2022). So the four largest numbers of a row, among its first 65536, are l
 (T, 4, 2) float32, (column, x), in the order of the columns: one column of W times x is added for each in float32.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 GROUP = 32
@@ -36,6 +38,16 @@ OFFSETS = 4  # numbers of one group in ``offsets``
 NO_ZERO = 3  # the offset that is always 0
 OUTLIERS = 4  # numbers of a row that are not rounded
 SIDE = 12  # tokens side by side: two tiles of 6
+
+
+class Rounded(NamedTuple):
+    """Activations in 8 bits."""
+
+    xq: Any
+    xs: Any
+    offsets: Any
+    totals: Any
+    outliers: Any
 
 
 def block_bytes(kind: int, has_mins: bool) -> int:

@@ -30,6 +30,7 @@ from ruvllm.kernels.quant.layout import (
     ZERO4,
     ZERO5,
     ZERO8,
+    Rounded,
     block_bytes,
 )
 from ruvllm.kernels.quant.outliers import (
@@ -41,6 +42,7 @@ from ruvllm.kernels.quant.outliers import (
     outlier_column,
     unpack_columns,
 )
+from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.quant.tile import (
     Operands,
     add_block,
@@ -66,7 +68,7 @@ from ruvllm.kernels.simd.vectors import (
     store_panels,
 )
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
-from ruvllm.kernels.threads.team import take_turn
+from ruvllm.kernels.threads.team import Share, take_chunk
 
 _SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))  # accumulators of a tile
 _WIDTH = DOT_PANELS * LANES
@@ -77,26 +79,6 @@ _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used
 # Prefetch distance of one token in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
 _NONE = np.float32(-1)  # no column either, and a whole number
-
-
-class Rounded(NamedTuple):
-    """Activations as ``quantize_activations`` leaves them."""
-
-    xq: Any
-    xs: Any
-    offsets: Any
-    totals: Any
-    outliers: Any
-
-
-class Share(NamedTuple):
-    """Panels lo:hi, whose chunks are numbered by counts[index]; ``alone``: nobody else takes any."""
-
-    lo: Any
-    hi: Any
-    counts: Any
-    index: Any
-    alone: Any
 
 
 class _Columns(NamedTuple):
@@ -119,12 +101,7 @@ class _Outputs(NamedTuple):
 
 
 @inline_kernel
-def _next_chunk(share: Any) -> Any:
-    return take_turn(share.counts, share.index, share.alone)
-
-
-@inline_kernel
-def _operands(has_mins: Any, blocks: Any, x: Any, step: Any) -> Any:
+def _operands(has_mins, blocks, x, step):
     return Operands(
         has_mins != 0, flat(blocks), blocks.shape[1], blocks.shape[2], flat(x.xq), step, flat(x.xs), flat(x.offsets),
         flat(x.totals), x.xs.shape[2],
@@ -136,7 +113,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     most = block_bytes(kind, True)  # a constant: what prefetches these bytes is unrolled
 
     @part_kernel
-    def _one_token(has_mins: Any, blocks: Any, x: Any, out: Any, chunks: Any, share: Any) -> Any:
+    def _one_token(has_mins, blocks, x, out, chunks, share):
         """The only token times STREAMS runs of ``chunks`` panels, read side by side: memory is the limit.
 
         A chunk is one panel of each run. Returns the number that came after these: a chunk of what is left, if any.
@@ -144,7 +121,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
         apart, here = chunks * p.groups * p.size, np.int64(0)  # a literal would be compiled apart
-        chunk = _next_chunk(share)
+        chunk = take_chunk(share)
         while chunk < chunks:
             panel = share.lo + chunk
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
@@ -174,17 +151,17 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             f32_store(out, (panel + chunks) * LANES, b[0] + b_kept)
             f32_store(out, (panel + 2 * chunks) * LANES, c[0] + c_kept)
             f32_store(out, (panel + 3 * chunks) * LANES, d[0] + d_kept)
-            chunk = _next_chunk(share)
+            chunk = take_chunk(share)
         return chunk
 
     @part_kernel
-    def _unpack(p: Any, at: Any, columns: Any) -> None:
+    def _unpack(p, at, columns):
         """unpack_columns, which tiles of all sizes call."""
         never_inline()
         unpack_columns(column, zero, p.has_mins, p.w, at, p.size, columns.found, columns.count, columns.unpacked)
 
     @inline_kernel
-    def _tile(p: Any, columns: Any, at: Any, ahead: Any, t: Any, xi: Any, zeros: Any, out: Any) -> None:
+    def _tile(p, columns, at, ahead, t, xi, zeros, out):
         """The panels at ``at`` times the tokens from t on, as many as ``zeros`` has accumulators for.
 
         Their first group is at place ``xi`` of the activations.
@@ -206,7 +183,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         store_panels(out.numbers, out.start + t * out.step, out.step, at, tile)
 
     @part_kernel
-    def _tokens(has_mins: Any, blocks: Any, x: Any, out: Any, lo: Any, chunk: Any, before: Any, share: Any) -> None:
+    def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
         """All tokens times panels from lo to the share's end, in tiles, from ``chunk`` on.
 
         A chunk is DOT_PANELS panels and _AT_ONCE tokens; ``before``: how many chunks of another kind there were.
@@ -256,16 +233,16 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                     for i in range(0, width, LANES):
                         v = f32_load(ragged, (t - first) * _WIDTH + i)
                         f32_store_first(out, t * rows + panel * LANES + i, v, width - i)
-            chunk = _next_chunk(share)
+            chunk = take_chunk(share)
 
     @inline_kernel
-    def _panels(has_mins: Any, blocks: Any, x: Any, out: Any, share: Any) -> None:
+    def _panels(has_mins, blocks, x, out, share):
         """quant_matmul for one kind of weights, as many chunks of it as there are left."""
         chunks = 0
         if out.shape[0] == 1:
             chunks = max(0, min(share.hi, out.shape[1] // LANES) - share.lo) // STREAMS
         if chunks == 0:
-            chunk = _next_chunk(share)
+            chunk = take_chunk(share)
         elif has_mins:  # constants, so that each has code of its own: one loop for both spills registers
             chunk = _one_token(True, blocks, x, out, chunks, share)
         else:
@@ -293,7 +270,7 @@ def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
-    def products(kind: Any, has_mins: Any, blocks: Any, x: Any, out: Any, share: Any) -> None:
+    def products(kind, has_mins, blocks, x, out, share):
         if int4 is not None and kind == INT4:
             int4(has_mins, blocks, x, out, share)
         if int5 is not None and kind == INT5:
@@ -308,36 +285,27 @@ _matmul = quant_matmul_part((INT4, INT5, INT8))
 
 
 @kernel(strict=True)
-def quant_matmul(
-    kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-    out: Any, lo: Any, hi: Any,
-) -> None:  # fmt: skip
-    """out (T, N) = x W^T for the rows of panels lo:hi, W quantised as ``kind``, x as quantize_activations left it."""
+def quant_matmul(w, x, out, lo, hi):
+    """out (T, N) = x W^T for the rows of panels lo:hi; w: ``Panels``, x: ``Rounded``."""
     counts = stack_i64(1)
     counts[0] = 0
-    _matmul(kind, has_mins, blocks, Rounded(xq, xs, offsets, totals, outliers), out, Share(lo, hi, counts, 0, True))
+    _matmul(w.kind, w.has_mins, w.blocks, x, out, Share(lo, hi, counts, 0, True))
 
 
 @parallel_kernel
-def quant_matmul_parallel(
-    kind: Any, has_mins: Any, blocks: Any, xq: Any, xs: Any, offsets: Any, totals: Any, outliers: Any,
-    out: Any, threads: Any,
-) -> None:  # fmt: skip
+def quant_matmul_parallel(w, x, out, threads):
     """quant_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
-    panels = blocks.shape[0]
+    panels = w.blocks.shape[0]
     for t in prange(threads):
-        lo, hi = panels * t // threads, panels * (t + 1) // threads
-        quant_matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, lo, hi)
+        quant_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)
 
 
-def linear_quant(
-    kind: int, has_mins: bool, blocks: np.ndarray,
-    xq: np.ndarray, xs: np.ndarray, offsets: np.ndarray, totals: np.ndarray, outliers: np.ndarray, out: np.ndarray,
-) -> np.ndarray:  # fmt: skip
+def linear_quant(w: Panels, x: Rounded, out: np.ndarray) -> np.ndarray:
     """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
-    threads = threads_for(len(out) * blocks.size, PARALLEL_MACS, len(blocks))
+    panels = len(w.blocks)
+    threads = threads_for(len(out) * w.blocks.size, PARALLEL_MACS, panels)
     if threads == 1:
-        quant_matmul(kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, 0, len(blocks))
+        quant_matmul(w, x, out, 0, panels)
     else:
-        launch(quant_matmul_parallel, kind, has_mins, blocks, xq, xs, offsets, totals, outliers, out, threads)
+        launch(quant_matmul_parallel, w, x, out, threads)
     return out

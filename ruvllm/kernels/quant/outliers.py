@@ -1,7 +1,5 @@
 """Outliers of activations: numbers that are not rounded, and the columns of quantised weights that they multiply."""
 
-from typing import Any
-
 import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
@@ -26,27 +24,27 @@ _NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
 
 
 @inline_kernel
-def column_int4(w: Any, at: Any, k: Any) -> Any:
+def column_int4(w, at, k):
     """The 4-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
     quad, bit = k >> 2, (k & 3) << 3
     return to_f32(bits_at(u8_load(w, at + (quad & 3) * LINE), bit + (quad & 4), 4))
 
 
 @inline_kernel
-def column_int5(w: Any, at: Any, k: Any) -> Any:
+def column_int5(w, at, k):
     """The 5-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
     fifth = to_f32(bits_at(u8_load(w, at + 4 * LINE), ((k & 3) << 3) + (k >> 2), 1))
     return fma(fifth, splat(np.float32(16)), column_int4(w, at, k))
 
 
 @inline_kernel
-def column_int8(w: Any, at: Any, k: Any) -> Any:
+def column_int8(w, at, k):
     """The 8-bit codes of column k of the group at byte ``at``, one for each of 16 rows."""
     return bytes_to_f32(u8_load(w, at + (k >> 2) * LINE), k & 3)
 
 
 @inline_kernel
-def list_columns(outliers: Any, lo: Any, hi: Any, found: Any, places: Any) -> Any:
+def list_columns(outliers, lo, hi, found, places):
     """List each column that is an outlier of tokens lo:hi once in ``found``, and where it stands in ``places``.
 
     Many tokens have the same ones, so that few are unpacked. Returns how many there are.
@@ -70,16 +68,14 @@ def list_columns(outliers: Any, lo: Any, hi: Any, found: Any, places: Any) -> An
 
 
 @inline_kernel
-def outlier_column(column: Any, zero: Any, has_mins: Any, w: Any, at: Any, k: Any) -> Any:
+def outlier_column(column, zero, has_mins, w, at, k):
     """Column k of W, in the block at byte ``at``, as it multiplies an outlier; mins do so in the totals."""
     codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
     return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)
 
 
 @inline_kernel
-def unpack_columns(
-    column: Any, zero: Any, has_mins: Any, w: Any, at: Any, size: Any, found: Any, count: Any, columns: Any
-) -> None:
+def unpack_columns(column, zero, has_mins, w, at, size, found, count, columns):
     """The listed columns of the panels at ``at`` as they multiply outliers; mins do so in the totals."""
     for i in range(count):
         k = np.int64(found[i])
@@ -89,9 +85,7 @@ def unpack_columns(
 
 
 @inline_kernel
-def add_outliers(
-    columns: Any, places: Any, outliers: Any, first: Any, t: Any, at: Any, zeros: Any, tile: Any
-) -> Any:
+def add_outliers(columns, places, outliers, first, t, at, zeros, tile):
     """The tile + the sum of the outliers of the tokens from t on, times their columns of W.
 
     ``first``: the token at which the places begin.

@@ -1,6 +1,6 @@
 """Panels of quantised weights: allocated, packed from row-major groups a few rows at a time, read back by row."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
 
 
 @kernel
-def pack_rows(kind: Any, quads: Any, scales: Any, mins: Any, words: Any, halfs: Any, lo: Any, hi: Any) -> None:
+def pack_rows(kind, quads, scales, mins, words, halfs, lo, hi):
     """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
 
     A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
@@ -136,7 +136,7 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type
 
 
 @inline_kernel
-def _quad(kind: Any, lines: Any, j: Any, r: Any) -> Any:
+def _quad(kind, lines, j, r):
     """The codes of quad j of row r, four bytes, from the words of a block's lines."""
     if kind == INT8:
         return lines[j * LANES + r]
@@ -147,7 +147,7 @@ def _quad(kind: Any, lines: Any, j: Any, r: Any) -> Any:
 
 
 @kernel(strict=True)
-def unpack_quant_rows(kind: Any, zero: Any, words: Any, halfs: Any, ids: Any, out: Any) -> None:
+def unpack_quant_rows(kind, zero, words, halfs, ids, out):
     """out[i] (K,) float32 = row ids[i] of blocks, given in words and in halfs.
 
     zero: the code of 0; -1 where there are mins.

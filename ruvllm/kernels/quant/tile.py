@@ -53,7 +53,7 @@ class Operands(NamedTuple):
 
 
 @inline_kernel
-def dots_int4(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+def dots_int4(p, at, offset, xi, tile):
     """The sums of 4-bit weights."""
     zero = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 0), OFFSETS, at, tile)
     sums = start_rows(zero)
@@ -66,14 +66,14 @@ def dots_int4(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
 
 
 @inline_kernel
-def _two_of_int5(p: Any, at: Any, offset: Any, fifth: Any, j: Any, q: Any, sums: Any) -> Any:
+def _two_of_int5(p, at, offset, fifth, j, q, sums):
     lines = lines_of(p.w, at, offset + j * LINE)
     sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), p.xq, q + 4 * j, p.step)
     return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), p.xq, q + 4 * j + 16, p.step)
 
 
 @inline_kernel
-def dots_int5(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+def dots_int5(p, at, offset, xi, tile):
     """The sums of 5-bit weights."""
     sums = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 1), OFFSETS, at, tile)
     q = xi * GROUP
@@ -93,7 +93,7 @@ def dots_int5(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
 
 
 @inline_kernel
-def dots_int8(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+def dots_int8(p, at, offset, xi, tile):
     """The sums of 8-bit weights."""
     sums = signed_offset_rows(p.offsets, xi * OFFSETS, OFFSETS, at, tile)
     for j in range(p.step // 4):
@@ -102,7 +102,7 @@ def dots_int8(p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
 
 
 @inline_kernel
-def add_block(dots: Any, p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> Any:
+def add_block(dots, p, at, offset, xi, tile):
     """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
     if p.has_mins:  # first, as they lie: memory is read fastest in order
         tile = fma_panels(halfs_of(p.w, at, offset + HALFS), p.totals, xi, tile)
@@ -112,7 +112,7 @@ def add_block(dots: Any, p: Any, at: Any, offset: Any, xi: Any, tile: Any) -> An
 
 
 @inline_kernel
-def prefetch_block(p: Any, at: Any, offset: Any, size: Any) -> None:
+def prefetch_block(p, at, offset, size):
     """Prefetch ``size`` bytes of each panel, ``offset`` bytes from its place in ``at``."""
     for line in range(0, size, LINE):
         for i in range(len(at)):
@@ -122,13 +122,13 @@ def prefetch_block(p: Any, at: Any, offset: Any, size: Any) -> None:
 if DOT_PANELS == 2:
 
     @inline_kernel
-    def panels_at(p: Any, hi: Any, step: Any) -> Any:
+    def panels_at(p, hi, step):
         """Where panel p begins and the next one; p twice, and the work of two, if it is the last of an odd number."""
         return p * step, min(p + 1, hi - 1) * step
 
 else:
 
     @inline_kernel
-    def panels_at(p: Any, hi: Any, step: Any) -> Any:
+    def panels_at(p, hi, step):
         """Where panel p begins."""
         return (p * step,)

@@ -60,7 +60,7 @@ _LAST_CODE, _REACH = np.float32(15), np.float32(15.5)
 
 
 @inline_kernel
-def _load_group(flat: Any, at: Any, left: Any, other: Any) -> Any:
+def _load_group(flat, at, left, other):
     """32 numbers as two vectors; those past the end of the row, ``left`` numbers away, are ``other``."""
     if left >= GROUP:
         return f32_load(flat, at), f32_load(flat, at + LANES)
@@ -70,14 +70,14 @@ def _load_group(flat: Any, at: Any, left: Any, other: Any) -> Any:
 
 
 @inline_kernel
-def _half_scale(wanted: Any, least: Any) -> Any:
+def _half_scale(wanted, least):
     """Bits of the half float nearest to ``wanted``, or of the next larger one where that is below ``least``."""
     bits = f32_to_f16(wanted)
     return np.uint16(bits + _ONE_BIT) if f16_to_f32(bits) < least else bits
 
 
 @inline_kernel
-def _half_below(x: Any) -> Any:
+def _half_below(x):
     """Bits of the largest half float that is not above x."""
     bits = f32_to_f16(x)
     if f16_to_f32(bits) <= x:
@@ -88,13 +88,13 @@ def _half_below(x: Any) -> Any:
 
 
 @inline_kernel
-def _codes(x: Any, inverse: Any, first: Any, last: Any) -> Any:
+def _codes(x, inverse, first, last):
     """round(x / scale) within first..last; ``inverse`` is 1 / scale in all lanes."""
     return round_to_i32(fmin(fmax(x * inverse, first), last))
 
 
 @kernel(strict=True)
-def quantize_rows(kind: Any, x: Any, codes: Any, scales: Any, mins: Any, lo: Any, hi: Any) -> None:
+def quantize_rows(kind, x, codes, scales, mins, lo, hi):
     """Rows lo:hi of quantize_int8 or quantize_int4: x (n, K); codes (n, 32 G); scales (n, G); mins (n, G) or (n, 0).
 
     A scale of infinity means numbers too large for half-precision scales, one of NaN means NaN or infinity in x.
@@ -159,7 +159,7 @@ quantize_parallel = over_rows(quantize_rows)
 
 
 @kernel(strict=True)
-def dequantize_rows(kind: Any, codes: Any, scales: Any, mins: Any, out: Any, lo: Any, hi: Any) -> None:
+def dequantize_rows(kind, codes, scales, mins, out, lo, hi):
     """Rows lo:hi of dequantize: codes (n, 32 G) uint8, int8 bits for INT8; scales (n, G); mins (n, G) or (n, 0)."""
     columns = out.shape[1]
     for row in range(lo, hi):

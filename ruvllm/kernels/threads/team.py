@@ -14,18 +14,18 @@ size, for which the newcomers wait (``admit``). Offers alternate between two slo
 one, before a barrier at which it waits, while a slow member still reads the last.
 
 Cores differ in speed, and any of them may be busy with something else. So a member's share of large work can be cut
-into chunks ("turns"), and a member that has finished its own share steals chunks of the others.
+into chunks, and a member that has finished its own share steals chunks of the others.
 
 ``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
 many barriers it has reached, and how many chunks of its shares are taken; each on cache lines of its own, so that a
 barrier moves one line from each to the others.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel
+from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, view_kernel
 from ruvllm.kernels.threads.cores import MASK_WORDS, current_core, leave_taken_core
 
 if TYPE_CHECKING or DISABLE_JIT:
@@ -52,17 +52,18 @@ else:
     )
 
 __all__ = [
-    "SHARES", "TURN_STEP", "admit", "barrier", "call_address", "call_operation", "close_gate", "join_team", "offer",
-    "offered", "part", "share_of", "sync_size", "take_turn", "time_stamp", "turn_counts",
+    "COUNTERS", "COUNTER_STRIDE", "Share", "admit", "barrier", "call_address", "call_operation", "chunk_counters",
+    "close_gate", "counter_of", "join_team", "offer", "offered", "part", "share_of", "sync_size", "take_chunk",
+    "time_stamp",
 ]  # fmt: skip
 
 _APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
-TURN_STEP = _APART
+COUNTER_STRIDE = _APART
 _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
 _POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))  # on the line of the size: they change with it
 _CORE = _MEMBERS + 1  # beside a member's barriers: the core that it joined on, see _cores
-_TURNS = _MEMBERS + _APART  # of a member's second line
-SHARES = 3  # that a member may have between two barriers
+_CHUNKS = _MEMBERS + _APART  # a member's second line: its chunk counters
+COUNTERS = 3  # chunk counters of a member between two barriers
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
 _GRACE = 20000  # pauses (0.2 to 1 ms) that the leader waits for the others
 _SHORT_GRACE = 2000  # pauses (20 to 100 us), where latecomers are admitted
@@ -170,34 +171,51 @@ def barrier(sync: Any, rank: Any, size: Any) -> None:
     for other in range(size):
         while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
             waited = _wait(waited)
-    # Nobody is in the shares from before this barrier any more. Those between it and the next have turns of their own.
-    for share in range(SHARES):
-        atomic_store(sync, _TURNS + mine + (reached + 1) % 2 * SHARES + share, 0)
+    # All members have left the phase before this barrier: reset its counters. The phase that begins has others.
+    for counter in range(COUNTERS):
+        atomic_store(sync, _CHUNKS + mine + (reached + 1) % 2 * COUNTERS + counter, 0)
 
 
 @inline_kernel
-def share_of(sync: Any, rank: Any, member: Any, share: Any) -> Any:
-    """Where the turns of a member's share, one of SHARES between two barriers, are counted: for take_turn."""
+def counter_of(sync: Any, rank: Any, member: Any, counter: Any) -> Any:
+    """The index in ``sync`` of a member's chunk counter, one of COUNTERS in the current phase."""
     reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
-    return _TURNS + 2 * member * _APART + reached % 2 * SHARES + share
+    return _CHUNKS + 2 * member * _APART + reached % 2 * COUNTERS + counter
 
 
-def turn_counts(threads: int) -> np.ndarray:
-    """Chunk counters of threads without a team: that of thread t is at t TURN_STEP."""
-    return np.zeros(threads * TURN_STEP, np.int64)
+def chunk_counters(threads: int) -> np.ndarray:
+    """Chunk counters of threads without a team: that of thread t is at t COUNTER_STRIDE."""
+    return np.zeros(threads * COUNTER_STRIDE, np.int64)
 
 
-@inline_kernel
-def take_turn(counts: Any, share: Any, alone: Any) -> Any:
-    """Claim the next chunk of a share: its index, from 0 on. An index beyond the last chunk means that none is left.
+class Share(NamedTuple):
+    """The items lo:hi of one thread. counts[index] counts the chunks of them that have been claimed.
 
     alone: no other thread claims chunks. An atomic addition, which later loads must wait for, is then left out.
     """
-    if alone:
-        turn = counts[share]
-        counts[share] = turn + 1
-        return turn
-    return atomic_add(counts, share, 1)
+
+    lo: Any
+    hi: Any
+    counts: Any
+    index: Any
+    alone: Any
+
+
+@inline_kernel
+def take_chunk(share: Any) -> Any:
+    """Claim the next chunk of a share: its number, from 0 on. A number past the last chunk means that none is left."""
+    if share.alone:
+        chunk = share.counts[share.index]
+        share.counts[share.index] = chunk + 1
+        return chunk
+    return atomic_add(share.counts, share.index, 1)
+
+
+@view_kernel
+def share_of(items: Any, counts: Any, index: Any, member: Any, size: Any) -> Any:
+    """The share of ``items`` of one of ``size`` members, whose chunks counts[index] counts."""
+    lo, hi = part(items, member, size)
+    return Share(lo, hi, counts, index, size == 1)
 
 
 @inline_kernel

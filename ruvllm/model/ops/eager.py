@@ -9,7 +9,8 @@ import numpy as np
 
 import ruvllm.kernels as K
 from ruvllm.kernels.attention.kv import append
-from ruvllm.kernels.attention.prefill import cached_attention
+from ruvllm.kernels.attention.prefill import attend_cache, scoring_of
+from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.experts import add_weighted, require_routing, route_tokens
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
@@ -86,7 +87,7 @@ class Eager:
         """Append k and v, then attention of q over the layer's cache -> (T, H D)."""
         keys, values, out = self.cache.keys[layer], self.cache.values[layer], np.empty_like(q)
         append(k, v, keys, values, self.positions)
-        cached_attention(q, keys, values, self.positions, window, scale, out, self.scratch)
+        attend_cache(q, Cache(keys, values), self.positions, scoring_of(window, scale), out, self.scratch)
         return out.reshape(len(q), -1)
 
     def route(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, ...]:

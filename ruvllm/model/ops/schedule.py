@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.tape import Operation
-from ruvllm.kernels.threads.team import SHARES
+from ruvllm.kernels.threads.team import COUNTERS
 
 
 class Partition(NamedTuple):
@@ -102,7 +102,7 @@ class Step:
     @property
     def counted(self) -> bool:
         """Whether it counts chunks, so that members can steal them."""
-        return "share" in self.operation.arguments
+        return "counter" in self.operation.arguments
 
 
 class Schedule:
@@ -113,7 +113,7 @@ class Schedule:
         self.segment = 0
         self._floor = 0  # no step may come before this phase
         self._latest = 0
-        self._shares: Counter[int] = Counter()  # chunk counters in use, by phase
+        self._counters: Counter[int] = Counter()  # chunk counters in use, by phase
 
     def add(self, step: Step) -> None:
         """Place a step in the earliest phase in which it conflicts with nothing."""
@@ -123,10 +123,10 @@ class Schedule:
         for value, partition in step.writes:
             phase = max(phase, _after(value.written + value.read, partition))
         if step.counted:
-            while self._shares[phase] == SHARES:
+            while self._counters[phase] == COUNTERS:
                 phase += 1
-            step.arguments["share"] = self._shares[phase]
-            self._shares[phase] += 1
+            step.arguments["counter"] = self._counters[phase]
+            self._counters[phase] += 1
         for value, partition in step.reads:
             value.read.append((phase, partition))
         for value, partition in step.writes:

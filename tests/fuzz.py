@@ -28,9 +28,10 @@ from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.safetensors import SafetensorsFile, SafetensorsIndex, open_safetensors
 from ruvllm.checkpoint.tokenizer import load_tokenizer
+from ruvllm.checkpoint.unpacked import UnpackedFiles
 from ruvllm.errors import ModelFormatError
 from tests import llm_cases
-from tests.checkpoint import corpus, hostile_models
+from tests.checkpoint import corpus, hostile_models, test_four_bits, test_packed
 from tests.checkpoint.hostile_models import read_all
 from tests.model import tiny
 
@@ -125,8 +126,33 @@ def targets(directory: Path) -> list[Target]:
         ),
         Target("tokenizer", (tokenizer,), names[0], _open_tokenizer, beside=speaker),
         Target("template", (template,), names[1], _open_tokenizer, beside=speaker),
+        _packed(directory),
         *_adapters(directory),
     ]
+
+
+def _packed(directory: Path) -> Target:
+    """GPTQ weights and MXFP4 experts."""
+    beside = directory / "packed"
+    beside.mkdir(exist_ok=True)
+    blocks, scales, _ = test_packed.experts()
+    experts = {"experts_blocks": blocks, "experts_scales": scales}
+    seeds = []
+    for symmetric in (True, False):
+        tensors = test_four_bits.Matrix(64, symmetric).gptq() | experts
+        test_four_bits.write(beside, tensors, test_four_bits.GPTQ | {"sym": symmetric})
+        seeds.append(_safetensors_seed((beside / "model.safetensors").read_bytes()))
+    return Target("packed", tuple(seeds), "model.safetensors", _open_packed, beside=beside)
+
+
+def _open_packed(path: Path, mmap: bool) -> None:
+    files = UnpackedFiles(open_safetensors(path, mmap), path.parent)
+    try:
+        for name in files.tensors:
+            if name in ("t.weight", "experts"):
+                files.tensor(name).float32()
+    finally:
+        files.close()
 
 
 def _adapters(directory: Path) -> list[Target]:

@@ -7,7 +7,7 @@ A quantised row is a chain of blocks, each with its own 16-bit scale ``d`` (and 
     Q2_K  w = (d s) q - (dmin z)                                  s, z: 4-bit scale and minimum of each 16 elements
     Q4_K  w = (d s) q - (dmin z)    Q5_K  the same with 5 bits    s, z: 6-bit scale and minimum of each 32 elements
     Q6_K  w = (d s) (q - 32)                                      s: int8 scale of each 16 elements
-    Q3_K, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0: see ``whole_numbers``
+    Q3_K, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0, Q4_Z: see ``whole_numbers``
 
 Products and sums are rounded in that order and never fused, as in the reference. Source: ggml-quants.c of ggml.
 """
@@ -41,6 +41,7 @@ SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     "IQ4_XS": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    "Q4_Z": (0,),
 }
 _NO_NUMBER = 255  # the power of two of MXFP4 that stands for NaN
 _CHECKED_BLOCKS = 1 << 20  # blocks whose scales are looked at together: bounds the temporary array
@@ -249,6 +250,7 @@ ROW_DECODERS: dict[str, Callable[[Array, Array, int, int], None]] = {
     "F32": _f32_rows,
     "F16": _f16_rows,
     "BF16": _bf16_rows,
+    "Q4_P": _f32_rows,
     "Q4_0": q4_0_rows,
     "Q4_1": q4_1_rows,
     "Q5_0": q5_0_rows,

@@ -1,4 +1,4 @@
-"""Quantised Hugging Face directories, which are not read, named as what they are: by settings, files or tensors."""
+"""Quantised Hugging Face directories that are not read, named as what they are: by settings, files or tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.checkpoint.fields import Fields
+from ruvllm.checkpoint.four_bits import packing_in
 from ruvllm.errors import ModelFormatError
 
-_EXPECTED = "weights in F32, F16 or BF16, or a .gguf file of the model"
+_EXPECTED = "weights in F32, F16 or BF16, GPTQ or AWQ with its settings, or a .gguf file of the model"
 # Files beside config.json, from before methods were named in it.
 _FILES = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
     "quanto_qmap.json": "quanto",
     "qmodel.pt": "HQQ",
@@ -40,10 +39,10 @@ _TENSORS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def refuse_settings(config: Fields) -> None:
-    """Raise ModelFormatError where config.json says that the weights are quantised."""
+    """Raise ModelFormatError where config.json says that the weights are quantised in a way that is not read."""
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
         settings = config.get(key, dict)
-        if settings:
+        if settings and packing_in(config) is None and settings.get("quant_method") != "mxfp4":
             field = f"{key}.quant_method" if "quant_method" in settings else key
             raise config.error(field, f"{_method(key, settings)}: quantised weights", _EXPECTED)
 

@@ -16,7 +16,8 @@ What each type becomes (``kernels.quant.weights`` says what the codes mean):
     IQ4_XS          int8    codes exact; scale d s rounded as for Q4_K
     MXFP4           int5    exact for scales of 2^-24 to 2^15; codes of a smaller one rounded to multiples of 2^-24
     TQ1_0, TQ2_0    int4    exact
-    F64, F32, F16, BF16     int8, or int4: rounded by ``kernels.quant.weights``
+    Q4_Z  int4 with mins    codes and scales exact; min -d z rounded to half precision
+    F64, F32, F16, BF16, Q4_P       int8, or int4: rounded by ``kernels.quant.weights``
 
 Rounding to half precision has a relative error of at most 2^-11. Where it would be subnormal (below 2^-14) d s is a
 multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is refused.
@@ -147,6 +148,16 @@ def byte_rows(
     codes[lo:hi].reshape(hi - lo, scales.shape[1], GROUP)[:] = blocks[:, :, codes_at:]
 
 
+def zero_point_rows(
+    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
+) -> None:
+    """Rows lo:hi of Q4_Z: as Q4_1, but that a zero point z stands where m does: m = -d z."""
+    nibble_rows(raw, codes, scales, mins, block, fifth_at, codes_at, lo, hi)
+    with np.errstate(over="ignore"):  # refused by ``_check_half``
+        lowest = scales[lo:hi].view(np.float16).astype(np.float32) * -mins[lo:hi].astype(np.float32)
+        mins[lo:hi] = lowest.astype(np.float16).view(np.uint16)
+
+
 def _whole_rows(dtype: str, zero: int) -> Any:
     """The decoder of a type of ``whole_numbers`` into codes whose zero is ``zero``."""
 
@@ -184,6 +195,7 @@ _TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
     "MXFP4": ("int5", False, _whole_rows("MXFP4", ZEROS["int5"]), 17, 0, 0),
     "TQ1_0": ("int4", False, _whole_rows("TQ1_0", ZEROS["int4"]), 54, 0, 0),
     "TQ2_0": ("int4", False, _whole_rows("TQ2_0", ZEROS["int4"]), 66, 0, 0),
+    "Q4_Z": ("int4", True, zero_point_rows, 20, 0, 4),
 }
 
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # What a directory is read from besides its weights.
 _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
+    "added_tokens.json", "chat_template.jinja", "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # GGUF files that stand beside a model
 

@@ -32,9 +32,10 @@ from ruvllm.checkpoint.names import (
     HF_MODEL,
     half_split_rows,
 )
-from ruvllm.checkpoint.safetensors import PICKLES, SafetensorsFile, SafetensorsIndex, open_safetensors
+from ruvllm.checkpoint.safetensors import PICKLES, open_safetensors
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.checkpoint.unpacked import UnpackedFiles
 from ruvllm.errors import ModelFormatError, printable
 from ruvllm.model.config import ModelConfig
 
@@ -67,7 +68,7 @@ class Checkpoint:
         format: Literal["gguf", "huggingface"],
         config: ModelConfig,
         tensors: dict[str, Tensor],
-        files: AnyGGUF | SafetensorsFile | SafetensorsIndex,
+        files: AnyGGUF | UnpackedFiles,
     ) -> None:
         self.path = path
         self.format = format
@@ -153,15 +154,16 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         raise ModelFormatError(path, field="model", found=found, expected=expected)
     config = config_from_directory(path)
     try:
-        files = open_safetensors(path, mmap=mmap)
+        opened = open_safetensors(path, mmap=mmap)
     except ModelFormatError:
         refuse_files(path)
         raise
     try:
+        files = UnpackedFiles(opened, path)
         refuse_tensors(path, files.tensors)
         stored = _text_names(files.tensors)
         leftovers = {name for name in stored if _HF_LEFTOVERS.fullmatch(name)}
-        ignored = set(leftovers)
+        ignored = leftovers | files.zero_biases
 
         def tensor(name: str) -> Tensor:
             return files.tensor(stored[name])
@@ -188,7 +190,7 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
             logger.warning("%s: no part of the model, left out: %s%s", path, printable(min(others)), more)
         return Checkpoint(path, "huggingface", config, tensors, files)
     except BaseException:
-        files.close()
+        opened.close()
         raise
 
 
@@ -216,6 +218,8 @@ def _collect(
     expected_names = set(ignored)
     for name, shape in config.tensor_shapes().items():
         place = places[name]
+        if place.transposed and place.name in stored and tensor(place.name).dtype == "MXFP4":
+            place = place._replace(transposed=False)  # GPT-OSS stores outputs by rows there, else inputs
         expected = place.file_shape(shape)
         if place.name not in stored:
             raise ModelFormatError(

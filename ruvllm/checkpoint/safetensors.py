@@ -77,6 +77,10 @@ class SafetensorsFile:
         """
         return Tensor(self.tensors[name], self._source)
 
+    def stored(self, name: str) -> tuple[TensorInfo, Source]:
+        """A tensor of any type as it stands in its file. Raises KeyError when there is none of this name."""
+        return self.tensors[name], self._source
+
     def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""
         return self.tensor(name).raw()
@@ -93,7 +97,8 @@ class SafetensorsFile:
 
 
 class SafetensorsIndex:
-    """The shards of one model, seen as one file: ``tensors``, ``metadata``, ``tensor``, ``data`` as in SafetensorsFile.
+    """The shards of one model, seen as one file: ``tensors``, ``metadata``, ``tensor``, ``stored``, ``data`` as in
+    SafetensorsFile.
 
     Args:
         path: a ``model.safetensors.index.json``; the shards that it names must lie beside it and hold exactly the
@@ -127,6 +132,10 @@ class SafetensorsIndex:
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name; KeyError and ModelFormatError as for SafetensorsFile."""
         return self._shard_of[name].tensor(name)
+
+    def stored(self, name: str) -> tuple[TensorInfo, Source]:
+        """A tensor of any type as it stands in its file. Raises KeyError when there is none of this name."""
+        return self._shard_of[name].stored(name)
 
     def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""

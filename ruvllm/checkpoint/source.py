@@ -6,7 +6,7 @@ import mmap as _mmap
 import os
 import stat
 import threading
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -22,6 +22,20 @@ _KINDS = (
 
 # Bytes: Linux maps up to a huge page around the byte that is read, if that is how the file lies in its cache.
 _MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
+
+
+class Readable(Protocol):
+    """What a tensor reads its bytes from: a file, or what is put together from several tensors of one."""
+
+    path: str
+
+    def read(self, offset: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """``count`` bytes from ``offset``."""
+        ...
+
+    def release(self, offset: int, count: int) -> None:
+        """They are not needed for now."""
+        ...
 
 
 class Source:

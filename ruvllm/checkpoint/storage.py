@@ -27,6 +27,9 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "MXFP4": (32, 17),
     "TQ1_0": (256, 54),
     "TQ2_0": (256, 66),
+    # Of no file: what GPTQ and AWQ tensors are read as (four_bits.py).
+    "Q4_Z": (32, 20),  # 16-bit scale, zero point, a byte that is 0, and codes as in Q4_0
+    "Q4_P": (1, 4),  # float32 values, where the columns of a group are not neighbours
 }
 
 # GGUF: type code -> name, for the types that ruvllm reads ...

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm.checkpoint.dequant import dequantize_rows, first_bad_scale
-from ruvllm.checkpoint.source import Source
-from ruvllm.checkpoint.storage import BLOCKS, row_bytes
+from ruvllm.checkpoint.source import Readable
+from ruvllm.checkpoint.storage import BLOCKS, SAFETENSORS_BITS, row_bytes
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.quant.panels import Panels
 
@@ -36,25 +36,25 @@ class TensorInfo:
 class Tensor:
     """A tensor of a file, seen as ``rows`` rows of ``columns`` elements: leading axes folded, one row for a vector.
 
-    Attributes: ``name``; ``shape`` (row-major); ``dtype``, the storage type ("F32", "Q6_K"); ``rows``; ``columns``;
-    ``row_bytes``; ``path`` of its file.
+    Attributes: ``info``; ``name``; ``shape`` (row-major); ``dtype``, the storage type ("F32", "Q6_K"); ``rows``;
+    ``columns``; ``row_bytes``; ``path`` of its file.
 
     Raises:
         ModelFormatError: the file stores it in a type that cannot be decoded.
     """
 
     def __init__(
-        self, info: TensorInfo, source: Source, index: npt.NDArray[np.intp] | None = None, by_element: bool = False
+        self, info: TensorInfo, source: Readable, index: npt.NDArray[np.intp] | None = None, by_element: bool = False
     ) -> None:
         if info.type not in BLOCKS:
             raise ModelFormatError(
                 source.path,
                 field=f"tensor {info.name!r} type",
                 found=f"{info.type}, which is not supported",
-                expected="one of " + ", ".join(BLOCKS),
+                expected="one of " + ", ".join(kind for kind in SAFETENSORS_BITS if kind in BLOCKS),
                 offset=info.offset,
             )
-        self._info = info
+        self.info = info
         self._source = source
         self._index = index
         self._by_element = by_element
@@ -84,7 +84,7 @@ class Tensor:
         if self._index is None or lo == hi:
             rows = self._stored(lo, hi)
         elif self._by_element:
-            elements = self._source.read(self._info.offset, self._info.nbytes).reshape(self._info.shape[0], -1)
+            elements = self._source.read(self.info.offset, self.info.nbytes).reshape(self.info.shape[0], -1)
             rows = elements[self._index].reshape(1, -1)
         else:
             wanted = self._index[lo:hi]
@@ -137,7 +137,7 @@ class Tensor:
         index = index.astype(np.intp)
         if self._index is not None:
             index = self._index[index]
-        return Tensor(self._info, self._source, index, by_element=len(self.shape) == 1)
+        return Tensor(self.info, self._source, index, by_element=len(self.shape) == 1)
 
     def expert(self, i: int) -> Tensor:
         """Part i of the first axis: the matrix (N, K) of one expert where a file has them as one tensor (E, N, K).
@@ -151,7 +151,7 @@ class Tensor:
             raise ValueError(f"{self!r} has no experts: expected two axes or more, not permuted")
         if not 0 <= i < self.shape[0]:
             raise ValueError(f"expert must lie in 0:{self.shape[0]}, not {i}")
-        whole = self._info
+        whole = self.info
         nbytes = whole.nbytes // self.shape[0]
         part = TensorInfo(f"{whole.name}[{i}]", whole.shape[1:], whole.type, whole.offset + i * nbytes, nbytes)
         return Tensor(part, self._source)
@@ -170,7 +170,7 @@ class Tensor:
 
     def release(self) -> None:
         """Tell the system that the tensor's mapped pages are not needed for now, so that they leave our memory."""
-        self._source.release(self._info.offset, self._info.nbytes)
+        self._source.release(self.info.offset, self.info.nbytes)
 
     def _range(self, lo: int, hi: int | None) -> tuple[int, int]:
         hi = self.rows if hi is None else hi
@@ -180,7 +180,7 @@ class Tensor:
 
     def _stored(self, lo: int, hi: int) -> npt.NDArray[np.uint8]:
         """Rows lo:hi in the file's own order."""
-        start = self._info.offset + lo * self.row_bytes
+        start = self.info.offset + lo * self.row_bytes
         return self._source.read(start, (hi - lo) * self.row_bytes).reshape(hi - lo, self.row_bytes)
 
     def _check_scales(self, rows: npt.NDArray[Any], lo: int) -> None:
@@ -194,5 +194,5 @@ class Tensor:
             field=f"tensor {self.name!r} row {row} block {block} scale",
             found=value,
             expected="a finite number",
-            offset=self._info.offset + row * self.row_bytes + block * BLOCKS[self.dtype][1],
+            offset=self.info.offset + row * self.row_bytes + block * BLOCKS[self.dtype][1],
         )

@@ -7,6 +7,7 @@
             values are the halves of these
     TQ1_0   n = -1, 0, 1: five in a byte, as digits of base 3; scale = d of each 256
     TQ2_0   n = -1, 0, 1, 2: four in a byte; scale = d of each 256
+    Q4_Z    n = q - z, scale = d      q: 0..15; z: whole zero point; both d and z of each 32
 
 Every product is exact in float32. Q3_K is negated because s q reaches 128 = 32 4 and int8 only -128. Sources:
 ggml-quants.c of ggml; OCP Microscaling Formats Specification.
@@ -93,6 +94,18 @@ def tq2_0_rows(raw: Any, numbers: Any) -> None:
                 y[j] = np.int32((x[j] >> shift) & 3) - np.int32(1)
 
 
+@kernel(strict=True)
+def q4_z_rows(raw: Any, numbers: Any) -> None:
+    """Numbers of Q4_Z: zero point in the third byte, from the fifth on 16 of codes as in Q4_0."""
+    for i in range(raw.shape[0]):
+        for g in range(numbers.shape[1] // _GROUP):
+            x, y = raw[i, g * 20 : g * 20 + 20], numbers[i, g * _GROUP : g * _GROUP + _GROUP]
+            zero = np.int32(x[2])
+            for j in range(16):
+                y[j] = np.int32(x[4 + j] & 15) - zero
+                y[16 + j] = np.int32(x[4 + j] >> 4) - zero
+
+
 def _halves(blocks: Array, at: int) -> Array:
     """The 16-bit floats ``at`` bytes into each block, as float32 (n, blocks, 1)."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
@@ -128,6 +141,7 @@ WHOLE_TYPES: dict[str, _Type] = {
     "MXFP4": _Type(_powers, lambda raw, to: table_rows(raw, _FP4, 17, 1, to)),
     "TQ1_0": _Type(lambda blocks: _halves(blocks, 52), tq1_0_rows),
     "TQ2_0": _Type(lambda blocks: _halves(blocks, 64), tq2_0_rows),
+    "Q4_Z": _Type(lambda blocks: _halves(blocks, 0), q4_z_rows),
 }
 
 

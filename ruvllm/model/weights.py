@@ -27,8 +27,9 @@ LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # that any tensor can be converted t
 # What "auto" makes of the storage types: the least of the kernels' layouts that keeps the precision of the file.
 _AUTO = {
     "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "TQ1_0": "int4", "TQ2_0": "int4",
+    "Q4_Z": "int4",
     "Q5_0": "int5", "Q5_1": "int5", "Q5_K": "int5", "MXFP4": "int5", "Q2_K": "int8", "Q3_K": "int8",
-    "IQ4_NL": "int8", "IQ4_XS": "int8", "Q6_K": "int8", "Q8_0": "int8",
+    "IQ4_NL": "int8", "IQ4_XS": "int8", "Q6_K": "int8", "Q8_0": "int8", "Q4_P": "int8",
 }  # fmt: skip
 
 

@@ -18,7 +18,10 @@ from tests.model import tiny
 
 Edited = Callable[..., Path]
 GATE = "model.layers.0.mlp.gate_proj"
-EXPECTED = "quantised weights, expected weights in F32, F16 or BF16, or a .gguf file of the model"
+EXPECTED = (
+    "quantised weights, "
+    "expected weights in F32, F16 or BF16, GPTQ or AWQ with its settings, or a .gguf file of the model"
+)
 
 
 def refused(directory: Path, message: str) -> None:
@@ -29,14 +32,7 @@ def refused(directory: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "settings", "said"),
     [
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quantization_config.quant_method: found GPTQ"),
-        ("quantization_config", {"bits": 4, "group_size": 128, "desc_act": True}, "quantization_config: found GPTQ"),
-        ("quantization_config", {"quant_method": "awq", "bits": 4}, "quantization_config.quant_method: found AWQ"),
-        (
-            "quantization_config",
-            {"w_bit": 4, "zero_point": True},
-            "quantization_config: found AWQ",
-        ),
+        ("quantization_config", {"quant_method": "hqq", "bits": 4}, "quantization_config.quant_method: found HQQ"),
         (
             "quantization_config",
             {"load_in_8bit": True, "llm_int8_threshold": 6.0},
@@ -91,9 +87,8 @@ def test_tensors(edited: Edited, endings: tuple[str, ...], said: str) -> None:
 @pytest.mark.parametrize(
     ("file", "weights", "said"),
     [
-        ("quantize_config.json", "gptq_model-4bit-128g.safetensors", "quantize_config.json: found GPTQ"),
-        ("quant_config.json", "pytorch_model.bin", "quant_config.json: found AWQ"),
         ("hf_quant_config.json", "", "hf_quant_config.json: found ModelOpt"),
+        ("quanto_qmap.json", "pytorch_model.bin", "quanto_qmap.json: found quanto"),
     ],
 )
 def test_files(edited: Edited, file: str, weights: str, said: str) -> None:

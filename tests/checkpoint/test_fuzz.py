@@ -12,7 +12,7 @@ from tests import fuzz
 # Files per target, and how many of them must still open for the mutations to be worth something.
 COUNTS = {
     "gguf": (2500, 100), "safetensors": (2500, 40), "model": (500, 20), "config": (500, 20), "index": (500, 2),
-    "tokenizer": (500, 20), "template": (500, 20),
+    "packed": (1000, 20), "tokenizer": (500, 20), "template": (500, 20),
     "adapter config": (400, 10), "adapter": (400, 10), "adapter gguf": (400, 10),
 }  # fmt: skip
 

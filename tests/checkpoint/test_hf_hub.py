@@ -413,8 +413,8 @@ def test_a_cache_that_is_a_file(user: User) -> None:
     [
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "architectures: found Qwen3ForCausalLM"),
         (
-            {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}},
-            "found GPTQ: quantised weights",
+            {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "hqq"}},
+            "found HQQ: quantised weights",
         ),
     ],
 )

@@ -89,10 +89,11 @@ def _compete(group: list[str], cuts: Mapping[str, list[Pair]]) -> bool:
 
 def _lacks_characters(known: Mapping[str, float]) -> bool:
     """Whether a piece can be joined from a character that is no piece."""
+    characters = {piece for piece in known if len(piece) == 1}
     return any(
         all(part in known or len(part) == 1 for part in (piece[:n], piece[n:]))
         for piece in known
-        if len(piece) > 1 and not all(character in known for character in piece)
+        if not characters.issuperset(piece)
         for n in range(1, len(piece))
     )
 

@@ -9,13 +9,13 @@ expression, the model's own is used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ruvllm.checkpoint._spm import ScoredPieces, merges_from_scores
-from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, PREFIX, check_gguf_keys
+from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, NFC, PREFIX, check_gguf_keys
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
 from ruvllm.errors import ModelFormatError
@@ -109,6 +109,9 @@ _END_OF_TURN = frozenset({
     "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 
+# Gemma's vocabulary has the tags of HTML: there, as a user-defined token, it ends text that is struck out.
+_END_OR_TAG = "</s>"
+
 _NO_MODEL = ("none", "no_vocab")  # llama.cpp: a model of ids alone
 _TEMPLATE = "tokenizer.chat_template"
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
@@ -134,15 +137,15 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
     named = {name: _named_id(keys, name, pieces, model) for name in dict.fromkeys((*NAMED, *END_NAMES))}
     ends = _end_ids(keys, pieces, kinds, named)
     for i in (*ends, *ids_of_kind(kinds, Kind.USER_DEFINED)):
-        if looks_like_control(pieces[i]):
+        if looks_like_control(pieces[i]) or (i in ends and pieces[i] == _END_OR_TAG):
             kinds[i] = Kind.CONTROL
     if model == "gpt2":
         engine, add_bos = _byte_level_engine(keys, ids)
     else:
         engine, add_bos = _sentencepiece_engine(keys, pieces, ids, kinds, named["unknown"]), True
-    _add_special(engine, pieces, kinds)
-    prefix = _surrounding(keys, "bos", add_bos, named["bos"])
     space = model == "llama" and keys.default(PREFIX + "add_space_prefix", bool, True)
+    _add_special(engine, pieces, kinds, normalized_spaces=model == "llama" and not space)
+    prefix = _surrounding(keys, "bos", add_bos, named["bos"])
     return Vocabulary(
         engine=engine,
         pieces=pieces,
@@ -164,7 +167,8 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
 
 def looks_like_control(piece: str) -> bool:
     """Whether a token that its file calls user-defined is one that ought to be a control token (many files err)."""
-    return (piece.startswith(("<|", "<｜")) and piece.endswith(("|>", "｜>"))) or piece in _END_OF_TURN
+    spelt = piece in _END_OF_TURN and piece != _END_OR_TAG
+    return spelt or (piece.startswith(("<|", "<｜")) and piece.endswith(("|>", "｜>")))
 
 
 def _ids_of(keys: Fields, pieces: list[Any]) -> dict[str, int]:
@@ -220,7 +224,7 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
 
 def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
     """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
-    spelt = spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))
+    spelt = spelt_ends(pieces, kinds)
     return tuple(dict.fromkeys([*_listed_ends(keys, named, len(pieces)), *spelt]))
 
 
@@ -235,9 +239,11 @@ def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _AN
     return tuple(dict.fromkeys(given))
 
 
-def spelt_ends(pieces: Sequence[str | None], ids: Iterable[int]) -> list[int]:
-    """Those of the tokens ``ids`` that are known, by their spelling, to end a turn or a text."""
+def spelt_ends(pieces: Sequence[str | None], kinds: bytearray) -> list[int]:
+    """The control and user-defined tokens that are known, by their spelling, to end a turn or a text."""
+    ids = ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED)
     spelt = {i: piece for i in ids if (piece := pieces[i]) in _END_OF_TURN}
+    spelt = {i: piece for i, piece in spelt.items() if piece != _END_OR_TAG or kinds[i] == Kind.CONTROL}
     if {"<|return|>", "<|call|>"} <= {*spelt.values()}:  # there <|end|> only ends one message of several
         return [i for i, piece in spelt.items() if piece != "<|end|>"]
     return list(spelt)
@@ -256,7 +262,7 @@ def _surrounding(keys: Fields, name: str, default: bool, token: int | None) -> t
 
 def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
     """The engine of a "gpt2" vocabulary, and whether a BOS token goes before text unless the file says otherwise."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     pre = keys.require(PREFIX + "pre", str) if PREFIX + "pre" in keys else _known_pre_tokenizer(keys, ids)
     if pre not in PRE_TOKENIZERS:
@@ -278,6 +284,8 @@ def _byte_level_engine(keys: Fields, ids: dict[str, int]) -> tuple[Any, bool]:
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    if keys.default(NFC, bool, False):
+        engine.normalizer = normalizers.NFC()
     return engine, pre in _ADD_BOS
 
 
@@ -338,12 +346,17 @@ def _check_byte_pieces(keys: Fields, pieces: list[str], kinds: bytearray) -> Non
         )
 
 
-def _add_special(engine: Any, pieces: list[str], kinds: bytearray) -> None:
+def _add_special(engine: Any, pieces: list[str], kinds: bytearray, normalized_spaces: bool) -> None:
+    """Let the engine cut control and user-defined tokens out of text.
+
+    normalized_spaces: find user-defined runs of spaces where spaces are spelt "▁" already, as SentencePiece does
+    (Gemma). Not where each part of a text is given a space in front: that would come in between.
+    """
     from tokenizers import AddedToken
 
-    def added(special: bool, *wanted: Kind) -> list[Any]:
-        ids = ids_of_kind(kinds, *wanted)
-        return [AddedToken(pieces[i], normalized=False, special=special) for i in ids if pieces[i]]
-
-    engine.add_special_tokens(added(True, Kind.CONTROL, Kind.UNKNOWN))
-    engine.add_tokens(added(False, Kind.USER_DEFINED))
+    control = ids_of_kind(kinds, Kind.CONTROL, Kind.UNKNOWN)
+    engine.add_special_tokens([AddedToken(pieces[i], normalized=False, special=True) for i in control if pieces[i]])
+    own = [pieces[i] for i in ids_of_kind(kinds, Kind.USER_DEFINED) if pieces[i]]
+    engine.add_tokens(
+        [AddedToken(piece, normalized=normalized_spaces and " " in piece and piece.isspace()) for piece in own]
+    )

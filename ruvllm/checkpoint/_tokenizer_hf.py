@@ -67,6 +67,9 @@ def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
     _make_special(engine, {*names.values(), *(config.get("chat_control_tokens", list) or [])})
     pieces = _pieces(path, engine)
     kinds = _kinds(engine, pieces, byte_level)
+    if not byte_level:
+        for token in ids_of_kind(kinds, Kind.USER_DEFINED):  # runs of spaces (Gemma), as GGUF spells them
+            pieces[token] = str(pieces[token]).replace("▁", " ")
     prefix, suffix = _surroundings(path, engine, config, names)
     if max((*prefix, *suffix), default=0) >= len(pieces):
         found = f"the ids {[*prefix, *suffix]}"
@@ -261,7 +264,7 @@ def _end_ids(
     named = engine.token_to_id(names["eos_token"]) if "eos_token" in names else None
     ends = [] if named is None else [named]
     ends += [i for i in listed if i < len(pieces)]  # an embedding may have more rows than there are tokens
-    return tuple(dict.fromkeys(ends + spelt_ends(pieces, ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED))))
+    return tuple(dict.fromkeys(ends + spelt_ends(pieces, kinds)))
 
 
 def _begin_id(

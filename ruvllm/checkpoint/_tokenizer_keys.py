@@ -17,6 +17,8 @@ from ruvllm.checkpoint.fields import Fields
 logger = logging.getLogger(__name__)
 
 PREFIX = "tokenizer.ggml."
+# Ours: text is brought into Unicode's form NFC first (Qwen2). llama.cpp has no key for it, and leaves it out.
+NFC = PREFIX + "normalizer.nfc"
 # Names of tokens in keys, the wrong spelling of one of them included, and in templates.
 NAMED = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
@@ -35,7 +37,7 @@ GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
 _GGUF_FOLLOWED = {
     PREFIX + key for key in (
         "model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token",
-        "add_space_prefix", "eos_token_ids", *(f"{name}_token_id" for name in (*NAMED, *END_NAMES)),
+        "add_space_prefix", "eos_token_ids", "normalizer.nfc", *(f"{name}_token_id" for name in (*NAMED, *END_NAMES)),
     )
 }  # fmt: skip
 _GGUF_WITHOUT_MEANING = {

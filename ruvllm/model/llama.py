@@ -15,7 +15,7 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.kv_cache import PREFILL_TOKENS, KVCache
 from ruvllm.model.layer import Decoder, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
@@ -27,7 +27,6 @@ from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
 LAYER_MACS = 25_000_000_000  # multiply-adds per layer and pass at the most: Ctrl-C is seen between two layers
 WEIGHTS = ("auto", *LAYOUTS)
 
@@ -138,7 +137,7 @@ class Llama:
                     rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
                     self._forward(part, cache, rows, ops)
         except BaseException:  # Ctrl-C between two kernels: the tokens count as not taken
-            cache.truncate(before)
+            cache.rewind(before)
             raise
         return logits
 

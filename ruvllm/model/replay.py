@@ -117,14 +117,12 @@ class Working:
         self.scratch = aligned_empty((threads, scratch))
         self.header = h = np.zeros(t.HEADER_SIZE, np.int64)
         h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
-        _, _, h[t.CACHE_BLOCKS], h[t.KEY_ROWS], _ = cache.keys.shape
-        h[t.VALUE_WIDTH] = cache.values.shape[3]
+        h[t.LAYERS], h[t.CACHES] = len(cache.table), cache.table.ctypes.data
+        h[t.KEY_ROWS], h[t.VALUE_WIDTH] = cache.keys[0].shape[2], cache.values[0].shape[2]
         h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
         h[t.CALLS] = scheduler_calls().ctypes.data
         t.set_space(h, t.ABSOLUTE, 0)
         t.set_space(h, t.POSITIONS, self.positions.ctypes.data)
-        t.set_space(h, t.KEYS, cache.keys.ctypes.data, cache.keys[0].nbytes)
-        t.set_space(h, t.VALUES, cache.values.ctypes.data, cache.values[0].nbytes)
         t.set_space(h, t.PARTIAL, self.partial.ctypes.data)
         t.set_space(h, t.SCRATCH, self.scratch.ctypes.data, 1, self.scratch[0].nbytes)
 

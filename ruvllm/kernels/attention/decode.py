@@ -17,14 +17,16 @@ import numpy as np
 
 from ruvllm.kernels.attention.tile import (
     CHUNK,
-    LOG2_E,
     PAIRS,
     Heads,
     Keys,
     Queries,
     Span,
+    cap_scores,
     copy_queries,
     largest_score,
+    normaliser,
+    query_factor,
     scores,
     to_weights,
     transpose_4,
@@ -103,12 +105,13 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
         span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        ki = (kv * keys.shape[1] + begin // LANES) * block
-        vi = (kv * values.shape[1] + begin) * wide
+        stored = base % values.shape[1] + span.start
+        ki = (kv * keys.shape[1] + stored // LANES) * block
+        vi = (kv * values.shape[1] + stored) * wide
         count = span.stop - span.start
         for r in range(0, group, HEAD_TILE):
             copy_queries(
-                Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), scoring.scale * LOG2_E, queries,
+                Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), query_factor(scoring), queries,
                 stage, transpose_4,
             )  # fmt: skip
             if group == 1:
@@ -118,6 +121,8 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         for r in range(0, group, HEAD_TILE):
             for head in range(r, min(r + HEAD_TILE, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width + wide
+                if scoring.softcap > 0:
+                    cap_scores(scratch, head * CHUNK, span.start, span.stop, scoring.softcap)
                 top = largest_score(scratch, head * CHUNK, span)
                 total = to_weights(scratch, head * CHUNK, span, top, keys_flat, ki + (dim + 4) * LANES, block)
                 parts[at] = top
@@ -171,8 +176,11 @@ def add_weighted_rows(zeros, rows, ahead, wide, scratch, weights, sums):
 
 
 @kernel(strict=True)
-def merge_chunks(partial, chunks, out, lo, hi):
-    """out (H, D) for heads lo:hi from the first ``chunks`` of partial (H, >= chunks, partial_width(D))."""
+def merge_chunks(partial, chunks, sinks, out, lo, hi):
+    """out (H, D) for heads lo:hi from the first ``chunks`` of partial (H, >= chunks, partial_width(D)).
+
+    sinks: as in ``Scoring``.
+    """
     dim, state = out.shape[1], partial.shape[2] - LANES
     for head in range(lo, hi):
         parts, y = partial[head], out[head]
@@ -185,7 +193,7 @@ def merge_chunks(partial, chunks, out, lo, hi):
             weight = exp2_of_negative(parts[c, state] - top)
             total += parts[c, state + 1] * weight
             add_multiple(weight, parts[c, :dim], y)
-        multiply(y, np.float32(1) / total)
+        multiply(y, normaliser(sinks, head, top, total))
 
 
 @inline_kernel(independent=True)

@@ -65,7 +65,7 @@ def kv_append_heads(k, v, keys, values, positions, lo, hi):
         t = 0
         while t < tokens:
             xi = t * row + head * dim
-            position = positions[t]
+            position = positions[t] % values.shape[1]
             ki = (head * keys.shape[1] + position // LANES) * block
             vi = (head * values.shape[1] + position) * wide
             count = LANES if _fill_block(positions, t) else 1

@@ -179,7 +179,7 @@ def attend_paged(q, k, v, table, length, scale, memory, out):
     parts = heads * chunks * _partial_width(dim)
     partial = memory[:parts].reshape(heads, chunks, _partial_width(dim))
     attend_paged_chunks(q, Pool(k, v, table, length), scale, partial, memory[parts:], 0, k.shape[2] * chunks)
-    merge_chunks(partial, chunks, out, 0, heads)
+    merge_chunks(partial, chunks, memory[:0], out, 0, heads)
 
 
 @inline_kernel

@@ -19,7 +19,6 @@ from numba import prange
 from ruvllm.kernels.attention.decode import attend_token, merge_chunks, partial_width, token_scratch_size
 from ruvllm.kernels.attention.tile import (
     CHUNK,
-    LOG2_E,
     NEGATIVE_INFINITY,
     Q_STEP,
     ROWS,
@@ -30,9 +29,12 @@ from ruvllm.kernels.attention.tile import (
     Scoring,
     Span,
     add_weighted_values,
+    cap_scores,
     copy_queries,
     largest_score,
+    normaliser,
     query_at,
+    query_factor,
     scores,
     to_weights,
     transpose,
@@ -48,6 +50,7 @@ from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, share_of
 _UNITS = 4  # of a chunk of work
 MOST_TILES = 4 if WIDE else 6  # that read a chunk of keys and values while it is in the L2 cache
 NO_WINDOW = 1 << 62
+_NO_SINKS = np.empty(0, np.float32)
 
 
 def prompt_scratch_size(head_dim: int) -> int:
@@ -124,7 +127,7 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
         of = Heads(q_flat, kv, group, heads, dim)
         for tile in range(0, rows, ROWS):
             to = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)
-            copy_queries(of, first_row + tile, min(ROWS, rows - tile), scoring.scale * LOG2_E, to, stage, transpose)
+            copy_queries(of, first_row + tile, min(ROWS, rows - tile), query_factor(scoring), to, stage, transpose)
         for i in range(sums, sums + rows * wide, LANES):
             f32_store(scratch, i, f32_zero())
         for row in range(rows):
@@ -140,10 +143,14 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
                 if start >= stop:
                     continue
-                ki = (kv * keys.shape[1] + begin // LANES) * block
-                vi = (kv * values.shape[1] + begin) * wide
+                stored = chunk % values.shape[1] + start
+                ki = (kv * keys.shape[1] + stored // LANES) * block
+                vi = (kv * values.shape[1] + stored) * wide
                 tile_queries = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)
                 scores(f32_zeros(ROWS), panels, ki, tile_queries, 0, start, stop)
+                if scoring.softcap > 0:
+                    for row in range(tile_rows.count):
+                        cap_scores(scratch, row * CHUNK, start, stop, scoring.softcap)
                 state = Softmax(
                     scratch, tops + tile // ROWS * LANES, old_tops, totals + tile * LANES, sums + tile * wide, wide
                 )
@@ -154,7 +161,8 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
         for row in range(rows):
             # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
             top = scratch[tops + row // ROWS * LANES + row % ROWS]
-            inverse = splat(np.float32(1) / hsum(f32_load(scratch, totals + row * LANES)) + (top - top))
+            head, total = kv * group + (first_row + row) % group, hsum(f32_load(scratch, totals + row * LANES))
+            inverse = splat(normaliser(scoring.sinks, head, top, total) + (top - top))
             oi = query_at(of, first_row + row)
             for d in range(0, dim, LANES):
                 put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * inverse, dim - d, False)
@@ -242,9 +250,14 @@ def attend_token_parallel(q, cache, position, scoring, partial, scratch, threads
         attend_token(q, cache, position, scoring, partial, scratch[t], lo, hi)
 
 
-def scoring_of(window: int | None, scale: float) -> Scoring:
-    """``window`` positions, or all if None; scores are multiplied by ``scale``."""
-    return Scoring(NO_WINDOW if window is None else window, np.float32(scale))
+def scoring_of(
+    window: int | None, scale: float, softcap: float | None = None, sinks: np.ndarray | None = None
+) -> Scoring:
+    """``window`` positions, or all if None; scores are multiplied by ``scale``; see ``Scoring``."""
+    return Scoring(
+        NO_WINDOW if window is None else window, np.float32(scale), np.float32(softcap or 0),
+        _NO_SINKS if sinks is None else sinks,
+    )  # fmt: skip
 
 
 def attend_cache(
@@ -285,4 +298,4 @@ def _attend_token(
         attend_token(q, cache, position, scoring, partial, scratch[0], 0, units)
     else:
         launch(attend_token_parallel, q, cache, position, scoring, partial, scratch, threads)
-    merge_chunks(partial, chunks, out, 0, heads)
+    merge_chunks(partial, chunks, scoring.sinks, out, 0, heads)

@@ -10,7 +10,7 @@ from ruvllm.kernels.attention.decode import chunk_count, merge_chunks, partial_w
 from ruvllm.kernels.attention.kv import append, kv_append_heads, padded
 from ruvllm.kernels.attention.paged import attend_paged, attend_paged_parallel, paged_scratch_size
 from ruvllm.kernels.attention.prefill import attend_cache, attend_prompt, prompt_scratch_size, scoring_of
-from ruvllm.kernels.attention.tile import Cache
+from ruvllm.kernels.attention.tile import Cache, Scoring
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import address, array_at
@@ -142,7 +142,7 @@ def _attend(
         attend_paged(q, k, v, table, length, factor, memory, out)
         return out
     launch(attend_paged_parallel, q, k, v, table, length, factor, memory, threads)
-    merge_chunks(memory[:parts].reshape(heads, chunks, width), chunks, out, 0, heads)
+    merge_chunks(memory[:parts].reshape(heads, chunks, width), chunks, memory[:0], out, 0, heads)
     return out
 
 
@@ -273,11 +273,22 @@ def flash_attention(
         raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
     if causal and length < tokens:
         raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")
-    scale = check.attention_scale(scale, dim)
     if window is not None and (not causal or check.integer("window", window) < 1):
         raise ValueError(f"window: expected a positive integer with causal=True, found {window!r}")
-    if not q.size:
-        return out
+    scoring = scoring_of(window and min(window, max(length, 1)), check.attention_scale(scale, dim))
+    if q.size:
+        sequences = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v, out))
+        for qs, ks, vs, outs in zip(*sequences, strict=True):
+            attend_sequence(qs, ks, vs, causal, scoring, outs)
+    return out
+
+
+def attend_sequence(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, scoring: Scoring, out: np.ndarray
+) -> np.ndarray:
+    """flash_attention of one sequence, of arrays that fit: q, out (T, H, D), k and v (S, KV, D)."""
+    tokens, _, dim = q.shape
+    length, kv_heads, _ = k.shape
     blocks = -(-length // LANES)
     keys = aligned_empty((kv_heads, blocks, dim, LANES))
     values = aligned_empty((kv_heads, blocks * LANES, padded(dim)))
@@ -285,15 +296,8 @@ def flash_attention(
     values[:, :, dim:] = 0
     own = aligned_empty((num_threads(), prompt_scratch_size(dim)))
     positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
-    every, cache = np.arange(length), Cache(keys, values)
-    scoring = scoring_of(window and min(window, length), scale)
-    for qs, ks, vs, outs in zip(
-        q.reshape(-1, tokens, heads, dim), k.reshape(-1, length, kv_heads, dim), v.reshape(-1, length, kv_heads, dim),
-        out.reshape(-1, tokens, heads, dim), strict=True,
-    ):  # fmt: skip
-        append(ks, vs, keys, values, every)
-        attend_cache(qs, cache, positions, scoring, outs, own)
-    return out
+    append(k, v, keys, values, np.arange(length))
+    return attend_cache(q, Cache(keys, values), positions, scoring, out, own)
 
 
 def _one_token(rng: Any, heads: int, kv_heads: int, length: int, dim: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE
-from ruvllm.kernels.simd.math import exp2_of_negative
+from ruvllm.kernels.simd.math import exp, exp2_of_negative
 from ruvllm.kernels.simd.vectors import (
     f32_load,
     f32_load_first,
@@ -40,20 +40,31 @@ Q_STEP = 16 if WIDE else 8  # stride of a tile's transposed queries: at least RO
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
 LOG2_E = np.float32(1.4426950408889634)
 NEGATIVE_INFINITY = np.float32(-np.inf)
+_ONE, _TWO = np.float32(1), np.float32(2)
 
 
 class Cache(NamedTuple):
-    """The KV cache of one layer: its arrays as attention/kv.py lays them out."""
+    """The KV cache of one layer: its arrays as attention/kv.py lays them out.
+
+    It is a ring: position p is row p % S of the S positions that it has room for. Of a ring that is smaller than the
+    context S is a multiple of CHUNK, so that no chunk is broken.
+    """
 
     keys: Any
     values: Any
 
 
 class Scoring(NamedTuple):
-    """How attention scores a position: ``scale`` times q k^T; a query sees the ``window`` latest positions."""
+    """How attention scores a position: ``scale`` times q k^T; a query sees the ``window`` latest positions.
+
+    softcap c: a score s becomes c tanh(s / c); 0: it stays. sinks (H,) or (0,): a score of each head that takes its
+    share of the softmax and has no value.
+    """
 
     window: Any
     scale: Any
+    softcap: Any
+    sinks: Any
 
 
 class Heads(NamedTuple):
@@ -92,6 +103,32 @@ class Span(NamedTuple):
     stop: Any
     first: Any
     end: Any
+
+
+@inline_kernel
+def query_factor(scoring):
+    """What queries are multiplied by. Scores come out times log2(e), unless a softcap follows, which does that."""
+    return scoring.scale * LOG2_E if scoring.softcap == 0 else scoring.scale
+
+
+@inline_kernel
+def cap_scores(scratch, base, start, stop, softcap):
+    """A row's scores start:stop become log2(e) softcap tanh(score / softcap)."""
+    inverse, factor = splat(np.float32(1) / softcap), splat(softcap * LOG2_E)
+    for i in range(start, stop, LANES):
+        u = f32_load(scratch, base + i) * inverse
+        f32_store(scratch, base + i, (splat(_ONE) - splat(_TWO) / (exp(u + u) + splat(_ONE))) * factor)
+
+
+@inline_kernel
+def normaliser(sinks, head, top, total):
+    """What a head's weighted sum of values is multiplied by: 1 / (total + 2^(sink - top)), 1 / total without sinks."""
+    if sinks.size == 0:
+        return _ONE / total
+    sink = sinks[head] * LOG2_E
+    larger = max(top, sink)
+    kept = exp2_of_negative(top - larger)
+    return kept / (total * kept + exp2_of_negative(sink - larger))
 
 
 @inline_kernel

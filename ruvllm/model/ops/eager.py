@@ -87,7 +87,8 @@ class Eager:
         """Append k and v, then attention of q over the layer's cache -> (T, H D)."""
         keys, values, out = self.cache.keys[layer], self.cache.values[layer], np.empty_like(q)
         append(k, v, keys, values, self.positions)
-        attend_cache(q, Cache(keys, values), self.positions, scoring_of(window, scale), out, self.scratch)
+        scoring = scoring_of(window, scale, softcap, sinks)
+        attend_cache(q, Cache(keys, values), self.positions, scoring, out, self.scratch)
         return out.reshape(len(q), -1)
 
     def route(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, ...]:

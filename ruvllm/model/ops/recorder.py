@@ -233,34 +233,31 @@ class Recorder:
         softcap: float | None = None, sinks: np.ndarray | None = None,
     ) -> Value:  # fmt: skip
         """Append k and v (T, KV, D), then attention of q (T, H, D) over the layer's cache -> (T, H D)."""
-        sizes: dict[str, object] = {"kv_heads": k.width // k.dim, "dim": q.dim}
-        if self.kind is Pass.BATCH:
-            where: dict[str, object] = {"layer": layer}
-        else:
-            where = {"keys": t.operand(t.KEYS, layer), "values": t.operand(t.VALUES, layer)}
-        query = {
-            "q": q, "heads": q.width // q.dim, "window": NO_WINDOW if window is None else window,
-            "scale": self._number(scale),
+        cached: dict[str, object] = {"layer": layer, "kv_heads": k.width // k.dim, "dim": q.dim}
+        scores: dict[str, object] = {
+            "window": NO_WINDOW if window is None else window, "scale": self._number(scale),
+            "softcap": self._number(softcap or 0.0), "sinks": 0 if sinks is None else self._array(sinks),
         }  # fmt: skip
+        query: dict[str, object] = {"q": q, "heads": q.width // q.dim, **cached, **scores}
         self._cached.add((layer, k.width // k.dim, k.dim))
-        cache = self._caches.setdefault(layer, Value(space=t.KEYS, offset=layer))
+        cache = self._caches.setdefault(layer, Value(space=t.CACHE, offset=layer))
         if self.single:
             reads = [self._whole(q), self._whole(k), self._whole(v), Access(cache, ANY)]
             writes = [Access(self._partial, ANY), Access(cache, ANY)]
-            arguments = {**query, **sizes, **where, "k": k, "v": v}
+            arguments = {**query, "k": k, "v": v}
             self._record(o.attend_token(self.kv), q.count, reads, writes, arguments, "attention")
             out = self._floats(q.count, q.width)
-            merged = {"out": out, "heads": query["heads"], "dim": q.dim, "window": query["window"]}
+            merged = {"out": out, **{name: query[name] for name in ("dim", "heads", "window", "sinks")}}
             self._record(o.merge, q.count, [Access(self._partial, ANY)], [Access(out, PRIVATE)], merged)
             return out
         batch = self.kind is Pass.BATCH
         append, attend = (o.append_each, o.attend_each) if batch else (o.append, o.attend)
         rows = self._rows(k)
-        new = {"k": k, "v": v, **sizes, **where}
+        new = {"k": k, "v": v, **cached}
         reads = [Access(k, rows), Access(v, rows)]
         self._record(append(self.kv), q.count, reads, [Access(cache, rows)], new, "append")
         out = self._floats(q.count, q.width)
-        attended = {**query, **sizes, **where, "out": out, "steal": 1}
+        attended = {**query, "out": out, "steal": 1}
         # A batch leaves partial results of each row in shared memory, and merges them in the same operation.
         writes = [Access(out, ANY), *([Access(self._partial, ANY)] if batch else [])]
         reads = [self._whole(q), Access(cache, ANY)]

@@ -16,7 +16,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 
 @kernel(independent=True)
-def softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
+def softmax_rows(x, out, lo, hi):
     """Rows lo:hi of softmax. x, out (rows, n)."""
     n = x.shape[1]
     for row in range(lo, hi):
@@ -30,7 +30,7 @@ softmax_parallel = over_rows(softmax_rows)
 
 
 @small_call((2, 2), (1, 1))
-def softmax_small(x: Any, out: Any) -> bool:
+def softmax_small(x, out):
     """softmax of fewer elements than PARALLEL_ELEMENTS."""
     if out.shape != x.shape or not 0 < x.size < PARALLEL_ELEMENTS or not may_write(out, x):
         return False
@@ -69,7 +69,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(independent=True)
-def silu_mul_range(gate: Any, up: Any, out: Any, lo: Any, hi: Any) -> None:
+def silu_mul_range(gate, up, out, lo, hi):
     """Elements lo:hi of silu_mul. gate, up, out (n,)."""
     gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]
     for i in range(out.size):
@@ -80,7 +80,7 @@ silu_mul_parallel = over_elements(silu_mul_range)
 
 
 @small_call((2, 2, 2), (1, 1, 1))
-def silu_mul_small(gate: Any, up: Any, out: Any) -> bool:
+def silu_mul_small(gate, up, out):
     """silu_mul of fewer elements than PARALLEL_ELEMENTS."""
     if gate.size >= PARALLEL_ELEMENTS or not alike(gate, up, out):
         return False
@@ -118,7 +118,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(independent=True)
-def gelu_mul_range(gate: Any, up: Any, out: Any, lo: Any, hi: Any) -> None:
+def gelu_mul_range(gate, up, out, lo, hi):
     """Elements lo:hi of gelu_mul. gate, up, out (n,)."""
     gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]
     for i in range(out.size):

@@ -19,7 +19,7 @@ _PIECES = 64  # each is summed alone, so that the result does not depend on the 
 
 
 @kernel(strict=True)
-def sum_pieces(x: Any, sums: Any, lo: Any, hi: Any) -> None:
+def sum_pieces(x, sums, lo, hi):
     """Pieces lo:hi of buffer_sum. x (n,), cut into as many pieces as there are sums (pieces,)."""
     vectors = (x.size + LANES - 1) // LANES
     for piece in range(lo, hi):

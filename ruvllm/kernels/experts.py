@@ -1,7 +1,6 @@
 """Mixture of experts: which experts each token goes to, and the weighted sum of what they return."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ def require_routing(k: int, experts: int) -> None:
 
 
 @kernel(strict=True)
-def route_tokens(scores: Any, experts: Any, slots: Any, weights: Any, tokens: Any, counts: Any) -> None:
+def route_tokens(scores, experts, slots, weights, tokens, counts):
     """The k best experts of each token, and the list of tokens of each expert.
 
     Args:
@@ -52,7 +51,7 @@ def route_tokens(scores: Any, experts: Any, slots: Any, weights: Any, tokens: An
 
 
 @kernel(strict=True)
-def add_weighted(part: Any, slot: Any, weight: Any, out: Any, row: Any, first: Any) -> None:
+def add_weighted(part, slot, weight, out, row, first):
     """out[row] += weight part[slot]; with ``first``, out[row] = weight part[slot]."""
     for i in range(out.shape[1]):
         value = weight * part[slot, i]

@@ -19,7 +19,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @kernel(independent=True)
-def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
+def rms_norm_rows(x, weight, eps, out, lo, hi):
     """Rows lo:hi of rms_norm. x, out (rows, n); weight (n,)."""
     n = x.shape[1]
     for row in range(lo, hi):
@@ -33,7 +33,7 @@ rms_norm_parallel = over_rows(rms_norm_rows)
 
 
 @small_call((2, 1, float, 2), (1, 1, float, 1))
-def rms_norm_small(x: Any, weight: Any, eps: Any, out: Any) -> bool:
+def rms_norm_small(x, weight, eps, out):
     """rms_norm of fewer elements than PARALLEL_STREAM."""
     if out.shape != x.shape or weight.size != x.shape[-1] or not 0 <= eps < np.inf:
         return False
@@ -80,7 +80,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
 
 @kernel(strict=True)
-def rms_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
+def rms_rows(x, out, lo, hi):
     """Rows lo:hi of rms. x (rows, n); out (rows,)."""
     for row in range(lo, hi):
         out[row] = np.sqrt(sum_of_squares(x[row]) / np.float32(x.shape[1]))
@@ -112,7 +112,7 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @sum_kernel
-def mean_and_variance(x: Any, guess: Any) -> Any:
+def mean_and_variance(x, guess):
     """The mean of d = x - guess, and the variance of d, which is that of x."""
     total, squares = _ZERO, _ZERO
     for i in range(x.size):
@@ -124,13 +124,13 @@ def mean_and_variance(x: Any, guess: Any) -> Any:
 
 
 @inline_kernel
-def difference(a: Any, b: Any) -> Any:
+def difference(a, b):
     """a - b, computed before it is added to a sum, whose order is LLVM's."""
     return a - b
 
 
 @kernel(independent=True)
-def layer_norm_rows(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any, lo: Any, hi: Any) -> None:
+def layer_norm_rows(x, weight, bias, with_bias, eps, out, lo, hi):
     """Rows lo:hi of layer_norm. x, out (rows, n); weight, bias (n,), bias not read unless with_bias.
 
     E[x^2] - E[x]^2 cancels where the mean is much larger than the deviation, so deviations d = x - c from a guess c of
@@ -160,7 +160,7 @@ layer_norm_parallel = over_rows(layer_norm_rows)
 
 
 @small_call((2, 1, 1, bool, float, 2), (1, 1, 1, bool, float, 1))
-def layer_norm_small(x: Any, weight: Any, bias: Any, with_bias: Any, eps: Any, out: Any) -> bool:
+def layer_norm_small(x, weight, bias, with_bias, eps, out):
     """layer_norm of fewer elements than PARALLEL_STREAM."""
     n = x.shape[-1]
     if out.shape != x.shape or weight.size != n or bias.size != n or not 0 <= eps < np.inf:

@@ -85,32 +85,32 @@ def set_space(header: np.ndarray, space: int, base: int, scale: int = 1, stride:
 
 
 @view_kernel
-def address_for(m: Any, operand: Any, rank: Any) -> Any:
+def address_for(m, operand, rank):
     """The address of a member's operand."""
     space, offset = operand & ((1 << _SPACE_BITS) - 1), operand >> _SPACE_BITS
     return m.header[_BASE + space] + offset * m.header[_SCALE + space] + rank * m.header[_STRIDE + space]
 
 
 @view_kernel
-def address_of(m: Any, operand: Any) -> Any:
+def address_of(m, operand):
     """The address of this member's operand."""
     return address_for(m, operand, m.rank)
 
 
 @view_kernel
-def matrix(m: Any, operand: Any, rows: Any, columns: Any) -> Any:
+def matrix(m, operand, rows, columns):
     """An operand as float32 (rows, columns)."""
     return array_at(address_of(m, operand), (rows, columns), np.float32)
 
 
 @view_kernel
-def number(m: Any, operand: Any) -> Any:
+def number(m, operand):
     """An operand as one float32."""
     return array_at(address_of(m, operand), 1, np.float32)[0]
 
 
 @view_kernel
-def row_range(m: Any) -> Any:
+def row_range(m):
     """The rows lo:hi that this member computes."""
     if m.replicated:
         return np.int64(0), m.rows

@@ -15,14 +15,14 @@ from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
 
 
 @kernel(strict=True)
-def dot_rows(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
+def dot_rows(a, b, out, lo, hi):
     """Rows lo:hi of dot. a, b (rows, n); out (rows,)."""
     for row in range(lo, hi):
         out[row] = sum_of_products(a[row], b[row])
 
 
 @small_call((2, 2, 1), (1, 1, 0))
-def dot_small(a: Any, b: Any, out: Any) -> bool:
+def dot_small(a, b, out):
     """dot of fewer elements than PARALLEL_STREAM."""
     if b.shape != a.shape or out.shape != a.shape[:-1] or not 0 < a.size < PARALLEL_STREAM:
         return False
@@ -61,7 +61,7 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(independent=True)
-def scale_range(x: Any, factor: Any, out: Any, lo: Any, hi: Any) -> None:
+def scale_range(x, factor, out, lo, hi):
     """Elements lo:hi of scale. x, out (n,)."""
     f, x, out = np.float32(factor), x[lo:hi], out[lo:hi]
     for i in range(out.size):
@@ -72,7 +72,7 @@ scale_parallel = over_elements(scale_range)
 
 
 @small_call((2, float, 2), (1, float, 1))
-def scale_small(x: Any, factor: Any, out: Any) -> bool:
+def scale_small(x, factor, out):
     """scale of fewer elements than PARALLEL_STREAM."""
     if out.shape != x.shape or x.size >= PARALLEL_STREAM or not may_write(out, x):
         return False
@@ -107,7 +107,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(independent=True)
-def add_range(a: Any, b: Any, out: Any, lo: Any, hi: Any) -> None:
+def add_range(a, b, out, lo, hi):
     """Elements lo:hi of add. a, b, out (n,)."""
     a, b, out = a[lo:hi], b[lo:hi], out[lo:hi]
     for i in range(out.size):
@@ -118,7 +118,7 @@ add_parallel = over_elements(add_range)
 
 
 @small_call((2, 2, 2), (1, 1, 1))
-def add_small(a: Any, b: Any, out: Any) -> bool:
+def add_small(a, b, out):
     """add of fewer elements than PARALLEL_STREAM."""
     if a.size >= PARALLEL_STREAM or not alike(a, b, out):
         return False

@@ -11,8 +11,7 @@ from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count
 from ruvllm.kernels.memory import weights_empty
 from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES
 from ruvllm.kernels.quant.matmul import linear_quant
-from ruvllm.kernels.quant.panels import Panels
-from ruvllm.kernels.quant.panels import take_rows as take_quant_rows
+from ruvllm.kernels.quant.panels import Panels, take_quant_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from ruvllm.model.activations import Activations

@@ -16,7 +16,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels import reference
-from ruvllm.kernels.quant.panels import take_rows
+from ruvllm.kernels.quant.panels import take_quant_rows
 from tests.checkpoint import corpus
 
 LAYOUTS = {
@@ -295,7 +295,7 @@ def test_panels_of_a_whole_tensor(kind: str, elements: int, tmp_path: Path, monk
             panels = load_panels(t)
             assert panels.has_mins == (found.mins is not None)
             expected = values(found)
-            unpacked = take_rows(panels, np.arange(rows), np.empty(expected.shape, np.float32))
+            unpacked = take_quant_rows(panels, np.arange(rows), np.empty(expected.shape, np.float32))
             np.testing.assert_allclose(unpacked, expected, rtol=1e-6, atol=1e-6)
             assert not panels.scales[-1, :, (rows - 1) % 16 + 1 :].any()
 
@@ -309,5 +309,5 @@ def test_panels_of_a_real_model(smollm2_path: Path) -> None:
         panels = load_panels(t)
         ids = np.array([0, t.rows // 3, t.rows - 1])
         expected = np.concatenate([t.float32(row, row + 1) for row in ids])
-        found = take_rows(panels, ids, np.empty_like(expected))
+        found = take_quant_rows(panels, ids, np.empty_like(expected))
         np.testing.assert_array_equal(found, expected, err_msg=name)

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from ruvllm.kernels import reference
 from ruvllm.kernels.quant.layout import INT4, INT5, INT8
-from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups, take_rows
+from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups, take_quant_rows
 from ruvllm.kernels.quant.weights import dequantize, quantize_int4, quantize_int8, quantize_parallel, quantize_rows
 
 SIDES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=70)
@@ -260,7 +260,7 @@ def test_panels_hold_the_groups(kind: int, with_mins: bool) -> None:
         for columns in (32 * groups, 32 * groups - 5):  # a row may end within a group
             ids = np.array([n - 1, 0, n // 2, 0])
             buffer = np.full((6, columns), np.float32(7))
-            np.testing.assert_array_equal(take_rows(panels, ids, buffer[1:-1]), expected[ids, :columns])
+            np.testing.assert_array_equal(take_quant_rows(panels, ids, buffer[1:-1]), expected[ids, :columns])
             assert (buffer[[0, -1]] == 7).all()
 
 

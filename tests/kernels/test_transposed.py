@@ -5,8 +5,7 @@ import pytest
 
 from ruvllm.kernels.matmul.panels import pack, panel_count, take_rows
 from ruvllm.kernels.memory import aligned_empty
-from ruvllm.kernels.quant.panels import empty_panels, pack_groups
-from ruvllm.kernels.quant.panels import take_rows as take_quant_rows
+from ruvllm.kernels.quant.panels import empty_panels, pack_groups, take_quant_rows
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from tests.kernels.quant_cases import CODES, KINDS

@@ -6,8 +6,6 @@ adapters at once are one of the sum of their ranks. A token's result depends nei
 of threads.
 """
 
-from typing import Any
-
 import numpy as np
 from numba import prange
 
@@ -21,7 +19,7 @@ PARTS = 4  # a token's product with ``down`` is summed in so many parts, which t
 
 
 @inline_kernel
-def _down_part(w: Any, wi: Any, xs: Any, xi: Any, columns: Any, part: Any) -> Any:
+def _down_part(w, wi, xs, xi, columns, part):
     """A panel's product with one of the PARTS parts of a row of x."""
     s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     first, end = columns * part // PARTS, columns * (part + 1) // PARTS
@@ -38,7 +36,7 @@ def _down_part(w: Any, wi: Any, xs: Any, xi: Any, columns: Any, part: Any) -> An
 
 
 @kernel(strict=True)
-def low_rank_down(down: Any, scales: Any, x: Any, h: Any, lo: Any, hi: Any) -> None:
+def low_rank_down(down, scales, x, h, lo, hi):
     """Rows lo:hi of h (T, 16 P) = scales * (x down^T). down (P, K, 16) panels; scales (16 P,); x (T, K)."""
     panels, columns = down.shape[0], down.shape[1]
     w, xs, hs = flat(down), flat(x), flat(h)
@@ -51,7 +49,7 @@ def low_rank_down(down: Any, scales: Any, x: Any, h: Any, lo: Any, hi: Any) -> N
 
 
 @kernel(strict=True)
-def low_rank_down_parts(down: Any, x: Any, parts: Any, lo: Any, hi: Any) -> None:
+def low_rank_down_parts(down, x, parts, lo, hi):
     """What low_rank_down adds up for one token, unit by unit: part u % PARTS of panel u // PARTS, for u in lo:hi.
 
     x (1, K); parts (PARTS, 16 P).
@@ -65,7 +63,7 @@ def low_rank_down_parts(down: Any, x: Any, parts: Any, lo: Any, hi: Any) -> None
 
 
 @inline_kernel
-def join_parts(parts: Any, scales: Any, h: Any) -> None:
+def join_parts(parts, scales, h):
     """h (1, 16 P) = scales * the sum of low_rank_down_parts (PARTS, 16 P)."""
     sums, hs = flat(parts), flat(h)
     for at in range(0, h.shape[1], LANES):
@@ -76,7 +74,7 @@ def join_parts(parts: Any, scales: Any, h: Any) -> None:
 
 
 @kernel(strict=True)
-def low_rank_up(up: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
+def low_rank_up(up, h, out, lo, hi):
     """out (T, N) += h up^T for the rows of panels lo:hi of up (ceil(N / 16), R, 16). h (T, 16 P), 16 P >= R."""
     tokens, rows = out.shape
     rank, wide = up.shape[1], h.shape[1]
@@ -95,7 +93,7 @@ def low_rank_up(up: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @parallel_kernel
-def low_rank_parallel(down: Any, scales: Any, up: Any, x: Any, h: Any, out: Any, threads: Any) -> None:
+def low_rank_parallel(down, scales, up, x, h, out, threads):
     """Both products: the first with the tokens split over threads, the second with the panels."""
     tokens, panels = x.shape[0], up.shape[0]
     for t in prange(threads):

@@ -40,13 +40,13 @@ _WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not 
 
 
 @inline_kernel
-def first_of(x: Any, index: Any, count: Any) -> Any:
+def first_of(x, index, count):
     """Load 16 elements, or the first ``count`` at a ragged end."""
     return f32_load(x, index) if count >= LANES else f32_load_first(x, index, count)
 
 
 @inline_kernel
-def down_rank_two(x: Any, xi: Any, a: Any, n: Any, h: Any, hi: Any) -> None:
+def down_rank_two(x, xi, a, n, h, hi):
     """h[0:2] = x A for A (n, 2): its two columns lie interleaved and are sorted apart on the way."""
     even0, even1, odd0, odd1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     whole = n - n % (2 * LANES)
@@ -70,7 +70,7 @@ def down_rank_two(x: Any, xi: Any, a: Any, n: Any, h: Any, hi: Any) -> None:
 
 
 @inline_kernel
-def down_rank_eight(x: Any, xi: Any, a: Any, lo: Any, end: Any, h: Any, hi: Any, add: Any) -> None:
+def down_rank_eight(x, xi, a, lo, end, h, hi, add):
     """down_columns for R = 8: two rows of A share a vector, which takes eight lanes of each of two numbers of x."""
     s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     for i in range(lo, end, LANES):
@@ -92,7 +92,7 @@ def down_rank_eight(x: Any, xi: Any, a: Any, lo: Any, end: Any, h: Any, hi: Any,
 
 
 @inline_kernel
-def down_columns(x: Any, xi: Any, a: Any, lo: Any, end: Any, rank: Any, h: Any, hi: Any, add: Any) -> None:
+def down_columns(x, xi, a, lo, end, rank, h, hi, add):
     """h[0:R] = x A over rows lo:end of A, or += with ``add``: 64 columns at a time, then 16 in four sums."""
     wide = rank - rank % _WIDE
     for r in range(0, wide, _WIDE):
@@ -124,7 +124,7 @@ def down_columns(x: Any, xi: Any, a: Any, lo: Any, end: Any, rank: Any, h: Any, 
 
 
 @kernel(strict=True)
-def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
+def lora_down_rows(x, a, h, lo, hi):
     """Rows lo:hi of h = x A. x (T, E_in); a (E_in, R); h (T, R)."""
     n, rank = a.shape
     sums = flat(h)
@@ -143,9 +143,7 @@ def lora_down_rows(x: Any, a: Any, h: Any, lo: Any, hi: Any) -> None:
 
 
 @kernel(strict=True)
-def lora_up_columns(
-    h: Any, b: Any, scaling: Any, add: Any, out: Any, row_lo: Any, row_hi: Any, col_lo: Any, col_hi: Any
-) -> None:
+def lora_up_columns(h, b, scaling, add, out, row_lo, row_hi, col_lo, col_hi):
     """out = scaling h B, or out += scaling h B with ``add``, for rows row_lo:row_hi and columns col_lo:col_hi.
 
     h (T, R); b (R, E_out); out (T, E_out).
@@ -178,14 +176,14 @@ def lora_up_columns(
 
 
 @kernel(strict=True)
-def lora_rows(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: Any, lo: Any, hi: Any) -> None:
+def lora_rows(x, a, b, scaling, add, h, out, lo, hi):
     """Rows lo:hi of lora_forward, or of lora_forward_add with ``add``. h (T, R) float32 scratch, left holding x A."""
     lora_down_rows(x, a, h, lo, hi)
     lora_up_columns(h, b, scaling, add, out, lo, hi, 0, b.shape[1])
 
 
 @parallel_kernel
-def lora_parallel(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: Any, threads: Any) -> None:
+def lora_parallel(x, a, b, scaling, add, h, out, threads):
     """lora_rows with x A split by rows and h B by columns, so that one row has work for two threads as well."""
     rows, vectors = x.shape[0], (b.shape[1] + LANES - 1) // LANES
     for t in prange(threads):
@@ -196,7 +194,7 @@ def lora_parallel(x: Any, a: Any, b: Any, scaling: Any, add: Any, h: Any, out: A
 
 
 @small_call((2, 2, 2, float, bool, 2), (1, 2, 2, float, bool, 1))
-def lora_small(x: Any, a: Any, b: Any, scaling: Any, add: Any, out: Any) -> bool:
+def lora_small(x, a, b, scaling, add, out):
     """lora_forward of fewer multiply-adds than ADAPTER_MACS, or lora_forward_add."""
     (n, rank), width = a.shape, b.shape[1]
     if x.shape[-1] != n or b.shape[0] != rank or out.shape[-1] != width or out.shape[:-1] != x.shape[:-1]:

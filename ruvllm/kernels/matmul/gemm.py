@@ -1,31 +1,29 @@
-"""C = A B and C = A B^T of plain arrays: B is packed into panels, a group at a time, and the rows of A pass by.
+"""C = A B and C = A B^T of plain arrays: B is packed into panels, a group at a time, and multiplied by all rows of A.
 
-Each thread has columns of C of its own, and packs what it needs of B for them, a chunk at a time (``threads.team``);
-where there are too few columns to share, it has rows of its own. The caller provides scratch for one group of panels
-per thread.
+Each thread computes columns of C of its own and packs the part of B that they need, a chunk at a time
+(``threads.team``); with too few columns to split, it computes rows of its own. The caller provides scratch for one
+group of panels per thread.
 """
-
-from typing import Any
 
 from numba import prange
 
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
-from ruvllm.kernels.matmul.tile import GROUP, chunk_size, group_times_rows
+from ruvllm.kernels.matmul.tile import PANEL_GROUP, Panels, chunk_size, group_times_rows
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, Share, part, take_chunk
 
-_AT_ONCE = 16  # rows of B, packed panel by panel: lines are written in a row, and those read stay near for the next
+_AT_ONCE = 16  # rows of B, packed panel by panel: writes are sequential, and lines that were read are reused
 
 
-def scratch_size(inner: int, panels: int) -> int:
-    """Numbers of scratch for each thread, for A (M, inner) and ``panels`` panels of columns."""
-    return min(GROUP, panels) * (inner + 1) * LANES
+def gemm_scratch_size(inner: int, panels: int) -> int:
+    """Floats of scratch per thread, for A (M, inner) and ``panels`` panels of columns."""
+    return min(PANEL_GROUP, panels) * (inner + 1) * LANES
 
 
 @inline_kernel
-def pack_columns(b: Any, columns: Any, inner: Any, column: Any, panels: Any, step: Any, group: Any) -> None:
-    """group[p step + 16 k + j] = b[k, column + 16 p + j], b (inner, columns); what is beyond B becomes zero."""
+def pack_columns(b, columns, inner, column, panels, step, group):
+    """group[p step + 16 k + j] = b[k, column + 16 p + j], b (inner, columns); 0 beyond the last column."""
     whole = min(panels, (columns - column) // LANES)
     for k_lo in range(0, inner, _AT_ONCE):
         k_hi = min(k_lo + _AT_ONCE, inner)
@@ -40,8 +38,8 @@ def pack_columns(b: Any, columns: Any, inner: Any, column: Any, panels: Any, ste
 
 
 @inline_kernel
-def pack_rows(b: Any, columns: Any, inner: Any, column: Any, panels: Any, step: Any, group: Any) -> None:
-    """group[p step + 16 k + j] = b[column + 16 p + j, k], b (columns, inner): transposed, 16 x 16 numbers at a time."""
+def pack_transposed(b, columns, inner, column, panels, step, group):
+    """group[p step + 16 k + j] = b[column + 16 p + j, k], b (columns, inner): transposed in 16 x 16 blocks."""
     whole = inner - inner % LANES
     for p in range(panels):
         first, to = (column + p * LANES) * inner, p * step
@@ -54,46 +52,42 @@ def pack_rows(b: Any, columns: Any, inner: Any, column: Any, panels: Any, step: 
             k_lo = whole
         else:
             k_lo = 0
-        last = columns - 1 - column - p * LANES  # rows beyond B repeat its last one: nobody reads their products
+        last = columns - 1 - column - p * LANES  # rows beyond B repeat its last one: their products are not stored
         for k in range(k_lo, inner):
             for j in range(LANES):
                 group[to + k * LANES + j] = b[first + min(j, last) * inner + k]
 
 
 @kernel(strict=True)
-def gemm_part(
-    a: Any, b: Any, transposed: Any, group: Any, out: Any, row_lo: Any, row_hi: Any, panel_lo: Any, panel_hi: Any
-) -> None:
-    """Rows row_lo:row_hi and the columns of panels panel_lo:panel_hi of A B, or of A B^T where B is ``transposed``.
+def gemm_part(a, b, transposed, group, out, lo, hi):
+    """The columns of panels lo:hi of A B, or of A B^T where B is ``transposed``.
 
-    a (M, K); b (K, N) or (N, K); out (M, N), all C-contiguous; group: scratch of this thread, see scratch_size.
+    a (M, K); b (K, N) or (N, K); out (M, N), all C-contiguous; group: scratch of this thread, see gemm_scratch_size.
     """
     inner, columns = a.shape[1], out.shape[1]
     x, w, to = flat(a), flat(b), flat(out)
-    step = (inner + 1) * LANES  # a little apart, so that they do not compete for one place in a cache
-    for p in range(panel_lo, panel_hi, GROUP):
-        count = min(GROUP, panel_hi - p)
+    step = (inner + 1) * LANES  # padded, so that panels do not compete for one set of a cache
+    for p in range(lo, hi, PANEL_GROUP):
+        count = min(PANEL_GROUP, hi - p)
         if transposed:
-            pack_rows(w, columns, inner, p * LANES, count, step, group)
+            pack_transposed(w, columns, inner, p * LANES, count, step, group)
         else:
             pack_columns(w, columns, inner, p * LANES, count, step, group)
-        group_times_rows(group, 0, step, count, x, inner, to, columns, p * LANES, row_lo, row_hi)
+        group_times_rows(Panels(group, 0, step, count), x, inner, to, columns, p * LANES, 0, a.shape[0])
 
 
 @parallel_kernel
-def gemm_parallel(
-    a: Any, b: Any, transposed: Any, groups: Any, out: Any, by_rows: Any, counts: Any, threads: Any
-) -> None:
-    """gemm_part with columns, two panels at least, or rows of C split over threads. groups (threads, scratch_size).
+def gemm_parallel(a, b, transposed, groups, out, by_rows, counts, threads):
+    """gemm_part with columns (two panels at least) or rows of C split over threads. groups: a scratch for each.
 
     A thread that finishes its columns steals chunks from the others. counts: chunk_counters(threads).
     """
-    rows, panels = out.shape[0], (out.shape[1] + LANES - 1) // LANES
+    panels = (out.shape[1] + LANES - 1) // LANES
     pairs = (panels + 1) // 2
     for t in prange(threads):
         if by_rows:
-            lo, hi = part(rows, t, threads)
-            gemm_part(a, b, transposed, groups[t], out, lo, hi, 0, panels)
+            lo, hi = part(out.shape[0], t, threads)
+            gemm_part(a[lo:hi], b, transposed, groups[t], out[lo:hi], 0, panels)
         else:
             for i in range(threads):
                 member = (t + i) % threads
@@ -102,20 +96,20 @@ def gemm_parallel(
                 size = chunk_size(share.hi - share.lo)
                 first = share.lo + take_chunk(share) * size
                 while first < share.hi:
-                    gemm_part(a, b, transposed, groups[t], out, 0, rows, first, min(first + size, share.hi))
+                    gemm_part(a, b, transposed, groups[t], out, first, min(first + size, share.hi))
                     first = share.lo + take_chunk(share) * size
 
 
 @kernel(strict=True)
-def gemm_batch(a: Any, b: Any, group: Any, out: Any, lo: Any, hi: Any) -> None:
+def gemm_batch(a, b, group, out, lo, hi):
     """Products lo:hi of batched_gemm. a (B, M, K); b (B, K, N); out (B, M, N); group: scratch of this thread."""
     for i in range(lo, hi):
-        gemm_part(a[i], b[i], False, group, out[i], 0, out.shape[1], 0, (out.shape[2] + LANES - 1) // LANES)
+        gemm_part(a[i], b[i], False, group, out[i], 0, (out.shape[2] + LANES - 1) // LANES)
 
 
 @parallel_kernel
-def gemm_batch_parallel(a: Any, b: Any, groups: Any, out: Any, threads: Any) -> None:
-    """gemm_batch with the products split over threads. groups (threads, scratch_size)."""
+def gemm_batch_parallel(a, b, groups, out, threads):
+    """gemm_batch with the products split over threads. groups (threads, gemm_scratch_size)."""
     count = out.shape[0]
     for t in prange(threads):
         gemm_batch(a, b, groups[t], out, count * t // threads, count * (t + 1) // threads)

@@ -1,4 +1,4 @@
-"""Matrix times packed weights: the x16 layout that every linear layer uses, whatever its precision.
+"""Matrix times packed weights: the layout that every linear layer uses, whatever its precision.
 
 A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector,
 so y = W x is ``acc += splat(x[k]) * panel[k]``: weights stream in order, nothing is summed across lanes, and the
@@ -6,15 +6,13 @@ same panel serves one token (decode) and tiles of several tokens (prefill), whos
 Rows past N are zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
 """
 
-from typing import Any
-
 import numpy as np
 from numba import prange
 
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels.jit.views import flat
-from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, put, token_times_panels
-from ruvllm.kernels.matmul.tile import GROUP, K_BLOCK, chunk_size, group_times_rows
+from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, Rows, put, token_times_panels
+from ruvllm.kernels.matmul.tile import K_BLOCK, PANEL_GROUP, Panels, chunk_size, group_times_rows
 from ruvllm.kernels.simd.vectors import f32_store_first, f32_to_f16, f32_zero, fma, load, splat_at
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, part, share_of, take_chunk
@@ -26,7 +24,7 @@ def panel_count(rows: int) -> int:
 
 
 @part_kernel
-def panels_matmul_part(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+def panels_matmul_part(w, x, out, lo, hi):
     """panels_matmul as a part of larger kernels."""
     tokens, columns = x.shape
     rows = out.shape[1]
@@ -34,19 +32,20 @@ def panels_matmul_part(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
     if tokens == 1:
         one_token(panels, columns, xs, outs, rows, lo, hi)
         return
-    for p in range(lo, hi, GROUP):
-        wi, w_step, count = p * columns * LANES, columns * LANES, min(GROUP, hi - p)
-        group_times_rows(panels, wi, w_step, count, xs, columns, outs, rows, p * LANES, 0, tokens)
+    size = columns * LANES
+    for p in range(lo, hi, PANEL_GROUP):
+        group = Panels(panels, p * size, size, min(PANEL_GROUP, hi - p))
+        group_times_rows(group, xs, columns, outs, rows, p * LANES, 0, tokens)
 
 
 @inline_kernel
-def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any, hi: Any) -> None:
-    """panels_matmul for one token. Memory is the limit: four panels that lie far apart are read side by side."""
+def one_token(panels, columns, xs, outs, rows, lo, hi):
+    """panels_matmul for one token. Memory is the limit: four streams of panels far apart are read in turn."""
     step = max(0, min(hi, rows // LANES) - lo) // STREAMS
     for p in range(lo, lo + step):
         for k in range(0, columns, K_BLOCK):
-            wi, k_count = (p * columns + k) * LANES, min(K_BLOCK, columns - k)
-            token_times_panels(panels, wi, step * columns * LANES, xs, k, k_count, outs, p, step, k > 0)
+            runs, count = Rows(panels, (p * columns + k) * LANES, step * columns * LANES), min(K_BLOCK, columns - k)
+            token_times_panels(runs, xs, k, count, outs, p, step, k > 0)
     for p in range(lo + STREAMS * step, hi):
         for k in range(0, columns, K_BLOCK):
             s = f32_zero()
@@ -56,7 +55,7 @@ def one_token(panels: Any, columns: Any, xs: Any, outs: Any, rows: Any, lo: Any,
 
 
 @part_kernel
-def panels_matmul_share(w: Any, x: Any, out: Any, share: Any) -> None:
+def panels_matmul_share(w, x, out, share):
     """panels_matmul of the chunks of a share of the panels that nobody has claimed (``threads.team``)."""
     count = share.hi - share.lo
     size = count if share.alone else chunk_size(count)
@@ -67,7 +66,7 @@ def panels_matmul_share(w: Any, x: Any, out: Any, share: Any) -> None:
 
 
 @kernel(strict=True)
-def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+def panels_matmul(w, x, out, lo, hi):
     """out[t, r] = sum_k W[r, k] x[t, k] for the rows of panels lo:hi, in tiles (see matmul/tile.py), or for one token.
 
     Sums are taken in one order whatever the number of tokens: a token's result does not depend on its neighbours.
@@ -78,7 +77,7 @@ def panels_matmul(w: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @parallel_kernel
-def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) -> None:
+def panels_matmul_parallel(w, x, out, counts, threads):
     """panels_matmul with the panels split over threads: each output is one thread's, so any split gives the same.
 
     Of many rows, a thread that finishes steals chunks from the others. counts: chunk_counters(threads).
@@ -95,7 +94,7 @@ def panels_matmul_parallel(w: Any, x: Any, out: Any, counts: Any, threads: Any) 
 
 
 @kernel
-def pack_panels(rows: Any, panels: Any, lo: Any, hi: Any) -> None:
+def pack_panels(rows, panels, lo, hi):
     """panels[p, k, j] = rows[16 p + j, k] for panels lo:hi; rows past the end are zero. Both of one dtype."""
     count, columns = rows.shape
     for p in range(lo, hi):
@@ -111,28 +110,28 @@ def pack_panels(rows: Any, panels: Any, lo: Any, hi: Any) -> None:
 
 
 @kernel
-def halve(x: Any, out: Any) -> None:
+def halve(x, out):
     """out (n,) uint16 = x (n,) float32 rounded to IEEE half floats, nearest even."""
     for i in range(x.shape[0]):
         out[i] = f32_to_f16(x[i])
 
 
 @kernel
-def unpack_rows(panels: Any, ids: Any, numbers: Any, out: Any) -> None:
-    """out[i] (K,) float32 = row ids[i] of the packed matrix; ``numbers``: room for a vector of them as stored."""
+def unpack_panel_rows(panels, ids, row16, out):
+    """out[i] (K,) float32 = row ids[i] of the packed matrix; ``row16``: scratch for 16 elements as stored."""
     columns = panels.shape[1]
     for i in range(ids.shape[0]):
         panel, lane, row = panels[ids[i] // LANES], ids[i] % LANES, out[i]
         for k in range(0, columns, LANES):
             count = min(LANES, columns - k)
             for j in range(count):
-                numbers[j] = panel[k + j, lane]
-            f32_store_first(row, k, load(numbers, 0), count)
+                row16[j] = panel[k + j, lane]
+            f32_store_first(row, k, load(row16, 0), count)
 
 
 def take_rows(panels: np.ndarray, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
     """Rows ids (T,) int64 of the packed matrix into out (T, K) float32: embeddings looked up in a tied head."""
-    unpack_rows(panels, ids, np.zeros(LANES, panels.dtype), out)
+    unpack_panel_rows(panels, ids, np.zeros(LANES, panels.dtype), out)
     return out
 
 

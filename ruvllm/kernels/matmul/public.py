@@ -10,7 +10,7 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.blas import blas_gemm, measure, takes_blas
-from ruvllm.kernels.matmul.gemm import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, scratch_size
+from ruvllm.kernels.matmul.gemm import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, gemm_scratch_size
 from ruvllm.kernels.matmul.micro_kernels import LANES, STREAMS, WIDE
 from ruvllm.kernels.matmul.panels import panel_count
 from ruvllm.kernels.memory import scratch
@@ -20,17 +20,17 @@ from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, PARALLEL_TILE_MACS, launch, limited_to, num_threads, threads_for
 from ruvllm.kernels.threads.team import chunk_counters
 
-_scratch_size = inline_kernel(scratch_size)
-_AHEAD = 512  # numbers
-_FAR = 1 << 20  # numbers in a quarter of a matrix that comes from memory, or nearly so
+_gemm_scratch_size = inline_kernel(gemm_scratch_size)
+_AHEAD = 512  # prefetch distance, in elements
+_FAR = 1 << 20  # elements in a quarter of a matrix that is too large for the caches
 
 
 @inline_kernel
-def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any, far: Any) -> None:
+def four_rows(w, at, step, columns, x, out, i, far):
     """out[i + r far] = sum_k w[at + r step + k] x[k] for r < 4: each load of x serves four rows.
 
-    Of every row, four parts are summed side by side where there are registers for them. What lies far apart comes from
-    memory, and is asked for ahead: a machine's own prefetching ends with each page.
+    With enough registers, each row has four accumulators. Rows that lie far apart come from memory and are prefetched,
+    because the hardware prefetcher stops at the end of each page.
     """
     s0 = f32_zeros(STREAMS)
     s1, s2, s3 = s0, s0, s0
@@ -62,10 +62,10 @@ def four_rows(w: Any, at: Any, step: Any, columns: Any, x: Any, out: Any, i: Any
 
 
 @kernel(strict=True)
-def gemv_rows(a: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+def gemv_rows(a, x, out, lo, hi):
     """out[i] = sum_k a[i, k] x[k] for rows lo:hi, four at a time.
 
-    Where they come from memory, they are rows that lie far apart (see STREAMS); in a cache, neighbours are faster.
+    From memory, rows that lie far apart are fastest (see STREAMS); from a cache, neighbours are.
     """
     columns = a.shape[1]
     w = flat(a)
@@ -81,7 +81,7 @@ gemv_parallel = over_rows(gemv_rows)
 
 
 @small_call((2, 1, 1))
-def gemv_small(a: Any, x: Any, out: Any) -> bool:
+def gemv_small(a, x, out):
     """gemv of fewer multiply-adds than PARALLEL_MACS."""
     if a.shape[1] != x.size or a.shape[0] != out.size or a.size >= PARALLEL_MACS:
         return False
@@ -119,7 +119,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
 
 
 @small_call((2, 2, bool, 1, 2))
-def gemm_small(a: Any, b: Any, transposed: Any, group: Any, out: Any) -> bool:
+def gemm_small(a, b, transposed, group, out):
     """gemm of fewer multiply-adds than PARALLEL_TILE_MACS, or gemm_nt with ``transposed``.
 
     group: scratch for the panels of b.
@@ -130,9 +130,9 @@ def gemm_small(a: Any, b: Any, transposed: Any, group: Any, out: Any) -> bool:
     if b.shape != wanted or out.shape[0] != rows or not 0 < macs < PARALLEL_TILE_MACS:
         return False
     panels = (columns + LANES - 1) // LANES
-    if _scratch_size(inner, panels) > group.size or not apart(out, a) or not apart(out, b):
+    if _gemm_scratch_size(inner, panels) > group.size or not apart(out, a) or not apart(out, b):
         return False
-    gemm_part(a, b, transposed, group, out, 0, rows, 0, panels)
+    gemm_part(a, b, transposed, group, out, 0, panels)
     return True
 
 
@@ -241,10 +241,10 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     if a.ndim > 2:
         a, out = a.reshape(math.prod(a.shape[:-1]), inner), out.reshape(math.prod(out.shape[:-1]), columns)
     rows, panels = len(out), (columns + LANES - 1) // LANES
-    pairs = (panels + 1) // 2  # of panels, which a thread has for itself
+    pairs = (panels + 1) // 2  # of panels: the least that a thread takes
     macs = rows * columns * inner
     threads = threads_for(macs, PARALLEL_TILE_MACS, max(pairs, rows))
-    if takes_blas(backend, macs, threads, _times):
+    if takes_blas(backend, macs, threads, _numba_gemm):
         blas_gemm(a, b.T if transposed else b, out, threads)
         return
     if not macs:
@@ -254,7 +254,7 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
     if not by_rows:
         threads = min(threads, pairs)
     if threads == 1:
-        gemm_part(a, b, transposed, scratch(scratch_size(inner, panels)), out, 0, rows, 0, panels)
+        gemm_part(a, b, transposed, scratch(gemm_scratch_size(inner, panels)), out, 0, panels)
     else:
         groups, counts = _groups(threads, inner, panels), chunk_counters(threads)
         launch(gemm_parallel, a, b, transposed, groups, out, by_rows, counts, threads)
@@ -264,15 +264,15 @@ def calibrate_blas() -> None:
     """Measure anew where BLAS is faster than gemm, on one thread and on all; see ``blas``."""
     for threads in sorted({1, num_threads()}):
         with limited_to(threads):
-            measure(threads, _times)
+            measure(threads, _numba_gemm)
 
 
-def _times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+def _numba_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
     _multiply(a, b, False, out)
 
 
 def _groups(threads: int, inner: int, panels: int) -> np.ndarray:
-    size = scratch_size(inner, panels)
+    size = gemm_scratch_size(inner, panels)
     return scratch(threads * size).reshape(threads, size)
 
 

@@ -63,7 +63,7 @@ def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
 
 
 @kernel
-def pack_rows(kind, quads, scales, mins, words, halfs, lo, hi):
+def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
     """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
 
     A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
@@ -124,7 +124,7 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
         mins = np.empty((rows, 0), np.uint16)
     mins = _checked("mins", mins, (rows, groups if to.has_mins else 0), np.uint16)
     quads = codes.view(np.uint32)
-    pack_rows(to.kind, quads, scales, mins, to.blocks.view(np.uint32), to.blocks.view(np.uint16), 0, panels)
+    pack_quant_rows(to.kind, quads, scales, mins, to.blocks.view(np.uint32), to.blocks.view(np.uint16), 0, panels)
 
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int, int], *dtypes: type) -> np.ndarray:
@@ -174,7 +174,7 @@ def unpack_quant_rows(kind, zero, words, halfs, ids, out):
                         out[i, k] = np.float32(code) * scale + low
 
 
-def take_rows(panels: Panels, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+def take_quant_rows(panels: Panels, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
     """Rows ids (T,) int64 into out (T, K) float32, K <= 32 G: embeddings looked up in a tied head."""
     zero = -1 if panels.has_mins else _ZERO_CODES[panels.kind]
     blocks = panels.blocks

@@ -23,7 +23,7 @@ _ONE_OVER_PI = 1 / np.pi
 
 
 @inline_kernel(independent=True)
-def rotate(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any) -> None:
+def rotate(x, cos, sin, sign, interleaved, out):
     """Rotate the pairs of one head. x, out (D,); cos, sin (R/2,); sign float32: 1, or -1 for the inverse.
 
     Elements from R on stay as they are.
@@ -39,7 +39,7 @@ def rotate(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any) ->
 
 
 @inline_kernel
-def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: Any, lo: Any, hi: Any) -> None:
+def rotate_rows(x, cos, sin, sign, interleaved, out, lo, hi):
     """Rows lo:hi, row = t H + h, of either layout. x, out (T, H, D).
 
     cos, sin (n, R/2): token t uses table row t % n, so that a batch of sequences shares one table.
@@ -52,13 +52,13 @@ def rotate_rows(x: Any, cos: Any, sin: Any, sign: Any, interleaved: Any, out: An
 
 
 @kernel(strict=True)
-def rope_rows(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
+def rope_rows(x, cos, sin, sign, out, lo, hi):
     """rotate_rows for the half-split layout."""
     rotate_rows(x, cos, sin, sign, False, out, lo, hi)
 
 
 @kernel(strict=True)
-def rope_rows_interleaved(x: Any, cos: Any, sin: Any, sign: Any, out: Any, lo: Any, hi: Any) -> None:
+def rope_rows_interleaved(x, cos, sin, sign, out, lo, hi):
     """rotate_rows for pairs (2i, 2i + 1)."""
     rotate_rows(x, cos, sin, sign, True, out, lo, hi)
 
@@ -68,7 +68,7 @@ rope_interleaved_parallel = over_rows(rope_rows_interleaved)
 
 
 @small_call((3, 2, 2, bool, bool, 3))
-def rope_small(x: Any, cos: Any, sin: Any, interleaved: Any, inverse: Any, out: Any) -> bool:
+def rope_small(x, cos, sin, interleaved, inverse, out):
     """apply_rope_tables of fewer elements than PARALLEL_ELEMENTS."""
     tokens, heads, dim = x.shape
     if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] > dim:
@@ -133,7 +133,7 @@ def _require_pairs(dim: int) -> None:
 
 
 @kernel
-def rope_angles(positions: Any, inv_freq: Any, cos: Any, sin: Any, lo: Any, hi: Any) -> None:
+def rope_angles(positions, inv_freq, cos, sin, lo, hi):
     """Rows lo:hi of rope_tables. positions (T,) int64; inv_freq (D/2,) float64; cos, sin (T, D/2) float32.
 
     angle = n pi + r with |r| <= pi/2, so sin and cos are (-1)^n times those of r, whose Taylor series end below
@@ -165,9 +165,7 @@ def rope_angles(positions: Any, inv_freq: Any, cos: Any, sin: Any, lo: Any, hi: 
 
 
 @kernel(strict=True)
-def rope_tokens(
-    x: Any, positions: Any, inv_freq: Any, sign: Any, interleaved: Any, tables: Any, out: Any, lo: Any, hi: Any
-) -> None:
+def rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, lo, hi):
     """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, D/2) float32 of scratch, left holding cos and sin."""
     cos, sin = tables[0], tables[1]
     rope_angles(positions, inv_freq, cos, sin, lo, hi)

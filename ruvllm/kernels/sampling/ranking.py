@@ -18,7 +18,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 
 @kernel(strict=True)
-def argmax_index(x: Any) -> Any:
+def argmax_index(x):
     """Index of the first maximum of x (n,), n >= 1, or -1 where x holds NaN."""
     must_be_float32(x)
     best, index = _MINUS_INFINITY, 0
@@ -63,7 +63,7 @@ def largest(x: np.ndarray, name: str) -> int:
 
 
 @inline_kernel
-def sift_down(values: Any, ids: Any, root: Any, size: Any) -> None:
+def sift_down(values, ids, root, size):
     """Let the entry at ``root`` of the heap sink until no child is worse: smaller, or equal with the larger id."""
     value, index = values[root], ids[root]
     while 2 * root + 1 < size:
@@ -81,7 +81,7 @@ def sift_down(values: Any, ids: Any, root: Any, size: Any) -> None:
 
 
 @kernel(strict=True)
-def top_kselect(x: Any, values: Any, ids: Any) -> None:
+def top_kselect(x, values, ids):
     """The k largest of x (n,) in falling order, k <= n; of equal ones the first. values (k,) float32, ids (k,) int64.
 
     The best so far form a heap with the worst on top, and whole blocks that do not beat it are passed over.
@@ -134,7 +134,7 @@ def select(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel(independent=True)
-def log_softmax_rows(x: Any, out: Any, lo: Any, hi: Any) -> None:
+def log_softmax_rows(x, out, lo, hi):
     """Rows lo:hi of log_softmax. x, out (rows, n)."""
     for row in range(lo, hi):
         v, y = x[row], out[row]
@@ -167,7 +167,7 @@ def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @kernel(strict=True)
-def log_sum_exp(x: Any) -> Any:
+def log_sum_exp(x):
     """log(sum(exp(x))) of x (n,), n >= 1, as float64."""
     top = maximum(x)
     return np.float64(top) + np.log(exp_sum(x, top, _ONE))

@@ -27,7 +27,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 
 @kernel(strict=True)
-def penalise(logits: Any, ids: Any, penalty: Any) -> None:
+def penalise(logits, ids, penalty):
     """Divide logits[i] by penalty where positive, else multiply, for the distinct ids (n,) int64; penalty float32."""
     for j in range(ids.size):
         value = logits[ids[j]]
@@ -68,7 +68,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
 
 
 @kernel(strict=True)
-def draw_from_all(x: Any, top: Any, inverse_temperature: Any, u: Any) -> Any:
+def draw_from_all(x, top, inverse_temperature, u):
     """The index i at which the running sum of exp((x - top) inverse_temperature) passes u times the total.
 
     Exponentials are computed twice rather than stored: the second time only until the sum is reached.
@@ -96,7 +96,7 @@ def draw_from_all(x: Any, top: Any, inverse_temperature: Any, u: Any) -> Any:
 
 
 @kernel
-def count_at_least(x: Any, threshold: Any) -> Any:
+def count_at_least(x, threshold):
     """How many elements of x (n,) are >= threshold (float32)."""
     count = 0
     for i in range(x.size):
@@ -105,9 +105,7 @@ def count_at_least(x: Any, threshold: Any) -> Any:
 
 
 @kernel(strict=True)
-def cut_and_draw(
-    values: Any, weights: Any, total: Any, top_p: Any, lowest: Any, last_chance: Any, inverse_temperature: Any, u: Any
-) -> Any:
+def cut_and_draw(values, weights, total, top_p, lowest, last_chance, inverse_temperature, u):
     """Apply top-p, then min-p, then temperature to the falling logits ``values`` (k,), and draw an index from the rest.
 
     total: sum of exp(logit - values[0]) over all tokens, or 0 if ``values`` are all that take part; lowest: least

@@ -12,7 +12,7 @@ def over_rows(body: Any, step: int = 1) -> Any:
     """A parallel kernel ``(threads, rows, *arguments)`` of ``body(*arguments, lo, hi)``, cut at multiples of step."""
 
     @parallel_kernel
-    def parallel(threads: Any, rows: Any, *arguments: Any) -> None:
+    def parallel(threads, rows, *arguments):
         steps = (rows + step - 1) // step
         for t in prange(threads):
             body(*arguments, steps * t // threads * step, min(steps * (t + 1) // threads * step, rows))

@@ -77,7 +77,7 @@ def sync_size(threads: int) -> int:
 
 
 @inline_kernel
-def _wait(waited: Any) -> Any:
+def _wait(waited):
     """One more pause; after 1024, 2048, 4096 .. of them others get the core: seldom, as a busy program keeps it."""
     if waited >= _PATIENCE and waited & (waited - 1) == 0:
         yield_core()
@@ -86,7 +86,7 @@ def _wait(waited: Any) -> Any:
 
 
 @inline_kernel
-def join_team(sync: Any, wanted: Any, admission: Any, calls: Any) -> Any:
+def join_team(sync, wanted, admission, calls):
     """Become a member: (rank, team size, admission point), or rank -1 for a thread that came after the gate was closed.
 
     admission: whether the region has admission points, and calls ``close_gate`` after the last. The point is -1 for
@@ -128,20 +128,20 @@ def join_team(sync: Any, wanted: Any, admission: Any, calls: Any) -> Any:
 
 
 @inline_kernel
-def offer(sync: Any, rank: Any) -> None:
+def offer(sync, rank):
     """Before a barrier: the leader publishes how many members there will be after the next admission point."""
     if rank == 0:
         atomic_store(sync, _OFFERS + (atomic_load(sync, _MEMBERS) + 1) % 2, atomic_load(sync, _TICKET))
 
 
 @inline_kernel
-def offered(sync: Any, rank: Any) -> Any:
+def offered(sync, rank):
     """After that barrier and before the next: the team's size from the admission point on; 0 if nothing was offered."""
     return atomic_load(sync, _OFFERS + atomic_load(sync, _MEMBERS + 2 * rank * _APART) % 2)
 
 
 @inline_kernel
-def admit(sync: Any, rank: Any, size: Any, larger: Any, point: Any) -> None:
+def admit(sync, rank, size, larger, point):
     """Admit the threads that wait, at ``point``. All members call it if ``offered`` is larger than the size.
 
     Newcomers see what members wrote before.
@@ -154,7 +154,7 @@ def admit(sync: Any, rank: Any, size: Any, larger: Any, point: Any) -> None:
 
 
 @inline_kernel
-def close_gate(sync: Any, rank: Any) -> None:
+def close_gate(sync, rank):
     """After the last admission point: threads that wait, or come from now on, leave."""
     if rank == 0:
         atomic_add(sync, _TICKET, _CLOSED)
@@ -162,7 +162,7 @@ def close_gate(sync: Any, rank: Any) -> None:
 
 
 @inline_kernel
-def barrier(sync: Any, rank: Any, size: Any) -> None:
+def barrier(sync, rank, size):
     """Wait until all ``size`` members are here; what each wrote before is visible to all after."""
     mine = 2 * rank * _APART
     reached = atomic_load(sync, _MEMBERS + mine) + 1
@@ -177,7 +177,7 @@ def barrier(sync: Any, rank: Any, size: Any) -> None:
 
 
 @inline_kernel
-def counter_of(sync: Any, rank: Any, member: Any, counter: Any) -> Any:
+def counter_of(sync, rank, member, counter):
     """The index in ``sync`` of a member's chunk counter, one of COUNTERS in the current phase."""
     reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
     return _CHUNKS + 2 * member * _APART + reached % 2 * COUNTERS + counter
@@ -202,7 +202,7 @@ class Share(NamedTuple):
 
 
 @inline_kernel
-def take_chunk(share: Any) -> Any:
+def take_chunk(share):
     """Claim the next chunk of a share: its number, from 0 on. A number past the last chunk means that none is left."""
     if share.alone:
         chunk = share.counts[share.index]
@@ -212,13 +212,13 @@ def take_chunk(share: Any) -> Any:
 
 
 @view_kernel
-def share_of(items: Any, counts: Any, index: Any, member: Any, size: Any) -> Any:
+def share_of(items, counts, index, member, size):
     """The share of ``items`` of one of ``size`` members, whose chunks counts[index] counts."""
     lo, hi = part(items, member, size)
     return Share(lo, hi, counts, index, size == 1)
 
 
 @inline_kernel
-def part(count: Any, rank: Any, size: Any) -> Any:
+def part(count, rank, size):
     """The range lo, hi of ``count`` items that member ``rank`` of ``size`` does."""
     return count * rank // size, count * (rank + 1) // size

@@ -14,7 +14,7 @@ _MOST_STEPS = 1 << 53  # a float still counts them one by one
 
 
 @kernel(strict=True)
-def adamw_range(p: Any, g: Any, m: Any, v: Any, numbers: Any, lo: Any, hi: Any) -> None:
+def adamw_range(p, g, m, v, numbers, lo, hi):
     """Elements lo:hi of adamw. numbers (6,) float32: beta1, beta2, eps, keep, step size, root of v's correction."""
     beta1, beta2, eps, keep, step, root = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
     one = np.float32(1)

@@ -1,22 +1,22 @@
-"""Gradients of causal attention (training): scores are computed again, so that nothing of T x T is kept.
+"""Gradients of causal attention (training). Scores are computed again, so that nothing of size T x T is kept.
 
 For one query head, with S = scale q k^T masked and P = softmax(S):
 
     dv = P^T do;   dP = do v^T;   dS = P (dP - sum(P dP));   dq = scale dS k;   dk = scale dS^T q
 
-Queries are taken 64 at a time and lie in the lanes of vectors: scores are stored key by key, a query's softmax runs
-down the rows, and each of the five products is the same tile as everywhere (see matmul/micro_kernels.py).
+64 queries at a time lie in the lanes of vectors: scores are stored key by key, and the softmax of a query runs down
+the rows. Each of the five products is the tile of matmul/micro_kernels.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
 
 from ruvllm.kernels import check, reference
-from ruvllm.kernels.attention.prefill import NO_WINDOW
+from ruvllm.kernels.attention.prefill import scoring_of
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels.matmul.micro_kernels import LANES, TILE, tile_times_panel
+from ruvllm.kernels.matmul.micro_kernels import LANES, TILE, Rows, tile_times_panel
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.simd.math import exp
 from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, fma, fmax, lanes_between, splat
@@ -29,22 +29,49 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @inline_kernel
-def _up(n: Any, step: Any) -> Any:
+def _up(n, step):
     return (n + step - 1) // step * step
 
 
-def scratch_size(length: int, dim: int) -> int:
+def backward_scratch_size(length: int, dim: int) -> int:
     """Floats of scratch that one thread needs for sequences of up to ``length`` tokens."""
     wide, tall, keys = -(-dim // LANES) * LANES, -(-dim // TILE) * TILE, -(-length // TILE) * TILE
     return QUERIES * (2 * dim + 2 * wide + tall + 2 * keys) + keys * (4 * wide + tall)
 
 
+class Batch(NamedTuple):
+    """Sequences one after the other, as attention_backward takes them."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    starts: Any
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of q, k and v go."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Lanes(NamedTuple):
+    """The queries of a sequence in the lanes of a vector: 16 from ``first`` on, of ``count``."""
+
+    first: Any
+    count: Any
+    scoring: Any
+
+
 @kernel(strict=True)
-def attention_backward_units(
-    q: Any, k: Any, v: Any, do: Any, starts: Any, window: Any, scale: Any, dq: Any, dk: Any, dv: Any, scratch: Any,
-    lo: Any, hi: Any,
-) -> None:  # fmt: skip
-    """Units lo:hi of attention_backward; a unit is a sequence and a kv head. scratch: this thread's own."""
+def attention_backward_units(batch, scoring, to, scratch, lo, hi):
+    """Units lo:hi of attention_backward: unit = sequence * kv heads + kv head.
+
+    batch: a ``Batch``; scoring: a ``Scoring``; to: ``Gradients``; scratch: this thread's own.
+    """
+    q, k, v, do, starts = batch
     heads, dim = q.shape[1], q.shape[2]
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -53,8 +80,8 @@ def attention_backward_units(
         a, b = starts[unit // kv_heads], starts[unit // kv_heads + 1]
         kv, n = unit % kv_heads, b - a
         keys = _up(n, TILE)
-        # Where things stand in the scratch: q and do turned over (D, 64) and by rows (64, wide); scores, then P, and
-        # dP, then dS, (keys, 64); k, v, dk, dv by rows (keys, wide); k turned over (tall, keys); dq so, (tall, 64).
+        # Offsets in the scratch: q and do transposed (D, 64) and by rows (64, wide); scores, then P, and dP, then dS,
+        # (keys, 64); k, v, dk, dv by rows (keys, wide); k transposed (tall, keys); dq transposed (tall, 64).
         q_t = 0
         do_t = q_t + dim * QUERIES
         q_r = do_t + dim * QUERIES
@@ -86,52 +113,47 @@ def attention_backward_units(
                         scratch[q_r + t * wide + d] = x
                         scratch[do_t + d * QUERIES + t] = g
                         scratch[do_r + t * wide + d] = g
-                begin = max(0, first - window + 1) // TILE * TILE
+                begin = max(0, first - scoring.window + 1) // TILE * TILE
                 end = min(keys, _up(first + count, TILE))
                 for s in range(begin, end, TILE):
                     for j in range(0, QUERIES, LANES):
-                        to = s * QUERIES + j
-                        tile_times_panel(
-                            scratch, q_t + j, QUERIES, scratch, k_r + s * wide, wide, dim, scratch, p + to, QUERIES,
-                            LANES, False,
-                        )  # fmt: skip
-                        tile_times_panel(
-                            scratch, do_t + j, QUERIES, scratch, v_r + s * wide, wide, dim, scratch, ds + to, QUERIES,
-                            LANES, False,
-                        )  # fmt: skip
+                        at = s * QUERIES + j
+                        _product(scratch, (q_t + j, QUERIES), (k_r + s * wide, wide), dim, (p + at, QUERIES), False)
+                        _product(scratch, (do_t + j, QUERIES), (v_r + s * wide, wide), dim, (ds + at, QUERIES), False)
                 for j in range(0, QUERIES, LANES):
-                    _softmax_and_back(scratch, p + j, ds + j, begin, end, first + j, n, window, scale)
+                    _softmax_and_back(scratch, p + j, ds + j, begin, end, Lanes(first + j, n, scoring))
                 for s in range(begin, end, TILE):
+                    weights, scores = (p + s * QUERIES, QUERIES), (ds + s * QUERIES, QUERIES)
                     for d in range(0, wide, LANES):
-                        tile_times_panel(
-                            scratch, do_r + d, wide, scratch, p + s * QUERIES, QUERIES, QUERIES,
-                            scratch, dv_r + s * wide + d, wide, LANES, True,
-                        )  # fmt: skip
-                        tile_times_panel(
-                            scratch, q_r + d, wide, scratch, ds + s * QUERIES, QUERIES, QUERIES,
-                            scratch, dk_r + s * wide + d, wide, LANES, True,
-                        )  # fmt: skip
+                        _product(scratch, (do_r + d, wide), weights, QUERIES, (dv_r + s * wide + d, wide), True)
+                        _product(scratch, (q_r + d, wide), scores, QUERIES, (dk_r + s * wide + d, wide), True)
                 for d in range(0, tall, TILE):
                     for j in range(0, QUERIES, LANES):
-                        tile_times_panel(
-                            scratch, ds + begin * QUERIES + j, QUERIES, scratch, k_t + d * keys + begin, keys,
-                            end - begin, scratch, dq_t + d * QUERIES + j, QUERIES, LANES, False,
-                        )  # fmt: skip
+                        scores, rows = (ds + begin * QUERIES + j, QUERIES), (k_t + d * keys + begin, keys)
+                        _product(scratch, scores, rows, end - begin, (dq_t + d * QUERIES + j, QUERIES), False)
                 for t in range(count):
                     for d in range(dim):
-                        dq[a + first + t, head, d] = scratch[dq_t + d * QUERIES + t]
+                        to.dq[a + first + t, head, d] = scratch[dq_t + d * QUERIES + t]
         for s in range(n):
             for d in range(dim):
-                dk[a + s, kv, d] = scratch[dk_r + s * wide + d]
-                dv[a + s, kv, d] = scratch[dv_r + s * wide + d]
+                to.dk[a + s, kv, d] = scratch[dk_r + s * wide + d]
+                to.dv[a + s, kv, d] = scratch[dv_r + s * wide + d]
 
 
 @inline_kernel
-def _softmax_and_back(
-    x: Any, p: Any, ds: Any, begin: Any, end: Any, first: Any, n: Any, window: Any, scale: Any
-) -> None:
+def _product(scratch, panel, rows, count, out, add):
+    """tile_times_panel of what lies in the scratch at offsets and strides: out (+)= rows panel."""
+    tile_times_panel(
+        Rows(scratch, panel[0], panel[1]), Rows(scratch, rows[0], rows[1]), count, Rows(scratch, out[0], out[1]), LANES,
+        add,
+    )  # fmt: skip
+
+
+@inline_kernel
+def _softmax_and_back(x, p, ds, begin, end, lanes):
     """Scores at p (row s, 16 queries first ..) become P; dP at ds becomes scale P (dP - sum(P dP))."""
-    factor, queries = splat(scale), min(n - first, LANES)
+    first, window = lanes.first, lanes.scoring.window
+    factor, queries = splat(lanes.scoring.scale), min(lanes.count - first, LANES)
     top = splat(_MINUS_INFINITY)
     for s in range(begin, end):
         at = p + s * QUERIES
@@ -156,15 +178,11 @@ def _softmax_and_back(
 
 
 @parallel_kernel
-def attention_backward_parallel(
-    q: Any, k: Any, v: Any, do: Any, starts: Any, window: Any, scale: Any, dq: Any, dk: Any, dv: Any, scratch: Any,
-    threads: Any,
-) -> None:  # fmt: skip
+def attention_backward_parallel(batch, scoring, to, scratch, threads):
     """attention_backward_units with the units split over threads; scratch (threads, ...)."""
-    units = (len(starts) - 1) * k.shape[1]
+    units = (len(batch.starts) - 1) * batch.k.shape[1]
     for t in prange(threads):
-        lo, hi = units * t // threads, units * (t + 1) // threads
-        attention_backward_units(q, k, v, do, starts, window, scale, dq, dk, dv, scratch[t], lo, hi)
+        attention_backward_units(batch, scoring, to, scratch[t], units * t // threads, units * (t + 1) // threads)
 
 
 def attention_backward(
@@ -203,18 +221,18 @@ def attention_backward(
         raise ValueError(f"starts: expected ascending numbers from 0 to {tokens}, found {starts.tolist()}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected a positive integer, found {window!r}")
-    reach, scale32 = NO_WINDOW if window is None else window, np.float32(check.attention_scale(scale, dim))
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    scoring = scoring_of(window, check.attention_scale(scale, dim))
+    to = Gradients(np.empty_like(q), np.empty_like(k), np.empty_like(v))
     if q.size:
         units = len(lengths) * kv_heads
         threads = threads_for(int(heads * dim * np.sum(lengths * lengths)), PARALLEL_MACS, units)
-        scratch = aligned_empty((threads, scratch_size(int(lengths.max()), dim)))
-        arguments = (q, k, v, do, starts, reach, scale32, dq, dk, dv)
+        scratch = aligned_empty((threads, backward_scratch_size(int(lengths.max()), dim)))
+        batch = Batch(q, k, v, do, starts)
         if threads == 1:
-            attention_backward_units(*arguments, scratch[0], 0, units)
+            attention_backward_units(batch, scoring, to, scratch[0], 0, units)
         else:
-            launch(attention_backward_parallel, *arguments, scratch, threads)
-    return dq, dk, dv
+            launch(attention_backward_parallel, batch, scoring, to, scratch, threads)
+    return tuple(to)
 
 
 def _example(rng: np.random.Generator, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @kernel(independent=True)
-def rms_norm_backward_rows(x: Any, weight: Any, eps: Any, dy: Any, add: Any, dx: Any, lo: Any, hi: Any) -> None:
+def rms_norm_backward_rows(x, weight, eps, dy, add, dx, lo, hi):
     """Rows lo:hi of rms_norm_backward, or of dx += it with ``add``. x, dy, dx (rows, n); weight (n,)."""
     n = x.shape[1]
     per_n = _ONE / np.float32(n)
@@ -31,7 +31,7 @@ def rms_norm_backward_rows(x: Any, weight: Any, eps: Any, dy: Any, add: Any, dx:
 
 
 @sum_kernel
-def squares_and_products(x: Any, weight: Any, dy: Any) -> Any:
+def squares_and_products(x, weight, dy):
     """sum(x * x) and sum(x * weight * dy)."""
     squares, products = _ZERO, _ZERO
     for i in range(x.size):
@@ -82,7 +82,7 @@ def rms_norm_backward(
 
 
 @kernel(independent=True)
-def silu_mul_backward_range(gate: Any, up: Any, dy: Any, d_gate: Any, d_up: Any, lo: Any, hi: Any) -> None:
+def silu_mul_backward_range(gate, up, dy, d_gate, d_up, lo, hi):
     """Elements lo:hi of silu_mul_backward. All (n,)."""
     gate, up, dy, d_gate, d_up = gate[lo:hi], up[lo:hi], dy[lo:hi], d_gate[lo:hi], d_up[lo:hi]
     for i in range(gate.size):

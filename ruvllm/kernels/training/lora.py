@@ -29,7 +29,7 @@ from ruvllm.kernels.threads.pool import launch, threads_for
 
 
 @kernel(strict=True)
-def lora_back_rows(dy: Any, b: Any, g: Any, lo: Any, hi: Any) -> None:
+def lora_back_rows(dy, b, g, lo, hi):
     """Rows lo:hi of g = dy B^T. dy (T, E_out); b (R, E_out); g (T, R)."""
     for row in range(lo, hi):
         for r in range(b.shape[0]):
@@ -37,7 +37,7 @@ def lora_back_rows(dy: Any, b: Any, g: Any, lo: Any, hi: Any) -> None:
 
 
 @kernel(strict=True)
-def lora_grad_b_columns(h: Any, dy: Any, scaling: Any, grad_b: Any, lo: Any, hi: Any) -> None:
+def lora_grad_b_columns(h, dy, scaling, grad_b, lo, hi):
     """Columns lo:hi of grad_b += scaling h^T dy. h (T, R); dy (T, E_out); grad_b (R, E_out)."""
     rows, rank = h.shape
     n = dy.shape[1]
@@ -60,7 +60,7 @@ def lora_grad_b_columns(h: Any, dy: Any, scaling: Any, grad_b: Any, lo: Any, hi:
 
 
 @kernel(strict=True)
-def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+def lora_grad_a_rows(x, g, scaling, grad_a, lo, hi):
     """Rows lo:hi of grad_a += scaling x^T g. x (T, E_in); g (T, R); grad_a (E_in, R)."""
     rank = g.shape[1]
     if rank == 1:  # grad_a is one row of E_in
@@ -81,7 +81,7 @@ def lora_grad_a_rows(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any
 
 
 @inline_kernel
-def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+def grad_a_rank_two(x, g, scaling, grad_a, lo, hi):
     """lora_grad_a_rows for R = 2: two columns of 16 rows are summed and then interleaved."""
     rows, n = x.shape
     factor = splat(np.float32(scaling))
@@ -98,7 +98,7 @@ def grad_a_rank_two(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any)
 
 
 @inline_kernel
-def grad_a_rank_eight(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: Any) -> None:
+def grad_a_rank_eight(x, g, scaling, grad_a, lo, hi):
     """lora_grad_a_rows for R = 8: two rows share a vector."""
     rows, n = x.shape
     factor = splat(np.float32(scaling))
@@ -112,9 +112,7 @@ def grad_a_rank_eight(x: Any, g: Any, scaling: Any, grad_a: Any, lo: Any, hi: An
 
 
 @parallel_kernel
-def lora_grad_parallel(
-    x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, hidden: Any, threads: Any
-) -> None:
+def lora_grad_parallel(x, dy, a, b, scaling, grad_a, grad_b, hidden, threads):
     """lora_accumulate_grad: h and g split by tokens, then the gradients by their own rows and columns."""
     h, g = hidden[0], hidden[1]
     rows = x.shape[0]
@@ -131,7 +129,7 @@ def lora_grad_parallel(
 
 
 @kernel(strict=True)
-def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any, hidden: Any) -> None:
+def lora_grad(x, dy, a, b, scaling, grad_a, grad_b, hidden):
     """lora_accumulate_grad on one thread. hidden (2, T, R) float32 of scratch, left holding x A and dy B^T."""
     h, g = hidden[0], hidden[1]
     lora_down_rows(x, a, h, 0, x.shape[0])
@@ -141,7 +139,7 @@ def lora_grad(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b
 
 
 @small_call((2, 2, 2, 2, float, 2, 2), (1, 1, 2, 2, float, 2, 2))
-def lora_grad_small(x: Any, dy: Any, a: Any, b: Any, scaling: Any, grad_a: Any, grad_b: Any) -> bool:
+def lora_grad_small(x, dy, a, b, scaling, grad_a, grad_b):
     """lora_accumulate_grad of fewer multiply-adds than ADAPTER_MACS."""
     (n, rank), width = a.shape, b.shape[1]
     if x.shape[-1] != n or b.shape[0] != rank or dy.shape[-1] != width or dy.shape[:-1] != x.shape[:-1]:

@@ -13,7 +13,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 
 @kernel(independent=True)
-def cross_entropy_rows(logits: Any, targets: Any, scale: Any, losses: Any, grad: Any, lo: Any, hi: Any) -> None:
+def cross_entropy_rows(logits, targets, scale, losses, grad, lo, hi):
     """Rows lo:hi of cross_entropy. logits, grad (T, V), which may be one; targets (T,) int64; losses (T,)."""
     n = logits.shape[1]
     for row in range(lo, hi):

@@ -6,8 +6,6 @@ lanes, and dx^T = W^T dy^T is the tile of some columns of W against one or two p
 transposed back where they are added to dx. Integer weights are dequantised; dy is not rounded.
 """
 
-from typing import Any
-
 import numpy as np
 from numba import prange
 
@@ -53,14 +51,14 @@ _ZERO4, _ZERO5 = np.float32(-8), np.float32(-16)  # times the scale: the min of 
 
 
 @inline_kernel
-def _turn(scratch: Any, at: Any, to: Any) -> None:
+def _turn(scratch, at, to):
     """The 16 x 16 numbers at ``at`` turned over, to ``to``."""
     rows = load_rows(scratch, at, LANES, LANES)
     store_rows(scratch, to, LANES, zip_rows(zip_rows(zip_rows(zip_rows(rows)))))
 
 
 @inline_kernel
-def _turn_dy(dy: Any, rows: Any, first: Any, n: Any, t: Any, tokens: Any, scratch: Any, to: Any) -> None:
+def _turn_dy(dy, rows, first, n, t, tokens, scratch, to):
     """scratch[to + 16 r + j] = dy[t + j, first + r] for r < n; tokens past the end are zero."""
     for r in range(0, n, LANES):
         for j in range(LANES):
@@ -72,7 +70,7 @@ def _turn_dy(dy: Any, rows: Any, first: Any, n: Any, t: Any, tokens: Any, scratc
 
 
 @inline_kernel
-def _columns_times_two(zeros: Any, scratch: Any, wi: Any, at: Any, other: Any, n: Any, to: Any) -> None:
+def _columns_times_two(zeros, scratch, wi, at, other, n, to):
     """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``: sums to ``to`` and a group behind."""
     left = right = zeros
     for r in range(n):
@@ -83,7 +81,7 @@ def _columns_times_two(zeros: Any, scratch: Any, wi: Any, at: Any, other: Any, n
 
 
 @inline_kernel
-def _columns_times_one(zeros: Any, scratch: Any, wi: Any, at: Any, n: Any, to: Any) -> None:
+def _columns_times_one(zeros, scratch, wi, at, n, to):
     """_columns_times_two for one panel."""
     sums = zeros
     for r in range(n):
@@ -92,7 +90,7 @@ def _columns_times_one(zeros: Any, scratch: Any, wi: Any, at: Any, n: Any, to: A
 
 
 @inline_kernel
-def _put_turned(scratch: Any, at: Any, dx: Any, columns: Any, column: Any, t: Any, tokens: Any, add: Any) -> None:
+def _put_turned(scratch, at, dx, columns, column, t, tokens, add):
     """dx[t : t + 16, column : column + 32] (+)= the group of sums at ``at``, as far as dx goes."""
     for half in range(0, GROUP, LANES):
         _turn(scratch, at + half * LANES, at + half * LANES)
@@ -102,7 +100,7 @@ def _put_turned(scratch: Any, at: Any, dx: Any, columns: Any, column: Any, t: An
 
 
 @inline_kernel
-def _multiply(scratch: Any, n: Any, dx: Any, columns: Any, g: Any, start: Any, tokens: Any, add: Any) -> None:
+def _multiply(scratch, n, dx, columns, g, start, tokens, add):
     """dx[start : start + _TOKENS, 32 g :] (+)= the group of columns in the scratch times the panels there."""
     panels = (min(_TOKENS, tokens - start) + LANES - 1) // LANES
     paired = panels - panels % 2 if _PAIRS else 0
@@ -119,7 +117,7 @@ def _multiply(scratch: Any, n: Any, dx: Any, columns: Any, g: Any, start: Any, t
 
 
 @kernel(strict=True)
-def transposed_float(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any) -> None:
+def transposed_float(w, dy, add, dx, scratch, lo, hi):
     """dx (T, K) = dy (T, N) W, or dx += with ``add``, for columns 32 lo : 32 hi of W. w (P, K, 16) float panels."""
     tokens, rows = dy.shape
     columns = w.shape[1]
@@ -138,7 +136,7 @@ def transposed_float(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, 
 
 
 @inline_kernel
-def _unpack_group(kind: Any, has_mins: Any, blocks: Any, at: Any, scratch: Any, to: Any) -> None:
+def _unpack_group(kind, has_mins, blocks, at, scratch, to):
     """The block at byte ``at``, 32 columns of 16 rows: scratch[to + column _STEP + row]."""
     scale = halfs_load(blocks, at)
     if has_mins:
@@ -159,9 +157,7 @@ def _unpack_group(kind: Any, has_mins: Any, blocks: Any, at: Any, scratch: Any, 
 
 
 @kernel(strict=True)
-def transposed_quant(
-    kind: Any, has_mins: Any, blocks: Any, dy: Any, add: Any, dx: Any, scratch: Any, lo: Any, hi: Any
-) -> None:
+def transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch, lo, hi):
     """transposed_float for 4, 5 or 8 bits: blocks (P, G, bytes), see quant/matmul.py."""
     tokens, rows = dy.shape
     columns = dx.shape[1]
@@ -185,7 +181,7 @@ def transposed_quant(
 
 
 @parallel_kernel
-def transposed_float_parallel(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any) -> None:
+def transposed_float_parallel(w, dy, add, dx, scratch, threads):
     """transposed_float with the columns of W split over threads; scratch (threads, SCRATCH)."""
     units = (dx.shape[1] + GROUP - 1) // GROUP
     for t in prange(threads):
@@ -193,9 +189,7 @@ def transposed_float_parallel(w: Any, dy: Any, add: Any, dx: Any, scratch: Any, 
 
 
 @parallel_kernel
-def transposed_quant_parallel(
-    kind: Any, has_mins: Any, blocks: Any, dy: Any, add: Any, dx: Any, scratch: Any, threads: Any
-) -> None:
+def transposed_quant_parallel(kind, has_mins, blocks, dy, add, dx, scratch, threads):
     """transposed_quant with the columns of W split over threads; scratch (threads, SCRATCH)."""
     units = (dx.shape[1] + GROUP - 1) // GROUP
     for t in prange(threads):

@@ -161,7 +161,8 @@ class Recorder:
         out = self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
         if softcap is not None:
             arguments = {"x": out, "cap": self._number(softcap), "columns": out.width}
-            self._record(o.softcap, out.count, [Access(out, by_panels(out.width))], [Access(out, by_panels(out.width))], arguments)
+            panels = [Access(out, by_panels(out.width))]
+            self._record(o.softcap, out.count, panels, panels, arguments)
         self._ended = True
         return out
 

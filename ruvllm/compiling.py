@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.tape import replay
 from ruvllm.kernels.threads.pool import limited_to, num_threads
 from ruvllm.kernels.threads.regions import CFunction
-from ruvllm.model.config import ModelConfig
+from ruvllm.model.config import SIZES, ModelConfig
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
@@ -62,17 +63,36 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     mark_warm(str(kinds))
 
 
-def compile_cache(layouts: Iterable[str], kv: str, progress: bool | None = None) -> None:
-    """Compile what a model of matrices in these layouts needs beside for a KV cache of ``kv``; see ``compile_for``."""
+def compile_cache(
+    layouts: Iterable[str], kv: str, progress: bool | None = None, config: ModelConfig | None = None
+) -> None:
+    """Compile what a model of matrices in these layouts needs beside for a KV cache of ``kv``; see ``compile_for``.
+
+    config: of a model that is not LLaMA.
+    """
     layouts = sorted(set(layouts))
     if not isinstance(kv, str) or kv not in KV_DTYPES or kv == "f32":
         return  # what is no dtype is refused by the cache
-    if DISABLE_JIT or is_warm(f"{kv} cache, {layouts}"):
+    _compile_operations(operations_for(layouts, kv, config), f"{kv} cache, {layouts}", progress)
+
+
+def compile_choices(config: ModelConfig, layouts: Iterable[str], progress: bool | None = None) -> None:
+    """Compile the operations of a model that LLaMA has not: norms by head, softcaps, experts ..."""
+    layouts = sorted(set(layouts))
+    common = operations_for(layouts, "f32")
+    extra = [operation for operation in operations_for(layouts, "f32", config) if operation not in common]
+    if extra:
+        _compile_operations(extra, f"operations, {layouts}", progress)
+
+
+def _compile_operations(operations: list[CFunction], kind: str, progress: bool | None) -> None:
+    kind = f"{kind}, {sorted({operation.__name__ for operation in operations})}"
+    if DISABLE_JIT or is_warm(kind):
         return
-    with _compile_bar(progress, _REGION_FUNCTIONS):
-        for operation in operations_for(layouts, kv):
+    with _compile_bar(progress, 3 * len(operations)):
+        for operation in operations:
             _ = operation.address
-    mark_warm(f"{kv} cache, {layouts}")
+    mark_warm(kind)
 
 
 def compile_training(layouts: Iterable[str], progress: bool | None = None) -> None:
@@ -156,9 +176,9 @@ def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -
             _ = operation.address
 
 
-def operations_for(layouts: Iterable[str], kv: str) -> list[CFunction]:
-    """What a model of matrices in these layouts replays with, the slowest to compile first."""
-    found = [*needed_operations(_tiny_config(), sorted(layouts), kv), replay]
+def operations_for(layouts: Iterable[str], kv: str, config: ModelConfig | None = None) -> list[CFunction]:
+    """What a model of matrices in these layouts replays with, the slowest to compile first. config: LLaMA if None."""
+    found = [*needed_operations(_tiny_config(config), sorted(layouts), kv), replay]
     return sorted(found, key=lambda operation: _SLOWEST.get(operation.__name__, len(_SLOWEST)))
 
 
@@ -222,10 +242,32 @@ def _tiny_model(kinds: Iterable[tuple[str, str]], threads: int | None = None) ->
     return Llama(config, _ZeroWeights(config, dtypes), weights, threads)
 
 
-def _tiny_config() -> ModelConfig:
-    return ModelConfig(
+def _tiny_config(config: ModelConfig | None = None) -> ModelConfig:
+    """A small model, with the choices of ``config`` if given: one layer of each kind that it has."""
+    tiny = ModelConfig(
         vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    if config is None:
+        return tiny
+    kinds = {
+        (config.window(i), config.rope_index(i), config.has_experts(i)): i for i in range(config.num_hidden_layers)
+    }
+    layers = sorted(kinds.values())
+    experts = config.experts
+    if experts is not None:
+        experts = replace(
+            experts, count=4, per_token=2, intermediate_size=512,
+            layers=tuple(i for i, layer in enumerate(layers) if config.has_experts(layer)),
+            shared_intermediate_size=512 if experts.shared_intermediate_size else 0,
+        )  # fmt: skip
+    sizes = {name: getattr(tiny, name) for name in SIZES if name != "num_hidden_layers"}
+    return replace(
+        config, **sizes, num_hidden_layers=len(layers), rope=tiny.rope, experts=experts,
+        local_rope=None if config.local_rope is None else tiny.rope,
+        no_rope_layers=tuple(i for i, layer in enumerate(layers) if layer in config.no_rope_layers),
+        layer_types=tuple(config.layer_types[layer] for layer in layers) if config.layer_types else (),
+        bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
 
 

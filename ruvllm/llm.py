@@ -141,7 +141,7 @@ class LLM:
     def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
         """An empty KV cache with room for ``max_tokens`` (the model's context length if None)."""
         cache = self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
-        compile_cache(self.model.layouts, kv)
+        compile_cache(self.model.layouts, kv, config=self.model.config)
         return cache
 
     def logits(
@@ -278,7 +278,7 @@ class LLM:
 
     def _scored(self, text: str | Sequence[int] | np.ndarray, kv: str) -> tuple[np.ndarray, int | None, int | None]:
         """Token ids of a text, the token that begins each window, the text's bytes; all is compiled then."""
-        compile_cache(self.model.layouts, kv)
+        compile_cache(self.model.layouts, kv, config=self.model.config)
         bos = self.tokenizer.bos_id if bool(getattr(self.tokenizer, "add_bos", False)) else None
         if not isinstance(text, str):
             return np.asarray(text), bos, None

@@ -10,11 +10,11 @@ from ruvllm._progress import tqdm
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
-from ruvllm.compiling import compile_for
+from ruvllm.compiling import compile_choices, compile_for
 from ruvllm.kernels.memory import require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
-from ruvllm.model.kv_cache import KVCache
-from ruvllm.model.llama import PREFILL_TOKENS, WEIGHTS, Llama, choose_layouts
+from ruvllm.model.kv_cache import PREFILL_TOKENS, KVCache
+from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
 from ruvllm.model.replay import working_bytes
 from ruvllm.model.weights import bytes_per_weight
 
@@ -59,6 +59,7 @@ def load(
         tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
         layouts = choose_layouts(checkpoint.config, checkpoint, weights)
         compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), progress)
+        compile_choices(checkpoint.config, layouts.values(), progress)
         with tqdm(
             total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,
             delay=_SLOW_LOAD_SECONDS, disable=quiet,

@@ -23,7 +23,7 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.loading import weight_bytes
 from ruvllm.model import KVCache
-from ruvllm.model.llama import PREFILL_TOKENS
+from ruvllm.model.kv_cache import PREFILL_TOKENS
 from ruvllm.model.ops.recorder import Pass
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import Working, working_bytes

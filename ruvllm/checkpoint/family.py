@@ -69,7 +69,6 @@ class Family:
         hf_fused, gguf_fused: parts of a layer that stand in a larger tensor.
         interleaved: GGUF files hold the rows of q and k so that the pairs that turn together are neighbours.
         norm_offset: what a norm's weight in safetensors lacks.
-        yarn_truncate: whether YaRN rounds its limits, which GGUF files do not say.
         partial_rotary: ``partial_rotary_factor`` may rotate a part of each head.
     """
 
@@ -87,7 +86,6 @@ class Family:
     interleaved: bool = False
     norm_offset: float = 0.0
     partial_rotary: bool = False
-    yarn_truncate: bool = True
 
     def hf_places(self, config: ModelConfig) -> dict[str, Place]:
         """Where each tensor stands in safetensors, by canonical name."""

@@ -16,7 +16,7 @@ from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, NFC, PREFIX
 from ruvllm.checkpoint._tokenizer_rows import with_rows
 from ruvllm.checkpoint.families import BY_TYPE
-from ruvllm.checkpoint.family import Family
+from ruvllm.checkpoint.gguf_rope import YARN_TRUNCATE
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
@@ -63,7 +63,7 @@ def _model(directory: Path, config: ModelConfig) -> dict[str, Any]:
             "attention.value_length": config.head_dim,
             "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
             "vocab_size": config.vocab_size,
-            **_rope(config, family),
+            **_rope(config),
             **family.gguf_values(config),
         }
     except ValueError as error:
@@ -73,7 +73,7 @@ def _model(directory: Path, config: ModelConfig) -> dict[str, Any]:
     return {"general.architecture": family.architecture, "general.name": config.name or "model"} | own
 
 
-def _rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _rope(config: ModelConfig) -> dict[str, Any]:
     rope = config.rope
     dim = rope.rotary_dim or config.head_dim
     values: dict[str, Any] = {"rope.dimension_count": dim, "rope.freq_base": float(rope.theta)}
@@ -88,9 +88,10 @@ def _rope(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rope.scaling.attn_factor": float(rope.attention_factor),
     }  # fmt: skip
     if rope.scaling == "yarn":
-        if (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, family.yarn_truncate):
-            found = f"beta_fast {rope.beta_fast:g}, beta_slow {rope.beta_slow:g}, truncate {rope.truncate}"
-            raise ValueError(f"YaRN with beta_fast 32, beta_slow 1, truncate {family.yarn_truncate}: found {found}")
+        if (rope.beta_fast, rope.beta_slow) != (32, 1):
+            raise ValueError(f"YaRN with beta_fast 32, beta_slow 1: found {rope.beta_fast:g}, {rope.beta_slow:g}")
+        if not rope.truncate:
+            values[YARN_TRUNCATE] = False
         values["rope.scaling.factor"] = float(rope.factor)
         values["rope.scaling.attn_factor"] = float(rope.attention_factor / yarn_attention_factor(rope.factor))
     return values

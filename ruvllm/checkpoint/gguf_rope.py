@@ -8,6 +8,8 @@ from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.names import GGUF_LONG_FACTORS, GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS
 from ruvllm.model.rope_config import RopeConfig, yarn_attention_factor
 
+# Whether YaRN rounds its limits: GPT-OSS does not. No key of llama.cpp, which always does.
+YARN_TRUNCATE = "rope.scaling.yarn_truncate"
 _MAX_PAIRS = 512  # half of the largest head_dim: no tensor larger than that is read here
 
 
@@ -38,7 +40,7 @@ def rope_of(file: AnyGGUF, own: Fields, sizes: Sizes, family: Family) -> RopeCon
     if scaling == "yarn":
         original = own.get("rope.scaling.original_context_length", int)
         return RopeConfig(
-            theta=theta, scaling="yarn", factor=factor, truncate=family.yarn_truncate,
+            theta=theta, scaling="yarn", factor=factor, truncate=own.default(YARN_TRUNCATE, bool, True),
             original_max_position=own.require("context_length", int) if original is None else original,
             attention_factor=(attention or 1.0) * yarn_attention_factor(factor), rotary_dim=rotary_dim,
         )  # fmt: skip

@@ -160,7 +160,7 @@ class Tensor:
         """The same elements in another shape, with the last axis as it is: (n,) as (1, n)."""
         if self._index is not None or math.prod(shape) != math.prod(self.shape) or shape[-1] != self.columns:
             raise ValueError(f"{self!r} cannot be seen as {shape}")
-        return Tensor(replace(self._info, shape=shape), self._source)
+        return Tensor(replace(self.info, shape=shape), self._source)
 
     def quantized(self, layout: str) -> Panels:
         """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""

@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "norms": ("before", "after", "both"),
     "qk_norm": (None, "head", "row"),
 }
-_SIZES = (
+SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
@@ -145,7 +145,7 @@ class ModelConfig:
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
-        for size in _SIZES:
+        for size in SIZES:
             require_integer(size, getattr(self, size))
         if self.num_attention_heads % self.num_key_value_heads:
             expected = f"a divisor of num_attention_heads = {self.num_attention_heads}"

@@ -28,6 +28,13 @@ def capacities(config: ModelConfig, max_tokens: int) -> list[int]:
     return [min(whole, whole if w is None else -(-(w + PREFILL_TOKENS) // CHUNK) * CHUNK) for w in windows]
 
 
+def _zeros(shapes: list[tuple[int, ...]], dtype: type) -> Any:
+    """An array of zeros for each layer: one array of all layers where they are alike, else a list."""
+    if len(set(shapes)) == 1:
+        return aligned_zeros((len(shapes), *shapes[0]), dtype)
+    return [aligned_zeros(shape, dtype) for shape in shapes]
+
+
 class KVCache:
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
@@ -57,9 +64,8 @@ class KVCache:
         self._buffers: dict[tuple[str, bool], Any] = {}
         self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
         self.capacities = capacities(config, int(max_tokens))
-        blocks = [capacity // LANES for capacity in self.capacities]
-        self.keys = [aligned_zeros((heads, count, key_rows(dim, dtype), LANES), dtype) for count in blocks]
-        self.values = [aligned_zeros((heads, count * LANES, padded(dim)), dtype) for count in blocks]
+        self.keys = _zeros([(heads, size // LANES, key_rows(dim, dtype), LANES) for size in self.capacities], dtype)
+        self.values = _zeros([(heads, size, padded(dim)) for size in self.capacities], dtype)
         addresses = [(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in zip(self.keys, self.values, strict=True)]
         self.table = np.array(addresses, np.int64)  # (L, 3), for a tape
         self._reach = 0  # positions that were ever filled since it was cleared

@@ -18,7 +18,7 @@ from ruvllm.checkpoint.safetensors import open_safetensors
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.checkpoint.unpacked import UnpackedFiles
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels.quant.panels import take_rows
+from ruvllm.kernels.quant.panels import take_quant_rows
 from ruvllm.model.reference import reference_logits
 from tests.checkpoint.test_groups import half, half_step, values
 from tests.model import tiny
@@ -97,7 +97,7 @@ def check(tensor: Tensor, matrix: Matrix, dtype: str) -> None:
     np.testing.assert_array_equal(tensor.permuted(order).float32(), w[order])
     tensor.release()
     groups, panels = tensor_groups(tensor), load_panels(tensor)
-    unpacked = take_rows(panels, np.arange(len(w)), np.empty(w.shape, np.float32))
+    unpacked = take_quant_rows(panels, np.arange(len(w)), np.empty(w.shape, np.float32))
     found = values(groups)
     np.testing.assert_allclose(unpacked, found, rtol=1e-6, atol=1e-7)
     error = np.abs(found - w).reshape(*groups.scales.shape, 32)

@@ -13,7 +13,7 @@ from ruvllm.checkpoint.groups import load_panels, tensor_groups
 from ruvllm.checkpoint.safetensors import open_safetensors
 from ruvllm.checkpoint.unpacked import UnpackedFiles
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels.quant.panels import take_rows
+from ruvllm.kernels.quant.panels import take_quant_rows
 from tests.checkpoint.test_groups import values
 
 NAME = "model.layers.0.mlp.experts.down_proj"
@@ -58,7 +58,7 @@ def test_experts(mmap: bool, tmp_path: Path) -> None:
         groups, panels = tensor_groups(expert), load_panels(expert)
         assert groups.kind == "int5"
         np.testing.assert_array_equal(values(groups), w[i])
-        np.testing.assert_array_equal(take_rows(panels, np.arange(20), np.empty((20, 160), np.float32)), w[i])
+        np.testing.assert_array_equal(take_quant_rows(panels, np.arange(20), np.empty((20, 160), np.float32)), w[i])
 
 
 def test_two_axes(tmp_path: Path) -> None:

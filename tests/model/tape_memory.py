@@ -42,7 +42,7 @@ class Memory:
     def _mark(self, masks: dict[str, np.ndarray], access: Access, member: int, size: int) -> None:
         value, partition = access
         header = self.working.header
-        if value.space == t.KEYS:
+        if value.space == t.CACHE:
             self._mark_cache(masks, value, partition, member, size)
         elif value.space == t.PARTIAL:
             masks["partial"][:] = True

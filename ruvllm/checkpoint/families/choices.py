@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ruvllm.checkpoint.family import Choices, Sizes
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.model.config import FULL, SLIDING, ExpertsConfig, ModelConfig
@@ -30,6 +32,32 @@ def window_choices(keys: Fields, window: int | None, types: list[str]) -> Choice
     if window is None:
         raise keys.error("sliding_window", None, "an integer: layer_types has windowed layers")
     return {"sliding_window": window, "layer_types": tuple(types) if FULL in types else ()}
+
+
+def gguf_windows(meta: Fields, sizes: Sizes, window: int | None, period: int) -> Choices:
+    """The same from GGUF: every ``period``th layer is full, unless ``sliding_window_pattern`` says another period, or
+    of each layer whether it has a window."""
+    key = "attention.sliding_window_pattern"
+    found = meta.values.get(key)
+    if isinstance(found, np.ndarray) and found.dtype == bool:
+        if len(found) < sizes.layers:
+            raise meta.error(key, f"{len(found)} values", f"one for each of {sizes.layers} layers")
+        slides = found.tolist()
+    else:
+        period = meta.get(key, int) or period
+        slides = [(i + 1) % period != 0 for i in range(sizes.layers)]
+    types = [SLIDING if window is not None and slides[i] else FULL for i in range(sizes.layers)]
+    return window_choices(meta, window, types)
+
+
+def gguf_window_values(config: ModelConfig, period: int) -> dict[str, Any]:
+    """GGUF metadata of windows by layer; nothing about the layers where every ``period``th is full."""
+    if config.sliding_window is None:
+        return {}
+    slides = [config.window(i) is not None for i in range(config.num_hidden_layers)]
+    usual = slides == [(i + 1) % period != 0 for i in range(config.num_hidden_layers)]
+    pattern = {} if usual else {"attention.sliding_window_pattern": slides}
+    return {"attention.sliding_window": config.sliding_window, **pattern}
 
 
 def biased(keys: Fields) -> Choices:

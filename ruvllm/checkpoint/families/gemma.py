@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ruvllm.checkpoint.families.choices import biased, windows
+from ruvllm.checkpoint.families.choices import biased, gguf_window_values, gguf_windows, windows
 from ruvllm.checkpoint.family import Choices, Family, Sizes
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.model.config import FULL, SLIDING, ModelConfig, RopeConfig
+from ruvllm.model.config import SLIDING, ModelConfig, RopeConfig
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the older name also means the tanh approximation here
 _LOCAL_THETA = 10000.0
@@ -68,7 +68,7 @@ def _gguf_scale(sizes: Sizes, layers_of_27b: int) -> float:
 def _gguf_gemma2(meta: Fields, sizes: Sizes) -> Choices:
     window = meta.get("attention.sliding_window", int) or 4096
     return {
-        **_common(sizes), **windows(meta, sizes, window, lambda i: i % 2 == 0), "norms": "both",
+        **_common(sizes), **gguf_windows(meta, sizes, window, 2), "norms": "both",
         "attention_multiplier": _gguf_scale(sizes, 46),
         "attn_logit_softcapping": meta.get("attn_logit_softcapping", float),
         "final_logit_softcapping": meta.get("final_logit_softcapping", float),
@@ -76,43 +76,32 @@ def _gguf_gemma2(meta: Fields, sizes: Sizes) -> Choices:
 
 
 def _gguf_gemma3(meta: Fields, sizes: Sizes) -> Choices:
-    window, every = meta.get("attention.sliding_window", int), meta.get("attention.sliding_window_pattern", int) or 6
+    window = meta.get("attention.sliding_window", int)
     local = meta.get("rope.freq_base_swa", float)
     return {
-        **_common(sizes), **windows(meta, sizes, window, lambda i: (i + 1) % every != 0), "norms": "both",
+        **_common(sizes), **gguf_windows(meta, sizes, window, 6), "norms": "both",
         "qk_norm": "head", "attention_multiplier": _gguf_scale(sizes, 62),
         "final_logit_softcapping": meta.get("final_logit_softcapping", float) or None,
         "local_rope": RopeConfig(theta=_LOCAL_THETA if local is None else local) if window else None,
     }  # fmt: skip
 
 
-def _values(config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if config.sliding_window is not None:
-        values["attention.sliding_window"] = config.sliding_window
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name) is not None:
-            values[name] = float(getattr(config, name))
-    _require_known_pattern(config)
-    return values
-
-
-def _require_known_pattern(config: ModelConfig) -> None:
-    """Raise ValueError where the layers' windows or the scale are none that a GGUF file of this family can say."""
-    every = {"gemma2": 2, "gemma3_text": 6}.get(config.model_type)
-    if every is None:
-        return
+def _values(config: ModelConfig, period: int, layers_of_27b: int) -> dict[str, Any]:
+    """Raises ValueError where the scale is none that a GGUF file of this family can have."""
     sizes = Sizes(
         config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
         config.head_dim,
     )  # fmt: skip
-    types = tuple(SLIDING if config.window(i) else FULL for i in range(sizes.layers))
-    if types != tuple(SLIDING if (i + 1) % every else FULL for i in range(sizes.layers)):
-        raise ValueError(f"a window in all layers but each {every}th: found {', '.join(types[:8])}")
-    if not math.isclose(config.attention_scale, _gguf_scale(sizes, 46 if every == 2 else 62)):
-        raise ValueError(f"an attention scale of 1 / sqrt(head_dim): found {config.attention_scale:.6g}")
-    if config.local_rope is not None and config.local_rope != RopeConfig(theta=_LOCAL_THETA):
-        raise ValueError(f"a rotary base of {_LOCAL_THETA:g} in windowed layers: found {config.local_rope.theta:g}")
+    scale = _gguf_scale(sizes, layers_of_27b)
+    if not math.isclose(config.attention_scale, scale):
+        raise ValueError(f"an attention scale of {scale:.6g}: found {config.attention_scale:.6g}")
+    values = gguf_window_values(config, period)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name) is not None:
+            values[name] = float(getattr(config, name))
+    if config.local_rope is not None:
+        values["rope.freq_base_swa"] = float(config.local_rope.theta)
+    return values
 
 
 _NORMS = {"mlp_norm": "pre_feedforward_layernorm.weight"}
@@ -123,17 +112,18 @@ _DEFAULTS = {
 
 GEMMA = Family(
     model_type="gemma", classes=("GemmaForCausalLM",), architecture="gemma", hf_choices=_hf_common,
-    gguf_choices=lambda meta, sizes: _common(sizes), gguf_values=_values, norm_offset=1.0,
+    gguf_choices=lambda meta, sizes: _common(sizes), norm_offset=1.0,
     defaults=_DEFAULTS | {"num_key_value_heads": 16},
 )  # fmt: skip
 GEMMA2 = Family(
     model_type="gemma2", classes=("Gemma2ForCausalLM",), architecture="gemma2", hf_choices=_gemma2,
-    gguf_choices=_gguf_gemma2, gguf_values=_values, norm_offset=1.0, hf_names=_NORMS,
+    gguf_choices=_gguf_gemma2, gguf_values=lambda config: _values(config, 2, 46), norm_offset=1.0, hf_names=_NORMS,
     defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )  # fmt: skip
 GEMMA3 = Family(
     model_type="gemma3_text", classes=("Gemma3ForCausalLM", "Gemma3TextForCausalLM", "Gemma3ForConditionalGeneration"),
-    architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3, gguf_values=_values, norm_offset=1.0,
+    architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3,
+    gguf_values=lambda config: _values(config, 6, 62), norm_offset=1.0,
     hf_names=_NORMS,
     defaults=_DEFAULTS | {
         "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6, "vocab_size": 262208,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ruvllm.checkpoint.families.choices import gguf_expert_values, gguf_experts, windows
+from ruvllm.checkpoint.families.choices import (
+    gguf_expert_values,
+    gguf_experts,
+    gguf_window_values,
+    gguf_windows,
+    windows,
+)
 from ruvllm.checkpoint.family import Choices, Family, Place, Sizes
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.model.config import ExpertsConfig, ModelConfig
@@ -34,15 +40,11 @@ def _gpt_oss(keys: Fields, sizes: Sizes) -> Choices:
 
 def _gguf(meta: Fields, sizes: Sizes) -> Choices:
     window = meta.require("attention.sliding_window", int)
-    return _COMMON | gguf_experts(meta, bias=True) | windows(meta, sizes, window, _slides)
+    return _COMMON | gguf_experts(meta, bias=True) | gguf_windows(meta, sizes, window, 2)
 
 
 def _gguf_values(config: ModelConfig) -> dict[str, Any]:
-    if any((config.window(i) is not None) != _slides(i) for i in range(config.num_hidden_layers)):
-        raise ValueError("a window in every other layer, from the first on")
-    return {
-        "attention.sliding_window": config.sliding_window, **gguf_expert_values(config, normalised=True),
-    }  # fmt: skip
+    return gguf_window_values(config, 2) | gguf_expert_values(config, normalised=True)
 
 
 def _hf_fused(config: ModelConfig) -> dict[str, Place]:
@@ -62,7 +64,6 @@ def _hf_fused(config: ModelConfig) -> dict[str, Place]:
 GPT_OSS = Family(
     model_type="gpt_oss", classes=("GptOssForCausalLM",), architecture="gpt-oss", hf_choices=_gpt_oss,
     gguf_choices=_gguf, gguf_values=_gguf_values, hf_fused=_hf_fused,
-    yarn_truncate=False,
     hf_names={
         "router": "mlp.router.weight", "router_bias": "mlp.router.bias",
         "experts.down_bias": "mlp.experts.down_proj_bias",

@@ -26,13 +26,14 @@ import numpy as np
 
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, read_if_there
-from ruvllm.checkpoint.packed import Array, Part, halves_of_pairs, packed_tensor
+from ruvllm.checkpoint.packed import Array, Part, packed_tensor
 from ruvllm.checkpoint.tensor import Tensor
+from ruvllm.kernels.jit.decorators import kernel
 
 _KEY = "quantization_config"  # of config.json
 _GROUP = 32  # elements of one block
 _WORD = 8  # codes of an int32
-_AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # where each output stands in a word
 _SYMMETRIC_ZERO = 8
 _LARGEST = 1 << 20  # inputs or outputs: four times the largest vocabulary
 
@@ -148,6 +149,31 @@ def four_bit_tensor(stem: str, parts: Mapping[str, Part], packing: Packing) -> T
     return packed_tensor(f"{stem}.weight", (rows, columns), dtype, (qweight, qzeros, scales), read)
 
 
+@kernel(strict=True)
+def gptq_rows(words: Any, out: Any) -> None:
+    """Codes out (n, K / 32, 16): j in the low half of byte j, j + 16 in the high; words (K / 8, n) int32."""
+    for g in range(out.shape[1]):
+        for half in range(2):
+            low, high = words[4 * g + half], words[4 * g + 2 + half]
+            for i in range(out.shape[0]):
+                y = out[i, g, 8 * half : 8 * half + 8]
+                for j in range(8):
+                    shift = np.int32(4 * j)
+                    y[j] = ((low[i] >> shift) & 15) | (((high[i] >> shift) & 15) << 4)
+
+
+@kernel(strict=True)
+def awq_rows(words: Any, skip: Any, out: Any) -> None:
+    """The same from words (K, n / 8) int32 of 8 rows; the first ``skip`` rows, and those after n, are left out."""
+    for g in range(out.shape[1]):
+        for j in range(16):
+            low, high = words[_GROUP * g + j], words[_GROUP * g + 16 + j]
+            for i in range(out.shape[0]):
+                at = skip + i
+                shift = np.int32(4) * _AWQ_PLACES[at % 8]
+                out[i, g, j] = ((low[at // 8] >> shift) & 15) | (((high[at // 8] >> shift) & 15) << 4)
+
+
 def _listed_groups(g_idx: Part, plain: Array) -> Array:
     """g_idx, checked. All zero stands for groups in order, as readers of early files take it."""
     g_idx.require("I32", (len(plain),))
@@ -202,23 +228,20 @@ class _Matrix:
 
     def _codes(self, lo: int, hi: int) -> Array:
         """Codes of rows lo:hi, (n, K / 32, 16) uint8: j in the low half of byte j, j + 16 in the high."""
-        words: Any = self.qweight.array()
-        if not self.packing.awq:
-            pairs = np.ascontiguousarray(words[:, lo:hi].T).view(np.uint8)  # bytes of codes 2 j and 2 j + 1
-            return halves_of_pairs(pairs.reshape(hi - lo, -1, 16))
-        first, last = lo // _WORD, -(-hi // _WORD)
-        octets = np.ascontiguousarray(words[:, first:last].T).view(np.uint8)  # 8 rows, 2 in a byte, of each column
-        low, high = np.moveaxis(octets.reshape(last - first, -1, 2, 16, 4), 2, 0)
-        out = np.empty((last - first, _WORD, low.shape[1], 16), np.uint8)
-        out[:, _AWQ_ORDER[0::2]] = (low & 15 | high << 4).transpose(0, 3, 1, 2)
-        out[:, _AWQ_ORDER[1::2]] = (low >> 4 | high & 0xF0).transpose(0, 3, 1, 2)
-        return out.reshape(-1, low.shape[1], 16)[lo - first * _WORD : hi - first * _WORD]
+        words = self.qweight.array()
+        out = np.empty((hi - lo, len(self.group_of) // _GROUP, 16), np.uint8)
+        if self.packing.awq:
+            first = lo // _WORD
+            awq_rows(np.array(words[:, first : -(-hi // _WORD)]), lo - first * _WORD, out)
+        else:
+            gptq_rows(np.array(words[:, lo:hi]), out)
+        return out
 
     def _zeros(self, lo: int, hi: int) -> Array:
         """Zero points (G, n) of rows lo:hi, int32; less one, 0 is stored as 15."""
         rows = np.arange(lo, hi)
-        places = np.argsort(_AWQ_ORDER) if self.packing.awq else np.arange(_WORD)
-        stored = self.qzeros.array()[:, rows // _WORD] >> (4 * places[rows % _WORD]).astype(np.int32)
+        places = _AWQ_PLACES if self.packing.awq else np.arange(_WORD, dtype=np.int32)
+        stored = self.qzeros.array()[:, rows // _WORD] >> (4 * places[rows % _WORD])
         return (stored + self.packing.zero_offset) & 15
 
     def _scales(self, lo: int, hi: int) -> Array:

@@ -17,6 +17,7 @@ from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.errors import ModelFormatError
+from ruvllm.kernels.jit.decorators import kernel
 
 Array = np.ndarray[Any, Any]
 
@@ -94,12 +95,15 @@ def packed_tensor(
     return Tensor(info, PackedRows(parts, width, rows))
 
 
-def halves_of_pairs(pairs: Array) -> Array:
-    """Bytes (..., 16) of codes 2j and 2j + 1 as bytes of codes j and j + 16; the first of a byte in its low half."""
-    first, second = pairs[..., :8], pairs[..., 8:]
-    halves = np.empty_like(pairs)
-    halves[..., 0::2], halves[..., 1::2] = first & 15 | second << 4, first >> 4 | second & 0xF0
-    return halves
+@kernel(strict=True)
+def mxfp4_rows(scales: Any, pairs: Any, out: Any) -> None:
+    """Blocks out (n, 17): a scale, then codes j and j + 16 in a byte; pairs (n, 16) have codes 2j and 2j + 1 in one."""
+    for i in range(out.shape[0]):
+        x, y = pairs[i], out[i]
+        y[0] = scales[i]
+        for j in range(8):
+            y[1 + 2 * j] = (x[j] & 15) | ((x[8 + j] & 15) << 4)
+            y[2 + 2 * j] = (x[j] >> 4) | (x[8 + j] & 0xF0)
 
 
 def mxfp4_tensor(name: str, blocks: Part, scales: Part) -> Tensor:
@@ -114,13 +118,12 @@ def mxfp4_tensor(name: str, blocks: Part, scales: Part) -> Tensor:
     *lead, groups = scales.info.shape
 
     def rows(lo: int, hi: int) -> Array:
-        out = np.empty((hi - lo, groups, 17), np.uint8)
-        out[:, :, 0] = scales.rows(lo, hi).reshape(hi - lo, groups)
-        pairs = blocks.rows(lo * groups, hi * groups).reshape(hi - lo, groups, 16)
-        out[:, :, 1:] = halves_of_pairs(pairs)
-        if (no_numbers := out[:, :, 0] == 255).any():
+        powers = scales.rows(lo, hi)
+        if (no_numbers := powers == 255).any():
             row, group = divmod(int(no_numbers.argmax()), groups)
             raise scales.error(f"row {lo + row} group {group}", "255, which stands for NaN", "0 to 254")
+        out = np.empty((len(powers), 17), np.uint8)
+        mxfp4_rows(powers, blocks.rows(lo * groups, hi * groups).reshape(-1, 16), out)
         return out
 
     return packed_tensor(name, (*lead, 32 * groups), "MXFP4", (blocks, scales), rows)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -655,6 +656,7 @@ def test_info_tells_what_a_model_takes(smollm2_path):
     result = run("info", str(smollm2_path))
     assert result.returncode == 0, result.stderr
     assert "98.3 MB as it is loaded (--weights auto)" in result.stdout
+    assert re.search(r"rounded then +nothing\b", result.stdout)
     assert "FP16 269.0 MB, INT8 143.0 MB, INT4 75.7 MB" in result.stdout
 
 

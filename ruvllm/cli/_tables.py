@@ -109,6 +109,7 @@ def _files() -> dict[str, str]:
 
 
 def _model(name: str) -> dict[str, str]:
+    from ruvllm.checkpoint.groups import ROUNDED
     from ruvllm.checkpoint.hub import resolve
     from ruvllm.checkpoint.loader import open_checkpoint
     from ruvllm.loading import weight_bytes
@@ -116,6 +117,7 @@ def _model(name: str) -> dict[str, str]:
     checkpoint = open_checkpoint(resolve(name))
     config = checkpoint.config
     estimate = config.memory_estimate()
+    rounded = [f"{ROUNDED[dtype]} ({dtype})" for dtype in checkpoint.weight_dtypes if dtype in ROUNDED]
     heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
     return {
         "name": config.name or Path(checkpoint.path).name,
@@ -129,6 +131,7 @@ def _model(name: str) -> dict[str, str]:
         + (f", sliding window {config.sliding_window:,}" if config.sliding_window else ""),
         "rope": f"base {config.rope.theta:g}, scaling {config.rope.scaling or 'none'}",
         "memory": f"{size(weight_bytes(checkpoint))} as it is loaded (--weights auto)",
+        "rounded then": ", ".join(rounded) or "nothing",
         "if all were": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
         "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32, "
         f"{size(KV_TOKENS * estimate.kv_bytes_per_token_int8)} in INT8",

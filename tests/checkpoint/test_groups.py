@@ -10,7 +10,7 @@ import pytest
 from ruvllm.checkpoint import groups
 from ruvllm.checkpoint.dequant import SCALE_OFFSETS
 from ruvllm.checkpoint.gguf import GGUFFile
-from ruvllm.checkpoint.groups import Groups, group_layout, load_panels, tensor_groups
+from ruvllm.checkpoint.groups import ROUNDED, Groups, group_layout, load_panels, tensor_groups
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
@@ -150,6 +150,10 @@ def test_q6_k_error_on_weights_like_a_models(tmp_path: Path) -> None:
     t = tensor(tmp_path, "Q6_K", raw, 1024)
     expected = t.float32().astype(np.float64)
     assert np.sum((values(tensor_groups(t)) - expected) ** 2) <= 5e-5 * np.sum(expected**2)
+
+
+def test_every_type_is_exact_or_said_to_be_rounded() -> None:
+    assert ROUNDED.keys() == BLOCKS.keys() - {*EXACT, *FLOATS}
 
 
 def test_q3_k_is_exact_where_its_numbers_are_largest(tmp_path: Path) -> None:

@@ -132,21 +132,18 @@ def four_bit_tensor(stem: str, parts: Mapping[str, Part], packing: Packing) -> T
         if name not in parts:
             expected = "zero points and scales" + (", and g_idx since desc_act is true" if name == "g_idx" else "")
             raise qweight.error("", f"no {stem}.{name} beside it", expected)
-    qzeros, scales = parts["qzeros"], parts["scales"]
-    qzeros.require("I32", (groups, rows // _WORD))
-    scales.require("F16", (groups, rows))
-    group_of = np.arange(columns) // size
+    parts["qzeros"].require("I32", (groups, rows // _WORD))
+    parts["scales"].require("F16", (groups, rows))
     if "g_idx" in parts:
-        group_of = _listed_groups(parts["g_idx"], group_of)
-    matrix = _Matrix(qweight, qzeros, scales, packing, group_of)
-    blocks = group_of.reshape(-1, _GROUP)
-    if (blocks != blocks[:, :1]).any():
+        parts["g_idx"].require("I32", (columns,))
+    matrix = _Matrix(qweight, parts["qzeros"], parts["scales"], parts.get("g_idx"), packing, columns)
+    if matrix.scattered():
         dtype, read = "Q4_P", matrix.values
     elif packing.symmetric:
         dtype, read = "Q4_0", matrix.blocks
     else:
         dtype, read = "Q4_Z", matrix.blocks_with_zeros
-    return packed_tensor(f"{stem}.weight", (rows, columns), dtype, (qweight, qzeros, scales), read)
+    return packed_tensor(f"{stem}.weight", (rows, columns), dtype, tuple(parts.values()), read)
 
 
 @kernel(strict=True)
@@ -174,27 +171,36 @@ def awq_rows(words: Any, skip: Any, out: Any) -> None:
                 out[i, g, j] = ((low[at // 8] >> shift) & 15) | (((high[at // 8] >> shift) & 15) << 4)
 
 
-def _listed_groups(g_idx: Part, plain: Array) -> Array:
-    """g_idx, checked. All zero stands for groups in order, as readers of early files take it."""
-    g_idx.require("I32", (len(plain),))
-    listed = g_idx.array().astype(np.int64)
-    last = int(plain[-1])
-    bad = (listed < 0) | (listed > last)
-    if bad.any():
-        raise g_idx.error(f"element {int(bad.argmax())}", int(listed[bad][0]), f"a group, 0 to {last}")
-    g_idx.release()
-    return listed if listed.any() else plain
-
-
 @dataclass(frozen=True)
 class _Matrix:
-    """Rows of W as stored rows of our types; ``group_of`` (K,) is the group of each input."""
+    """Rows of W as stored rows of our types. It holds no array: a file may have thousands of such."""
 
     qweight: Part
     qzeros: Part
     scales: Part
+    g_idx: Part | None
     packing: Packing
-    group_of: Array
+    columns: int
+
+    def groups(self) -> Array:
+        """The group of each input (K,). A g_idx of zeros says that they are in order, as in early files."""
+        plain = np.arange(self.columns) // (self.packing.group_size or self.columns)
+        if self.g_idx is None:
+            return plain
+        listed = self.g_idx.array().astype(np.int64)
+        bad = (listed < 0) | (listed > plain[-1])
+        if bad.any():
+            expected = f"a group, 0 to {plain[-1]}"
+            raise self.g_idx.error(f"element {int(bad.argmax())}", int(listed[bad][0]), expected)
+        return listed if listed.any() else plain
+
+    def scattered(self) -> bool:
+        """Whether the inputs of a block of 32 are in several groups."""
+        if self.g_idx is None:
+            return False
+        blocks = self.groups().reshape(-1, _GROUP)
+        self.g_idx.release()
+        return bool((blocks != blocks[:, :1]).any())
 
     def blocks(self, lo: int, hi: int) -> Array:
         """Rows lo:hi as Q4_0: scale, codes."""
@@ -203,12 +209,12 @@ class _Matrix:
         if len(zeros) > 1 or any(zero not in allowed for zero in zeros):
             found = f"zero points {', '.join(map(str, zeros))} of outputs {lo}:{hi}"
             raise self.qzeros.error("", found, f"{_SYMMETRIC_ZERO} alone, since sym is true")
-        return self._with_codes(lo, hi, np.empty((hi - lo, len(self.group_of) // _GROUP, 18), np.uint8))
+        return self._with_codes(lo, hi, np.empty((hi - lo, self.columns // _GROUP, 18), np.uint8))
 
     def blocks_with_zeros(self, lo: int, hi: int) -> Array:
         """Rows lo:hi as Q4_Z: scale, zero point, 0, codes."""
-        out = np.empty((hi - lo, len(self.group_of) // _GROUP, 20), np.uint8)
-        out[:, :, 2] = self._zeros(lo, hi).T[:, self.group_of[::_GROUP]]
+        out = np.empty((hi - lo, self.columns // _GROUP, 20), np.uint8)
+        out[:, :, 2] = self._zeros(lo, hi).T[:, self.groups()[::_GROUP]]
         out[:, :, 3] = 0
         return self._with_codes(lo, hi, out)
 
@@ -218,10 +224,11 @@ class _Matrix:
         codes = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(hi - lo, -1).astype(np.float32)
         zeros = self._zeros(lo, hi).T.astype(np.float32)
         scales = self._scales(lo, hi).T.astype(np.float32)
-        return (scales[:, self.group_of] * (codes - zeros[:, self.group_of])).view(np.uint8)
+        groups = self.groups()
+        return (scales[:, groups] * (codes - zeros[:, groups])).view(np.uint8)
 
     def _with_codes(self, lo: int, hi: int, out: Array) -> Array:
-        scales = self._scales(lo, hi).T[:, self.group_of[::_GROUP]]
+        scales = self._scales(lo, hi).T[:, self.groups()[::_GROUP]]
         out[:, :, :2] = scales[:, :, None].view(np.uint8)
         out[:, :, -16:] = self._codes(lo, hi)
         return out
@@ -229,7 +236,7 @@ class _Matrix:
     def _codes(self, lo: int, hi: int) -> Array:
         """Codes of rows lo:hi, (n, K / 32, 16) uint8: j in the low half of byte j, j + 16 in the high."""
         words = self.qweight.array()
-        out = np.empty((hi - lo, len(self.group_of) // _GROUP, 16), np.uint8)
+        out = np.empty((hi - lo, self.columns // _GROUP, 16), np.uint8)
         if self.packing.awq:
             first = lo // _WORD
             awq_rows(np.array(words[:, first : -(-hi // _WORD)]), lo - first * _WORD, out)

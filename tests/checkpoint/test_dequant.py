@@ -107,7 +107,7 @@ import numpy as np
 from ruvllm.checkpoint.dequant import half
 from tests.checkpoint.test_dequant import BLOCKS, SCALE_OFFSETS, corpus, decode, oracle, same_bits
 assert not hasattr(half, "py_func")
-for kind in SCALE_OFFSETS:
+for kind in (*SCALE_OFFSETS, "MXFP4"):
     raw = corpus.random_rows(kind, 3, BLOCKS[kind][0] * 2)
     same_bits(decode(kind, raw, BLOCKS[kind][0] * 2), oracle(kind, raw))
 """

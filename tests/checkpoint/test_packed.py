@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ruvllm.checkpoint.safetensors import open_safetensors
 from ruvllm.checkpoint.unpacked import UnpackedFiles
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.quant.panels import take_quant_rows
+from tests.checkpoint import test_four_bits
 from tests.checkpoint.test_groups import values
 
 NAME = "model.layers.0.mlp.experts.down_proj"
@@ -83,6 +85,26 @@ def test_what_is_refused(tmp_path: Path) -> None:
     merged.expert(1).float32()
     with pytest.raises(ModelFormatError, match="_scales' row 47 group 3: found 255, which stands for NaN"):
         merged.expert(2).float32()
+
+
+def test_a_model_that_says_it_is_mxfp4(tmp_path: Path) -> None:
+    """Of an architecture that is read: one of its matrices in blocks and scales, beside the same one in float32."""
+    test_four_bits.model(tmp_path / "plain", tmp_path / "packed", {}, awq=False)
+    path = tmp_path / "plain" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    blocks, scales, w = experts((96, 2))
+    scales[:] = 120 + scales % 4
+    w = np.take(E2M1, np.stack([blocks % 16, blocks // 16], -1)).reshape(96, 2, 32) * 2.0 ** (scales[..., None] - 127.0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = w.reshape(96, 64).astype(np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    del tensors[name]
+    tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    safetensors.numpy.save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    config = test_four_bits.CONFIG | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    dtypes = test_four_bits.same_model(tmp_path / "packed", tmp_path / "plain")
+    assert dtypes == {"F32": 20, "MXFP4": 1}
 
 
 def test_one_without_the_other_stays_as_it_is(tmp_path: Path) -> None:

@@ -22,13 +22,15 @@ from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexi
 from ruvllm.streaming import Generation, Stream, Timings
 
 if TYPE_CHECKING:
+    from ruvllm.checkpoint.tool_schema import Tool
     from ruvllm.model.training import Step, Trainer
     from ruvllm.model.training_data import Example
     from ruvllm.training_text import Record
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
+_THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
 _SCORED_TOKENS = 512  # of one window, where none is asked for
 _SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
@@ -173,6 +175,9 @@ class LLM:
         cache: KVCache | None = None,
         kv: str = "f32",
         template: str | None = None,
+        tools: Sequence[Tool] | None = None,
+        enable_thinking: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> Stream:
         """Pieces of the continuation of ``prompt`` as they are made.
 
@@ -187,10 +192,16 @@ class LLM:
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
             kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
             template: a chat template (Jinja) for messages, in place of the model's, or the name of one that it has.
+            tools: functions that the model may call: Python functions with type hints and a docstring, or JSON schemas
+                as OpenAI has them. The model writes its calls into the text, in a form of its own; pass them on in the
+                messages, as {"role": "assistant", "tool_calls": [...]}, and what came of them with the role "tool".
+            enable_thinking: whether a model that can do both thinks before it answers; None: as its template has it.
+            template_args: further variables of the template, such as {"reasoning_effort": "low"}.
 
         Raises:
             TypeError: the prompt is no text, no integers and no messages.
-            ValueError: an option outside its range, an empty prompt, or a template that cannot be used.
+            ValueError: an option outside its range, an empty prompt, a template that cannot be used, or an option of
+                chats with a prompt that is none.
             ContextFullError: the prompt does not fit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -202,7 +213,7 @@ class LLM:
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
-        ids = self._ids(prompt, template)
+        ids = self._ids(prompt, template, tools, enable_thinking, template_args)
         limit = self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
@@ -285,17 +296,26 @@ class LLM:
         ids = self.tokenizer.encode(text, add_special=False, parse_special=False)
         return np.array(ids, np.int64), bos, len(text.encode())
 
-    def _ids(self, prompt: Prompt, template: str | None = None) -> np.ndarray:
-        if template is not None and not _is_chat(prompt):
-            raise ValueError(f"template: expected with messages, found a prompt of type {type(prompt).__name__}")
-        if isinstance(prompt, str):
-            ids: Any = self.tokenizer.encode(prompt, parse_special=True)
-        elif _is_chat(prompt):
+    def _ids(
+        self, prompt: Prompt, template: str | None = None, tools: Sequence[Tool] | None = None,
+        enable_thinking: bool | None = None, template_args: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        if _is_chat(prompt):
             from ruvllm.checkpoint.chat import encode_chat
 
-            ids = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt), template=template)
-        else:
-            ids = prompt
+            if not isinstance(enable_thinking, bool | None):
+                raise ValueError(f"enable_thinking: expected True, False or None, found {enable_thinking!r}")
+            if not isinstance(template_args, Mapping | None):
+                raise ValueError(f"template_args: expected a dict, found {type(template_args).__name__}")
+            thinking = {} if enable_thinking is None else dict.fromkeys(_THINKING, enable_thinking)
+            messages, variables = cast("Sequence[Message]", prompt), {**thinking, **(template_args or {})}
+            ids: Any = encode_chat(self.tokenizer, messages, tools=tools, variables=variables, template=template)
+            return self.model.checked_ids(ids, "prompt")
+        given = {"template": template, "tools": tools, "enable_thinking": enable_thinking}
+        for name, value in {**given, "template_args": template_args}.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected with messages, found a prompt of type {type(prompt).__name__}")
+        ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         return self.model.checked_ids(ids, "prompt")
 
     def __repr__(self) -> str:

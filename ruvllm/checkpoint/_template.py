@@ -31,8 +31,8 @@ from jinja2.visitor import NodeTransformer
 from ruvllm.checkpoint import _template_functions as functions
 from ruvllm.checkpoint._template_budget import Budget, Refused, allow, current, transparent
 
-MAX_SOURCE = 1 << 15  # characters of a template; the longest known have 17 000
-MAX_NODES = 5000  # of the parsed template; the largest known have 1300
+MAX_SOURCE = 1 << 15  # characters of a template; the longest known have 20 000
+MAX_NODES = 5000  # of the parsed template; the largest known have 1400
 
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(

@@ -28,6 +28,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.checkpoint.tokenizer import Tokenizer
+from ruvllm.checkpoint.tool_schema import Tool, tool_schemas
 from ruvllm.errors import ModelFormatError, printable
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     add_special: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     variables: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> list[int]:
@@ -65,7 +66,8 @@ def encode_chat(
         add_generation_prompt: end with what makes the model answer.
         add_special: begin with the tokens that the model file wants at the beginning (BOS), unless the template has
             put them there.
-        tools: descriptions of functions that the model may call.
+        tools: functions that the model may call: JSON schemas as OpenAI has them, or Python functions with type hints
+            and a docstring (see `tool_schema`).
         variables: further variables for the template (``{"enable_thinking": False}``).
         template: used in place of the tokenizer's: a template, or the name of one that the model has. Without it, a
             model that has one named "tool_use" uses that for `tools`, as transformers does.
@@ -140,7 +142,7 @@ def render_chat(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     variables: Mapping[str, Any] | None = None,
     special_tokens: Mapping[str, str] | None = None,
     path: str = _GIVEN,
@@ -269,7 +271,7 @@ def _not_allowed(path: str, found: str) -> ModelFormatError:
 def _variables(
     messages: Sequence[Message],
     add_generation_prompt: bool,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[Tool] | None,
     variables: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the template is given: checked messages and the rest, all of it copied to plain dicts, lists and strings."""
@@ -280,7 +282,7 @@ def _variables(
         "documents": None,
         **_plain(dict(variables or {}), "variables"),
         "messages": [_message(message, f"messages[{n}]") for n, message in enumerate(messages)],
-        "tools": None if tools is None else _plain(list(tools), "tools"),
+        "tools": None if tools is None else _plain(tool_schemas(tools), "tools"),
         "add_generation_prompt": bool(add_generation_prompt),
     }
 

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ruvllm.checkpoint.chat import ROLES, encode_chat, render_chat
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.tokenizer import Kind, load_tokenizer
 from ruvllm.errors import ModelFormatError
+from tests.checkpoint.jinja_templates import rendered_by_jinja
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -121,23 +120,6 @@ TOKENIZERS = {name: llama3_with(template) for name, template in TEMPLATES.items(
 CONTROL = sorted(TOKENIZERS["llama3"].id_to_piece(i) for i in TOKENIZERS["llama3"].special_ids)
 
 each_template = pytest.mark.parametrize("name", TEMPLATES)
-
-
-class Generation(Extension):
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def rendered_by_jinja(template, messages, **variables):
-    """What transformers' environment makes of it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment.from_string(template).render(messages=messages, documents=None, **variables)
 
 
 def control_of(tokenizer, ids):

@@ -37,6 +37,7 @@ def machine() -> dict[str, str]:
     import psutil
 
     from ruvllm import _container
+    from ruvllm.kernels.matmul.blas import cpu_name
 
     features = llvm.get_host_cpu_features()
     memory = psutil.virtual_memory()
@@ -55,18 +56,6 @@ def machine() -> dict[str, str]:
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.2f} in the last minute"
     return facts
-
-
-def cpu_name() -> str:
-    """The name that the maker gave the processor, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def threads() -> dict[str, str]:

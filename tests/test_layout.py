@@ -19,6 +19,7 @@ LAYERS = [
     "ruvllm.report",
     "ruvllm.lab",
     "ruvllm.measure",
+    "ruvllm.machine",
     "ruvllm.loading",
     "ruvllm.llm",
     "ruvllm.compiling ruvllm.quantizing",
@@ -35,7 +36,6 @@ LAYERS = [
     "ruvllm.kernels.simd",
     "ruvllm.kernels.jit",
     "ruvllm.kernels.spec ruvllm.kernels.check ruvllm.kernels.memory ruvllm.kernels.reference",
-    "ruvllm.machine",
     "ruvllm.errors ruvllm.paths",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
@@ -108,6 +108,42 @@ def test_no_modules_import_each_other() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+# The innermost tiles, whose arguments would be vectors in registers and their places alone: up to 12.
+TILES = {"fma_places", "fma_three"}
+DECORATORS = {
+    "inline_kernel", "kernel", "operation", "parallel_kernel", "part_kernel", "small_call", "sum_kernel", "view_kernel",
+}  # fmt: skip
+KERNEL_MODULES = [name for name in MODULES if name.startswith("ruvllm.kernels")]
+
+
+def functions(name: str) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    found = function.args
+    several = [argument for argument in (found.vararg, found.kwarg) if argument]
+    return [*found.posonlyargs, *found.args, *found.kwonlyargs, *several]
+
+
+@pytest.mark.parametrize("name", KERNEL_MODULES)
+def test_functions_have_few_arguments(name: str) -> None:
+    for function in functions(name):
+        count = len(arguments(function))
+        assert count <= (12 if function.name in TILES else 8), f"{function.name} has {count} arguments"
+
+
+@pytest.mark.parametrize("name", KERNEL_MODULES)
+def test_functions_that_python_calls_are_annotated(name: str) -> None:
+    """Compiled ones are not: numba finds their types."""
+    for function in functions(name):
+        decorators = {ast.unparse(d).split("(")[0] for d in function.decorator_list}
+        bare = [a.arg for a in arguments(function) if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare or decorators & DECORATORS, f"{function.name}: {', '.join(bare)}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.rope.frequencies import rope_inv_freq
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.rope_config import yarn_attention_factor
+from ruvllm.model.rope_config import YARN, yarn_attention_factor
 
 # Text that the pre-tokenizers known by name split differently: letters, digits, spaces, lines, scripts, marks.
 _PROBE = (
@@ -81,16 +81,18 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
         return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
     if rope.scaling == "dynamic":
         raise ValueError("rotary embedding that does not depend on the context's length: found dynamic NTK scaling")
-    if rope.scaling not in ("yarn", "longrope"):
+    if rope.scaling not in (*YARN, "longrope"):
         return values
     values |= {
-        "rope.scaling.type": rope.scaling, "rope.scaling.original_context_length": rope.original_max_position,
+        "rope.scaling.type": "yarn" if rope.scaling in YARN else "longrope",
+        "rope.scaling.original_context_length": rope.original_max_position,
         "rope.scaling.attn_factor": float(rope.attention_factor),
     }  # fmt: skip
-    if rope.scaling == "yarn":
-        if (rope.beta_fast, rope.beta_slow) != (32, 1):
-            raise ValueError(f"YaRN with beta_fast 32, beta_slow 1: found {rope.beta_fast:g}, {rope.beta_slow:g}")
-        if not rope.truncate:
+    if rope.scaling in YARN:
+        if (rope.high_freq_factor, rope.low_freq_factor) != (32, 1):
+            found = f"{rope.high_freq_factor:g} and {rope.low_freq_factor:g}"
+            raise ValueError(f"YaRN with beta_fast 32 and beta_slow 1: found {found}")
+        if rope.scaling == "yarn_unrounded":
             values[YARN_TRUNCATE] = False
         values["rope.scaling.factor"] = float(rope.factor)
         values["rope.scaling.attn_factor"] = float(rope.attention_factor / yarn_attention_factor(rope.factor))
@@ -107,7 +109,7 @@ def rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     if rope.scaling == "longrope":
         pairs = ((GGUF_SHORT_FACTORS, rope.factors), (GGUF_LONG_FACTORS, rope.long_factors))
         return {name: np.array(factors, np.float32) for name, factors in pairs}
-    if rope.scaling in (None, "linear", "yarn"):
+    if rope.scaling in (None, "linear", *YARN):
         return {}
     dim = rope.rotary_dim or config.head_dim
     scaled = rope_inv_freq(

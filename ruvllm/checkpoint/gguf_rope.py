@@ -40,7 +40,8 @@ def rope_of(file: AnyGGUF, own: Fields, sizes: Sizes, family: Family) -> RopeCon
     if scaling == "yarn":
         original = own.get("rope.scaling.original_context_length", int)
         return RopeConfig(
-            theta=theta, scaling="yarn", factor=factor, truncate=own.default(YARN_TRUNCATE, bool, True),
+            theta=theta, scaling="yarn" if own.default(YARN_TRUNCATE, bool, True) else "yarn_unrounded",
+            factor=factor, low_freq_factor=1.0, high_freq_factor=32.0,
             original_max_position=own.require("context_length", int) if original is None else original,
             attention_factor=(attention or 1.0) * yarn_attention_factor(factor), rotary_dim=rotary_dim,
         )  # fmt: skip

@@ -104,9 +104,9 @@ def _yarn(keys: Fields, rope: Fields, theta: float, dim: int | None) -> RopeConf
     if attention is None:
         attention = yarn_attention_factor(factor, rope.get("mscale", float), rope.get("mscale_all_dim", float))
     return RopeConfig(
-        theta=theta, scaling="yarn", factor=factor, original_max_position=original, attention_factor=attention,
-        beta_fast=rope.get("beta_fast", float) or 32.0, beta_slow=rope.get("beta_slow", float) or 1.0,
-        truncate=rope.default("truncate", bool, True), rotary_dim=dim,
+        theta=theta, scaling="yarn" if rope.default("truncate", bool, True) else "yarn_unrounded", factor=factor,
+        low_freq_factor=rope.get("beta_slow", float) or 1.0, high_freq_factor=rope.get("beta_fast", float) or 32.0,
+        original_max_position=original, attention_factor=attention, rotary_dim=dim,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from ruvllm.kernels.rope.rotate import apply_rope, apply_rope_tables
 from ruvllm.kernels.sampling.ranking import argmax, log_softmax, top_k, top_logprobs
 from ruvllm.kernels.sampling.sample import apply_repetition_penalty, sample
 from ruvllm.kernels.spec import KernelSpec
-from ruvllm.kernels.training.adamw import adamw
+from ruvllm.kernels.training.adamw import AdamW, adamw
 from ruvllm.kernels.training.attention import attention_backward
 from ruvllm.kernels.training.backward import rms_norm_backward, silu_mul_backward
 from ruvllm.kernels.training.lora import lora_accumulate_grad
@@ -39,6 +39,7 @@ KERNELS: dict[str, KernelSpec] = {
 
 __all__ = [
     "KERNELS",
+    "AdamW",
     "KernelSpec",
     "adamw",
     "add",

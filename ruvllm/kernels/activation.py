@@ -11,7 +11,7 @@ from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.math import gelu, silu
 from ruvllm.kernels.simd.sums import exp_and_sum, maximum
 from ruvllm.kernels.spec import KernelSpec, grid
-from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
+from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_elements, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 
@@ -108,13 +108,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(gate.shape) if out is None and type(gate) is np.ndarray else out
     if silu_mul_small(gate, up, y):
         return y
-    gate = check.float32("gate", gate)
-    up = check.float32("up", up, shape=gate.shape)
-    out = check.output("out", out, gate.shape, gate, up)
-    flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
-    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(silu_mul_range, silu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)
-    return out
+    return _gated(silu_mul_range, silu_mul_parallel, gate, up, out)
 
 
 @kernel(independent=True)
@@ -147,13 +141,21 @@ def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units"; Shazeer 2020, "GLU Variants Improve Transformer".
     """
+    return _gated(gelu_mul_range, gelu_mul_parallel, gate, up, out)
+
+
+def _gated(body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None) -> np.ndarray:
+    """A gated activation: checks, and the body on one thread or on several."""
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)
-    flat_gate, flat_up, flat_out = gate.ravel(), up.ravel(), out.ravel()
-    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(gelu_mul_range, gelu_mul_parallel, threads, gate.size, flat_gate, flat_up, flat_out)
+    run_elements(body, parallel, PARALLEL_ELEMENTS, gate, up, out)
     return out
+
+
+def _gate_and_up(rng: np.random.Generator, rows: int, n: int) -> dict[str, Any]:
+    gate, up = rng.standard_normal((2, rows, n), np.float32)
+    return {"gate": 4 * gate, "up": up}
 
 
 _SIZES = grid(rows=(1, 64), n=(768, 1024, 2048, 4096, 8192))
@@ -176,10 +178,7 @@ SPECS = [
         compiled=(silu_mul_range, silu_mul_parallel),
         reference=reference.silu_mul,
         formula="gate * sigmoid(gate) * up",
-        example=lambda rng, rows, n: {
-            "gate": 4 * rng.standard_normal((rows, n), np.float32),
-            "up": rng.standard_normal((rows, n), np.float32),
-        },
+        example=_gate_and_up,
         flops=lambda rows, n: 5.0 * rows * n,
         bytes=lambda rows, n: 12.0 * rows * n,
         sizes=_SIZES,
@@ -190,10 +189,7 @@ SPECS = [
         compiled=(gelu_mul_range, gelu_mul_parallel),
         reference=reference.gelu_mul,
         formula="gate * (1 + tanh(sqrt(2/pi) * (gate + 0.044715 * gate**3))) / 2 * up",
-        example=lambda rng, rows, n: {
-            "gate": 4 * rng.standard_normal((rows, n), np.float32),
-            "up": rng.standard_normal((rows, n), np.float32),
-        },
+        example=_gate_and_up,
         flops=lambda rows, n: 9.0 * rows * n,
         bytes=lambda rows, n: 12.0 * rows * n,
         sizes=_SIZES,

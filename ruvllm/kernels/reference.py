@@ -367,10 +367,10 @@ def cross_entropy(logits: Any, targets: Any, scale: float = 1.0) -> tuple[np.nda
 
 
 def adamw(
-    parameters: Any, grad: Any, m: Any, v: Any, step: int, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
-    eps: float = 1e-8, weight_decay: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    parameters: Any, grad: Any, m: Any, v: Any, step: int, settings: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Parameters, m and v after a step; the arguments stay as they are."""
+    lr, beta1, beta2, eps, weight_decay = settings
     p, g, m, v = _f64(parameters, grad, m, v)
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
     seen, size = m / (1 - beta1**step), np.sqrt(v / (1 - beta2**step))

@@ -10,8 +10,8 @@ from ruvllm.kernels.jit.small_calls import alike, apart, may_write, room, rows_o
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.sums import sum_of_products
 from ruvllm.kernels.spec import KernelSpec
-from ruvllm.kernels.threads.over_rows import over_elements, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
+from ruvllm.kernels.threads.over_rows import over_elements, run_elements
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM
 
 
 @kernel(strict=True)
@@ -101,8 +101,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     factor = check.number("factor", factor)
-    threads = threads_for(x.size, PARALLEL_STREAM, x.size)
-    run_rows(scale_range, scale_parallel, threads, x.size, x.ravel(), factor, out.ravel())
+    run_elements(scale_range, scale_parallel, PARALLEL_STREAM, x, factor, out)
     return out
 
 
@@ -147,8 +146,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     a = check.float32("a", a)
     b = check.float32("b", b, shape=a.shape)
     out = check.output("out", out, a.shape, a, b)
-    threads = threads_for(a.size, PARALLEL_STREAM, a.size)
-    run_rows(add_range, add_parallel, threads, a.size, a.ravel(), b.ravel(), out.ravel())
+    run_elements(add_range, add_parallel, PARALLEL_STREAM, a, b, out)
     return out
 
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ruvllm.model.config import ModelConfig, RopeConfig
 from ruvllm.model.layer import Decoder
+from ruvllm.model.rope_config import YARN
 
 if TYPE_CHECKING:
     from ruvllm.model.ops import Ops
@@ -236,12 +237,12 @@ def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
     if rope.scaling == "llama3":
         kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         return base * (kept + (1 - kept) / rope.factor)
-    if rope.scaling == "yarn":
+    if rope.scaling in YARN:
         fast, slow = (
             D * np.log(rope.original_max_position / (2 * np.pi * beta)) / (2 * np.log(theta))
-            for beta in (rope.beta_fast, rope.beta_slow)
+            for beta in (rope.high_freq_factor, rope.low_freq_factor)
         )
-        first, last = (np.floor(fast), np.ceil(slow)) if rope.truncate else (fast, slow)
+        first, last = (np.floor(fast), np.ceil(slow)) if rope.scaling == "yarn" else (fast, slow)
         first, last = max(first, 0), min(last, D - 1)
         kept = 1 - np.clip((np.arange(D // 2) - first) / max(last - first, 0.001), 0, 1)
         return base * (kept + (1 - kept) / rope.factor)

@@ -38,8 +38,7 @@ def angles(rope: RopeConfig, positions: np.ndarray, head_dim: int) -> tuple[np.n
     """cos and sin (T, R/2) float32 of the angles at ``positions`` (T,), times the rope's attention factor."""
     cos, sin = rope_tables(
         positions, rope.rotary_dim or head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor,
-        rope.high_freq_factor, rope.original_max_position, rope.factors, beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow, truncate=rope.truncate,
+        rope.high_freq_factor, rope.original_max_position, rope.factors,
     )  # fmt: skip
     factor = np.float32(rope.attention_factor)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

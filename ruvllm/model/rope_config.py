@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 from ruvllm._brief import brief
-from ruvllm.model.config_checks import ConfigError, require_boolean, require_integer, require_real
+from ruvllm.model.config_checks import ConfigError, require_integer, require_real
 
-ROPE_SCALINGS = (None, "linear", "ntk", "llama3", "factors", "yarn", "dynamic", "longrope")
+ROPE_SCALINGS = (None, "linear", "ntk", "llama3", "factors", "yarn", "yarn_unrounded", "dynamic", "longrope")
+YARN = ("yarn", "yarn_unrounded")
 _WITH_FACTORS = ("factors", "longrope")
 
 
@@ -25,7 +26,9 @@ class RopeConfig:
     - "llama3": base[i] / factor for wavelengths 2π/base[i] above original_max_position / low_freq_factor, base[i]
       below original_max_position / high_freq_factor, and between them interpolated linearly in 1 / wavelength.
     - "factors": base[i] / factors[i], one divisor a pair (the tensor `rope_freqs.weight` of a GGUF file).
-    - "yarn": base[i] / factor for slow pairs, base[i] for fast ones; see ``kernels.rope_inv_freq``.
+    - "yarn", "yarn_unrounded": base[i] / factor for pairs that turn less than low_freq_factor times ("beta_slow")
+      within original_max_position, base[i] for those that turn more than high_freq_factor times ("beta_fast"), between
+      them interpolated linearly in i; see ``kernels.rope_inv_freq``.
     - "dynamic": "ntk" with the factor that the context C asks for, factor C / L - (factor - 1), above
       L = original_max_position.
     - "longrope": "factors" up to a context of original_max_position, above it ``long_factors``.
@@ -46,9 +49,6 @@ class RopeConfig:
     original_max_position: int = 8192
     factors: tuple[float, ...] | None = None  # (R/2,)
     long_factors: tuple[float, ...] | None = None  # (R/2,)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
     attention_factor: float = 1.0
     rotary_dim: int | None = None
 
@@ -58,17 +58,14 @@ class RopeConfig:
         require_real("rope.theta", self.theta, 0.0, 1e30)
         if self.scaling not in ROPE_SCALINGS:
             raise ConfigError("rope.scaling", self.scaling, "one of " + ", ".join(map(repr, ROPE_SCALINGS)))
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
             require_real(f"rope.{name}", getattr(self, name), 0.0, 1e9)
-        if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+        if self.scaling in ("llama3", *YARN) and self.high_freq_factor <= self.low_freq_factor:
             expected = f"more than low_freq_factor = {self.low_freq_factor:g}"
             raise ConfigError("rope.high_freq_factor", self.high_freq_factor, expected)
-        if self.beta_fast <= self.beta_slow:
-            raise ConfigError("rope.beta_fast", self.beta_fast, f"more than beta_slow = {self.beta_slow:g}")
-        if self.scaling == "yarn" and self.theta <= 1:
-            raise ConfigError("rope.theta", self.theta, "more than 1 with scaling 'yarn'")
+        if self.scaling in YARN and self.theta <= 1:
+            raise ConfigError("rope.theta", self.theta, "more than 1 with YaRN")
         require_integer("rope.original_max_position", self.original_max_position)
-        require_boolean("rope.truncate", self.truncate)
         if self.rotary_dim is not None:
             require_integer("rotary_dim", self.rotary_dim)
         if (self.factors is not None) != (self.scaling in _WITH_FACTORS):

@@ -250,7 +250,7 @@ class Trainer:
     def _update(self, number: int, rate: float) -> None:
         c, p, g = self.config, self.adapter.parameters, self._gradient
         if c.optimizer == "adamw":
-            K.adamw(p, g, self.m, self.v, number, rate, c.beta1, c.beta2, c.eps, c.weight_decay)
+            K.adamw(p, g, self.m, self.v, number, K.AdamW(rate, c.beta1, c.beta2, c.eps, c.weight_decay))
         else:
             self.m *= np.float32(c.momentum)
             self.m += g + np.float32(c.weight_decay) * p

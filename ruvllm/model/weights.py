@@ -128,7 +128,7 @@ class IntegerWeights:
 
     def matmul_transposed(self, dy: np.ndarray, out: np.ndarray, add: bool) -> None:
         """out (T, K) = dy W, or += with ``add``; dy is not rounded."""
-        quant_transposed(*self.panels, dy, out, add)
+        quant_transposed(self.panels, dy, out, add)
 
     def take(self, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Rows ids (T,) int64 into out (T, K) float32."""

@@ -63,4 +63,4 @@ def test_integers(kind: int, mins: bool, shape: tuple[int, int]) -> None:
     panels = empty_panels(kind, rows, columns, mins)
     pack_groups(codes, np.ascontiguousarray(scales), np.ascontiguousarray(lows) if mins else None, panels)
     w = take_quant_rows(panels, np.arange(rows), np.empty(shape, np.float32)).astype(np.float64)
-    check(lambda dy, dx, add: quant_transposed(*panels, dy, dx, add), w)
+    check(lambda dy, dx, add: quant_transposed(panels, dy, dx, add), w)

@@ -82,12 +82,13 @@ def paged_attention(
 
 
 @inline_kernel
-def attend_few(q, k, v, heads, kv_heads, length, scale, scaled, memory, out):
-    """One token's attention, if it is little and its sizes, which must be those of the arrays, fit each other.
+def attend_few(q, k, v, sizes, scale, scaled, memory, out):
+    """One token's attention, if it is little work and its sizes fit each other.
 
-    scale: that of the scores where they are to be ``scaled``, else it is 1 / sqrt(D). memory: float32 scratch, whose
-    first numbers hold the table of the one block.
+    sizes: heads, kv heads and length of the arrays. scale: 1 / sqrt(D) unless ``scaled``. memory: float32 scratch,
+    which begins with the table of the one block.
     """
+    heads, kv_heads, length = sizes
     if not (heads > 0 and kv_heads > 0 and length > 0 and q.size > 0) or heads % kv_heads != 0:
         return False
     if not abs(scale) <= _LARGEST:
@@ -115,7 +116,7 @@ def softmax_attention_small(q, k, v, scale, scaled, memory, out):
     """softmax_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[1] != q.size or v.shape != k.shape or out.shape != q.shape:
         return False
-    return attend_few(q, k, v, 1, 1, k.shape[0], scale, scaled, memory, out)
+    return attend_few(q, k, v, (1, 1, k.shape[0]), scale, scaled, memory, out)
 
 
 @small_call((2, 3, 3, float, bool, 1, 2))
@@ -123,7 +124,7 @@ def grouped_query_small(q, k, v, scale, scaled, memory, out):
     """grouped_query_attention of fewer multiply-adds than _FEW_MACS; see attend_few."""
     if k.shape[2] != q.shape[1] or v.shape != k.shape or out.shape != q.shape:
         return False
-    return attend_few(q, k, v, len(q), k.shape[1], len(k), scale, scaled, memory, out)
+    return attend_few(q, k, v, (len(q), k.shape[1], len(k)), scale, scaled, memory, out)
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA): y = scaling (x A) B.
 
 A is (E_in, R) and B is (R, E_out), so a rank-1 or rank-2 adapter (MicroLoRA) is two or four vectors. Each body reads
-each matrix once per token; h = x A, R numbers per token, is scratch that the caller provides.
+each matrix once per token; h = x A, R elements per token, is scratch that the caller provides.
 """
 
 from typing import Any
@@ -33,10 +33,10 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-ADAPTER_MACS = 3 * PARALLEL_MACS  # from which threads pay: one half of the work waits for the other
+ADAPTER_MACS = 3 * PARALLEL_MACS  # from so many on, threads pay off: half of the work waits for the other half
 _STREAMS = 8
-_BLOCK = 128  # rows of A whose products are added up before they join the sum: long sums lose digits
-_WIDE = 4 * LANES  # columns per pass: four vectors, whose multiply-adds do not wait for each other
+_BLOCK = 128  # rows of A in one partial sum: long float32 sums lose digits
+_STRIP = 4 * LANES  # columns per pass: four independent accumulators
 
 
 @inline_kernel
@@ -47,7 +47,7 @@ def first_of(x, index, count):
 
 @inline_kernel
 def down_rank_two(x, xi, a, n, h, hi):
-    """h[0:2] = x A for A (n, 2): its two columns lie interleaved and are sorted apart on the way."""
+    """h[0:2] = x A for A (n, 2): its two interleaved columns are separated on the way."""
     even0, even1, odd0, odd1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     whole = n - n % (2 * LANES)
     for i in range(0, whole, 2 * LANES):
@@ -71,7 +71,7 @@ def down_rank_two(x, xi, a, n, h, hi):
 
 @inline_kernel
 def down_rank_eight(x, xi, a, lo, end, h, hi, add):
-    """down_columns for R = 8: two rows of A share a vector, which takes eight lanes of each of two numbers of x."""
+    """down_columns for R = 8: two rows of A share a vector, which multiplies eight lanes each of two elements of x."""
     s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     for i in range(lo, end, LANES):
         count = 8 * (end - i)
@@ -92,10 +92,11 @@ def down_rank_eight(x, xi, a, lo, end, h, hi, add):
 
 
 @inline_kernel
-def down_columns(x, xi, a, lo, end, rank, h, hi, add):
+def down_columns(x, xi, a, lo, end, h, hi, add):
     """h[0:R] = x A over rows lo:end of A, or += with ``add``: 64 columns at a time, then 16 in four sums."""
-    wide = rank - rank % _WIDE
-    for r in range(0, wide, _WIDE):
+    rank = a.shape[1]
+    wide = rank - rank % _STRIP
+    for r in range(0, wide, _STRIP):
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         for i in range(lo, end):
             v = splat_at(x, xi + i)
@@ -139,22 +140,22 @@ def lora_down_rows(x, a, h, lo, hi):
                 if rank == 8:
                     down_rank_eight(x, row * n, a, i, end, sums, row * rank, i > 0)
                 else:
-                    down_columns(x, row * n, a, i, end, rank, sums, row * rank, i > 0)
+                    down_columns(x, row * n, a, i, end, sums, row * rank, i > 0)
 
 
 @kernel(strict=True)
-def lora_up_columns(h, b, scaling, add, out, row_lo, row_hi, col_lo, col_hi):
-    """out = scaling h B, or out += scaling h B with ``add``, for rows row_lo:row_hi and columns col_lo:col_hi.
+def lora_up_columns(h, b, scaling, add, out, lo, hi):
+    """Columns lo:hi of out = scaling h B, or of out += scaling h B with ``add``.
 
     h (T, R); b (R, E_out); out (T, E_out).
     """
     rank, n = b.shape
     factor = np.float32(scaling)
-    whole = col_lo + (col_hi - col_lo) // _WIDE * _WIDE
-    for row in range(row_lo, row_hi):
-        for first in range(0, rank, _STREAMS):  # more rows of B than these at once are more than memory foresees
+    whole = lo + (hi - lo) // _STRIP * _STRIP
+    for row in range(h.shape[0]):
+        for first in range(0, rank, _STREAMS):  # hardware prefetchers follow no more streams than these
             last, more = min(first + _STREAMS, rank), add or first > 0
-            for j in range(col_lo, whole, _WIDE):
+            for j in range(lo, whole, _STRIP):
                 s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
                 for r in range(first, last):
                     v = splat(h[row, r] * factor)
@@ -168,29 +169,29 @@ def lora_up_columns(h, b, scaling, add, out, row_lo, row_hi, col_lo, col_hi):
                 put(out, at + LANES, s1, LANES, more)
                 put(out, at + 2 * LANES, s2, LANES, more)
                 put(out, at + 3 * LANES, s3, LANES, more)
-            for j in range(whole, col_hi, LANES):
+            for j in range(whole, hi, LANES):
                 s0 = f32_zero()
                 for r in range(first, last):
-                    s0 = fma(splat(h[row, r] * factor), first_of(b, r * n + j, col_hi - j), s0)
-                put(out, row * n + j, s0, col_hi - j, more)
+                    s0 = fma(splat(h[row, r] * factor), first_of(b, r * n + j, hi - j), s0)
+                put(out, row * n + j, s0, hi - j, more)
 
 
 @kernel(strict=True)
-def lora_rows(x, a, b, scaling, add, h, out, lo, hi):
-    """Rows lo:hi of lora_forward, or of lora_forward_add with ``add``. h (T, R) float32 scratch, left holding x A."""
-    lora_down_rows(x, a, h, lo, hi)
-    lora_up_columns(h, b, scaling, add, out, lo, hi, 0, b.shape[1])
+def lora_serial(x, a, b, scaling, add, h, out):
+    """lora_forward, or lora_forward_add with ``add``. h (T, R) float32 scratch, left holding x A."""
+    lora_down_rows(x, a, h, 0, x.shape[0])
+    lora_up_columns(h, b, scaling, add, out, 0, b.shape[1])
 
 
 @parallel_kernel
 def lora_parallel(x, a, b, scaling, add, h, out, threads):
-    """lora_rows with x A split by rows and h B by columns, so that one row has work for two threads as well."""
+    """lora_serial with x A split by rows and h B by columns, so that several threads can share even one row."""
     rows, vectors = x.shape[0], (b.shape[1] + LANES - 1) // LANES
     for t in prange(threads):
         lora_down_rows(x, a, h, rows * t // threads, rows * (t + 1) // threads)
     for t in prange(threads):
         end = min(vectors * (t + 1) // threads * LANES, b.shape[1])
-        lora_up_columns(h, b, scaling, add, out, 0, rows, vectors * t // threads * LANES, end)
+        lora_up_columns(h, b, scaling, add, out, vectors * t // threads * LANES, end)
 
 
 @small_call((2, 2, 2, float, bool, 2), (1, 2, 2, float, bool, 1))
@@ -207,7 +208,7 @@ def lora_small(x, a, b, scaling, add, out):
     if not (apart(out, x) and apart(out, a) and apart(out, b)):
         return False
     h = array_at(address(stack_f32(FEW)), (rows, rank), np.float32)
-    lora_rows(rows_of(x), a, b, scaling, add, h, rows_of(out), 0, rows)
+    lora_serial(rows_of(x), a, b, scaling, add, h, rows_of(out))
     return True
 
 
@@ -284,7 +285,7 @@ def _forward(x: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, add: b
     h = np.empty((count, rank), np.float32)
     threads = threads_for(count * rank * (n + width), ADAPTER_MACS, count * width)
     if threads == 1:
-        lora_rows(rows, a, b, scaling, add, h, to, 0, count)
+        lora_serial(rows, a, b, scaling, add, h, to)
     else:
         launch(lora_parallel, rows, a, b, scaling, add, h, to, threads)
     return out
@@ -309,7 +310,7 @@ SPECS = [
     KernelSpec(
         name="lora_forward",
         function=lora_forward,
-        compiled=(lora_rows, lora_parallel),
+        compiled=(lora_serial, lora_parallel),
         reference=reference.lora_forward,
         formula="scaling (x A) B",
         example=example,
@@ -320,7 +321,7 @@ SPECS = [
     KernelSpec(
         name="lora_forward_add",
         function=lora_forward_add,
-        compiled=(lora_rows, lora_parallel),
+        compiled=(lora_serial, lora_parallel),
         reference=reference.lora_forward_add,
         formula="out + scaling (x A) B, in place",
         example=example_add,

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import threading
 import time
@@ -21,10 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.core.registry import cpu_target
 
-import ruvllm
 from ruvllm.kernels.jit.cache import kernel_cache_directory
 from ruvllm.kernels.threads.pool import physical_cores
-from ruvllm.machine import cpu_name
 
 BACKENDS = ("auto", "numba", "blas")
 SIZES = (256, 1024)  # of the square products that are measured; larger ones are as the last of them
@@ -169,7 +168,16 @@ def _host() -> str:
     """What the measurement depends on: where any of it changes, it is made again."""
     compiled_for = cpu_target.target_context.codegen().magic_tuple()
     cores = f"{physical_cores()} of {os.cpu_count()}"
-    return f"{ruvllm.__version__} {np.__version__} {blas_name()} {cpu_name()} {cores} {compiled_for}"
+    return f"{np.__version__} {blas_name()} {cpu_name()} {cores} {compiled_for}"
+
+
+def cpu_name() -> str:
+    """The name that the maker gave the processor, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def blas_name() -> str:

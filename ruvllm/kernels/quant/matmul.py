@@ -34,6 +34,7 @@ from ruvllm.kernels.quant.layout import (
     block_bytes,
 )
 from ruvllm.kernels.quant.outliers import (
+    Columns,
     add_outliers,
     column_int4,
     column_int5,
@@ -79,17 +80,6 @@ _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used
 # Prefetch distance of one token in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
 _NONE = np.float32(-1)  # no column either, and a whole number
-
-
-class _Columns(NamedTuple):
-    """Columns of W that are outliers of the tokens from ``first`` on; see ``list_columns`` and ``unpack_columns``."""
-
-    outliers: Any
-    first: Any
-    found: Any
-    count: Any
-    places: Any
-    unpacked: Any
 
 
 class _Outputs(NamedTuple):
@@ -158,7 +148,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _unpack(p, at, columns):
         """unpack_columns, which tiles of all sizes call."""
         never_inline()
-        unpack_columns(column, zero, p.has_mins, p.w, at, p.size, columns.found, columns.count, columns.unpacked)
+        unpack_columns(column, zero, p, at, columns)
 
     @inline_kernel
     def _tile(p, columns, at, ahead, t, xi, zeros, out):
@@ -179,7 +169,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             xi += p.side
         if ahead:
             _unpack(p, at, columns)
-        tile = add_outliers(columns.unpacked, columns.places, columns.outliers, columns.first, t, at, zeros, tile)
+        tile = add_outliers(columns, t, at, zeros, tile)
         store_panels(out.numbers, out.start + t * out.step, out.step, at, tile)
 
     @part_kernel
@@ -203,7 +193,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             end = min(first + _AT_ONCE, tokens)
             if first != listed:
                 listed, count = first, list_columns(outliers, first, end, found, places)
-            columns = _Columns(outliers, first, found, count, places, unpacked)
+            columns = Columns(outliers, first, found, count, places, unpacked)
             at, ahead = panels_at(panel, share.hi, p.groups * p.size), DOT_PANELS * p.groups * p.size
             width = min(share.hi * LANES, rows) - panel * LANES
             whole = width >= _WIDTH

@@ -1,5 +1,7 @@
 """Outliers of activations: numbers that are not rounded, and the columns of quantised weights that they multiply."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
@@ -21,6 +23,20 @@ from ruvllm.kernels.simd.vectors import (
 )
 
 _NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
+
+
+class Columns(NamedTuple):
+    """The columns of W that are outliers of the tokens from ``first`` on: ``count`` of them, numbered in ``found``.
+
+    places: for each outlier, where its column is in ``unpacked``.
+    """
+
+    outliers: Any
+    first: Any
+    found: Any
+    count: Any
+    places: Any
+    unpacked: Any
 
 
 @inline_kernel
@@ -75,23 +91,20 @@ def outlier_column(column, zero, has_mins, w, at, k):
 
 
 @inline_kernel
-def unpack_columns(column, zero, has_mins, w, at, size, found, count, columns):
-    """The listed columns of the panels at ``at`` as they multiply outliers; mins do so in the totals."""
-    for i in range(count):
-        k = np.int64(found[i])
+def unpack_columns(column, zero, p, at, columns):
+    """Dequantise the listed columns of the panels at ``at``; mins are multiplied in the totals."""
+    for i in range(columns.count):
+        k = np.int64(columns.found[i])
         for panel in range(len(at)):
-            block = at[panel] + k // GROUP * size
-            f32_store(columns, (i * len(at) + panel) * LANES, outlier_column(column, zero, has_mins, w, block, k))
+            block, to = at[panel] + k // GROUP * p.size, (i * len(at) + panel) * LANES
+            f32_store(columns.unpacked, to, outlier_column(column, zero, p.has_mins, p.w, block, k))
 
 
 @inline_kernel
-def add_outliers(columns, places, outliers, first, t, at, zeros, tile):
-    """The tile + the sum of the outliers of the tokens from t on, times their columns of W.
-
-    ``first``: the token at which the places begin.
-    """
+def add_outliers(columns, t, at, zeros, tile):
+    """The tile plus, for the tokens from t on, the sum of their outliers times their columns of W."""
     kept = zeros
-    place, x = (t - first) * OUTLIERS, 2 * OUTLIERS * t + 1
+    place, x = (t - columns.first) * OUTLIERS, 2 * OUTLIERS * t + 1
     for i in range(OUTLIERS):
-        kept = fma_places(columns, places, place + i, outliers, x + 2 * i, OUTLIERS, at, kept)
+        kept = fma_places(columns.unpacked, columns.places, place + i, columns.outliers, x + 2 * i, OUTLIERS, at, kept)
     return sum_rows(tile, kept)

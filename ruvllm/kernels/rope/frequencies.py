@@ -22,9 +22,6 @@ def rope_inv_freq(
     high_freq_factor: float = 4.0,
     original_max_position: int = 8192,
     factors: Sequence[float] | np.ndarray | None = None,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    truncate: bool = True,
 ) -> np.ndarray:
     """inv_freq[i] = theta^(-2i/D), radians per position of pair i, after scaling.
 
@@ -35,9 +32,10 @@ def rope_inv_freq(
       w < L / high_freq_factor; inv_freq / factor where w > L / low_freq_factor; between them
       ((1 - s) / factor + s) inv_freq with s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
     - ``"factors"``: inv_freq / factors, one divisor per pair (the tensor ``rope_freqs`` of GGUF files).
-    - ``"yarn"``: a pair that turns r times within L = original_max_position keeps inv_freq where r > beta_fast and
-      gets inv_freq / factor where r < beta_slow; between them the two are mixed in proportion to the pair's index.
-      ``truncate`` rounds the two limits of the index outwards to integers.
+    - ``"yarn"``: a pair that turns r times within L = original_max_position keeps inv_freq where r > high_freq_factor
+      and gets inv_freq / factor where r < low_freq_factor ("beta_fast" and "beta_slow", usually 32 and 1); between the
+      two indices i that belong to these, rounded outwards to integers, the two are mixed in proportion to i.
+    - ``"yarn_unrounded"``: the same with indices that are not rounded.
 
     Args:
         head_dim: D, even (of a partly rotated head the number of elements that are rotated).
@@ -80,41 +78,29 @@ def rope_inv_freq(
         if divisors.shape != inv_freq.shape or not np.all(divisors > 0):
             raise ValueError(f"factors: expected {len(inv_freq)} positive numbers, found shape {divisors.shape}")
         return inv_freq / divisors
-    if scaling == "yarn":
+    if scaling in ("yarn", "yarn_unrounded"):
         length = check.positive("original_max_position", original_max_position)
-        low, high = (
+        first, last = (
             head_dim * np.log(length / (check.positive(name, turns) * 2 * np.pi)) / (2 * np.log(theta))
-            for name, turns in (("beta_fast", beta_fast), ("beta_slow", beta_slow))
+            for name, turns in (("high_freq_factor", high_freq_factor), ("low_freq_factor", low_freq_factor))
         )
-        if truncate:
-            low, high = np.floor(low), np.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        stretched = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        if scaling == "yarn":
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        stretched = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 0.001), 0, 1)
         return inv_freq / factor * stretched + inv_freq * (1 - stretched)
-    expected = "None, 'linear', 'ntk', 'llama3', 'factors' or 'yarn'"
+    expected = "None, 'linear', 'ntk', 'llama3', 'factors', 'yarn' or 'yarn_unrounded'"
     raise ValueError(f"scaling: expected {expected}, found {scaling!r}")
 
 
 def rope_tables(
-    positions: Any,
-    head_dim: int,
-    theta: float = 10000.0,
-    scaling: str | None = None,
-    factor: float = 1.0,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
-    original_max_position: int = 8192,
-    factors: Sequence[float] | np.ndarray | None = None,
-    out: tuple[np.ndarray, np.ndarray] | None = None,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    truncate: bool = True,
+    positions: Any, head_dim: int, *frequencies: Any, out: tuple[np.ndarray, np.ndarray] | None = None, **scaling: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos[t, i] = cos(positions[t] inv_freq[i]), and sin alike; frequencies as in ``rope_inv_freq``.
 
     Args:
         positions: (T,) integers.
-        head_dim: D, even. The other arguments are those of ``rope_inv_freq``.
+        head_dim: D, even. ``frequencies`` and ``scaling`` are the other arguments of ``rope_inv_freq``.
         out: (cos, sin), each (T, D/2) float32, to write into.
 
     Returns:
@@ -124,11 +110,7 @@ def rope_tables(
         TypeError: positions are not integers, or ``out`` is no pair of float32 arrays.
         ValueError: as ``rope_inv_freq``; or ``out`` has another shape.
     """
-    inv_freq = rope_inv_freq(
-        head_dim, theta, scaling, factor, low_freq_factor, high_freq_factor, original_max_position, factors,
-        beta_fast, beta_slow, truncate,
-    )  # fmt: skip
-    angles = check.integers("positions", positions)[:, None] * inv_freq
+    angles = check.integers("positions", positions)[:, None] * rope_inv_freq(head_dim, *frequencies, **scaling)
     if out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
         raise TypeError(f"out: expected two arrays, (cos, sin), found {type(out).__name__}")
     cos, sin = (check.output("out", table, angles.shape) for table in out or (None, None))

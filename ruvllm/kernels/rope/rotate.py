@@ -165,14 +165,14 @@ def rope_angles(positions, inv_freq, cos, sin, lo, hi):
 
 
 @kernel(strict=True)
-def rope_tokens(x, positions, inv_freq, sign, interleaved, tables, out, lo, hi):
+def rope_tokens(x, positions, inv_freq, interleaved, tables, out, lo, hi):
     """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, D/2) float32 of scratch, left holding cos and sin."""
     cos, sin = tables[0], tables[1]
     rope_angles(positions, inv_freq, cos, sin, lo, hi)
     if interleaved:
-        rope_rows_interleaved(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
+        rope_rows_interleaved(x, cos, sin, _FORWARD, out, lo * x.shape[1], hi * x.shape[1])
     else:
-        rope_rows(x, cos, sin, sign, out, lo * x.shape[1], hi * x.shape[1])
+        rope_rows(x, cos, sin, _FORWARD, out, lo * x.shape[1], hi * x.shape[1])
 
 
 rope_tokens_parallel = over_rows(rope_tokens)
@@ -220,9 +220,10 @@ def apply_rope(
         cos, sin = tables
         rope_angles(positions, inv_freq, cos, sin, 0, tokens)
         return apply_rope_tables(x, cos, sin, interleaved, inverse, out)
-    sign = _BACKWARD if inverse else _FORWARD
+    if inverse:
+        inv_freq = -inv_freq
     threads = threads_for(x.size, PARALLEL_ELEMENTS, tokens)
-    run_rows(rope_tokens, rope_tokens_parallel, threads, tokens, x, positions, inv_freq, sign, interleaved, tables, out)
+    run_rows(rope_tokens, rope_tokens_parallel, threads, tokens, x, positions, inv_freq, interleaved, tables, out)
     return out
 
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 from numba import prange
 
 from ruvllm.kernels.jit.decorators import parallel_kernel
-from ruvllm.kernels.threads.pool import launch
+from ruvllm.kernels.threads.pool import launch, threads_for
 
 
 def over_rows(body: Any, step: int = 1) -> Any:
@@ -31,3 +32,10 @@ def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any)
         body(*arguments, 0, rows)
     else:
         launch(parallel, threads, rows, *arguments)
+
+
+def run_elements(body: Any, parallel: Any, threshold: int, *arguments: Any) -> None:
+    """run_rows over the elements of C-contiguous arrays of one shape; on one thread below ``threshold`` elements."""
+    flat = [array.reshape(-1) if isinstance(array, np.ndarray) else array for array in arguments]
+    count = flat[0].size
+    run_rows(body, parallel, threads_for(count, threshold, count), count, *flat)

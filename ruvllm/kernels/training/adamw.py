@@ -1,6 +1,6 @@
 """One step of AdamW (training)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,12 +13,22 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 _MOST_STEPS = 1 << 53  # a float still counts them one by one
 
 
+class AdamW(NamedTuple):
+    """The settings of AdamW."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
 @kernel(strict=True)
-def adamw_range(p, g, m, v, numbers, lo, hi):
-    """Elements lo:hi of adamw. numbers (6,) float32: beta1, beta2, eps, keep, step size, root of v's correction."""
-    beta1, beta2, eps, keep, step, root = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
+def adamw_range(p, g, m, v, factors, lo, hi):
+    """Elements lo:hi of adamw. factors (6,) float32: beta1, beta2, eps, 1 - lr decay, step size, correction of v."""
+    beta1, beta2, eps, keep, step, root = factors[0], factors[1], factors[2], factors[3], factors[4], factors[5]
     one = np.float32(1)
-    # Indices that begin at 0 cannot be negative: with lo:hi, which might be, LLVM makes no vectors of the loop.
+    # Slices, because LLVM does not vectorise a loop over lo:hi, whose indices might be negative.
     p, g, m, v = p[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi]
     for i in range(p.size):
         mean = beta1 * m[i] + (one - beta1) * g[i]
@@ -28,12 +38,12 @@ def adamw_range(p, g, m, v, numbers, lo, hi):
 
 
 adamw_parallel = over_elements(adamw_range)
+_DEFAULT = AdamW()
 
 
 def adamw(
-    parameters: np.ndarray, grad: Any, m: np.ndarray, v: np.ndarray, step: int, lr: float = 1e-3,
-    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    parameters: np.ndarray, grad: Any, m: np.ndarray, v: np.ndarray, step: int, settings: AdamW = _DEFAULT
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr decay) - lr m' / (sqrt(v') + eps), in place.
 
     m' = m / (1 - b1^step) and v' = v / (1 - b2^step).
@@ -42,7 +52,7 @@ def adamw(
         parameters, m, v: (n,) float32, changed in place; m and v begin as zeros.
         grad: (n,) float32.
         step: counts from 1.
-        lr, beta1, beta2, eps, weight_decay: the learning rate and the other settings of AdamW.
+        settings: learning rate, running means and weight decay.
 
     Returns:
         parameters, m, v.
@@ -60,21 +70,18 @@ def adamw(
         check.output(name, array, grad.shape)
     if not 1 <= check.integer("step", step) <= _MOST_STEPS:
         raise ValueError(f"step: expected 1 to {_MOST_STEPS}, found {step}")
-    lr, weight_decay, eps = (
-        check.number(name, value) for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps))
-    )
+    lr, beta1, beta2, eps, decay = (check.number(*setting) for setting in settings._asdict().items())
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    numbers = np.array([beta1, beta2, eps, 1 - lr * weight_decay, size, root], np.float32)
+    factors = np.array([beta1, beta2, eps, 1 - lr * decay, size, root], np.float32)
     threads = threads_for(grad.size, PARALLEL_ELEMENTS, grad.size)
-    run_rows(adamw_range, adamw_parallel, threads, grad.size, parameters, grad, m, v, numbers)
+    run_rows(adamw_range, adamw_parallel, threads, grad.size, parameters, grad, m, v, factors)
     return parameters, m, v
 
 
 def _example(rng: np.random.Generator, n: int) -> dict[str, Any]:
     p, g, m = rng.standard_normal((3, n), np.float32)
-    return {
-        "parameters": p, "grad": g, "m": m, "v": rng.random(n, np.float32), "step": 3, "lr": 0.1, "weight_decay": 0.5,
-    }  # fmt: skip
+    settings = AdamW(lr=0.1, weight_decay=0.5)
+    return {"parameters": p, "grad": g, "m": m, "v": rng.random(n, np.float32), "step": 3, "settings": settings}
 
 
 SPECS = [

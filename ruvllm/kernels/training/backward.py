@@ -1,4 +1,4 @@
-"""What RMSNorm and SwiGLU hand back: the gradients of their inputs from the gradient of their output (training)."""
+"""Backward passes of RMSNorm and SwiGLU: the gradients of their inputs from the gradient of their output (training)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ruvllm.kernels.jit.decorators import kernel, sum_kernel
 from ruvllm.kernels.simd.math import sigmoid
 from ruvllm.kernels.simd.vectors import fma
 from ruvllm.kernels.spec import KernelSpec
-from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
+from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_elements, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -53,7 +53,7 @@ def rms_norm_backward(
         weight: (n,) float32.
         dy: (..., n) float32, the gradient of its output.
         eps: as in the forward pass.
-        add: add to what is in ``out``, as the gradient of a residual stream asks for.
+        add: add to ``out``, as for a residual stream.
         out: (..., n) float32 to write into; not an input.
 
     Returns:
@@ -118,9 +118,7 @@ def silu_mul_backward(
     dy = check.float32("dy", dy, shape=gate.shape)
     d_gate = check.output("d_gate", d_gate, gate.shape, gate, up, dy)
     d_up = check.output("d_up", d_up, gate.shape, gate, up, dy)
-    arrays = gate.ravel(), up.ravel(), dy.ravel(), d_gate.ravel(), d_up.ravel()
-    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(silu_mul_backward_range, silu_mul_backward_parallel, threads, gate.size, *arrays)
+    run_elements(silu_mul_backward_range, silu_mul_backward_parallel, PARALLEL_ELEMENTS, gate, up, dy, d_gate, d_up)
     return d_gate, d_up
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a low-rank adapter y = scaling (x A) B, added to what earlier batches have left."""
+"""Gradients of a low-rank adapter y = scaling (x A) B, accumulated over batches."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def lora_grad_b_columns(h, dy, scaling, grad_b, lo, hi):
 def lora_grad_a_rows(x, g, scaling, grad_a, lo, hi):
     """Rows lo:hi of grad_a += scaling x^T g. x (T, E_in); g (T, R); grad_a (E_in, R)."""
     rank = g.shape[1]
-    if rank == 1:  # grad_a is one row of E_in
+    if rank == 1:  # grad_a is one vector (E_in,)
         lora_grad_b_columns(g, x, scaling, grad_a.reshape(1, -1), lo, hi)
     elif rank == 2:
         grad_a_rank_two(x, g, scaling, grad_a, lo, hi)
@@ -112,9 +112,9 @@ def grad_a_rank_eight(x, g, scaling, grad_a, lo, hi):
 
 
 @parallel_kernel
-def lora_grad_parallel(x, dy, a, b, scaling, grad_a, grad_b, hidden, threads):
+def lora_grad_parallel(x, dy, a, b, scaling, grads, hidden, threads):
     """lora_accumulate_grad: h and g split by tokens, then the gradients by their own rows and columns."""
-    h, g = hidden[0], hidden[1]
+    (grad_a, grad_b), h, g = grads, hidden[0], hidden[1]
     rows = x.shape[0]
     blocks, vectors = (a.shape[0] + LANES - 1) // LANES, (b.shape[1] + LANES - 1) // LANES
     for t in prange(threads):
@@ -192,12 +192,12 @@ def lora_accumulate_grad(
     if x.size and dy.size:
         rows, dys = check.rows(x), check.rows(dy)
         count, rank = rows.shape[0], a.shape[1]
-        arguments = (rows, dys, a, b, scaling, grad_a, grad_b, np.empty((2, count, rank), np.float32))
+        hidden = np.empty((2, count, rank), np.float32)
         threads = threads_for(2 * count * rank * (a.shape[0] + b.shape[1]), ADAPTER_MACS, a.shape[0])
         if threads == 1:
-            lora_grad(*arguments)
+            lora_grad(rows, dys, a, b, scaling, grad_a, grad_b, hidden)
         else:
-            launch(lora_grad_parallel, *arguments, threads)
+            launch(lora_grad_parallel, rows, dys, a, b, scaling, (grad_a, grad_b), hidden, threads)
     return grad_a, grad_b
 
 

@@ -1,9 +1,9 @@
-"""Packed weights transposed: dx = dy W, what a linear layer hands back to the layer before it (training).
+"""Packed weights transposed: dx = dy W, the gradient of a linear layer's input (training).
 
-Weights lie in panels of 16 rows of W, whatever their precision (matmul/panels.py, quant/matmul.py): 16 rows of one
-column are a vector. So columns are unpacked to float32 in place, and dy is transposed instead: its tokens become the
-lanes, and dx^T = W^T dy^T is the tile of some columns of W against one or two panels of 16 tokens. The results are
-transposed back where they are added to dx. Integer weights are dequantised; dy is not rounded.
+Weights lie in panels of 16 rows of W, whatever their precision (matmul/panels.py, quant/layout.py): 16 rows of one
+column are a vector. So columns are dequantised to float32 as they lie, and dy is transposed: its tokens become the
+lanes, and dx^T = W^T dy^T is a tile of some columns of W against one or two panels of 16 tokens. The results are
+transposed back where they are added to dx. dy is not rounded.
 """
 
 import numpy as np
@@ -13,7 +13,8 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE, put
 from ruvllm.kernels.memory import scratch
-from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8
+from ruvllm.kernels.quant.layout import GROUP, HALFS, INT4, INT5, INT8, LINE
+from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.simd.vectors import (
     bytes_to_f32,
     f32_load,
@@ -39,39 +40,38 @@ from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, num_threads, thre
 # Columns of a tile, which divide GROUP, and panels of tokens at a time, by the target's registers: see matmul/tile.py.
 _COLUMNS, _PAIRS = (8, True) if WIDE else (4, False)
 _ROWS = 512  # rows of W at a time
-_TOKENS = 128  # tokens at a time: their dy^T, 256 KB, stays in the second-level cache
-_STEP = _ROWS + LANES  # from a column of W to the next: they begin at different places of a page
-# What stands where in the scratch: columns of W, panels of dy^T, and what is to be turned over.
+_TOKENS = 128  # tokens at a time: their dy^T, 256 KB, stays in the L2 cache
+_STEP = _ROWS + LANES  # stride of the columns of W: they begin at different offsets in a page
+# Offsets in the scratch: columns of W, panels of dy^T, and blocks to be transposed.
 _WEIGHTS = 0
 _PANELS = _WEIGHTS + GROUP * _STEP
 _STAGE = _PANELS + _TOKENS * _ROWS
-SCRATCH = _STAGE + _TOKENS * GROUP  # floats that one thread needs
-_LINE, _HALFS = 64, 32  # bytes of 16 rows x 4 columns of codes, and of 16 scales or mins
+SCRATCH = _STAGE + _TOKENS * GROUP  # floats per thread
 _ZERO4, _ZERO5 = np.float32(-8), np.float32(-16)  # times the scale: the min of symmetric weights
 
 
 @inline_kernel
-def _turn(scratch, at, to):
-    """The 16 x 16 numbers at ``at`` turned over, to ``to``."""
+def _transpose(scratch, at, to):
+    """Transpose the 16 x 16 block at ``at`` to ``to``."""
     rows = load_rows(scratch, at, LANES, LANES)
     store_rows(scratch, to, LANES, zip_rows(zip_rows(zip_rows(zip_rows(rows)))))
 
 
 @inline_kernel
-def _turn_dy(dy, rows, first, n, t, tokens, scratch, to):
+def _transpose_dy(dy, rows, first, n, t, tokens, scratch, to):
     """scratch[to + 16 r + j] = dy[t + j, first + r] for r < n; tokens past the end are zero."""
     for r in range(0, n, LANES):
         for j in range(LANES):
-            numbers, at = f32_zero(), (t + j) * rows + first + r
+            row, at = f32_zero(), (t + j) * rows + first + r
             if t + j < tokens:
-                numbers = f32_load(dy, at) if r + LANES <= n else f32_load_first(dy, at, n - r)
-            f32_store(scratch, _STAGE + j * LANES, numbers)
-        _turn(scratch, _STAGE, to + r * LANES)
+                row = f32_load(dy, at) if r + LANES <= n else f32_load_first(dy, at, n - r)
+            f32_store(scratch, _STAGE + j * LANES, row)
+        _transpose(scratch, _STAGE, to + r * LANES)
 
 
 @inline_kernel
 def _columns_times_two(zeros, scratch, wi, at, other, n, to):
-    """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``: sums to ``to`` and a group behind."""
+    """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``; the second sums follow a group later."""
     left = right = zeros
     for r in range(n):
         left = fma_rows(load(scratch, at + r * LANES), scratch, wi + r, _STEP, left)
@@ -90,10 +90,10 @@ def _columns_times_one(zeros, scratch, wi, at, n, to):
 
 
 @inline_kernel
-def _put_turned(scratch, at, dx, columns, column, t, tokens, add):
+def _put_transposed(scratch, at, dx, columns, column, t, tokens, add):
     """dx[t : t + 16, column : column + 32] (+)= the group of sums at ``at``, as far as dx goes."""
     for half in range(0, GROUP, LANES):
-        _turn(scratch, at + half * LANES, at + half * LANES)
+        _transpose(scratch, at + half * LANES, at + half * LANES)
         count = columns - column - half
         for j in range(min(LANES, tokens - t) if count > 0 else 0):
             put(dx, (t + j) * columns + column + half, f32_load(scratch, at + half * LANES + j * LANES), count, add)
@@ -113,7 +113,7 @@ def _multiply(scratch, n, dx, columns, g, start, tokens, add):
             at = _PANELS + p * LANES * _ROWS
             _columns_times_one(f32_zeros(_COLUMNS), scratch, wi, at, n, to + p * GROUP * LANES)
     for p in range(panels):
-        _put_turned(scratch, _STAGE + p * GROUP * LANES, dx, columns, g * GROUP, start + p * LANES, tokens, add)
+        _put_transposed(scratch, _STAGE + p * GROUP * LANES, dx, columns, g * GROUP, start + p * LANES, tokens, add)
 
 
 @kernel(strict=True)
@@ -126,7 +126,7 @@ def transposed_float(w, dy, add, dx, scratch, lo, hi):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
             for t in range(start, min(start + _TOKENS, tokens), LANES):
-                _turn_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
+                _transpose_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
             for g in range(lo, hi):
                 for p in range(first // LANES, (first + n + LANES - 1) // LANES):
                     at, to = (p * columns + g * GROUP) * LANES, _WEIGHTS + p * LANES - first
@@ -140,43 +140,44 @@ def _unpack_group(kind, has_mins, blocks, at, scratch, to):
     """The block at byte ``at``, 32 columns of 16 rows: scratch[to + column _STEP + row]."""
     scale = halfs_load(blocks, at)
     if has_mins:
-        low = halfs_load(blocks, at + _HALFS)
+        low = halfs_load(blocks, at + HALFS)
     elif kind == INT8:
         low = f32_zero()
     else:
         low = scale * splat(_ZERO4 if kind == INT4 else _ZERO5)
-    at += 2 * _HALFS if has_mins else _HALFS
+    at += 2 * HALFS if has_mins else HALFS
     for j in range(GROUP // 4):
-        line = u8_load(blocks, at + (j if kind == INT8 else j % 4) * _LINE)
+        line = u8_load(blocks, at + (j if kind == INT8 else j % 4) * LINE)
         if kind != INT8:
             line = low_nibbles(line) if j < 4 else high_nibbles(line)
         if kind == INT5:
-            line = with_fifth_bit(line, u8_load(blocks, at + 4 * _LINE), j)
+            line = with_fifth_bit(line, u8_load(blocks, at + 4 * LINE), j)
         for c in range(4):
             f32_store(scratch, to + (4 * j + c) * _STEP, fma(bytes_to_f32(line, c), scale, low))
 
 
 @kernel(strict=True)
-def transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch, lo, hi):
-    """transposed_float for 4, 5 or 8 bits: blocks (P, G, bytes), see quant/matmul.py."""
+def transposed_quant(w, dy, add, dx, scratch, lo, hi):
+    """transposed_float for weights of 4, 5 or 8 bits: quantised ``Panels``."""
+    kind, has_mins, blocks = w
     tokens, rows = dy.shape
     columns = dx.shape[1]
     groups, size = blocks.shape[1], blocks.shape[2]
-    w, dys, dxs = flat(blocks), flat(dy), flat(dx)
+    codes, dys, dxs = flat(blocks), flat(dy), flat(dx)
     for start in range(0, tokens, _TOKENS):
         for first in range(0, rows, _ROWS):
             n = min(_ROWS, rows - first)
             for t in range(start, min(start + _TOKENS, tokens), LANES):
-                _turn_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
+                _transpose_dy(dys, rows, first, n, t, tokens, scratch, _PANELS + (t - start) * _ROWS)
             for g in range(lo, hi):
                 for p in range(first // LANES, (first + n + LANES - 1) // LANES):
                     at, to = (p * groups + g) * size, _WEIGHTS + p * LANES - first
                     if kind == INT4:
-                        _unpack_group(INT4, has_mins, w, at, scratch, to)
+                        _unpack_group(INT4, has_mins, codes, at, scratch, to)
                     elif kind == INT5:
-                        _unpack_group(INT5, has_mins, w, at, scratch, to)
+                        _unpack_group(INT5, has_mins, codes, at, scratch, to)
                     else:
-                        _unpack_group(INT8, has_mins, w, at, scratch, to)
+                        _unpack_group(INT8, has_mins, codes, at, scratch, to)
                 _multiply(scratch, n, dxs, columns, g, start, tokens, add or first > 0)
 
 
@@ -189,12 +190,11 @@ def transposed_float_parallel(w, dy, add, dx, scratch, threads):
 
 
 @parallel_kernel
-def transposed_quant_parallel(kind, has_mins, blocks, dy, add, dx, scratch, threads):
+def transposed_quant_parallel(w, dy, add, dx, scratch, threads):
     """transposed_quant with the columns of W split over threads; scratch (threads, SCRATCH)."""
     units = (dx.shape[1] + GROUP - 1) // GROUP
     for t in prange(threads):
-        lo, hi = units * t // threads, units * (t + 1) // threads
-        transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch[t], lo, hi)
+        transposed_quant(w, dy, add, dx, scratch[t], units * t // threads, units * (t + 1) // threads)
 
 
 def _scratch_of_all() -> np.ndarray:
@@ -215,14 +215,12 @@ def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool =
     return dx
 
 
-def quant_transposed(
-    kind: int, has_mins: bool, blocks: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False
-) -> np.ndarray:
-    """linear_transposed for panels of integers, see ``quant_panels.Panels``."""
-    units = blocks.shape[1]
+def quant_transposed(w: Panels, dy: np.ndarray, dx: np.ndarray, add: bool = False) -> np.ndarray:
+    """linear_transposed for quantised weights."""
+    units = w.blocks.shape[1]
     threads = threads_for(len(dy) * dx.shape[1] * dy.shape[1], PARALLEL_MACS, units)
     if threads == 1:
-        transposed_quant(kind, has_mins, blocks, dy, add, dx, scratch(SCRATCH), 0, units)
+        transposed_quant(w, dy, add, dx, scratch(SCRATCH), 0, units)
     else:
-        launch(transposed_quant_parallel, kind, has_mins, blocks, dy, add, dx, _scratch_of_all(), threads)
+        launch(transposed_quant_parallel, w, dy, add, dx, _scratch_of_all(), threads)
     return dx

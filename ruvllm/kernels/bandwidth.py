@@ -14,8 +14,8 @@ from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
 
-_STEP = 2 * STREAMS * LANES  # eight running sums: additions are never what the loop waits for
-_PIECES = 64  # each is summed alone, so that the result does not depend on the number of threads
+_STEP = 2 * STREAMS * LANES  # eight accumulators, so that additions are never the limit
+_PIECES = 64  # fixed, so that the result does not depend on the number of threads
 
 
 @kernel(strict=True)
@@ -27,7 +27,7 @@ def sum_pieces(x, sums, lo, hi):
         end = min(vectors * (piece + 1) // sums.size * LANES, x.size)
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        run = (end - start) // _STEP * (2 * LANES)  # the length of each of four runs, read side by side
+        run = (end - start) // _STEP * (2 * LANES)  # length of each of four streams
         for i in range(start, start + run, 2 * LANES):
             s0 = s0 + f32_load(x, i)
             s1 = s1 + f32_load(x, i + LANES)
@@ -49,7 +49,7 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
     """Bytes per second at which all threads together read a float32 buffer, summing it; the best of ``repeats``.
 
     Args:
-        nbytes: size of the buffer, >= 4; much larger than the last cache, or the cache is what is measured.
+        nbytes: size of the buffer, >= 4; much larger than the last-level cache, which is measured otherwise.
         repeats: how often it is read, >= 1.
         threads: how many threads read; None for as many as kernels use.
 
@@ -83,7 +83,7 @@ def _sum(x: np.ndarray, sums: np.ndarray, threads: int) -> None:
 
 
 def buffer_sum(x: Any) -> float:
-    """sum(x) of x (n,) float32, read as fast as memory gives it: what ``read_bandwidth`` measures.
+    """sum(x) of x (n,) float32, at memory bandwidth: what ``read_bandwidth`` measures.
 
     Raises:
         TypeError: ``x`` is not a float32 array.

@@ -1,4 +1,16 @@
-"""Normalisation over the last axis: RMSNorm, LayerNorm, and the root mean square itself."""
+"""Normalisation over the last axis: RMSNorm, LayerNorm, and the root mean square itself.
+
+    rms_norm:    x / sqrt(mean(x^2) + eps) * weight
+    layer_norm:  (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+Every row is normalised by itself: one sum over it, then one loop that scales it. Arrays are (rows, n), C-contiguous.
+Each kernel stands here in four forms, the inner one first:
+
+- ``rms_norm_rows``, the body: plain loops over the rows lo:hi, which LLVM vectorises.
+- ``rms_norm_parallel``: the rows split over threads. No row is split, so any number of threads gives the same bits.
+- ``rms_norm_small``: checks and body in one compiled call, for inputs so small that checks in Python would take longer.
+- ``rms_norm``, the public function: the small call if it accepts; else checks, and the body on one or several threads.
+"""
 
 from typing import Any
 

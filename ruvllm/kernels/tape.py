@@ -1,9 +1,9 @@
 """The tape: a recorded sequence of operations, and the parallel region that replays it.
 
-A row of the tape holds the address of a compiled operation, flags (whether the team meets at a barrier before it, see
-``threads.team``), and the operation's arguments. The rows know no model, no cache, no number of tokens and no number of
-threads: an array argument is an *operand*, an offset into a memory *space*. The header says where each space begins; it
-is filled in for each pass. So a tape is recorded once, and replayed for any cache, any prompt and any team.
+A row of the tape holds the address of a compiled operation, flags (whether there is a barrier before it, see
+``threads.team``), and the operation's arguments. Rows do not depend on the model, the cache, the number of tokens or
+the number of threads: an array argument is an *operand*, an offset into a memory *space*. The header says where each
+space begins, and is filled in for each pass. So a tape is recorded once, and replayed for any cache, prompt and team.
 
     address = base[space] + offset * scale[space] + rank * stride[space]
 
@@ -13,8 +13,8 @@ is filled in for each pass. So a tape is recorded once, and replayed for any cac
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
 - CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
 
-An operation is a C function of its own: it is compiled and cached apart from all others, and only for models that use
-it. The region below is the same for every model.
+An operation is a C function of its own, compiled and cached by itself, for the models that use it. The region below
+serves every model.
 """
 
 import inspect
@@ -56,8 +56,8 @@ HEADER_SIZE = EXPERT_ROWS + MAX_EXPERTS
 # Row fields. COUNT: the header field that holds the operation's number of rows. REPLICATED: each member computes all
 # rows, into its own copy. ARGUMENTS: the first of up to twelve.
 FUNCTION, FLAGS, COUNT, REPLICATED, ARGUMENTS = range(5)
-# Flags. MEET: a barrier before the row. OFFER: before that barrier the leader publishes how many threads wait. ADMIT:
-# they join before the row. ENTRY: the row runs only for members that start the replay here.
+# Flags. MEET: a barrier before the row. OFFER: before it, the leader publishes how many threads wait. ADMIT: they join
+# before the row. ENTRY: the row runs only for members that start the replay here.
 MEET, OFFER, ADMIT, ENTRY = 1, 2, 4, 8
 FIELDS = 16
 _ROW_BYTES = FIELDS * 8
@@ -65,7 +65,7 @@ _LINE = 8  # int64 fields of a cache line
 
 
 class Member(NamedTuple):
-    """What an operation knows about its caller: the header, its rank in the team of ``size``, the operation's rows."""
+    """What an operation knows of the member that runs it: the header, its rank in the team of ``size``, the rows."""
 
     header: Any
     rank: Any
@@ -80,7 +80,7 @@ def operand(space: int, offset: int = 0) -> int:
 
 
 def set_space(header: np.ndarray, space: int, base: int, scale: int = 1, stride: int = 0) -> None:
-    """Where a space begins, what its offsets are multiplied by, and the distance between two members' copies."""
+    """Where a space begins, the factor of its offsets, and the stride of the members' copies."""
     header[_BASE + space], header[_SCALE + space], header[_STRIDE + space] = base, scale, stride
 
 
@@ -177,13 +177,13 @@ def _replay(table: Any) -> None:
     fields = array_at(t[ROWS_ADDRESS], t[END] * FIELDS, np.int64)
     times = array_at(t[TIMES], (t[END], t[THREADS], np.int64(3)), np.int64)
     for i in range(start, t[END]):
-        # Between two matrix products a row of the tape falls out of L1 and L2: fetch the next one early.
+        # Between two matrix products, rows of the tape are evicted from L1 and L2: prefetch the next one.
         prefetch_l2(fields, (i + 1) * FIELDS)
         prefetch_l2(fields, (i + 1) * FIELDS + _LINE)
         flags = rows[i, FLAGS]
         if t[TIMES]:
             times[i, rank, 0] = time_stamp()
-        if i > start:  # the others were here before
+        if i > start:  # earlier members have met here already
             if flags & OFFER:
                 offer(sync, rank)
             if flags & MEET:

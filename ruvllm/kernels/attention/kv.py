@@ -1,10 +1,10 @@
 """The KV cache's layout, and appending to it.
 
-One layer: keys (KV, B, K, 16), in blocks of 16 positions whose positions are the lanes of a panel; values (KV, S, DV)
-by position, DV = D rounded up to 16. Both are float32, IEEE half bits (uint16), or int8. Of float caches, K = D.
+One layer: keys (KV, B, K, 16), in blocks of 16 positions, which are the lanes of a panel; values (KV, S, DV) by
+position, DV = D rounded up to 16. Both are float32, IEEE half bits (uint16), or int8. In float caches, K = D.
 
-In int8 each key and each value of a head has one scale, its largest magnitude / 127. The scales of a block's 16 keys
-and then those of its values, as float32, are the last 8 of its K = D + 8 rows of 16 bytes: beside what they scale.
+In int8, each key and each value of a head has one scale, its largest magnitude / 127. A block ends with the scales of
+its 16 keys and then of its 16 values, as float32: 8 more rows of 16 bytes, so K = D + 8.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ def kv_append_heads(k, v, keys, values, positions, lo, hi):
                     store_numbers(values_flat, vi + i * wide + d, numbers)
                 for d in range(whole, dim):
                     store_number(values_flat, vi + i * wide + d, v_flat[at + d], _ONE / v_scale)
-            for d in range(0, transposed, LANES):  # the 16 keys' next 16 numbers: positions become lanes
+            for d in range(0, transposed, LANES):  # 16 x 16 elements: positions become lanes
                 lines = zip_rows(zip_rows(zip_rows(zip_rows(load_rows(k_flat, xi + d, row, LANES)))))
                 lines = scaled_rows(keys, lines, splat(_ONE) / read_scales(keys_flat, ki + dim * LANES))
                 store_number_rows(keys_flat, ki + d * LANES, LANES, lines)
@@ -91,18 +91,18 @@ def kv_append_heads(k, v, keys, values, positions, lo, hi):
 
 @inline_kernel
 def _scale(x, xi, dim):
-    """The largest magnitude of dim numbers / 127; NaN if one of them is NaN or infinite."""
+    """The largest magnitude of dim elements / 127; NaN if one of them is NaN or infinite."""
     top, not_finite = f32_zero(), f32_zero()
     for d in range(0, dim, LANES):
-        numbers = f32_load(x, xi + d) if d + LANES <= dim else f32_load_first(x, xi + d, dim - d)
-        top = greater(greater(numbers, f32_zero() - numbers), top)
-        not_finite = fma(numbers, f32_zero(), not_finite)
+        v = f32_load(x, xi + d) if d + LANES <= dim else f32_load_first(x, xi + d, dim - d)
+        top = greater(greater(v, f32_zero() - v), top)
+        not_finite = fma(v, f32_zero(), not_finite)
     return hmax(top) / _LARGEST + hsum(not_finite)
 
 
 @inline_kernel
 def _fill_block(positions, t):
-    """Whether the tokens from t on are the sixteen of one block, in order."""
+    """Whether the tokens from t on fill a block of 16 positions, in order."""
     if positions[t] % LANES or t + LANES > len(positions):
         return False
     for i in range(1, LANES):
@@ -115,7 +115,7 @@ kv_append_parallel = over_rows(kv_append_heads)
 
 
 def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
-    """kv_append for callers that own their buffers (``model.Attention``): sizes are theirs to guarantee."""
+    """kv_append for callers that own their buffers (``model.Attention``) and guarantee their sizes."""
     threads = threads_for(k.size, PARALLEL_ELEMENTS, len(keys))
     run_rows(kv_append_heads, kv_append_parallel, threads, len(keys), k, v, keys, values, positions)
 
@@ -125,7 +125,7 @@ def kv_append(
 ) -> tuple[np.ndarray, np.ndarray]:
     """keys[h, p // 16, :, p % 16] = k[t, h] and values[h, p] = v[t, h] for the position p of each token t, in place.
 
-    Into a cache of int8, each k[t, h] and v[t, h] goes rounded, with its scale max|x| / 127.
+    An int8 cache holds each k[t, h] and v[t, h] rounded, with its scale max|x| / 127.
 
     Args:
         k, v: (T, KV, D) float32.
@@ -186,7 +186,9 @@ SPECS = [
         reference=reference.kv_append,
         formula="keys[:, p // 16, :, p % 16] = k, values[:, p, :D] = v",
         example=_append_example,
-        flops=lambda tokens, kv_heads, dim, length: 2.0 * tokens * kv_heads * dim,  # numbers moved: nothing is computed
+        flops=lambda tokens, kv_heads, dim, length: (
+            2.0 * tokens * kv_heads * dim
+        ),  # elements moved: nothing is computed
         bytes=lambda tokens, kv_heads, dim, length: 16.0 * tokens * kv_heads * dim,
         sizes=(
             {"tokens": 1, "kv_heads": 8, "dim": 128, "length": 1024},

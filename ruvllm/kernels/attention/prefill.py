@@ -265,8 +265,8 @@ def attend_cache(
 ) -> np.ndarray:
     """out (T, H, D) = softmax(scale q k^T) v over the positions that each query sees in the cache of one layer.
 
-    For callers that own their buffers (``model.Attention``): sizes are theirs to guarantee.
-    scratch: (threads at the most, prompt_scratch_size(D)) float32.
+    For callers that own their buffers (``model.Attention``) and guarantee their sizes.
+    scratch: (most threads, prompt_scratch_size(D)) float32.
     """
     tokens, heads, dim = q.shape
     if tokens == 1:

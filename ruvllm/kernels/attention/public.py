@@ -20,7 +20,7 @@ from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, num_threads, threads_for
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
-_FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together, below which one token needs one thread
+_FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together: with fewer, one token takes one thread
 _LARGEST = float(np.finfo(np.float32).max)
 _chunk_count, _partial_width = inline_kernel(chunk_count), inline_kernel(partial_width)
 _paged_scratch_size = inline_kernel(paged_scratch_size)
@@ -38,10 +38,10 @@ def paged_attention(
     """softmax(scale q k^T) v of one token over keys and values that lie in blocks of a shared pool.
 
     Args:
-        q: (..., H, D) float32; leading dimensions are sequences of their own, which share the pools.
+        q: (..., H, D) float32; leading dimensions are separate sequences, which share the pools.
         k_pool, v_pool: (blocks, block_size, KV, D) float32, H a multiple of KV: head h uses kv head h // (H / KV).
         block_table: (..., n) integers; position s is row s % block_size of block block_table[s // block_size].
-        length: (...) integers, positions to attend to, >= 1; one number is that of all sequences.
+        length: (...) integers, positions to attend to, >= 1; a single one holds for all sequences.
         scale: 1 / sqrt(D) if None.
         out: (..., H, D) float32 to write into.
 
@@ -153,7 +153,7 @@ def grouped_query_attention(
     """softmax(scale q k^T) v of one token: query head h attends with kv head h // (H / KV).
 
     Args:
-        q: (..., H, D) float32; leading dimensions are sequences of their own.
+        q: (..., H, D) float32; leading dimensions are separate sequences.
         k, v: (..., S, KV, D) float32, S >= 1, H a multiple of KV.
         scale: 1 / sqrt(D) if None.
         out: (..., H, D) float32 to write into.

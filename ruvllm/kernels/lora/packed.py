@@ -1,9 +1,9 @@
-"""Adapters on packed layers: out += (s * (x down^T)) up^T, beside the layer's own product in the same parallel region.
+"""Adapters on packed layers: out += (s * (x down^T)) up^T, after the layer's own product in the same parallel region.
 
-down (R, K) and up (N, R) are panels as all weights are (matmul/panels.py), float32 or int8; s has one scale for each
-rank, which for int8 is that of both factors, and 1 for float32. The adapter's scaling is part of ``up``. Several
-adapters at once are one of the sum of their ranks. A token's result depends neither on its neighbours nor on the number
-of threads.
+down (R, K) and up (N, R) are panels like all weights (matmul/panels.py), float32 or int8; s has one scale for each
+rank: the product of both factors' scales for int8, 1 for float32. The adapter's scaling is part of ``up``. Several
+adapters are concatenated into one, whose rank is the sum of theirs. A token's result depends neither on its neighbours
+nor on the number of threads.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from ruvllm.kernels.matmul.micro_kernels import LANES, put
 from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, fma, load, splat_at
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-PARTS = 4  # a token's product with ``down`` is summed in so many parts, which threads can share
+PARTS = 4  # a token's product with ``down`` is the sum of so many parts, which threads can share
 
 
 @inline_kernel
@@ -50,7 +50,7 @@ def low_rank_down(down, scales, x, h, lo, hi):
 
 @kernel(strict=True)
 def low_rank_down_parts(down, x, parts, lo, hi):
-    """What low_rank_down adds up for one token, unit by unit: part u % PARTS of panel u // PARTS, for u in lo:hi.
+    """The parts of low_rank_down for one token: part u % PARTS of panel u // PARTS, for the units u in lo:hi.
 
     x (1, K); parts (PARTS, 16 P).
     """
@@ -105,7 +105,7 @@ def low_rank_parallel(down, scales, up, x, h, out, threads):
 def add_low_rank(down: np.ndarray, scales: np.ndarray, up: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
     """out (T, N) += (scales * (x down^T)) up^T for packed down (P, K, 16) and up (ceil(N / 16), R, 16), x (T, K).
 
-    For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
+    For callers that own their buffers (``model.Linear``) and guarantee their sizes.
     """
     tokens = len(x)
     h = np.empty((tokens, down.shape[0] * LANES), np.float32)

@@ -1,9 +1,9 @@
-"""NumPy's BLAS behind gemm: taken where a short measurement on this host has found it clearly faster than our kernels.
+"""NumPy's BLAS behind gemm: used where a short measurement on this host found it clearly faster than our kernels.
 
-That is where BLAS reaches units that no compiled loop can, as Accelerate does on Apple Silicon. The measurement, some
-tenths of a second, is made when the first product is large enough to repay it, once for each number of threads; it is
-kept beside the compiled kernels, for this processor, its cores, this NumPy and its BLAS. ``ruvllm info --calibrate``
-makes it anew.
+That happens where BLAS reaches units that compiled loops cannot, as Accelerate does on Apple Silicon. The measurement
+takes some tenths of a second. It is made with the first product that is large enough to repay it, once for each number
+of threads, and kept with the compiled kernels, for this processor, its cores, this NumPy and its BLAS.
+``ruvllm info --calibrate`` repeats it.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from ruvllm.kernels.jit.cache import kernel_cache_directory
 from ruvllm.kernels.threads.pool import physical_cores
 
 BACKENDS = ("auto", "numba", "blas")
-SIZES = (256, 1024)  # of the square products that are measured; larger ones are as the last of them
-_TURNS = 9  # of each side, one after the other: what disturbs the machine meanwhile then disturbs both
-_TURN_SECONDS = 0.004  # of a turn, and at least two calls: the first wakes threads; the best counts
-_PAUSE = 0.004  # before a turn: idle threads of the other side then spin no longer on the cores
-_ROUNDS = (0.0, 0.1, 0.2, 0.4)  # seconds to wait, each before more turns if BLAS seems so much faster until then:
-# threads that share a core take ten times as long, but not for ever
-_FASTER = 1.5  # so much that no disturbance of the measurement decides: BLAS may round differently by its threads
+SIZES = (256, 1024)  # of the square products that are measured; larger ones count as the last
+_TURNS = 9  # of each side, alternating, so that a busy machine slows both
+_TURN_SECONDS = 0.004  # of a turn, at least two calls, of which the best counts: the first wakes threads
+_PAUSE = 0.004  # before a turn, until idle threads of the other side stop spinning
+_ROUNDS = (0.0, 0.1, 0.2, 0.4)  # seconds to wait before more turns, as long as BLAS seems that much faster: our
+# threads may share a core for a while, and take ten times as long
+_FASTER = 1.5  # a large factor, because BLAS may round differently with other numbers of threads
 
 
 class Speedup(NamedTuple):
-    """Time of our kernels divided by that of BLAS, each at its best: value; low and high: what disturbances leave open.
+    """The time of our kernels divided by that of BLAS: value at the best of each, between low and high.
 
-    low: our best turn beside a usual one of BLAS; high: a usual one of ours beside the best of BLAS.
+    low: our best turn over the median of BLAS; high: our median over the best turn of BLAS.
     """
 
     value: float
@@ -47,21 +47,18 @@ class Speedup(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether BLAS is so much faster in half of its turns than our kernels ever were."""
+        """Whether half of the turns of BLAS are that much faster than our best."""
         return self.low > _FASTER
 
 
 _first, _measuring = threading.Lock(), threading.Lock()
 _speedups: dict[str, list[Speedup]] = {}  # for each of SIZES; by number of threads
 
-Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # out = a b, in these kernels
+Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # out = a b, by our kernels
 
 
 def takes_blas(backend: str, macs: int, threads: int, multiply: Multiply) -> bool:
-    """Whether a product of so many multiply-adds goes to BLAS.
-
-    Raises ValueError for a backend that there is not.
-    """
+    """Whether a product of so many multiply-adds goes to BLAS. Raises ValueError for an unknown backend."""
     if backend == "numba" or (backend == "auto" and macs < SIZES[0] ** 3):
         return False
     if backend == "auto":
@@ -73,13 +70,13 @@ def takes_blas(backend: str, macs: int, threads: int, multiply: Multiply) -> boo
 
 
 def blas_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> None:
-    """out = a b in NumPy's BLAS, on so many threads where threadpoolctl is there and knows that BLAS."""
+    """out = a b in NumPy's BLAS, on so many threads if threadpoolctl is installed and knows that BLAS."""
     with _limited(threads):
         np.dot(a, b, out=out)
 
 
 def speedups(threads: int) -> list[Speedup] | None:
-    """Speed of BLAS over that of the kernels for each of SIZES, as measured before, or None."""
+    """What was measured before, for each of SIZES, or None."""
     key = str(threads)
     if key not in _speedups and (found := _kept().get(key)) is not None:
         _speedups[key] = found
@@ -87,7 +84,7 @@ def speedups(threads: int) -> list[Speedup] | None:
 
 
 def measure(threads: int, multiply: Multiply) -> list[Speedup]:
-    """Measure on so many threads, whatever is known, and keep it; ``multiply`` uses as many."""
+    """Measure on so many threads and keep the result; ``multiply`` uses as many."""
     with _measuring:
         rng = np.random.default_rng(0)
         found = []
@@ -109,7 +106,7 @@ def measure(threads: int, multiply: Multiply) -> list[Speedup]:
 
 def _measure_once(threads: int, multiply: Multiply) -> list[Speedup]:
     with _first:
-        return speedups(threads) or measure(threads, multiply)  # of another Python thread, which was here before
+        return speedups(threads) or measure(threads, multiply)  # by another Python thread meanwhile
 
 
 def _speedup(turns: list[tuple[float, float]]) -> Speedup:
@@ -129,11 +126,11 @@ def _best_seconds(call: Callable[[], None]) -> float:
 
 
 def _keep() -> None:
-    """Write what is known to the file, whole or not at all; where that fails, the next process measures again."""
+    """Replace the file atomically; if that fails, the next process measures again."""
     path = _path()
     if path is None:
         return
-    known = _kept() | _speedups  # others may have measured with other numbers of threads
+    known = _kept() | _speedups  # other processes may have measured other numbers of threads
     with contextlib.suppress(OSError):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
@@ -142,7 +139,7 @@ def _keep() -> None:
 
 
 def _kept() -> dict[str, list[Speedup]]:
-    """What the file holds, as far as it is sound."""
+    """The valid entries of the file."""
     sound: dict[str, list[Speedup]] = {}
     path = _path()
     if path is not None:
@@ -157,7 +154,7 @@ def _kept() -> dict[str, list[Speedup]]:
 
 @cache
 def _path() -> Path | None:
-    """The file for this machine, this NumPy and its BLAS, in the private directory of compiled kernels."""
+    """The file for this machine, this NumPy and its BLAS, in the private kernel cache."""
     directory = kernel_cache_directory()
     if directory is None:
         return None
@@ -165,14 +162,14 @@ def _path() -> Path | None:
 
 
 def _host() -> str:
-    """What the measurement depends on: where any of it changes, it is made again."""
+    """What the measurement depends on: if any of it changes, it is repeated."""
     compiled_for = cpu_target.target_context.codegen().magic_tuple()
     cores = f"{physical_cores()} of {os.cpu_count()}"
     return f"{np.__version__} {blas_name()} {cpu_name()} {cores} {compiled_for}"
 
 
 def cpu_name() -> str:
-    """The name that the maker gave the processor, where the system tells it."""
+    """The processor's name as the system states it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -181,7 +178,7 @@ def cpu_name() -> str:
 
 
 def blas_name() -> str:
-    """What NumPy was built with, and its version: openblas, accelerate, mkl, ..."""
+    """The BLAS that NumPy was built with, and its version: openblas, accelerate, mkl, ..."""
     config: Any = np.show_config(mode="dicts")
     blas = config.get("Build Dependencies", {}).get("blas", {})
     return " ".join(str(blas[key]) for key in ("name", "version") if blas.get(key)) or "unknown"

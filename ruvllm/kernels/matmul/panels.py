@@ -1,9 +1,9 @@
 """Matrix times packed weights: the layout that every linear layer uses, whatever its precision.
 
-A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector,
-so y = W x is ``acc += splat(x[k]) * panel[k]``: weights stream in order, nothing is summed across lanes, and the
-same panel serves one token (decode) and tiles of several tokens (prefill), whose sums stay in registers.
-Rows past N are zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
+A weight matrix W (N, K) is stored as panels (ceil(N/16), K, 16): 16 output rows are the 16 lanes of a vector, so
+y = W x is ``acc += splat(x[k]) * panel[k]``. Weights stream in order, nothing is summed across lanes, and the same
+panel serves one token (decoding) and tiles of several tokens (a prompt), whose sums stay in registers. Rows past N are
+zero. Weights are float32, uint16 (IEEE half bits) or int16 (bfloat16 bits).
 """
 
 import numpy as np
@@ -138,7 +138,7 @@ def take_rows(panels: np.ndarray, ids: np.ndarray, out: np.ndarray) -> np.ndarra
 def linear_panels(w: np.ndarray, x: np.ndarray, out: np.ndarray) -> np.ndarray:
     """out (T, rows) = x (T, K) . W^T for packed weights w (P, K, 16), K >= 1.
 
-    For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
+    For callers that own their buffers (``model.Linear``) and guarantee their sizes.
     """
     worth = PARALLEL_MACS if x.shape[0] == 1 else PARALLEL_TILE_MACS
     threads = threads_for(x.shape[0] * w.size, worth, w.shape[0])

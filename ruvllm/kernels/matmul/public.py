@@ -148,12 +148,12 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: s
         a: (..., M, K) float32: leading dimensions are stacked rows of one product.
         b: (K, N) float32.
         out: (..., M, N) float32 to write into; not an input.
-        backend: "numba" for the kernels here, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be
-            much faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
+        backend: "numba" for our kernels, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be much
+            faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
 
     Raises:
         TypeError: not float32.
-        ValueError: shapes do not match, or there is no such backend.
+        ValueError: shapes do not match, or the backend is unknown.
     """
     plain = type(a) is np.ndarray and type(b) is np.ndarray
     y: Any = room(a.shape[:-1] + b.shape[1:]) if out is None and plain else out
@@ -175,12 +175,12 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend
         a: (..., M, K) float32: leading dimensions are stacked rows of one product.
         b: (N, K) float32.
         out: (..., M, N) float32 to write into; not an input.
-        backend: "numba" for the kernels here, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be
-            much faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
+        backend: "numba" for our kernels, "blas" for NumPy's BLAS, "auto" for BLAS where it was measured to be much
+            faster on this host (see ``blas``). BLAS may round differently with other numbers of threads.
 
     Raises:
         TypeError: not float32.
-        ValueError: shapes do not match, or there is no such backend.
+        ValueError: shapes do not match, or the backend is unknown.
     """
     plain = type(a) is np.ndarray and type(b) is np.ndarray
     y: Any = room(a.shape[:-1] + b.shape[:1]) if out is None and plain else out
@@ -261,7 +261,7 @@ def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, b
 
 
 def calibrate_blas() -> None:
-    """Measure anew where BLAS is faster than gemm, on one thread and on all; see ``blas``."""
+    """Measure again where BLAS is faster than gemm, on one thread and on all; see ``blas``."""
     for threads in sorted({1, num_threads()}):
         with limited_to(threads):
             measure(threads, _numba_gemm)

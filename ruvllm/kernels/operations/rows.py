@@ -135,7 +135,7 @@ def rope(m, x, cos, sin, out, heads, dim):
 def quantized(m, operand, columns):
     """An operand as rows rounded to 8 bits (quant/layout.py).
 
-    The five arrays lie one after the other, each with room for CAPACITY rows.
+    The five arrays follow each other, each sized for CAPACITY rows.
     """
     capacity = m.header[CAPACITY]
     groups = (columns + GROUP - 1) // GROUP

@@ -26,14 +26,14 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
-_SEARCHED = 2048  # groups of a row at a time, on the stack: outliers are among the first
+_SEARCHED = 2048  # groups of a row at a time, on the stack; outliers are sought among the first of them
 _STEPS = np.float32(127)
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
 
 @inline_kernel
 def _load_group(flat_x, at, left):
-    """A group of numbers as two vectors; those past the end of the row, ``left`` numbers away, are 0."""
+    """A group as two vectors; elements past the end of the row, ``left`` elements away, are 0."""
     if left >= GROUP:
         return f32_load(flat_x, at), f32_load(flat_x, at + LANES)
     b = f32_load_first(flat_x, at + LANES, left - LANES) if left > LANES else f32_zero()
@@ -42,27 +42,27 @@ def _load_group(flat_x, at, left):
 
 @inline_kernel
 def _without(a, b, k):
-    """The group of a and b with number ``k`` made 0, if it is one of theirs."""
+    """The group with element ``k`` set to 0, if it is one of its 32."""
     return without_lane(a, k), without_lane(b, k - LANES)
 
 
 @inline_kernel
 def _find(a, b, magnitude):
-    """The first of the group's numbers with this magnitude, without a branch that nobody could foretell."""
+    """The first of the group's elements with this magnitude; branch-free, as the branch would be unpredictable."""
     k, later = find_magnitude(a, magnitude), find_magnitude(b, magnitude)
     return k + later if k == LANES else k
 
 
 @inline_kernel
 def _largest(magnitudes, groups):
-    """The largest of a row's numbers, one of each group, and the first group that has it; 0 if all are 0.
+    """The largest of a row's magnitudes, one for each group, and the first group that has it; 0 if all are 0.
 
-    32 groups of which one is NaN do not count.
+    32 groups in a row of which one is NaN are skipped.
     """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
         a, b = _load_group(magnitudes, g, groups - g)
-        here = largest_magnitude(a, b)  # NaN, which is larger than nothing, if there is one
+        here = largest_magnitude(a, b)  # NaN, for which no comparison holds, if there is one
         if here > largest:
             largest, found = here, g + _find(a, b, here)
     return largest, found
@@ -70,7 +70,7 @@ def _largest(magnitudes, groups):
 
 @inline_kernel
 def _in_order(outliers, t, at):
-    """Exchange outlier ``at`` of row t and the one before, if its column is the smaller one."""
+    """Swap outlier ``at`` of row t with the one before, if its column is smaller."""
     k, x, later, y = outliers[t, at - 1, 0], outliers[t, at - 1, 1], outliers[t, at, 0], outliers[t, at, 1]
     wrong = later < k
     outliers[t, at - 1, 0], outliers[t, at - 1, 1] = (later if wrong else k), (y if wrong else x)
@@ -79,7 +79,7 @@ def _in_order(outliers, t, at):
 
 @inline_kernel
 def _find_outliers(x, row, columns, largest, groups, outliers, t):
-    """Four times, take the largest number out of the group that has it: ``largest`` (G,) is what then is left."""
+    """Take the largest element out of its group, four times. largest (G,): the magnitudes that are left."""
     for i in range(OUTLIERS):
         magnitude, g = _largest(largest, groups)
         column, value = 0, np.float32(0)
@@ -99,22 +99,22 @@ def _find_outliers(x, row, columns, largest, groups, outliers, t):
 
 @kernel(strict=True)
 def quantize_activations(x, to, lo, hi):
-    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs), but for outliers:
+    """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
 
-    the largest number of the row is taken out, four times.
+    The four largest elements of a row are taken out before, as outliers.
 
-    xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S); outliers (T, 4, 2).
-    ``totals`` counts outliers too. A NaN or infinity makes its group's scale NaN, so that it is not lost. Groups of
-    numbers below 2^-120 become zeros. Columns beyond 65536 have no outliers.
+    to: a ``Rounded``: xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S);
+    outliers (T, 4, 2). ``totals`` includes outliers. A NaN or infinity makes its group's scale NaN, so that it reaches
+    the result. Groups of elements below 2^-120 become zeros. Columns beyond 65536 have no outliers.
     """
     columns = x.shape[1]
     groups, side = to.xs.shape[1], to.xs.shape[2]
     outliers = to.outliers
-    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group, side by side
+    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group
     xf, lines = flat(x), Rounded(flat(to.xq), flat(to.xs), flat(to.offsets), flat(to.totals), flat(outliers))
     for t in range(lo, hi):
-        row, place = t * columns, t // side * groups * side + t % side
-        taken = 0  # outliers that were taken out
+        row, first_group = t * columns, t // side * groups * side + t % side
+        taken = 0  # outliers already passed
         for base in range(0, groups, _SEARCHED):
             count = min(groups - base, _SEARCHED)
             if count % LANES:
@@ -128,8 +128,8 @@ def quantize_activations(x, to, lo, hi):
                 _find_outliers(xf, row, columns, largest, count, outliers, t)
             for g in range(0, count, LANES):
                 magnitudes = f32_load(largest, g)
-                numbers = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
-                f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, numbers))
+                inverses = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
+                f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, inverses))
                 f32_store(largest, g, magnitudes / splat(_STEPS))  # from here on, the scales
             for g in range(count):
                 first = (base + g) * GROUP
@@ -138,9 +138,9 @@ def quantize_activations(x, to, lo, hi):
                     if outliers[t, taken, 1] != np.float32(0):
                         a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
                     taken += 1
-                _round_group(a, b, inverse[g], largest[g], lines, place + (base + g) * side)
+                _round_group(a, b, inverse[g], largest[g], lines, first_group + (base + g) * side)
         for i in range(OUTLIERS):
-            lines.totals[place + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+            lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
 
 
 @inline_kernel
@@ -164,6 +164,6 @@ def quantize_activations_parallel(threads, rows, x, to):
 
 
 def round_activations(x: np.ndarray, to: Rounded) -> None:
-    """quantize_activations where callers own their buffers (``model.Activations``); sizes are theirs to guarantee."""
+    """quantize_activations for callers that own their buffers (``model.Activations``) and guarantee their sizes."""
     threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
     run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, to)

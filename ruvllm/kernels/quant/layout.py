@@ -1,8 +1,8 @@
 """The layout of quantised weights, and of the activations that multiply them.
 
-Weights W (N, K) lie in panels of 16 rows, like float weights (matmul/panels.py), in groups of 32 columns. In a group
-column k belongs to quad k // 4: a vector of 64 bytes holds one quad of 16 rows, so that one integer dot-product
-instruction serves 16 rows with four activations in a broadcast.
+Weights W (N, K) are stored in panels of 16 rows, like float weights (matmul/panels.py), and in quantisation groups of
+32 columns. Four columns of a group are a quad: a vector of 64 bytes holds one quad of 16 rows, so that one integer
+dot-product instruction multiplies 16 rows by four broadcast activations.
 
     w = scale (code - zero)      symmetric        or      w = scale code + min
 
@@ -12,16 +12,16 @@ A block holds one group of one panel: 16 scales and perhaps 16 mins as IEEE half
 - ``INT5``: codes 0..31 in 5 lines; four as above, bit j of byte i of the fifth is that of quad j.
 - ``INT8``: signed codes in 8 lines, one quad a line.
 
-Weights are blocks (P, G, block_bytes), one stream of memory for each panel; zero is 8, 16, 0.
+Weights are blocks (P, G, block_bytes), one sequential stream for each panel; the zero points are 8, 16, 0.
 
-Activations lie in blocks of S = 12 tokens (or of all, if there are fewer), group by group, where the numbers of the
-tokens are side by side: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, totals (B, G, S) = xs sum(xq), and offsets
-(B, G, S, 4) int32 = sum(xq) times -8, -16, -128, 0: what an integer sum begins with, so that taking off the zero costs
-nothing. So a tile of tokens reads memory in order, and distances between tokens are constants.
+Activations are stored in blocks of S = 12 tokens (or of all, if there are fewer), group by group, with the tokens of a
+group side by side: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, totals (B, G, S) = xs sum(xq), and offsets
+(B, G, S, 4) int32 = sum(xq) times -8, -16, -128, 0. Integer sums start from an offset, so that subtracting the zero
+point costs nothing. A tile of tokens reads memory in order, with constant strides between tokens.
 
-A few features of a language model are far larger than the rest, and set the scale of their group (LLM.int8(), Dettmers
-et al. 2022). So the four largest numbers of a row, among its first 65536, are left out of xq and kept whole in outliers
-(T, 4, 2) float32, (column, x), in the order of the columns: one column of W times x is added for each in float32.
+A few features of a language model are outliers: far larger than the rest, they would set the scale of their group
+(LLM.int8(), Dettmers et al. 2022). So the four largest elements of a row, among its first 65536, are left out of xq and
+kept in outliers (T, 4, 2) float32, (column, x), by column: each adds one column of W times x in float32.
 """
 
 from typing import Any, NamedTuple
@@ -33,10 +33,10 @@ INT4, INT5, INT8 = 0, 1, 2
 LINES = (4, 5, 8)  # lines of codes in one block, by kind
 LINE = 64  # bytes of one line: 16 rows x 4 columns
 HALFS = 32  # bytes of 16 scales or mins
-ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # the code of 0 in symmetric weights
-OFFSETS = 4  # numbers of one group in ``offsets``
+ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # zero points: the code of 0 in symmetric weights
+OFFSETS = 4  # of one group
 NO_ZERO = 3  # the offset that is always 0
-OUTLIERS = 4  # numbers of a row that are not rounded
+OUTLIERS = 4  # of a row
 SIDE = 12  # tokens side by side: two tiles of 6
 
 
@@ -56,6 +56,6 @@ def block_bytes(kind: int, has_mins: bool) -> int:
 
 
 def token_blocks(tokens: int) -> tuple[int, int]:
-    """How activations of so many tokens lie: blocks, and tokens of a block; the last one may not be full."""
+    """Blocks of so many tokens, and tokens of a block; the last block may not be full."""
     side = max(1, min(tokens, SIDE))
     return (tokens + side - 1) // side, side

@@ -1,13 +1,21 @@
-"""Integer matmul: weights in 4, 5 or 8 bits times activations in 8 bits (see quant/layout.py), by integer dot products.
+"""Linear layers on quantised weights: out = x W^T, with W in 4, 5 or 8 bits and x rounded to 8 bits.
 
-    y[r] = sum over groups g of  scale[r, g] xs[g] sum((code - zero) xq)  +  min[r, g] xs[g] sum(xq)
-         + sum over outliers (k, x) of  W[r, k] x
+W is cut into groups of 32 columns. Each row of a group has integer codes, a scale and perhaps a min; the same columns
+of x have integer codes xq and a scale xs (both layouts: quant/layout.py). So the products are sums of integers:
 
-Integer sums are exact, and float sums are taken in one order whatever the number of tokens: all instruction sets give
-the same integers, and a token's result does not depend on its neighbours.
+    out[t, r] = sum over groups  scale xs sum((code - zero) xq) + min xs sum(xq)
+              + sum over outliers (k, x) of token t  W[r, k] x
 
-A share of the panels is cut into chunks, which members of a team take from a counter, and steal from each other
-(``threads.team``). Of a few tokens, memory is the limit, so that a chunk prefetches the weights of the next one.
+Integer sums are exact, and float sums are taken in one order: all instruction sets and any number of threads give the
+same bits, and a token's result does not depend on its neighbours.
+
+16 rows of W are a panel, the lanes of a vector. A thread has a share of the panels, cut into chunks that other threads
+may steal (``threads.team``). There are two loops over a share:
+
+- One token (decoding) reads each weight once, and memory is the limit. ``_one_token`` streams four runs of panels at a
+  time and prefetches each of them.
+- Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens in
+  registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens.
 """
 
 from functools import cache
@@ -73,19 +81,19 @@ from ruvllm.kernels.threads.team import Share, take_chunk
 
 _SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))  # accumulators of a tile
 _WIDTH = DOT_PANELS * LANES
-_AT_ONCE = 10 * SIDE  # tokens whose outliers' columns are listed together
+_AT_ONCE = 10 * SIDE  # tokens whose outlier columns are unpacked together
 _RAGGED = _AT_ONCE * _WIDTH  # floats
 _LISTED = _AT_ONCE * OUTLIERS
-_UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used
+_UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
 # Prefetch distance of one token in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
-_NONE = np.float32(-1)  # no column either, and a whole number
+_NONE = np.float32(-1)  # sentinel: matches no column
 
 
 class _Outputs(NamedTuple):
-    """Where a tile's outputs go: those of token t to numbers[start + t step:]."""
+    """Where a tile stores its outputs: those of token t at elements[start + t step:]."""
 
-    numbers: Any
+    elements: Any
     start: Any
     step: Any
 
@@ -99,18 +107,18 @@ def _operands(has_mins, blocks, x, step):
 
 
 def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
-    """quant_matmul for one kind of weights: how it multiplies, what a column of it is, and its code of 0."""
-    most = block_bytes(kind, True)  # a constant: what prefetches these bytes is unrolled
+    """quant_matmul for one kind of weights, given its dot products, how to unpack a column, and its zero point."""
+    most = block_bytes(kind, True)  # a constant, so that the loop that prefetches a block is unrolled
 
     @part_kernel
     def _one_token(has_mins, blocks, x, out, chunks, share):
-        """The only token times STREAMS runs of ``chunks`` panels, read side by side: memory is the limit.
+        """One token times STREAMS runs of ``chunks`` panels, which are streamed side by side.
 
-        A chunk is one panel of each run. Returns the number that came after these: a chunk of what is left, if any.
+        A chunk is one panel of each run. Returns the first chunk number after these: it belongs to the panels left.
         """
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
-        apart, here = chunks * p.groups * p.size, np.int64(0)  # a literal would be compiled apart
+        apart, here = chunks * p.groups * p.size, np.int64(0)  # typed, because a literal would compile a second version
         chunk = take_chunk(share)
         while chunk < chunks:
             panel = share.lo + chunk
@@ -129,7 +137,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 c = add_block(dots, p, (at,), here, g, c)
                 at += apart
                 d = add_block(dots, p, (at,), here, g, d)
-                while k // GROUP == g:  # now, when the blocks are near: to come back would break the streams
+                while k // GROUP == g:  # now, while the blocks are in the cache: coming back would break the streams
                     v = splat_at(outliers, 2 * i + 1)
                     a_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 3 * apart, k), v, a_kept)
                     b_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 2 * apart, k), v, b_kept)
@@ -146,7 +154,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
     @part_kernel
     def _unpack(p, at, columns):
-        """unpack_columns, which tiles of all sizes call."""
+        """unpack_columns, shared by tiles of all sizes."""
         never_inline()
         unpack_columns(column, zero, p, at, columns)
 
@@ -154,12 +162,12 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _tile(p, columns, at, ahead, t, xi, zeros, out):
         """The panels at ``at`` times the tokens from t on, as many as ``zeros`` has accumulators for.
 
-        Their first group is at place ``xi`` of the activations.
+        xi: the index of their first group in the activations.
 
-        The first tile of a chunk prefetches the panels ``ahead`` bytes later, those of the next chunk, a block with
-        each block: so memory and products overlap, where all lines at once would fill the core's list of misses.
-        Before the products, not after: then AVX-512's accumulators stay in registers. It also unpacks the outliers'
-        columns, which its products have brought near. In the other tiles ``ahead`` is 0.
+        The first tile of a chunk prefetches the panels of the next chunk, ``ahead`` bytes later, a block with each
+        block that it multiplies: prefetching all at once would exceed the misses that a core can track. The prefetch
+        comes before the products, so that AVX-512's accumulators stay in registers. This tile also unpacks the outlier
+        columns, whose blocks are then in the cache. In the other tiles ``ahead`` is 0.
         """
         tile, offset = zeros, np.int64(0)
         for _ in range(p.groups):
@@ -170,17 +178,17 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         if ahead:
             _unpack(p, at, columns)
         tile = add_outliers(columns, t, at, zeros, tile)
-        store_panels(out.numbers, out.start + t * out.step, out.step, at, tile)
+        store_panels(out.elements, out.start + t * out.step, out.step, at, tile)
 
     @part_kernel
     def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
-        """All tokens times panels from lo to the share's end, in tiles, from ``chunk`` on.
+        """All tokens times the panels from lo to the end of the share, in tiles; ``chunk`` is the first one claimed.
 
-        A chunk is DOT_PANELS panels and _AT_ONCE tokens; ``before``: how many chunks of another kind there were.
+        A chunk is DOT_PANELS panels and _AT_ONCE tokens. The first ``before`` chunk numbers were _one_token's.
         """
         never_inline()
         tokens, rows = out.shape
-        step = np.int64(GROUP) if UNROLLS else x.xq.shape[3]  # the same, which LLVM then does not know
+        step = np.int64(GROUP) if UNROLLS else x.xq.shape[3]  # the same value, hidden from LLVM to prevent unrolling
         p = _operands(has_mins, blocks, x, step)
         outliers, out = flat(x.outliers), flat(out)
         found, places, unpacked = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
@@ -200,9 +208,9 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             to = _Outputs(out, panel * LANES, rows) if whole else _Outputs(ragged, -first * _WIDTH, _WIDTH)
             t = first
             while t < end:
-                place = t % p.side
-                left, xi = min(p.side - place, end - t), (t - place) * p.groups + place
-                if left >= 6 and left != 9:  # of 9, two of four leave less
+                inner = t % p.side  # of its block of tokens
+                left, xi = min(p.side - inner, end - t), (t - inner) * p.groups + inner
+                if left >= 6 and left != 9:  # 8 or 9 split better into fours
                     _tile(p, columns, at, ahead, t, xi, f32_zeros(_SIX), to)
                     t += 6
                 elif left >= 4:
@@ -227,13 +235,13 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
     @inline_kernel
     def _panels(has_mins, blocks, x, out, share):
-        """quant_matmul for one kind of weights, as many chunks of it as there are left."""
+        """quant_matmul for one kind of weights: the chunks of a share that nobody has claimed."""
         chunks = 0
         if out.shape[0] == 1:
             chunks = max(0, min(share.hi, out.shape[1] // LANES) - share.lo) // STREAMS
         if chunks == 0:
             chunk = take_chunk(share)
-        elif has_mins:  # constants, so that each has code of its own: one loop for both spills registers
+        elif has_mins:  # constants, to compile a version of each: one loop for both spills registers
             chunk = _one_token(True, blocks, x, out, chunks, share)
         else:
             chunk = _one_token(False, blocks, x, out, chunks, share)
@@ -253,10 +261,7 @@ _PANELS = {
 
 @cache
 def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
-    """quant_matmul as a part of larger kernels, for these kinds alone: each takes seconds to compile.
-
-    It computes chunks of a ``Share`` until there are none left.
-    """
+    """quant_matmul of a ``Share`` as a part of larger kernels, for these kinds alone: each takes seconds to compile."""
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
@@ -291,7 +296,7 @@ def quant_matmul_parallel(w, x, out, threads):
 
 
 def linear_quant(w: Panels, x: Rounded, out: np.ndarray) -> np.ndarray:
-    """out (T, N) = x W^T for callers that own their buffers (``model.Linear``): sizes are theirs to guarantee."""
+    """out (T, N) = x W^T for callers that own their buffers (``model.Linear``) and guarantee their sizes."""
     panels = len(w.blocks)
     threads = threads_for(len(out) * w.blocks.size, PARALLEL_MACS, panels)
     if threads == 1:

@@ -1,4 +1,4 @@
-"""Outliers of activations: numbers that are not rounded, and the columns of quantised weights that they multiply."""
+"""Outliers: activations that are not rounded, and the columns of quantised weights that they multiply."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from ruvllm.kernels.simd.vectors import (
     u8_load,
 )
 
-_NO_COLUMN = np.float32(np.inf)  # in a list of columns, behind its end
+_NO_COLUMN = np.float32(np.inf)  # pads a list of columns
 
 
 class Columns(NamedTuple):
@@ -61,9 +61,9 @@ def column_int8(w, at, k):
 
 @inline_kernel
 def list_columns(outliers, lo, hi, found, places):
-    """List each column that is an outlier of tokens lo:hi once in ``found``, and where it stands in ``places``.
+    """List the distinct outlier columns of tokens lo:hi in ``found``, and the offset of each outlier's in ``places``.
 
-    Many tokens have the same ones, so that few are unpacked. Returns how many there are.
+    Many tokens share their outlier columns, so few are unpacked. Returns how many there are.
     """
     count = 0
     for i in range((hi - lo) * OUTLIERS):
@@ -85,7 +85,7 @@ def list_columns(outliers, lo, hi, found, places):
 
 @inline_kernel
 def outlier_column(column, zero, has_mins, w, at, k):
-    """Column k of W, in the block at byte ``at``, as it multiplies an outlier; mins do so in the totals."""
+    """Column k of W, dequantised, from the block at byte ``at``; mins are multiplied in the totals."""
     codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
     return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)
 

@@ -1,4 +1,4 @@
-"""Panels of quantised weights: allocated, packed from row-major groups a few rows at a time, read back by row."""
+"""Panels of quantised weights: allocate them, pack them from row-major groups, unpack rows of them."""
 
 from typing import NamedTuple
 
@@ -66,16 +66,16 @@ def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
 def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
     """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
 
-    A row's quads lie a line apart; the 16 rows of a panel complete the lines while these are in the nearest cache.
+    The quads of a row are a line apart: the 16 rows of a panel complete the lines while they are in the L1 cache.
     """
     count, groups = quads.shape[0], words.shape[1]
     lines = LINES[kind]
-    numbers = words.shape[2] - lines * LANES  # words of scales and mins, before the codes
+    head = words.shape[2] - lines * LANES  # words of scales and mins, before the codes
     for p in range(lo, hi):
         first = p * LANES
         rows = min(LANES, count - first)
         for g in range(groups):
-            to, halves = words[p, g, numbers:], halfs[p, g]
+            to, halves = words[p, g, head:], halfs[p, g]
             for r in range(rows):
                 at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
                 if kind == INT8:
@@ -95,12 +95,12 @@ def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
             for r in range(rows, LANES):
                 for j in range(lines):
                     to[j * LANES + r] = 0
-                for j in range(0, 2 * numbers, LANES):
+                for j in range(0, 2 * head, LANES):
                     halves[j + r] = 0
 
 
 def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
-    """Write the groups of n rows into panels; rows past n, up to the end of the last panel, become zero weights.
+    """Write the groups of n rows into panels; rows past n, up to the end of the last panel, become zeros.
 
     A matrix that comes a few rows at a time goes into ``panels.part(lo, hi)``, lo a multiple of 16.
 
@@ -150,14 +150,14 @@ def _quad(kind, lines, j, r):
 def unpack_quant_rows(kind, zero, words, halfs, ids, out):
     """out[i] (K,) float32 = row ids[i] of blocks, given in words and in halfs.
 
-    zero: the code of 0; -1 where there are mins.
+    zero: the zero point; -1 where there are mins.
     """
     groups, columns, symmetric = words.shape[1], out.shape[1], zero >= 0
-    numbers = words.shape[2] - LINES[kind] * LANES  # words of scales and mins, before the codes
+    head = words.shape[2] - LINES[kind] * LANES  # words of scales and mins, before the codes
     for i in range(ids.shape[0]):
         p, r = ids[i] // LANES, ids[i] % LANES
         for g in range(groups):
-            lines = words[p, g, numbers:]
+            lines = words[p, g, head:]
             scale = f16_to_f32(halfs[p, g, r])
             low = np.float32(0) if symmetric else f16_to_f32(halfs[p, g, LANES + r])
             for j in range(_QUADS):

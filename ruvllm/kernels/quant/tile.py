@@ -1,7 +1,7 @@
-"""The tile of integer products: one or two panels of quantised weights times some tokens, with all sums in registers.
+"""The tile of integer products: one or two panels of quantised weights times a few tokens, with all sums in registers.
 
-Weights and activations lie as quant/layout.py says. A tile is a tuple of accumulators, one for each of its panels and
-tokens: first those of all tokens for the first panel, then those for the second.
+quant/layout.py describes weights and activations. A tile is a tuple of accumulators, one for each panel and token:
+those of all tokens for the first panel, then those for the second.
 """
 
 from typing import Any, NamedTuple
@@ -30,10 +30,10 @@ from ruvllm.kernels.simd.vectors import (
 
 
 class Operands(NamedTuple):
-    """Weights and activations of a product, as flat memory.
+    """Weights and activations of a product, flat.
 
-    A panel is ``groups`` blocks of ``size`` bytes. A block of activations holds ``side`` tokens; ``step`` is the
-    distance from one token's group to the next, GROUP.
+    A panel is ``groups`` blocks of ``size`` bytes. A block of activations holds ``side`` tokens, whose codes of a group
+    are ``step`` = GROUP apart.
     """
 
     has_mins: Any
@@ -48,8 +48,8 @@ class Operands(NamedTuple):
     side: Any
 
 
-# These give sum((code - zero) xq) for the blocks ``offset`` bytes from the places in the tuple ``at``, one for each
-# panel, and the tokens whose numbers of the group lie side by side from place ``xi`` on, as many as ``tile`` has.
+# These compute sum((code - zero) xq) for the blocks ``offset`` bytes after those in the tuple ``at``, one for each
+# panel, and for the tokens whose codes of the group lie side by side from index ``xi`` on, as many as ``tile`` has.
 
 
 @inline_kernel
@@ -58,7 +58,7 @@ def dots_int4(p, at, offset, xi, tile):
     zero = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 0), OFFSETS, at, tile)
     sums = start_rows(zero)
     q = xi * GROUP
-    for j in range(p.step // 8):  # 4, and so is what follows: LLVM unrolls loops only where it knows the step
+    for j in range(p.step // 8):  # = 4, like those below: LLVM unrolls only a known trip count
         lines = lines_of(p.w, at, offset + j * LINE)
         sums = dot_rows(sums, low_nibbles(lines), p.xq, q + 4 * j, p.step)
         sums = dot_rows(sums, high_nibbles(lines), p.xq, q + 4 * j + 16, p.step)
@@ -78,7 +78,7 @@ def dots_int5(p, at, offset, xi, tile):
     sums = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 1), OFFSETS, at, tile)
     q = xi * GROUP
     fifth = lines_of(p.w, at, offset + 4 * LINE)
-    if DOT_PANELS == 2:  # LLVM does not unroll so long a loop, and without it shifts by variable distances
+    if DOT_PANELS == 2:  # by hand: LLVM does not unroll so long a loop, and would shift by variable distances
         sums = _two_of_int5(p, at, offset, fifth, np.int64(0), q, sums)
         sums = _two_of_int5(p, at, offset, fifth, np.int64(1), q, sums)
         sums = _two_of_int5(p, at, offset, fifth, np.int64(2), q, sums)
@@ -103,8 +103,8 @@ def dots_int8(p, at, offset, xi, tile):
 
 @inline_kernel
 def add_block(dots, p, at, offset, xi, tile):
-    """The tile + its blocks at ``offset`` times the group of the activations from ``xi`` on."""
-    if p.has_mins:  # first, as they lie: memory is read fastest in order
+    """The tile plus its blocks at ``offset`` times the group of activations at index ``xi``."""
+    if p.has_mins:  # first, because memory is read fastest in order
         tile = fma_panels(halfs_of(p.w, at, offset + HALFS), p.totals, xi, tile)
     codes = offset + (2 * HALFS if p.has_mins else HALFS)
     sums = dots(p, at, codes, xi, tile)
@@ -113,7 +113,7 @@ def add_block(dots, p, at, offset, xi, tile):
 
 @inline_kernel
 def prefetch_block(p, at, offset, size):
-    """Prefetch ``size`` bytes of each panel, ``offset`` bytes from its place in ``at``."""
+    """Prefetch ``size`` bytes of each panel, ``offset`` bytes after its block in ``at``."""
     for line in range(0, size, LINE):
         for i in range(len(at)):
             prefetch_l2(p.w, at[i] + offset + line)
@@ -123,12 +123,12 @@ if DOT_PANELS == 2:
 
     @inline_kernel
     def panels_at(p, hi, step):
-        """Where panel p begins and the next one; p twice, and the work of two, if it is the last of an odd number."""
+        """The offsets of panel p and the next one; p twice, computed twice, if it is the last of an odd number."""
         return p * step, min(p + 1, hi - 1) * step
 
 else:
 
     @inline_kernel
     def panels_at(p, hi, step):
-        """Where panel p begins."""
+        """The offset of panel p."""
         return (p * step,)

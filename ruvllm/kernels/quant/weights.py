@@ -1,11 +1,11 @@
-"""Quantise and dequantise: float32 numbers as 4- or 8-bit codes in groups of 32 with 16-bit scales.
+"""Quantise and dequantise: float32 as 4- or 8-bit codes in groups of 32 with 16-bit scales.
 
     INT8              x ~ scale code           code -127..127
     INT4, symmetric   x ~ scale (code - 8)     code 0..15, scale of either sign
     INT4, with mins   x ~ scale code + min     code 0..15
 
 Codes are rounded against the scale (and min) as stored, in IEEE half precision, and scales are large enough for every
-element of the group: no error exceeds scale / 2, but for float32 rounding. A group is 32 numbers of the last axis.
+element of the group: no error exceeds scale / 2, but for float32 rounding. A group is 32 elements of the last axis.
 """
 
 from typing import Any
@@ -46,22 +46,22 @@ _ONE_BIT = np.uint16(1)
 _NO_BITS = np.uint16(0)
 _LARGEST_INT8, _REACH_INT8 = np.float32(127), np.float32(127.5)
 
-# Symmetric 4-bit codes stand for -8..7, so scale must be at least low / 8.5 and high / 7.5 for the largest number on
-# either side. Of scales from there up, at which the largest number is FIRST_TARGET - i TARGET_STEP steps, the best is
-# taken: a group that has few distinct values often fits one of them exactly.
+# Symmetric 4-bit codes stand for -8..7, so the scale must be at least low / 8.5 and high / 7.5 for the extremes. The
+# best of the scales from there up is taken, at which the largest magnitude is FIRST_TARGET - i TARGET_STEP steps: a
+# group with few distinct values often fits one of them exactly.
 _REACH_LOW, _REACH_HIGH = np.float32(8.5), np.float32(7.5)
 _ZERO_CODE = np.float32(8)
 _FIRST_TARGET, _TARGET_STEP, _TARGETS = np.float32(8.5), np.float32(0.25), 8
 
-# With mins, the smallest number may lie up to half a step below min and the largest half a step above 15 steps:
-# all combinations of three insets at either end are tried.
+# With mins, the smallest element may be up to half a step below min, and the largest half a step above 15 steps: all
+# combinations of three insets at either end are tried.
 _INSET, _INSETS = np.float32(0.25), 3
 _LAST_CODE, _REACH = np.float32(15), np.float32(15.5)
 
 
 @inline_kernel
 def _load_group(flat, at, left, other):
-    """32 numbers as two vectors; those past the end of the row, ``left`` numbers away, are ``other``."""
+    """A group as two vectors; elements past the end of the row, ``left`` elements away, are ``other``."""
     if left >= GROUP:
         return f32_load(flat, at), f32_load(flat, at + LANES)
     a = lanes_between(f32_load_first(flat, at, left), 0, left, other)
@@ -97,7 +97,7 @@ def _codes(x, inverse, first, last):
 def quantize_rows(kind, x, codes, scales, mins, lo, hi):
     """Rows lo:hi of quantize_int8 or quantize_int4: x (n, K); codes (n, 32 G); scales (n, G); mins (n, G) or (n, 0).
 
-    A scale of infinity means numbers too large for half-precision scales, one of NaN means NaN or infinity in x.
+    A scale of infinity means that x is too large for half-precision scales, one of NaN that x holds NaN or infinity.
     """
     columns, groups = x.shape[1], scales.shape[1]
     flat, to = x.reshape(-1), codes.reshape(-1)
@@ -111,7 +111,7 @@ def quantize_rows(kind, x, codes, scales, mins, lo, hi):
     for row in range(lo, hi):
         for g in range(groups):
             start, left, at = row * columns + g * GROUP, columns - g * GROUP, (row * groups + g) * GROUP
-            # Filled up, for mins, with a number of the group, so that zeros do not widen its range.
+            # With mins, padded with an element of the group, so that zeros do not widen its range.
             a, b = _load_group(flat, start, left, flat[start] if with_mins else _ZERO)
             not_finite = hsum(fma(a, zero, b * zero)) != _ZERO
             low, high = hmax(fmax(zero - a, zero - b)), hmax(fmax(a, b))  # the extremes: -low and high
@@ -121,8 +121,8 @@ def quantize_rows(kind, x, codes, scales, mins, lo, hi):
                 least = fmax(low / _REACH_LOW, high / _REACH_HIGH)
                 flipped = fmax(high / _REACH_LOW, low / _REACH_HIGH)
                 if flipped < least and not with_mins:
-                    sign, least = _SIGN, flipped  # the wider side of the codes serves the positive numbers
-            best, best_low, best_error = _INFINITE_BITS, _NO_BITS, _INFINITY  # none: no half float is large enough
+                    sign, least = _SIGN, flipped  # a negative scale: the side with more codes serves positive elements
+            best, best_low, best_error = _INFINITE_BITS, _NO_BITS, _INFINITY  # unless a half float is large enough
             for i in range(tries):
                 low_bits, fits = _NO_BITS, True
                 if kind == INT8:
@@ -182,7 +182,7 @@ def quantize_int8(x: Any) -> tuple[np.ndarray, np.ndarray]:
     """code = round(x / scale), scale = max|x| / 127 of its group of 32, as an IEEE half float.
 
     Args:
-        x: (..., K) float32. A last group shorter than 32 is filled up with zeros.
+        x: (..., K) float32. A last group shorter than 32 is padded with zeros.
 
     Returns:
         codes (..., 32 G) int8 of -127..127, and the bits of scales (..., G) as uint16; G = ceil(K / 32). No error
@@ -207,8 +207,8 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
     The scale (and min) of a group is that of least squared error among a few that keep each error <= |scale| / 2.
 
     Args:
-        x: (..., K) float32. A last group shorter than 32 is filled up: with zeros if symmetric, else with its first
-            number.
+        x: (..., K) float32. A last group shorter than 32 is padded: with zeros if symmetric, else with its first
+            element.
         symmetric: whether a group has no min.
 
     Returns:
@@ -320,7 +320,7 @@ SPECS = [
         flops=lambda rows, n: 4.0 * rows * n,
         bytes=lambda rows, n: (5.0 + 2 / GROUP) * rows * n,
         sizes=_SIZES,
-        tolerance=1e-6,  # a tie that float32 and float64 round to different sides
+        tolerance=1e-6,  # ties that float32 and float64 round differently
     ),
     KernelSpec(
         name="quantize_int4",
@@ -332,7 +332,7 @@ SPECS = [
         flops=lambda rows, n: 7.0 * _INSETS**2 * rows * n,
         bytes=lambda rows, n: (5.0 + 4 / GROUP) * rows * n,
         sizes=_SIZES,
-        tolerance=1e-3,  # ties as above; and two scales whose errors differ by less than float32 can tell
+        tolerance=1e-3,  # ties as above, and scales whose errors float32 cannot tell apart
     ),
     KernelSpec(
         name="dequantize",

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE): the rotation, from tables or with angles computed on the way.
+"""Rotary position embedding (RoPE): the rotation, from tables or with angles computed on the fly.
 
 Pair i of a head is rotated by the angle ``position * inv_freq[i]``. Two layouts of the pairs exist: *half-split*
 (i, i + D/2) as in Hugging Face's LLaMA, and *interleaved* (2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
@@ -129,7 +129,7 @@ def _require_pairs(dim: int) -> None:
         raise ValueError(f"x: expected an even last axis (head_dim) >= 2, found {dim}")
 
 
-# --- the rotation with angles computed on the way ----------------------------------------------------------------
+# --- the rotation with angles computed on the fly ----------------------------------------------------------------
 
 
 @kernel
@@ -186,7 +186,7 @@ def apply_rope(
     inverse: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rotate pair i of every head of token t by the angle positions[t] inv_freq[i], computed on the way.
+    """Rotate pair i of every head of token t by the angle positions[t] inv_freq[i], computed on the fly.
 
     Args:
         x: (..., T, H, D) float32, D even; leading dimensions are sequences at the same positions.
@@ -197,7 +197,7 @@ def apply_rope(
         out: (..., T, H, D) float32 to write into; may be ``x`` itself.
 
     Returns:
-        (..., T, H, D) float32. Angles are float64 and right at any position that a model can reach.
+        (..., T, H, D) float32. Angles are float64, accurate at any position that a model can reach.
 
     Raises:
         TypeError: ``x`` is not float32, or positions are not integers.

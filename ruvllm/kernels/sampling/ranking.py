@@ -1,4 +1,4 @@
-"""What scores say: argmax, the k largest, and log-probabilities."""
+"""Ranking of scores: argmax, the k largest, and log-probabilities."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ruvllm.kernels.simd.sums import exp_sum, maximum
 from ruvllm.kernels.simd.vectors import must_be_float32
 from ruvllm.kernels.spec import KernelSpec
 
-_BLOCK = 256  # elements whose maximum is looked at before any of them alone
+_BLOCK = 256  # elements whose maximum is compared before single elements
 _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -81,10 +81,10 @@ def sift_down(values, ids, root, size):
 
 
 @kernel(strict=True)
-def top_kselect(x, values, ids):
-    """The k largest of x (n,) in falling order, k <= n; of equal ones the first. values (k,) float32, ids (k,) int64.
+def select_largest(x, values, ids):
+    """The k largest of x (n,), descending, of equal ones the first. values (k,) float32, ids (k,) int64; k <= n.
 
-    The best so far form a heap with the worst on top, and whole blocks that do not beat it are passed over.
+    The best so far form a heap with the worst on top; blocks whose maximum does not beat it are skipped.
     """
     n, k = x.size, values.size
     for i in range(k):
@@ -99,14 +99,14 @@ def top_kselect(x, values, ids):
                 if x[i] > values[0]:
                     values[0], ids[0] = x[i], i
                     sift_down(values, ids, 0, k)
-    for size in range(k - 1, 0, -1):  # the worst of what is left goes to the end
+    for size in range(k - 1, 0, -1):  # the worst of the rest moves to the end
         values[0], values[size] = values[size], values[0]
         ids[0], ids[size] = ids[size], ids[0]
         sift_down(values, ids, 0, size)
 
 
 def top_k(x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest elements of x (n,) float32 in falling order, of equal ones the first.
+    """The k largest elements of x (n,) float32 in descending order, of equal ones the first.
 
     Returns:
         (values (k,) float32, indices (k,) int64).
@@ -126,7 +126,7 @@ def top_k(x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
 def select(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """top_k of a checked vector."""
     values, ids = np.empty(k, np.float32), np.empty(k, np.int64)
-    top_kselect(x, values, ids)
+    select_largest(x, values, ids)
     return values, ids
 
 
@@ -214,9 +214,9 @@ SPECS = [
     KernelSpec(
         name="top_k",
         function=top_k,
-        compiled=(argmax_index, top_kselect),
+        compiled=(argmax_index, select_largest),
         reference=reference.top_k,
-        formula="the k largest of x, falling, and where they are",
+        formula="the k largest of x, descending, and their indices",
         example=lambda rng, n, k: {"x": rng.standard_normal(n, np.float32), "k": min(k, n)},
         flops=lambda n, k: float(n),
         bytes=lambda n, k: 4.0 * n + 12.0 * k,

@@ -11,15 +11,15 @@ from ruvllm.kernels.sampling.ranking import (
     largest,
     log_sum_exp,
     select,
-    top_kselect,
+    select_largest,
     vector,
 )
 from ruvllm.kernels.simd.math import exp
 from ruvllm.kernels.simd.sums import exp_and_sum, exp_sum
 from ruvllm.kernels.spec import KernelSpec
 
-_FIRST_CANDIDATES = 256  # sorted for top-p before it is known how many it keeps
-_FEW = 64  # elements whose exponentials are summed in float32, and looked at one by one where the draw falls
+_FIRST_CANDIDATES = 256  # sorted for top-p before the size of the nucleus is known
+_FEW = 64  # elements whose exponentials are summed in float32
 _ZERO = np.float32(0)
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -71,7 +71,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
 def draw_from_all(x, top, inverse_temperature, u):
     """The index i at which the running sum of exp((x - top) inverse_temperature) passes u times the total.
 
-    Exponentials are computed twice rather than stored: the second time only until the sum is reached.
+    Exponentials are computed twice instead of stored, the second time only until the sum is reached.
     """
     total = 0.0
     for first in range(0, x.size, _FEW):
@@ -106,10 +106,10 @@ def count_at_least(x, threshold):
 
 @kernel(strict=True)
 def cut_and_draw(values, weights, total, top_p, lowest, last_chance, inverse_temperature, u):
-    """Apply top-p, then min-p, then temperature to the falling logits ``values`` (k,), and draw an index from the rest.
+    """Apply top-p, min-p and temperature, in this order, to the descending logits ``values`` (k,), and draw an index.
 
-    total: sum of exp(logit - values[0]) over all tokens, or 0 if ``values`` are all that take part; lowest: least
-    logit that min-p keeps. Returns -1, unless last_chance, where the nucleus reaches beyond ``values``.
+    total: sum of exp(logit - values[0]) over all tokens, or 0 if ``values`` are all candidates; lowest: the least
+    logit that min-p keeps. Returns -1, unless last_chance, if the nucleus reaches beyond ``values``.
     weights: (k,) float32 of scratch.
     """
     k = values.size
@@ -220,7 +220,7 @@ SPECS = [
     KernelSpec(
         name="sample",
         function=sample,
-        compiled=(argmax_index, log_sum_exp, count_at_least, top_kselect, cut_and_draw, draw_from_all),
+        compiled=(argmax_index, log_sum_exp, count_at_least, select_largest, cut_and_draw, draw_from_all),
         reference=reference.sample,
         formula="i with probability softmax(logits / temperature)[i] over what top-k, top-p and min-p keep",
         example=lambda rng, n: {

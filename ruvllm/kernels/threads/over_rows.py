@@ -1,4 +1,4 @@
-"""Rows split over threads: the parallel kernel of a body that takes a range of rows, and a call of one or the other."""
+"""Rows split over threads: the parallel kernel of a body over a range of rows, and calls that choose between them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ruvllm.kernels.threads.pool import launch, threads_for
 
 
 def over_rows(body: Any, step: int = 1) -> Any:
-    """A parallel kernel ``(threads, rows, *arguments)`` of ``body(*arguments, lo, hi)``, cut at multiples of step."""
+    """A parallel kernel ``(threads, rows, *arguments)`` of ``body(*arguments, lo, hi)``, split at multiples of step."""
 
     @parallel_kernel
     def parallel(threads, rows, *arguments):
@@ -22,7 +22,7 @@ def over_rows(body: Any, step: int = 1) -> Any:
 
 
 def over_elements(body: Any) -> Any:
-    """over_rows for a body over a range of float32 elements, cut where a cache line may begin."""
+    """over_rows for a body over a range of float32 elements, split at cache lines."""
     return over_rows(body, 16)
 
 

@@ -2,23 +2,23 @@
 
 One parallel region per token instead of one per operation saves hundreds of launches. But ``prange(n)`` does not
 promise n threads at once: fewer may run (another region is busy, numba was limited, the tasks were nested), and a
-barrier that waits for a thread that never comes hangs. So the team is elastic. Each thread takes a ticket. The first,
-the leader, waits briefly for the others; those who came by then are members. A thread that slept needs up to a
-millisecond to wake: it is admitted later, at the next *admission point*. After the last one the leader closes the gate,
-and whoever comes then leaves at once. Work is split by the team's size, and results do not depend on it.
+barrier that waits for a missing thread hangs. So the team is elastic. Each thread takes a ticket. The first one, the
+leader, waits briefly for the others; those that arrive in time are members. A thread that slept needs up to a
+millisecond to wake, and is admitted later, at the next *admission point*. After the last of these, the leader closes
+the gate, and later threads leave at once. Work is split by the team's size, and results do not depend on it.
 
-Admission, for all members at once: the leader publishes the tickets taken so far before a barrier that stands anyway
-(``offer``). After it every member knows whether the team will grow (``offered``). If so, they meet once more at the
-admission point, and the leader publishes where the newcomers start, how many barriers it has passed, and last the new
-size, for which the newcomers wait (``admit``). Offers alternate between two slots: the leader may have made the next
-one, before a barrier at which it waits, while a slow member still reads the last.
+Admission: before a barrier that is needed anyway, the leader publishes the number of tickets taken (``offer``). After
+it, every member knows whether the team will grow (``offered``). If so, they meet once more at the admission point, and
+the leader publishes where the newcomers start, how many barriers it has passed, and last the new size, for which the
+newcomers wait (``admit``). Offers alternate between two slots: the leader may have made the next one, before a barrier
+at which it waits, while a slow member still reads the last.
 
-Cores differ in speed, and any of them may be busy with something else. So a member's share of large work can be cut
-into chunks, and a member that has finished its own share steals chunks of the others.
+Cores differ in speed, and any of them may be busy with other programs. So a member's share of large work can be cut
+into chunks, and a member that finishes steals chunks from the others.
 
 ``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
-many barriers it has reached, and how many chunks of its shares are taken; each on cache lines of its own, so that a
-barrier moves one line from each to the others.
+many barriers it has reached, and how many chunks of its shares are taken; each on its own cache lines, so that a
+barrier moves one line from each member to the others.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,28 +57,28 @@ __all__ = [
     "time_stamp",
 ]  # fmt: skip
 
-_APART = 16  # numbers from one to the next: two cache lines, which some processors fetch together
+_APART = 16  # stride of counters: two cache lines, which some processors fetch together
 COUNTER_STRIDE = _APART
 _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
-_POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))  # on the line of the size: they change with it
-_CORE = _MEMBERS + 1  # beside a member's barriers: the core that it joined on, see _cores
+_POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))  # on the cache line of the size
+_CORE = _MEMBERS + 1  # next to a member's barrier count: the core that it joined on, see threads/cores.py
 _CHUNKS = _MEMBERS + _APART  # a member's second line: its chunk counters
 COUNTERS = 3  # chunk counters of a member between two barriers
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
-_GRACE = 20000  # pauses (0.2 to 1 ms) that the leader waits for the others
-_SHORT_GRACE = 2000  # pauses (20 to 100 us), where latecomers are admitted
-_EARLY = 64  # pauses (1 to 4 us): a thread that has not slept comes sooner
-_PATIENCE = 1024  # pauses after which a waiting member lets others have its core: it may be what they wait for
+_GRACE = 20000  # pauses (0.2 to 1 ms) for which the leader waits
+_SHORT_GRACE = 2000  # pauses (20 to 100 us), if latecomers can be admitted
+_EARLY = 64  # pauses (1 to 4 us): a thread that was awake arrives sooner
+_PATIENCE = 1024  # pauses after which a waiting member yields its core: the missing member may need it
 
 
 def sync_size(threads: int) -> int:
-    """Numbers that the team of a region of ``threads`` threads needs."""
+    """Elements of the ``sync`` array of a region of ``threads`` threads."""
     return _MEMBERS + threads * (2 * _APART + 2 * MASK_WORDS)
 
 
 @inline_kernel
 def _wait(waited):
-    """One more pause; after 1024, 2048, 4096 .. of them others get the core: seldom, as a busy program keeps it."""
+    """One more pause; after 1024, 2048, 4096 .. of them, yield: rarely, because a busy program keeps the core."""
     if waited >= _PATIENCE and waited & (waited - 1) == 0:
         yield_core()
     pause()
@@ -87,10 +87,10 @@ def _wait(waited):
 
 @inline_kernel
 def join_team(sync, wanted, admission, calls):
-    """Become a member: (rank, team size, admission point), or rank -1 for a thread that came after the gate was closed.
+    """Become a member: (rank, team size, admission point), or rank -1 if the gate is closed.
 
     admission: whether the region has admission points, and calls ``close_gate`` after the last. The point is -1 for
-    members from the beginning. calls: ``scheduler_calls``, to leave a core that another member is on.
+    members from the start. calls: ``scheduler_calls``, to move away from a core that another member is on.
     """
     rank = atomic_add(sync, _TICKET, 1)
     if rank >= _CLOSED:
@@ -101,7 +101,7 @@ def join_team(sync, wanted, admission, calls):
         grace = _SHORT_GRACE if admission else _GRACE
         while waited < grace and atomic_load(sync, _TICKET) < wanted:
             if calls[0] != 0 and waited % _EARLY == _EARLY - 1:
-                yield_core()  # to a thread that woke on this core: it leaves
+                yield_core()  # to a thread that woke on this core, and will move away
             waited = _wait(waited)
         if admission:
             size = atomic_load(sync, _TICKET)
@@ -112,7 +112,7 @@ def join_team(sync, wanted, admission, calls):
         atomic_store(sync, _SIZE, size)
         return rank, size, np.int64(-1)
     leave_taken_core(calls, sync, _CORE, 2 * _APART, rank, len(sync) - 2 * MASK_WORDS * rank)
-    # The gate is read before the size: else the last one admitted could see a closed gate and the size before it.
+    # Read the gate before the size: else the last thread admitted could see a closed gate and the old size.
     closed = atomic_load(sync, _SHUT)
     size = atomic_load(sync, _SIZE)
     while size <= rank:
@@ -142,7 +142,7 @@ def offered(sync, rank):
 
 @inline_kernel
 def admit(sync, rank, size, larger, point):
-    """Admit the threads that wait, at ``point``. All members call it if ``offered`` is larger than the size.
+    """Admit the waiting threads, at ``point``. All members call it if ``offered`` is larger than the size.
 
     Newcomers see what members wrote before.
     """
@@ -155,7 +155,7 @@ def admit(sync, rank, size, larger, point):
 
 @inline_kernel
 def close_gate(sync, rank):
-    """After the last admission point: threads that wait, or come from now on, leave."""
+    """After the last admission point: threads that wait, or arrive later, leave."""
     if rank == 0:
         atomic_add(sync, _TICKET, _CLOSED)
         atomic_store(sync, _SHUT, 1)
@@ -163,7 +163,7 @@ def close_gate(sync, rank):
 
 @inline_kernel
 def barrier(sync, rank, size):
-    """Wait until all ``size`` members are here; what each wrote before is visible to all after."""
+    """Wait for all ``size`` members; what each wrote before is visible to all after."""
     mine = 2 * rank * _APART
     reached = atomic_load(sync, _MEMBERS + mine) + 1
     atomic_store(sync, _MEMBERS + mine, reached)
@@ -220,5 +220,5 @@ def share_of(items, counts, index, member, size):
 
 @inline_kernel
 def part(count, rank, size):
-    """The range lo, hi of ``count`` items that member ``rank`` of ``size`` does."""
+    """The range lo, hi of ``count`` items of member ``rank`` of ``size``."""
     return count * rank // size, count * (rank + 1) // size

@@ -1,4 +1,4 @@
-"""Cross-entropy of predicted tokens, with its gradient (training)."""
+"""Cross-entropy of next-token predictions, with its gradient (training)."""
 
 from typing import Any
 

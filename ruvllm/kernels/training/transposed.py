@@ -204,7 +204,7 @@ def _scratch_of_all() -> np.ndarray:
 def linear_transposed(w: np.ndarray, dy: np.ndarray, dx: np.ndarray, add: bool = False) -> np.ndarray:
     """dx (T, K) = dy (T, N) W, or dx += with ``add``, for packed float weights w (ceil(N / 16), K, 16).
 
-    For callers that own their buffers (``model.Linear``): sizes are theirs to guarantee.
+    For callers that own their buffers (``model.Linear``) and guarantee their sizes.
     """
     units = -(-dx.shape[1] // GROUP)
     threads = threads_for(len(dy) * w.size, PARALLEL_MACS, units)

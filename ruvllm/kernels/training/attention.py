@@ -15,6 +15,7 @@ from numba import prange
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.prefill import scoring_of
+from ruvllm.kernels.attention.tile import Scoring
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES, TILE, Rows, tile_times_panel
 from ruvllm.kernels.memory import aligned_empty
@@ -25,7 +26,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
 QUERIES = 64  # at a time
 _MINUS_INFINITY = np.float32(-np.inf)
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @inline_kernel
@@ -36,7 +37,7 @@ def _up(n, step):
 def backward_scratch_size(length: int, dim: int) -> int:
     """Floats of scratch that one thread needs for sequences of up to ``length`` tokens."""
     wide, tall, keys = -(-dim // LANES) * LANES, -(-dim // TILE) * TILE, -(-length // TILE) * TILE
-    return QUERIES * (2 * dim + 2 * wide + tall + 2 * keys) + keys * (4 * wide + tall)
+    return QUERIES * (2 * dim + 2 * wide + tall + 3 * keys) + keys * (4 * wide + tall)
 
 
 class Batch(NamedTuple):
@@ -58,10 +59,15 @@ class Gradients(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """The queries of a sequence in the lanes of a vector: 16 from ``first`` on, of ``count``."""
+    """The queries of one head in the lanes of a vector: 16 from ``first`` on, of ``count``.
+
+    slopes: the offset in the scratch of the scores' derivatives, where there is a softcap.
+    """
 
     first: Any
     count: Any
+    head: Any
+    slopes: Any
     scoring: Any
 
 
@@ -81,7 +87,8 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
         kv, n = unit % kv_heads, b - a
         keys = _up(n, TILE)
         # Offsets in the scratch: q and do transposed (D, 64) and by rows (64, wide); scores, then P, and dP, then dS,
-        # (keys, 64); k, v, dk, dv by rows (keys, wide); k transposed (tall, keys); dq transposed (tall, 64).
+        # (keys, 64); k, v, dk, dv by rows (keys, wide); k transposed (tall, keys); dq transposed (tall, 64); slopes of
+        # the softcap (keys, 64).
         q_t = 0
         do_t = q_t + dim * QUERIES
         q_r = do_t + dim * QUERIES
@@ -94,6 +101,7 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
         dk_r = v_r + keys * wide
         dv_r = dk_r + keys * wide
         k_t = dv_r + keys * wide
+        slopes = k_t + tall * keys
         for i in range(k_r, k_t + tall * keys):
             scratch[i] = _ZERO
         for s in range(n):
@@ -121,7 +129,8 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
                         _product(scratch, (q_t + j, QUERIES), (k_r + s * wide, wide), dim, (p + at, QUERIES), False)
                         _product(scratch, (do_t + j, QUERIES), (v_r + s * wide, wide), dim, (ds + at, QUERIES), False)
                 for j in range(0, QUERIES, LANES):
-                    _softmax_and_back(scratch, p + j, ds + j, begin, end, Lanes(first + j, n, scoring))
+                    lanes = Lanes(first + j, n, head, slopes + j, scoring)
+                    _softmax_and_back(scratch, p + j, ds + j, begin, end, lanes)
                 for s in range(begin, end, TILE):
                     weights, scores = (p + s * QUERIES, QUERIES), (ds + s * QUERIES, QUERIES)
                     for d in range(0, wide, LANES):
@@ -152,9 +161,17 @@ def _product(scratch, panel, rows, count, out, add):
 @inline_kernel
 def _softmax_and_back(x, p, ds, begin, end, lanes):
     """Scores at p (row s, 16 queries first ..) become P; dP at ds becomes scale P (dP - sum(P dP))."""
-    first, window = lanes.first, lanes.scoring.window
-    factor, queries = splat(lanes.scoring.scale), min(lanes.count - first, LANES)
-    top = splat(_MINUS_INFINITY)
+    first, window, cap, sinks = lanes.first, lanes.scoring.window, lanes.scoring.softcap, lanes.scoring.sinks
+    scale, queries = splat(lanes.scoring.scale), min(lanes.count - first, LANES)
+    factor = scale if cap == 0 else splat(_ONE)
+    if cap > 0:
+        for s in range(begin, end):
+            at = s * QUERIES
+            u = f32_load(x, p + at) * splat(lanes.scoring.scale / cap)
+            tanh = splat(_ONE) - splat(_TWO) / (exp(u + u) + splat(_ONE))
+            f32_store(x, p + at, tanh * splat(cap))
+            f32_store(x, lanes.slopes + at, scale - scale * tanh * tanh)
+    top = splat(_MINUS_INFINITY if sinks.size == 0 else sinks[lanes.head])
     for s in range(begin, end):
         at = p + s * QUERIES
         # Query first + j sees key s if s <= first + j < s + window; queries past the end see nothing.
@@ -162,6 +179,8 @@ def _softmax_and_back(x, p, ds, begin, end, lanes):
         top = fmax(top, seen)
     top = fmax(top, splat(np.float32(-1e30)))  # where every score is -inf
     total, delta = f32_zero(), f32_zero()
+    if sinks.size > 0:
+        total = exp(splat(sinks[lanes.head]) - top)
     for s in range(begin, end):
         at = s * QUERIES
         e = lanes_between(exp(f32_load(x, p + at) * factor - top), s - first, min(s + window - first, queries), _ZERO)
@@ -174,7 +193,8 @@ def _softmax_and_back(x, p, ds, begin, end, lanes):
         at = s * QUERIES
         weights = f32_load(x, p + at) * inverse
         f32_store(x, p + at, weights)
-        f32_store(x, ds + at, weights * (f32_load(x, ds + at) - delta) * factor)
+        slope = scale if cap == 0 else f32_load(x, lanes.slopes + at)
+        f32_store(x, ds + at, weights * (f32_load(x, ds + at) - delta) * slope)
 
 
 @parallel_kernel
@@ -221,13 +241,19 @@ def attention_backward(
         raise ValueError(f"starts: expected ascending numbers from 0 to {tokens}, found {starts.tolist()}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected a positive integer, found {window!r}")
-    scoring = scoring_of(window, check.attention_scale(scale, dim))
+    return attention_gradients(Batch(q, k, v, do, starts), scoring_of(window, check.attention_scale(scale, dim)))
+
+
+def attention_gradients(batch: Batch, scoring: Scoring) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """attention_backward of arrays that fit, with any ``Scoring``; none of its sinks."""
+    q, k, v = batch.q, batch.k, batch.v
+    heads, dim = q.shape[1:]
     to = Gradients(np.empty_like(q), np.empty_like(k), np.empty_like(v))
     if q.size:
-        units = len(lengths) * kv_heads
+        lengths = np.diff(batch.starts)
+        units = len(lengths) * k.shape[1]
         threads = threads_for(int(heads * dim * np.sum(lengths * lengths)), PARALLEL_MACS, units)
         scratch = aligned_empty((threads, backward_scratch_size(int(lengths.max()), dim)))
-        batch = Batch(q, k, v, do, starts)
         if threads == 1:
             attention_backward_units(batch, scoring, to, scratch[0], 0, units)
         else:

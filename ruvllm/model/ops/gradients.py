@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm.kernels.attention.prefill import scoring_of
+from ruvllm.kernels.attention.public import attend_sequence
 from ruvllm.kernels.experts import route_tokens
 from ruvllm.kernels.memory import aligned_empty
+from ruvllm.kernels.training.attention import Batch, attention_gradients
 from ruvllm.model.activations import Activations
 from ruvllm.model.linear import Linear
 
@@ -251,16 +254,14 @@ class Gradients:
         softcap: float | None = None, sinks: np.ndarray | None = None,
     ) -> Node:  # fmt: skip
         """Causal attention within each sequence -> (T, H D)."""
-        attended = aligned_empty(q.shape)
+        attended, scoring = aligned_empty(q.shape), scoring_of(window, scale, softcap, sinks)
         for a, b in pairwise(self.starts):
-            K.flash_attention(
-                q.array[a:b], k.array[a:b], v.array[a:b], window=window, scale=scale, out=attended[a:b]
-            )  # fmt: skip
+            attend_sequence(q.array[a:b], k.array[a:b], v.array[a:b], True, scoring, attended[a:b])
         out = self._node(lambda: attended.reshape(len(attended), -1), q, k, v)
 
         def back() -> None:
             dy = out.take().reshape(q.shape)
-            gradients = K.attention_backward(q.array, k.array, v.array, dy, self.starts, window, scale)
+            gradients = attention_gradients(Batch(q.array, k.array, v.array, dy, self.starts), scoring)
             for x, dx in zip((q, k, v), gradients, strict=True):
                 x.receive(dx)
 

@@ -47,8 +47,9 @@ from tests.report.report_cases import ALL_ROWS, a_report
 LONGEST = 700  # characters: ModelConfig, all of whose fields are small
 # Handed to nobody, with all that is below: the inside of a file, of a compiler, of a forward pass, of measuring.
 INSIDE = (
-    "ruvllm.checkpoint.fields", "ruvllm.checkpoint.gguf_header", "ruvllm.checkpoint.gguf_writer",
-    "ruvllm.checkpoint.groups", "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source",
+    "ruvllm.checkpoint.fields", "ruvllm.checkpoint.four_bits", "ruvllm.checkpoint.gguf_header",
+    "ruvllm.checkpoint.gguf_writer", "ruvllm.checkpoint.groups", "ruvllm.checkpoint.packed",
+    "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source", "ruvllm.checkpoint.unpacked",
     "ruvllm.kernels.jit", "ruvllm.kernels.simd",
     "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant", "ruvllm.kernels.tape", "ruvllm.kernels.threads",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",

@@ -217,6 +217,13 @@ def test_pull_of_a_directory_takes_what_is_needed_and_no_pickles(user: User) -> 
         assert (folder / shards[2]).read_bytes() == (tiny.directory("bf16_sharded_tied") / shards[2]).read_bytes()
 
 
+def test_pull_takes_settings_of_quantised_weights_that_stand_beside_config_json(user: User) -> None:
+    settings = {"quantize_config.json": b'{"bits": 4}', "quant_config.json": b'{"w_bit": 4}'}
+    with fake_hub(o__tiny=Repository(directory_repository().files | settings)) as hub:
+        user.pull(hub, "o/tiny")
+        assert settings.keys() <= set(hub.fetched())
+
+
 def test_a_mirror_that_lists_files_by_the_tree_alone(user: User) -> None:
     with fake_hub(o__tiny=Repository({"a-Q4_0.gguf": Q4, "a-Q8_0.gguf": b"small"}, tree=True)) as hub:
         for name, content in (("o/tiny:Q4_0", Q4), ("o/tiny:Q8_0", b"small")):

@@ -22,6 +22,7 @@ from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexi
 from ruvllm.streaming import Generation, Stream, Timings
 
 if TYPE_CHECKING:
+    from ruvllm.checkpoint.reasoning import Separator
     from ruvllm.checkpoint.tool_schema import Tool
     from ruvllm.model.training import Step, Trainer
     from ruvllm.model.training_data import Example
@@ -179,7 +180,7 @@ class LLM:
         enable_thinking: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> Stream:
-        """Pieces of the continuation of ``prompt`` as they are made.
+        """Pieces of the continuation of ``prompt`` as they are made; ``Stream.parts`` has what was thought before, too.
 
         Args:
             prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which go through the model's
@@ -187,7 +188,8 @@ class LLM:
             max_tokens: how many tokens at the most; None: until the model ends or its context is full.
             temperature: 0 takes the most likely token each time.
             top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
-            stop: strings that end the text; they are not part of it. The model's files may name more.
+            stop: strings that end the text; they are not part of it. The model's files may name more. They are not
+                looked for in what a model thinks before it answers.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
             kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
@@ -228,8 +230,8 @@ class LLM:
             self.model, cache, ids[held:], sampling, cache.max_tokens if max_tokens is None else max_tokens, logprobs
         )
         timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
-        # A SentencePiece text loses the space that begins it; an answer should, a continuation should not.
-        return Stream(self.tokenizer, timings, tokens, stop, continuation=not _is_chat(prompt))
+        thoughts = self._separator(ids, template, tools is not None) if _is_chat(prompt) else None
+        return Stream(self.tokenizer, timings, tokens, stop, thoughts)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""
@@ -241,7 +243,9 @@ class LLM:
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """The answer to a conversation, through the model's chat template or ``template=``; options as in ``stream``.
 
-        messages: [{"role": "user", "content": "..."}, ...]. Raises TypeError for anything else.
+        messages: [{"role": "user", "content": "..."}, ...]; answers of the model may have "tool_calls" and
+        "reasoning_content", the ``reasoning`` of a Generation: the template says which of them the model sees again.
+        Raises TypeError for anything else.
         """
         if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
             raise TypeError(f"messages: expected [{{'role': 'user', 'content': '...'}}, ...], found {messages!r:.60}")
@@ -317,6 +321,12 @@ class LLM:
                 raise ValueError(f"{name}: expected with messages, found a prompt of type {type(prompt).__name__}")
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         return self.model.checked_ids(ids, "prompt")
+
+    def _separator(self, ids: np.ndarray, template: str | None, with_tools: bool) -> Separator:
+        from ruvllm.checkpoint.chat import chosen_template
+        from ruvllm.checkpoint.reasoning import separator
+
+        return separator(self.tokenizer, chosen_template(self.tokenizer, template, with_tools)[0], ids.tolist())
 
     def __repr__(self) -> str:
         return f"LLM({printable(self.path.name)}: {self.model!r})"

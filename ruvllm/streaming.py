@@ -1,4 +1,4 @@
-"""An answer as it is made: its text in whole characters, cut at stop strings, with what it took."""
+"""An answer as it is made: its text in whole characters, apart from what was thought, cut at stop strings, timed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruvllm._brief import brief
+from ruvllm.checkpoint.reasoning import Piece, Separator, Whole, may_begin
 from ruvllm.errors import ContextFullError
 from ruvllm.model.generate import Token
 
@@ -35,6 +36,8 @@ class Timings:
 class Generation:
     """A finished answer.
 
+    text: without what the model thought before, which is ``reasoning`` ("" for a model that does not, and for prompts
+    that are no chat). ids: of both, with the tokens that mark them.
     finish_reason: "stop" (end-of-text token or a stop string) or "length" (max_tokens or context full).
     logprobs: one entry per id, when asked for: (log-probability, the likeliest alternatives as (id, logprob)).
     """
@@ -44,6 +47,7 @@ class Generation:
     finish_reason: str = ""
     timings: Timings = field(default_factory=Timings)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] | None = None
+    reasoning: str = ""
 
     __repr__ = brief
 
@@ -52,13 +56,21 @@ class Generation:
 
 
 class Stream:
-    """Iterate over pieces of the answer as they come; ``result`` is the Generation so far."""
+    """Iterate over pieces of the answer as they come; ``result`` is the Generation so far.
+
+    ``parts()`` iterates over the reasoning too, where a model thinks before it answers: each is a Piece, with its
+    ``text`` and whether it is ``reasoning``.
+    """
 
     def __init__(
-        self, tokenizer: Any, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...], continuation: bool
-    ) -> None:
+        self, tokenizer: Any, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...],
+        separator: Separator | None = None,
+    ) -> None:  # fmt: skip
         self.result = Generation(timings=timings)
-        self._pieces = self._run(tokenizer, tokens, stop, continuation)
+        # A SentencePiece text loses the space that begins it; an answer should, a continuation should not.
+        decoder = tokenizer.stream_decoder(continuation=separator is None)
+        self._parts = self._run(tokens, set(tokenizer.eos_ids), decoder, separator or Whole(), _Stops(stop))
+        self._pieces = (part.text for part in self._parts if not part.reasoning)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -66,15 +78,17 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self, tokenizer: Any, tokens: Iterator[Token], stop: tuple[str, ...], continuation: bool) -> Iterator[str]:
+    def parts(self) -> Iterator[Piece]:
+        """The pieces that are still to come, those of the reasoning included."""
+        return self._parts
+
+    def _run(
+        self, tokens: Iterator[Token], ends: set[int], decoder: Any, separator: Separator, stops: _Stops
+    ) -> Iterator[Piece]:
         result, timings = self.result, self.result.timings
-        decoder = tokenizer.stream_decoder(continuation=continuation)
-        ends = set(tokenizer.eos_ids)
-        held = ""  # decoded text that may turn out to begin a stop string
         started = time.perf_counter()
         first = started
         result.finish_reason = "length"
-        ended = False  # no more text: what the decoder still holds is shown, as `decode` shows it
         try:
             for token in tokens:
                 now = time.perf_counter()
@@ -83,48 +97,51 @@ class Stream:
                 timings.tokens += 1
                 timings.seconds = now - first
                 if token.id in ends:
-                    result.finish_reason, ended = "stop", True
+                    result.finish_reason = "stop"
                     break
                 result.ids.append(token.id)
                 if token.logprob is not None:
                     result.logprobs = result.logprobs or []
                     result.logprobs.append((token.logprob, token.top_logprobs))
-                held += decoder.push(token.id)
-                cut = _first_stop(held, stop)
-                if cut >= 0:
-                    result.finish_reason = "stop"
-                    held = held[:cut]
+                yield from self._shown(separator.push(token.id, decoder.push(token.id)), stops)
+                if stops.reached:
                     break
-                ready = len(held) - _may_begin_stop(held, stop)
-                if ready:
-                    piece, held = held[:ready], held[ready:]
-                    result.text += piece
-                    yield piece
-            else:
-                ended = True
         except ContextFullError:
             if not timings.tokens:
                 raise
-            ended = True
-        if ended:
-            held += decoder.finish()
-            cut = _first_stop(held, stop)
-            if cut >= 0:
-                result.finish_reason, held = "stop", held[:cut]
-        if held:
-            result.text += held
-            yield held
+        if not stops.reached:  # no more tokens: what the decoder still holds is shown, as `decode` shows it
+            yield from self._shown(separator.finish(decoder.finish()), stops)
+        if stops.reached:
+            result.finish_reason = "stop"
+        elif rest := stops.held:
+            result.text += rest
+            yield Piece(rest)
+
+    def _shown(self, pieces: Iterator[Piece], stops: _Stops) -> Iterator[Piece]:
+        for text, reasoning in pieces:
+            if reasoning:
+                self.result.reasoning += text
+                yield Piece(text, reasoning)
+            elif ready := stops.push(text):
+                self.result.text += ready
+                yield Piece(ready)
+            if stops.reached:
+                return
 
 
-def _first_stop(text: str, stop: tuple[str, ...]) -> int:
-    """Where the first stop string begins in ``text``, or -1."""
-    return min((i for i in map(text.find, stop) if i >= 0), default=-1)
+class _Stops:
+    """Strings that end an answer. Text that may turn out to begin one is ``held``."""
 
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self._strings = strings
+        self.held = ""
+        self.reached = False
 
-def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of ``text`` that is the beginning of a stop string."""
-    longest = max((len(s) for s in stop), default=1) - 1
-    for n in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-n:]) for s in stop):
-            return n
-    return 0
+    def push(self, text: str) -> str:
+        """The text that is certain to be shown."""
+        self.held += text
+        cut = min((i for i in map(self.held.find, self._strings) if i >= 0), default=-1)
+        self.reached = cut >= 0
+        ready = cut if self.reached else len(self.held) - may_begin(self.held, self._strings)
+        shown, self.held = self.held[:ready], self.held[ready:]
+        return shown

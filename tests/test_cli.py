@@ -11,6 +11,7 @@ import pytest
 
 import ruvllm
 from ruvllm.checkpoint import hub
+from ruvllm.checkpoint.reasoning import Piece
 from ruvllm.cli import _parser, main
 from ruvllm.errors import ContextFullError, DownloadError
 from ruvllm.model import llama
@@ -33,12 +34,20 @@ class FakeStream:
             timings=Timings(prompt_tokens=7, prompt_seconds=0.25, tokens=26, seconds=2.0),
         )
 
-    def __iter__(self):
+    def parts(self):
         for piece in self.pieces:
-            self.result.text += piece
-            yield piece
+            reasoning = isinstance(piece, Thought)
+            if reasoning:
+                self.result.reasoning += piece
+            else:
+                self.result.text += piece
+            yield Piece(str(piece), reasoning)
         if self.error is not None:
             raise self.error
+
+
+class Thought(str):
+    """A piece of a FakeStream that is no part of the answer."""
 
 
 class FakeCache(str):
@@ -528,6 +537,64 @@ def test_chat_keeps_the_conversation_and_resets_it(llm, typed, capsys):
     assert [prompt for prompt, _ in llm.asked] == [[*system, *user("first")], second, [*system, *user("third")]]
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
     assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens in f32"}
+
+
+def test_what_is_thought_goes_to_stderr_and_on_to_the_template(llm, typed, capsys):
+    llm.answers = [FakeStream([Thought("Let me [see] :smile:\n"), Thought("so"), "one", " two"]), FakeStream(["three"])]
+    typed("first", "second")
+    assert main(["chat", "m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "one two\nthree\n"
+    assert "\nLet me [see] :smile:\nso\n\n[7 prompt tokens" in err
+    answered = {"role": "assistant", "content": "one two", "reasoning_content": "Let me [see] :smile:\nso"}
+    assert llm.asked[1][0] == [*user("first"), answered, *user("second")]
+    llm.answers = [FakeStream([Thought("hm"), "one"])]
+    assert main(["generate", "m", "x", "-q"]) == 0
+    assert capsys.readouterr() == ("one\n", "")
+
+
+def test_reasoning_is_dim_on_a_terminal(llm, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    llm.answers = [FakeStream([Thought(" let"), Thought(" me"), "one"])]
+    assert main(["generate", "m", "x"]) == 0
+    assert sys.stderr.getvalue().startswith("\x1b[2m let\x1b[0m\x1b[2m me\x1b[0m")
+
+
+@pytest.mark.parametrize("command", [["generate", "m", "x"], ["chat", "m"]])
+def test_options_of_templates(command, llm, typed, capsys):
+    typed("x")
+    for given, options in (
+        ([], {}),
+        (["--no-think"], {"enable_thinking": False}),
+        (["--think"], {"enable_thinking": True}),
+        (["--template-args", '{"a": [1, null]}'], {"template_args": {"a": [1, None]}}),
+        (["--chat-template-kwargs", "{}", "--no-think"], {"template_args": {}, "enable_thinking": False}),
+    ):
+        typed("x")
+        llm.asked.clear()
+        assert main([*command, *given]) == 0
+        asked = llm.asked[0][1]
+        assert {name: asked[name] for name in ("enable_thinking", "template_args") if name in asked} == options
+    capsys.readouterr()
+    for wrong in ("[1]", "{", "a=1"):
+        typed("x")
+        assert main([*command, "--template-args", wrong]) == 2
+        assert f"--template-args: expected a JSON object, found {wrong!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--no-think"], ["--template-args", "{}"], ["--system", "s"]])
+def test_options_of_templates_need_one(option, llm, capsys):
+    assert main(["generate", "m", "x", "--raw", *option]) == 2
+    assert "of a chat, which --raw leaves out" in capsys.readouterr().err
+    llm.tokenizer.chat_template = None
+    assert main(["generate", "m", "x", *option]) == 2
+    assert f"{option[0]}" in (err := capsys.readouterr().err) and "m has no chat template" in err
 
 
 def test_chat_needs_a_template(llm, typed, capsys):

@@ -408,6 +408,44 @@ def test_odd_messages(llm: LLM, messages: list[dict[str, str]], message: str) ->
         llm.chat(messages)
 
 
+# --- reasoning ---------------------------------------------------------------------------------------------------
+
+THINKING = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+THOUGHT = "<think>\nLet me see. STOP\n\nYes.\n</think>\n\nThe answer é STOP and more"
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_reasoning_is_told_apart_from_the_answer(saying: Any, opened: bool) -> None:
+    """Also where the template has written <think> into the prompt already."""
+    template = THINKING + ("<think>\n" if opened else "")
+    llm = saying(THOUGHT.removeprefix("<think>\n") if opened else THOUGHT)
+    answer = llm.chat(USER, max_tokens=200, template=template)
+    assert (answer.reasoning, answer.text) == ("Let me see. STOP\n\nYes.", "The answer é STOP and more")
+    assert (str(answer), answer.finish_reason) == (answer.text, "length")
+    stopped = llm.chat(USER, max_tokens=200, template=template, stop="STOP")  # which it may think
+    assert (stopped.reasoning, stopped.text, stopped.finish_reason) == (answer.reasoning, "The answer é ", "stop")
+    stream = llm.stream(USER, max_tokens=200, template=template, stop=["STOP"])
+    assert "".join(stream) == stream.result.text == stopped.text
+    assert stream.result.reasoning == answer.reasoning
+    parts = list(llm.stream(USER, max_tokens=200, template=template).parts())
+    assert "".join(part.text for part in parts if part.reasoning) == answer.reasoning
+    assert "".join(part.text for part in parts if not part.reasoning) == answer.text
+    assert [part.reasoning for part in parts] == sorted((part.reasoning for part in parts), reverse=True)
+    assert len(parts) > 30
+
+
+def test_an_answer_that_is_cut_off_in_its_reasoning_has_no_text(saying: Any) -> None:
+    answer = saying(THOUGHT).chat(USER, max_tokens=19, template=THINKING)
+    assert (answer.reasoning, answer.text, answer.finish_reason) == ("Let me see.", "", "length")
+    assert answer.ids == list(THOUGHT.encode()[:19])
+
+
+def test_texts_and_models_that_do_not_think_are_left_as_they_are(saying: Any) -> None:
+    llm = saying(THOUGHT)
+    for answer in (llm.chat(USER, max_tokens=200), llm.generate("<think>\n", max_tokens=200)):
+        assert (answer.reasoning, answer.text) == ("", THOUGHT)
+
+
 # --- perplexity --------------------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,9 @@ INSIDE = (
     "ruvllm.report.bench", "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.rust_report",
     "ruvllm.report.tables",
 )  # fmt: skip
-NEVER_MADE = {"Kind", "MetadataFile", "Penalty", "Weights", "SafetensorsIndex", "TrainingPass"}
+NEVER_MADE = {
+    "Kind", "MetadataFile", "Penalty", "Weights", "SafetensorsIndex", "TrainingPass", "Separator", "Whole",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,7 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield llm.stream("x" * 100, max_tokens=100)
     answer = llm.generate("x" * 100, max_tokens=100, logprobs=200)
     yield answer
+    yield from llm.stream("x" * 100, max_tokens=10).parts()
     yield Token(1, -0.5, answer.logprobs[0][1] if answer.logprobs else ())
     yield Sampling()
     yield llm.new_cache(200)

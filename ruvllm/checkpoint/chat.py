@@ -77,7 +77,7 @@ def encode_chat(
         ModelFormatError: the template is damaged, asks for what is not allowed, or for more time or memory than any
             template needs (see `_template`).
     """
-    source, path = _source(tokenizer, template, tools is not None)
+    source, path = chosen_template(tokenizer, template, tools is not None)
     controls = _Controls(tokenizer)
     named = tokenizer.special_tokens
     marks = {text: tokenizer.mark(i) for text, i in controls.ids.items() if text in source or text in named.values()}
@@ -96,8 +96,8 @@ def encode_chat(
     return tokenizer.with_prefix(ids) if add_special else ids
 
 
-def _source(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> tuple[str, str]:
-    """The template that is meant, and the path that it is from, for errors."""
+def chosen_template(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> tuple[str, str]:
+    """The template that `encode_chat` takes, and the path that it is from, for errors. Raises: ValueError."""
     if tokenizer.missing is not None:
         raise ValueError(tokenizer.missing)
     named = tokenizer.named_templates

@@ -30,7 +30,7 @@ Models and compiled kernels are kept in the user's cache directory (`ruvllm info
 
 _GENERATE = """\
 Answer a prompt. A model that brings a chat template answers it as a user's message; --raw continues it as plain text.
-The answer goes to stdout as it comes, times and speed to stderr.
+The answer goes to stdout as it comes; what a model thinks before it, times and speed go to stderr.
 
 examples:
   ruvllm generate smollm2-135m "Why is the sky blue?"
@@ -46,6 +46,7 @@ Lines from a pipe are one message each.
 examples:
   ruvllm chat
   ruvllm chat model.gguf --system "You are a pirate." --temp 0.9
+  ruvllm chat Qwen/Qwen3-0.6B --no-think
 """
 
 _PERPLEXITY = """\
@@ -354,7 +355,15 @@ def _answering() -> Parser:
         "--chat-template", "--chat-template-file", dest="template", metavar="TEMPLATE",
         help="a chat template in place of the usual one: its text (Jinja), a file, or a name that the model knows",
     )  # fmt: skip
-    parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times")
+    parser.add_argument(
+        "--template-args", "--chat-template-kwargs", dest="template_args", metavar="JSON",
+        help='further variables of the template, such as \'{"reasoning_effort": "low"}\'',
+    )  # fmt: skip
+    parser.add_argument(
+        "--think", action=argparse.BooleanOptionalAction,
+        help="whether a model that can do both thinks before it answers (default: as its template has it)",
+    )  # fmt: skip
+    parser.add_argument("-q", "--quiet", action="store_true", help="print answers alone, no times and no reasoning")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ _CHAT_HELP = """\
 /exit   leave (also Ctrl-D)
 Ctrl-C  end the answer"""
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -35,16 +36,16 @@ def generate(args: argparse.Namespace) -> None:
     if operand is not None and args.prompt is not None:
         raise ValueError("prompt given twice: as an argument and as --prompt")
     prompt = read_text(args.prompt if operand is None else operand, args.file, "prompt").removesuffix("\n")
-    for option, value in (("--system", args.system), ("--chat-template", args.template)):
+    of_chats = {"--system": args.system, "--template-args": args.template_args, "--think, --no-think": args.think}
+    for option, value in {**of_chats, "--chat-template": args.template}.items():
         if args.raw and value is not None:
-            raise ValueError(f"{option} is of a chat, which --raw leaves out")
+            raise ValueError(f"{option}: of a chat, which --raw leaves out")
     options = _options(args)
     llm = load_model(args, model)
     if args.raw or not _has_template(llm, args.template, model):
-        if args.system is not None:
-            raise ValueError(
-                f"{model} has no chat template, so it knows no --system message; --chat-template gives one"
-            )
+        for option, value in of_chats.items():
+            if value is not None:
+                raise ValueError(f"{option}: of a chat, but {model} has no chat template; --chat-template gives one")
         request: str | list[Message] = prompt
     else:
         request = [*_system(args), {"role": "user", "content": prompt}]
@@ -106,7 +107,10 @@ def _turn(
             raise
         print(flush=True)
         _note("interrupted")
-    messages += [question, {"role": "assistant", "content": stream.result.text}]
+    result = stream.result
+    # The template drops what was thought in past turns, or keeps it where the model expects that.
+    thoughts = {"reasoning_content": result.reasoning} if result.reasoning else {}
+    messages += [question, {"role": "assistant", "content": result.text, **thoughts}]
 
 
 def perplexity(args: argparse.Namespace) -> None:
@@ -178,6 +182,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         checked(text, "--stop")
     if args.template is not None:
         given["template"] = _template(args.template)
+    if args.think is not None:
+        given["enable_thinking"] = args.think
+    if args.template_args is not None:
+        given["template_args"] = _json_object(args.template_args)
     seed = None if args.seed == -1 else args.seed
     return given | {"seed": seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
 
@@ -187,6 +195,16 @@ def _template(given: str) -> str:
     if "{" in given or not _is_template(given):
         return checked(given, "--chat-template")
     return read_text(None, given, "chat template")
+
+
+def _json_object(given: str) -> dict[str, Any]:
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--template-args: expected a JSON object, found {given!r}")
+    return found
 
 
 def _is_template(given: str) -> bool:
@@ -212,9 +230,16 @@ def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
 
 
 def _show_answer(stream: Stream, cache: KVCache | None, args: argparse.Namespace) -> None:
-    """Print an answer to stdout as it comes, then its times to stderr."""
-    for piece in stream:
-        print(piece, end="", flush=True)
+    """Print an answer to stdout as it comes; to stderr what was thought before it, and at the end its times."""
+    thinking = False
+    for text, reasoning in stream.parts():
+        if not reasoning:
+            if thinking and not args.quiet:
+                _note("\n")
+            print(text, end="", flush=True)
+        elif not args.quiet:
+            _note(text, end="")
+        thinking = reasoning
     print(flush=True)
     if not args.quiet:
         _note(_summary(stream.result, cache is not None and len(cache) >= cache.max_tokens))
@@ -231,9 +256,9 @@ def _summary(result: Generation, full: bool) -> str:
     return f"[{prompt}; {made}; {ended}]"
 
 
-def _note(text: str) -> None:
-    """A remark beside the answer: on stderr, so that stdout holds the model's words alone."""
-    show(text, stderr=True, style="dim", markup=False, soft_wrap=True)
+def _note(text: str, end: str = "\n") -> None:
+    """A remark beside the answer: on stderr, so that stdout holds the model's answer alone."""
+    show(text, stderr=True, style="dim", markup=False, emoji=False, soft_wrap=True, end=end)
 
 
 def _next_line(interactive: bool) -> str | None:

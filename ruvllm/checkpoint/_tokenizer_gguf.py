@@ -9,7 +9,7 @@ expression, the model's own is used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -224,8 +224,7 @@ def _named_id(keys: Fields, name: str, pieces: list[str], model: str) -> int | N
 
 def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[str, int | None]) -> tuple[int, ...]:
     """The file's end token, its end-of-turn and end-of-message tokens, then others known by their spelling."""
-    spelt = spelt_ends(pieces, kinds)
-    return tuple(dict.fromkeys([*_listed_ends(keys, named, len(pieces)), *spelt]))
+    return all_ends(_listed_ends(keys, named, len(pieces)), pieces, kinds)
 
 
 def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _ANY_ID) -> tuple[int, ...]:
@@ -239,14 +238,16 @@ def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _AN
     return tuple(dict.fromkeys(given))
 
 
-def spelt_ends(pieces: Sequence[str | None], kinds: bytearray) -> list[int]:
-    """The control and user-defined tokens that are known, by their spelling, to end a turn or a text."""
-    ids = ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED)
-    spelt = {i: piece for i in ids if (piece := pieces[i]) in _END_OF_TURN}
-    spelt = {i: piece for i, piece in spelt.items() if piece != _END_OR_TAG or kinds[i] == Kind.CONTROL}
-    if {"<|return|>", "<|call|>"} <= {*spelt.values()}:  # there <|end|> only ends one message of several
-        return [i for i, piece in spelt.items() if piece != "<|end|>"]
-    return list(spelt)
+def all_ends(listed: Iterable[int], pieces: Sequence[str | None], kinds: bytearray) -> tuple[int, ...]:
+    """The tokens that are listed as ends, then control and user-defined ones that are known by their spelling.
+
+    Without <|end|> where there are <|return|> and <|call|>: it only ends one message of several, whatever a file says.
+    """
+    spelt = [i for i in ids_of_kind(kinds, Kind.CONTROL, Kind.USER_DEFINED) if pieces[i] in _END_OF_TURN]
+    spelt = [i for i in spelt if pieces[i] != _END_OR_TAG or kinds[i] == Kind.CONTROL]
+    ends = dict.fromkeys([*listed, *spelt])
+    harmony = {"<|return|>", "<|call|>"} <= {pieces[i] for i in ends}
+    return tuple(i for i in ends if not (harmony and pieces[i] == "<|end|>"))
 
 
 def _surrounding(keys: Fields, name: str, default: bool, token: int | None) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ruvllm.checkpoint._added_tokens import add_named_tokens, read_named_tokens
-from ruvllm.checkpoint._tokenizer_gguf import looks_like_control, spelt_ends, splits_of
+from ruvllm.checkpoint._tokenizer_gguf import all_ends, looks_like_control, splits_of
 from ruvllm.checkpoint._tokenizer_keys import GENERATION_CONFIG_NEUTRAL, TOKENIZER_CONFIG_NEUTRAL, require_neutral
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, MAX_TOKENS_BYTES, listed_ends, read_if_there
@@ -264,7 +264,7 @@ def _end_ids(
     named = engine.token_to_id(names["eos_token"]) if "eos_token" in names else None
     ends = [] if named is None else [named]
     ends += [i for i in listed if i < len(pieces)]  # an embedding may have more rows than there are tokens
-    return tuple(dict.fromkeys(ends + spelt_ends(pieces, kinds)))
+    return all_ends(ends, pieces, kinds)
 
 
 def _begin_id(

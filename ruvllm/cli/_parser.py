@@ -105,7 +105,8 @@ Those are kept in the cache of huggingface_hub, whose settings hold: HF_HOME, HF
 All commands take these names for MODEL and fetch what is not there.
 
 examples:
-  ruvllm pull smollm2-135m
+  ruvllm pull
+  ruvllm pull smollm2-135m gemma3-270m
   ruvllm pull smollm2-135m --verify
   ruvllm pull HuggingFaceTB/SmolLM2-360M-Instruct
   ruvllm pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M

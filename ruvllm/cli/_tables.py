@@ -147,8 +147,11 @@ def show_known_models() -> None:
 
     cached = cached_models()
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("name", "size", "licence", "what it is", "in the cache"):
-        table.add_column(heading)
+    for heading in ("name", "size", "licence", "what it is", "cached"):
+        table.add_column(heading, no_wrap=heading in ("name", "size"))
     for name, model in MODELS.items():
         table.add_row(name, size(model.size), model.license, model.description, "yes" if name in cached else "no")
     show(table)
+    for model in MODELS.values():
+        if model.terms:
+            show(f"{model.license}: {model.terms}", soft_wrap=True)

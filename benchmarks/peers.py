@@ -170,7 +170,9 @@ def machine(engines: list[Engine]) -> dict[str, str]:
     """The machine, and the engines that ruvllm is compared with."""
     import llvmlite.binding as llvm
     import numba
-    from numba.np.ufunc.parallel import get_num_threads, threading_layer
+    from numba import get_num_threads
+
+    from ruvllm.kernels.threads.pool import threading_layer
 
     threads = get_num_threads()  # starts the threading layer, which until then has no name
     found = {

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from numba.core import event
 
 from ruvllm._progress import tqdm
 from ruvllm.checkpoint.source import Source
@@ -27,6 +26,7 @@ from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
+from ruvllm.kernels.jit.private.dispatch import on_each_compilation
 from ruvllm.kernels.tape import replay
 from ruvllm.kernels.threads.pool import limited_to, num_threads
 from ruvllm.kernels.threads.regions import CFunction
@@ -307,14 +307,9 @@ def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS, takes: str 
     if bar.disable:
         logger.info("compiling kernels for this kind of model: %s, the first time only", takes)
 
-    class Counter(event.Listener):
-        def on_start(self, event: Any) -> None:
-            """A function begins."""
+    def advance() -> None:
+        bar.total = max(bar.total, bar.n + 1)
+        bar.update()
 
-        def on_end(self, event: Any) -> None:
-            """A function is ready."""
-            bar.total = max(bar.total, bar.n + 1)
-            bar.update()
-
-    with bar, event.install_listener("numba:compile", Counter()):
+    with bar, on_each_compilation(advance):
         yield

@@ -60,9 +60,10 @@ def machine() -> dict[str, str]:
 
 def threads() -> dict[str, str]:
     """How many threads kernels use, and by which threading layer; where they leave products to BLAS."""
-    from numba.np.ufunc.parallel import get_num_threads, threading_layer
+    from numba import get_num_threads
 
     from ruvllm.kernels.matmul.blas import SIZES, blas_name, speedups
+    from ruvllm.kernels.threads.pool import threading_layer
 
     count = get_num_threads()  # also starts the threading layer, which until then has no name
     measured = [

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,63 @@ def test_functions_that_python_calls_are_annotated(name: str) -> None:
         decorators = {ast.unparse(d).split("(")[0] for d in function.decorator_list}
         bare = [a.arg for a in arguments(function) if a.annotation is None and a.arg not in ("self", "cls")]
         assert not bare or decorators & DECORATORS, f"{function.name}: {', '.join(bare)}"
+
+
+# The packages that compile, their modules that are documented, and the one place that may look into others.
+COMPILERS = ("numba", "llvmlite")
+DOCUMENTED = {"numba", "numba.types", "numba.extending", "llvmlite", "llvmlite.ir", "llvmlite.binding"}
+PRIVATE = "ruvllm.kernels.jit.private"
+_ITSELF = ("self", "cls", "super()")
+
+
+def private_touches(tree: ast.AST, own: set[str]) -> Iterator[str]:
+    """Undocumented modules of numba and llvmlite that a file names, and underscored attributes that are not ``own``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names if a.name in ("core", "np"))]
+        elif isinstance(node, ast.Attribute):
+            if re.match("_[^_]", node.attr) and node.attr not in own and ast.unparse(node.value) not in _ITSELF:
+                yield ast.unparse(node)
+            names = [ast.unparse(node)] if node.attr in ("core", "np") else []
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in COMPILERS and name not in DOCUMENTED)
+
+
+def _names(tree: ast.AST) -> Iterator[str]:
+    """What a file defines, or sets on its own objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in _ITSELF:
+            yield node.attr
+
+
+def test_one_package_touches_private_parts_of_the_compilers() -> None:
+    trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+    own = {name for tree in trees.values() for name in _names(tree)}
+    there = [trees.pop(name) for name in MODULES if name.startswith(PRIVATE)]
+    own -= {touch.rpartition(".")[2] for tree in there for touch in private_touches(tree, set(_names(tree)))}
+    own |= {"_replace", "_asdict", "_fields", "_getvalue"}  # documented, of NamedTuple and of numba's structures
+    found = {name: sorted(set(private_touches(tree, own))) for name, tree in trees.items()}
+    assert not {name: touches for name, touches in found.items() if touches}
+
+
+@pytest.mark.parametrize(
+    ("source", "touch"),
+    [
+        ("from numba.core import cgutils", "numba.core"), ("import numba.np.arrayobj", "numba.np.arrayobj"),
+        ("from numba import core", "numba.core"), ("numba.core.config", "numba.core"),
+        ("from llvmlite.ir import values; import llvmlite.ir.values", "llvmlite.ir.values"),
+        ("dispatcher._cache = 1", "dispatcher._cache"),
+    ],
+)  # fmt: skip
+def test_such_touches_are_seen(source: str, touch: str) -> None:
+    assert touch in private_touches(ast.parse(source), set())
 
 
 if __name__ == "__main__":

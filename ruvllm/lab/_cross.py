@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from ruvllm.kernels.jit.decorators import COMPILED
+from ruvllm.kernels.jit.private.cross import assembly_of, to_assembly, turn_to, with_line_numbers
+from ruvllm.kernels.jit.private.target import FOREIGN, Target
 from ruvllm.kernels.threads.pool import physical_cores
 
 
@@ -30,22 +33,7 @@ class Body(NamedTuple):
     pickled: bytes | None = None
 
 
-class Target(NamedTuple):
-    """A processor, as LLVM names it and its features."""
-
-    triple: str
-    cpu: str
-    features: str
-
-
-# By the magic tuple kernels choose their integer dot products, and, as they are imported, their tiles.
-_PROGRAM = """
-import sys
-from numba.core.registry import cpu_target
-cpu_target.target_context.codegen().magic_tuple = lambda: tuple(sys.argv[1:])
-from ruvllm.lab._cross import answer
-answer()
-"""
+_PROGRAM = "from ruvllm.lab._cross import answer; answer()"
 
 
 class Compiled(NamedTuple):
@@ -64,8 +52,8 @@ def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[li
 
     def compiled(target: Target) -> list[Compiled]:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, *target],
-            input=pickle.dumps((target, bodies)), env={**os.environ, "NUMBA_DISABLE_JIT": "0"},
+            [sys.executable, "-c", _PROGRAM], input=pickle.dumps((target, bodies)),
+            env={**os.environ, "NUMBA_DISABLE_JIT": "0", FOREIGN: " ".join(target)},
             capture_output=True, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -98,88 +86,20 @@ def answer() -> None:
     target, bodies = pickle.load(sys.stdin.buffer)
     for body in bodies:
         if not body.pickled:
-            import_module(body.module)  # before _retarget, which changes the kernels that there are
-    _retarget(target)
+            import_module(body.module)
+    turn_to(target, to_assembly)
+    for kernel in COMPILED:
+        with_line_numbers(kernel)
     with _remarks() as remarks:
         found = [(_assembly(body), remarks()) for body in bodies]
     stdout.buffer.write(pickle.dumps(found))
 
 
-def _retarget(target: Target) -> None:
-    """Have Numba make assembly for the target instead of machine code of this process, with line numbers, uncached."""
-    import llvmlite.binding as llvm
-    from numba.core.caching import NullCache
-    from numba.core.codegen import JITCodeLibrary
-    from numba.core.compiler_lock import global_compiler_lock
-    from numba.core.registry import cpu_target
-    from numba.core.runtime.nrt import rtsys
-    from numba.core.runtime.nrtdynmod import compile_nrt_functions
-
-    from ruvllm.kernels.jit.decorators import COMPILED
-    from ruvllm.kernels.jit.private import not_callable
-
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, codemodel="jitdefault", jit=True,
-        reloc="static" if target.triple.startswith("x86") else "default",
-    )  # fmt: skip
-    machine.set_asm_verbosity(True)  # LLVM then says where loops are, and what is a spill
-    cpu_target.typing_context.refresh()  # what numba needs for itself is made for this machine
-    cpu_target.target_context.refresh()
-    codegen = cpu_target.target_context.codegen()
-    codegen._tm, codegen._data_layout = machine, str(machine.target_data)
-    empty_module = codegen._create_empty_module
-
-    def module_for_target(name: str) -> Any:
-        module = empty_module(name)
-        module.triple = target.triple
-        return module
-
-    def to_assembly(library: Any) -> None:
-        # The code generator changes the IR, which then is linked into other kernels: as in numba's own process.
-        text = machine._emit_to_memory(library._final_module, use_object=False)
-        library.assembly = text.decode(errors="replace")
-        library._finalize_dynamic_globals()
-        library._finalized = True
-
-    codegen._create_empty_module = module_for_target
-    setattr(JITCodeLibrary, "_finalize_final_module", to_assembly)  # noqa: B010  mypy sees no method there
-    cpu_target.target_context.get_executable = lambda library, fndesc, env: not_callable()
-    with global_compiler_lock:
-        rtsys._library = compile_nrt_functions(cpu_target.target_context)  # reference counts: linked into kernels
-    for dispatcher in COMPILED:
-        dispatcher._cache = NullCache()
-        dispatcher._compiler.pipeline_class = _with_line_numbers(dispatcher._compiler.pipeline_class)
-
-
-def _with_line_numbers(compiler: Any) -> Any:
-    """A compiler that also says from which source line code comes, and makes no wrappers for Python."""
-
-    class LineNumbers(compiler):
-        def __init__(
-            self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
-        ) -> None:
-            flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-            # Line numbers alone: debug=True would add checks of bounds, and keep variables longer.
-            flags.debuginfo = flags.dbg_directives_only = True
-            super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-
-    return LineNumbers
-
-
 def _assembly(body: Body) -> str:
-    """Assembly of a body and of all that is not inlined into it."""
-    from numba.core.compiler_lock import global_compiler_lock
-
     dispatcher = pickle.loads(body.pickled) if body.pickled else getattr(import_module(body.module), body.name)
     if body.pickled:
-        dispatcher._compiler.pipeline_class = _with_line_numbers(dispatcher._compiler.pipeline_class)
-    dispatcher.compile(body.signature)
-    library = dispatcher.overloads[body.signature].library
-    with global_compiler_lock:
-        library._ensure_finalized()
-    return str(library.assembly)
+        with_line_numbers(dispatcher)
+    return assembly_of(dispatcher, body.signature)
 
 
 @contextlib.contextmanager

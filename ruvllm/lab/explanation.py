@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import pickle
 import platform
 import re
 from collections import Counter
@@ -13,15 +14,15 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.registry import cpu_target
-from numba.core.serialize import dumps
 
 from ruvllm._brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
+from ruvllm.kernels.jit.private.target import Target
+from ruvllm.kernels.jit.private.target import target as host_target
 from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
 from ruvllm.lab._calls import Call, calls_of_kernel, calls_of_models
-from ruvllm.lab._cross import Body, Compiled, Target, compile_bodies
+from ruvllm.lab._cross import Body, Compiled, compile_bodies
 from ruvllm.measure.display import as_html, as_text, axis
 
 _FOREIGN = {
@@ -261,14 +262,14 @@ def _within(remark: Remark, loop: Loop) -> bool:
 def _portable(body: Any, signature: tuple[Any, ...]) -> Body:
     """What another process needs to have the same function: its module, or a pickle of what no module holds."""
     function = body.py_func
-    pickled = None if any(body is known for known in COMPILED) else dumps(body)
+    pickled = None if any(body is known for known in COMPILED) else pickle.dumps(body)
     return Body(function.__module__, function.__name__, signature, pickled)
 
 
 def _target(name: str) -> Target:
     if name in _FOREIGN:
         return _FOREIGN[name]
-    return Target(*cpu_target.target_context.codegen().magic_tuple())
+    return host_target()
 
 
 def _described(target: str) -> str:

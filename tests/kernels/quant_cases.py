@@ -252,11 +252,9 @@ if __name__ == "__main__":
     if DISABLE_JIT:
         kind = "python"
     else:
-        from numba.core.registry import cpu_target
-
         from ruvllm.kernels.simd.dot_llvm import target_kind
 
-        kind = target_kind(cpu_target.target_context)
+        kind = target_kind()
     check_halves(97 if DISABLE_JIT else 1)
     few = tuple(int(t) for t in sys.argv[1:]) or TOKENS
     print(kind, check_integers(few), check_rounding())

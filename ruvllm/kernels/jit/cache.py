@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import pickle
 import stat
 import sys
 import tempfile
@@ -24,13 +23,11 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core import config
-from numba.core.caching import _Cache
-from numba.core.compiler import CompileResult
-from numba.core.registry import cpu_target
-from numba.core.runtime.nrt import rtsys
-from numba.core.serialize import dumps
+from numba import config
 
+from ruvllm.kernels.jit.private.dispatch import from_bytes, make_ready, to_bytes
+from ruvllm.kernels.jit.private.parts import OTHER_CODE
+from ruvllm.kernels.jit.private.target import target
 from ruvllm.paths import cache_directory
 
 log = logging.getLogger(__name__)
@@ -43,8 +40,8 @@ _OPTIONS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX
 def _hash_sources() -> str:
     """Hash of everything that decides what machine code a kernel becomes, its own signature and CPU apart."""
     digest = hashlib.sha256()
-    options = (f"{name}={getattr(config, name, None)}" for name in _OPTIONS)
-    for part in (numba.__version__, llvmlite.__version__, sys.version, *options):
+    options = [f"{name}={getattr(config, name, None)}" for name in _OPTIONS]
+    for part in (numba.__version__, llvmlite.__version__, sys.version, *options, *OTHER_CODE):
         digest.update(part.encode() + b"\0")
     for path in sorted(_SOURCES.rglob("*.py")):
         digest.update(path.relative_to(_SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -83,8 +80,8 @@ def _warm_marker(what: str) -> Path | None:
     directory = kernel_cache_directory()
     if directory is None:
         return None
-    target = f"{what} {cpu_target.target_context.codegen().magic_tuple()} {getattr(config, 'THREADING_LAYER', None)}"
-    return directory / f"warm-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
+    code = f"{what} {tuple(target())} {getattr(config, 'THREADING_LAYER', None)}"
+    return directory / f"warm-{hashlib.sha256(code.encode()).hexdigest()[:16]}"
 
 
 def is_warm(what: str) -> bool:
@@ -138,7 +135,7 @@ def _drop_old_generations(root: Path, keep: Path) -> None:
         pass
 
 
-class KernelCache(_Cache):
+class KernelCache:
     """The cache of one compiled function, in the shape that numba's dispatcher calls."""
 
     def __init__(self, py_func: Any, flags: str, closure: str = "") -> None:
@@ -166,9 +163,8 @@ class KernelCache(_Cache):
         """Forget nothing on disk: entries are keyed by content and cannot be stale."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # What code at rest needs of numba. Its refresh() would also load all that compiling needs, a tenth of a second.
-        rtsys.initialize(target_context)
-        path, key = self._entry(sig, target_context.codegen())
+        make_ready(target_context)
+        path, key = self._entry(sig)
         if path is None:
             return None
         try:
@@ -179,18 +175,25 @@ class KernelCache(_Cache):
             log.warning("damaged entry in the compile cache, compiling again: %s", path)
             return None
         try:
-            return CompileResult._rebuild(target_context, *pickle.loads(blob[64:]))
+            return from_bytes(blob[64:], target_context)
         except Exception as error:  # whatever a pickle of another build raises: compile instead
             log.warning("unusable entry in the compile cache (%s), compiling again: %s", error, path)
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        path, key = self._entry(sig, data.codegen)
-        if path is None or not _cachable(data) or _hash_sources() != _STAMP:
+        path, key = self._entry(sig)
+        if path is None or _hash_sources() != _STAMP:
+            return
+        try:
+            written = to_bytes(data)
+        except Exception as error:  # whatever another version of numba raises
+            _say_that_nothing_is_kept(f"{type(error).__name__}: {error}")
+            return
+        if written is None:
             return
         temporary = None
         try:
-            content = key + dumps(data._reduce())
+            content = key + written
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(content).digest() + content)
@@ -200,14 +203,14 @@ class KernelCache(_Cache):
             if temporary is not None and os.path.exists(temporary):
                 os.unlink(temporary)
 
-    def _entry(self, sig: Any, codegen: Any) -> tuple[Path | None, bytes]:
+    def _entry(self, sig: Any) -> tuple[Path | None, bytes]:
         """The file for one signature on one CPU, and the 32-byte key that it must carry."""
         directory = kernel_cache_directory() if self._enabled else None
         if directory is None:
             return None, b""
         code = self._py_func.__code__
         identity = (self._source, code.co_firstlineno, code.co_qualname, self._flags)
-        key = hashlib.sha256(repr((identity, sig, codegen.magic_tuple())).encode()).digest()
+        key = hashlib.sha256(repr((identity, sig, tuple(target()))).encode()).digest()
         return directory / f"{code.co_name}-{key.hex()[:24]}.nbc", key
 
 
@@ -215,11 +218,6 @@ class KernelCache(_Cache):
 def _say_that_nothing_is_kept(reason: str) -> None:
     """Once for each reason: the next kernel will hardly fare better."""
     log.warning("could not write to the compile cache, so each start compiles again: %s", reason)
-
-
-def _cachable(compiled: Any) -> bool:
-    """Code that holds addresses of this process (lifted loops, ctypes pointers) must not be written down."""
-    return not (any(not lifted.can_cache for lifted in compiled.lifted) or compiled.library.has_dynamic_globals)
 
 
 def source_of(py_func: Any) -> str:

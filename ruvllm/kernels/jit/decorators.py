@@ -9,8 +9,8 @@ forward pass, in a process that compiled it or one that found it in the cache.
   written, in a vector or not. A multiply-add is written ``fma(a, b, c)``. Where ``out`` is an input, such a loop would
   be scalar without the promise of independence (6 to 9 times slower).
 - A sum over a row is a ``sum_kernel`` of its own. Only in an order that LLVM chooses is it fast, and LLVM chooses by
-  what is around: so it is never inlined, and optimised once (``jit.private``). Sums of vectors would need neither, but
-  ten lines for each, and argmax and log_softmax took 1.4 and 1.6 times as long.
+  what is around: so it is never inlined, and optimised once (``private.libraries``). Sums of vectors would need
+  neither, but ten lines for each, and argmax and log_softmax took 1.4 and 1.6 times as long.
 - Constants are float32: ``0.0`` would make a float64 of everything, at half the speed.
 - What LLVM does not vectorise well is written with vectors (``simd.vectors``): matrix tiles, integer dot products,
   16-bit floats, adapters.
@@ -19,7 +19,7 @@ forward pass, in a process that compiled it or one that found it in the cache.
 NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf into NaN.
 "contract" gives fused multiply-adds, "reassoc" lets sums be vectorised.
 
-Serial kernels and their helpers own no memory, so they count no references to it (numba's private option ``_nrt``).
+Serial kernels and their helpers own no memory, so they count no references to it (``counting``).
 Numba counts up and down for each array that a helper is given; LLVM takes that away again where it sees both, but not
 around every loop: a tile of a matrix product then took 250 cycles longer. The price: numba refuses to compile a
 function that makes an array and returns it, but for ``view_kernel``.
@@ -30,11 +30,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-from numba.core import config
+from numba import config, njit
 
 from ruvllm.kernels.jit.cache import KernelCache, source_of
-from ruvllm.kernels.jit.private import Independent, IndependentPart, Parallel, Part, Serial, Sum
+from ruvllm.kernels.jit.private.dispatch import counting, keep_in
+from ruvllm.kernels.jit.private.libraries import Independent, IndependentPart, Parallel, Part, Serial, Sum
 
 FASTMATH = frozenset({"contract", "reassoc", "nsz", "arcp", "afn"})
 
@@ -61,12 +61,12 @@ def kernel(function: Callable | None = None, *, strict: bool = False, independen
         _independent.add(function)
     compiler = Independent if independent else Serial
     fastmath = False if strict or independent else set(FASTMATH)
-    return _compile(function, fastmath=fastmath, _nrt=False, pipeline_class=compiler)
+    return _compile(function, fastmath=fastmath, pipeline_class=compiler, **counting(False))
 
 
 def sum_kernel(function: Callable) -> Any:
     """Compile a sum over a row, with the order of additions left to LLVM; only other kernels call it."""
-    return _part(function, Sum, fastmath=set(FASTMATH), forceinline=False, _nrt=False)
+    return _part(function, Sum, fastmath=set(FASTMATH), forceinline=False)
 
 
 def inline_kernel(function: Callable | None = None, *, independent: bool = False) -> Any:
@@ -76,18 +76,18 @@ def inline_kernel(function: Callable | None = None, *, independent: bool = False
     """
     if function is None:
         return lambda f: inline_kernel(f, independent=independent)
-    return _part(function, IndependentPart if independent else Part, forceinline=True, _nrt=False)
+    return _part(function, IndependentPart if independent else Part, forceinline=True)
 
 
 def view_kernel(function: Callable) -> Any:
     """inline_kernel for a helper that returns arrays over memory whose owner numba does not know (``jit.views``)."""
-    return _part(function, Part, forceinline=True, _nrt=True)
+    return _part(function, Part, forceinline=True, counts=True)
 
 
 def part_kernel(function: Callable) -> Any:
     """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
     # forceinline is said because numba compiles a function with the options of its first caller where it says nothing.
-    return _part(function, Part, forceinline=False, _nrt=False)
+    return _part(function, Part, forceinline=False)
 
 
 def as_part(body: Any) -> Any:
@@ -95,7 +95,7 @@ def as_part(body: Any) -> Any:
     if DISABLE_JIT:
         return body
     compiler = IndependentPart if body.py_func in _independent else Part
-    return _part(body.py_func, compiler, forceinline=False, _nrt=False)
+    return _part(body.py_func, compiler, forceinline=False)
 
 
 def parallel_kernel(function: Callable) -> Any:
@@ -106,8 +106,12 @@ def parallel_kernel(function: Callable) -> Any:
     return _compile(function, closure=True, fastmath=set(FASTMATH), parallel=True, pipeline_class=Parallel)
 
 
-def _part(function: Callable, compiler: type[Part], fastmath: Any = False, **options: Any) -> Any:
-    return _compile(function, cached=False, fastmath=fastmath, pipeline_class=compiler, **options)
+def _part(
+    function: Callable, compiler: type[Part], forceinline: bool, fastmath: Any = False, counts: bool = False
+) -> Any:
+    return _compile(
+        function, cached=False, fastmath=fastmath, pipeline_class=compiler, forceinline=forceinline, **counting(counts)
+    )
 
 
 def name_by_closure(function: Callable) -> str:
@@ -138,6 +142,6 @@ def _compile(function: Callable, cached: bool = True, closure: bool = False, **o
     if not cached:
         return dispatcher
     flags = ",".join(f"{k}={sorted(v) if isinstance(v, set) else v}" for k, v in sorted(options.items()))
-    dispatcher._cache = KernelCache(function, flags, enclosed if closure else "")
+    keep_in(dispatcher, KernelCache(function, flags, enclosed if closure else ""))
     COMPILED.append(dispatcher)
     return dispatcher

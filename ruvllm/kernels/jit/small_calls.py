@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
-from numba.np import arrayobj
+from numba import types
 
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, kernel, view_kernel
+from ruvllm.kernels.jit.private.dispatch import answer_for_missing_code
 from ruvllm.kernels.jit.views import address, array_at
 
 ROOM = 65536  # numbers of a result that a small call may have been given
@@ -28,11 +26,6 @@ FEW = 1024  # numbers of scratch that those may take from the stack which need l
 _FLOAT32 = np.dtype(np.float32)
 _ndarray = np.ndarray
 _NUMBERS: dict[Any, Any] = {float: types.float64, bool: types.boolean}
-_KINDS = frozenset((_ndarray, *_NUMBERS))
-# NumPy's binary interface, on 64 bits: an array is a Python object's head and data, dimensions, shape, strides, base,
-# dtype; a dtype is the head, its type, and three characters, of which the last is the byte order.
-_DTYPE = object.__basicsize__ + 5 * 8
-_BYTE_ORDER = object.__basicsize__ + 8 + 2
 
 SMALL: dict[Any, Any] = {}  # every small call, and its compiled body
 _taken = True
@@ -54,16 +47,22 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
 
         def compile_or_decline(*arguments: Any) -> Any:
             form: tuple[Any, ...] = tuple(a.ndim if type(a) is _ndarray else type(a) for a in arguments)
-            if form not in forms or not all(_is_plain(a) for a in arguments if type(a) is _ndarray):
+            if form not in forms or not all(a.flags.carray for a in arguments if type(a) is _ndarray):
                 return _declined
             return body.compile(tuple(_NUMBERS.get(kind) or types.Array(types.float32, kind, "C") for kind in form))
 
-        # What the dispatcher asks for code, in numba's C, when it has none for the types of the arguments.
-        body._compile_for_args = compile_or_decline
+        if not answer_for_missing_code(body, compile_or_decline):
+            return _declined
 
         def attempt(*arguments: Any) -> bool:
             for argument in arguments:
-                if type(argument) not in _KINDS:
+                kind = type(argument)
+                if kind is _ndarray:
+                    # Numba types arrays of the other byte order and arrays at an odd address alike: as it typed the
+                    # first of them that it met.
+                    if argument.dtype is not _FLOAT32:
+                        return False
+                elif kind is not float and kind is not bool:
                     return False
             return _taken and body(*arguments)
 
@@ -76,10 +75,6 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
 def room(shape: tuple[int, ...]) -> np.ndarray | None:
     """A new array for the result of a small call; None, with which none is made, where that is not little."""
     return np.empty(shape, np.float32) if math.prod(shape) <= ROOM else None
-
-
-def _is_plain(array: np.ndarray) -> bool:
-    return array.dtype is _FLOAT32 and array.flags.carray
 
 
 def _declined(*arguments: Any) -> bool:
@@ -97,45 +92,24 @@ def long_way() -> Iterator[None]:
         _taken = before
 
 
-def _is_native(typingctx: Any, array: Any) -> Any:
-    """Whether an argument has the machine's byte order.
-
-    Numba types arrays of the other order and arrays at an odd address alike: as it typed the first of them that it met.
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def field(parent: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
-            at = builder.gep(parent, [ir.Constant(ir.IntType(64), offset)])
-            return builder.load(builder.bitcast(at, kind.as_pointer()))
-
-        byte = ir.IntType(8)
-        dtype = field(arrayobj.make_array(array)(context, builder, args[0]).parent, _DTYPE, byte.as_pointer())
-        return builder.icmp_unsigned("==", field(dtype, _BYTE_ORDER, byte), byte(ord("=")))
-
-    return types.boolean(array), codegen
-
-
-is_native: Any = intrinsic(_is_native)
-
-
 @inline_kernel
-def is_plain(array: Any) -> Any:
-    """Whether an argument is of native byte order and begins at a whole number."""
-    return is_native(array) and address(array) % 4 == 0
+def is_aligned(array: Any) -> Any:
+    """Whether an argument begins at a multiple of four bytes."""
+    return address(array) % 4 == 0
 
 
 @inline_kernel
 def apart(out: Any, x: Any) -> Any:
-    """Whether both are plain and share no byte."""
+    """Whether both begin at multiples of four bytes and share no byte."""
     to, at = address(out), address(x)
-    return is_plain(out) and is_plain(x) and (to + 4 * out.size <= at or at + 4 * x.size <= to)
+    return is_aligned(out) and is_aligned(x) and (to + 4 * out.size <= at or at + 4 * x.size <= to)
 
 
 @inline_kernel
 def may_write(out: Any, x: Any) -> Any:
-    """Whether both are plain and out is x, or shares no byte with it."""
+    """Whether both begin at multiples of four bytes and out is x, or shares no byte with it."""
     same = address(out) == address(x) and out.size == x.size
-    return apart(out, x) or (same and is_plain(out) and is_plain(x))
+    return apart(out, x) or (same and is_aligned(out) and is_aligned(x))
 
 
 @inline_kernel

@@ -10,24 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
-from numba.np import arrayobj
 
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 
 
+def unpack(builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
+    """The elements of a tuple."""
+    return [builder.extract_value(values, i) for i in range(len(values.type.elements))]
+
+
+def _pack(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    """An LLVM array of values of one type."""
+    packed: ir.Value = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        packed = builder.insert_value(packed, value, i)
+    return packed
+
+
+def data_of(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value) -> ir.Value:
+    """The address of an array's first element."""
+    return context.make_helper(builder, array_type, array).data
+
+
 def _view(context: Any, builder: Any, result: Any, data: Any, extents: list[ir.Value]) -> ir.Value:
     """A C-contiguous array of numba type ``result`` over the memory at ``data``."""
-    array = arrayobj.make_array(result)(context, builder)
+    array = context.make_helper(builder, result)
     size = context.get_value_type(types.intp)(context.get_abi_sizeof(context.get_data_type(result.dtype)))
     strides = [size]
     for extent in extents[:0:-1]:
         strides.insert(0, builder.mul(strides[0], extent))
-    arrayobj.populate_array(
-        array, data=data, shape=cgutils.pack_array(builder, extents), strides=cgutils.pack_array(builder, strides),
-        itemsize=size, meminfo=None,
-    )  # fmt: skip
+    count = context.get_constant(types.intp, 1)
+    for extent in extents:
+        count = builder.mul(count, extent, flags=["nsw"])
+    fields = {"shape": _pack(builder, extents), "strides": _pack(builder, strides), "data": data, "itemsize": size}
+    for name, value in (fields | {"nitems": count}).items():
+        setattr(array, name, value)
     return array._getvalue()
 
 
@@ -67,7 +86,7 @@ else:
         result = types.Array(dtype.dtype, len(axes), "C")
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            counts = cgutils.unpack_tuple(builder, args[1]) if isinstance(shape, types.BaseTuple) else [args[1]]
+            counts = unpack(builder, args[1]) if isinstance(shape, types.BaseTuple) else [args[1]]
             extents = [context.cast(builder, n, kind, types.intp) for n, kind in zip(counts, axes, strict=True)]
             data = builder.inttoptr(args[0], context.get_data_type(result.dtype).as_pointer())
             return _view(context, builder, result, data, extents)
@@ -79,8 +98,7 @@ else:
         """Where the first element of an array lies: ``array.ctypes.data``."""
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            data = arrayobj.make_array(array)(context, builder, args[0]).data
-            return builder.ptrtoint(data, context.get_value_type(types.int64))
+            return builder.ptrtoint(data_of(context, builder, array, args[0]), context.get_value_type(types.int64))
 
         return types.int64(array), codegen
 
@@ -92,7 +110,7 @@ else:
         result = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            source = arrayobj.make_array(array)(context, builder, args[0])
+            source = context.make_helper(builder, array, args[0])
             return _view(context, builder, result, source.data, [source.nitems])
 
         return result(array), codegen

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.core.registry import cpu_target
 
 from ruvllm.kernels.jit.cache import kernel_cache_directory
+from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.threads.pool import physical_cores
 
 BACKENDS = ("auto", "numba", "blas")
@@ -163,7 +163,7 @@ def _path() -> Path | None:
 
 def _host() -> str:
     """What the measurement depends on: if any of it changes, it is repeated."""
-    compiled_for = cpu_target.target_context.codegen().magic_tuple()
+    compiled_for = tuple(target())
     cores = f"{physical_cores()} of {os.cpu_count()}"
     return f"{np.__version__} {blas_name()} {cpu_name()} {cores} {compiled_for}"
 

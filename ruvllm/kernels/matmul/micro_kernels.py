@@ -8,9 +8,8 @@ uses.
 
 from typing import Any, NamedTuple
 
-from numba.core.registry import cpu_target
-
 from ruvllm.kernels.jit.decorators import inline_kernel
+from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.simd.dot_llvm import target_kind
 from ruvllm.kernels.simd.vectors import (
     LANES,
@@ -31,9 +30,9 @@ __all__ = [
 ]  # fmt: skip
 
 TILE = 6
-WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # 32 registers of a whole vector
+WIDE = "+avx512f" in target().features.split(",")  # 32 registers of a whole vector
 # Panels at a time in integer products of several tokens: each broadcast of four activations serves two dot products.
-_DOTS = target_kind(cpu_target.target_context)
+_DOTS = target_kind()
 DOT_PANELS = 2 if _DOTS == "vnni512" else 1
 UNROLLS = _DOTS != "neon"  # unrolled, integer products take more registers than NEON has
 STREAMS = (

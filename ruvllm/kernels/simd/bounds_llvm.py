@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from numba.core import types
+from numba import types
 from numba.extending import intrinsic
 
 from ruvllm.kernels.simd.vectors_llvm import _I32, LANES, _constant, _lanes_of, _splat, _widest, f32x16, i32x16

@@ -17,9 +17,11 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
 
+from ruvllm.kernels.jit.private.target import target
+from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd.vectors_llvm import (
     Vector,
     _call,
@@ -67,12 +69,11 @@ def has_sdot(triple: str, cpu: str, features: str) -> bool:
     return "sdot" in machine.emit_assembly(llvm.parse_assembly(_SUM_OF_PRODUCTS))
 
 
-def target_kind(context: Any) -> str:
+def target_kind() -> str:
     """ "vnni512", "vnni256", "avx2", "neon" or "generic", from the features of the code that is being made."""
-    triple, _, features = context.codegen().magic_tuple()
-    have = set(features.split(","))
-    if triple.startswith(("aarch64", "arm64")):
-        return "neon" if has_sdot(*context.codegen().magic_tuple()) else "generic"
+    have = set(target().features.split(","))
+    if target().triple.startswith(("aarch64", "arm64")):
+        return "neon" if has_sdot(*target()) else "generic"
     if "+avx512vnni" in have:
         return "vnni512"
     if "+avxvnni" in have:
@@ -179,7 +180,7 @@ def _each(context: Any, builder: Any, kind: Any, value: Any, operate: Any) -> An
     """``operate`` on a vector, or on each of a tuple of them."""
     if not isinstance(kind, types.UniTuple):
         return operate(value)
-    return context.make_tuple(builder, kind, [operate(v) for v in cgutils.unpack_tuple(builder, value)])
+    return context.make_tuple(builder, kind, [operate(v) for v in unpack(builder, value)])
 
 
 @intrinsic
@@ -216,7 +217,7 @@ def with_fifth_bit(typingctx: Any, nibbles: Any, bits: Any, j: Any) -> Any:
         bits = _each(context, builder, sig.args[1], bits, sixteens)
         if not isinstance(sig.args[0], types.UniTuple):
             return builder.or_(nibbles, bits)
-        pairs = zip(cgutils.unpack_tuple(builder, nibbles), cgutils.unpack_tuple(builder, bits), strict=True)
+        pairs = zip(unpack(builder, nibbles), unpack(builder, bits), strict=True)
         return context.make_tuple(builder, sig.args[0], [builder.or_(a, b) for a, b in pairs])
 
     return nibbles(nibbles, bits, types.intp), codegen
@@ -259,7 +260,7 @@ def dot_add(typingctx: Any, acc: Any, w: Any, quad: Any) -> Any:
     """One step with unsigned weights below 128."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return add_unsigned(builder, target_kind(context), *args)
+        return add_unsigned(builder, target_kind(), *args)
 
     return i32x16(i32x16, u8x64, i32x16), codegen
 
@@ -269,7 +270,7 @@ def dot_end(typingctx: Any, acc: Any) -> Any:
     """The 16 sums of the steps so far."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if target_kind(context) != "avx2":
+        if target_kind() != "avx2":
             return args[0]
         return _add_pairs(builder, builder.bitcast(args[0], ir.VectorType(_I16, 32)))
 

@@ -8,15 +8,15 @@ steps themselves).
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
 
+from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd import dot_llvm
 from ruvllm.kernels.simd.dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, raises_signed, u8x64
-from ruvllm.kernels.simd.rows_llvm import _at
+from ruvllm.kernels.simd.rows_llvm import _at, _fma
 from ruvllm.kernels.simd.vectors_llvm import (
     LANES,
-    _call,
     _constant,
     _pointer,
     _read_f16,
@@ -39,10 +39,6 @@ def _sums(rows: Any) -> types.UniTuple:
     return types.UniTuple(i32x16, rows.count)
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return _call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [a, b, c])
-
-
 def _keep_order(builder: ir.IRBuilder) -> None:
     """Reads of memory above this in the IR stay above it in the machine code; it is no instruction.
 
@@ -61,7 +57,7 @@ def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, at, offset = args
         found = []
-        for place in cgutils.unpack_tuple(builder, at):
+        for place in unpack(builder, at):
             pointer = _pointer(context, builder, sig.args[0], w, builder.add(place, offset))
             found.append(builder.load(builder.bitcast(pointer, _BYTES.as_pointer())))
             found[-1].align = 1
@@ -79,7 +75,7 @@ def halfs_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
         one = f32x16(sig.args[0], types.intp)
         found = [
             _read_f16(context, builder, one, (w, builder.add(place, offset)))
-            for place in cgutils.unpack_tuple(builder, at)
+            for place in unpack(builder, at)
         ]
         return context.make_tuple(builder, sig.return_type, found)
 
@@ -114,7 +110,7 @@ def signed_offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: 
     """What sums of signed weights begin with: where ``sdot_rows`` raises them by 128, that is undone here."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if raises_signed(dot_llvm.target_kind(context)):
+        if raises_signed(dot_llvm.target_kind()):
             return _offsets(context, builder, sig, args, _RAISED)
         return context.make_tuple(builder, sig.return_type, [_constant(i32x16, 0)] * sig.return_type.count)
 
@@ -126,7 +122,7 @@ def start_rows(typingctx: Any, offsets: Any) -> Any:
     """Accumulators for ``dot_rows`` that begin with ``offsets``; only ``end_rows`` can read them."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if dot_llvm.target_kind(context) != "avx2":
+        if dot_llvm.target_kind() != "avx2":
             return args[0]
         return context.make_tuple(builder, offsets, [_constant(i32x16, 0)] * offsets.count)
 
@@ -138,11 +134,11 @@ def end_rows(typingctx: Any, sums: Any, offsets: Any) -> Any:
     """The sums; ``offsets`` are those that the accumulators began with."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if dot_llvm.target_kind(context) != "avx2":
+        if dot_llvm.target_kind() != "avx2":
             return args[0]
         found = [
             builder.add(start, _add_pairs(builder, builder.bitcast(acc, _PAIRS)))
-            for acc, start in zip(*(cgutils.unpack_tuple(builder, a) for a in args), strict=True)
+            for acc, start in zip(*(unpack(builder, a) for a in args), strict=True)
         ]
         return context.make_tuple(builder, sums, found)
 
@@ -154,8 +150,8 @@ def _step(add: Any) -> Any:
     def step(typingctx: Any, sums: Any, lines: Any, xq: Any, index: Any, step: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             sums, lines, xq, index, step = args
-            kind = dot_llvm.target_kind(context)
-            sums, lines = cgutils.unpack_tuple(builder, sums), cgutils.unpack_tuple(builder, lines)
+            kind = dot_llvm.target_kind()
+            sums, lines = unpack(builder, sums), unpack(builder, lines)
             rows = len(sums) // len(lines)
             found = list(sums)
             for row in range(rows):
@@ -184,7 +180,7 @@ def fma_panels(typingctx: Any, w: Any, x: Any, index: Any, tile: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, x, index, tile = args
-        w, tile = cgutils.unpack_tuple(builder, w), cgutils.unpack_tuple(builder, tile)
+        w, tile = unpack(builder, w), unpack(builder, tile)
         rows = len(tile) // len(w)
         numbers = _splats(context, builder, x, sig.args[1], index, index.type(1), rows)
         found = [_fma(builder, w[i // rows], numbers[i % rows], total) for i, total in enumerate(tile)]
@@ -198,7 +194,7 @@ def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index
     """The tile + float(sums) (scales[panel] xs[index + row])."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        tile, sums, scales = (cgutils.unpack_tuple(builder, a) for a in args[:3])
+        tile, sums, scales = (unpack(builder, a) for a in args[:3])
         rows = len(tile) // len(scales)
         numbers = _splats(context, builder, args[3], sig.args[3], args[4], args[4].type(1), rows)
         found = []
@@ -221,7 +217,7 @@ def fma_places(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         columns, places, index, x, x_index, step, _, tile = args
-        tile, panels = cgutils.unpack_tuple(builder, tile), sig.args[6].count
+        tile, panels = unpack(builder, tile), sig.args[6].count
         rows = len(tile) // panels
         numbers = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
         found = list(tile)
@@ -246,7 +242,7 @@ def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         out, index, step, _, tile = args
-        vectors = cgutils.unpack_tuple(builder, tile)
+        vectors = unpack(builder, tile)
         rows = len(vectors) // sig.args[3].count
         for i, vector in enumerate(vectors):
             place = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))

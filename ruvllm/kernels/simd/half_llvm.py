@@ -4,23 +4,23 @@ Without them LLVM would call functions of the C compiler's library, which need n
 bits, but for the payload of a NaN.
 """
 
-from typing import Any
-
 from llvmlite import ir
+
+from ruvllm.kernels.jit.private.target import target
 
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
-def has_half_conversions(context: Any) -> bool:
+def has_half_conversions() -> bool:
     """Whether the target converts half floats in hardware: all 64-bit ARM, and x86 with F16C."""
-    triple, _, features = context.codegen().magic_tuple()
+    triple, _, features = target()
     return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
 
 
-def widen(context: Any, builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+def widen(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     """float32 of the bits of half floats: an i16, or a vector of them. Exact."""
     i32, f32 = _like(halves, _I32), _like(halves, _F32)
-    if has_half_conversions(context):
+    if has_half_conversions():
         return builder.fpext(builder.bitcast(halves, _like(halves, ir.HalfType())), f32)
     bits = builder.zext(halves, i32)
     sign = builder.shl(builder.and_(bits, _all(i32, 0x8000)), _all(i32, 16))
@@ -32,10 +32,10 @@ def widen(context: Any, builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(magnitude, sign), f32)
 
 
-def narrow(context: Any, builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
+def narrow(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
     """Bits of the half floats nearest to float32 numbers (ties to even): an i16, or a vector of them."""
     i16, i32, f32 = _like(floats, _I16), _like(floats, _I32), _like(floats, _F32)
-    if has_half_conversions(context):
+    if has_half_conversions():
         return builder.bitcast(builder.fptrunc(floats, _like(floats, ir.HalfType())), i16)
     bits = builder.bitcast(floats, i32)
     sign = builder.and_(builder.lshr(bits, _all(i32, 16)), _all(i32, 0x8000))

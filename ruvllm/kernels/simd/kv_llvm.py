@@ -6,9 +6,10 @@ One source serves all three: what only int8 needs is nothing, and costs nothing,
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
 
+from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd.half_llvm import narrow
 from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _pointer, _target, f32x16
 
@@ -22,7 +23,7 @@ _I8 = ir.IntType(8)
 def _as_numbers(context: Any, builder: ir.IRBuilder, dtype: Any, vector: ir.Value) -> ir.Value:
     """Sixteen floats rounded to the numbers of a cache of this dtype, to the nearest even."""
     if dtype == types.uint16:
-        return narrow(context, builder, vector)
+        return narrow(builder, vector)
     if dtype == types.int8:
         nearest = _call(builder, f"llvm.rint.v{LANES}f32", f32x16.llvm, [vector])
         return _call(builder, f"llvm.fptosi.sat.v{LANES}i8.v{LANES}f32", ir.VectorType(_I8, LANES), [nearest])
@@ -53,7 +54,7 @@ def store_number_rows(typingctx: Any, cache: Any, index: Any, step: Any, rows: A
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         cache, index, step, rows = args
-        for row, vector in enumerate(cgutils.unpack_tuple(builder, rows)):
+        for row, vector in enumerate(unpack(builder, rows)):
             at = builder.add(index, builder.mul(step, step.type(row)))
             _store(context, builder, sig.args[0], cache, at, vector)
         return context.get_dummy_value()
@@ -69,7 +70,7 @@ def store_number(typingctx: Any, cache: Any, index: Any, value: Any, inverse: An
         cache, index, value, inverse = args
         dtype = sig.args[0].dtype
         if dtype == types.uint16:
-            value = narrow(context, builder, value)
+            value = narrow(builder, value)
         elif dtype == types.int8:
             nearest = _call(builder, "llvm.rint.f32", value.type, [builder.fmul(value, inverse)])
             value = _call(builder, "llvm.fptosi.sat.i8.f32", _I8, [nearest])
@@ -125,7 +126,7 @@ def scaled_rows(typingctx: Any, cache: Any, rows: Any, scales: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if sig.args[0].dtype != types.int8:
             return args[1]
-        found = [builder.fmul(row, args[2]) for row in cgutils.unpack_tuple(builder, args[1])]
+        found = [builder.fmul(row, args[2]) for row in unpack(builder, args[1])]
         return context.make_tuple(builder, rows, found)
 
     return rows(cache, rows, f32x16), codegen

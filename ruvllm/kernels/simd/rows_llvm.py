@@ -3,10 +3,10 @@
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
 
-from ruvllm.kernels.jit.views import _view
+from ruvllm.kernels.jit.views import _view, unpack
 from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _pointer, _splat, _target, f32x16
 
 __all__ = [
@@ -19,6 +19,10 @@ _I32 = ir.IntType(32)
 
 def _rows(count: Any) -> Any:
     return types.UniTuple(f32x16, count)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return _call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [a, b, c])
 
 
 def _at(builder: ir.IRBuilder, index: ir.Value, step: ir.Value, row: int) -> ir.Value:
@@ -45,12 +49,9 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, x, index, step, sums = args
         found = []
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        for row, total in enumerate(cgutils.unpack_tuple(builder, sums)):
+        for row, total in enumerate(unpack(builder, sums)):
             pointer = _pointer(context, builder, sig.args[1], x, _at(builder, index, step, row), types.float32)
-            found.append(builder.call(function, [w, _splat(builder, builder.load(pointer), LANES), total]))
+            found.append(_fma(builder, w, _splat(builder, builder.load(pointer), LANES), total))
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(f32x16, x, types.intp, types.intp, sums), codegen
@@ -60,13 +61,13 @@ def _fma_by_row(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     """fma_rows of some w to as many tuples: each number of x is in a register no longer than for its own products."""
     count = len(args) // 2 - 1
     weights, (x, index, step) = args[:count], args[count : count + 3]
-    sums = [cgutils.unpack_tuple(builder, t) for t in args[count + 3 :]]
+    sums = [unpack(builder, t) for t in args[count + 3 :]]
     found: list[list[ir.Value]] = [[] for _ in sums]
     for row in range(len(sums[0])):
         pointer = _pointer(context, builder, sig.args[count], x, _at(builder, index, step, row), types.float32)
         number = _splat(builder, builder.load(pointer), LANES)
         for w, before, after in zip(weights, sums, found, strict=True):
-            after.append(_call(builder, f"llvm.fma.v{LANES}f32", f32x16.llvm, [w, number, before[row]]))
+            after.append(_fma(builder, w, number, before[row]))
     kinds = sig.return_type.types
     tuples = [context.make_tuple(builder, kind, rows) for kind, rows in zip(kinds, found, strict=True)]
     return context.make_tuple(builder, sig.return_type, tuples)
@@ -92,11 +93,8 @@ def fma_each(typingctx: Any, w: Any, rows: Any, sums: Any) -> Any:
     """The tuple of sums[r] + w rows[r]."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        pairs = zip(cgutils.unpack_tuple(builder, args[1]), cgutils.unpack_tuple(builder, args[2]), strict=True)
-        return context.make_tuple(builder, sums, [builder.call(function, [args[0], row, s]) for row, s in pairs])
+        pairs = zip(unpack(builder, args[1]), unpack(builder, args[2]), strict=True)
+        return context.make_tuple(builder, sums, [_fma(builder, args[0], row, s) for row, s in pairs])
 
     return sums(f32x16, rows, sums), codegen
 
@@ -106,12 +104,9 @@ def fma_outer(typingctx: Any, left: Any, right: Any, sums: Any) -> Any:
     """The tuple of sums[i n + j] + left[i] right[j], n vectors in ``right``."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(f32x16.llvm, [f32x16.llvm] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        left, right, sums = (cgutils.unpack_tuple(builder, rows) for rows in args)
+        left, right, sums = (unpack(builder, rows) for rows in args)
         pairs = [(a, b) for a in left for b in right]
-        found = [builder.call(function, [a, b, s]) for (a, b), s in zip(pairs, sums, strict=True)]
+        found = [_fma(builder, a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
         return context.make_tuple(builder, sig.return_type, found)
 
     return sums(left, right, sums), codegen
@@ -122,7 +117,7 @@ def sum_rows(typingctx: Any, a: Any, b: Any) -> Any:
     """The tuple of a[r] + b[r]."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pairs = zip(*(cgutils.unpack_tuple(builder, rows) for rows in args), strict=True)
+        pairs = zip(*(unpack(builder, rows) for rows in args), strict=True)
         return context.make_tuple(builder, a, [builder.fadd(x, y) for x, y in pairs])
 
     return a(a, a), codegen
@@ -136,7 +131,7 @@ def sum_lanes(typingctx: Any, rows: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vectors = cgutils.unpack_tuple(builder, args[0])
+        vectors = unpack(builder, args[0])
         while len(vectors) > 1:
             half, merged = len(vectors) // 2, []
             for a, b in zip(vectors[:half], vectors[half:], strict=True):
@@ -176,7 +171,7 @@ def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> 
     """Store the vectors of a tuple at index, at index + step, ..."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
+        for row, value in enumerate(unpack(builder, args[3])):
             at = _at(builder, args[1], args[2], row)
             pointer = _target(context, builder, sig.args[0], args[0], at, types.float32)
             instruction = builder.store(value, builder.bitcast(pointer, f32x16.llvm.as_pointer()))
@@ -191,7 +186,7 @@ def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> An
     """Add the vectors of a tuple to what is at index, at index + step, ..."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        for row, value in enumerate(cgutils.unpack_tuple(builder, args[3])):
+        for row, value in enumerate(unpack(builder, args[3])):
             at = _at(builder, args[1], args[2], row)
             pointer = _target(context, builder, sig.args[0], args[0], at, types.float32)
             pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
@@ -212,7 +207,7 @@ def zip_rows(typingctx: Any, rows: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vectors = cgutils.unpack_tuple(builder, args[0])
+        vectors = unpack(builder, args[0])
         half = len(vectors) // 2
         merged = []
         for a, b in zip(vectors[:half], vectors[half:], strict=True):
@@ -232,7 +227,7 @@ def _stack(name: str, element: Any) -> Any:
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             number = context.get_data_type(element)
-            with builder.goto_entry_block():  # cgutils.alloca_once would fill it with zeros, at compile time one by one
+            with builder.goto_entry_block():  # numba's own way would fill it with zeros, at compile time one by one
                 block = builder.alloca(ir.ArrayType(number, count.literal_value), name=name)
             block.align = 64
             data = builder.bitcast(block, number.as_pointer())

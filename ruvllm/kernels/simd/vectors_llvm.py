@@ -4,15 +4,11 @@ import operator
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.datamodel import models
-from numba.core.datamodel.registry import register_default
-from numba.core.errors import TypingError
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic
-from numba.np import arrayobj
+from numba import TypingError, types
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
+from ruvllm.kernels.jit.private.target import target
+from ruvllm.kernels.jit.views import data_of
 from ruvllm.kernels.simd.half_llvm import narrow, widen
 
 LANES = 16
@@ -29,7 +25,7 @@ class Vector(types.Type):
         super().__init__(name)
 
 
-@register_default(Vector)
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
@@ -61,8 +57,7 @@ def _pointer(
     if array_type.layout != "C" or (elements and array_type.dtype not in elements):
         kinds = f" of {' or '.join(map(str, elements))}" if elements else ""
         raise TypingError(f"kernels take C-contiguous arrays{kinds}, found {array_type}")
-    data = arrayobj.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
+    return builder.gep(data_of(context, builder, array_type, array), [index])
 
 
 def _target(
@@ -75,9 +70,10 @@ def _target(
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
-    )
+    """A call of the function of this name that is no part of the module: LLVM's, or the C library's."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
     return builder.call(function, arguments)
 
 
@@ -87,17 +83,17 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.
 def _arithmetic(symbol: Any, instruction: str) -> None:
     """Give vectors an operator, lane by lane. A float32 beside a float vector stands for 16 of them."""
 
-    @infer_global(symbol)
-    class Template(AbstractTemplate):
-        key = symbol
-
-        def generic(self, args: Any, kws: Any) -> Any:
-            vectors = {a for a in args if isinstance(a, Vector)}
-            if len(args) != 2 or len(vectors) != 1:
+    @type_callable(symbol)
+    def result_of(context: Any) -> Any:
+        def result(a: Any, b: Any) -> Any:
+            vectors = {x for x in (a, b) if isinstance(x, Vector)}
+            if len(vectors) != 1:
                 return None
             (vector,) = vectors
-            scalars = {vector, types.float32} if vector == f32x16 else vectors
-            return signature(vector, *args) if scalars.issuperset(args) else None
+            operands = {vector, types.float32} if vector == f32x16 else vectors
+            return vector if operands.issuperset((a, b)) else None
+
+        return result
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         floats = sig.return_type == f32x16
@@ -271,7 +267,7 @@ def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: A
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = _target(context, builder, sig.args[0], args[0], args[1], types.float32)
-        if "+avx512f" in context.codegen().magic_tuple()[2]:
+        if "+avx512f" in target().features:
             _store_masked(builder, pointer, args[2], args[3])
         else:  # AVX2's masked store takes dozens of cycles, NEON has none
             _store_by_halves(builder, pointer, args[2], args[3])
@@ -283,12 +279,7 @@ def f32_store_first(typingctx: Any, array: Any, index: Any, value: Any, count: A
 def _store_masked(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
     pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
     mask = _first_lanes(builder, count)
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [f32x16.llvm, pointer.type, _I32, mask.type]),
-        f"llvm.masked.store.v{LANES}f32.p0",
-    )
-    builder.call(function, [vector, pointer, _I32(4), mask])
+    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), [vector, pointer, _I32(4), mask])
 
 
 def _store_by_halves(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.Value, count: ir.Value) -> None:
@@ -332,12 +323,8 @@ def f32_load_first(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
         pointer = builder.bitcast(pointer, f32x16.llvm.as_pointer())
         mask = _first_lanes(builder, args[2])
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(f32x16.llvm, [pointer.type, _I32, mask.type, f32x16.llvm]),
-            f"llvm.masked.load.v{LANES}f32.p0",
-        )
-        return builder.call(function, [pointer, _I32(4), mask, _constant(f32x16, 0.0)])
+        arguments = [pointer, _I32(4), mask, _constant(f32x16, 0.0)]
+        return _call(builder, f"llvm.masked.load.v{LANES}f32.p0", f32x16.llvm, arguments)
 
     return f32x16(array, types.intp, types.intp), codegen
 
@@ -380,7 +367,7 @@ def _read_f32(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 
 def _read_f16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return widen(context, builder, _load_halves(context, builder, sig, args))
+    return widen(builder, _load_halves(context, builder, sig, args))
 
 
 def _read_bf16(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -409,7 +396,7 @@ def f16_to_f32(typingctx: Any, x: Any) -> Any:
     """One IEEE half float, given as its uint16 bits, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return widen(context, builder, args[0])
+        return widen(builder, args[0])
 
     return types.float32(types.uint16), codegen
 
@@ -419,7 +406,7 @@ def f32_to_f16(typingctx: Any, x: Any) -> Any:
     """One float32 rounded to an IEEE half float (nearest even), as its uint16 bits."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return narrow(context, builder, args[0])
+        return narrow(builder, args[0])
 
     return types.uint16(types.float32), codegen
 
@@ -480,11 +467,9 @@ low_halves = _two_vector_shuffle("low_halves", [i % 8 + i // 8 * 16 for i in ran
 def _prefetch(name: str, locality: int, doc: str) -> Any:
     def ask(typingctx: Any, array: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), cgutils.voidptr_t)
-            function = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
-            )
-            builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+            pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), ir.IntType(8).as_pointer())
+            arguments = [pointer, _I32(0), _I32(locality), _I32(1)]
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
             return context.get_dummy_value()
 
         return types.void(array, types.intp), codegen

@@ -3,10 +3,11 @@
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
 from numba.extending import intrinsic
 
-from ruvllm.kernels.simd.vectors_llvm import _pointer
+from ruvllm.kernels.jit.private.target import target
+from ruvllm.kernels.simd.vectors_llvm import _call, _pointer
 
 
 @intrinsic
@@ -47,19 +48,11 @@ def pause(typingctx: Any) -> Any:
     """Tell the core that this thread is waiting in a loop."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        triple = context.codegen().magic_tuple()[0]
-        void = ir.VoidType()
+        triple = target().triple
         if triple.startswith(("x86_64", "i386", "i686")):
-            function = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(void, []), "llvm.x86.sse2.pause"
-            )
-            builder.call(function, [])
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
         elif triple.startswith(("aarch64", "arm64")):
-            i32 = ir.IntType(32)
-            function = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(void, [i32]), "llvm.aarch64.hint"
-            )
-            builder.call(function, [i32(1)])
+            _call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.IntType(32)(1)])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -70,11 +63,8 @@ def yield_core(typingctx: Any) -> Any:
     """Let another thread have this core, if one waits for it; on Windows nothing is done."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if "windows" not in context.codegen().magic_tuple()[0]:
-            function = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.IntType(32), []), "sched_yield"
-            )
-            builder.call(function, [])
+        if "windows" not in target().triple:
+            _call(builder, "sched_yield", ir.IntType(32), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -110,11 +100,7 @@ def time_stamp(typingctx: Any) -> Any:
     """The processor's time stamp counter, in ticks of a constant rate; 0 where programs cannot read one."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = ir.IntType(64)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(word, []), "llvm.readcyclecounter"
-        )
-        return builder.call(function, [])
+        return _call(builder, "llvm.readcyclecounter", ir.IntType(64), [])
 
     return types.int64(), codegen
 

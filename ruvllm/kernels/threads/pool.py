@@ -9,11 +9,11 @@ from functools import cache
 from typing import Any
 
 import numba
-from numba.core import config
-from numba.np.ufunc import parallel
-from numba.np.ufunc.parallel import threading_layer
+from numba import config
+from numba import threading_layer as threading_layer  # type: ignore[attr-defined]
 
 from ruvllm import _container
+from ruvllm.kernels.jit.private.threads import thread_counter
 
 # Work per call from which two threads were faster than one, by measurement: a launch costs 3 to 4 us (omp).
 PARALLEL_ELEMENTS = 32768  # elements on each of which a kernel spends some ten operations, as exp does
@@ -33,10 +33,7 @@ def num_threads() -> int:
     """
     if _forked:
         return 1
-    # What numba.get_num_threads asks after taking two locks, which cost more than a small kernel; it is there once
-    # the threads are.
-    count = getattr(parallel, "_get_num_threads", numba.get_num_threads)
-    return int(count())
+    return int(thread_counter()())
 
 
 def threads_for(work: int, threshold: int, pieces: int) -> int:

@@ -5,19 +5,21 @@ them, calls it by its address: numba's wrappers around it stay small. The intege
 holds whatever the function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numba import prange, types
-from numba.core.ccallback import CFunc
-from numba.core.compiler_lock import global_compiler_lock
 
 from ruvllm.kernels.jit.cache import KernelCache
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, name_by_closure, parallel_kernel
+from ruvllm.kernels.jit.private.dispatch import c_function
 from ruvllm.kernels.threads.pool import launch
 from ruvllm.kernels.threads.team import call_address
+
+_one_at_a_time = threading.RLock()
 
 
 @parallel_kernel
@@ -41,13 +43,10 @@ class CFunction:
     @cached_property
     def address(self) -> int:
         """The C function's address; compiled, or read from the cache, when first asked for."""
-        with global_compiler_lock:
-            options = {"nopython": True, "error_model": "numpy", "fastmath": False}
-            compiled: Any = CFunc(self.function, ((types.int64,) * self.parameters, types.void), {}, options)
-            compiled._cache = KernelCache(self.function, "region", self._enclosed)
-            compiled.compile()
-        self._compiled = compiled
-        return int(compiled.address)
+        with _one_at_a_time:
+            signature = types.void(*(types.int64,) * self.parameters)
+            self._compiled = c_function(self.function, signature, KernelCache(self.function, "region", self._enclosed))
+        return int(self._compiled.address)
 
     def __call__(self, *arguments: int) -> None:
         """Call it from Python."""

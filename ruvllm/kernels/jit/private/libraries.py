@@ -1,4 +1,4 @@
-"""Numba's compiler as the decorators of ``jit.decorators`` change it. What they need of Numba's private parts is here.
+"""Numba's compiler as the decorators of ``jit.decorators`` change it.
 
 - Machine code is made once, of what Python calls; what only other kernels call stays LLVM IR (``Part``, ``Parallel``).
 - A sum stays a function of its own (``Sum``), so that its order of additions does not depend on the code around it.
@@ -13,18 +13,29 @@ import copy
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba.core.compiler import Compiler
+
+from ruvllm.kernels.jit.private.loops import mark_independent
+from ruvllm.kernels.jit.private.parts import part
 
 
 class Serial(Compiler):
     """Compiles a serial kernel."""
 
+    under_test = False  # whether has_libraries itself compiles
+
     def __init__(
         self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
     ) -> None:
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        self.state.targetctx = _changed_target(self.state.targetctx, self)
+        if self.usable():
+            self.state.targetctx = _changed_target(self.state.targetctx, self)
+
+    def usable(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.under_test or has_libraries()
 
     def runs(self, name: str) -> bool:
         """Whether the library of this name becomes machine code."""
@@ -47,8 +58,8 @@ class Part(Serial):
     def __init__(
         self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
     ) -> None:
-        flags.no_cpython_wrapper = True
-        flags.no_cfunc_wrapper = True
+        if self.usable():
+            flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
     def runs(self, name: str) -> bool:
@@ -160,56 +171,30 @@ def not_callable() -> Any:
     return [].clear
 
 
-# --- independent loops --------------------------------------------------------------------------------------------
-
-_INTERLEAVE = 4  # vectors per iteration; LLVM takes one where the body is long, as exp is, at 0.8 times the speed
+# --- the test -----------------------------------------------------------------------------------------------------
 
 
-def mark_independent(module: ir.Module) -> None:
-    """Mark every loop, and every load and store of an array's element, as independent.
-
-    LLVM vectorises a loop only if no iteration reads what another one writes. It tests that when the loop begins, by
-    the addresses of the arrays, and the test fails where the output is an input: the loop then runs scalar. This
-    metadata is what C compilers make of "#pragma ivdep": loads and stores belong to a group, and each loop says that
-    the accesses of the group are parallel.
-    """
-    group = _DistinctNode(module, "")
-    interleave = module.add_metadata(["llvm.loop.interleave.count", ir.IntType(32)(_INTERLEAVE)])
-    accesses = module.add_metadata(["llvm.loop.parallel_accesses", group])  # not distinct: LLVM aborts on inlining it
-    for function in module.functions:
-        order = {block: i for i, block in enumerate(function.blocks)}
-        loops: dict[Any, _DistinctNode] = {}
-        for block, place in order.items():
-            for instruction in block.instructions:
-                if instruction.opname in ("load", "store") and _is_of_an_array(instruction):
-                    instruction.set_metadata("llvm.access.group", group)
-            for target in block.terminator.operands if block.terminator.opname == "br" else ():
-                if order.get(target, place + 1) <= place:  # back to where a loop begins
-                    if target not in loops:
-                        loops[target] = _DistinctNode(module, f"SELF, !{accesses.name}, !{interleave.name}")
-                    block.terminator.set_metadata("llvm.loop", loops[target])
+class _TrialSum(Sum):
+    under_test = True
 
 
-class _DistinctNode(ir.values.MDValue):
-    """Metadata that equals no other, which llvmlite cannot write; SELF in its text stands for the node."""
-
-    def __init__(self, module: ir.Module, text: str) -> None:
-        super().__init__(module, (), str(len(module.metadata)))
-        self._text = text.replace("SELF", f"!{self.name}")
-
-    def descr(self, buf: list[str]) -> None:
-        buf += (f"distinct !{{ {self._text} }}\n",)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
+class _TrialSerial(Serial):
+    under_test = True
 
 
-def _is_of_an_array(access: Any) -> bool:
-    """Whether the address comes from anything but a local variable."""
-    pointer = access.operands[-1]
-    while isinstance(pointer, (ir.instructions.GEPInstr, ir.instructions.CastInstr)):
-        pointer = pointer.operands[0]
-    return not isinstance(pointer, ir.instructions.AllocaInstr)
+@part("libraries", "compiling takes twice as long, and sums may differ in the last bits from one start to the next")
+def has_libraries() -> bool:
+    """Whether a part stays IR that is not optimised, and a sum a function of its own in the kernel that calls it."""
+
+    @numba.njit(pipeline_class=_TrialSum, forceinline=False)
+    def callee(x: Any) -> Any:
+        return x + x
+
+    @numba.njit(pipeline_class=_TrialSerial)
+    def caller(x: Any) -> Any:
+        return 3 * callee(x)
+
+    right = caller(7) == 42
+    (part,), (whole,) = callee.inspect_llvm().values(), caller.inspect_llvm().values()
+    optimised = "local_unnamed_addr"  # what LLVM finds out of functions then
+    return right and optimised not in part and optimised in whole and "noinline" in whole

@@ -10,7 +10,7 @@ ASV_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check bench bench-history clean
+.PHONY: help demo test test-aarch64 test-versions check bench bench-history clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed ## install, fetch a small model (93 MB, once) and let i
 
 test: $(VENV)/.installed-test ## install with the test extra and run the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-aarch64: $(VENV)/.installed-test ## kernels and models on an emulated ARM processor (needs qemu-user-static)
+	$(BIN)/python -m tests.aarch64
 
 check: $(VENV)/.installed-test ## lint, type check, and whether asv understands the benchmarks
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ forward pass, in a process that compiled it or one that found it in the cache.
   written, in a vector or not. A multiply-add is written ``fma(a, b, c)``. Where ``out`` is an input, such a loop would
   be scalar without the promise of independence (6 to 9 times slower).
 - A sum over a row is a ``sum_kernel`` of its own. Only in an order that LLVM chooses is it fast, and LLVM chooses by
-  what is around: so it is never inlined, and optimised once (``private.libraries``). Sums of vectors would need
-  neither, but ten lines for each, and argmax and log_softmax took 1.4 and 1.6 times as long.
+  what is around: so it is never inlined, and optimised once (``private.libraries``). It chooses by the width of
+  registers too: last bits differ between processors. Sums of vectors would need none of that, but ten lines for each,
+  and argmax and log_softmax took 1.4 and 1.6 times as long.
 - Constants are float32: ``0.0`` would make a float64 of everything, at half the speed.
 - What LLVM does not vectorise well is written with vectors (``simd.vectors``): matrix tiles, integer dot products,
   16-bit floats, adapters.

@@ -14,7 +14,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 from numba.core.runtime.nrtdynmod import compile_nrt_functions
 
-from ruvllm.kernels.jit.private.libraries import not_callable
+from ruvllm.kernels.jit.private.libraries import has_libraries, not_callable
 from ruvllm.kernels.jit.private.parts import part
 from ruvllm.kernels.jit.private.target import Target
 
@@ -39,6 +39,7 @@ def turn_to(target: Target, finish: Callable[[Any, Any], None]) -> None:
     """
     if not can_turn():
         raise RuntimeError("this version of numba cannot compile for another processor")
+    has_libraries()  # tries code, of which none can be run from now on
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
@@ -63,6 +64,7 @@ def turn_to(target: Target, finish: Callable[[Any, Any], None]) -> None:
 
     codegen._create_empty_module = module_for_target
     setattr(JITCodeLibrary, "_finalize_final_module", finalize)  # noqa: B010  mypy sees no method there
+    setattr(JITCodeLibrary, "get_pointer_to_function", lambda library, name: 0)  # noqa: B010
     cpu_target.target_context.get_executable = lambda library, fndesc, env: not_callable()
     with global_compiler_lock:
         rtsys._library = compile_nrt_functions(cpu_target.target_context)  # reference counts: linked into kernels
@@ -74,6 +76,14 @@ def to_assembly(library: Any, machine: Any) -> None:
     # The code generator changes the IR, which then is linked into other kernels: as in numba's own process.
     text = machine._emit_to_memory(library._final_module, use_object=False)
     library.assembly = text.decode(errors="replace")
+
+
+def to_object(library: Any, machine: Any) -> None:
+    """Make machine code that the compile cache can keep."""
+    library._verify_declare_only_symbols()
+    code = machine.emit_object(library._final_module)
+    if library._object_caching_enabled:
+        library._compiled, library._compiled_object = True, code
 
 
 def assembly_of(dispatcher: Any, signature: tuple[Any, ...]) -> str:

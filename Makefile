@@ -10,11 +10,11 @@ ASV_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-aarch64 test-versions check bench bench-history clean
+.PHONY: help demo test test-lowest test-aarch64 check bench bench-history clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
 
 demo: $(VENV)/.installed ## install, fetch a small model (93 MB, once) and let it answer a question
 	$(BIN)/ruvllm pull $(MODEL)
@@ -22,6 +22,11 @@ demo: $(VENV)/.installed ## install, fetch a small model (93 MB, once) and let i
 
 test: $(VENV)/.installed-test ## install with the test extra and run the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-lowest: ## kernels and models with the lowest versions of what ruvllm depends on (tests/lowest.txt)
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --editable '.[test]' --constraint tests/lowest.txt
+	$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS) tests/kernels tests/model
 
 test-aarch64: $(VENV)/.installed-test ## kernels and models on an emulated ARM processor (needs qemu-user-static)
 	$(BIN)/python -m tests.aarch64
@@ -39,7 +44,7 @@ bench-history: $(VENV)/.installed-bench ## asv: measure the last five commits an
 	$(BIN)/asv publish
 
 clean: ## remove the environment and what the tools left behind (not the model cache)
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)-lowest .venv-aarch64 .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 # Editable installs follow the sources; only changed metadata, or another Python, asks for a new one.
 $(VENV)/.installed: pyproject.toml $(BIN)/python

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,6 +203,18 @@ def test_one_package_touches_private_parts_of_the_compilers() -> None:
 )  # fmt: skip
 def test_such_touches_are_seen(source: str, touch: str) -> None:
     assert touch in private_touches(ast.parse(source), set())
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    """tests/lowest.txt, for ``make test-lowest``, has the lower bounds of pyproject.toml, and every one."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(re.findall(r"^([\w.]+)>=([\d.]+)", "\n".join(wanted), re.MULTILINE))
+    assert len(bounds) == len(wanted)
+    lines = [line for line in (ROOT / "tests" / "lowest.txt").read_text().splitlines() if not line.startswith("#")]
+    tested = dict(line.split("==") for line in lines)
+    assert tested.keys() == bounds.keys()
+    for name, version in tested.items():
+        assert re.fullmatch(re.escape(bounds[name]) + r"(\.0)*", version), name
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         out: (..., M) float32 to write into; not an input.
 
     Returns:
-        (..., M) float32. Bits are the same for any number of threads, but the last ones differ between processors whose
-        registers have another width: LLVM chooses the order of additions by it.
+        (..., M) float32. The bits are the same for any number of threads. The last ones differ between processors with
+        AVX-512 and others: four times as many sums are kept side by side there, in another order of additions.
 
     Raises:
         TypeError: not float32.

@@ -26,7 +26,7 @@ def can_turn() -> bool:
     there = [
         *(hasattr(codegen, name) for name in ("_tm", "_data_layout", "_create_empty_module")),
         *(hasattr(JITCodeLibrary, name) for name in ("_finalize_final_module", "_finalize_dynamic_globals")),
-        hasattr(rtsys, "_library"),
+        hasattr(type(rtsys), "library"),
     ]
     return all(there)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -55,17 +56,23 @@ BY_WIDTH: frozenset[str] = frozenset()
 
 
 class Stage:
-    """Says what begins, and how long it took."""
+    """Says what begins, and how long it took: by the clock, and of the processor."""
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), _processor_time()
         print(f"{self.what} ...", flush=True)
 
     def __exit__(self, *_: object) -> None:
-        print(f"    {time.perf_counter() - self.start:.0f} s", flush=True)
+        clock, processor = time.perf_counter() - self.start[0], _processor_time() - self.start[1]
+        print(f"    {clock:.0f} s, {processor:.0f} s of a core", flush=True)
+
+
+def _processor_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _run(command: list[str], log: Path, **settings: str) -> str:
@@ -180,16 +187,17 @@ def main(folder: Path) -> None:
         emulated.set_up()
     emulated.record.unlink(missing_ok=True)
     results = ["-m", "tests.aarch64.results", str(pull("smollm2-135m"))]
+    logits = [str(folder / "logits-here.npy"), str(folder / "logits-there.npy")]
     recorded = ["-p", "tests.aarch64.recorder"]
     with Stage("the tests on this machine"), ThreadPoolExecutor(PROCESSES) as pool:
-        expected = pool.submit(_native, emulated, *results, log="results-here")
+        expected = pool.submit(_native, emulated, *results, logits[0], log="results-here")
         natively = partial(_native, emulated)
         list(pool.map(lambda piece: natively(*_pytest(piece), *recorded, log=_log("here", piece)), PIECES))
         here = json.loads(expected.result())
     with Stage(f"compiling {len(read(emulated.record))} functions for {CPU}"):
         emulated.precompile()
     with Stage(f"the tests on an emulated {CPU}"), ThreadPoolExecutor(PROCESSES) as pool:
-        found = pool.submit(emulated.run, *results, log="results-there")
+        found = pool.submit(emulated.run, *results, logits[1], log="results-there")
         texts = pool.map(lambda piece: emulated.run(*_pytest(piece), log=_log("there", piece)), PIECES)
         for piece, text in zip(PIECES, texts, strict=True):
             print(f"    {piece[0]}: {text.strip().splitlines()[-1]}", flush=True)

@@ -13,7 +13,9 @@ import numpy as np
 from ruvllm._progress import tqdm
 from ruvllm.checkpoint.encode import encode_rows
 from ruvllm.checkpoint.families import BY_TYPE
+from ruvllm.checkpoint.gguf_config import config_from_gguf
 from ruvllm.checkpoint.gguf_metadata import metadata_of, rope_factors
+from ruvllm.checkpoint.gguf_split import open_gguf
 from ruvllm.checkpoint.gguf_writer import Described, encoded, pad, write_header
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
@@ -29,6 +31,12 @@ TYPES = {
     "bf16": ("BF16", 32),
 }  # fmt: skip
 _QUANTIZATION_VERSION = 2
+# Fields of ModelConfig that a file must give back.
+_ARITHMETIC = (
+    "hidden_act", "norms", "qk_norm", "no_rope_layers", "attention_sinks", "attention_scale", "attn_logit_softcapping",
+    "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logits_scaling", "experts",
+    "swiglu_limit", "swiglu_alpha", "tie_word_embeddings",
+)  # fmt: skip
 _ELEMENTS_AT_ONCE = 1 << 22
 
 
@@ -79,10 +87,30 @@ def quantize(
                 _write(file, checkpoint, type, progress)
                 file.flush()
                 os.fsync(file.fileno())
+            _require_same_model(checkpoint, partial)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
     return target
+
+
+def _require_same_model(checkpoint: Checkpoint, written: Path) -> None:
+    """Raise ModelFormatError where a GGUF file of this family cannot say what the model does."""
+    with open_gguf(written) as file:
+        found = config_from_gguf(file)
+    expected = checkpoint.config
+    for name in _ARITHMETIC:
+        wanted, read = getattr(expected, name), getattr(found, name)
+        same = math.isclose(wanted, read, rel_tol=1e-6) if isinstance(wanted, float) and read is not None else None
+        if not (wanted == read if same is None else same):
+            expected_here = f"{read!r}, as in all such GGUF files"
+            raise ModelFormatError(checkpoint.path, field=name, found=wanted, expected=expected_here)
+    windows = [[config.window(i) for i in range(config.num_hidden_layers)] for config in (expected, found)]
+    if windows[0] != windows[1]:
+        raise ModelFormatError(
+            checkpoint.path, field="layer_types", found=f"windows {windows[0][:8]}",
+            expected=f"windows {windows[1][:8]}, as in all such GGUF files",
+        )  # fmt: skip
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | None) -> None:

@@ -8,17 +8,28 @@ import numpy as np
 import pytest
 
 import ruvllm
+from ruvllm.errors import ModelFormatError
 from ruvllm.llm import LLM
 from ruvllm.model.generate import Sampling, generate
+from ruvllm.quantizing import quantize
 from tests.model import tiny_checkpoints, tiny_gguf
 from tests.model.model_cases import logits, run
 
 # olmoe_clipped is refused by name, ministral by its architecture.
 WITHOUT = {"ministral", "olmoe_clipped", "olmoe", "qwen2_moe", "qwen2_moe_mixed", "qwen3_moe_mixed"}
 RUNNING = tuple(variant for variant in tiny_checkpoints.VARIANTS if variant not in WITHOUT)
-# A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, and a GGUF file.
+# What a GGUF file of the family cannot say, as read from the directory, and the field that an error names.
+UNSAID = {
+    "gemma2_scaled": "attention_scale", "gemma3_layers": "attention_scale", "gpt_oss": "swiglu_limit",
+    "llama_dynamic": "model",
+    "llama_yarn_factor": "model", "llama_yarn_mscale": "model", "qwen2_window": "layer_types",
+    "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
+}  # fmt: skip
+# A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, a GGUF file of the
+# converter's conventions, and one that ``quantize`` wrote.
 CASES = [(variant, form) for variant in RUNNING for form in ("hub", "new")]
 CASES += [(variant, "gguf") for variant in RUNNING if variant in tiny_gguf.VARIANTS]
+CASES += [(variant, "written") for variant in RUNNING if variant not in UNSAID]
 
 
 def load(variant: str, form: str, directory: Path, threads: int = 1) -> LLM:
@@ -28,6 +39,8 @@ def load(variant: str, form: str, directory: Path, threads: int = 1) -> LLM:
         path = tiny_gguf.write_gguf(directory / "model.gguf", checkpoint)
     else:
         path = tiny_checkpoints.write_checkpoint(directory, checkpoint, new=form == "new")
+    if form == "written":
+        path = quantize(path, directory / "written.gguf", "f32")
     return ruvllm.load(path, weights="f32", threads=threads)
 
 
@@ -55,3 +68,11 @@ def test_greedy_text(variant: str, form: str, tmp_path: Path) -> None:
     answer = [token.id for token in generate(model, model.new_cache(40), prompt, Sampling(), max_tokens=20)]
     best = model.forward(np.array([*prompt, *answer[:-1]]), model.new_cache(40)).argmax(-1)
     np.testing.assert_array_equal(best[len(prompt) - 1 :], answer)
+
+
+@pytest.mark.parametrize("variant", UNSAID)
+def test_what_a_gguf_file_cannot_say_is_refused(variant: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoints.write_checkpoint(tmp_path / "model", tiny_checkpoints.read(variant))
+    with pytest.raises(ModelFormatError, match=f": {UNSAID[variant]}: found "):
+        quantize(directory, tmp_path / "written.gguf", "f32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

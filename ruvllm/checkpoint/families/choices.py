@@ -82,15 +82,11 @@ def gguf_experts(meta: Fields, size_key: str = "expert_feed_forward_length", **c
     return {"experts": ExpertsConfig(count=count, per_token=used, intermediate_size=size, **choices)}
 
 
-def gguf_expert_values(config: ModelConfig, normalised: bool) -> dict[str, Any]:
-    """GGUF metadata of experts. ValueError where their weights are not ``normalised`` as in all files of the family."""
+def gguf_expert_values(config: ModelConfig) -> dict[str, Any]:
+    """GGUF metadata of experts."""
     experts = config.experts
     if experts is None:
         return {}
-    if experts.normalised != normalised:
-        raise ValueError(f"norm_topk_prob = {normalised}: found {experts.normalised}")
-    if experts.layers is not None:
-        raise ValueError(f"experts in every layer: found them in layers {experts.layers}")
     values = {
         "expert_count": experts.count, "expert_used_count": experts.per_token,
         "expert_feed_forward_length": experts.intermediate_size,

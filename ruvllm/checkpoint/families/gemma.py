@@ -86,15 +86,7 @@ def _gguf_gemma3(meta: Fields, sizes: Sizes) -> Choices:
     }  # fmt: skip
 
 
-def _values(config: ModelConfig, period: int, layers_of_27b: int) -> dict[str, Any]:
-    """Raises ValueError where the scale is none that a GGUF file of this family can have."""
-    sizes = Sizes(
-        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-        config.head_dim,
-    )  # fmt: skip
-    scale = _gguf_scale(sizes, layers_of_27b)
-    if not math.isclose(config.attention_scale, scale):
-        raise ValueError(f"an attention scale of {scale:.6g}: found {config.attention_scale:.6g}")
+def _values(config: ModelConfig, period: int) -> dict[str, Any]:
     values = gguf_window_values(config, period)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name) is not None:
@@ -117,13 +109,13 @@ GEMMA = Family(
 )  # fmt: skip
 GEMMA2 = Family(
     model_type="gemma2", classes=("Gemma2ForCausalLM",), architecture="gemma2", hf_choices=_gemma2,
-    gguf_choices=_gguf_gemma2, gguf_values=lambda config: _values(config, 2, 46), norm_offset=1.0, hf_names=_NORMS,
+    gguf_choices=_gguf_gemma2, gguf_values=lambda config: _values(config, 2), norm_offset=1.0, hf_names=_NORMS,
     defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )  # fmt: skip
 GEMMA3 = Family(
     model_type="gemma3_text", classes=("Gemma3ForCausalLM", "Gemma3TextForCausalLM", "Gemma3ForConditionalGeneration"),
     architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3,
-    gguf_values=lambda config: _values(config, 6, 62), norm_offset=1.0,
+    gguf_values=lambda config: _values(config, 6), norm_offset=1.0,
     hf_names=_NORMS,
     defaults=_DEFAULTS | {
         "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6, "vocab_size": 262208,

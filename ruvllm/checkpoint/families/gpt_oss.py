@@ -44,7 +44,7 @@ def _gguf(meta: Fields, sizes: Sizes) -> Choices:
 
 
 def _gguf_values(config: ModelConfig) -> dict[str, Any]:
-    return gguf_window_values(config, 2) | gguf_expert_values(config, normalised=True)
+    return gguf_window_values(config, 2) | gguf_expert_values(config)
 
 
 def _hf_fused(config: ModelConfig) -> dict[str, Place]:

@@ -48,7 +48,7 @@ def _gguf(meta: Fields, sizes: Sizes) -> Choices:
 
 def _gguf_values(config: ModelConfig) -> dict[str, Any]:
     window = {} if config.sliding_window is None else {"attention.sliding_window": config.sliding_window}
-    experts = gguf_expert_values(config, normalised=True)
+    experts = gguf_expert_values(config)
     experts.pop("expert_feed_forward_length", None)
     return window | experts
 

@@ -35,7 +35,7 @@ OLMO2 = Family(
 )  # fmt: skip
 OLMOE = Family(
     model_type="olmoe", classes=("OlmoeForCausalLM",), architecture="olmoe", hf_choices=_olmoe,
-    gguf_choices=_gguf_olmoe, gguf_values=lambda config: gguf_expert_values(config, normalised=False),
+    gguf_choices=_gguf_olmoe, gguf_values=gguf_expert_values,
     defaults={
         "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 50279,
     },

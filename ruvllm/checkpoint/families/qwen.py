@@ -63,12 +63,12 @@ QWEN3 = Family(
 )  # fmt: skip
 QWEN2_MOE = Family(
     model_type="qwen2_moe", classes=("Qwen2MoeForCausalLM",), architecture="qwen2moe", hf_choices=_qwen2_moe,
-    gguf_choices=_gguf_qwen2_moe, gguf_values=lambda config: gguf_expert_values(config, normalised=False),
+    gguf_choices=_gguf_qwen2_moe, gguf_values=gguf_expert_values,
     defaults=_DEFAULTS | {"num_key_value_heads": 16},
 )  # fmt: skip
 QWEN3_MOE = Family(
     model_type="qwen3_moe", classes=("Qwen3MoeForCausalLM",), architecture="qwen3moe", hf_choices=_qwen3_moe,
     gguf_choices=lambda meta, sizes: {"qk_norm": "head"} | gguf_experts(meta),
-    gguf_values=lambda config: gguf_expert_values(config, normalised=True),
+    gguf_values=gguf_expert_values,
     defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ruvllm.checkpoint.families.choices import biased, windows
 from ruvllm.checkpoint.family import Choices, Family, Sizes
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.model.config import ModelConfig
 
 _EVERY = 4
 
@@ -29,16 +28,9 @@ def _without(layers: int) -> tuple[int, ...]:
     return tuple(range(_EVERY - 1, layers, _EVERY))
 
 
-def _require_known(config: ModelConfig) -> dict[str, object]:
-    """Nothing to add to a GGUF file; ValueError where it cannot say which layers rotate."""
-    if config.no_rope_layers != _without(config.num_hidden_layers):
-        raise ValueError(f"no rotary embedding in each {_EVERY}th layer: found layers {config.no_rope_layers}")
-    return {}
-
-
 SMOLLM3 = Family(
     model_type="smollm3", classes=("SmolLM3ForCausalLM",), architecture="smollm3", hf_choices=_smollm3,
-    gguf_choices=lambda meta, sizes: {"no_rope_layers": _without(sizes.layers)}, gguf_values=_require_known,
+    gguf_choices=lambda meta, sizes: {"no_rope_layers": _without(sizes.layers)},
     interleaved=True,
     defaults={
         "tie_word_embeddings": True, "rope_theta": 2e6, "max_position_embeddings": 32768, "bos_token_id": 128000,

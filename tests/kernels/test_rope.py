@@ -170,7 +170,7 @@ def test_no_tokens() -> None:
         ({"theta": 0.0}, "theta: expected a finite number > 0"),
         ({"theta": float("nan")}, "theta: expected a finite number > 0"),
         ({"scaling": "linear", "factor": -1.0}, "factor: expected a finite number > 0"),
-        ({"scaling": "yarn"}, "scaling: expected None, 'linear', 'ntk', 'llama3' or 'factors', found 'yarn'"),
+        ({"scaling": "dynamic"}, "scaling: expected None, 'linear', 'ntk', 'llama3', 'factors', 'yarn' or .* 'dynamic'"),
         ({"scaling": "llama3", "low_freq_factor": 4.0}, "high_freq_factor: expected more than low_freq_factor 4.0"),
         ({"scaling": "factors", "factors": [1.0, 2.0]}, "factors: expected 4 positive numbers"),
         ({"scaling": "factors", "factors": [1.0, 2.0, 0.0, 1.0]}, "factors: expected 4 positive numbers"),
@@ -211,3 +211,24 @@ def test_tables_into_arrays_of_the_caller() -> None:
         rope_tables(np.arange(3), 16, out=out[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="^out: expected shape"):
         rope_tables(np.arange(4), 16, out=out)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_head_that_is_rotated_in_part(interleaved: bool) -> None:
+    """Elements from R on stay as they are; the others are rotated as a head of R."""
+    x = np.random.default_rng(0).standard_normal((5, 3, 22), np.float32)
+    cos, sin = rope_tables(np.arange(5), 14)
+    y = apply_rope_tables(x, cos, sin, interleaved)
+    np.testing.assert_array_equal(y[..., 14:], x[..., 14:])
+    np.testing.assert_array_equal(y[..., :14], apply_rope_tables(x[..., :14].copy(), cos, sin, interleaved))
+    with pytest.raises(ValueError, match="^cos: expected at most 11 pairs for heads of 22, found 12$"):
+        apply_rope_tables(x, *rope_tables(np.arange(5), 24))
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    plain, scaled = rope_inv_freq(64), rope_inv_freq(64, 1e4, "yarn", 4.0, 1.0, 32.0, 256)
+    turns = 256 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(scaled[turns > 40], plain[turns > 40])
+    np.testing.assert_allclose(scaled[turns < 0.7], plain[turns < 0.7] / 4, rtol=1e-12)
+    assert np.all(np.diff(plain / scaled) >= -1e-12)
+    assert np.any(scaled != rope_inv_freq(64, 1e4, "yarn_unrounded", 4.0, 1.0, 32.0, 256))

@@ -121,3 +121,57 @@ def test_a_cache_serves_one_thread_at_a_time() -> None:
     with pytest.raises(ValueError, match="ids: expected token ids"):
         model.forward([-1], cache)
     np.testing.assert_array_equal(model.forward(ids, cache), expected)
+
+
+WINDOWED = dataclasses.replace(
+    SMALL, num_hidden_layers=3, sliding_window=20,
+    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+)  # fmt: skip
+
+
+def test_the_cache_of_a_windowed_layer_is_a_ring() -> None:
+    """A window of 20 and a pass of 126 tokens fit into 256 positions, however long the context."""
+    cache = KVCache(WINDOWED, 2000)
+    plain = KVCache(dataclasses.replace(WINDOWED, sliding_window=None, layer_types=()), 2000)
+    assert [keys.shape[1] * 16 for keys in cache.keys] == [256, 2000, 256]
+    assert cache.nbytes == KVCache.bytes_for(WINDOWED, 2000) == plain.nbytes * (256 + 2000 + 256) // 6000
+    assert [keys.shape[1] * 16 for keys in KVCache(WINDOWED, 100).keys] == [112] * 3  # never more than the context
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
+def test_a_ring_gives_the_bits_of_a_whole_cache(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, parts = small_model("f32", config=WINDOWED), text(700), [300, 1, 126, 130, 1, 1, 141]
+    ring = run(model, model.new_cache(700, kv), ids, parts)
+    cache = model.new_cache(700, kv)
+    run(model, cache, ids, parts)
+    k, v = cache.layer(0)
+    with monkeypatch.context() as patch:
+        patch.setattr("ruvllm.model.kv_cache.PREFILL_TOKENS", 10_000)
+        whole = model.new_cache(700, kv)
+        assert whole.keys[0].shape == whole.keys[1].shape
+        np.testing.assert_array_equal(run(model, whole, ids, parts), ring)
+    assert k.shape == v.shape == (256, WINDOWED.num_key_value_heads, WINDOWED.head_dim)
+    for found, expected in zip((k, v), whole.layer(0), strict=True):
+        np.testing.assert_array_equal(found, expected[-256:])
+
+
+def test_a_ring_is_truncated_as_far_as_it_remembers() -> None:
+    model, ids = small_model("f32", config=WINDOWED), text(600)
+    expected = run(model, model.new_cache(600), ids, [600])
+    cache = model.new_cache(600)
+    run(model, cache, ids, [600])
+    assert cache.oldest == 600 - 256 + 20 - 1
+    with pytest.raises(ValueError, match="^length: expected 0, or 363 to 600, found 362: layers with a window have "):
+        cache.truncate(362)
+    cache.truncate(363)
+    np.testing.assert_array_equal(run(model, cache, ids[363:], [100, 137]), expected[363:])
+    assert cache.keep_common_prefix(np.concatenate([ids[:100], ids[:10]])) == 0 == len(cache)
+    np.testing.assert_array_equal(run(model, cache, ids, [600]), expected)
+    cache.clear()
+    assert cache.oldest == 0
+
+
+def test_a_ring_of_another_window_is_refused() -> None:
+    other = dataclasses.replace(WINDOWED, sliding_window=200)
+    with pytest.raises(ValueError, match="^cache: it was made for a model whose layers have other windows$"):
+        small_model("f32", config=other).forward(text(3), KVCache(WINDOWED, 2000))

@@ -170,7 +170,7 @@ def test_no_tokens() -> None:
         ({"theta": 0.0}, "theta: expected a finite number > 0"),
         ({"theta": float("nan")}, "theta: expected a finite number > 0"),
         ({"scaling": "linear", "factor": -1.0}, "factor: expected a finite number > 0"),
-        ({"scaling": "dynamic"}, "scaling: expected None, 'linear', 'ntk', 'llama3', 'factors', 'yarn' or .* 'dynamic'"),
+        ({"scaling": "dynamic"}, "scaling: expected None, 'linear', 'ntk', 'llama3', 'factors', 'yarn' or "),
         ({"scaling": "llama3", "low_freq_factor": 4.0}, "high_freq_factor: expected more than low_freq_factor 4.0"),
         ({"scaling": "factors", "factors": [1.0, 2.0]}, "factors: expected 4 positive numbers"),
         ({"scaling": "factors", "factors": [1.0, 2.0, 0.0, 1.0]}, "factors: expected 4 positive numbers"),

@@ -53,9 +53,13 @@ PIECES = (
     ("tests/kernels/test_matmul.py tests/kernels/test_lora.py", ""),
     ("tests/model/test_llama.py tests/model/test_kv_cache.py", "not processes and not plain_python"),
 )
-# Sums in the order that LLVM chooses for the width of registers: other last bits (see matmul.public.gemv).
-BY_WIDTH: frozenset[str] = frozenset()
-LOGITS = 1e-3  # how far logits may be apart then: activations are rounded to 8 bits after such sums
+# Sums in an order that goes by the width of registers (jit.decorators, matmul.public.gemv): other last bits. And
+# kv_append, whose input differs: NumPy's float32 standard_normal gives another number once in a million.
+BY_WIDTH = frozenset({
+    "cross_entropy", "dot", "gemv", "kv_append", "layer_norm", "log_softmax", "lora_accumulate_grad", "lora_forward",
+    "lora_forward_add", "rms", "rms_norm", "rms_norm_backward", "softmax",
+})  # fmt: skip
+LOGITS = 1e-3  # how far logits in float32 may be apart for that
 
 
 class Stage:
@@ -207,10 +211,13 @@ def main(folder: Path) -> None:
         there = json.loads(found.result())
     differ = {name for name in here if here[name] != there[name]}
     print(f"{len(here) - len(differ)} of {len(here)} results have the same bits as here; others: {sorted(differ)}")
-    distance = float(np.abs(np.load(logits[0]) - np.load(logits[1])).max())
-    print(f"logits: {distance:.1e} apart at most; {time.perf_counter() - begin:.0f} s in all")
-    if differ - BY_WIDTH or not distance <= LOGITS:
-        raise SystemExit(f"expected the same bits: {sorted(differ - BY_WIDTH)}, and logits within {LOGITS}")
+    # With rounded activations one last bit may become a step of a 127th: there the likeliest tokens are compared.
+    (rounded, floats), (rounded_there, floats_there) = (np.load(path) for path in logits)
+    distance = float(np.abs(floats - floats_there).max())
+    same_tokens = bool((rounded.argmax(-1) == rounded_there.argmax(-1)).all())
+    print(f"logits: {distance:.1e} apart at most in float32; {time.perf_counter() - begin:.0f} s in all")
+    if differ - BY_WIDTH or not distance <= LOGITS or not same_tokens:
+        raise SystemExit(f"expected the same bits of {sorted(differ - BY_WIDTH)}, the same tokens, logits within {LOGITS}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class Shelf:
         where they begin with "wheel_"."""
         step = -(-len(content) // parts)
         wheels = [self._wheel(name, i, content[i * step : (i + 1) * step]) for i in range(parts)]
-        of_wheel = {key.removeprefix("wheel_"): changes.pop(key) for key in list(changes) if key.startswith("wheel_")}
+        of_wheel: dict[str, Any] = {
+            key.removeprefix("wheel_"): changes.pop(key) for key in list(changes) if key.startswith("wheel_")
+        }
         wheels[-1] = dataclasses.replace(wheels[-1], **of_wheel)
         record: dict[str, Any] = {
             "filename": f"{name}.gguf",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 from ruvllm._progress import tqdm
+from ruvllm.checkpoint.groups import group_layout
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_choices, compile_for
 from ruvllm.kernels.memory import require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
-from ruvllm.model.kv_cache import PREFILL_TOKENS, KVCache
+from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
 from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
 from ruvllm.model.replay import working_bytes
-from ruvllm.model.weights import bytes_per_weight
+from ruvllm.model.weights import INTEGER_LAYOUTS, matrix_bytes
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
 
@@ -71,13 +71,21 @@ def load(
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
     """Refuse a model that does not fit with a cache for a short text, before anything is allocated."""
     tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
-    working = KVCache.bytes_for(checkpoint.config, tokens) + working_bytes(checkpoint.config, PREFILL_TOKENS)
+    working = cache_bytes(checkpoint.config, tokens) + working_bytes(checkpoint.config, PREFILL_TOKENS)
     what = f"{checkpoint.path}: weights={weights!r} and a KV cache of {tokens} tokens"
     require_memory(weight_bytes(checkpoint, weights) + working, what)
 
 
-def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> float:
+def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> int:
     """Bytes that the weights of a model take once they are loaded as ``weights``; see ``load``."""
     layouts = choose_layouts(checkpoint.config, checkpoint, weights)
-    shapes = checkpoint.config.tensor_shapes()
-    return sum(math.prod(shape) * bytes_per_weight(layouts.get(name, "f32")) for name, shape in shapes.items())
+    total = 0
+    for name, shape in checkpoint.config.tensor_shapes().items():
+        if name not in layouts:
+            total += 4 * shape[0]
+            continue
+        layout, mins = layouts[name], False
+        if layout in INTEGER_LAYOUTS:
+            _, mins = group_layout(checkpoint.tensor(name).dtype, layout, symmetric=False)
+        total += matrix_bytes(shape, layout, mins)
+    return total

@@ -642,15 +642,19 @@ def test_chat_from_a_pipe(llm, piped, capsys):
 
 def test_memory_table_has_the_known_figures(capsys):
     assert main(["memory"]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    weights, caches = capsys.readouterr().out.split("1000 tokens")
+    rows = {line.split()[0]: line.split() for line in weights.splitlines() if line.strip()}
     # Parameters: the models' published sizes. FP16: two bytes each. INT4: 4.5 bits a weight.
     assert rows["LLaMA2-7B"][1:5] == ["6.74", "B", "13.48", "GB"]
     assert rows["LLaMA2-13B"][1:5] == ["13.02", "B", "26.03", "GB"]
     assert rows["LLaMA3-8B"][1:5] == ["8.03", "B", "16.06", "GB"]
     assert rows["Mistral-7B"][1:5] == ["7.24", "B", "14.48", "GB"]
     assert float(rows["LLaMA2-7B"][7]) == pytest.approx(6.738 * 4.5 / 8, abs=0.01)
-    # 2 · 32 layers · 8 heads · 128 · 2 bytes · 1000 tokens
-    assert rows["LLaMA3-8B"][9:11] == ["131.1", "MB"]
+    rows = {line.split()[0]: line.split() for line in caches.splitlines() if line.strip()}
+    # 2 · 32 layers · 8 heads · 128 · 2 bytes · 1008 positions, whole blocks of 16
+    assert rows["LLaMA3-8B"][1:3] == ["132.1", "MB"]
+    # Of 32768 positions a window of 4096 needs 17 chunks of 256.
+    assert rows["Mistral-7B"][7:] == ["32,768", "570.4", "MB"]
 
 
 def test_memory_of_one_configuration(capsys):

@@ -22,13 +22,13 @@ import ruvllm
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.loading import weight_bytes
-from ruvllm.model import KVCache
-from ruvllm.model.kv_cache import PREFILL_TOKENS
+from ruvllm.model import KVCache, Llama
+from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
 from ruvllm.model.ops.recorder import Pass
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import Working, working_bytes
 from tests import llm_cases
-from tests.model import tiny
+from tests.model import tiny, tiny_checkpoints
 from tests.model.model_cases import SMALL, small_model
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
 ) -> None:
     path = tiny.write_gguf("llama2_mha", tmp_path / "tiny.gguf")
     config = ruvllm.load(path).config
-    cache, work = KVCache.bytes_for(config, 256), working_bytes(config, PREFILL_TOKENS)
+    cache, work = cache_bytes(config, 256), working_bytes(config, PREFILL_TOKENS)
     weights = 4 * config.parameter_count()
     free(weights + cache + work)
     ruvllm.load(path, weights="f32")
@@ -63,18 +63,31 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     assert isinstance(caught.value, MemoryError)
 
 
-@pytest.mark.parametrize(("weights", "share"), [("auto", 0.02), ("f32", 0.0)])
-def test_what_is_said_of_a_file_is_what_it_takes(smollm2_path: Path, weights: str, share: float) -> None:
-    """As `ruvllm info` shows it: to the byte for floats; for integers with mins, which one of the matrices has not."""
+@pytest.mark.parametrize("weights", ["auto", "f32", "int8"])
+def test_what_is_said_of_a_file_is_what_it_takes(smollm2_path: Path, weights: str) -> None:
+    """As `ruvllm info` shows it, to the byte."""
     with open_checkpoint(smollm2_path) as checkpoint:
         said = weight_bytes(checkpoint, weights)
-    assert said == pytest.approx(ruvllm.load(smollm2_path, weights=weights).model.nbytes, rel=share, abs=0)
+    assert said == ruvllm.load(smollm2_path, weights=weights).model.nbytes
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "gpt_oss_mxfp4", "mixtral", "phi4_mini", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("weights", ["auto", "int4"])
+def test_what_is_said_of_each_family_is_what_it_takes(tmp_path: Path, variant: str, weights: str) -> None:
+    """Tied heads, biases, norms of q and k, sinks, experts; windows: caches that are rings."""
+    path = tiny_checkpoints.write_checkpoint(tmp_path / variant, tiny_checkpoints.read(variant))
+    with open_checkpoint(path) as checkpoint:
+        said, model = weight_bytes(checkpoint, weights), Llama(checkpoint.config, checkpoint, weights, threads=1)
+    assert said == model.nbytes
+    for kv in ("f32", "f16", "int8"):
+        for tokens in (1, 100, 500):
+            assert cache_bytes(model.config, tokens, kv) == KVCache(model.config, tokens, kv).nbytes
 
 
 def test_a_cache_that_does_not_fit_is_refused(free: Any) -> None:
     needed = KVCache(SMALL, 1000).nbytes
-    assert KVCache.bytes_for(SMALL, 1000) == needed
-    assert KVCache.bytes_for(SMALL, 1000, "f16") == KVCache(SMALL, 1000, "f16").nbytes == needed // 2
+    assert cache_bytes(SMALL, 1000) == needed
+    assert cache_bytes(SMALL, 1000, "f16") == KVCache(SMALL, 1000, "f16").nbytes == needed // 2
     free(needed - 1)
     with pytest.raises(InsufficientMemoryError, match=r"^KV cache of 1000 tokens: 0\.0 GB needed, 0\.0 GB free$"):
         KVCache(SMALL, 1000)

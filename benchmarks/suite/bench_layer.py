@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ruvllm.model.weights import weight_bytes
 from ruvllm.report import layers
 from ruvllm.report.bench import lacking_memory
 
@@ -21,7 +22,7 @@ class Layer:
 
     def setup(self, name: str, weights: str, count: int) -> None:
         config = layers.layer_config(name, count)
-        if (count > 1 and name != "llama2-7b") or lacking_memory(layers.weight_bytes(config, weights)):
+        if (count > 1 and name != "llama2-7b") or lacking_memory(weight_bytes(config, weights)):
             raise NotImplementedError
         self.call = layers.OneToken(layers.layer_model(config, weights))
         self.call()

@@ -28,30 +28,34 @@ def show(content: Any, stderr: bool = False, **options: Any) -> None:
 
 
 def show_memory(names: list[str]) -> None:
-    """Print what models take: parameters, weights at FP16, INT8, INT4, and the KV cache of 1000 tokens."""
+    """Print what models take: parameters and weights at FP16, INT8, INT4; then their KV caches."""
     from rich import box
     from rich.table import Table
 
+    from ruvllm.model.kv_size import cache_bytes
     from ruvllm.model.presets import PRESETS
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    for heading in ("parameters", "FP16", "INT8", "INT4", "KV cache per 1k tokens (FP16)", "(FP32)", "(INT8)"):
-        table.add_column(heading, justify="right")
+    weights, caches = Table(box=box.SIMPLE_HEAD), Table(box=box.SIMPLE_HEAD)
+    at_length = ("KV cache FP16", "FP32", "INT8", "context", "its KV cache FP16")
+    for table, headings in ((weights, ("parameters", "FP16", "INT8", "INT4")), (caches, at_length)):
+        table.add_column("model" if table is weights else f"{KV_TOKENS} tokens", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", overflow="fold")
     for name in names or list(PRESETS):
         config = PRESETS[name.lower()] if name.lower() in PRESETS else _config_of(name)
+        label, context = config.name or Path(name).name, config.max_position_embeddings
         estimate = config.memory_estimate()
-        table.add_row(
-            config.name or Path(name).name,
-            f"{estimate.parameters / 1e9:.2f} B"
-            if estimate.parameters >= 1e9
-            else f"{estimate.parameters / 1e6:.1f} M",
-            *(size(n) for n in (estimate.fp16, estimate.int8, estimate.int4)),
-            size(KV_TOKENS * estimate.kv_bytes_per_token_fp16),
-            size(KV_TOKENS * estimate.kv_bytes_per_token_fp32),
-            size(KV_TOKENS * estimate.kv_bytes_per_token_int8),
-        )
-    show(table)
+        active = f" ({_count(estimate.active)} active)" if estimate.active < estimate.parameters else ""
+        sizes = [size(n) for n in (estimate.fp16, estimate.int8, estimate.int4)]
+        weights.add_row(label, _count(estimate.parameters) + active, *sizes)
+        sizes = [size(cache_bytes(config, KV_TOKENS, kv)) for kv in ("f16", "f32", "int8")]
+        caches.add_row(label, *sizes, f"{context:,}", size(cache_bytes(config, context, "f16")))
+    show(weights)
+    show(caches)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def _config_of(name: str) -> ModelConfig:
@@ -112,29 +116,30 @@ def _model(name: str) -> dict[str, str]:
     from ruvllm.checkpoint.groups import ROUNDED
     from ruvllm.checkpoint.hub import resolve
     from ruvllm.checkpoint.loader import open_checkpoint
+    from ruvllm.cli._describe import described
     from ruvllm.loading import weight_bytes
+    from ruvllm.model.kv_size import cache_bytes
 
     checkpoint = open_checkpoint(resolve(name))
     config = checkpoint.config
     estimate = config.memory_estimate()
     rounded = [f"{ROUNDED[dtype]} ({dtype})" for dtype in checkpoint.weight_dtypes if dtype in ROUNDED]
-    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
+    active = f" ({estimate.active:,} active for one token)" if estimate.active < estimate.parameters else ""
+    lengths = sorted({min(KV_TOKENS, config.max_position_embeddings), config.max_position_embeddings})
+    caches = [[size(cache_bytes(config, tokens, kv)) for kv in ("f32", "int8")] for tokens in lengths]
     return {
         "name": config.name or Path(checkpoint.path).name,
         "file": f"{checkpoint.path} ({checkpoint.format})",
-        "parameters": f"{estimate.parameters:,}",
         "weights": ", ".join(f"{count} {dtype}" for dtype, count in checkpoint.weight_dtypes.items()) + " tensors",
-        "layers": f"{config.num_hidden_layers} of hidden size {config.hidden_size}, {config.intermediate_size} inside",
-        "heads": heads,
-        "vocabulary": f"{config.vocab_size:,} tokens",
-        "context": f"{config.max_position_embeddings:,} tokens"
-        + (f", sliding window {config.sliding_window:,}" if config.sliding_window else ""),
-        "rope": f"base {config.rope.theta:g}, scaling {config.rope.scaling or 'none'}",
+        "parameters": f"{estimate.parameters:,}{active}",
+        **described(config),
         "memory": f"{size(weight_bytes(checkpoint))} as it is loaded (--weights auto)",
         "rounded then": ", ".join(rounded) or "nothing",
         "if all were": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
-        "KV cache": f"{size(KV_TOKENS * estimate.kv_bytes_per_token_fp32)} per 1k tokens in FP32, "
-        f"{size(KV_TOKENS * estimate.kv_bytes_per_token_int8)} in INT8",
+        "KV cache": "; ".join(
+            f"{fp32} in FP32, {int8} in INT8 for {tokens:,} tokens"
+            for tokens, (fp32, int8) in zip(lengths, caches, strict=True)
+        ),
     }
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ruvllm._brief import brief
+from ruvllm.lab.work import PassWork, pass_work
 from ruvllm.machine import size
 from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
-from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.kv_size import cache_bytes
+from ruvllm.model.ops.schedule import Step
 from ruvllm.model.presets import PRESETS
-from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, bytes_per_weight
+from ruvllm.model.replay import recorded
+from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,17 @@ class Layout:
     """The cost under one layout of weights.
 
     weights, cache: bytes in memory, of the cache at the context's length. bytes_per_token, flops_per_token: read and
-    computed for one token at the end of the context. decode, prefill: tokens/s that the limits allow. limit: what
-    decoding waits for, "memory" or "arithmetic".
+    computed for one token at the end of the context. bytes_of_prompt: weights that a prompt of the context's length
+    reads, each once. decode, prefill: tokens/s that the limits allow. limit: what decoding waits for, "memory" or
+    "arithmetic".
     """
 
     name: str
-    weights: float
-    cache: float
+    weights: int
+    cache: int
     bytes_per_token: float
     flops_per_token: float
+    bytes_of_prompt: float
     decode: float
     prefill: float
     limit: str
@@ -39,10 +45,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs at a context of ``context`` tokens, by layout of weights."""
+    """What a model costs at a context of ``context`` tokens, by layout of weights.
+
+    parameters: all; active: those that one token meets, of a mixture of experts fewer.
+    """
 
     name: str
     parameters: int
+    active: int
     context: int
     peaks: Peaks
     layouts: tuple[Layout, ...]
@@ -56,8 +66,9 @@ class Cost:
         """One line: which model, and on what it is to run."""
         threads = f"{self.peaks.threads} thread{'s' * (self.peaks.threads > 1)}"
         memory = f"memory {self.peaks.memory / 1e9:.0f} GB/s"
+        active = f" ({self.active / 1e9:.2f} B active)" if self.active < self.parameters else ""
         return (
-            f"{self.name}: {self.parameters / 1e9:.2f} B parameters, context {self.context:,}; "
+            f"{self.name}: {self.parameters / 1e9:.2f} B parameters{active}, context {self.context:,}; "
             f"bounds for {threads} of this machine ({memory}, {self.peaks.fma / 1e9:.0f} GFLOP/s float32, "
             f"{self.peaks.int8_dot / 1e9:.0f} GOP/s int8)"
         )
@@ -108,12 +119,15 @@ def cost(
 ) -> Cost:
     """Memory, bytes and arithmetic of a model per token, and the tokens/s that this machine's limits allow.
 
-    decode <= 1 / max(bytes / read bandwidth, arithmetic / peak); prefill <= context / (arithmetic of a prompt of that
-    length / peak), whose tokens see half of it on average, and of which only the last meets the head; where
+    decode <= 1 / max(bytes / read bandwidth, arithmetic / peak); prefill <= context / the same of a prompt of that
+    length, whose tokens see half of it on average, and of which only the last meets the head; where
 
-    - bytes = all matrices (of an embedding that is not the head too, one row) + keys and values of the context,
+    - bytes = all weights (of the embedding one row for each token) + keys and values of the context, or of the window;
     - arithmetic = 2 N K of each matrix + 4 context H D of each layer's attention, at the float32 peak; matrices of
-      integers at the integer peak.
+      integers at the integer peak;
+    - of a mixture, a token meets the experts that it is sent to, a prompt as many as its tokens can reach.
+
+    What a model consists of, its layer code says: see ``lab.work``.
 
     Args:
         config: a configuration, or the name of a known one ("llama3-8b").
@@ -143,32 +157,26 @@ def cost(
         if layout not in LAYOUTS:
             raise ValueError(f"weights: expected some of {', '.join(LAYOUTS)}, found {layout!r}")
     peaks = peaks or measured_peaks()
-    found = tuple(_layout(config, layout, context, kv, peaks) for layout in chosen)
-    return Cost(config.name or "model", config.parameter_count(), context, peaks, found)
+    steps = recorded(config, ["f32"]).schedule.steps
+    found = tuple(_layout(config, steps, layout, context, kv, peaks) for layout in chosen)
+    name, active = config.name or "model", config.active_parameter_count()
+    return Cost(name, config.parameter_count(), active, context, peaks, found)
 
 
-def _layout(config: ModelConfig, layout: str, context: int, kv: str, peaks: Peaks) -> Layout:
-    shapes = config.tensor_shapes()
-    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
-    vectors = 4 * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
-    read = dict(matrices)
-    if not config.tie_word_embeddings:
-        read["embed"] = config.hidden_size  # one row
-    per_weight = bytes_per_weight(layout)
-    held = KVCache.bytes_for(config, context, kv)
-    products = 2.0 * sum(n for name, n in read.items() if name != "embed" or config.tie_word_embeddings)
-    visible = min(context, config.sliding_window or context)
-    attention = 4.0 * visible * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    nbytes = per_weight * sum(read.values()) + vectors + held * visible / context
-    integer = layout in INTEGER_LAYOUTS
-    peak = peaks.int8_dot if integer else peaks.fma
-    seconds = products / peak + attention / peaks.fma
-    head = 2.0 * matrices["embed" if config.tie_word_embeddings else "head"]
-    seen = visible * (2 * context - visible + 1) / (2 * context)  # positions, on average over a prompt's tokens
-    prompt = (products - head + head / context) / peak + attention * seen / visible / peaks.fma
-    waiting = nbytes / peaks.bandwidth(nbytes)
+def _layout(config: ModelConfig, steps: Sequence[Step], layout: str, context: int, kv: str, peaks: Peaks) -> Layout:
+    token = pass_work(config, steps, layout, np.array([context - 1]), kv)
+    prompt = pass_work(config, steps, layout, np.arange(context), kv)
+    nbytes = token.weights + token.cached
+    waiting, computing = nbytes / peaks.bandwidth(nbytes), _seconds(token, layout, peaks)
+    reading = prompt.weights / peaks.bandwidth(prompt.weights)
     return Layout(
-        name=layout, weights=per_weight * sum(matrices.values()) + vectors, cache=float(held), bytes_per_token=nbytes,
-        flops_per_token=products + attention, decode=1 / max(seconds, waiting), prefill=1 / prompt,
-        limit="memory" if waiting > seconds else "arithmetic",
+        name=layout, weights=weight_bytes(config, layout), cache=cache_bytes(config, context, kv),
+        bytes_per_token=nbytes, flops_per_token=token.flops, bytes_of_prompt=prompt.weights,
+        decode=1 / max(computing, waiting), prefill=context / max(reading, _seconds(prompt, layout, peaks)),
+        limit="memory" if waiting > computing else "arithmetic",
     )  # fmt: skip
+
+
+def _seconds(work: PassWork, layout: str, peaks: Peaks) -> float:
+    """The arithmetic at its peaks."""
+    return work.products / (peaks.int8_dot if layout in INTEGER_LAYOUTS else peaks.fma) + work.attention / peaks.fma

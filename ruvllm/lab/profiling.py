@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter, defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 
 from ruvllm._brief import brief
 from ruvllm.kernels import tape as t
+from ruvllm.lab.work import work_of
 from ruvllm.llm import LLM, Prompt
 from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.kv_size import key_value_bytes
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.ops.tape import Tape
@@ -206,11 +209,16 @@ class _Timed:
 
 
 class _Reader:
-    """Makes operations of time stamps; work and bytes follow from each row's arguments."""
+    """Makes operations of time stamps."""
 
     def __init__(self, model: Llama, peaks: Peaks) -> None:
         self.peaks, self.model_bytes = peaks, model.nbytes
         self.linears = model.linears()
+        self.matrices: dict[Hashable, float] = {name: x.weights.nbytes for name, x in self.linears.items()}
+        if model.adapters is not None:
+            for name, x in model.adapters.matrices.items():
+                self.matrices |= {(name, "down"): x.down.nbytes, (name, "up"): x.up.nbytes}
+        self.key_value = key_value_bytes(model.config)
         self.operations: list[Operation] = []
         self.passes: list[tuple[float, float, int]] = []
 
@@ -239,11 +247,9 @@ class _Reader:
             # Between two uses of a matrix all others are read: it comes from where the whole model fits.
             held = float(self.model_bytes)
             peak = self.peaks.int8_dot if linear.layout in INTEGER_LAYOUTS else peak
-            work = 2.0 * rows * linear.size, linear.nbytes + 4.0 * rows * (linear.rows + linear.columns)
             name = "head" if step.layer < 0 else name
-        else:
-            work = _work(step, rows, run.positions)
-        self._add(name, step, tokens, run.start, begin, end, work, peak, held)
+        work = work_of(step, rows, run.positions, self.matrices, self.key_value)
+        self._add(name, step, tokens, run.start, begin, end, (work.flops, work.nbytes), peak, held)
 
     def _add(
         self, name: str, step: Step, tokens: int, origin: float, begin: np.ndarray, end: np.ndarray,
@@ -262,26 +268,6 @@ def _ticks_per_second(runs: list[_Run]) -> float:
     if ticks <= 0:
         raise RuntimeError("this processor has no time stamp counter that programs may read")
     return ticks / (last.start - first.start)
-
-
-_FLOPS = {"rms_norm": 4.0, "silu_mul": 5.0, "gelu_mul": 9.0, "add": 1.0, "quantize": 4.0, "rope": 3.0}  # an element
-_BYTES = {"rms_norm": 8.0, "silu_mul": 12.0, "gelu_mul": 12.0, "add": 12.0, "quantize": 5.0, "rope": 8.0}
-
-
-def _work(step: Step, rows: int, positions: np.ndarray) -> tuple[float, float]:
-    """Arithmetic operations and bytes of an operation that is no matrix product."""
-    a: dict[str, Any] = step.arguments
-    name = step.operation.__name__
-    if name in _FLOPS:
-        n = rows * (a["heads"] * a["dim"] if name == "rope" else a["columns"] * a.get("vectors", 1))
-        return _FLOPS[name] * n, _BYTES[name] * n
-    if "q" in a:  # attention: products of q with each visible position, twice; keys and values read once
-        visible = np.minimum(positions + 1, a["window"])
-        read = 2.0 * float(visible.max()) * a["kv_heads"] * a["dim"] * 4.0  # the cache is float32
-        return 4.0 * a["heads"] * a["dim"] * float(visible.sum()), read + 8.0 * rows * a["heads"] * a["dim"]
-    if "kv_heads" in a:  # append
-        return 0.0, 16.0 * rows * a["kv_heads"] * a["dim"]
-    return 0.0, 0.0
 
 
 def _seconds(operations: list[Operation]) -> float:

@@ -64,21 +64,18 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a model needs, from `ModelConfig.memory_estimate`.
+    """Bytes that a model's weights need, from `ModelConfig.memory_estimate`; for its cache see `kv_size`.
 
-    parameters: number of weights. fp16: two bytes for each. int8, int4: matrices in whole bytes or nibbles
-    with one float16 scale for each group of 32 along a row, vectors (norms, biases) at two bytes.
-    kv_bytes_per_token_fp16 / fp32 / int8: keys and values of one position in all layers, two or four bytes a value, or
-    one and a float32 scale for each key and each value of a head.
+    parameters: number of weights; active: of those that one token meets, where experts are chosen. fp16: two bytes for
+    each. int8, int4: matrices in whole bytes or nibbles with one float16 scale for each group of 32 along a row,
+    vectors (norms, biases) at two bytes.
     """
 
     parameters: int
+    active: int
     fp16: int
     int8: int
     int4: int
-    kv_bytes_per_token_fp16: int
-    kv_bytes_per_token_fp32: int
-    kv_bytes_per_token_int8: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,24 +279,19 @@ class ModelConfig:
         """Number of weights that one token meets: of a mixture only the experts that it is sent to."""
         if self.experts is None:
             return self.parameter_count()
-        idle = 3 * self.hidden_size * self.experts.intermediate_size * (self.experts.count - self.experts.per_token)
+        expert = self._mlp_shapes("", self.experts.intermediate_size, self.experts.bias)
+        idle = (self.experts.count - self.experts.per_token) * sum(map(math.prod, expert.values()))
         return self.parameter_count() - idle * sum(self.has_experts(i) for i in range(self.num_hidden_layers))
 
     def memory_estimate(self) -> MemoryEstimate:
-        """Bytes of the weights at several precisions and of the KV cache per token; see `MemoryEstimate`.
-
-        KV cache of one token: 2 · layers · KV · D values; windowed layers keep no more than their window.
-        """
+        """Bytes of the weights at several precisions; see `MemoryEstimate`."""
         parameters = self.parameter_count()
-        kv_values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
         return MemoryEstimate(
             parameters=parameters,
+            active=self.active_parameter_count(),
             fp16=2 * parameters,
             int8=self._total(lambda shape: _quantized_bytes(shape, 8)),
             int4=self._total(lambda shape: _quantized_bytes(shape, 4)),
-            kv_bytes_per_token_fp16=2 * kv_values,
-            kv_bytes_per_token_fp32=4 * kv_values,
-            kv_bytes_per_token_int8=kv_values + 4 * kv_values // self.head_dim,
         )
 
     def _total(self, cost: Callable[[tuple[int, ...]], int]) -> int:

@@ -12,20 +12,12 @@ import numpy as np
 
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
-from ruvllm.kernels.attention.tile import CHUNK
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_zeros, require_memory
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.kv_size import cache_bytes, capacities
 
-PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
-
-
-def capacities(config: ModelConfig, max_tokens: int) -> list[int]:
-    """Positions that each layer has room for: all, or of a windowed layer those that a pass of any tokens sees."""
-    whole = -(-max_tokens // LANES) * LANES
-    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
-    return [min(whole, whole if w is None else -(-(w + PREFILL_TOKENS) // CHUNK) * CHUNK) for w in windows]
 
 
 def _zeros(shapes: list[tuple[int, ...]], dtype: type) -> Any:
@@ -53,7 +45,7 @@ class KVCache:
             raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
-        require_memory(self.bytes_for(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
+        require_memory(cache_bytes(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
         heads, dim, dtype = config.num_key_value_heads, config.head_dim, DTYPES[kv]
         self.config = config
         self.max_tokens = int(max_tokens)
@@ -69,12 +61,6 @@ class KVCache:
         addresses = [(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in zip(self.keys, self.values, strict=True)]
         self.table = np.array(addresses, np.int64)  # (L, 3), for a tape
         self._reach = 0  # positions that were ever filled since it was cleared
-
-    @staticmethod
-    def bytes_for(config: ModelConfig, max_tokens: int, kv: str = "f32") -> int:
-        """Bytes of the buffers of a cache for ``max_tokens`` positions."""
-        positions, dtype = sum(capacities(config, max_tokens)) * config.num_key_value_heads, np.dtype(DTYPES[kv])
-        return positions * (key_rows(config.head_dim, dtype) + padded(config.head_dim)) * dtype.itemsize
 
     def __len__(self) -> int:
         return self.length

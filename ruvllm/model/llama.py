@@ -15,7 +15,8 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_cache import PREFILL_TOKENS, KVCache
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.kv_size import PREFILL_TOKENS
 from ruvllm.model.layer import Decoder, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet

@@ -193,9 +193,18 @@ def token_capacity(tokens: int) -> int:
 
 def working_bytes(config: ModelConfig, tokens: int, architecture: type[Decoder] = Decoder) -> int:
     """Bytes of working memory for passes of up to ``tokens`` tokens on integer weights, threads' scratch apart."""
-    recorder = Recorder(Pass.PROMPT, np.float32, {})
-    architecture(config, _Shapes(config, ["int8"]))(recorder, recorder.source_of(config.hidden_size))
+    recorder = recorded(config, ["int8"], architecture=architecture)
     return token_capacity(tokens) * place(recorder.schedule.ordered(), recorder.source, {})[t.SHARED]
+
+
+def recorded(
+    config: ModelConfig, layouts: list[str], kind: Pass = Pass.PROMPT, kv: str = "f32",
+    architecture: type[Decoder] = Decoder,
+) -> Recorder:  # fmt: skip
+    """A pass through a model that has no weights yet, of matrices in these layouts by turns, as it is recorded."""
+    recorder = Recorder(kind, DTYPES[kv], {})
+    architecture(config, _Shapes(config, layouts))(recorder, recorder.source_of(config.hidden_size))
+    return recorder
 
 
 def needed_operations(
@@ -204,9 +213,8 @@ def needed_operations(
     """The operations with which a model of matrices in these layouts is replayed; none is compiled here."""
     found: dict[Operation, None] = {}
     for kind in (Pass.TOKEN, Pass.PROMPT):
-        recorder = Recorder(kind, DTYPES[kv], {})
-        architecture(config, _Shapes(config, layouts))(recorder, recorder.source_of(config.hidden_size))
-        found |= dict.fromkeys(step.operation for step in recorder.schedule.steps)
+        steps = recorded(config, layouts, kind, kv, architecture).schedule.steps
+        found |= dict.fromkeys(step.operation for step in steps)
     return [*found, broadcast]
 
 

@@ -9,12 +9,13 @@ import numpy as np
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, take_rows
 from ruvllm.kernels.memory import weights_empty
-from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES
+from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, block_bytes
 from ruvllm.kernels.quant.matmul import linear_quant
 from ruvllm.kernels.quant.panels import Panels, take_quant_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.kernels.training.transposed import linear_transposed, quant_transposed
 from ruvllm.model.activations import Activations
+from ruvllm.model.config import ModelConfig
 
 _ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small beside the model, large beside a call
 
@@ -56,11 +57,22 @@ def layout_for(weights: str, dtype: str) -> str:
     return _AUTO.get(dtype, "f32") if weights == "auto" else weights
 
 
-def bytes_per_weight(layout: str) -> float:
-    """Bytes of one weight in a layout, with its share of scales and mins."""
-    if layout in INTEGER_LAYOUTS:
-        return LINES[INTEGER_LAYOUTS[layout]] / 8 + 4 / GROUP
-    return float(np.dtype(FLOAT_LAYOUTS[layout]).itemsize)
+def matrix_bytes(shape: tuple[int, ...], layout: str, mins: bool | None = None) -> int:
+    """Bytes of a matrix (N, K) in a layout, whose panels have 16 rows, and groups 32 columns.
+
+    mins: whether groups have a min beside their scale; None: if numbers that are rounded to this layout get one.
+    """
+    rows, columns = shape
+    if layout not in INTEGER_LAYOUTS:
+        return panel_count(rows) * LANES * columns * np.dtype(FLOAT_LAYOUTS[layout]).itemsize
+    block = block_bytes(INTEGER_LAYOUTS[layout], layout == "int4" if mins is None else mins)
+    return panel_count(rows) * -(-columns // GROUP) * block
+
+
+def weight_bytes(config: ModelConfig, layout: str) -> int:
+    """Bytes of a model's weights if all matrices are in one layout; vectors are float32."""
+    shapes = config.tensor_shapes().values()
+    return sum(matrix_bytes(shape, layout) if len(shape) == 2 else 4 * shape[0] for shape in shapes)
 
 
 class FloatWeights:

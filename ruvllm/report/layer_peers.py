@@ -16,6 +16,7 @@ from ruvllm.measure.engines import LlamaCpp
 from ruvllm.measure.peers import PeerError, Torch, require_same
 from ruvllm.measure.timing import Engine
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.weights import weight_bytes
 from ruvllm.paths import cache_directory
 from ruvllm.report import layers
 
@@ -35,7 +36,7 @@ class LlamaCppLayer:
     @contextmanager
     def file(self, config: ModelConfig, layout: str) -> Iterator[Path]:
         """A GGUF file of that model, deleted after the block. Raises PeerError."""
-        size = layers.weight_bytes(config, layout)
+        size = weight_bytes(config, layout)
         if size > _LARGEST_FILE:
             raise PeerError(f"would need a file of {size / 1e9:.0f} GB")
         cache_directory().mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from itertools import groupby
 from ruvllm.measure.peers import PeerError, relative_error
 from ruvllm.measure.timing import Call, Engine
 from ruvllm.model import Llama, ModelConfig
+from ruvllm.model.weights import weight_bytes
 from ruvllm.report import layers
 from ruvllm.report.bench import OWN, Bench, lacking_memory
 from ruvllm.report.layer_peers import LlamaCppLayer, TorchLayer
@@ -24,7 +25,7 @@ def measure_layers(
     """Measure rows in order; consecutive rows of the same model and layout share its weights."""
     for (name, layout), group in groupby(rows, lambda row: (row.model, row.layout)):
         of_model = list(group)
-        reasons = [lacking_memory(layers.weight_bytes(_config(row), layout)) for row in of_model]
+        reasons = [lacking_memory(weight_bytes(_config(row), layout)) for row in of_model]
         largest = max((row.layers for row, why in zip(of_model, reasons, strict=True) if not why), default=0)
         model = layers.layer_model(layers.layer_config(name, largest), layout) if largest else None
         for row, why in zip(of_model, reasons, strict=True):
@@ -43,7 +44,7 @@ def _measure(
 ) -> Result:
     config = _config(row)
     exact = layers.exact_logits(config, row.layout)
-    flops, nbytes = layers.flops(config), layers.weight_bytes(config, row.layout)
+    flops, nbytes = layers.flops(config), weight_bytes(config, row.layout)
     entries, missing, error = [], {}, 0.0
     with ExitStack() as stack:
         file = None

@@ -11,12 +11,13 @@ import numpy as np
 
 from ruvllm.kernels import reference
 from ruvllm.kernels.quant.weights import quantize_int4
+from ruvllm.lab.work import pass_work
 from ruvllm.model import KVCache, Llama, ModelConfig
 from ruvllm.model.layer import Decoder
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.random_weights import RandomTensor, RandomWeights
 from ruvllm.model.reference import Float64
-from ruvllm.model.weights import bytes_per_weight
+from ruvllm.model.replay import recorded
 
 ROWS = 256  # distinct rows of weights; a matrix repeats them, each copy in its own memory
 CONTEXT = 16  # tokens before the one that is timed
@@ -61,11 +62,6 @@ def layer_model(config: ModelConfig, layout: str) -> Llama:
     return Llama(config, RepeatedWeights(config), layout)
 
 
-def weight_bytes(config: ModelConfig, layout: str) -> float:
-    """Bytes of its weights in memory."""
-    return config.parameter_count() * bytes_per_weight(layout)
-
-
 def first_layers(model: Llama, layers: int, threads: int) -> Llama:
     """The same model with fewer layers, on ``threads`` threads; weights are shared."""
     part = copy.copy(model)
@@ -97,9 +93,9 @@ def context_ids() -> np.ndarray:
 
 
 def flops(config: ModelConfig) -> float:
-    """Arithmetic of the token: two operations a weight, and attention over CONTEXT + 1 positions."""
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (CONTEXT + 1)
-    return 2.0 * config.parameter_count() + attention
+    """Arithmetic of the token: of its products and of its attention over CONTEXT + 1 positions."""
+    steps = recorded(config, ["f32"]).schedule.steps
+    return pass_work(config, steps, "f32", np.array([CONTEXT]), "f32").flops
 
 
 def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """swap, drift, quantisation_error, profile, roofline, cost: on tiny models, and against figures worked out by hand."""
 
 import math
+from collections.abc import Hashable
 from pathlib import Path
 
 import matplotlib
@@ -13,11 +14,16 @@ from ruvllm import lab
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import KERNELS
 from ruvllm.lab.profiling import WAIT
+from ruvllm.lab.work import counted, work_of
 from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.model import Llama, ModelConfig
+from ruvllm.model.config import ExpertsConfig
+from ruvllm.model.low_rank import AdapterSet
+from ruvllm.model.ops.recorder import Pass
 from ruvllm.model.reference import reference_logits, reference_states
 from tests.model import tiny
+from tests.model.architectures import ARCHITECTURES, CONFIG, build
 
 matplotlib.use("Agg")
 LIMITS = Peaks(
@@ -279,12 +285,14 @@ def test_cost_by_hand() -> None:
     )  # fmt: skip
     found = lab.cost(config, ("f32", "int8"), context=100, peaks=LIMITS)
     layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
+    head = 64 * 1008  # in panels of 16 rows
     vectors = 4 * 64 * 5
     cache = 4 * 2 * 2 * 2 * 16 * 112  # positions are kept in blocks of 16
     f32, int8 = found["f32"], found["int8"]
-    assert f32.weights == 4 * (2 * 64 * 1000 + 2 * layer) + vectors
+    assert f32.weights == Llama(config, layout="f32").nbytes == 4 * (2 * head + 2 * layer) + vectors
     assert f32.cache == cache
-    assert f32.bytes_per_token == 4 * (64 * 1000 + 64 + 2 * layer) + vectors + cache
+    assert f32.bytes_per_token == 4 * (head + 64 + 2 * layer) + vectors + cache
+    assert f32.bytes_of_prompt == 4 * (head + 100 * 64 + 2 * layer) + vectors
     attention = 4 * 100 * 4 * 16 * 2
     assert f32.flops_per_token == int8.flops_per_token == 2 * (64 * 1000 + 2 * layer) + attention
     # Of a prompt, each token goes through the layers and sees half of it; one of the hundred meets the head.
@@ -296,7 +304,88 @@ def test_cost_by_hand() -> None:
     assert f32.decode < 2e11 / f32.bytes_per_token
     far = lab.cost(config, "f32", context=100, peaks=Peaks(2, 1e11, 4e11, LIMITS.levels[-1:]))["f32"]
     assert far.decode == pytest.approx(2e10 / f32.bytes_per_token) and far.limit == "memory"
-    assert int8.weights == pytest.approx((1 + 4 / 32) * (2 * 64 * 1000 + 2 * layer) + vectors)
+    assert int8.weights == Llama(config, layout="int8").nbytes == (32 + 2) / 32 * (2 * head + 2 * layer) + vectors
+
+
+def test_cost_of_a_mixture_by_hand() -> None:
+    """A token meets the experts that it is sent to; five tokens reach at most as many as there are."""
+    experts = ExpertsConfig(count=8, per_token=2, intermediate_size=48, layers=(1,))
+    config = ModelConfig(
+        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, experts=experts,
+    )  # fmt: skip
+    attends, dense, router, expert = 4 * 64 * 64, 3 * 96 * 64, 8 * 64, 3 * 48 * 64
+    vectors, head = 4 * 5 * 64, 64 * 1024
+    fixed = 2 * attends + dense + head  # all weights but those of router and experts
+    for context, reached in ((1, 2), (3, 6), (5, 8)):
+        found = lab.cost(config, "f32", context=context, peaks=LIMITS)["f32"]
+        assert found.weights == 4 * (fixed + 16 * 64 + 8 * expert + head) + vectors  # a router of 8 rows fills a panel
+        cache = 4 * 2 * 16 * 2 * 64
+        assert found.cache == cache
+        assert found.bytes_per_token == 4 * (fixed + 16 * 64 + 2 * expert + 64) + vectors + cache
+        assert found.flops_per_token == 2 * (fixed + router + 2 * expert) + 4 * context * 64 * 2
+        assert found.bytes_of_prompt == 4 * (fixed + 16 * 64 + reached * expert + context * 64) + vectors
+    cost = lab.cost(config, "f32", peaks=LIMITS)
+    assert cost.parameters - cost.active == 6 * expert
+    assert f"{cost.parameters / 1e9:.2f} B parameters ({cost.active / 1e9:.2f} B active)" in str(cost)
+
+
+def test_cost_of_windows_tied_heads_and_biases_by_hand() -> None:
+    """Of two layers one sees 40 tokens; q and k are normalised by head; the head is the embedding."""
+    config = ModelConfig(
+        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, attention_bias=True, norms="both",
+        qk_norm="head", sliding_window=40, layer_types=("sliding_attention", "full_attention"),
+    )  # fmt: skip
+    layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
+    vectors = 4 * (2 * (4 * 64 + 2 * 16 + 64 + 2 * 32) + 64)
+    found = lab.cost(config, "f32", context=1000, peaks=LIMITS)["f32"]
+    assert found.weights == Llama(config, layout="f32").nbytes == 4 * (64 * 1024 + 2 * layer) + vectors
+    assert found.cache == 4 * 2 * 2 * 16 * (256 + 1008)  # a window and a pass of 126 tokens, in chunks of 256
+    assert found.bytes_per_token == 4 * (64 * 1024 + 64 + 2 * layer) + vectors + 4 * 2 * 2 * 16 * (48 + 1008)
+    assert found.flops_per_token == 2 * (64 * 1024 + 2 * layer) + 4 * (40 + 1000) * 64
+    products = 1000 * 2 * 2 * layer + 2 * 64 * 1024
+    pairs = (40 * 41 // 2 + 960 * 40) + 1000 * 1001 // 2
+    assert found.prefill == pytest.approx(1000 * 1e11 / (products + 4 * pairs * 64))
+
+
+def test_cost_of_gemma3_270m_beside_the_real_model() -> None:
+    """Each byte is read once for a token but what a file has in other types; the arithmetic is that of its matrices."""
+    config = ModelConfig(
+        vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, tie_word_embeddings=True, norms="both", qk_norm="head",
+        sliding_window=512, layer_types=(*("sliding_attention",) * 5, "full_attention") * 3,
+    )  # fmt: skip
+    found = lab.cost(config, "int8", context=4096, peaks=LIMITS)
+    matrices = 262144 * 640 + 18 * (2 * 1024 * 640 + 2 * 256 * 640 + 3 * 2048 * 640)
+    vectors = 4 * (18 * (4 * 640 + 2 * 256) + 640)
+    assert found.parameters == found.active == matrices + vectors // 4 == 268_098_176
+    assert found["int8"].weights == matrices * 34 // 32 + vectors
+    seen = 3 * 4096 + 15 * 512
+    assert found["int8"].bytes_per_token == (matrices + 640) * 34 // 32 + vectors + seen * 2 * 256 * 4
+    assert found["int8"].flops_per_token == 2 * matrices + 4 * seen * 4 * 256
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_work_of_every_operation_is_known(name: str) -> None:
+    """Steps of one token and of several, with an adapter on one matrix: what each of them costs."""
+    model = build(name, "int8")
+    down, up = np.ones((4, CONFIG.hidden_size), np.float32), np.ones((192, 4), np.float32)
+    adapters = AdapterSet(CONFIG.num_hidden_layers, {"layers.0.q": (down, up)}, rounded=False)
+    model.set_adapters(adapters)
+    matrices: dict[Hashable, float] = {label: linear.weights.nbytes for label, linear in model.linears().items()}
+    matrices |= {("layers.0.q", "down"): 1000.0, ("layers.0.q", "up"): 2000.0}
+    for kind, tokens in ((Pass.TOKEN, 1), (Pass.PROMPT, 7)):
+        steps = model.tapes.tape(kind, "f32").steps
+        works = [(work_of(x, n, np.arange(tokens), matrices, 256.0), n) for x, n in counted(steps, tokens)]
+        assert all((work.nbytes > 0) == (rows > 0) for work, rows in works)  # of experts that no token reaches: none
+        found = [work for work, _ in works]
+        assert [work.weights for work in found].count(1000.0) == [work.weights for work in found].count(2000.0) == 1
+        products = sum(work.flops for x, work in zip(steps, found, strict=True) if x.label in matrices)
+        others = [x for x in model.linears().values() if x.name not in ("embed", "head")]
+        if name != "mixture":
+            head = model.decoder.head
+            assert products == 2 * (tokens * sum(x.size for x in others) + head.size)
 
 
 def test_cost_of_known_models_and_wrong_arguments() -> None:

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from ruvllm.errors import RuvllmError
-from ruvllm.model.config import ConfigError, ModelConfig, RopeConfig
+from ruvllm.kernels.attention.tile import CHUNK
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.model import kv_size
+from ruvllm.model.config import FULL, SLIDING, ConfigError, ExpertsConfig, ModelConfig, RopeConfig
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.presets import PRESETS
 
@@ -42,15 +45,77 @@ def test_preset_sizes_are_those_of_the_real_models(name, parameters, gigabytes):
     assert round(estimate.fp16 / 1e9, 2) == gigabytes
 
 
-def test_kv_cache_per_thousand_tokens():
-    # LLaMA2-7B: keys and values of 32 layers, 4096 wide; LLaMA3-8B and Mistral share eight heads of 128.
-    kv = {name: 1000 * PRESETS[name].memory_estimate().kv_bytes_per_token_fp16 for name in PRESETS}
-    assert kv["llama2-7b"] == 1000 * 2 * 32 * 4096 * 2
-    assert kv["llama3-8b"] == kv["mistral-7b"] == 1000 * 2 * 32 * 1024 * 2
-    for config in PRESETS.values():
-        estimate = config.memory_estimate()
-        assert estimate.kv_bytes_per_token_fp32 == 2 * estimate.kv_bytes_per_token_fp16
-        assert 16 * estimate.kv_bytes_per_token_int8 == KVCache.bytes_for(config, 16, "int8")
+def mixture(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, **experts: Any) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=experts["intermediate_size"], num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128, experts=ExpertsConfig(**experts),
+    )  # fmt: skip
+
+
+# As published: 46.7 B parameters, 12.9 B active; 30.5 B and 3.3 B; 20.9 B and 3.6 B (with the embedding 4.2 B).
+MIXTRAL = mixture(32000, 4096, 32, 32, 8, count=8, per_token=2, intermediate_size=14336)
+QWEN3_30B = dataclasses.replace(
+    mixture(151936, 2048, 48, 32, 4, count=128, per_token=8, intermediate_size=768), qk_norm="head"
+)
+GPT_OSS_20B = dataclasses.replace(
+    mixture(201088, 2880, 24, 64, 8, count=32, per_token=4, intermediate_size=2880, bias=True), head_dim=64,
+    attention_bias=True, attention_out_bias=True, attention_sinks=True, sliding_window=128,
+    layer_types=(SLIDING, FULL) * 12,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "active"),
+    [
+        (MIXTRAL, 46_702_792_704, 46_702_792_704 - 32 * 6 * 3 * 4096 * 14336),
+        (QWEN3_30B, 30_532_122_624, 30_532_122_624 - 48 * 120 * 3 * 2048 * 768),
+        (GPT_OSS_20B, 20_914_757_184, 20_914_757_184 - 24 * 28 * (3 * 2880 * 2880 + 3 * 2880)),
+    ],
+)  # fmt: skip
+def test_mixtures_have_the_published_numbers_of_parameters(config, parameters, active):
+    estimate = config.memory_estimate()
+    assert estimate.parameters == config.parameter_count() == parameters
+    assert estimate.active == config.active_parameter_count() == active
+
+
+GEMMA3_270M = ModelConfig(
+    vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+    num_key_value_heads=1, head_dim=256, tie_word_embeddings=True, norms="both", qk_norm="head", sliding_window=512,
+    layer_types=(*(SLIDING,) * 5, FULL) * 3,
+)  # fmt: skip
+
+
+def test_gemma3_270m_by_hand():
+    """The head is the embedding; 18 layers with norms of q and k and four others; 15 of them see 512 tokens."""
+    E, F = 640, 2048
+    layer = 4 * E + 2 * 256 + 1024 * E + 2 * 256 * E + E * 1024 + 3 * E * F
+    assert GEMMA3_270M.parameter_count() == GEMMA3_270M.active_parameter_count() == 262144 * E + 18 * layer + E
+    assert GEMMA3_270M.parameter_count() == 268_098_176  # as in the model's files
+    # A key and a value of 256: of all tokens in 3 layers, of the window and a pass of 126, in chunks of 256, in 15.
+    assert kv_size.cache_bytes(GEMMA3_270M, 32768) == 4 * 512 * (3 * 32768 + 15 * 768)
+    assert kv_size.cache_bytes(GEMMA3_270M, 32768, "f16") == 2 * 512 * (3 * 32768 + 15 * 768)
+    assert kv_size.cache_bytes(GEMMA3_270M, 32768, "int8") == (512 + 8) * (3 * 32768 + 15 * 768)
+    assert kv_size.cache_bytes(GEMMA3_270M, 500) == 4 * 512 * 18 * 512  # before the windows are full
+
+
+def test_kv_cache_of_a_thousand_tokens():
+    # LLaMA2-7B: keys and values of 32 layers, 4096 wide; LLaMA3-8B and Mistral share eight heads of 128. Positions
+    # come in blocks of 16.
+    kv = {name: kv_size.cache_bytes(PRESETS[name], 1000, "f16") for name in PRESETS}
+    assert kv["llama2-7b"] == 1008 * 2 * 32 * 4096 * 2
+    assert kv["llama3-8b"] == kv["mistral-7b"] == 1008 * 2 * 32 * 1024 * 2
+    # Beyond its window Mistral forgets: 4096 positions and a pass of 126, in chunks of 256.
+    assert kv_size.cache_bytes(PRESETS["mistral-7b"], 32768, "f16") == 4352 * 2 * 32 * 1024 * 2
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
+def test_sizes_of_caches_are_those_of_their_buffers(kv):
+    assert (kv_size.BLOCK, kv_size.CHUNK) == (LANES, CHUNK)
+    for head_dim in (2, 18, 64):
+        for window, types in ((None, ()), (37, ()), (300, (SLIDING, FULL, SLIDING))):
+            config = small(head_dim=head_dim, sliding_window=window, layer_types=types)
+            for tokens in (1, 17, 1000):
+                assert kv_size.cache_bytes(config, tokens, kv) == KVCache(config, tokens, kv).nbytes
 
 
 @pytest.mark.parametrize("config", [small(mlp_bias=True, attention_bias=True), PRESETS["smollm2-135m"]])

@@ -146,7 +146,7 @@ def test_a_ring_gives_the_bits_of_a_whole_cache(kv: str, monkeypatch: pytest.Mon
     run(model, cache, ids, parts)
     k, v = cache.layer(0)
     with monkeypatch.context() as patch:
-        patch.setattr("ruvllm.model.kv_cache.PREFILL_TOKENS", 10_000)
+        patch.setattr("ruvllm.model.kv_size.PREFILL_TOKENS", 10_000)
         whole = model.new_cache(700, kv)
         assert whole.keys[0].shape == whole.keys[1].shape
         np.testing.assert_array_equal(run(model, whole, ids, parts), ring)

@@ -10,7 +10,7 @@ from ruvllm.kernels.quant.panels import Panels
 from ruvllm.model import weights
 from ruvllm.model.linear import Linear
 from ruvllm.model.random_weights import RandomTensor
-from ruvllm.model.weights import LAYOUTS, bytes_per_weight, layout_for
+from ruvllm.model.weights import LAYOUTS, layout_for, matrix_bytes
 
 SHAPES = [(1, 1), (1, 33), (15, 16), (16, 64), (17, 31), (50, 75), (49, 1030)]
 ROUNDED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -111,8 +111,18 @@ def test_reading_in_pieces_gives_the_same(layout: str, monkeypatch: pytest.Monke
 def test_bytes(layout: str) -> None:
     bias = np.zeros(64, np.float32)
     linear = Linear.load(RandomTensor("w", (64, 256), seed=0), layout, ArrayTensor(bias))
-    assert linear.nbytes - bias.nbytes == pytest.approx(64 * 256 * bytes_per_weight(layout), rel=0.12)
+    assert linear.nbytes - bias.nbytes == matrix_bytes((64, 256), layout, mins=False)
     assert layout in repr(linear) and "256 -> 64" in repr(linear) and "bias" in repr(linear)
+
+
+def test_bytes_of_matrices_by_hand() -> None:
+    """Rows are filled up to 16, columns of integers to 32; a group has a scale of two bytes and perhaps a min."""
+    assert matrix_bytes((17, 33), "f32") == 4 * 32 * 33
+    assert matrix_bytes((17, 33), "f16") == matrix_bytes((17, 33), "bf16") == 2 * 32 * 33
+    assert matrix_bytes((17, 33), "int8") == 32 * 2 * (32 + 2)
+    assert matrix_bytes((17, 33), "int5") == 32 * 2 * (20 + 2)
+    assert matrix_bytes((17, 33), "int4") == 32 * 2 * (16 + 4)  # floats are rounded to codes with a min
+    assert matrix_bytes((17, 33), "int8", mins=True) == 32 * 2 * (32 + 4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ruvllm.errors import ContextFullError
 from ruvllm.kernels.threads.pool import most_threads
 from ruvllm.kernels.threads.regions import Region
 from ruvllm.model import Llama, ModelConfig, RopeConfig, llama, replay
-from ruvllm.model.kv_cache import PREFILL_TOKENS
+from ruvllm.model.kv_size import PREFILL_TOKENS
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.reference import reference_logits
 from ruvllm.model.replay import Working

@@ -1,0 +1,30 @@
+"""How large a KV cache is. Nothing here loads the compiler: `ruvllm memory` answers at once."""
+
+from __future__ import annotations
+
+from ruvllm.model.config import ModelConfig
+
+PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
+BLOCK = 16  # positions whose keys lie side by side, numbers of a padded value: LANES of the kernels
+CHUNK = 256  # positions that attention takes in one step: CHUNK of the kernels
+
+_NUMBER_BYTES = {"f32": 4, "f16": 2, "int8": 1}
+_SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
+
+
+def capacities(config: ModelConfig, max_tokens: int) -> list[int]:
+    """Positions that each layer has room for: all, or of a windowed layer those that a pass of any tokens sees."""
+    whole = -(-max_tokens // BLOCK) * BLOCK
+    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
+    return [min(whole, whole if w is None else -(-(w + PREFILL_TOKENS) // CHUNK) * CHUNK) for w in windows]
+
+
+def key_value_bytes(config: ModelConfig, kv: str = "f32") -> int:
+    """Bytes of a key and a value of one head at one position."""
+    value = -(-config.head_dim // BLOCK) * BLOCK
+    return (config.head_dim + value) * _NUMBER_BYTES[kv] + _SCALES_BYTES[kv]
+
+
+def cache_bytes(config: ModelConfig, max_tokens: int, kv: str = "f32") -> int:
+    """Bytes of the buffers of a KV cache for ``max_tokens`` positions."""
+    return sum(capacities(config, max_tokens)) * config.num_key_value_heads * key_value_bytes(config, kv)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import peers
+from ruvllm.checkpoint.families import FAMILIES
 from ruvllm.cli._parser import parse
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,12 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
     assert "(3, 1000)" in printed[5]
     assert printed[6].startswith("perplexity ")
     assert re.match(r"loss \d\.\d\d -> \d\.\d\d, LoraAdapter\(rank 4", printed[8])
+
+
+def test_the_table_of_models_has_every_family() -> None:
+    rows = [line.split("|")[1:-1] for line in README.splitlines() if "ForCausalLM" in line and line.startswith("|")]
+    told = {(tuple(re.findall(r"`(\w+)`", classes)), architecture.strip(" `")) for _, classes, architecture, _ in rows}
+    assert told == {(family.classes, family.architecture) for family in FAMILIES}
 
 
 def test_commands_are_understood() -> None:

@@ -11,7 +11,7 @@ from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.math import gelu, silu
 from ruvllm.kernels.simd.sums import exp_and_sum, maximum
 from ruvllm.kernels.spec import KernelSpec, grid
-from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_elements, run_rows
+from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 
@@ -149,7 +149,8 @@ def _gated(body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None)
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)
-    run_elements(body, parallel, PARALLEL_ELEMENTS, gate, up, out)
+    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
+    run_rows(body, parallel, threads, gate.size, gate.ravel(), up.ravel(), out.ravel())
     return out
 
 

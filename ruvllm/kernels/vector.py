@@ -10,8 +10,8 @@ from ruvllm.kernels.jit.small_calls import alike, apart, may_write, room, rows_o
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.sums import sum_of_products
 from ruvllm.kernels.spec import KernelSpec
-from ruvllm.kernels.threads.over_rows import over_elements, run_elements
-from ruvllm.kernels.threads.pool import PARALLEL_STREAM
+from ruvllm.kernels.threads.over_rows import over_elements, run_elements, run_rows
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
 
 
 @kernel(strict=True)
@@ -101,7 +101,8 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     factor = check.number("factor", factor)
-    run_elements(scale_range, scale_parallel, PARALLEL_STREAM, x, factor, out)
+    threads = threads_for(x.size, PARALLEL_STREAM, x.size)
+    run_rows(scale_range, scale_parallel, threads, x.size, x.ravel(), factor, out.ravel())
     return out
 
 

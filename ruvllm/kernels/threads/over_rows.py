@@ -34,8 +34,11 @@ def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any)
         launch(parallel, threads, rows, *arguments)
 
 
-def run_elements(body: Any, parallel: Any, threshold: int, *arguments: Any) -> None:
+def run_elements(body: Any, parallel: Any, threshold: int, *arrays: np.ndarray) -> None:
     """run_rows over the elements of C-contiguous arrays of one shape; on one thread below ``threshold`` elements."""
-    flat = [array.reshape(-1) if isinstance(array, np.ndarray) else array for array in arguments]
-    count = flat[0].size
-    run_rows(body, parallel, threads_for(count, threshold, count), count, *flat)
+    count = arrays[0].size
+    threads = threads_for(count, threshold, count)
+    if threads == 1:
+        body(*[array.ravel() for array in arrays], 0, count)
+    else:
+        launch(parallel, threads, count, *[array.ravel() for array in arrays])

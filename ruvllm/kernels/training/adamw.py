@@ -70,7 +70,7 @@ def adamw(
         check.output(name, array, grad.shape)
     if not 1 <= check.integer("step", step) <= _MOST_STEPS:
         raise ValueError(f"step: expected 1 to {_MOST_STEPS}, found {step}")
-    lr, beta1, beta2, eps, decay = (check.number(*setting) for setting in settings._asdict().items())
+    lr, beta1, beta2, eps, decay = map(check.number, AdamW._fields, settings)
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     factors = np.array([beta1, beta2, eps, 1 - lr * decay, size, root], np.float32)
     threads = threads_for(grad.size, PARALLEL_ELEMENTS, grad.size)

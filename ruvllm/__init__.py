@@ -10,10 +10,10 @@ Importing compiles nothing and loads nothing large: each name is fetched when it
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ruvllm import _container, _spinning
+from ruvllm import container, spinning
 
-_spinning.shorten()
-_container.limit_pool()
+spinning.shorten()
+container.limit_pool()
 
 __version__ = "0.1.0"
 

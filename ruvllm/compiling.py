@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from ruvllm._progress import tqdm
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
@@ -37,6 +36,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.replay import needed_operations
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
+from ruvllm.progress import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ruvllm._progress import tqdm
 from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.config import ModelConfig
@@ -19,6 +18,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
+from ruvllm.progress import tqdm
 from ruvllm.streaming import Generation, Stream, Timings
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ruvllm._progress import tqdm
 from ruvllm.checkpoint.groups import group_layout
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
@@ -17,6 +16,7 @@ from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
 from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
 from ruvllm.model.replay import working_bytes
 from ruvllm.model.weights import INTEGER_LAYOUTS, matrix_bytes
+from ruvllm.progress import tqdm
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
 

@@ -36,7 +36,7 @@ def machine() -> dict[str, str]:
     import llvmlite.binding as llvm
     import psutil
 
-    from ruvllm import _container
+    from ruvllm import container
     from ruvllm.kernels.matmul.blas import cpu_name
 
     features = llvm.get_host_cpu_features()
@@ -48,10 +48,10 @@ def machine() -> dict[str, str]:
         "cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {psutil.cpu_count() or '?'} logical",
         "memory": f"{size(memory.total)}, {size(memory.available)} available",
     }
-    cpus = _container.cpus()
+    cpus = container.cpus()
     if cpus is not None and cpus < (psutil.cpu_count() or 1):
         facts["cores"] += f", of which this container may use {cpus}"
-    if (limits := _container.memory()) is not None:
+    if (limits := container.memory()) is not None:
         facts["memory"] += f"; this container may take {size(limits[0])}, {size(limits[1])} of it available"
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.2f} in the last minute"

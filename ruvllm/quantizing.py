@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ruvllm._progress import tqdm
 from ruvllm.checkpoint.encode import encode_rows
 from ruvllm.checkpoint.families import BY_TYPE
 from ruvllm.checkpoint.gguf_config import config_from_gguf
@@ -24,6 +23,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
+from ruvllm.progress import tqdm
 
 # Type of the matrices: its name in files, and llama.cpp's number for files of it (llama_ftype).
 TYPES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.checkpoint.reasoning import Piece, Separator, Whole, may_begin
 from ruvllm.errors import ContextFullError
 from ruvllm.model.generate import Token

@@ -12,7 +12,7 @@ import pytest
 import ruvllm
 from ruvllm.checkpoint import hub
 from ruvllm.checkpoint.reasoning import Piece
-from ruvllm.cli import _parser, main
+from ruvllm.cli import main, parser
 from ruvllm.errors import ContextFullError, DownloadError
 from ruvllm.model import llama
 from ruvllm.model.perplexity import Perplexity
@@ -211,7 +211,7 @@ def test_loading_options(llm):
 
 
 def test_weights_on_offer_are_those_of_the_models():
-    assert _parser.WEIGHTS == llama.WEIGHTS
+    assert parser.WEIGHTS == llama.WEIGHTS
 
 
 def test_context_and_unlimited_answers_get_a_cache(llm, capsys):

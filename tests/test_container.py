@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import ruvllm
-from ruvllm import _container
+from ruvllm import container
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.kernels.threads.pool import physical_cores
@@ -42,7 +42,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        monkeypatch.setenv(_container.ROOT, str(tmp_path))
+        monkeypatch.setenv(container.ROOT, str(tmp_path))
         return tmp_path
 
     return make
@@ -120,13 +120,13 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, str], int | None, tuple[int, int] |
 def test_limits(layout: str, system: Any) -> None:
     cgroup, mountinfo, files, cpus, memory = LAYOUTS[layout]
     system(cgroup, mountinfo, files)
-    assert _container.cpus() == cpus
-    assert _container.memory() == memory
+    assert container.cpus() == cpus
+    assert container.memory() == memory
 
 
 def test_a_system_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_container.ROOT, str(tmp_path / "nothing"))
-    assert (_container.cpus(), _container.memory()) == (None, None)
+    monkeypatch.setenv(container.ROOT, str(tmp_path / "nothing"))
+    assert (container.cpus(), container.memory()) == (None, None)
 
 
 def test_models_take_as_many_threads_as_the_container_has_cpus(system: Any, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_it_is_shown(system: Any) -> None:
 
 POOL = """
 import json, os, ruvllm
-from ruvllm._spinning import environment_of_others
+from ruvllm.spinning import environment_of_others
 from ruvllm.kernels.threads.pool import most_threads, num_threads
 print(json.dumps([most_threads(), num_threads(), environment_of_others().get("NUMBA_NUM_THREADS")]))
 """
@@ -177,7 +177,7 @@ def test_kernels_take_as_many_threads_unless_the_user_says_how_many(
     root = system("0::/\n", V2, {"cpu.max": "100000 100000\n"})
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-c", POOL], env={**environment, **of_user, _container.ROOT: str(root)}, cwd=HOST,
+        [sys.executable, "-c", POOL], env={**environment, **of_user, container.ROOT: str(root)}, cwd=HOST,
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ruvllm.checkpoint.loader import open_checkpoint
-from ruvllm.cli._describe import described, ranges
+from ruvllm.cli.describe import described, ranges
 from ruvllm.model.presets import PRESETS
 from tests.model import tiny_checkpoints
 

@@ -22,11 +22,11 @@ from tokenizers import (
 )
 
 import ruvllm
-from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
-from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
 from ruvllm.checkpoint.gguf_metadata import tokenizer_metadata
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
+from ruvllm.checkpoint.tokenizer.gguf import vocabulary_from_metadata
+from ruvllm.checkpoint.tokenizer.hf import vocabulary_from_directory
 from ruvllm.cli import main
 from ruvllm.errors import ModelFormatError
 from ruvllm.quantizing import TYPES, quantize

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import peers
 from ruvllm.checkpoint.families import FAMILIES
-from ruvllm.cli._parser import parse
+from ruvllm.cli.parser import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

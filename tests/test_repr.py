@@ -16,14 +16,14 @@ import pytest
 
 import ruvllm
 from ruvllm import lab
-from ruvllm._brief import brief
-from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
+from ruvllm.brief import brief
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_split import open_gguf, split_name
 from ruvllm.checkpoint.hf_hub import parse
 from ruvllm.checkpoint.hub import MODELS
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.safetensors import SafetensorsFile
+from ruvllm.checkpoint.tokenizer.hf import vocabulary_from_directory
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.matmul.blas import Speedup
 from ruvllm.lab.explanation import Remark
@@ -49,9 +49,10 @@ LONGEST = 700  # characters: ModelConfig, all of whose fields are small
 INSIDE = (
     "ruvllm.checkpoint.fields", "ruvllm.checkpoint.four_bits", "ruvllm.checkpoint.gguf_header",
     "ruvllm.checkpoint.gguf_writer", "ruvllm.checkpoint.groups", "ruvllm.checkpoint.packed",
-    "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source", "ruvllm.checkpoint.unpacked",
-    "ruvllm.kernels.jit", "ruvllm.kernels.simd",
-    "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant", "ruvllm.kernels.tape", "ruvllm.kernels.threads",
+    "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source", "ruvllm.checkpoint.template",
+    "ruvllm.checkpoint.tokenizer.added_tokens", "ruvllm.checkpoint.tokenizer.spm", "ruvllm.checkpoint.unpacked",
+    "ruvllm.cli", "ruvllm.kernels.jit", "ruvllm.kernels.simd", "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant",
+    "ruvllm.kernels.tape", "ruvllm.kernels.threads", "ruvllm.lab.assembly", "ruvllm.lab.calls", "ruvllm.lab.cross",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
     "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.layer", "ruvllm.model.low_rank", "ruvllm.model.ops",

@@ -61,7 +61,7 @@ from numba.core import event
 with event.install_recorder("numba:run_pass") as passes:
     import ruvllm
     from ruvllm import load, LLM, Llama, KVCache, warmup
-    import ruvllm.kernels, ruvllm.model, ruvllm.loading, ruvllm.cli._talk
+    import ruvllm.kernels, ruvllm.model, ruvllm.loading, ruvllm.cli.talk
     from ruvllm.kernels.jit.decorators import COMPILED
 print(json.dumps([len(passes.buffer), sum(len(function.signatures) for function in COMPILED), len(COMPILED)]))
 """
@@ -196,7 +196,7 @@ def test_a_notebook_without_widgets_is_no_reason_for_a_warning() -> None:
 
 SPINNING = """
 import json, os, ruvllm, sys
-from ruvllm._spinning import environment_of_others
+from ruvllm.spinning import environment_of_others
 names = "GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT"
 print(json.dumps([[os.environ.get(n) for n in names], [environment_of_others().get(n) for n in names]]))
 """

@@ -32,7 +32,7 @@ from ruvllm.checkpoint.tool_schema import Tool, tool_schemas
 from ruvllm.errors import ModelFormatError, printable
 
 if TYPE_CHECKING:
-    from ruvllm.checkpoint._template import Template
+    from ruvllm.checkpoint.template.sandbox import Template
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
@@ -75,7 +75,7 @@ def encode_chat(
     Raises:
         ValueError: the messages are not of this form, or the template does not accept them, or case 3 above.
         ModelFormatError: the template is damaged, asks for what is not allowed, or for more time or memory than any
-            template needs (see `_template`).
+            template needs (see `template.sandbox`).
     """
     source, path = chosen_template(tokenizer, template, tools is not None)
     controls = _Controls(tokenizer)
@@ -236,7 +236,7 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 @lru_cache(maxsize=16)
 def _compiled(source: str, literals: tuple[tuple[str, str], ...], path: str) -> Template:
-    from ruvllm.checkpoint._template import Template, describe
+    from ruvllm.checkpoint.template.sandbox import Template, describe
 
     marks = dict(literals)
     pattern = _any_of(tuple(marks))
@@ -249,9 +249,9 @@ def _compiled(source: str, literals: tuple[tuple[str, str], ...], path: str) -> 
 def _rendered(template: Template, variables: Mapping[str, Any], path: str) -> str:
     from jinja2.exceptions import SecurityError
 
-    from ruvllm.checkpoint._template import describe
-    from ruvllm.checkpoint._template_budget import Refused
-    from ruvllm.checkpoint._template_functions import Raised
+    from ruvllm.checkpoint.template.budget import Refused
+    from ruvllm.checkpoint.template.functions import Raised
+    from ruvllm.checkpoint.template.sandbox import describe
 
     try:
         return template.render(variables)

@@ -11,13 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ruvllm.checkpoint._tokenizer_keys import END_NAMES, PREFIX
 from ruvllm.checkpoint.families import BY_ARCHITECTURE
 from ruvllm.checkpoint.family import Family, Sizes
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf_rope import rope_of
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.names import GGUF_LAYER, GGUF_MODEL, GGUF_ROPE_FACTORS
+from ruvllm.checkpoint.tokenizer.keys import END_NAMES, PREFIX
 from ruvllm.model.config import ConfigError, ModelConfig
 
 # The key, without the architecture's name, that a field of ModelConfig comes from, so that an error speaks of what

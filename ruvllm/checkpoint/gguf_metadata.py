@@ -11,10 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._tokenizer_gguf import PRE_TOKENIZERS, vocabulary_from_metadata
-from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
-from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, NFC, PREFIX
-from ruvllm.checkpoint._tokenizer_rows import with_rows
 from ruvllm.checkpoint.families import BY_TYPE
 from ruvllm.checkpoint.gguf_rope import YARN_TRUNCATE
 from ruvllm.checkpoint.gguf_split import AnyGGUF
@@ -22,6 +18,10 @@ from ruvllm.checkpoint.gguf_writer import encoded
 from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.names import GGUF_LONG_FACTORS, GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS
 from ruvllm.checkpoint.tokenizer import Vocabulary
+from ruvllm.checkpoint.tokenizer.gguf import PRE_TOKENIZERS, vocabulary_from_metadata
+from ruvllm.checkpoint.tokenizer.hf import vocabulary_from_directory
+from ruvllm.checkpoint.tokenizer.keys import END_NAMES, NAMED, NFC, PREFIX
+from ruvllm.checkpoint.tokenizer.rows import with_rows
 from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.rope.frequencies import rope_inv_freq

@@ -26,12 +26,11 @@ multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is ref
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ruvllm.checkpoint.dequant import half, scale_and_minimum
-from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.checkpoint.whole_numbers import whole_numbers
 from ruvllm.errors import ModelFormatError
 from ruvllm.kernels.jit.decorators import kernel
@@ -60,6 +59,20 @@ ROUNDED = {
     "Q4_Z": "mins to 16 bits",
     **dict.fromkeys(("Q2_K", "Q6_K", "Q4_P"), "weights to int8"),
 }
+
+
+class StoredRows(Protocol):
+    """What is read of a ``checkpoint.tensor.Tensor``."""
+
+    path: str
+    name: str
+    dtype: str
+    rows: int
+    columns: int
+
+    def raw(self, lo: int = 0, hi: int | None = None) -> np.ndarray: ...
+
+    def float32(self, lo: int = 0, hi: int | None = None) -> np.ndarray: ...
 
 
 class Groups(NamedTuple):
@@ -231,7 +244,7 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
 
 
 def tensor_groups(
-    tensor: Tensor, lo: int = 0, hi: int | None = None, kind: str | None = None, symmetric: bool = True
+    tensor: StoredRows, lo: int = 0, hi: int | None = None, kind: str | None = None, symmetric: bool = True
 ) -> Groups:
     """Rows lo:hi of a tensor in groups of 32: its own codes where the layout can hold them, else rounded.
 
@@ -266,7 +279,7 @@ def decode_groups(dtype: str, raw: np.ndarray, columns: int) -> tuple[np.ndarray
     return codes, scales, mins
 
 
-def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True) -> Panels:
+def load_panels(tensor: StoredRows, kind: str | None = None, symmetric: bool = True) -> Panels:
     """A whole matrix (N, K) as panels for ``quant_matmul``; arguments and errors as for ``tensor_groups``.
 
     A few rows at a time go from the file into the panels, split over Python threads: the compiled bodies let go of
@@ -287,7 +300,7 @@ def load_panels(tensor: Tensor, kind: str | None = None, symmetric: bool = True)
     return panels
 
 
-def _rounded(tensor: Tensor, lo: int, hi: int, kind: str, symmetric: bool) -> Groups:
+def _rounded(tensor: StoredRows, lo: int, hi: int, kind: str, symmetric: bool) -> Groups:
     x = tensor.float32(lo, hi)
     try:
         if kind == "int8":
@@ -304,7 +317,7 @@ def _rounded(tensor: Tensor, lo: int, hi: int, kind: str, symmetric: bool) -> Gr
         ) from error
 
 
-def _check_half(tensor: Tensor, lo: int, halves: np.ndarray, what: str) -> None:
+def _check_half(tensor: StoredRows, lo: int, halves: np.ndarray, what: str) -> None:
     bad = halves & _INFINITE_BITS == _INFINITE_BITS
     if bad.any():
         row, group = divmod(int(bad.argmax()), halves.shape[1])

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ruvllm.checkpoint._tokenizer_hf import NAMED_TEMPLATES
 from ruvllm.checkpoint.gguf_split import part_name, split_name
 from ruvllm.checkpoint.hf_config import refuse_other_architectures
 from ruvllm.checkpoint.safetensors import INDEX_FILE, PICKLES, SINGLE_FILE, shards_of
+from ruvllm.checkpoint.tokenizer.hf import NAMED_TEMPLATES
 from ruvllm.errors import DownloadError, ModelFormatError
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
-from ruvllm._progress import tqdm
 from ruvllm.errors import DownloadError
 from ruvllm.paths import cache_directory
+from ruvllm.progress import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm.checkpoint.dequant import dequantize_rows, first_bad_scale
+from ruvllm.checkpoint.groups import load_panels
 from ruvllm.checkpoint.source import Readable
 from ruvllm.checkpoint.storage import BLOCKS, SAFETENSORS_BITS, row_bytes
 from ruvllm.errors import ModelFormatError
@@ -164,8 +165,6 @@ class Tensor:
 
     def quantized(self, layout: str) -> Panels:
         """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
-        from ruvllm.checkpoint.groups import load_panels  # which reads tensors
-
         return load_panels(self, layout, symmetric=False)
 
     def release(self) -> None:

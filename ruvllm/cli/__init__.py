@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from ruvllm.cli._parser import parse, take_last
+from ruvllm.cli.parser import parse, take_last
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _drop_stdout() -> None:
 
 def _pull(args: argparse.Namespace) -> None:
     from ruvllm.checkpoint.hub import pull
-    from ruvllm.cli._tables import show_known_models
+    from ruvllm.cli.tables import show_known_models
 
     if not args.operands:
         show_known_models()
@@ -106,31 +106,31 @@ def _pull(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from ruvllm.cli._talk import generate
+    from ruvllm.cli.talk import generate
 
     generate(args)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from ruvllm.cli._talk import chat
+    from ruvllm.cli.talk import chat
 
     chat(args)
 
 
 def _train(args: argparse.Namespace) -> None:
-    from ruvllm.cli._train import train
+    from ruvllm.cli.train import train
 
     train(args)
 
 
 def _perplexity(args: argparse.Namespace) -> None:
-    from ruvllm.cli._talk import perplexity
+    from ruvllm.cli.talk import perplexity
 
     perplexity(args)
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ruvllm.cli._tables import show_info
+    from ruvllm.cli.tables import show_info
 
     model = take_last(args)
     if args.calibrate:
@@ -141,7 +141,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
-    from ruvllm.cli._tables import show_memory
+    from ruvllm.cli.tables import show_memory
 
     show_memory(args.operands)
 
@@ -180,7 +180,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from ruvllm.cli._report import report
+    from ruvllm.cli.report import report
 
     report(args)
 

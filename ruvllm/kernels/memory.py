@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm import _container
+from ruvllm import container
 from ruvllm.errors import InsufficientMemoryError
 
 CACHE_LINE = 64
@@ -95,7 +95,7 @@ def scratch(count: int) -> np.ndarray:
 def free_memory() -> int | None:
     """Bytes available on the machine and within the container; None if neither is known."""
     free = []
-    if (limits := _container.memory()) is not None:
+    if (limits := container.memory()) is not None:
         free.append(limits[1])
     try:
         import psutil

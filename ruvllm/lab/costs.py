@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.lab.work import PassWork, pass_work
 from ruvllm.machine import size
 from ruvllm.measure.display import as_html, as_text, axis

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
-from ruvllm._progress import tqdm
+from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.llm import LLM, Prompt
@@ -17,6 +16,7 @@ from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
+from ruvllm.progress import tqdm
 
 _ROWS = 512  # of a tensor that its quantisation error is taken from, evenly spread
 

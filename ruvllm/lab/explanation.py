@@ -15,14 +15,14 @@ from typing import Any
 import numba
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
 from ruvllm.kernels.jit.private.target import Target
 from ruvllm.kernels.jit.private.target import target as host_target
-from ruvllm.lab._assembly import Loop, called, defined, innermost_loops
-from ruvllm.lab._calls import Call, calls_of_kernel, calls_of_models
-from ruvllm.lab._cross import Body, Compiled, compile_bodies
+from ruvllm.lab.assembly import Loop, called, defined, innermost_loops
+from ruvllm.lab.calls import Call, calls_of_kernel, calls_of_models
+from ruvllm.lab.cross import Body, Compiled, compile_bodies
 from ruvllm.measure.display import as_html, as_text, axis
 
 _FOREIGN = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels import tape as t
 from ruvllm.lab.work import work_of
 from ruvllm.llm import LLM, Prompt

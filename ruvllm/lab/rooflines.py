@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.measure.display import as_html, as_text, axis

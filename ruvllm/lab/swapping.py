@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.measure.replacing import replaced

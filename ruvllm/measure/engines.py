@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm
-from ruvllm._spinning import environment_of_others
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.measure.workers import Worker, last_words
+from ruvllm.spinning import environment_of_others
 
 
 class Engine(Protocol):

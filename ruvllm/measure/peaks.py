@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.simd.vectors import LANES
 from ruvllm.kernels.threads.pool import launch, limited_to, physical_cores, require_threads
-from ruvllm.measure import _peak_loops as loops
-from ruvllm.measure._caches import cache_sizes
+from ruvllm.measure import peak_loops as loops
+from ruvllm.measure.caches import cache_sizes
 from ruvllm.measure.display import as_html, as_text, axis
 
 _SECONDS = 0.01  # of one timed call: a launch of threads takes some microseconds

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 

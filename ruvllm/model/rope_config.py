@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.model.config_checks import ConfigError, require_integer, require_real
 
 ROPE_SCALINGS = (None, "linear", "ntk", "llama3", "factors", "yarn", "yarn_unrounded", "dynamic", "longrope")

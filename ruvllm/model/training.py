@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors

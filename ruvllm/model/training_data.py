@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.model.training_pass import NO_TARGET, Batch
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter

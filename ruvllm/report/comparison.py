@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.measure.timing import Timing
 from ruvllm.report.results import Report
 

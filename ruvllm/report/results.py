@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 from ruvllm.errors import RuvllmError
 from ruvllm.measure.timing import Timing
 

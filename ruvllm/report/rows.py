@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 
 US, MS = 1e-6, 1e-3
 

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ruvllm import machine
-from ruvllm._progress import tqdm
 from ruvllm.kernels.threads.pool import physical_cores, require_threads
 from ruvllm.measure.engines import LlamaCpp
 from ruvllm.measure.peaks import Peaks, measure_peaks
 from ruvllm.measure.peers import KernelPeer, NumPy, Torch
 from ruvllm.measure.timing import FULL, QUICK
 from ruvllm.model.presets import PRESETS
+from ruvllm.progress import tqdm
 from ruvllm.report.bench import Bench
 from ruvllm.report.kernel_rows import measure_kernel
 from ruvllm.report.layer_peers import LlamaCppLayer, TorchLayer

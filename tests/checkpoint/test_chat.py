@@ -579,7 +579,7 @@ def test_hostile_templates_are_refused_before_they_take_memory():
     """All of them in a process whose address space is limited: none may run into that limit."""
     program = """
 import json, resource, sys
-from ruvllm.checkpoint._template import Template, describe
+from ruvllm.checkpoint.template.sandbox import Template, describe
 from ruvllm.checkpoint.chat import render_chat
 def address_space():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -13,8 +13,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruvllm.checkpoint._spm import ScoredPieces
 from ruvllm.checkpoint.tokenizer import Kind, Tokenizer, load_tokenizer
+from ruvllm.checkpoint.tokenizer.spm import ScoredPieces
 from ruvllm.errors import ModelFormatError
 
 Scores = dict[str, float]

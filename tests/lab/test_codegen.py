@@ -10,7 +10,7 @@ import pytest
 
 from ruvllm.kernels import KERNELS
 from ruvllm.lab import Explanation, explain_all
-from ruvllm.lab._calls import calls_of_models
+from ruvllm.lab.calls import calls_of_models
 
 WIDTHS = {"haswell": 256, "apple-m4": 128}
 MODEL_BODIES = (

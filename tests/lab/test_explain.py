@@ -11,12 +11,12 @@ import numba
 import numpy as np
 import pytest
 
-from ruvllm.cli import _parser, main
+from ruvllm.cli import main, parser
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.lab import TARGETS, explain
-from ruvllm.lab._assembly import called, innermost_loops
-from ruvllm.lab._calls import calls_of_kernel
+from ruvllm.lab.assembly import called, innermost_loops
+from ruvllm.lab.calls import calls_of_kernel
 from ruvllm.lab.explanation import _calls, _explain
 
 matplotlib.use("Agg")
@@ -157,8 +157,8 @@ from numba.core.caching import NullCache
 from numba.core.registry import cpu_target
 from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.lab import explain
-from ruvllm.lab._assembly import innermost_loops
-from ruvllm.lab._calls import calls_of_kernel
+from ruvllm.lab.assembly import innermost_loops
+from ruvllm.lab.calls import calls_of_kernel
 from ruvllm.kernels import KERNELS
 
 def counts(loops):
@@ -203,7 +203,7 @@ def test_text_html_and_plot() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _parser.TARGETS == TARGETS
+    assert parser.TARGETS == TARGETS
     assert main(["explain", "silu_mul", "--target", "haswell", "--asm"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("silu_mul (silu_mul_range) for haswell: vectorised, 256 bits")

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from ruvllm.measure import _caches, _peak_loops, peaks
+from ruvllm.measure import caches, peak_loops, peaks
 from ruvllm.measure.peaks import Level, Peaks
 
 matplotlib.use("Agg")
@@ -23,9 +23,9 @@ SOME = Peaks(
 def test_multiply_adds_are_those_that_are_counted() -> None:
     """s = s/2 + 1 in each of 16 lanes of each chain."""
     out = np.full(3, -1, np.float32)
-    for chains in _peak_loops.FMA_CHAINS:
+    for chains in peak_loops.FMA_CHAINS:
         for turns in (1, 2, 5):
-            _peak_loops.fma_turns(turns, chains, out, 1, 2)
+            peak_loops.fma_turns(turns, chains, out, 1, 2)
             assert out.tolist() == [-1, 16 * chains * (2 - 2.0 ** (1 - turns)), -1]
 
 
@@ -34,10 +34,10 @@ def test_dot_products_are_those_that_are_counted() -> None:
     random = np.random.default_rng(0)
     quads = random.integers(-127, 128, 1024).astype(np.int8)
     out = np.empty(1, np.float32)
-    for chains in _peak_loops.DOT_CHAINS:
+    for chains in peak_loops.DOT_CHAINS:
         for turns in (1, 8, 33):
             weights = np.repeat(np.array([1, 3], np.uint8), 64)  # of even and of odd chains
-            _peak_loops.dot_turns(turns, chains, weights, quads, out, 0, 1)
+            peak_loops.dot_turns(turns, chains, weights, quads, out, 0, 1)
             used = [quads[turn % 32 * 32 :][: 2 * chains].astype(int).sum() for turn in range(turns)]
             assert out[0] == 16 * (1 + 3) * sum(used)
 
@@ -45,7 +45,7 @@ def test_dot_products_are_those_that_are_counted() -> None:
 def test_reads_are_those_that_are_counted() -> None:
     x = np.random.default_rng(0).integers(0, 8, (3, 384)).astype(np.float32)
     out = np.full(3, -1, np.float32)
-    _peak_loops.read_turns(5, x, out, 1, 3)
+    peak_loops.read_turns(5, x, out, 1, 3)
     assert out.tolist() == [-1, 5 * x[1].sum(), 5 * x[2].sum()]
 
 
@@ -92,10 +92,10 @@ def test_sizes_of_caches_come_from_the_system(tmp_path: Path, monkeypatch: pytes
         entry.mkdir()
         for name, text in (("type", kind), ("level", level), ("size", size)):
             (entry / name).write_text(text + "\n")
-    monkeypatch.setattr(_caches, "_SYSFS", tmp_path)
-    assert _caches.cache_sizes() == {"L1": 48 << 10, "L2": 1 << 20, "L3": 30 << 20}
+    monkeypatch.setattr(caches, "_SYSFS", tmp_path)
+    assert caches.cache_sizes() == {"L1": 48 << 10, "L2": 1 << 20, "L3": 30 << 20}
     (tmp_path / "index0" / "size").write_text("unknown")
-    assert _caches.cache_sizes() == _caches._USUAL
-    monkeypatch.setattr(_caches, "_SYSFS", tmp_path / "none")
+    assert caches.cache_sizes() == caches._USUAL
+    monkeypatch.setattr(caches, "_SYSFS", tmp_path / "none")
     monkeypatch.setattr("sys.platform", "win32")
-    assert _caches.cache_sizes() == _caches._USUAL
+    assert caches.cache_sizes() == caches._USUAL

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ruvllm.cli._report import _stem
+from ruvllm.cli.report import _stem
 from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.report import compare, html, load, markdown, run, write
 from ruvllm.report.results import Report, ReportError

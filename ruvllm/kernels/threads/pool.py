@@ -12,7 +12,7 @@ import numba
 from numba import config
 from numba import threading_layer as threading_layer  # type: ignore[attr-defined]
 
-from ruvllm import _container
+from ruvllm import container
 from ruvllm.kernels.jit.private.threads import thread_counter
 
 # Work per call from which two threads were faster than one, by measurement: a launch costs 3 to 4 us (omp).
@@ -71,7 +71,7 @@ def physical_cores() -> int:
     A thread without a core of its own makes all others wait for it, so logical (hyper-threading) cores do not count,
     nor those whose time a container withholds.
     """
-    allowed = min(_container.affinity(), _container.cpus() or most_threads())
+    allowed = min(container.affinity(), container.cpus() or most_threads())
     try:
         import psutil
 

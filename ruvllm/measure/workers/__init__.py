@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ruvllm._spinning import environment_of_others
+from ruvllm.spinning import environment_of_others
 
 _PYTHONS = {"torch": "RUVLLM_TORCH_PYTHON", "peft": "RUVLLM_TORCH_PYTHON", "llama": "RUVLLM_LLAMA_PYTHON"}
 _PROGRAMS = Path(__file__).parent

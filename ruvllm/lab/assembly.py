@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ruvllm._brief import brief
+from ruvllm.brief import brief
 
 _FUNCTION = re.compile(r'^"?([A-Za-z_$][\w.$]*)"?:')
 _BLOCK = re.compile(r"^\.?L?(BB\d+_\d+):|^[#;] %(bb\.\d+):")

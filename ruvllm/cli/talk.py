@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm.cli._input import checked, read_line, read_text
-from ruvllm.cli._parser import DEFAULT_MODEL, take_last, take_model
-from ruvllm.cli._tables import show
+from ruvllm.cli.input import checked, read_line, read_text
+from ruvllm.cli.parser import DEFAULT_MODEL, take_last, take_model
+from ruvllm.cli.tables import show
 from ruvllm.errors import ContextFullError
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ class Body(NamedTuple):
     pickled: bytes | None = None
 
 
-_PROGRAM = "from ruvllm.lab._cross import answer; answer()"
+_PROGRAM = "from ruvllm.lab.cross import answer; answer()"
 
 
 class Compiled(NamedTuple):

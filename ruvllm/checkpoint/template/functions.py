@@ -15,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.utils import Namespace
 
-from ruvllm.checkpoint._template_budget import MAX_BITS, MAX_ITEMS, Budget, Refused, allow, current, transparent
+from ruvllm.checkpoint.template.budget import MAX_BITS, MAX_ITEMS, Budget, Refused, allow, current, transparent
 
 _LARGEST_ARGUMENT = 1000  # widths and precisions
 _LARGEST_SET = 4096  # distinct numbers can be made to hash alike, and then take quadratic time
@@ -46,6 +46,7 @@ class ValueNamespace(Namespace):
 
 
 def make_range(*args: Any) -> range:
+    """``range``, refused where it is longer than any loop may run."""
     made = range(*args)
     if made and (made[-1] - made[0]) // made.step >= MAX_ITEMS:  # len() overflows
         raise Refused(f"it makes a range of more than {MAX_ITEMS} numbers")
@@ -53,14 +54,17 @@ def make_range(*args: Any) -> range:
 
 
 def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """``dict``."""
     return dict(*args, **kwargs)
 
 
 def raise_exception(message: Any) -> None:
+    """How a template refuses a chat."""
     raise Raised(str(message))
 
 
 def strftime_now(pattern: str) -> str:
+    """The current date and time in a short format."""
     if not isinstance(pattern, str) or len(pattern) > 256:
         raise SecurityError("strftime_now takes a format of at most 256 characters")
     return datetime.now().strftime(pattern)

@@ -1,7 +1,7 @@
 """A tokenizer from a Hugging Face directory: tokenizer.json as it stands, and what the JSON files beside it add.
 
 tokenizer.json says how text is split and which tokens go round it; tokenizer_config.json and older files name tokens,
-and may add some (`_added_tokens`); generation_config.json and config.json say which of them begin and end a generation;
+and may add some (`added_tokens`); generation_config.json and config.json say which of them begin and end a generation;
 the chat template is chat_template.jinja or a string in tokenizer_config.json. Where several of them know the same, what
 encoding really puts round a text comes first, then the name, then the id.
 """
@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ruvllm.checkpoint._added_tokens import add_named_tokens, read_named_tokens
-from ruvllm.checkpoint._tokenizer_gguf import all_ends, looks_like_control, splits_of
-from ruvllm.checkpoint._tokenizer_keys import GENERATION_CONFIG_NEUTRAL, TOKENIZER_CONFIG_NEUTRAL, require_neutral
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, MAX_TOKENS_BYTES, listed_ends, read_if_there
 from ruvllm.checkpoint.source import Source
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library, ids_of_kind
+from ruvllm.checkpoint.tokenizer.added_tokens import add_named_tokens, read_named_tokens
+from ruvllm.checkpoint.tokenizer.gguf import all_ends, looks_like_control, splits_of
+from ruvllm.checkpoint.tokenizer.keys import GENERATION_CONFIG_NEUTRAL, TOKENIZER_CONFIG_NEUTRAL, require_neutral
+from ruvllm.checkpoint.tokenizer.vocabulary import Kind, Vocabulary, errors_of_the_library, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
 logger = logging.getLogger(__name__)

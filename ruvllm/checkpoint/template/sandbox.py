@@ -28,8 +28,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from ruvllm.checkpoint import _template_functions as functions
-from ruvllm.checkpoint._template_budget import Budget, Refused, allow, current, transparent
+from ruvllm.checkpoint.template import functions
+from ruvllm.checkpoint.template.budget import Budget, Refused, allow, current, transparent
 
 MAX_SOURCE = 1 << 15  # characters of a template; the longest known have 20 000
 MAX_NODES = 5000  # of the parsed template; the largest known have 1400

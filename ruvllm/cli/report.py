@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ruvllm.cli._parser import take_last
-from ruvllm.cli._tables import show
+from ruvllm.cli.parser import take_last
+from ruvllm.cli.tables import show
 from ruvllm.paths import require_writable
 
 

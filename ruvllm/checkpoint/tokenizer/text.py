@@ -1,133 +1,21 @@
-"""Text to token ids and back: one Tokenizer for BPE and SentencePiece vocabularies, from GGUF or Hugging Face files.
+"""Token ids of text, and text of token ids, at once or token by token.
 
-Splitting and merging are done by the `tokenizers` library. What is decided here is what surrounds them: which control
-tokens are read from text, which ids are put round it, and how ids become bytes again, all at once or one by one.
+The `tokenizers` library splits and merges. The rest is here: which control tokens are read from text, which ids are
+put around it, and how ids become bytes again.
 """
 
 from __future__ import annotations
 
 import codecs
 import operator
-import os
 import re
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import numpy as np
-
-from ruvllm._brief import brief
-from ruvllm.errors import ModelFormatError, printable
-
-
-class Kind(IntEnum):
-    """What a token is; the numbers are those of GGUF's `tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-def ids_of_kind(kinds: bytes | bytearray, *wanted: Kind) -> list[int]:
-    """The ids of all tokens of these kinds, in order."""
-    return np.flatnonzero(np.isin(np.frombuffer(kinds, np.uint8), wanted)).tolist()
-
-
-class MetadataFile(Protocol):
-    """What is needed of a GGUF file: its path and its metadata."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A vocabulary as its file describes it, and the engine that was built from it.
-
-    Attributes:
-        engine: a `tokenizers.Tokenizer` whose added tokens are the control and the user-defined ones.
-        pieces: the spelling of each id (None where there is no token).
-        kinds: the `Kind` of each id.
-        byte_level: pieces are spelt in GPT-2's alphabet of 256 letters; otherwise as SentencePiece does.
-        space_prefix: where encoding puts a space before text: nowhere, at the start, or also behind each token that
-            was cut out of the text.
-        prefix, suffix: ids put round a text.
-        names: spelling of the tokens that templates know by name (`bos_token`, `eos_token`, ...).
-        stop_strings: texts that end a generation.
-        chat_template: the one for every chat; None if there is none, or only ``named_templates``.
-        named_templates: others, for tools or retrieval, by name.
-        missing: in words what keeps text from becoming ids; ``engine`` is None then. None: nothing does.
-    """
-
-    engine: Any
-    pieces: Sequence[str | None]
-    kinds: bytes
-    byte_level: bool
-    space_prefix: Literal["never", "first", "each"] = "never"
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
-    stop_strings: tuple[str, ...] = ()
-    chat_template: str | None = None
-    named_templates: Mapping[str, str] = field(default_factory=dict)
-    missing: str | None = None
-
-    __repr__ = brief
-
-
-def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a model: an open GGUF file, or the directory of a Hugging Face checkpoint.
-
-    vocab_size: rows of the model's embedding, if known. Ids that the tokenizer has no token for (many embeddings are
-    padded to a round number of rows) have no text. Added tokens without a row (a ``<pad>``, put in without resizing the
-    embedding) are left out, with a warning.
-
-    A model that comes without any tokenizer gets one that says so where it is asked for text.
-
-    Raises:
-        ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named), or has more
-            tokens than ``vocab_size``.
-    """
-    path: str = os.fspath(source) if isinstance(source, str | os.PathLike) else source.path
-    vocabulary = _vocabulary(source)
-    if vocab_size is not None:
-        from ruvllm.checkpoint._tokenizer_rows import with_rows
-
-        vocabulary = with_rows(vocabulary, vocab_size, path)
-    return Tokenizer(vocabulary, path)
-
-
-def _vocabulary(source: MetadataFile | str | os.PathLike[str]) -> Vocabulary:
-    if isinstance(source, str | os.PathLike):
-        from ruvllm.checkpoint._tokenizer_hf import vocabulary_from_directory
-
-        return vocabulary_from_directory(source)
-    from ruvllm.checkpoint._tokenizer_gguf import vocabulary_from_metadata
-
-    return vocabulary_from_metadata(source.path, source.metadata)
-
-
-@contextmanager
-def errors_of_the_library(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What `tokenizers` raises where a file is damaged: plain Exceptions, and panics, which are not even that."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ModelFormatError(path, field="tokenizer", found=error, expected="a tokenizer that works") from None
+from ruvllm.checkpoint.tokenizer.vocabulary import Kind, Vocabulary, errors_of_the_library, ids_of_kind
+from ruvllm.errors import printable
 
 
 class Tokenizer:

@@ -1,6 +1,6 @@
 """What becomes of each key that transformers or llama.cpp reads of a tokenizer: followed, without meaning, refused.
 
-The readers (`_tokenizer_gguf`, `_tokenizer_hf`, `_added_tokens`) follow what they name themselves. This file holds
+The readers (`gguf`, `hf`, `added_tokens`) follow what they name themselves. This file holds
 the others: keys that would change which tokens a text becomes, or which are chosen, in a way that is not done here,
 with the values that change nothing. Any other value is refused by the key's name. Sources: llama.cpp's
 `llama-vocab.cpp`, and `tokenization_utils_base.py` and `generation/configuration_utils.py` of transformers.

@@ -7,8 +7,8 @@ import sys
 from typing import NoReturn
 
 import ruvllm
-from ruvllm.cli._foreign import is_no_option, what_to_use
-from ruvllm.cli._numbers import integer, number
+from ruvllm.cli.foreign import is_no_option, what_to_use
+from ruvllm.cli.numbers import integer, number
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import

@@ -116,7 +116,7 @@ def _model(name: str) -> dict[str, str]:
     from ruvllm.checkpoint.groups import ROUNDED
     from ruvllm.checkpoint.hub import resolve
     from ruvllm.checkpoint.loader import open_checkpoint
-    from ruvllm.cli._describe import described
+    from ruvllm.cli.describe import described
     from ruvllm.loading import weight_bytes
     from ruvllm.model.kv_size import cache_bytes
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm.cli._parser import DEFAULT_MODEL, take_last, take_model
-from ruvllm.cli._talk import context_of, load_model
+from ruvllm.cli.parser import DEFAULT_MODEL, take_last, take_model
+from ruvllm.cli.talk import context_of, load_model
 from ruvllm.paths import require_writable
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Examp
 
 def _run(trainer: Trainer, save_every: int, save: Any) -> None:
     """All steps, with a bar where stderr is a terminal and a line now and then where it is not."""
-    from ruvllm._progress import tqdm
+    from ruvllm.progress import tqdm
 
     shown = max(1, trainer.total // 20)
     with tqdm(total=trainer.total, initial=trainer.done, desc="training", unit="step", disable=None) as bar:

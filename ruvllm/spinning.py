@@ -22,5 +22,5 @@ def shorten() -> None:
 
 def environment_of_others() -> dict[str, str]:
     """The environment without what this package has set: for programs that are to run as they would by themselves."""
-    ours = {*_OURS, "NUMBA_NUM_THREADS"} - _SET_BY_USER  # the latter by _container
+    ours = {*_OURS, "NUMBA_NUM_THREADS"} - _SET_BY_USER  # the latter by `container`
     return {name: value for name, value in os.environ.items() if name not in ours}

@@ -1,7 +1,7 @@
 """A tokenizer from GGUF metadata: `tokenizer.ggml.*` as an engine of the `tokenizers` library.
 
 Model "gpt2" is byte-level BPE with its merges in the file and its pre-tokenizer given by name; model "llama" is
-SentencePiece BPE, joined by the pieces' scores (`_spm`). Source of the names, of what each of them splits, and of what
+SentencePiece BPE, joined by the pieces' scores (`spm`). Source of the names, of what each of them splits, and of what
 holds where the file says nothing: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular
 expression, the model's own is used.
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint._spm import ScoredPieces, merges_from_scores
-from ruvllm.checkpoint._tokenizer_keys import END_NAMES, NAMED, NFC, PREFIX, check_gguf_keys
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, ids_of_kind
+from ruvllm.checkpoint.tokenizer.keys import END_NAMES, NAMED, NFC, PREFIX, check_gguf_keys
+from ruvllm.checkpoint.tokenizer.spm import ScoredPieces, merges_from_scores
+from ruvllm.checkpoint.tokenizer.vocabulary import Kind, Vocabulary, ids_of_kind
 from ruvllm.errors import ModelFormatError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import replace
 
-from ruvllm.checkpoint.tokenizer import Kind, Vocabulary, errors_of_the_library, ids_of_kind
+from ruvllm.checkpoint.tokenizer.vocabulary import Kind, Vocabulary, errors_of_the_library, ids_of_kind
 from ruvllm.errors import ModelFormatError, printable
 
 logger = logging.getLogger(__name__)

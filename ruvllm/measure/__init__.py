@@ -1,6 +1,6 @@
-"""How ruvllm and its peers are measured: engines take turns on a quiet machine, against the machine's limits.
+"""Measure ruvllm and its peers: engines take turns on a quiet machine; the machine's limits are the yardstick.
 
-| module | what it has |
+| module | contents |
 |---|---|
 | ``timing`` | engines that take turns; medians and quartiles |
 | ``workers`` | a peer in a process of its own, and the programs that run there |

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-_USUAL = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}  # where the system does not say
+_USUAL = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}  # if the system does not report them
 _SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
 _MACOS = {"L1": "hw.perflevel0.l1dcachesize", "L2": "hw.perflevel0.l2cachesize"}
 
 
 def cache_sizes() -> dict[str, int]:
-    """Bytes of each level of the data caches that the first core sees, smallest first; typical sizes if unknown."""
+    """Bytes of each data cache level of the first core, smallest first; typical sizes if unknown."""
     sizes = _from_sysfs() if _SYSFS.is_dir() else _from_sysctl() if sys.platform == "darwin" else {}
     return dict(sorted(sizes.items())) or dict(_USUAL)
 

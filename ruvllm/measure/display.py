@@ -6,11 +6,11 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-Rows = Sequence[tuple[str, ...]]  # a table as text; the first row has the headings
+Rows = Sequence[tuple[str, ...]]  # a table of strings; the first row holds the headings
 
 
 def as_text(heading: str, rows: Rows) -> str:
-    """The heading, then the table in columns: the first to the left, columns of numbers to the right."""
+    """The heading, then the table: the first column left-aligned, numeric columns right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = [_numeric(rows, i) for i in range(len(widths))]
     lines = (
@@ -21,7 +21,7 @@ def as_text(heading: str, rows: Rows) -> str:
 
 
 def as_html(heading: str, rows: Rows) -> str:
-    """The same as a paragraph and a table; without rows the paragraph alone."""
+    """The same as an HTML paragraph and table; only the paragraph if there are no rows."""
     if not rows:
         return f"<p>{html.escape(heading)}</p>"
     align = ["right" if _numeric(rows, i) else "left" for i in range(len(rows[0]))]
@@ -50,6 +50,6 @@ def axis(ax: Any = None) -> Any:
 
 
 def _numeric(rows: Rows, column: int) -> bool:
-    """Whether a column other than the first holds numbers (with their units) alone."""
+    """Whether a column other than the first holds only numbers, with or without units."""
     cells = [row[column] for row in rows[1:] if row[column] not in ("", "-")]
     return column > 0 and bool(cells) and all(cell.lstrip("+-")[:1].isdigit() for cell in cells)

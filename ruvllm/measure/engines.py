@@ -1,4 +1,4 @@
-"""Language model engines on one model file: ruvllm, llama.cpp and ik_llama.cpp, timed through the same few calls."""
+"""Language model engines on one model file: ruvllm, llama.cpp and ik_llama.cpp, timed through one interface."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Ruvllm:
         self.unload()
         self.llm = ruvllm.load(path, weights=self.weights, threads=threads)
         model, config = self.llm.model, self.llm.config
-        unread = 0 if config.tie_word_embeddings else model.decoder.embed.nbytes  # but for one row
+        unread = 0 if config.tie_word_embeddings else model.decoder.embed.nbytes  # except for one row
         self.weight_bytes = model.nbytes - unread
         self.cache = self.llm.new_cache(context, **self.kv)
         self._logits = np.empty(config.vocab_size, np.float32)
@@ -127,7 +127,7 @@ class LlamaCpp:
 
 
 class IkLlamaCpp:
-    """ik_llama.cpp by its program ``llama-bench``: each turn is a process of its own, on random tokens.
+    """ik_llama.cpp through its program ``llama-bench``: each turn is a new process, on random tokens.
 
     Raises:
         OSError: the program cannot be run.
@@ -142,7 +142,7 @@ class IkLlamaCpp:
         self._options: list[str] = []
 
     def load(self, path: Path, threads: int, context: int) -> None:
-        """See Engine; the program loads the model in each turn, and sizes its KV cache by itself."""
+        """See Engine; the program loads the model in each turn and sizes its own KV cache."""
         # As llama.cpp runs here: on the CPU, batches of 2048 split into 512, flash attention; and weights repacked.
         self._options = [
             "-m", str(path), "-t", str(threads), "-ngl", "0", "-b", "2048", "-ub", "512", "-fa", "1", "-rtr", "1",
@@ -177,7 +177,7 @@ class IkLlamaCpp:
 
 
 def file_bytes_per_token(path: Path) -> int:
-    """Bytes of the file's tensors read for each token: all, without the embedding where the head is another tensor."""
+    """Bytes of the file's tensors read for each token: all, except the embedding if the head is a tensor of its own."""
     with GGUFFile(path) as file:
         sizes = {name: tensor.nbytes for name, tensor in file.tensors.items()}
     return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)

@@ -1,6 +1,6 @@
-"""GGUF files with made-up weights, for llama.cpp to run; only they need the ``gguf`` package.
+"""GGUF files with random weights, for llama.cpp to run; writing them needs the ``gguf`` package.
 
-The vocabulary is made up too: the output of such a model is meaningless.
+The vocabulary is made up: the output of such a model is meaningless.
 """
 
 from __future__ import annotations
@@ -100,6 +100,6 @@ def q4_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def interleaved_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k with RoPE pairs (2i, 2i + 1), as GGUF's llama has them, from pairs (i, i + D/2)."""
+    """Rows of q or k with RoPE pairs (2i, 2i + 1), as GGUF's llama stores them, from pairs (i, i + D/2)."""
     dim = len(rows) // heads
     return rows.reshape(heads, 2, dim // 2, -1).swapaxes(1, 2).reshape(len(rows), -1)

@@ -45,7 +45,7 @@ class Inside:
         if DISABLE_JIT or len(seen) != 1:
             raise LookupError(f"{spec.name}: {len(seen)} compiled calls on one thread")
         self._body, self._arguments = seen[0]
-        if self._body is not spec.compiled[0]:  # the body that works was called under another name
+        if self._body is not spec.compiled[0]:  # the body that does the work was called under another name
             raise LookupError(f"{spec.name}: {spec.compiled[0].__name__} was not seen")
         _repeat(self._body, 1, self._arguments)  # compiles
 

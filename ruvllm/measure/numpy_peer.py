@@ -1,4 +1,4 @@
-"""Our kernels' operations as a NumPy user would write them in float32, with OpenBLAS or Accelerate behind products."""
+"""Our kernels' operations as a NumPy user would write them in float32, with OpenBLAS or Accelerate for products."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _softmax_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
 
 
 def _grouped_query_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
-    # The query heads that share a kv head become rows of one product; keys are laid out as BLAS reads them fastest.
+    # The query heads that share a kv head become rows of one product; keys have the layout that BLAS reads fastest.
     heads, dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(kv_heads, heads // kv_heads, dim) * np.float32(dim**-0.5)

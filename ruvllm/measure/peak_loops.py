@@ -1,4 +1,4 @@
-"""Loops of nothing but multiply-adds, integer dot products, or reads: what they reach is the machine's limit.
+"""Loops of nothing but multiply-adds, integer dot products, or reads: their rate is the machine's limit.
 
 How many accumulators a loop needs depends on the processor: enough to hide the latency of an instruction (8, or 12 for
 dot products, where two 512-bit instructions issue per cycle), few enough for its registers (6 or 4 where a vector of 16
@@ -51,7 +51,7 @@ def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
 
 @kernel(strict=True)
 def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
-    """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; two of them read one quad from the first cache.
+    """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; each two share a quad from the L1 cache.
 
     weights (128,) uint8: two vectors, so that no two products are alike; quads (1024,) int8. Sums of 16 bits (AVX2)
     wrap; nothing reads them.
@@ -114,6 +114,6 @@ def dot_parallel(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, th
 
 @parallel_kernel
 def read_parallel(turns: Any, x: Any, out: Any, threads: Any) -> None:
-    """read_turns on each thread, which has a row of its own."""
+    """read_turns on each thread, each on its own row."""
     for t in prange(threads):
         read_turns(turns, x, out, t, t + 1)

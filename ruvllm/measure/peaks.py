@@ -19,14 +19,14 @@ from ruvllm.measure import peak_loops as loops
 from ruvllm.measure.caches import cache_sizes
 from ruvllm.measure.display import as_html, as_text, axis
 
-_SECONDS = 0.01  # of one timed call: a launch of threads takes some microseconds
+_SECONDS = 0.01  # of one timed call: launching threads takes some microseconds
 _REPEATS = 7  # the best counts: a limit is what undisturbed work reaches
 _MEMORY_BYTES = 1 << 28  # read from memory, or four times the last cache if that is more
 
 
 @dataclass(frozen=True)
 class Level:
-    """A level of the memory: its name, the bytes that one core sees, and bytes/s that all threads read."""
+    """A memory level: its name, its size as one core sees it, and the read bandwidth of all threads in bytes/s."""
 
     name: str
     size: float  # inf for memory
@@ -62,18 +62,18 @@ class Peaks:
         return self.memory
 
     def least_seconds(self, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:
-        """The roofline: the longer of arithmetic at its peak and reads from the level that holds them; which it is."""
+        """The roofline: the longer of arithmetic at its peak and reads from the level that holds the data; and which one."""
         arithmetic, reads = flops / (self.int8_dot if integer else self.fma), nbytes / self.bandwidth(nbytes)
         if arithmetic > reads:
             return arithmetic, "int8 dot" if integer else "FMA"
         return reads, next(level.name for level in self.levels if level.bandwidth == self.bandwidth(nbytes))
 
     def with_memory(self, bandwidth: float) -> Peaks:
-        """The same limits with another read bandwidth of memory, in bytes/s."""
+        """The same limits with a different memory bandwidth, in bytes/s."""
         return replace(self, levels=(*self.levels[:-1], replace(self.levels[-1], bandwidth=bandwidth)))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """What was measured, and how much, as text; the first row has the headings."""
+        """What was measured and its value, as text; the first row holds the headings."""
         return [
             ("limit", "measured"),
             ("multiply-add, float32", f"{self.fma / 1e9:.1f} GFLOP/s"),
@@ -162,7 +162,7 @@ def read_levels(threads: int | None = None) -> tuple[Level, ...]:
     levels, below = [], 0
     for name, size in cache_sizes().items():
         mine = size // 2 if name in ("L1", "L2") else size // 2 // threads  # a third level is shared
-        if mine > 2 * below:  # else it would be read from the level before
+        if mine > 2 * below:  # else the next smaller level would be measured
             levels.append(Level(name, float(size), cache_bandwidth(mine, threads)))
         below = size
     memory = read_bandwidth(max(_MEMORY_BYTES, 4 * below), threads=threads)
@@ -172,14 +172,14 @@ def read_levels(threads: int | None = None) -> tuple[Level, ...]:
 def measure_peaks(threads: int | None = None) -> Peaks:
     """All limits of this machine at ``threads`` threads (None: the physical cores); takes about three seconds.
 
-    The machine must be idle otherwise. Raises ValueError for more threads than the pool has.
+    The machine must otherwise be idle. Raises ValueError for more threads than the pool has.
     """
     threads = _checked(threads)
     return Peaks(threads, fma_peak(threads), int8_dot_peak(threads), read_levels(threads))
 
 
 def measured_peaks(threads: int | None = None) -> Peaks:
-    """``measure_peaks``, once in a process for each number of threads."""
+    """``measure_peaks``, once per process and number of threads."""
     return _measured_once(_checked(threads))
 
 
@@ -208,7 +208,7 @@ def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None]
         seconds(1, 1)  # compiles
         seconds(1, threads)  # starts the threads
         turns = 16
-        # On one thread, and the minimum of three: threads still waiting for a core would make the turns far too few.
+        # On one thread, and the minimum of three: threads still waiting for a core would make the count far too small.
         while (spent := min(seconds(turns, 1) for _ in range(3))) < _SECONDS / 2:
             turns *= 2 if spent > _SECONDS / 16 else 8
         return turns / min(seconds(turns, threads) for _ in range(_REPEATS))

@@ -53,7 +53,7 @@ class NumPy:
     about = f"NumPy {np.__version__}"
 
     def engine(self, spec: KernelSpec, inputs: Inputs, exact: Any, threads: int) -> Engine:
-        """See KernelPeer; its threads are those that BLAS may use now."""
+        """See KernelPeer; it uses the threads that BLAS may use now."""
         make = OPERATIONS.get(spec.name)
         if make is None:
             raise PeerError("no counterpart in NumPy")
@@ -72,7 +72,7 @@ class Torch:
         self.about = f"PyTorch {self._worker.hello['version']} ({self._worker.hello['system']})"
 
     def engine(self, spec: KernelSpec, inputs: Inputs, exact: Any, threads: int) -> Engine:
-        """See KernelPeer; it replaces the one before."""
+        """See KernelPeer; it replaces the previous one."""
         arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
         numbers = {name: value for name, value in inputs.items() if name not in arrays}
         return self.checked(self.prepare("prepare", arrays, threads, kernel=spec.name, numbers=numbers), exact)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_WATCHERS = ("ruvllm.lab", "ruvllm.measure")  # keep what they have
+_WATCHERS = ("ruvllm.lab", "ruvllm.measure")  # these keep the originals
 
 
 @contextmanager

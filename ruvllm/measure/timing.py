@@ -93,8 +93,8 @@ QUICK = Effort(turns=5, seconds=5e-4, longest=0.4)
 def alternate(engines: Mapping[str, Engine], effort: Effort, settle: bool = False) -> dict[str, Timing]:
     """Time the engines in turns, A B B A. ``settle``: they have several threads, which must not disturb the next one.
 
-    A quarter of the calls come first, untimed, so that each engine finds its own data in the caches, not that of the
-    engine before it, whose arrays may be the same.
+    A quarter of the calls come first, untimed, so that each engine finds its own data in the caches, and not the
+    data of the previous engine.
     """
     calls = {}
     for name, engine in engines.items():

@@ -1,4 +1,4 @@
-"""What every row needs to be measured: how long, with how many threads, against which limits."""
+"""How to measure every row: for how long, with how many threads, against which limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ruvllm.measure.timing import Call, Effort, Engine, Timing, alternate
 from ruvllm.report.results import Entry
 
 _TURNS_OF_MANY = 7  # with several threads, where engines settle between turns
-_FREE_SHARE = 0.8  # of the free memory, at most, for one row
+_FREE_SHARE = 0.8  # of the free memory, at most, per row
 _BUFFER_BYTES = 1 << 28
 OWN, _READ = "ruvllm", "read"
 
@@ -53,14 +53,14 @@ class Bench:
 
     @cached_property
     def _buffer(self) -> np.ndarray:
-        """Read in turns with rows that come from memory, whose bandwidth varies from moment to moment."""
+        """Read in turns with rows whose data come from memory: its bandwidth varies from moment to moment."""
         buffer = aligned_empty(_BUFFER_BYTES // 4)
         buffer[:] = 1
         return buffer
 
 
 def lacking_memory(nbytes: float) -> str:
-    """Why a row of ``nbytes`` cannot be measured; empty if it can."""
+    """Why a row that needs ``nbytes`` cannot be measured; empty if it can."""
     free = free_memory()
     if free is None or nbytes <= _FREE_SHARE * free:
         return ""

@@ -77,7 +77,7 @@ def compare(old: Report, new: Report) -> Comparison:
 
 
 def _change(id: str, label: str, threads: int, old: Timing, new: Timing) -> Change:
-    """The noise is half the sum of both spreads: medians this close may be of the same speed."""
+    """The noise is half the sum of both spreads: medians this close may mean the same speed."""
     noise, speedup = max(_LEAST, (old.spread + new.spread) / 2), old.median / new.median
     kind = FASTER if speedup > 1 + noise else SLOWER if speedup < 1 / (1 + noise) else SAME
     return Change(id, label, threads, old.median, new.median, noise, kind)

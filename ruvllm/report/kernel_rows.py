@@ -1,4 +1,4 @@
-"""Rows that are one call of a kernel: its error, its time, that of its body alone, and of its peers."""
+"""Rows that time one kernel call: its error, and the times of the call, of the body alone and of the peers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ruvllm.report.bench import OWN, Bench
 from ruvllm.report.results import Result
 from ruvllm.report.rows import KernelRow
 
-_INSIDE_BELOW = 1e-3  # seconds of a call: in longer ones Python's part does not show
+_INSIDE_BELOW = 1e-3  # seconds per call: in longer ones Python's overhead does not show
 _ALLOCATES = ("lora_forward",)  # the Rust report's row allocates its output too
-LARGE = 5e9  # operations from which on float64 takes minutes
+LARGE = 5e9  # operations: from here on float64 takes minutes
 
 # Which function is timed, and its arguments by position, for a kernel's record and its example inputs.
 Form = Callable[[KernelSpec, Inputs], tuple[KernelSpec, tuple[Any, ...]]]
@@ -36,7 +36,7 @@ def public(spec: KernelSpec, inputs: Inputs) -> tuple[KernelSpec, tuple[Any, ...
 
 
 def measure_kernel(row: KernelRow, bench: Bench, peers: Sequence[KernelPeer], form: Form = public) -> Result:
-    """Measure a row. A large one is compared with the kernel's own result, and has no error."""
+    """Measure a row. The peers of a large one are compared with the kernel's own result; it has no error."""
     spec = KERNELS[row.kernel]
     inputs = spec.example(np.random.default_rng(0), **row.sizes)
     flops, nbytes = spec.flops(**row.sizes), spec.bytes(**row.sizes)

@@ -26,7 +26,7 @@ _LARGEST_FILE = 4e9  # bytes
 
 
 class LlamaCppLayer:
-    """llama.cpp at its best settings, on a file written for it."""
+    """llama.cpp with its fastest settings, on a file written for it."""
 
     name = "llama.cpp"
 
@@ -50,7 +50,7 @@ class LlamaCppLayer:
             self._llama.unload()
 
     def engine(self, path: Path, exact: np.ndarray, threads: int) -> Engine:
-        """One token after the others; it replaces the engine before. Raises PeerError."""
+        """One token after the others; it replaces the previous engine. Raises PeerError."""
         try:
             self._llama.load(path, threads, _CONTEXT)
             self._llama.append(layers.context_ids().tolist())
@@ -84,7 +84,7 @@ class TorchLayer:
         self._torch = torch
 
     def engine(self, config: ModelConfig, layout: str, exact: np.ndarray, threads: int) -> Engine:
-        """One token after the others; it replaces the engine before. Raises PeerError."""
+        """One token after the others; it replaces the previous engine. Raises PeerError."""
         if layout != "f32":
             raise PeerError("PyTorch has no 4-bit weights with 8-bit activations on CPUs")
         if config.num_hidden_layers > 1:

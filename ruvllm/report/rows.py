@@ -193,7 +193,7 @@ _MODELS = (("LLaMA2-7B", "llama2-7b", 569.67), ("LLaMA3-8B", "llama3-8b", 657.20
 LAYERS = Section(
     "layers", "Transformer layers",
     "One token after 16 others: attention over a KV cache with rotary positions in every head, feed-forward, "
-    "residuals; then the final norm and a head of 512 words. Each layer has its own memory. In INT4, weights have "
+    "residuals; then the final norm and a head of 512 tokens. Each layer has its own memory. In INT4, weights have "
     "4 bits and activations 8; errors are against float64 on the quantised weights.",
     (
         *(LayerRow(f"{label}, 1 layer, f32", name, "f32", 1, ms * MS) for label, name, ms in _MODELS),

@@ -31,12 +31,12 @@ def measure(
     peers: bool = True,
     progress: bool = True,
 ) -> Report:
-    """Measure the tables of the Rust report on this machine, which must be idle otherwise.
+    """Measure the tables of the Rust report on this machine, which must otherwise be idle.
 
     Args:
         quick: fewer turns, and single layers only; half a minute instead of four.
         only: names of tables or parts of rows' names; empty for all.
-        threads: numbers of threads to measure with; None for one, and unless ``quick`` for the physical cores.
+        threads: thread counts to measure with; None: one thread and, unless ``quick``, the physical cores.
         peers: also measure NumPy; and PyTorch and llama.cpp where RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name a
             Python that has them, or this one does.
         progress: show a bar on stderr.
@@ -84,7 +84,7 @@ def choose(only: Sequence[str]) -> list[tuple[Section, tuple[Row, ...]]]:
 
     for name in names:
         if not any(named(section, row, name) for section in SECTIONS for row in section.rows):
-            raise ValueError(f"only: {name!r} is none of the tables ({', '.join(tables)}) and in no row's name")
+            raise ValueError(f"only: found {name!r}, expected a table ({', '.join(tables)}) or a part of a row's name")
     chosen = [
         (section, tuple(row for row in section.rows if not names or any(named(section, row, name) for name in names)))
         for section in SECTIONS

@@ -67,7 +67,7 @@ ERRATA = (
     (
         "LayerNorm, causal attention, long contexts and paged attention work.",
         "Its LayerNorm computes E[x²] − mean², which cancels where the mean is large; its causal flag is ignored; its "
-        "float32 angles are off by 3e-3 at position 131071; its paged attention takes heads for tokens. The "
+        "float32 angles are off by 3e-3 at position 131071; its paged attention mistakes heads for tokens. The "
         "tests of this library compare each of these with float64.",
     ),
 )

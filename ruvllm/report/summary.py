@@ -1,4 +1,4 @@
-"""The figures in sum: targets met or missed, how many rows are right, how they compare with each peer."""
+"""Totals: targets met or missed, how many rows are right, how they compare with each peer."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ruvllm.report.summary import NOT_MEASURED, accuracy, standings, verdicts
 NOTHING = "–"
 RUST_M4 = "M4 Pro (Rust)"
 PEERS = {"numpy": "NumPy", "torch": "PyTorch", "llama.cpp": "llama.cpp", "rust_m4": RUST_M4}
-SHARE = "of the limit"  # the heading of a column that HTML draws as bars
+SHARE = "of the limit"  # the heading of the column that HTML draws as bars
 _SHOWN_CHANGES = 40
 _SHOWN_LABELS = 8
 

@@ -62,7 +62,7 @@ def test_targets_and_quick_name_rows() -> None:
 def test_only() -> None:
     assert [len(rows) for _, rows in run.choose([])] == [len(section.rows) for section in SECTIONS]
     assert [(s.name, len(rows)) for s, rows in run.choose(["kv", "RMSNorm 768"])] == [("norms", 1), ("kv", 4)]
-    with pytest.raises(ValueError, match="'nothing' is none of the tables"):
+    with pytest.raises(ValueError, match="found 'nothing', expected a table"):
         run.choose(["norms", "nothing"])
 
 

@@ -22,7 +22,7 @@ _PROGRAMS = Path(__file__).parent
 
 
 def python_for(peer: str) -> str:
-    """The interpreter that has a peer, "torch", "peft" or "llama": the one its variable names, else this one."""
+    """The interpreter that has a peer, "torch", "peft" or "llama": the one its environment variable names, or this one."""
     return os.environ.get(_PYTHONS[peer], sys.executable)
 
 
@@ -33,10 +33,10 @@ def last_words(lines: list[str]) -> str:
 
 
 class Worker:
-    """A running ``{peer}_worker.py``; ``hello`` is what it says of itself: "version", "system".
+    """A running ``{peer}_worker.py``; ``hello`` is what it reports: "version", "system".
 
     Raises:
-        ModuleNotFoundError: that Python does not have the peer.
+        ModuleNotFoundError: that Python lacks the peer.
         OSError: that Python cannot be run.
         RuntimeError: the program failed.
     """

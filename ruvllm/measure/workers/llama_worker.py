@@ -35,7 +35,7 @@ class Worker:
             raise RuntimeError(f"llama.cpp could not quantize {source}")
 
     def load(self, path: str, threads: int, context: int) -> dict[str, int]:
-        """Replace the model, at the engine's fastest settings: flash attention, repacking."""
+        """Replace the model, with the engine's fastest settings: flash attention, repacking."""
         self.unload()
         self.llm = self.api.Llama(
             path, n_ctx=context, n_batch=min(BATCH, context), n_ubatch=UBATCH, n_threads=threads,
@@ -50,7 +50,7 @@ class Worker:
             self.llm = None
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on."""
+        """Drop the positions from ``length`` on."""
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.llm.ctx), -1, length, -1)
 
     def prefill(self, ids: list[int]) -> float:
@@ -82,7 +82,7 @@ class Worker:
     def losses(self, path: str, threads: int, windows: list[list[int]], first: int, bos: int | None, f32: bool) -> Any:
         """Negative log-likelihood of tokens first + 1: of each window, in nats; windows share no context.
 
-        ``f32``: no rounding anywhere: float32 KV cache, plain attention.
+        ``f32``: without rounding: float32 KV cache, plain attention.
         """
         import numpy as np
 

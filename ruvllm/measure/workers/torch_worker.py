@@ -150,7 +150,7 @@ class Worker:
         self.operation: Callable[[], Any] | None = None
 
     def hello(self) -> dict[str, str]:
-        """Version, and the instruction set it chose."""
+        """PyTorch's version, and the instruction set it chose."""
         return {"version": self.torch.__version__, "system": self.torch.backends.cpu.get_cpu_capability()}
 
     def prepare(self, kernel: str, arrays: str, numbers: dict[str, float], threads: int, result: str) -> bool:

@@ -1,4 +1,4 @@
-"""The laboratory: measure this machine, and look into what kernels and models do on it.
+"""The laboratory: measure this machine, and inspect what kernels and models do on it.
 
 Each function returns an object that print() shows as text and a notebook as a table, and whose ``plot()`` draws it on a
 matplotlib axis (``pip install 'ruvllm[lab]'``).

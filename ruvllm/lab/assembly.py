@@ -51,7 +51,7 @@ _LINE = 64
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction, its source line, the function that it calls; ``spill``: whether LLVM says that it is one."""
+    """An instruction, its source line, the function that it calls; ``spill``: whether LLVM marks it as one."""
 
     text: str
     file: str
@@ -98,13 +98,13 @@ class Loop:
 
 
 def innermost_loops(assembly: str) -> list[Loop]:
-    """The loops without loops inside, in the order of the code, but those that neither load, compute nor call."""
+    """The innermost loops in code order, except those that neither load, compute nor call."""
     found = [_loop(function, lines) for function, lines in _bodies(assembly)]
     return [x for x in found if x.loads or x.stores or x.fma or x.dot or x.width or x.scalar_math or x.calls]
 
 
 def called(assembly: str) -> Counter[str]:
-    """Functions that the assembly calls, with how many calls there are."""
+    """Functions that the assembly calls, with their number of call sites."""
     callees = _Callees(assembly)
     return Counter(name for text in assembly.splitlines() if (name := callees.of(text.strip())))
 
@@ -115,10 +115,10 @@ def defined(assembly: str) -> set[str]:
 
 
 class _Callees:
-    """Follows a listing and says what is called where: calls go through registers that took an address before.
+    """Follows a listing and names the targets of calls: these go through registers that were loaded with an address.
 
-    The listing's order is not the program's: where a register was last used for something else, it holds what the
-    listing ever puts there, if that is one function.
+    The listing is not in execution order. If a register was last used for something else, the target is the only
+    function whose address the listing ever loads into it.
     """
 
     def __init__(self, assembly: str) -> None:
@@ -155,7 +155,7 @@ def _plain(symbol: str) -> str:
         while digits := re.match(r"\d+", symbol[at:]):
             at += len(digits[0])
             name, at = symbol[at : at + int(digits[0])], at + int(digits[0])
-        return re.sub(r"_[0-9a-f]{12}$", "", name)  # of what the function encloses
+        return re.sub(r"_[0-9a-f]{12}$", "", name)  # a hash of its closure
     return symbol.removeprefix("_")
 
 
@@ -217,7 +217,7 @@ def _loop(function: str, lines: list[Instruction]) -> Loop:
     read = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _reads(t)]
     written = [_bytes(t) for t, x in zip(code, lines, strict=True) if not x.spill and _writes(t)]
     moved = max((min(_width(t), 8 * _bytes(t)) for t in code if _reads(t) or _writes(t)), default=0)
-    size = 8 if any(_DOUBLE.match(n) for n in names) else 4  # bytes of a number
+    size = 8 if any(_DOUBLE.match(n) for n in names) else 4  # bytes of an element
     products = sum(_width(t) // (8 * size) for t, n in zip(code, names, strict=True) if _FMA.match(n))
     products += sum(_width(t) // 8 for t, n in zip(code, names, strict=True) if _DOT.match(n))
     if sum(written) and not dot:

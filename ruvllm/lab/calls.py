@@ -1,4 +1,4 @@
-"""Which compiled bodies a computation calls, and with which types: found by letting it run."""
+"""Which compiled bodies a computation calls, and with which types: found by running it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compiles kernel bodies to assembly for any processor; nothing of it is ever run.
+"""Compiles kernel bodies to assembly for any processor; the code is never run.
 
-``compile_bodies`` has a process of its own do it for each processor (``answer``): there Numba's code generator gets
-another target machine, and stops before machine code.
+``compile_bodies`` starts a process for each processor (``answer``). There Numba's code generator gets another target
+machine, and stops before machine code.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _PROGRAM = "from ruvllm.lab.cross import answer; answer()"
 
 
 class Compiled(NamedTuple):
-    """Assembly with LLVM's comments, and what its loop vectoriser had to say."""
+    """Assembly with LLVM's comments, and the remarks of its loop vectoriser."""
 
     assembly: str
     remarks: str
 
 
 def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[list[Compiled]]:
-    """What becomes of the bodies on each of the targets: one list a target.
+    """The bodies compiled for each target: one list per target.
 
     Raises:
         RuntimeError: a body cannot be compiled for these types.
@@ -67,7 +67,7 @@ def compile_bodies(bodies: Sequence[Body], targets: Sequence[Target]) -> list[li
 
 
 def _reason(trace: str) -> str:
-    """What numba says is wrong: the lines after the error's name and its "Failed in nopython mode"; else the last."""
+    """Numba's message, without the error's name and "Failed in nopython mode"; else the last line."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
     for at, line in enumerate(lines):
         if line.startswith("numba.core.errors."):
@@ -81,7 +81,7 @@ def _reason(trace: str) -> str:
 
 def answer() -> None:
     """Read a request, write assembly and remarks for each body."""
-    gc.disable()  # a tenth of the time, in a process that soon ends
+    gc.disable()  # it would take a tenth of the time, in a process that soon ends
     stdout, sys.stdout = sys.stdout, sys.stderr  # numba may print
     target, bodies = pickle.load(sys.stdin.buffer)
     for body in bodies:
@@ -104,7 +104,7 @@ def _assembly(body: Body) -> str:
 
 @contextlib.contextmanager
 def _remarks() -> Iterator[Callable[[], str]]:
-    """A function that gives what LLVM has written to stderr since it was last called: remarks of the vectoriser."""
+    """A function that returns what LLVM wrote to stderr since its last call: the remarks of the vectoriser."""
     import llvmlite.binding as llvm
 
     for option in ("-pass-remarks-missed=loop-vectorize", "-pass-remarks-analysis=loop-vectorize"):

@@ -18,16 +18,16 @@ from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
 from ruvllm.progress import tqdm
 
-_ROWS = 512  # of a tensor that its quantisation error is taken from, evenly spread
+_ROWS = 512  # of a tensor, evenly spread, that its quantisation error is measured on
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Distance of a model's path from float64 on the file's own weights.
+    """How far a model's results are from float64 on the file's own weights.
 
     errors: ||x - r|| / ||r|| of the residual stream after the embedding and after each layer, all tokens together.
-    largest: the largest difference of one number there. logits: the largest difference of a logit. divergence: mean
-    Kullback-Leibler divergence of the predicted tokens, in nats. agreement: share of positions with the same likeliest.
+    largest: the largest difference of one element there. logits: the largest difference of a logit. divergence: mean
+    Kullback-Leibler divergence of the predicted tokens, in nats. agreement: share of positions with the same top token.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Drift:
         """One line: the path, and what its error does to predictions."""
         return (
             f"{self.name}, {self.tokens} tokens, against float64: logits within {self.logits:.2g}, "
-            f"KL divergence {self.divergence:.2g}, same likeliest token {self.agreement:.1%}"
+            f"KL divergence {self.divergence:.2g}, same top token {self.agreement:.1%}"
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -73,13 +73,13 @@ class Drift:
 def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | None = None) -> Drift:
     """Error of each layer of a model against float64, on the weights that its file holds.
 
-    What the path rounds shows: weights that were converted at load, activations in 8 bits, and kernels that are
-    swapped, if called inside ``swap``. Adapters are not in the reference: detach them first.
+    The error includes all rounding: weights converted at load, activations in 8 bits, and swapped kernels if called
+    inside ``swap``. The reference has no adapters: detach them first.
 
     Args:
         llm: a loaded model; its file must still be there.
         prompt: text, token ids or messages, as for ``LLM.generate``; all at once, at most a few hundred tokens.
-        name: for tables and plots; None names the layouts of the weights.
+        name: for tables and plots; None: the layouts of the weights.
         progress: show a bar; None: where stderr is a terminal or a notebook.
 
     Raises:
@@ -173,7 +173,7 @@ class QuantisationError:
 def quantisation_error(
     path: Any, layouts: str | Sequence[str] = ("f16", "int8", "int4"), progress: bool | None = None
 ) -> QuantisationError:
-    """How much each matrix of a model file changes when it is kept in a layout; 0 where the layout holds it exactly.
+    """Relative error of each matrix of a model file when kept in a layout; 0 where the layout holds it exactly.
 
     Args:
         path: as for ``ruvllm.load``.

@@ -72,7 +72,7 @@ class Explanation:
 
     @property
     def scalar_loops(self) -> tuple[Loop, ...]:
-        """Loops that compute on single floats, unless they finish what a vector loop of the same lines began."""
+        """Loops with scalar float arithmetic, except the remainder loops of a vector loop on the same lines."""
         wide = {(x.file, x.line) for loop in self.loops if loop.width for x in loop.assembly}
         return tuple(
             loop
@@ -118,7 +118,7 @@ class Explanation:
             ("loop", "at", "bits", "fma", "int dot", "scalar", "spills", "lines per element", "instructions", "calls")
         ]
         for i, x in enumerate(self.loops):
-            per = f"{x.lines_per_element:.3f} a {x.element}" if x.elements else "-"
+            per = f"{x.lines_per_element:.3f} per {x.element}" if x.elements else "-"
             found.append(
                 (
                     str(i), f"{Path(x.file).name}:{x.line}", str(x.width or "-"), str(x.fma), str(x.dot),
@@ -155,14 +155,14 @@ class Explanation:
         rest = [max(0, len(x.assembly) - int(n)) for x, n in zip(self.loops, left, strict=True)]
         ax.barh(labels, rest, left=left, label="other", color="0.85")
         ax.invert_yaxis()
-        ax.set_xlabel("instructions in one turn of the loop")
+        ax.set_xlabel("instructions per iteration")
         ax.set_title(f"{self.name} for {self.target}")
         ax.legend(frameon=False)
         return ax
 
     def _verdict(self) -> str:
         if not self.loops:
-            return "no loop is left"
+            return "no loop left"
         if self.vectorized:
             return f"vectorised, {self.width} bits"
         if self.moves_only:
@@ -184,9 +184,9 @@ def explain(kernel: str | KernelSpec | Any, *arguments: Any, target: str = "host
 
     Args:
         kernel: the name or record of a public kernel, the name of a body that models call ("quant_matmul"), or any
-            function that Numba compiled, yours too.
-        arguments: for a function, what it is called with: their types decide what is compiled. Nothing is run.
-        target: "host", or a processor of TARGETS that this machine need not be.
+            function that Numba compiled, including your own.
+        arguments: for a function, those of a call: their types decide what is compiled. Nothing is run.
+        target: "host", or a processor of TARGETS, whichever this machine has.
 
     Raises:
         ValueError: no kernel has this name, or unknown target.
@@ -198,7 +198,7 @@ def explain(kernel: str | KernelSpec | Any, *arguments: Any, target: str = "host
 
 
 def explain_all(kernels: Iterable[str], targets: Iterable[str]) -> dict[tuple[str, str], Explanation]:
-    """``explain`` for every kernel and target at once, by (kernel, target): far quicker than one after the other."""
+    """``explain`` for every kernel and target at once, by (kernel, target): much faster than one by one."""
     return _explain(dict(_calls(kernel, ()) for kernel in kernels), tuple(targets))
 
 
@@ -218,7 +218,7 @@ def _calls(kernel: Any, arguments: tuple[Any, ...]) -> tuple[str, list[Call]]:
     if not hasattr(kernel, "py_func"):
         raise TypeError(f"kernel: expected a name, a KernelSpec or a function compiled by Numba, found {kernel!r}")
     if not arguments:
-        raise TypeError("arguments: a compiled function needs those that it is called with, for their types")
+        raise TypeError("arguments: found none, expected those of a call, whose types decide what is compiled")
     return kernel.py_func.__name__, [(kernel, tuple(numba.typeof(argument) for argument in arguments))]
 
 
@@ -260,7 +260,7 @@ def _within(remark: Remark, loop: Loop) -> bool:
 
 
 def _portable(body: Any, signature: tuple[Any, ...]) -> Body:
-    """What another process needs to have the same function: its module, or a pickle of what no module holds."""
+    """How another process finds the same function: by module and name, or in a pickle if no module holds it."""
     function = body.py_func
     pickled = None if any(body is known for known in COMPILED) else pickle.dumps(body)
     return Body(function.__module__, function.__name__, signature, pickled)

@@ -36,11 +36,11 @@ class Point:
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte."""
+        """Operations per byte."""
         return self.flops / self.nbytes
 
     def limit(self, peaks: Peaks) -> float:
-        """Least seconds: its arithmetic, or its bytes from the cache that holds them."""
+        """Least seconds: of its arithmetic, or of reading its bytes from the cache that holds them."""
         return peaks.least_seconds(self.flops, self.nbytes, self.integer)[0]
 
 
@@ -116,7 +116,7 @@ def roofline(*kernels: str, threads: int = 1, peaks: Peaks | None = None) -> Roo
         peaks: limits at this number of threads; None measures them, once in a process (three seconds).
 
     Raises:
-        ValueError: no kernel has this name, or there are fewer threads.
+        ValueError: no kernel has this name, or ``threads`` are more than the pool has.
     """
     linears = [f"linear {layout}" for layout in ("f32", "int8", "int4")]
     for name in kernels:

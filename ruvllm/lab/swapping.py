@@ -20,7 +20,7 @@ from ruvllm.model.llama import Llama
 
 _changing = threading.Lock()
 _in_place: set[str] = set()  # kernels swapped now, by any thread
-_walks = [0]  # blocks in which models walk their layers in Python
+_walks = [0]  # blocks in which models run layer by layer in Python
 
 
 @dataclass
@@ -89,21 +89,21 @@ class Swap:
 def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Iterator[Swap]:
     """Use other functions in place of kernels inside the block, everywhere in the library and in all threads.
 
-    Each is first called on its kernel's example inputs and compared with the float64 reference. Models then walk their
-    layers in Python (``model.fused`` reads False): of the kernels by name they call ``rms_norm``,
+    Each is first called on its kernel's example inputs and compared with the float64 reference. Models then run
+    layer by layer in Python (``model.fused`` reads False); the kernels that they call by name are ``rms_norm``,
     ``apply_rope_tables`` and ``silu_mul``.
 
     Args:
         tolerance: the largest normalised mean squared error sum((y - r)^2) / sum(r^2); None: that of each kernel.
-        functions: by the kernel's name. A function takes the kernel's arguments by their names; one without ``out``
-            returns its result, which is copied to where the caller wants it. It changes none of its arguments that the
-            kernel does not change. Where it calls the kernel itself, it gets the library's.
+        functions: by the kernel's name. A function takes the kernel's arguments by name; one without ``out`` returns
+            its result, which is copied to the caller's array. It must not change arguments that the kernel leaves
+            alone. If it calls the kernel itself, it gets the library's.
 
     Yields:
         The errors, and the calls as they are made.
 
     Raises:
-        ValueError: no kernel has this name, it is swapped already, a result is not that of the reference, or the
+        ValueError: no kernel has this name, it is swapped already, a result differs from the reference, or the
             function changes its arguments; nothing is swapped.
         TypeError: a value that cannot be called like the kernel, or whose result is not numeric.
     """
@@ -130,7 +130,7 @@ def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Ite
 
 @contextmanager
 def _only_here(names: Iterable[str]) -> Iterator[None]:
-    """Nobody else swaps these kernels inside the block."""
+    """Inside the block nobody else can swap these kernels."""
     with _changing:
         for name in names:
             if name in _in_place:
@@ -145,7 +145,7 @@ def _only_here(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def readable_path() -> Iterator[None]:
-    """All models walk their layers in Python inside the block; what ``fused`` is set to there holds after it."""
+    """Inside the block all models run layer by layer in Python; ``fused`` set there takes effect after it."""
 
     class Never:
         def __get__(self, model: Any, owner: Any = None) -> bool:

@@ -62,7 +62,7 @@ class Peaks:
         return self.memory
 
     def least_seconds(self, flops: float, nbytes: float, integer: bool = False) -> tuple[float, str]:
-        """The roofline: the longer of arithmetic at its peak and reads from the level that holds the data; and which one."""
+        """The roofline: the longer of arithmetic at its peak and reads from the level of the data; and which."""
         arithmetic, reads = flops / (self.int8_dot if integer else self.fma), nbytes / self.bandwidth(nbytes)
         if arithmetic > reads:
             return arithmetic, "int8 dot" if integer else "FMA"

@@ -198,7 +198,7 @@ def test_text_html_and_plot() -> None:
     assert text.splitlines()[1].split()[:3] == ["loop", "at", "bits"]
     assert "<table>" in page and "lines per element" in page and page.count("<tr>") == len(found.loops) + 1
     ax = found.plot()
-    assert ax.get_xlabel() == "instructions in one turn of the loop"
+    assert ax.get_xlabel() == "instructions per iteration"
     assert sum(patch.get_width() for patch in ax.patches) == sum(len(loop.assembly) for loop in found.loops)
 
 

@@ -22,7 +22,7 @@ _PROGRAMS = Path(__file__).parent
 
 
 def python_for(peer: str) -> str:
-    """The interpreter that has a peer, "torch", "peft" or "llama": the one its environment variable names, or this one."""
+    """The interpreter that has a peer, "torch", "peft" or "llama": named by an environment variable, or this one."""
     return os.environ.get(_PYTHONS[peer], sys.executable)
 
 

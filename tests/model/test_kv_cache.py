@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ruvllm.errors import ContextFullError
 from ruvllm.model import KVCache
+from ruvllm.model.kv_size import cache_bytes
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.reference import rms_norm, rope_angles, rotate
 from tests.model.model_cases import SMALL, run, small_model, text
@@ -134,7 +135,7 @@ def test_the_cache_of_a_windowed_layer_is_a_ring() -> None:
     cache = KVCache(WINDOWED, 2000)
     plain = KVCache(dataclasses.replace(WINDOWED, sliding_window=None, layer_types=()), 2000)
     assert [keys.shape[1] * 16 for keys in cache.keys] == [256, 2000, 256]
-    assert cache.nbytes == KVCache.bytes_for(WINDOWED, 2000) == plain.nbytes * (256 + 2000 + 256) // 6000
+    assert cache.nbytes == cache_bytes(WINDOWED, 2000) == plain.nbytes * (256 + 2000 + 256) // 6000
     assert [keys.shape[1] * 16 for keys in KVCache(WINDOWED, 100).keys] == [112] * 3  # never more than the context
 
 

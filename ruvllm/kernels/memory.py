@@ -10,7 +10,7 @@ from ruvllm import container
 from ruvllm.errors import InsufficientMemoryError
 
 CACHE_LINE = 64
-_BLOCK = 1 << 25  # bytes of a block that small weights share
+_BLOCK = 1 << 25  # bytes of a block that smaller weights share
 _LARGE = 1 << 22  # bytes from which NumPy asks the system for huge pages
 _KEPT_FLOATS = (
     1 << 22
@@ -52,14 +52,14 @@ _blocks = _Blocks()
 
 
 def weights_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Like ``aligned_empty``, for weights: small ones are contiguous in the order of allocation.
+    """Like ``aligned_empty``, for weights: smaller ones are contiguous in the order of allocation.
 
     They then share huge pages: on small pages of their own, one core read the matrices of a small model a tenth to a
-    third more slowly.
+    third more slowly. Those of a few MB, whose first and last huge page would not be whole, an eighth to a fifth.
     """
     dtype = np.dtype(dtype)
     nbytes = _count(shape) * dtype.itemsize
-    if nbytes >= _LARGE:
+    if nbytes >= _BLOCK:
         return aligned_empty(shape, dtype)
     return _blocks.take(nbytes).view(dtype).reshape(shape)
 

@@ -50,8 +50,8 @@ from ruvllm.kernels.threads.team import (
 SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS = range(10)
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
-EXPERT_ROWS = _STRIDE + (1 << _SPACE_BITS)  # from here on: rows routed to each expert, written by operations
-HEADER_SIZE = EXPERT_ROWS + MAX_EXPERTS
+EACH = _STRIDE + (1 << _SPACE_BITS)  # EACH + k: how many rows there are where each token has k of them
+HEADER_SIZE = EACH + MAX_EXPERTS + 1
 
 # Row fields. COUNT: the header field that holds the operation's number of rows. REPLICATED: each member computes all
 # rows, into its own copy. ARGUMENTS: the first of up to twelve.

@@ -17,14 +17,15 @@ from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.tape import Operation
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_size import key_value_bytes
-from ruvllm.model.ops.schedule import Step
+from ruvllm.model.ops.schedule import Step, Value
 from ruvllm.model.weights import matrix_bytes
 
 # Of the operations on rows: arithmetic, and bytes of activations, of each element.
 _ELEMENTS: dict[Operation, tuple[float, float]] = {
     o.rms_norm: (4, 8), o.add: (1, 12), o.silu_mul: (5, 12), o.gelu_mul: (9, 12), o.clamped_swiglu: (9, 12),
     o.scale: (1, 8), o.softcap: (5, 8), o.rope: (3, 8), o.quantize: (4, 5), o.add_bias: (1, 8), o.last_rows: (0, 8),
-    o.broadcast: (0, 8), o.gather: (0, 8), o.merge: (2, 8),
+    o.broadcast: (0, 8), o.gather: (0, 8), o.merge: (2, 8), o.quantize_runs: (4, 5), o.add_grouped_bias: (1, 8),
+    o.sigmoid_scale: (1, 8),
 }  # fmt: skip
 
 
@@ -43,14 +44,11 @@ class Work(NamedTuple):
 
 
 def counted(steps: Iterable[Step], tokens: int, logits: int = 1) -> Iterator[tuple[Step, float]]:
-    """The steps of a pass with their numbers of rows: those of experts if tokens reach as many of them as they can."""
+    """The steps of a pass with their numbers of rows."""
     rows: dict[int, float] = {t.ONE: 1, t.TOKENS: tokens, t.LOGIT_ROWS: logits}
     for step in steps:
-        if step.operation is o.route:
-            a: dict[str, Any] = step.arguments
-            reached = min(a["count"], tokens * a["k"])
-            rows |= {a["first"] + x: tokens * a["k"] / reached * (x < reached) for x in range(a["count"])}
-        yield step, rows[step.count]
+        routed = step.count - t.EACH  # experts of a token, of rows that are routed
+        yield step, rows[step.count] if step.count in rows else float(tokens * routed)
 
 
 def work_of(
@@ -67,7 +65,9 @@ def work_of(
     """
     a: dict[str, Any] = step.arguments
     if step.label in matrices:
-        return _product(rows, a["outputs"], a["columns"], matrices[step.label])
+        routing = a.get("routing")  # of a grouped product, whose label is its first expert's
+        reached = min(rows, routing.dim) if isinstance(routing, Value) else 1.0  # experts, as many as rows can reach
+        return _product(rows, a["outputs"], a["columns"], reached * matrices[step.label])
     if isinstance(a.get("weights"), tuple):  # of an adapter
         outputs, columns = (a["panels"] * LANES, a["columns"]) if "panels" in a else (a["outputs"], a["rank"])
         return _product(rows, outputs, columns, matrices[a["weights"]])
@@ -93,7 +93,7 @@ def _product(rows: float, outputs: int, columns: int, nbytes: float) -> Work:
 
 def _on_elements(operation: Operation, rows: float, a: Mapping[str, Any]) -> Work:
     flops, nbytes = _ELEMENTS[operation]
-    vector = a["outputs"] if operation is o.add_bias else a["columns"] if operation is o.rms_norm else 0
+    vector = a["outputs"] if operation in (o.add_bias, o.add_grouped_bias) else a["columns"] if operation is o.rms_norm else 0
     width = a["heads"] * a["dim"] if "heads" in a else a.get("columns", vector) * a.get("vectors", 1)
     return Work(flops * rows * width, weights=4.0 * vector if rows else 0.0, moved=nbytes * rows * width)
 

@@ -1,33 +1,59 @@
-"""MixtureOfExperts: a feed-forward block whose router sends each token to a few of many experts."""
+"""MixtureOfExperts: a layer's feed-forward network of many parts, of which a router chooses a few for each token."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.feed_forward import Gate, Parameters
+from ruvllm.model.feed_forward import FeedForward, Gate, Parameters
+from ruvllm.model.linear import Linear
 from ruvllm.model.ops import Ops
 
 
-class MixtureOfExperts:
-    """The weighted sum of what the chosen experts make of a token."""
+class MixtureOfExperts(FeedForward):
+    """The weighted sum of the chosen experts' SwiGLUs, + that of a shared expert, perhaps times a sigmoid.
+
+    router (X, E); gates, ups (F, E) and downs (E, F) of each expert.
+    """
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         assert config.experts is not None
-        at = f"layers.{layer}."
-        self.per_token = config.experts.per_token
+        at, experts = f"layers.{layer}.", config.experts
         self.router = parameters.linear(at + "router")
-        self.gate, self.up, self.down = (
-            [parameters.linear(f"{at}experts.{x}.{name}") for x in range(config.experts.count)]
+        self.gates, self.ups, self.downs = (
+            [parameters.linear(f"{at}experts.{x}.{name}") for x in range(experts.count)]
             for name in ("gate", "up", "down")
-        )
+        )  # fmt: skip
         self.gated = Gate(config)
+        self.per_token, self.normalised = experts.per_token, experts.normalised
+        self.shared = _Shared(config, parameters, layer) if experts.shared_intermediate_size else None
+        self.shared_gate = parameters.linear(at + "shared_gate") if experts.shared_gate else None
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E)."""
-        routing = ops.route(ops.linear(h, self.router), self.per_token)
-        parts = []
-        for x, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
-            rows = ops.gather(h, routing, x)
-            parts.append(ops.linear(self.gated(ops, ops.linear(rows, gate), ops.linear(rows, up)), down))
-        return ops.combine(parts, routing)
+        routing = ops.route(ops.linear(h, self.router), self.per_token, self.normalised)
+        x = ops.gather(h, routing)  # (T k, E)
+        gate, up = ops.grouped_linear(x, routing, self.gates), ops.grouped_linear(x, routing, self.ups)
+        out = ops.combine(ops.grouped_linear(self.gated(ops, gate, up), routing, self.downs), routing)
+        if self.shared is None:
+            return out
+        shared = self.shared(ops, h)
+        if self.shared_gate is not None:
+            shared = ops.sigmoid_scale(shared, ops.linear(h, self.shared_gate))
+        return ops.add(out, shared)
+
+    @property
+    def idle_weights(self) -> int:
+        """Weights of the experts that one token does not meet."""
+        matrices: list[Linear] = [*self.gates, *self.ups, *self.downs]
+        return sum(matrix.size for matrix in matrices) * (len(self.gates) - self.per_token) // len(self.gates)
+
+
+class _Shared(FeedForward):
+    """The expert that every token goes to."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
+        self.gate, self.up, self.down = (
+            parameters.linear(f"layers.{layer}.shared.{name}") for name in ("gate", "up", "down")
+        )  # fmt: skip
+        self.gated = Gate(config)

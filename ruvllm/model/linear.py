@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 import numpy as np
 
 from ruvllm.model.activations import Activations
@@ -70,3 +72,28 @@ class Linear:
 
     def __repr__(self) -> str:
         return f"Linear({self.columns} -> {self.rows}, {self.layout}{'' if self.bias is None else ', bias'})"
+
+
+def require_group(matrices: Sequence[Linear], adapters: Container[str] = ()) -> None:
+    """Raise ValueError unless experts' matrices can be multiplied as a group.
+
+    They are of one shape and layout, all with a bias or none, and have no adapters.
+    """
+    first, kind = matrices[0], _kind(matrices[0])
+    for matrix in matrices:
+        if _kind(matrix) != kind:
+            raise ValueError(
+                f"{matrix.name or 'grouped_linear'}: expected a matrix like the first, {_described(first)}, "
+                f"found {_described(matrix)}"
+            )
+        if matrix.name in adapters:
+            raise ValueError(f"{matrix.name}: an expert's matrix cannot have an adapter")
+
+
+def _kind(matrix: Linear) -> tuple[object, ...]:
+    return matrix.rows, matrix.columns, matrix.weights.layout, matrix.weights.address()[1], matrix.bias is None
+
+
+def _described(matrix: Linear) -> str:
+    mins, bias = matrix.weights.address()[1], matrix.bias is not None
+    return f"{matrix.columns} -> {matrix.rows}, {matrix.weights.layout}{' with mins' * mins}{', bias' * bias}"

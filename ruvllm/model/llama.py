@@ -15,9 +15,10 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.experts import MixtureOfExperts
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS
-from ruvllm.model.layer import Decoder, parts
+from ruvllm.model.layer import Decoder, TransformerLayer, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.ops.eager import Eager
@@ -232,9 +233,10 @@ class _Loader:
         return loaded
 
 
-def _weights(block: object) -> int:
-    """Weights in the matrices of a block."""
-    return sum(part.size for part in parts(block) if isinstance(part, Linear))
+def _weights(layer: TransformerLayer) -> int:
+    """Weights that one token meets in the matrices of a layer."""
+    idle = layer.mlp.idle_weights if isinstance(layer.mlp, MixtureOfExperts) else 0
+    return sum(part.size for part in parts(layer) if isinstance(part, Linear)) - idle
 
 
 class _Scratch:

@@ -81,23 +81,36 @@ class Float64:
         """Causal attention of q (T, H, D) to k and v (T, KV, D) -> (T, H·D)."""
         return attention(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), window, scale, softcap, sinks)
 
-    def route(self, scores: Array, k: int) -> tuple[NDArray[np.int64], Array]:
+    def route(self, scores: Array, k: int, normalised: bool = True) -> tuple[NDArray[np.int64], Array]:
         """Experts and weights (T, k) of each token."""
         experts = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
-        return experts, softmax(np.take_along_axis(scores, experts, axis=-1))
+        chosen = np.take_along_axis(scores if normalised else softmax(scores), experts, axis=-1)
+        return experts, softmax(chosen) if normalised else chosen
 
-    def gather(self, x: Array, routing: tuple[NDArray[np.int64], Array], expert: int) -> Array:
-        """The rows of x that go to one expert."""
-        return x[(routing[0] == expert).any(axis=-1)]
+    def gather(self, x: Array, routing: tuple[NDArray[np.int64], Array]) -> Array:
+        """Each token's row once for each of its experts, sorted by expert."""
+        experts, _ = routing
+        return np.concatenate([x[(experts == expert).any(axis=-1)] for expert in np.unique(experts)])
 
-    def combine(self, parts: list[Array], routing: tuple[NDArray[np.int64], Array]) -> Array:
-        """The weighted sum of each token's experts."""
+    def grouped_linear(self, x: Array, routing: tuple[NDArray[np.int64], Array], matrices: list[ExactMatrix]) -> Array:
+        """Each expert's rows times its matrix."""
+        experts, counts = np.unique(routing[0], return_counts=True)
+        parts = np.split(x, np.cumsum(counts)[:-1])
+        return np.concatenate([matrices[expert].product(part) for expert, part in zip(experts, parts, strict=True)])
+
+    def combine(self, y: Array, routing: tuple[NDArray[np.int64], Array]) -> Array:
+        """The weighted sum of each token's rows."""
         experts, weights = routing
-        out = np.zeros((len(experts), parts[0].shape[1]))
-        for expert, part in enumerate(parts):
+        out = np.zeros((len(experts), y.shape[1]))
+        used, counts = np.unique(experts, return_counts=True)
+        for expert, part in zip(used, np.split(y, np.cumsum(counts)[:-1]), strict=True):
             chosen = experts == expert
             out[chosen.any(axis=-1)] += weights[chosen][:, None] * part
         return out
+
+    def sigmoid_scale(self, x: Array, gate: Array) -> Array:
+        """x · sigmoid(gate)."""
+        return x * 0.5 * (1 + np.tanh(gate / 2))
 
     def boundary(self, x: Array) -> Array:
         """x, which is kept in ``states``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 # Multiply-adds of one compiled call, in whole layers: 0.2 s at 20 GFLOP/s, which any core reaches. One token of a small
 # model takes one call for all layers, a prompt of a large one a call for each: Ctrl-C is seen between calls.
 MACS_PER_CALL = 2_000_000_000
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+")
+_EACH = np.arange(t.HEADER_SIZE - t.EACH)
 _BETWEEN_MEMBERS = 128  # bytes between two members' copies: two cache lines, which some processors fetch together
 
 
@@ -138,6 +141,7 @@ class Working:
         h, T = self.header, len(ids)
         self._use(tape)
         h[t.TOKENS] = T
+        np.multiply(_EACH, T, out=h[t.EACH :])
         self.model.decoder.embed.take(ids, self.rows_of(tape.source))
         h[t.ROPE_PAIRS] = cos.shape[2]
         t.set_space(h, t.COS, cos.ctypes.data, cos.strides[0])
@@ -223,11 +227,14 @@ class _Shapes:
 
     def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
         self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)
+        self.of_experts: dict[str, str] = {}  # layouts: those of a group are the same
 
     def linear(self, name: str) -> Any:
         """What stands in for a matrix."""
         rows, columns = self.shapes[name]
-        weights = SimpleNamespace(layout=next(self.layouts), address=lambda: (0, 0))
+        group, layout = _EXPERT.sub("", name), next(self.layouts)
+        layout = layout if group == name else self.of_experts.setdefault(group, layout)
+        weights = SimpleNamespace(layout=layout, address=lambda: (0, 0))
         bias = np.empty(rows, np.float32) if f"{name}_bias" in self.shapes else None
         return SimpleNamespace(name=name, rows=rows, columns=columns, weights=weights, bias=bias)
 

@@ -142,7 +142,7 @@ def activations(x: np.ndarray) -> Activations:
     xs, totals = np.full((2, blocks, groups, side), np.float32(99))
     offsets = np.full((blocks, groups, side, 4), 99, np.int32)
     outliers = np.full((tokens, OUTLIERS, 2), np.float32(99))
-    quantize_activations(x, Rounded(xq, xs, offsets, totals, outliers), 0, tokens)
+    quantize_activations(x, Rounded(xq, xs, offsets, totals, outliers), 0, 0, tokens)
     return Activations(xq, xs, offsets, totals, outliers)
 
 

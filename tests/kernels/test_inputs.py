@@ -244,4 +244,4 @@ def test_bodies_refuse_to_write_what_they_would_spoil() -> None:
     wrong, scales = np.zeros((1, 1, 4, 32), np.int32), np.zeros((1, 1, 4), np.float32)
     rounded = Rounded(wrong, scales, np.zeros((1, 1, 4, 4), np.int32), scales, np.zeros((4, 4, 2), np.float32))
     with pytest.raises(NumbaError, match="kernels take C-contiguous arrays of int8 or uint8, found"):
-        quantize_activations(x, rounded, 0, 4)
+        quantize_activations(x, rounded, 0, 0, 4)

@@ -67,7 +67,7 @@ def test_same_for_one_and_two_threads(kind: int, mins: bool) -> None:
             quant_matmul_parallel(w.panels, Rounded(*x), out, threads)
             np.testing.assert_array_equal(out, expected)
             parallel = cases.Activations(*(np.empty_like(array) for array in x))
-            quantize_activations_parallel(threads, tokens, numbers, Rounded(*parallel))
+            quantize_activations_parallel(threads, tokens, numbers, Rounded(*parallel), 0)
             for array, same in zip(parallel.rows(), x.rows(), strict=True):
                 np.testing.assert_array_equal(array, same)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ruvllm.model import Llama, ModelConfig
+from ruvllm.model.config import ExpertsConfig
 from ruvllm.model.layer import Attention, Decoder, FeedForward, Parameters, TransformerLayer
 from ruvllm.model.ops import Ops
 from ruvllm.model.random_weights import RandomWeights
@@ -15,7 +17,16 @@ CONFIG = ModelConfig(
     vocab_size=300, hidden_size=96, intermediate_size=200, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, head_dim=32, attention_bias=True,
 )  # fmt: skip
-EXPERTS = 4
+CONFIGS = {
+    "mixture": replace(CONFIG, experts=ExpertsConfig(count=5, per_token=2, intermediate_size=72)),
+    "shared": replace(
+        CONFIG,
+        experts=ExpertsConfig(
+            count=6, per_token=3, intermediate_size=40, normalised=False, layers=(0, 2), shared_intermediate_size=64,
+            shared_gate=True, bias=True,
+        ),
+    ),
+}  # fmt: skip
 
 
 class Weights(RandomWeights):
@@ -23,13 +34,10 @@ class Weights(RandomWeights):
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__(config, seed)
-        E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+        E, D = config.hidden_size, config.head_dim
         for i in range(config.num_hidden_layers):
             at = f"layers.{i}."
             self._shapes |= {at + "q_norm": (D,), at + "k_norm": (D,), at + "post_attn": (E,), at + "post_mlp": (E,)}
-            self._shapes[at + "router"] = EXPERTS, E
-            for x in range(EXPERTS):
-                self._shapes |= {f"{at}{x}.gate": (F, E), f"{at}{x}.up": (F, E), f"{at}{x}.down": (E, F)}
 
 
 class Qwen3Attention(Attention):
@@ -95,36 +103,6 @@ class ReducedLayer(TransformerLayer):
         x += x * np.float32(0.5)
 
 
-class Mixture(FeedForward):
-    """Each token goes to the two best of four experts."""
-
-    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
-        self.router = parameters.linear(f"layers.{layer}.router")
-        self.experts = [FeedForward(config, _Renamed(parameters, layer, x), layer) for x in range(EXPERTS)]
-
-    def __call__(self, ops: Ops, h: Any) -> Any:
-        routing = ops.route(ops.linear(h, self.router), 2)
-        parts = [expert(ops, ops.gather(h, routing, x)) for x, expert in enumerate(self.experts)]
-        return ops.combine(parts, routing)
-
-
-class _Renamed:
-    """The parameters of one expert."""
-
-    def __init__(self, parameters: Parameters, layer: int, expert: int) -> None:
-        self.parameters, self.old, self.new = parameters, f"layers.{layer}.", f"layers.{layer}.{expert}."
-
-    def linear(self, name: str) -> Any:
-        return self.parameters.linear(name.replace(self.old, self.new))
-
-    def vector(self, name: str) -> np.ndarray:
-        return self.parameters.vector(name.replace(self.old, self.new))
-
-
-class MixtureLayer(TransformerLayer):
-    mlp_type = Mixture
-
-
 def decoder(layer: type[TransformerLayer]) -> type[Decoder]:
     """The decoder of such layers."""
     return type(f"{layer.__name__}Decoder", (Decoder,), {"layer_type": layer})
@@ -132,10 +110,16 @@ def decoder(layer: type[TransformerLayer]) -> type[Decoder]:
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "llama": Decoder, "qwen3": decoder(Qwen3Layer), "gemma": decoder(GemmaLayer), "parallel": decoder(ParallelLayer),
-    "reduced": decoder(ReducedLayer), "mixture": decoder(MixtureLayer),
+    "reduced": decoder(ReducedLayer), "mixture": Decoder, "shared": Decoder,
 }  # fmt: skip
+
+
+def config_of(name: str) -> ModelConfig:
+    """The configuration of an architecture."""
+    return CONFIGS.get(name, CONFIG)
 
 
 def build(name: str, layout: str, threads: int = 1) -> Llama:
     """A random model of an architecture."""
-    return Llama(CONFIG, Weights(CONFIG, seed=3), layout, threads, architecture=ARCHITECTURES[name])
+    config = config_of(name)
+    return Llama(config, Weights(config, seed=3), layout, threads, architecture=ARCHITECTURES[name])

@@ -22,7 +22,7 @@ class Memory:
         self.working, self.cache = working, cache
         self.buffers: dict[str, np.ndarray] = {
             "shared": working.shared, "local": working.local, "keys": cache.keys, "values": cache.values,
-            "partial": working.partial, "logits": logits, "header": working.header[t.EXPERT_ROWS :],
+            "partial": working.partial, "logits": logits,
         }  # fmt: skip
 
     def snapshot(self) -> dict[str, np.ndarray]:
@@ -46,18 +46,15 @@ class Memory:
             self._mark_cache(masks, value, partition, member, size)
         elif value.space == t.PARTIAL:
             masks["partial"][:] = True
-        elif not value.row_bytes and value.space == t.SHARED:  # the counts of experts' rows
-            first = 8 * (value.offset - t.EXPERT_ROWS)
-            masks["header"][first : first + 8 * value.width] = True
         elif value.space == t.LOCAL:
             copy = 0 if partition == ANY else member
             start = value.offset + copy * int(header[t._STRIDE + t.LOCAL])
-            masks["local"][start : start + value.row_bytes] = True
+            masks["local"][start : start + value.token_bytes] = True
         elif value.space == t.LOGITS:
             self._mark_rows(masks["logits"], int(header[value.count]), 4 * value.width, partition, member, size)
         else:
             capacity = self.working.capacity
-            mask = masks["shared"][value.offset * capacity :][: value.row_bytes * capacity]
+            mask = masks["shared"][value.offset * capacity :][: value.token_bytes * capacity]
             if value.layout == "quantized" and partition != ANY:
                 self._mark_quantized(mask, value.width, int(header[value.count]), capacity, member, size)
             elif value.layout != "floats" and partition == ANY:

@@ -11,17 +11,13 @@ import pytest
 
 from ruvllm.model import Llama, LoraAdapter, LoraConfig, MicroLora
 from ruvllm.model.batch import Batch
-from ruvllm.model.layer import Decoder, TransformerLayer
+from ruvllm.model.layer import Decoder, MixtureOfExperts, TransformerLayer
 from ruvllm.model.ops import Ops
 from ruvllm.model.reference import reference_logits
-from tests.model.architectures import ARCHITECTURES, CONFIG, Mixture, ReducedLayer, Weights, build, decoder
+from tests.model.architectures import ARCHITECTURES, CONFIG, ReducedLayer, Weights, build, config_of, decoder
 
 IDS = np.random.default_rng(1).integers(0, 300, 60)
 PARTS = ((0, 40), (40, 41), (41, 42), (42, 47), (47, 48))
-
-
-class Checkpoint(Weights):
-    config = CONFIG
 
 
 def logits(model: Llama, kv: str = "f32") -> np.ndarray:
@@ -31,10 +27,10 @@ def logits(model: Llama, kv: str = "f32") -> np.ndarray:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_float64_agrees(name: str) -> None:
-    expected = reference_logits(Checkpoint(CONFIG, seed=3), IDS[:48], ARCHITECTURES[name])
+    expected = reference_logits(Weights(config_of(name), seed=3), IDS[:48], ARCHITECTURES[name])
     found = logits(build(name, "f32"))
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
-    plain = reference_logits(Checkpoint(CONFIG, seed=3), IDS[:48])
+    plain = reference_logits(Weights(CONFIG, seed=3), IDS[:48])
     assert name == "llama" or np.abs(plain - expected).max() > 0.01  # it is another model
 
 
@@ -60,7 +56,7 @@ def test_other_caches_have_the_same_bits_on_both_paths(kv: str) -> None:
     np.testing.assert_array_equal(logits(model, kv), fused)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "mixture"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixture", "shared"])
 @pytest.mark.parametrize("kv", ["f32", "int8"])
 def test_a_batch_has_the_bits_of_each_sequence_alone(name: str, kv: str) -> None:
     model = build(name, "int4", threads=2)
@@ -90,22 +86,38 @@ def test_what_a_batch_refuses() -> None:
         batch.forward([1])
 
 
-class TwoRoutings(Mixture):
-    """Two routings at once: the experts of one are gathered after the other was made."""
+class TwoRoutings(MixtureOfExperts):
+    """Two routings at once, of 1 and of all experts, whose rows are products, scaled and read by Python too."""
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         scores = ops.linear(h, self.router)
-        first, second = ops.route(scores, 1), ops.route(scores, 3)
-        parts = [[expert(ops, ops.gather(h, r, x)) for x, expert in enumerate(self.experts)] for r in (first, second)]
-        return ops.add(ops.combine(parts[0], first), ops.combine(parts[1], second))
+        routings = ops.route(scores, 1), ops.route(scores, 5, normalised=False)
+        gathered = [ops.gather(h, routing) for routing in routings]
+        ops.call(h, self.halve)  # what was gathered stays as it was
+        out = h
+        for routing, x in zip(routings, gathered, strict=True):
+            gate, up = ops.grouped_linear(x, routing, self.gates), ops.grouped_linear(x, routing, self.ups)
+            down = ops.grouped_linear(ops.silu_mul(gate, up), routing, self.downs)
+            out = ops.add(out, ops.combine(ops.add(down, x), routing))
+        return out
+
+    def halve(self, h: np.ndarray) -> None:
+        h *= np.float32(0.5)
 
 
-def test_two_routings_at_once() -> None:
-    architecture = decoder(type("TwoRoutingsLayer", (TransformerLayer,), {"mlp_type": TwoRoutings}))
-    expected = reference_logits(Checkpoint(CONFIG, seed=3), IDS[:48], architecture)
-    for threads in (1, 2):
-        model = Llama(CONFIG, Weights(CONFIG, seed=3), "f32", threads, architecture=architecture)
-        assert np.abs(logits(model) - expected).max() <= 1e-4 * np.abs(expected).max()
+@pytest.mark.parametrize("layout", ["f32", "int8"])
+def test_two_routings_at_once(layout: str) -> None:
+    architecture = decoder(type("TwoRoutingsLayer", (TransformerLayer,), {"experts_type": TwoRoutings}))
+    config = config_of("mixture")
+    expected = reference_logits(Weights(config, seed=3), IDS[:48], architecture)
+    found = []
+    for threads, fused in ((1, True), (2, True), (1, False)):
+        model = Llama(config, Weights(config, seed=3), layout, threads, architecture=architecture)
+        model.fused = fused
+        found.append(logits(model))
+        np.testing.assert_array_equal(found[-1], found[0])
+    if layout == "f32":  # 8 bits send some tokens to other experts
+        assert np.abs(found[0] - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def wrong(change: Callable[[Ops, Any], Any]) -> Llama:
@@ -189,7 +201,7 @@ def test_a_hook_that_changes_what_was_rounded_changes_the_next_product(fused: bo
             h *= np.float32(0.5)
 
     architecture = decoder(Changed)
-    expected = reference_logits(Checkpoint(CONFIG, seed=3), IDS[:9], architecture)
+    expected = reference_logits(Weights(CONFIG, seed=3), IDS[:9], architecture)
     model = Llama(CONFIG, Weights(CONFIG, seed=3), "int8", 1, architecture=architecture)
     model.fused = fused
     found = model.forward(IDS[:9], model.new_cache(9))

@@ -130,7 +130,9 @@ def test_masked_tokens_and_dropout() -> None:
     assert np.abs(first - other).max() > 0
 
 
-@pytest.mark.parametrize(("name", "step"), [("qwen3", 0.01), ("gemma", 0.01), ("parallel", 0.01), ("mixture", 2e-4)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("qwen3", 0.01), ("gemma", 0.01), ("parallel", 0.01), ("mixture", 2e-4), ("shared", 2e-4)]
+)  # fmt: skip
 def test_the_gradient_is_the_slope_of_the_loss_in_other_architectures(name: str, step: float) -> None:
     """Every operation has its way back: norms of heads, GeGLU, norms after, parallel branches, experts.
 

@@ -92,7 +92,7 @@ def gemm_parallel(a, b, transposed, groups, out, by_rows, counts, threads):
             for i in range(threads):
                 member = (t + i) % threads
                 lo, hi = part(pairs, member, threads)
-                share = Share(2 * lo, min(2 * hi, panels), counts, member * COUNTER_STRIDE, False)
+                share = Share(2 * lo, min(2 * hi, panels), counts, member * COUNTER_STRIDE, False, 0)
                 size = chunk_size(share.hi - share.lo)
                 first = share.lo + take_chunk(share) * size
                 while first < share.hi:

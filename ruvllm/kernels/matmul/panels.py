@@ -54,15 +54,26 @@ def one_token(panels, columns, xs, outs, rows, lo, hi):
             put(outs, p * LANES, s, rows - p * LANES, k > 0)
 
 
-@part_kernel
-def panels_matmul_share(w, x, out, share):
-    """panels_matmul of the chunks of a share of the panels that nobody has claimed (``threads.team``)."""
+@inline_kernel
+def share_chunks(tokens, share):
+    """How many chunks a share of the panels is cut into, and how many panels a chunk has; one token has one chunk."""
     count = share.hi - share.lo
-    size = count if share.alone else chunk_size(count)
-    first = share.lo + take_chunk(share) * size
-    while first < share.hi:
+    size = max(1, count) if share.alone or tokens == 1 else chunk_size(count)
+    return (count + size - 1) // size, size
+
+
+@part_kernel
+def panels_matmul_share(w, x, out, share, chunk):
+    """panels_matmul of ``chunk``, and of the chunks of a share of the panels after it that nobody has claimed.
+
+    Returns the first chunk number after these (``threads.team``).
+    """
+    chunks, size = share_chunks(x.shape[0], share)
+    while chunk < chunks:
+        first = share.lo + chunk * size
         panels_matmul_part(w, x, out, first, min(first + size, share.hi))
-        first = share.lo + take_chunk(share) * size
+        chunk = take_chunk(share)
+    return chunk
 
 
 @kernel(strict=True)
@@ -90,7 +101,8 @@ def panels_matmul_parallel(w, x, out, counts, threads):
         else:
             for i in range(threads):
                 member = (t + i) % threads
-                panels_matmul_share(w, x, out, share_of(panels, counts, member * COUNTER_STRIDE, member, threads))
+                share = share_of(panels, counts, member * COUNTER_STRIDE, member, threads)
+                panels_matmul_share(w, x, out, share, take_chunk(share))
 
 
 @kernel

@@ -5,7 +5,16 @@ convention array arguments come first, then sizes. ``m.rows`` is the number of r
 """
 
 from ruvllm.kernels.operations.attention import append, append_each, attend, attend_each, attend_token, merge
-from ruvllm.kernels.operations.experts import combine, gather, route
+from ruvllm.kernels.operations.experts import (
+    add_grouped_bias,
+    combine,
+    gather,
+    grouped_float_matmul,
+    grouped_integer_matmul,
+    quantize_runs,
+    route,
+    sigmoid_scale,
+)
 from ruvllm.kernels.operations.matmul import adapter_down, adapter_up, add_bias, float_matmul, integer_matmul
 from ruvllm.kernels.operations.rows import (
     add,
@@ -22,7 +31,8 @@ from ruvllm.kernels.operations.rows import (
 )
 
 __all__ = [
-    "adapter_down", "adapter_up", "add", "add_bias", "append", "append_each", "attend", "attend_each",
-    "attend_token", "broadcast", "clamped_swiglu", "combine", "float_matmul", "gather", "gelu_mul", "integer_matmul",
-    "last_rows", "merge", "quantize", "rms_norm", "rope", "route", "scale", "silu_mul", "softcap",
+    "adapter_down", "adapter_up", "add", "add_bias", "add_grouped_bias", "append", "append_each", "attend",
+    "attend_each", "attend_token", "broadcast", "clamped_swiglu", "combine", "float_matmul", "gather", "gelu_mul",
+    "grouped_float_matmul", "grouped_integer_matmul", "integer_matmul", "last_rows", "merge", "quantize",
+    "quantize_runs", "rms_norm", "rope", "route", "scale", "sigmoid_scale", "silu_mul", "softcap",
 ]  # fmt: skip

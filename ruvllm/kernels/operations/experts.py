@@ -1,75 +1,197 @@
-"""Operations of a mixture of experts: route tokens, gather an expert's rows, combine what the experts return.
+"""Operations of a mixture of experts: route tokens, multiply each expert's rows by its weights, add the results up.
 
-How many rows an expert gets is known only at replay: ``route`` writes it into the header, and the expert's own
-operations read their number of rows from there. An expert without tokens costs one test per operation.
+How many rows an expert has is known only at replay: ``route`` leaves runs of rows (``kernels.experts``). A product
+takes the runs one after the other: members have ranges of panels in each, and one counter numbers the chunks of all
+runs together, so that members can steal them. Weights of experts without rows are not read.
 """
+
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ruvllm.kernels import experts
-from ruvllm.kernels.jit.decorators import as_part, view_kernel
+from ruvllm.kernels.experts import PADDED, RUN, Routing
+from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at
-from ruvllm.kernels.tape import (
-    CAPACITY,
-    TOKENS,
-    address_of,
-    matrix,
-    operation,
-    row_range,
-)
+from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import panels_matmul_share, share_chunks
+from ruvllm.kernels.operations.matmul import Stealing, member_share
+from ruvllm.kernels.operations.rows import quantized_rows
+from ruvllm.kernels.quant import activations as rounding
+from ruvllm.kernels.quant.layout import GROUP, block_bytes
+from ruvllm.kernels.quant.matmul import chunks_of, quant_matmul_part
+from ruvllm.kernels.tape import CAPACITY, TOKENS, Operation, address_of, matrix, operation, row_range
+from ruvllm.kernels.threads.team import part, share_after, take_chunk
 
 route_tokens = as_part(experts.route_tokens)
-add_weighted = as_part(experts.add_weighted)
+combine_rows = as_part(experts.combine_rows)
+sigmoid_scale_rows = as_part(experts.sigmoid_scale_rows)
+quantize_activations = as_part(rounding.quantize_activations)
+_block_bytes = inline_kernel(block_bytes)
 
 
-def routing_bytes(k: int, count: int) -> int:
-    """Bytes of a routing, for one token: expert, slot and weight of each choice; a place in each expert's list."""
-    return (8 + 8 + 4) * k + 8 * count + 4 * (k % 2)  # padded to 8 bytes
+class Routed(NamedTuple):
+    """Routed rows x, k for each token; ``alike``: x is the one row of the only token."""
+
+    x: Any
+    routing: Any
+    k: Any
+    alike: Any
+
+
+def routing_bytes(k: int) -> int:
+    """Bytes of a routing, for one token: a token, a place, a run and a weight for each choice."""
+    return (8 + 8 + 8 * RUN + 4) * k + 4 * (k % 2)  # padded to 8 bytes
 
 
 @view_kernel
-def _routing(m, operand, rows, k, count):
-    """experts, slots and weights (rows, k) of each token, and each expert's tokens (count, capacity)."""
-    capacity, start = m.header[CAPACITY], address_of(m, operand)
-    chosen = array_at(start, (rows, k), np.int64)
-    slots = array_at(start + capacity * 8 * k, (rows, k), np.int64)
-    tokens = array_at(start + capacity * 16 * k, (count, capacity), np.int64)
-    weights = array_at(start + capacity * (16 * k + 8 * count), (rows, k), np.float32)
-    return chosen, slots, weights, tokens
+def _routing(m, operand, k):
+    """An operand as a ``Routing``, whose runs have room for an expert for each routed row."""
+    tokens, capacity, start = m.header[TOKENS], m.header[CAPACITY] * k, address_of(m, operand)
+    rows = tokens * k
+    return Routing(
+        array_at(start, rows, np.int64),
+        array_at(start + capacity * 8, (tokens, k), np.int64),
+        array_at(start + capacity * (16 + 8 * RUN), (tokens, k), np.float32),
+        array_at(start + capacity * 16, (rows, np.int64(RUN)), np.int64),
+    )
 
 
 @operation
-def route(m, scores, routing, k, count, first):
-    """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all.
-
-    The rows of each expert are counted in the header fields from ``first`` on.
-    """
-    if m.rank == 0:
-        chosen, slots, weights, tokens = _routing(m, routing, m.rows, k, count)
-        rows_each = m.header[first : first + count]
-        route_tokens(matrix(m, scores, m.rows, count), chosen, slots, weights, tokens, rows_each)
+def route(m, scores, routing, k, count, normalised):
+    """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all, or each for itself."""
+    if m.rank == 0 or m.replicated:
+        route_tokens(matrix(m, scores, m.rows, count), normalised, _routing(m, routing, k))
 
 
 @operation
-def gather(m, x, routing, out, columns, expert, k, count):
-    """out (rows, columns) = the rows of x (TOKENS, columns) that go to one expert."""
+def gather(m, x, routing, out, columns, k):
+    """out (rows, columns) = the routed rows of x (TOKENS, columns)."""
     lo, hi = row_range(m)
-    total = m.header[TOKENS]
-    _, _, _, tokens = _routing(m, routing, total, k, count)
-    source, target = matrix(m, x, total, columns), matrix(m, out, m.rows, columns)
+    tokens = _routing(m, routing, k).tokens
+    source, target = matrix(m, x, m.header[TOKENS], columns), matrix(m, out, m.rows, columns)
     for i in range(lo, hi):
+        row, to = source[tokens[i]], target[i]
         for j in range(columns):
-            target[i, j] = source[tokens[expert, i], j]
+            to[j] = row[j]
 
 
 @operation
-def combine(m, parts, routing, out, columns, k, count, first):
-    """out (rows, columns) = for each row the weighted sum of its experts' results; ``parts``: an operand of each."""
+def quantize_runs(m, x, routing, out, columns, k, gathers):
+    """out = the routed rows of x rounded to 8 bits, each run in blocks of its own.
+
+    gathers: x is (TOKENS, columns); else it is routed rows.
+    """
     lo, hi = row_range(m)
-    chosen, slots, weights, _ = _routing(m, routing, m.rows, k, count)
-    results, target = array_at(address_of(m, parts), count, np.int64), matrix(m, out, m.rows, columns)
-    for i in range(lo, hi):
-        for j in range(k):
-            x = chosen[i, j]
-            part = matrix(m, results[x], m.header[first + x], columns)
-            add_weighted(part, slots[i, j], weights[i, j], target, i, j == 0)
+    found = _routing(m, routing, k)
+    source = matrix(m, x, m.header[TOKENS] if gathers else m.rows, columns)
+    capacity, run, end = m.header[CAPACITY] * k * PADDED, 0, 0
+    while end < m.rows:
+        first, end = found.runs[run, 1], found.runs[run, 1] + found.runs[run, 2]
+        rounded = quantized_rows(m, out, columns, capacity, found.runs[run, 3], first, end)
+        for i in range(max(lo, first), min(hi, end)):
+            t = found.tokens[i] if gathers else i
+            quantize_activations(source, rounded, i - first - t, t, t + 1)
+        run += 1
+
+
+@view_kernel
+def _weights_at(m, table, expert):
+    """The address of an expert's weights, of a table."""
+    return array_at(address_of(m, table) + 8 * expert, 1, np.int64)[0]
+
+
+@cache
+def grouped_integer_matmul(kind: int) -> Operation:
+    """out (rows, outputs) = each routed row times the weights of its expert, all of one kind (``quant_layout``).
+
+    weights: a table of addresses. Rows are rounded to 8 bits.
+    """
+    products = quant_matmul_part((kind,))
+
+    @operation
+    def grouped_integers(m, rows: Routed, weights, out, has_mins, outputs, columns, stealing: Stealing):
+        panels, groups = (outputs + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
+        shape = panels, groups, _block_bytes(np.int64(kind), has_mins)
+        runs, result = _routing(m, rows.routing, rows.k).runs, matrix(m, out, m.rows, outputs)
+        capacity = m.header[CAPACITY] if rows.alike else m.header[CAPACITY] * rows.k * PADDED
+        for i in range(m.size if stealing.steal else 1):
+            share = member_share(m, panels, stealing, i)
+            chunk, before, run, end = take_chunk(share), np.int64(0), 0, 0
+            while end < m.rows:
+                first, end = runs[run, 1], runs[run, 1] + runs[run, 2]
+                chunks = chunks_of(end - first, outputs, share)
+                if chunk < chunks:
+                    w = array_at(_weights_at(m, weights, runs[run, 0]), shape, np.uint8)
+                    place, row = (np.int64(0), np.int64(0)) if rows.alike else (runs[run, 3], first)
+                    x = quantized_rows(m, rows.x, columns, capacity, place, row, row + end - first)
+                    left = share_after(share, before)
+                    chunk = products(kind, has_mins, w, x, result[first:end], left, chunk)
+                chunk, before = chunk - chunks, before + chunks
+                run += 1
+
+    return grouped_integers
+
+
+@cache
+def grouped_float_matmul(dtype: type) -> Operation:
+    """out (rows, outputs) = each routed row times the weights of its expert, on panels of this dtype.
+
+    weights: a table of addresses.
+    """
+
+    @operation
+    def grouped_floats(m, rows: Routed, weights, out, outputs, columns, stealing: Stealing):
+        panels = (outputs + LANES - 1) // LANES
+        runs, result = _routing(m, rows.routing, rows.k).runs, matrix(m, out, m.rows, outputs)
+        source = matrix(m, rows.x, np.int64(1) if rows.alike else m.rows, columns)
+        for i in range(m.size if stealing.steal else 1):
+            share = member_share(m, panels, stealing, i)
+            chunk, before, run, end = take_chunk(share), np.int64(0), 0, 0
+            while end < m.rows:
+                first, end = runs[run, 1], runs[run, 1] + runs[run, 2]
+                chunks, _ = share_chunks(end - first, share)
+                if chunk < chunks:
+                    w = array_at(_weights_at(m, weights, runs[run, 0]), (panels, columns, LANES), dtype)
+                    row = np.int64(0) if rows.alike else first
+                    x, left = source[row : row + end - first], share_after(share, before)
+                    chunk = panels_matmul_share(w, x, result[first:end], left, chunk)
+                chunk, before = chunk - chunks, before + chunks
+                run += 1
+
+    return grouped_floats
+
+
+@operation
+def add_grouped_bias(m, routing, biases, out, outputs, k):
+    """Each routed row of out (rows, outputs) += its expert's bias, divided by panels as the product before it.
+
+    biases: a table of addresses.
+    """
+    lo, hi = part((outputs + LANES - 1) // LANES, m.rank, m.size)
+    runs, result, run, end = _routing(m, routing, k).runs, matrix(m, out, m.rows, outputs), 0, 0
+    while end < m.rows:
+        first, end = runs[run, 1], runs[run, 1] + runs[run, 2]
+        values = array_at(_weights_at(m, biases, runs[run, 0]), outputs, np.float32)
+        for i in range(first, end):
+            for j in range(lo * LANES, min(hi * LANES, outputs)):
+                result[i, j] += values[j]
+        run += 1
+
+
+@operation
+def combine(m, y, routing, out, columns, k):
+    """out (rows, columns) = for each token the weighted sum of its routed rows of y (k rows each, columns)."""
+    lo, hi = row_range(m)
+    found = _routing(m, routing, k)
+    source, target = matrix(m, y, m.rows * k, columns), matrix(m, out, m.rows, columns)
+    combine_rows(source, found.places, found.weights, target, lo, hi)
+
+
+@operation
+def sigmoid_scale(m, x, gate, out, columns):
+    """out (rows, columns) = x / (1 + exp(-gate)), gate (rows, 1)."""
+    lo, hi = row_range(m)
+    gates, result = matrix(m, gate, m.rows, np.int64(1)), matrix(m, out, m.rows, columns)
+    sigmoid_scale_rows(matrix(m, x, m.rows, columns), gates, result, lo, hi)

@@ -19,7 +19,7 @@ from ruvllm.kernels.operations.rows import quantized
 from ruvllm.kernels.quant.layout import GROUP, block_bytes
 from ruvllm.kernels.quant.matmul import quant_matmul_part
 from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
-from ruvllm.kernels.threads.team import counter_of, part, share_of
+from ruvllm.kernels.threads.team import counter_of, part, share_of, take_chunk
 
 low_rank_down = as_part(low_rank.low_rank_down)
 low_rank_down_parts = as_part(low_rank.low_rank_down_parts)
@@ -60,7 +60,8 @@ def integer_matmul(kind: int) -> Operation:
         w = array_at(address_of(m, weights), (panels, groups, _block_bytes(np.int64(kind), has_mins)), np.uint8)
         rounded, result = quantized(m, x, columns), matrix(m, out, m.rows, outputs)
         for i in range(m.size if stealing.steal else 1):
-            products(kind, has_mins, w, rounded, result, member_share(m, panels, stealing, i))
+            share = member_share(m, panels, stealing, i)
+            products(kind, has_mins, w, rounded, result, share, take_chunk(share))
 
     return integers
 
@@ -79,7 +80,8 @@ def float_matmul(dtype: type) -> Operation:
             panels_matmul_part(w, source, result, lo, hi)
         else:
             for i in range(m.size if stealing.steal else 1):
-                panels_matmul_share(w, source, result, member_share(m, panels, stealing, i))
+                share = member_share(m, panels, stealing, i)
+                panels_matmul_share(w, source, result, share, take_chunk(share))
 
     return floats
 

@@ -133,24 +133,30 @@ def rope(m, x, cos, sin, out, heads, dim):
 
 @view_kernel
 def quantized(m, operand, columns):
-    """An operand as rows rounded to 8 bits (quant/layout.py).
+    """An operand as rows rounded to 8 bits (quant/layout.py)."""
+    return quantized_rows(m, operand, columns, m.header[CAPACITY], np.int64(0), np.int64(0), m.rows)
 
-    The five arrays follow each other, each sized for CAPACITY rows.
+
+@view_kernel
+def quantized_rows(m, operand, columns, capacity, place, lo, hi):
+    """Rows lo:hi of an operand in 8 bits, which have blocks of their own, ``place`` rows from the beginning.
+
+    The five arrays follow each other, each sized for ``capacity`` rows; that of outliers has no blocks.
     """
-    capacity = m.header[CAPACITY]
     groups = (columns + GROUP - 1) // GROUP
-    blocks, side = _token_blocks(m.rows)
+    blocks, side = _token_blocks(hi - lo)
+    first, all_groups = place * groups, capacity * groups
     codes = address_of(m, operand)
-    offsets = codes + capacity * groups * GROUP
-    scales = offsets + capacity * groups * 4 * OFFSETS
-    totals = scales + capacity * groups * 4
-    outliers = totals + capacity * groups * 4
+    offsets = codes + all_groups * GROUP
+    scales = offsets + all_groups * 4 * OFFSETS
+    totals = scales + all_groups * 4
+    outliers = totals + all_groups * 4
     return Rounded(
-        array_at(codes, (blocks, groups, side, GROUP), np.int8),
-        array_at(scales, (blocks, groups, side), np.float32),
-        array_at(offsets, (blocks, groups, side, OFFSETS), np.int32),
-        array_at(totals, (blocks, groups, side), np.float32),
-        array_at(outliers, (m.rows, OUTLIERS, 2), np.float32),
+        array_at(codes + first * GROUP, (blocks, groups, side, GROUP), np.int8),
+        array_at(scales + first * 4, (blocks, groups, side), np.float32),
+        array_at(offsets + first * 4 * OFFSETS, (blocks, groups, side, OFFSETS), np.int32),
+        array_at(totals + first * 4, (blocks, groups, side), np.float32),
+        array_at(outliers + lo * 4 * 2 * OUTLIERS, (hi - lo, OUTLIERS, 2), np.float32),
     )
 
 
@@ -158,4 +164,4 @@ def quantized(m, operand, columns):
 def quantize(m, x, out, columns):
     """out = x (rows, columns) rounded to 8 bits."""
     lo, hi = row_range(m)
-    quantize_activations(matrix(m, x, m.rows, columns), quantized(m, out, columns), lo, hi)
+    quantize_activations(matrix(m, x, m.rows, columns), quantized(m, out, columns), np.int64(0), lo, hi)

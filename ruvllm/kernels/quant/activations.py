@@ -98,10 +98,10 @@ def _find_outliers(x, row, columns, largest, groups, outliers, t):
 
 
 @kernel(strict=True)
-def quantize_activations(x, to, lo, hi):
+def quantize_activations(x, to, shift, lo, hi):
     """Round rows lo:hi of x (T, K) to int8 in groups of 32: xs = max|x| / 127, xq = round(x / xs).
 
-    The four largest elements of a row are taken out before, as outliers.
+    The four largest elements of a row are taken out before, as outliers. Row t is written as row t + shift.
 
     to: a ``Rounded``: xq (B, G, S, 32); xs, totals (B, G, S); offsets (B, G, S, 4), with token_blocks(T) = (B, S);
     outliers (T, 4, 2). ``totals`` includes outliers. A NaN or infinity makes its group's scale NaN, so that it reaches
@@ -112,8 +112,9 @@ def quantize_activations(x, to, lo, hi):
     outliers = to.outliers
     largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group
     xf, lines = flat(x), Rounded(flat(to.xq), flat(to.xs), flat(to.offsets), flat(to.totals), flat(outliers))
-    for t in range(lo, hi):
-        row, first_group = t * columns, t // side * groups * side + t % side
+    for source in range(lo, hi):
+        row, t = source * columns, source + shift
+        first_group = t // side * groups * side + t % side
         taken = 0  # outliers already passed
         for base in range(0, groups, _SEARCHED):
             count = min(groups - base, _SEARCHED)
@@ -157,13 +158,13 @@ def _round_group(a, b, inverse, scale, to, at):
 
 
 @parallel_kernel
-def quantize_activations_parallel(threads, rows, x, to):
+def quantize_activations_parallel(threads, rows, x, to, shift):
     """quantize_activations with the rows split over threads."""
     for t in prange(threads):
-        quantize_activations(x, to, rows * t // threads, rows * (t + 1) // threads)
+        quantize_activations(x, to, shift, rows * t // threads, rows * (t + 1) // threads)
 
 
 def round_activations(x: np.ndarray, to: Rounded) -> None:
     """quantize_activations for callers that own their buffers (``model.Activations``) and guarantee their sizes."""
     threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
-    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, to)
+    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, to, 0)

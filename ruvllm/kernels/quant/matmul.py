@@ -99,6 +99,20 @@ class _Outputs(NamedTuple):
 
 
 @inline_kernel
+def _single_chunks(tokens, outputs, share):
+    """Chunks of ``_one_token``: STREAMS of the share's whole panels each."""
+    return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if tokens == 1 else 0
+
+
+@inline_kernel
+def chunks_of(tokens, outputs, share):
+    """How many chunks a share of the panels is cut into."""
+    single = _single_chunks(tokens, outputs, share)
+    wide = (share.hi - share.lo - STREAMS * single + DOT_PANELS - 1) // DOT_PANELS
+    return single + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
+
+
+@inline_kernel
 def _operands(has_mins, blocks, x, step):
     return Operands(
         has_mins != 0, flat(blocks), blocks.shape[1], blocks.shape[2], flat(x.xq), step, flat(x.xs), flat(x.offsets),
@@ -111,15 +125,15 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     most = block_bytes(kind, True)  # a constant, so that the loop that prefetches a block is unrolled
 
     @part_kernel
-    def _one_token(has_mins, blocks, x, out, chunks, share):
+    def _one_token(has_mins, blocks, x, out, chunks, chunk, share):
         """One token times STREAMS runs of ``chunks`` panels, which are streamed side by side.
 
-        A chunk is one panel of each run. Returns the first chunk number after these: it belongs to the panels left.
+        A chunk is one panel of each run; ``chunk`` is the first one claimed. Returns the first chunk number after
+        these: it belongs to the panels left.
         """
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
         apart, here = chunks * p.groups * p.size, np.int64(0)  # typed, because a literal would compile a second version
-        chunk = take_chunk(share)
         while chunk < chunks:
             panel = share.lo + chunk
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
@@ -184,7 +198,8 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
         """All tokens times the panels from lo to the end of the share, in tiles; ``chunk`` is the first one claimed.
 
-        A chunk is DOT_PANELS panels and _AT_ONCE tokens. The first ``before`` chunk numbers were _one_token's.
+        A chunk is DOT_PANELS panels and _AT_ONCE tokens. The first ``before`` chunk numbers were _one_token's. Returns
+        the first chunk number after these.
         """
         never_inline()
         tokens, rows = out.shape
@@ -232,22 +247,21 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                         v = f32_load(ragged, (t - first) * _WIDTH + i)
                         f32_store_first(out, t * rows + panel * LANES + i, v, width - i)
             chunk = take_chunk(share)
+        return chunk
 
     @inline_kernel
-    def _panels(has_mins, blocks, x, out, share):
-        """quant_matmul for one kind of weights: the chunks of a share that nobody has claimed."""
-        chunks = 0
-        if out.shape[0] == 1:
-            chunks = max(0, min(share.hi, out.shape[1] // LANES) - share.lo) // STREAMS
-        if chunks == 0:
-            chunk = take_chunk(share)
-        elif has_mins:  # constants, to compile a version of each: one loop for both spills registers
-            chunk = _one_token(True, blocks, x, out, chunks, share)
-        else:
-            chunk = _one_token(False, blocks, x, out, chunks, share)
+    def _panels(has_mins, blocks, x, out, share, chunk):
+        """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that nobody has claimed."""
+        chunks = _single_chunks(out.shape[0], out.shape[1], share)
+        if chunks > 0:
+            if has_mins:  # constants, to compile a version of each: one loop for both spills registers
+                chunk = _one_token(True, blocks, x, out, chunks, chunk, share)
+            else:
+                chunk = _one_token(False, blocks, x, out, chunks, chunk, share)
         lo = share.lo + STREAMS * chunks
         if lo < share.hi:
-            _tokens(has_mins, blocks, x, out, lo, chunk, chunks, share)
+            chunk = _tokens(has_mins, blocks, x, out, lo, chunk, chunks, share)
+        return chunk
 
     return _panels
 
@@ -261,17 +275,21 @@ _PANELS = {
 
 @cache
 def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
-    """quant_matmul of a ``Share`` as a part of larger kernels, for these kinds alone: each takes seconds to compile."""
+    """quant_matmul of a ``Share`` as a part of larger kernels, for these kinds alone: each takes seconds to compile.
+
+    It takes ``chunk``, claims others until none is left, and returns the first chunk number after these.
+    """
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
-    def products(kind, has_mins, blocks, x, out, share):
+    def products(kind, has_mins, blocks, x, out, share, chunk):
         if int4 is not None and kind == INT4:
-            int4(has_mins, blocks, x, out, share)
+            chunk = int4(has_mins, blocks, x, out, share, chunk)
         if int5 is not None and kind == INT5:
-            int5(has_mins, blocks, x, out, share)
+            chunk = int5(has_mins, blocks, x, out, share, chunk)
         if int8 is not None and kind == INT8:
-            int8(has_mins, blocks, x, out, share)
+            chunk = int8(has_mins, blocks, x, out, share, chunk)
+        return chunk
 
     return products
 
@@ -284,7 +302,8 @@ def quant_matmul(w, x, out, lo, hi):
     """out (T, N) = x W^T for the rows of panels lo:hi; w: ``Panels``, x: ``Rounded``."""
     counts = stack_i64(1)
     counts[0] = 0
-    _matmul(w.kind, w.has_mins, w.blocks, x, out, Share(lo, hi, counts, 0, True))
+    share = Share(lo, hi, counts, 0, True, 0)
+    _matmul(w.kind, w.has_mins, w.blocks, x, out, share, take_chunk(share))
 
 
 @parallel_kernel

@@ -53,8 +53,8 @@ else:
 
 __all__ = [
     "COUNTERS", "COUNTER_STRIDE", "Share", "admit", "barrier", "call_address", "call_operation", "chunk_counters",
-    "close_gate", "counter_of", "join_team", "offer", "offered", "part", "share_of", "sync_size", "take_chunk",
-    "time_stamp",
+    "close_gate", "counter_of", "join_team", "offer", "offered", "part", "share_after", "share_of", "sync_size",
+    "take_chunk", "time_stamp",
 ]  # fmt: skip
 
 _APART = 16  # stride of counters: two cache lines, which some processors fetch together
@@ -192,6 +192,7 @@ class Share(NamedTuple):
     """The items lo:hi of one thread. counts[index] counts the chunks of them that have been claimed.
 
     alone: no other thread claims chunks. An atomic addition, which later loads must wait for, is then left out.
+    before: how many chunks of other work the same counter numbers before these.
     """
 
     lo: Any
@@ -199,6 +200,7 @@ class Share(NamedTuple):
     counts: Any
     index: Any
     alone: Any
+    before: Any
 
 
 @inline_kernel
@@ -207,15 +209,21 @@ def take_chunk(share):
     if share.alone:
         chunk = share.counts[share.index]
         share.counts[share.index] = chunk + 1
-        return chunk
-    return atomic_add(share.counts, share.index, 1)
+        return chunk - share.before
+    return atomic_add(share.counts, share.index, 1) - share.before
 
 
 @view_kernel
 def share_of(items, counts, index, member, size):
     """The share of ``items`` of one of ``size`` members, whose chunks counts[index] counts."""
     lo, hi = part(items, member, size)
-    return Share(lo, hi, counts, index, size == 1)
+    return Share(lo, hi, counts, index, size == 1, np.int64(0))
+
+
+@view_kernel
+def share_after(share, before):
+    """The same items of other work, whose chunks the counter numbers after ``before`` others."""
+    return Share(share.lo, share.hi, share.counts, share.index, share.alone, before)
 
 
 @inline_kernel

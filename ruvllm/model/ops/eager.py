@@ -11,12 +11,12 @@ import ruvllm.kernels as K
 from ruvllm.kernels.attention.kv import append
 from ruvllm.kernels.attention.prefill import attend_cache, scoring_of
 from ruvllm.kernels.attention.tile import Cache
-from ruvllm.kernels.experts import add_weighted, require_routing, route_tokens
+from ruvllm.kernels.experts import Routing, combine_rows, route, sigmoid_scale_rows
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.linear import Linear, require_group
 
 if TYPE_CHECKING:
-    from ruvllm.model.linear import Linear
     from ruvllm.model.low_rank import AdapterSet
     from ruvllm.model.ops import Ops
 
@@ -91,28 +91,32 @@ class Eager:
         attend_cache(q, Cache(keys, values), self.positions, scoring, out, self.scratch)
         return out.reshape(len(q), -1)
 
-    def route(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
-        """experts, slots, weights (T, k), tokens (X, T) and counts (X,): see ``kernels.experts``."""
-        T, count = scores.shape
-        require_routing(k, count)
-        experts, slots = np.empty((T, k), np.int64), np.empty((T, k), np.int64)
-        weights = np.empty((T, k), np.float32)
-        tokens, counts = np.empty((count, T), np.int64), np.empty(count, np.int64)
-        route_tokens(scores, experts, slots, weights, tokens, counts)
-        return experts, slots, weights, tokens, counts
+    def route(self, scores: np.ndarray, k: int, normalised: bool = True) -> Routing:
+        """See ``kernels.experts``."""
+        return route(scores, k, normalised)
 
-    def gather(self, x: np.ndarray, routing: tuple[np.ndarray, ...], expert: int) -> np.ndarray:
-        """The rows of x that go to one expert."""
-        *_, tokens, counts = routing
-        return x[tokens[expert, : counts[expert]]]
+    def gather(self, x: np.ndarray, routing: Routing) -> np.ndarray:
+        """Each token's row once for each of its experts."""
+        return x[routing.tokens]
 
-    def combine(self, parts: list[np.ndarray], routing: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The weighted sum of each token's experts."""
-        experts, slots, weights, *_ = routing
-        out = np.empty((len(experts), parts[0].shape[1]), np.float32)
-        for row in range(len(out)):
-            for j, x in enumerate(experts[row]):
-                add_weighted(parts[x], slots[row, j], weights[row, j], out, row, j == 0)
+    def grouped_linear(self, x: np.ndarray, routing: Routing, matrices: list[Linear]) -> np.ndarray:
+        """Each expert's rows times its matrix."""
+        require_group(matrices, self.adapters)
+        out = np.empty((len(x), matrices[0].rows), np.float32)
+        for expert, rows in routing.parts:
+            matrices[expert](x[rows], out[rows])
+        return out
+
+    def combine(self, y: np.ndarray, routing: Routing) -> np.ndarray:
+        """The weighted sum of each token's rows."""
+        out = np.empty((len(routing.places), y.shape[1]), np.float32)
+        combine_rows(y, routing.places, routing.weights, out, 0, len(out))
+        return out
+
+    def sigmoid_scale(self, x: np.ndarray, gate: np.ndarray) -> np.ndarray:
+        """x / (1 + exp(-gate))."""
+        out = np.empty_like(x)
+        sigmoid_scale_rows(x, gate, out, 0, len(out))
         return out
 
     def boundary(self, x: np.ndarray) -> np.ndarray:

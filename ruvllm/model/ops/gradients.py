@@ -18,11 +18,11 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels.attention.prefill import scoring_of
 from ruvllm.kernels.attention.public import attend_sequence
-from ruvllm.kernels.experts import route_tokens
+from ruvllm.kernels.experts import Routing, combine_rows, route, sigmoid_scale_rows
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.training.attention import Batch, attention_gradients
 from ruvllm.model.activations import Activations
-from ruvllm.model.linear import Linear
+from ruvllm.model.linear import Linear, require_group
 
 if TYPE_CHECKING:
     from ruvllm.model.ops import Ops
@@ -267,58 +267,90 @@ class Gradients:
 
         return self._noted(out, back, q, k, v)
 
-    def route(self, scores: Node, k: int) -> _Routing:
-        """The k best experts of each token."""
-        T, count = scores.shape
-        experts, slots = np.empty((T, k), np.int64), np.empty((T, k), np.int64)
-        tokens, counts = np.empty((count, T), np.int64), np.empty(count, np.int64)
-        weights = np.empty((T, k), np.float32)
-        route_tokens(scores.array, experts, slots, weights, tokens, counts)
-        out = self._node(lambda: weights, scores)
+    def route(self, scores: Node, k: int, normalised: bool = True) -> tuple[Routing, Node]:
+        """The k best experts of each token, and the node of their weights."""
+        routing = route(scores.array, k, normalised)
+        out = self._node(lambda: routing.weights, scores)
 
         def back() -> None:
-            dw, w = out.take(), out.array
+            dw, w = out.take(), routing.weights
+            experts = np.empty(len(routing.tokens), np.int64)
+            for expert, rows in routing.parts:
+                experts[rows] = expert
+            experts = experts[routing.places]
+            total = np.sum(w * dw, axis=1, keepdims=True)
             dx = np.zeros(scores.shape, np.float32)
-            np.put_along_axis(dx, experts, w * (dw - np.sum(w * dw, axis=1, keepdims=True)), axis=1)
+            if not normalised:  # every score has its share in the softmax
+                e = np.exp(scores.array - scores.array.max(axis=1, keepdims=True))
+                dx -= e / e.sum(axis=1, keepdims=True) * total
+            for_chosen = w * (dw - total) if normalised else w * dw + np.take_along_axis(dx, experts, axis=1)
+            np.put_along_axis(dx, experts, for_chosen, axis=1)
             scores.receive(dx)
 
-        self._noted(out, back, out)
-        return _Routing(out, experts, [tokens[x, : counts[x]] for x in range(count)])
+        return routing, self._noted(out, back, *([] if normalised else [scores]))
 
-    def gather(self, x: Node, routing: _Routing, expert: int) -> Node:
-        """The rows of x that go to one expert."""
-        rows = routing.tokens[expert]
-        out = self._node(lambda: x.array[rows], x)
+    def gather(self, x: Node, routing: tuple[Routing, Node]) -> Node:
+        """Each token's row once for each of its experts."""
+        tokens, places = routing[0].tokens, routing[0].places
+        out = self._node(lambda: x.array[tokens], x)
 
         def back() -> None:
-            dx, add = x.target()
-            if not add:
-                dx[...] = 0
-            dx[rows] += out.take()
+            x.receive(out.take()[places].sum(axis=1))
 
         return self._noted(out, back)
 
-    def combine(self, parts: list[Node], routing: _Routing) -> Node:
-        """The weighted sum of each token's experts."""
-        weights = routing.weights
-
-        def forward() -> np.ndarray:
-            y = np.zeros((len(routing.experts), parts[0].shape[1]), np.float32)
-            for x, part in enumerate(parts):
-                y[routing.tokens[x]] += routing.weights_of(x)[:, None] * part.array
-            return y
-
-        out = self._node(forward, *parts, weights)
+    def grouped_linear(self, x: Node, routing: tuple[Routing, Node], matrices: list[Linear]) -> Node:
+        """Each expert's rows times its matrix."""
+        require_group(matrices, [matrix.name for matrix in matrices if self.learner.learns(matrix.name)])
+        parts = routing[0].parts
+        y = aligned_empty((len(x.array), matrices[0].rows))
+        for expert, rows in parts:
+            matrices[expert](x.array[rows], y[rows])
+        out = self._node(lambda: y, x)
 
         def back() -> None:
-            dy, dw = out.take(), np.zeros(weights.shape, np.float32)
-            for x, part in enumerate(parts):
-                rows = routing.tokens[x]
-                part.receive(routing.weights_of(x)[:, None] * dy[rows])
-                dw[routing.experts == x] = np.sum(part.array * dy[rows], axis=1)
-            weights.receive(dw)
+            dy, (dx, add) = out.take(), x.target()
+            for expert, rows in parts:
+                matrices[expert].weights.matmul_transposed(dy[rows], dx[rows], add)
 
-        return self._noted(out, back, *parts, weights)
+        return self._noted(out, back)
+
+    def combine(self, y: Node, routing: tuple[Routing, Node]) -> Node:
+        """The weighted sum of each token's rows."""
+        (tokens, places, weights, _), weights_node = routing
+
+        def forward() -> np.ndarray:
+            combined = aligned_empty((len(places), y.shape[1]))
+            combine_rows(y.array, places, weights, combined, 0, len(places))
+            return combined
+
+        out = self._node(forward, y, weights_node)
+
+        def back() -> None:
+            dy = out.take()[tokens]
+            of_rows = np.empty(len(tokens), np.float32)
+            of_rows[places] = weights
+            weights_node.receive(np.sum(y.array * dy, axis=1)[places])
+            y.receive(of_rows[:, None] * dy)
+
+        return self._noted(out, back, y)
+
+    def sigmoid_scale(self, x: Node, gate: Node) -> Node:
+        """x / (1 + exp(-gate))."""
+
+        def forward() -> np.ndarray:
+            scaled = aligned_empty(x.shape)
+            sigmoid_scale_rows(x.array, gate.array, scaled, 0, len(scaled))
+            return scaled
+
+        out = self._node(forward, x, gate, remake=True)
+
+        def back() -> None:
+            dy, s = out.take(), 1 / (1 + np.exp(-gate.array))
+            gate.receive(np.sum(dy * x.array, axis=1, keepdims=True) * s * (1 - s))
+            x.receive(dy * s)
+
+        return self._noted(out, back, x, gate)
 
     def boundary(self, x: Node) -> Node:
         """Between two layers: arrays that the way back does not read are freed."""
@@ -401,17 +433,6 @@ class Gradients:
         if self._inputs.x is not x:
             self._inputs = Activations(*x.shape).of(x)
         return self._inputs
-
-
-class _Routing:
-    """Which experts each token goes to, and each expert's tokens."""
-
-    def __init__(self, weights: Node, experts: np.ndarray, tokens: list[np.ndarray]) -> None:
-        self.weights, self.experts, self.tokens = weights, experts, tokens
-
-    def weights_of(self, expert: int) -> np.ndarray:
-        """The weights of an expert's tokens, in their order."""
-        return self.weights.array[self.experts == expert]
 
 
 _LOGIT_ROWS = 64  # rows whose logits exist at one time

@@ -53,7 +53,7 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
         return value.space, value.layout, value.row_bytes, value.count
 
     def allocate(value: Value, phase: int, partition: Partition) -> None:
-        size = -(-value.row_bytes // _ALIGNMENT) * _ALIGNMENT
+        size = -(-value.token_bytes // _ALIGNMENT) * _ALIGNMENT
 
         def fits(slot: _Free) -> bool:
             alike = slot.kind == kind(value) and all(compatible(partition, used) for used in slot.partitions)

@@ -60,16 +60,30 @@ class Ops(Protocol):
         """
         ...
 
-    def route(self, scores: Array, k: int) -> Array:
-        """The k best experts of each token by the router's scores (T, X), weighted by their softmax."""
+    def route(self, scores: Array, k: int, normalised: bool = True) -> Array:
+        """The k best experts of each token by the router's scores (T, X), and their weights.
+
+        normalised: softmax over the k chosen scores; else over all, of which the chosen ones keep their share.
+        """
         ...
 
-    def gather(self, x: Array, routing: Array, expert: int) -> Array:
-        """The rows of x (T, E) that go to one expert; how many is known at run time."""
+    def gather(self, x: Array, routing: Array) -> Array:
+        """x (T, E) -> (T k, E): each token's row once for each of its experts, sorted by expert."""
         ...
 
-    def combine(self, parts: list[Array], routing: Array) -> Array:
-        """For each token the weighted sum of what its experts returned -> (T, E)."""
+    def grouped_linear(self, x: Array, routing: Array, matrices: list[Matrix]) -> Array:
+        """Each row of x (T k, K), as ``gather`` sorted them, times its expert's matrix, + bias -> (T k, N).
+
+        matrices: one for each expert, all of one shape and layout. Only those that have rows are read.
+        """
+        ...
+
+    def combine(self, y: Array, routing: Array) -> Array:
+        """For each token the weighted sum of its experts' rows of y (T k, E) -> (T, E)."""
+        ...
+
+    def sigmoid_scale(self, x: Array, gate: Array) -> Array:
+        """x / (1 + exp(-gate)): x (T, E), gate (T, 1)."""
         ...
 
     def boundary(self, x: Array) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.prefill import NO_WINDOW
-from ruvllm.kernels.experts import MAX_EXPERTS, require_routing
+from ruvllm.kernels.experts import PADDED, require_routing
 from ruvllm.kernels.lora.packed import PARTS
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import panel_count
@@ -27,6 +27,7 @@ from ruvllm.kernels.operations.experts import routing_bytes
 from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_BYTES
 from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.tape import Operation
+from ruvllm.model.linear import require_group
 from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
 from ruvllm.model.ops.tape import Tape, assemble
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
@@ -65,7 +66,7 @@ class Recorder:
         self._layer = -1
         self._partial = Value(space=t.PARTIAL)
         self._ended = False
-        self._routings: list[tuple[int, int, Value]] = []  # first and last header field, and the routing that has them
+        self._gathers: list[Value] = []  # gathered rows
         self._cached: set[tuple[int, int, int]] = set()  # layer, kv heads and head size of each attention
         self._caches: dict[int, Value] = {}
 
@@ -267,48 +268,112 @@ class Recorder:
 
     # Mixtures of experts.
 
-    def route(self, scores: Value, k: int) -> Value:
-        """The k best experts of each token; the rows of each are counted in header fields of this routing."""
-        experts = scores.width
-        require_routing(k, experts)
-        first = self._routings[-1][1] if self._routings else t.EXPERT_ROWS
-        if first + experts > t.HEADER_SIZE:
-            first = t.EXPERT_ROWS
-        out = Value(scores.count, k, routing_bytes(k, experts), layout="routing", dim=experts)
-        out.counts = Value(offset=first, width=experts)
-        # Fields that an earlier routing had are taken over: whoever still reads that one is refused.
-        taken = [r for r in self._routings if r[0] < first + experts and first < r[1]]
-        self._routings = [r for r in self._routings if r not in taken] + [(first, first + experts, out)]
-        arguments = {"scores": scores, "routing": out, "k": k, "count": experts, "first": first}
-        writes = [Access(value, ANY) for value in (out, out.counts, *(r[2].counts for r in taken)) if value is not None]
-        self._record(o.route, scores.count, [self._whole(scores)], writes, arguments)
+    def route(self, scores: Value, k: int, normalised: bool = True) -> Value:
+        """The k best experts of each token."""
+        require_routing(k, scores.width)
+        self._require_rows("route", scores, t.TOKENS)
+        out = Value(t.TOKENS, k, routing_bytes(k), self._row_space, layout="routing", dim=scores.width)
+        arguments = {"scores": scores, "routing": out, "k": k, "count": scores.width, "normalised": int(normalised)}
+        self._record(o.route, t.TOKENS, [self._whole(scores)], [self._whole(out)], arguments)
         return out
 
-    def gather(self, x: Value, routing: Value, expert: int) -> Value:
-        """The rows of x that go to one expert."""
-        counts = self._counts_of(routing)
-        out = self._floats(counts.offset + expert, x.width)
-        arguments = {
-            "x": x, "routing": routing, "out": out, "columns": x.width, "expert": expert, "k": routing.width,
-            "count": routing.dim,
-        }  # fmt: skip
-        reads = [self._whole(x), Access(routing, ANY), Access(counts, ANY)]
-        self._record(o.gather, out.count, reads, [Access(out, self._rows(out))], arguments)
+    def gather(self, x: Value, routing: Value) -> Value:
+        """Each token's row once for each of its experts.
+
+        Nothing is recorded before its rows are read: 8-bit rows are made from x, and one token's are all alike.
+        """
+        self._require_rows("gather", x, t.TOKENS)
+        out = self._floats(t.EACH + routing.width, x.width)
+        out.source = x, routing
+        self._gathers.append(out)
         return out
 
-    def combine(self, parts: list[Value], routing: Value) -> Value:
-        """The weighted sum of each token's experts."""
-        counts = self._counts_of(routing)
-        if len(parts) != routing.dim:
-            raise ValueError(f"combine: expected the parts of {routing.dim} experts, found {len(parts)}")
-        out = self._floats(routing.count, parts[0].width)
-        arguments = {
-            "parts": parts, "routing": routing, "out": out, "columns": out.width, "k": routing.width,
-            "count": routing.dim, "first": counts.offset,
+    def grouped_linear(self, x: Value, routing: Value, matrices: list[Linear]) -> Value:
+        """Each expert's rows times its matrix: one operation."""
+        first, k = matrices[0], routing.width
+        require_group(matrices, self.adapters)
+        self._require_rows("grouped_linear", x, t.EACH + k)
+        if len(matrices) != routing.dim or x.width != first.columns:
+            raise ValueError(
+                f"{first.name or 'grouped_linear'}: expected matrices of {routing.dim} experts with {x.width} inputs, "
+                f"found {len(matrices)} with {first.columns}"
+            )
+        self.kept += [matrix.weights for matrix in matrices]
+        addresses = [matrix.weights.address() for matrix in matrices]
+        out = Value(x.count, first.rows, 4 * first.rows)
+        steal = first.bias is None
+        arguments: dict[str, object] = {
+            "routing": routing, "weights": self._array(np.array([address for address, _ in addresses], np.int64)),
+            "out": out, "outputs": first.rows, "columns": first.columns, "k": k, "steal": int(steal),
         }  # fmt: skip
-        reads = [*map(self._whole, parts), Access(routing, ANY), Access(counts, ANY)]
+        source = x.source[0] if x.source is not None and self.single else None
+        if first.weights.layout in INTEGER_LAYOUTS:
+            operation = o.grouped_integer_matmul(INTEGER_LAYOUTS[first.weights.layout])
+            x = self._quantized_runs(x, routing) if source is None else self._quantized(source)
+            arguments["has_mins"] = addresses[0][1]
+        else:
+            operation = o.grouped_float_matmul(FLOAT_LAYOUTS[first.weights.layout])
+            x = x if source is None else source
+        arguments |= {"x": x, "alike": int(source is not None)}
+        partition = ANY if steal else by_panels(first.rows)
+        reads = [self._whole(x), self._whole(routing)]
+        self._record(operation, out.count, reads, [Access(out, partition)], arguments, first.name)
+        if first.bias is not None:
+            biases = np.array([matrix.bias.ctypes.data for matrix in matrices if matrix.bias is not None], np.int64)
+            self.kept += [matrix.bias for matrix in matrices]
+            bias = {"routing": routing, "biases": self._array(biases), "out": out, "outputs": first.rows, "k": k}
+            reads = [Access(out, partition), self._whole(routing)]
+            self._record(o.add_grouped_bias, out.count, reads, [Access(out, partition)], bias)
+        return out
+
+    def _quantized_runs(self, x: Value, routing: Value) -> Value:
+        """Routed rows rounded to 8 bits, each expert's in blocks of their own, once for all matrices that read them."""
+        if x.quantized is None:
+            groups = -(-x.width // GROUP)
+            row_bytes = PADDED * (groups * QUANTIZED_GROUP_BYTES + QUANTIZED_ROW_BYTES)
+            x.quantized = out = Value(x.count, x.width, row_bytes, self._row_space, layout="runs")
+            gathers = x.source is not None
+            source = x if x.source is None else x.source[0]
+            arguments = {
+                "x": source, "routing": routing, "out": out, "columns": x.width, "k": routing.width,
+                "gathers": int(gathers),
+            }  # fmt: skip
+            rows = self._whole(source) if gathers else Access(source, self._rows(source))
+            reads = [rows, self._whole(routing)]
+            self._record(o.quantize_runs, out.count, reads, [self._whole(out)], arguments)
+        return x.quantized
+
+    def combine(self, y: Value, routing: Value) -> Value:
+        """The weighted sum of each token's rows."""
+        self._require_rows("combine", y, t.EACH + routing.width)
+        out = self._floats(t.TOKENS, y.width)
+        arguments = {"y": y, "routing": routing, "out": out, "columns": y.width, "k": routing.width}
+        reads = [self._whole(y), self._whole(routing)]
         self._record(o.combine, out.count, reads, [Access(out, self._rows(out))], arguments)
         return out
+
+    def sigmoid_scale(self, x: Value, gate: Value) -> Value:
+        """x / (1 + exp(-gate))."""
+        if (gate.width, gate.count) != (1, x.count):
+            raise ValueError(f"sigmoid_scale: expected one gate for each row, found {gate.width}")
+        out = self._like(x)
+        arguments = {"x": x, "gate": gate, "out": out, "columns": x.width}
+        return self._on_rows(o.sigmoid_scale, [x, gate], out, arguments)
+
+    def _gathered(self, x: Value) -> None:
+        """Record the gathering of rows that are now read, unless it was."""
+        if x.source is None:
+            return
+        (source, routing), x.source = x.source, None
+        arguments = {"x": source, "routing": routing, "out": x, "columns": x.width, "k": routing.width}
+        reads = [self._whole(source), self._whole(routing)]
+        self._record(o.gather, x.count, reads, [Access(x, self._rows(x))], arguments)
+
+    def _require_rows(self, name: str, x: Value, count: int) -> None:
+        """Raise ValueError unless x has so many rows, as a header field says."""
+        if x.count != count:
+            each = max(1, count - t.EACH)
+            raise ValueError(f"{name}: expected {each} row{'s' * (each > 1)} for each token, found others")
 
     # Python between operations.
 
@@ -320,6 +385,9 @@ class Recorder:
 
     def call(self, x: Value, function: Callable[[np.ndarray], None]) -> Value:
         """The replay returns here, and Python gets x."""
+        for rows in self._gathers:
+            if rows is x or (rows.source is not None and rows.source[0] is x):
+                self._gathered(rows)
         segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
         self.calls.setdefault(segment, []).append((x, function))
         self.schedule.end_segment(meet=True)
@@ -337,12 +405,6 @@ class Recorder:
                     f"attention: found layer {layer} with {found_heads} kv heads of {found_dim}, expected one of "
                     f"{layers} layers with {kv_heads} kv heads of {dim}, as the cache has"
                 )
-
-    def _counts_of(self, routing: Value) -> Value:
-        """The counts of a routing's rows. Raises ValueError if a later routing took over its header fields."""
-        if routing.counts is None or all(routing is not owner for _, _, owner in self._routings):
-            raise ValueError(f"routing: routings that are used side by side have more than {MAX_EXPERTS} experts")
-        return routing.counts
 
     @property
     def _row_space(self) -> int:
@@ -385,8 +447,8 @@ class Recorder:
     ) -> None:  # fmt: skip
         if self._ended:
             raise ValueError(f"{operation.__name__}: nothing may follow ops.logits")
-        if count >= t.EXPERT_ROWS:
-            reads = [*reads, *(Access(r.counts, ANY) for lo, hi, r in self._routings if r.counts and lo <= count < hi)]
+        for value, _ in reads:
+            self._gathered(value)
         name = label or operation.__name__
         self.schedule.add(Step(operation, count, reads, writes, dict(arguments), in_place, name, self._layer))
 

@@ -49,9 +49,10 @@ def by_panels(columns: int) -> Partition:
 class Value:
     """An array that a tape computes: ``count`` (a header field) rows of ``width`` elements, or a resource.
 
-    space, offset: where it lies. dim: the head size, once it is split into heads. layout: "floats", "quantized",
-    "partial", "routing". quantized: its rows in 8 bits. counts: of a routing, the header fields that count its rows.
-    written: phase and partition of the last write; read: those of the reads since.
+    space, offset: where it lies. dim: the head size, once it is split into heads; of a routing, the number of experts.
+    layout: "floats", "quantized", "partial", "routing", "runs" (each expert's rows in 8 bits). quantized: its rows in
+    8 bits. source: where rows that are still to be gathered come from, and the routing. written: phase and partition
+    of the last write; read: those of the reads since.
     """
 
     count: int = t.ONE
@@ -62,9 +63,14 @@ class Value:
     dim: int = 0
     layout: str = "floats"
     quantized: Value | None = None
-    counts: Value | None = None
+    source: tuple[Value, Value] | None = None
     written: list[tuple[int, Partition]] = field(default_factory=list)
     read: list[tuple[int, Partition]] = field(default_factory=list)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of its rows of one token."""
+        return self.row_bytes * max(1, self.count - t.EACH)
 
 
 class Access(NamedTuple):
@@ -78,9 +84,8 @@ class Access(NamedTuple):
 class Step:
     """One recorded operation.
 
-    arguments: by name; a number, a Value, a list of Values, or (matrix, part) of an adapter. in_place: the result may
-    take the memory of an input that ends here. label: the matrix's name, or the operation's. layer: -1 before or after
-    all layers.
+    arguments: by name; a number, a Value, or (matrix, part) of an adapter. in_place: the result may take the memory of
+    an input that ends here. label: the matrix's name, or the operation's. layer: -1 before or after all layers.
     """
 
     operation: Operation

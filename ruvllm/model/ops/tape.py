@@ -62,7 +62,7 @@ def assemble(
     segments: list[tuple[int, int]] = []
     start, phase, meeting = 0, 0, 0
     for i, (step, row) in enumerate(zip(steps, rows, strict=True)):
-        _write(step, row, kept)
+        _write(step, row)
         if step.phase > phase:
             row[t.FLAGS] |= t.MEET
             phase, meeting = step.phase, i
@@ -76,7 +76,7 @@ def assemble(
     return tape.with_adapters(adapters)
 
 
-def _write(step: Step, row: np.ndarray, kept: list[object]) -> None:
+def _write(step: Step, row: np.ndarray) -> None:
     """One row, all but its barrier and the addresses of adapters."""
     missing = set(step.operation.arguments) ^ set(step.arguments)
     if missing:
@@ -87,10 +87,6 @@ def _write(step: Step, row: np.ndarray, kept: list[object]) -> None:
     for name, value in step.arguments.items():
         if isinstance(value, Value):
             row[_field(step, name)] = t.operand(value.space, value.offset)
-        elif isinstance(value, list):
-            table = np.array([t.operand(x.space, x.offset) for x in value], np.int64)
-            kept.append(table)
-            row[_field(step, name)] = t.operand(t.ABSOLUTE, table.ctypes.data)
         elif isinstance(value, int):
             row[_field(step, name)] = value
 
@@ -119,7 +115,7 @@ def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
                 if first < step.segment <= last:
                     copied = Step(
                         o.broadcast, t.ONE, [Access(value, ANY)], [Access(value, PRIVATE)],
-                        {"x": value, "columns": value.row_bytes // 4}, label="broadcast", layer=step.layer,
+                        {"x": value, "columns": value.token_bytes // 4}, label="broadcast", layer=step.layer,
                         phase=step.phase, segment=step.segment,
                     )  # fmt: skip
                     result.append(copied)

@@ -728,7 +728,7 @@ def test_compiling_is_said_where_no_bar_can_be_seen(smollm2_path, options, said)
 def test_info_tells_what_a_model_takes(smollm2_path):
     result = run("info", str(smollm2_path))
     assert result.returncode == 0, result.stderr
-    assert "98.3 MB as it is loaded (--weights auto)" in result.stdout
+    assert "96.6 MB as it is loaded (--weights auto)" in result.stdout  # 96,576,768 bytes: see test_memory
     assert re.search(r"rounded then +nothing\b", result.stdout)
     assert "FP16 269.0 MB, INT8 143.0 MB, INT4 75.7 MB" in result.stdout
 

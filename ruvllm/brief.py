@@ -1,4 +1,4 @@
-"""One line for objects that hold much: what repr() says of results, of what was read and of what learns."""
+"""A repr() of one line for objects that hold large data."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = 4  # items of a collection that are shown; of longer ones their number
+_SHOWN = 4  # items of a collection that are shown; of a longer one, only their count
 _CHARACTERS = 48  # of a string
 
 
 def brief(record: Any) -> str:
-    """A dataclass with its fields, each short whatever it holds; taken as ``__repr__ = brief`` by classes that need it.
+    """The repr of a dataclass, with each field cut short; classes that need it say ``__repr__ = brief``.
 
-    The repr that dataclasses have by themselves shows everything: megabytes where a notebook shows a result.
+    The default repr shows everything: megabytes when a notebook shows a result.
     """
     fields = (f"{f.name}={_short(getattr(record, f.name))}" for f in dataclasses.fields(record) if f.repr)
     return f"{type(record).__name__}({', '.join(fields)})"
 
 
 def _short(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy's; not imported for those who read settings alone
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy's, which this need not import
         return f"<{value.dtype} {value.shape}>"
     if isinstance(value, str):
         return repr(value) if len(value) <= _CHARACTERS else f"{value[:_CHARACTERS]!r}... ({len(value)} characters)"

@@ -1,4 +1,4 @@
-"""Compiling beforehand, with progress: all kernels that a kind of model needs, or that any model needs."""
+"""Compile kernels ahead of use, with progress: those of one kind of model, or all."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from ruvllm.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
-_FUNCTIONS = 135  # compiled for one kind of model, about: how long the progress bar becomes
+_FUNCTIONS = 135  # compiled for one kind of model, roughly: the length of the progress bar
 _REGION_FUNCTIONS = 90  # for another kind of KV cache
 _TRAINING_FUNCTIONS = 140  # for training on it
-_MOST_PROCESSES = 4  # that compile at once; each imports numba first
+_MOST_PROCESSES = 4  # compiling at once; each imports numba first
 _SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "append_rows": 5, "_replay": 6}
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
-    """Compile what a model needs whose matrices have these pairs of a storage type and the layout it is kept in.
+    """Compile what a model needs, given the pairs of storage type and layout of its matrices.
 
-    Nothing is done where it was done before: the machine code is in the user's cache directory.
-    progress: show a bar; None: where stderr is a terminal or a notebook. Where there is none, the log says it.
+    Does nothing if the machine code is in the user's cache directory already.
+    progress: show a bar; None: where stderr is a terminal or a notebook. Without a bar, the log reports it.
     """
     kinds = sorted(set(kinds))
     if DISABLE_JIT or is_warm(str(kinds)):
@@ -66,18 +66,18 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
 def compile_cache(
     layouts: Iterable[str], kv: str, progress: bool | None = None, config: ModelConfig | None = None
 ) -> None:
-    """Compile what a model of matrices in these layouts needs beside for a KV cache of ``kv``; see ``compile_for``.
+    """Compile what a model with these layouts also needs for a KV cache of ``kv``; see ``compile_for``.
 
     config: of a model that is not LLaMA.
     """
     layouts = sorted(set(layouts))
     if not isinstance(kv, str) or kv not in KV_DTYPES or kv == "f32":
-        return  # what is no dtype is refused by the cache
+        return  # the cache refuses an unknown dtype
     _compile_operations(operations_for(layouts, kv, config), f"{kv} cache, {layouts}", progress)
 
 
 def compile_choices(config: ModelConfig, layouts: Iterable[str], progress: bool | None = None) -> None:
-    """Compile the operations of a model that LLaMA has not: norms by head, softcaps, experts ..."""
+    """Compile the operations of a model that LLaMA lacks: norms by head, softcaps, experts ..."""
     layouts = sorted(set(layouts))
     common = operations_for(layouts, "f32")
     extra = [operation for operation in operations_for(layouts, "f32", config) if operation not in common]
@@ -97,7 +97,7 @@ def _compile_operations(operations: list[CFunction], kind: str, progress: bool |
 
 def compile_training(layouts: Iterable[str], progress: bool | None = None) -> None:
     """Compile what training an adapter needs on weights of these layouts; see ``compile_for``."""
-    # One function goes back through integers of all widths.
+    # One function computes gradients through integers of all widths.
     for layout in sorted({"int8" if layout in INTEGER_LAYOUTS else layout for layout in layouts}):
         if DISABLE_JIT or is_warm(f"training {layout}"):
             continue
@@ -109,8 +109,8 @@ def compile_training(layouts: Iterable[str], progress: bool | None = None) -> No
 def warmup(progress: bool | None = True) -> None:
     """Compile the kernels for every kind of weights, file and cache into the user's compile cache, with progress bars.
 
-    Loading a model, or training on it, compiles what is needed by itself, the first time after an installation or an
-    upgrade. So do files that mix 16-bit floats with integers, which are not among these kinds.
+    Loading a model or training on it compiles what is missing anyway, the first time after an installation or an
+    upgrade. Files that mix 16-bit floats with integers are not among these kinds.
     """
     if DISABLE_JIT:
         return
@@ -139,7 +139,7 @@ def _run_kernel(spec: KernelSpec) -> None:
 
 @contextmanager
 def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
-    """Meanwhile other processes compile operations into the cache, where this one finds them; yields how many work.
+    """Inside the block other processes compile operations into the cache for this one; yields how many.
 
     Numba compiles one function at a time in a process. If the others fail, this one compiles everything by itself.
     """
@@ -158,7 +158,7 @@ def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
                 "c._load_and_sample(kinds)"
             )
             command = [sys.executable, "-P", "-c", code]
-            with suppress(OSError, ValueError):  # no interpreter of its own: embedded in another program
+            with suppress(OSError, ValueError):  # Python is embedded in another program
                 others.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
         yield processes
     finally:
@@ -169,7 +169,7 @@ def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
 
 
 def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -> None:
-    """Compile every operation of such a model, this process's share first, the next one's last operations last."""
+    """Compile every operation of such a model: this process's share, then the other shares backwards."""
     needed = operations_for({layout for _, layout in kinds}, "f32")
     for i in range(processes):
         for operation in needed[(first + i) % processes :: processes][:: 1 if i == 0 else -1]:
@@ -177,13 +177,13 @@ def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -
 
 
 def operations_for(layouts: Iterable[str], kv: str, config: ModelConfig | None = None) -> list[CFunction]:
-    """What a model of matrices in these layouts replays with, the slowest to compile first. config: LLaMA if None."""
+    """The operations of a model with these layouts, the slowest to compile first. config: LLaMA if None."""
     found = [*needed_operations(_tiny_config(config), sorted(layouts), kv), replay]
     return sorted(found, key=lambda operation: _SLOWEST.get(operation.__name__, len(_SLOWEST)))
 
 
 def _load_and_sample(kinds: Iterable[Iterable[str]]) -> None:
-    """Pack weights of these kinds, and choose tokens in every way: what a first generation runs beside the model."""
+    """Pack weights of these kinds, and sample in every way: what a first generation runs besides the model."""
     for dtype, layout in kinds:
         load_weights(_zeros("matrix", (16, 256), dtype), layout)
 
@@ -202,13 +202,13 @@ class _Nothing:
     path = Path("zeros")
 
     def read(self, offset: int, count: int) -> np.ndarray:
-        """``count`` zeros that nobody can write to, as in a mapped file."""
+        """``count`` read-only zeros, as in a mapped file."""
         zeros = np.zeros(count, np.uint8)
         zeros.flags.writeable = False
         return zeros
 
     def release(self, offset: int, count: int) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -218,7 +218,7 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 class _ZeroWeights:
-    """Every tensor of a configuration, zero; the matrices in these storage types by turns."""
+    """Every tensor of a configuration as zeros; the matrices cycle through these storage types."""
 
     def __init__(self, config: ModelConfig, dtypes: Iterable[str]) -> None:
         self._shapes = config.tensor_shapes()
@@ -236,7 +236,7 @@ class _ZeroWeights:
 def _tiny_model(kinds: Iterable[tuple[str, str]], threads: int | None = None) -> Llama:
     """Two layers that have matrices of all these kinds, large enough for kernels to use several threads."""
     dtypes, layouts = zip(*kinds, strict=True)
-    # A choice of the user is one layout for all; but nobody can ask for 5 bits: it is how a file of them is kept.
+    # A user chooses one layout for all matrices. int5 cannot be chosen: files of 5 bits are kept in it.
     weights = layouts[0] if len(set(layouts)) == 1 and layouts[0] in LAYOUTS else "auto"
     config = _tiny_config()
     return Llama(config, _ZeroWeights(config, dtypes), weights, threads)
@@ -294,7 +294,7 @@ def _train_tiny_model(layout: str) -> None:
                 [example], config=LoraConfig(8, targets=TARGETS), training=TrainingConfig(steps=1, warmup=0)
             )
             trainer.evaluate()
-            clip(np.ones_like(trainer.m), 1.0)  # the gradient through weights of zero is too short for it
+            clip(np.ones_like(trainer.m), 1.0)  # the gradient through zero weights is too small to be clipped
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""What a container leaves this process of the machine: CPUs and memory, as Linux's control groups (v1, v2) limit them.
+"""The CPUs and memory that a container grants this process, by Linux's control groups (v1 and v2).
 
-Python, numba and psutil tell of the host. A container with two of its sixty-four cores, or a tenth of its memory, is
-slowed down or ended when it takes what they say. Limits of all groups above that of the process count too.
+Python, numba and psutil report the host. A container with two of its sixty-four cores, or a tenth of its memory, is
+throttled or killed when it takes what they report. The limits of all parent groups apply too.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-ROOT = "RUVLLM_CGROUP_ROOT"  # variable with the directory that /proc and /sys are read below: for tests
+ROOT = "RUVLLM_CGROUP_ROOT"  # environment variable for tests: the directory that holds /proc and /sys
 _NONE = 1 << 62  # v1 writes no limit as the largest multiple of a page
-_RECLAIMED = ("inactive_file", "active_file", "slab_reclaimable")  # of what is used; v1 begins them with "total_"
+_RECLAIMED = ("inactive_file", "active_file", "slab_reclaimable")  # part of the memory in use; v1 prefixes "total_"
 
-Group = tuple[str, int]  # its directory, and which version of control groups it is of
+Group = tuple[str, int]  # its directory, and its version of control groups
 
 
 def cpus() -> int | None:
-    """CPUs' worth of time that this process may use, at least 1; None where no container limits it.
+    """CPUs that this process may use, at least 1; None where no container limits them.
 
-    Parts of a CPU do not count: a thread that waits for its next turn makes all others wait.
+    A fraction of a CPU is dropped: a throttled thread makes all others wait.
     """
     found = [*_quotas(), *_sets()]
     return max(1, int(min(found))) if found else None
@@ -37,7 +37,7 @@ def memory() -> tuple[int, int] | None:
 
 
 def limit_pool() -> None:
-    """Let numba, which is not loaded yet, have as many threads as the container has CPUs, unless the user said."""
+    """Limit numba, before it is imported, to the container's CPUs, unless the user has set its threads."""
     allowed = cpus()
     if allowed is not None and allowed < affinity():
         os.environ.setdefault("NUMBA_NUM_THREADS", str(allowed))
@@ -66,7 +66,7 @@ def _sets() -> Iterator[int]:
 
 
 def _count(listed: str) -> int:
-    """CPUs in a list such as 0-3,8; 0 for none, or what is no such list."""
+    """CPUs in a list such as 0-3,8; 0 if it is empty or no such list."""
     total = 0
     for part in listed.split(","):
         first, dash, last = part.partition("-")
@@ -77,14 +77,14 @@ def _count(listed: str) -> int:
 
 
 def _reclaimable(group: str, version: int) -> int:
-    """Bytes of files that the kernel keeps there as long as nobody needs the memory: pages of a mapped model, say."""
+    """Bytes of file pages that the kernel reclaims when memory is needed, such as those of a mapped model."""
     wanted = _RECLAIMED if version == 2 else tuple(f"total_{name}" for name in _RECLAIMED)
     lines = (line.split() for line in _read(group, "memory.stat").splitlines())
     return sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in wanted and line[1].isdecimal())
 
 
 def _groups(controller: str) -> Iterator[Group]:
-    """The group that limits this process and those above it, as far as they can be seen from here."""
+    """The group of this process and its parents, as far as they are visible."""
     own = dict(_memberships())
     for mounted, place, version, controllers in _mounts():
         if version == 1 and controller not in controllers:
@@ -92,7 +92,7 @@ def _groups(controller: str) -> Iterator[Group]:
         path = own.get(controller if version == 1 else "")
         if path is None:
             continue
-        # Without a namespace of its own a container sees the host's path, but mounted only what is below it.
+        # Without a cgroup namespace a container sees the host's path, but mounts only what is below it.
         inside = path == mounted or path.startswith(mounted.rstrip("/") + "/")
         names = [name for name in path[len(mounted) :].split("/") if name] if inside and ".." not in path else []
         for depth in range(len(names), -1, -1):
@@ -127,7 +127,7 @@ def _read(directory: str, name: str) -> str:
     try:
         with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
             return file.read().strip()
-    except OSError:  # no such limit, or not to be seen
+    except OSError:  # no such limit, or not visible
         return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_SHOWN_CHARACTERS = 240  # what a hostile file may put into one part of a message
+_SHOWN_CHARACTERS = 240  # of one part of a message, which a hostile file may write
 
 
 class RuvllmError(Exception):
@@ -13,13 +13,13 @@ class RuvllmError(Exception):
 
 
 class ModelFormatError(RuvllmError, ValueError):
-    """A model file is not what it must be: ``path at byte offset: field: found ..., expected ...``.
+    """A model file is unsound: ``path at byte offset: field: found ..., expected ...``.
 
     Args:
         path: the file (or directory) at fault.
         field: which part of it, for example ``"tensor 'output.weight' offset"``.
-        found: what stands there.
-        expected: what would have been right.
+        found: what is there.
+        expected: what would be right.
         offset: byte position in the file, where there is one.
 
     The arguments are kept as attributes of the same names. The message is a single printable line whatever the file
@@ -53,7 +53,7 @@ class ModelFormatError(RuvllmError, ValueError):
 
 
 class ContextFullError(RuvllmError, ValueError):
-    """More tokens were asked for than the key/value cache can hold; nothing was written to the cache."""
+    """More tokens than the KV cache can hold; nothing was written to it."""
 
 
 class DownloadError(RuvllmError, OSError):
@@ -61,7 +61,7 @@ class DownloadError(RuvllmError, OSError):
 
 
 class InsufficientMemoryError(RuvllmError, MemoryError):
-    """A model needs more memory than there is; raised before anything is loaded."""
+    """A model needs more memory than is available; raised before anything is loaded."""
 
 
 def printable(value: object, limit: int = _SHOWN_CHARACTERS) -> str:

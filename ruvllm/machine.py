@@ -59,7 +59,7 @@ def machine() -> dict[str, str]:
 
 
 def threads() -> dict[str, str]:
-    """How many threads kernels use, and by which threading layer; where they leave products to BLAS."""
+    """How many threads kernels use, and through which threading layer; which products go to BLAS."""
     from numba import get_num_threads
 
     from ruvllm.kernels.matmul.blas import SIZES, blas_name, speedups

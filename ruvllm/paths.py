@@ -32,11 +32,11 @@ def _home() -> Path:
     try:
         return Path.home()
     except RuntimeError:
-        raise FileNotFoundError("this user has no home directory: say with RUVLLM_CACHE where files may lie") from None
+        raise FileNotFoundError("this user has no home directory: set RUVLLM_CACHE") from None
 
 
 def require_writable(option: str, directory: Path) -> None:
-    """Raise OSError, naming the option, unless files can be written into a directory that is there."""
+    """Raise OSError, naming the option, unless files can be written into an existing directory."""
     try:
         with tempfile.TemporaryFile(dir=directory):
             pass

@@ -49,9 +49,9 @@ def quantize(
 ) -> Path:
     """Write the model ``source`` as the GGUF file ``target`` with matrices of another type.
 
-    Vectors (norms, biases) become float32. Of the 4-bit types, embedding and head are Q8_0; a matrix whose rows are no
-    whole blocks of 32 becomes F16. A tensor that has the wanted type already is copied. The tokenizer, and all that a
-    GGUF source says of the model, is kept. The file appears under its name when it is complete.
+    Vectors (norms, biases) become float32. With the 4-bit types, embedding and head become Q8_0; a matrix whose row
+    length is no multiple of 32 becomes F16. A tensor that has the wanted type already is copied. The tokenizer and all
+    other metadata of a GGUF source are kept. The file appears under its name when it is complete.
 
     Args:
         source: a name known to ``ruvllm pull``, a .gguf file, or a Hugging Face directory.
@@ -68,7 +68,7 @@ def quantize(
         FileNotFoundError: no such source, or no directory for the target.
         FileExistsError: ``target`` exists.
         ModelFormatError: the source is no model that this library runs, or its tokenizer is of a kind unknown to GGUF.
-        OSError: the disk has too little room.
+        OSError: the disk has too little space.
     """
     if type not in TYPES:
         raise ValueError(f"type: expected one of {', '.join(TYPES)}, found {type!r}")
@@ -138,7 +138,7 @@ def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | N
 
 
 def _file_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
-    """Shape of each tensor of the file, and the tensors of ours that it consists of, one behind the other."""
+    """Shape of each tensor of the file, and those of our tensors that it concatenates."""
     config = checkpoint.config
     family = BY_TYPE[config.model_type]
     places, found = family.gguf_places(config), dict[str, tuple[tuple[int, ...], list[Tensor]]]()
@@ -151,7 +151,7 @@ def _file_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], li
 
 
 def _dtype(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The storage type that a tensor of the file is written in: routers decide, so they stay exact."""
+    """The storage type of a tensor in the file: routers stay exact, since they choose the experts."""
     if len(shape) == 1 or "ffn_gate_inp" in name:
         return "F32"
     if len(shape) == 2 and "_exps.bias" in name:
@@ -162,7 +162,7 @@ def _dtype(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 
 def _interleaved(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-    """Rows of q and k as some families' GGUF files have them: the pairs that are turned together are neighbours."""
+    """Rows of q and k in the order of some families' GGUF files: the two rows of a RoPE pair are neighbours."""
     part = name.rpartition(".")[2].removesuffix("_bias")
     if part not in ("q", "k"):
         return tensor

@@ -1,4 +1,4 @@
-"""How long idle threads of OpenMP and OpenBLAS spin: said before numba and NumPy load them, which read it only then.
+"""How long idle threads of OpenMP and OpenBLAS spin; set before they are loaded, since they read it only then.
 
 By default they spin for 20 ms and up to 130 ms, on cores that others need: those of the next operation, or of another
 program. Half a millisecond still spans what Python does between two tokens.
@@ -21,6 +21,6 @@ def shorten() -> None:
 
 
 def environment_of_others() -> dict[str, str]:
-    """The environment without what this package has set: for programs that are to run as they would by themselves."""
+    """The environment without this package's settings, for programs that should run as they do alone."""
     ours = {*_OURS, "NUMBA_NUM_THREADS"} - _SET_BY_USER  # the latter by `container`
     return {name: value for name, value in os.environ.items() if name not in ours}

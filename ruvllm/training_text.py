@@ -1,4 +1,4 @@
-"""Texts to learn from: JSON lines and plain text become the tokens of examples, with the answers marked."""
+"""Training data: JSON lines and plain text become the tokens of examples, with the answers marked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Record = Mapping[str, Any] | str | Example
 
 
 class TrainingDataError(RuvllmError, ValueError):
-    """Data that nothing can be learned from: which file and line, and why."""
+    """Data that cannot be learned from: which file and line, and why."""
 
 
 def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) -> list[Example]:
@@ -34,8 +34,8 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) ->
 
     Raises:
         OSError: it cannot be read.
-        TrainingDataError: it is empty, of a kind that is not read, or a line is no JSON or of no known form; the line
-            is named.
+        TrainingDataError: it is empty, of a kind that is not read, or a line is not JSON or has no known form; names
+            the line.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -44,7 +44,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any, context: int) ->
         known = f"{', '.join(_JSON_LINES)} or a text ({', '.join(_PLAIN_TEXT[1:])})"
         raise TrainingDataError(f"{printable(path)}: expected {known}, found {printable(path.suffix)}: {hint}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise TrainingDataError(f"{printable(path)}: byte {error.start} is not UTF-8") from None
     if kind == ".json" and text.lstrip().startswith("["):
@@ -81,7 +81,7 @@ def to_examples(data: Iterable[Record], tokenizer: Any, context: int) -> list[Ex
 
 
 def to_example(record: Record, tokenizer: Any, context: int) -> Example:
-    """One record as tokens, of which those of answers are to be learned.
+    """One record as tokens; those of answers are learned.
 
     Args:
         record: {"messages": [{"role": ..., "content": ...}, ...]}, a chat: what the assistant says is learned (only
@@ -95,7 +95,7 @@ def to_example(record: Record, tokenizer: Any, context: int) -> Example:
         context: longer examples are cut to this many tokens.
 
     Raises:
-        ValueError: it has no such form, or nothing to be learned is left of it.
+        ValueError: it has none of these forms, or nothing is left to be learned.
     """
     if isinstance(record, Example):
         return record
@@ -140,14 +140,14 @@ def _pair(question: str, answer: str, tokenizer: Any) -> tuple[list[int], np.nda
         return _chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
     before = tokenizer.with_prefix(tokenizer.encode(question, add_special=False))
     ids = tokenizer.with_prefix(tokenizer.encode(question + answer, add_special=False))
-    if ids[: len(before)] != before:  # a token would take in the end of the prompt, which is asked without the answer
+    if ids[: len(before)] != before:  # a token spans the two, but prompts are encoded alone
         ids = before + tokenizer.encode(answer, add_special=False)
     ids = _ended(ids, tokenizer)
     return ids, np.arange(len(ids)) >= len(before)
 
 
 def _in_chat_form(prompt: str, tokenizer: Any) -> bool:
-    """Whether a prompt begins with a control token: then whoever wrote it has put it through a template already."""
+    """Whether a prompt begins with a control token: then it has gone through a template already."""
     ids = tokenizer.encode(prompt.lstrip(), add_special=False)
     return bool(ids) and ids[0] in tokenizer.special_ids
 
@@ -158,13 +158,13 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """The ids with the token that ends a text behind them, if the model has one, unless they end with it already."""
+    """The ids followed by the token that ends a text, if the model has one, unless they end with it already."""
     end = _end(tokenizer)
     return ids if ids[-1:] == end else ids + end
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    """A chat in the model's own form; learned is what stands between the assistant's cue and the end of its turn.
+    """A chat in the model's own format; learned are the tokens from the assistant's cue to the end of its turn.
 
     Templates of models that think change a turn once others follow it: there only the last answer is as it was given.
     """
@@ -175,7 +175,7 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[i
     ends = set(tokenizer.eos_ids)
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if answers[:1] == [0]:
-        raise ValueError("messages: the first is the assistant's: there is nothing that it answers")
+        raise ValueError("messages: the first is the assistant's: it answers nothing")
     for n in answers:
         cue = encode_chat(tokenizer, messages[:n], add_generation_prompt=True)
         turn = encode_chat(tokenizer, messages[: n + 1], add_generation_prompt=False)

@@ -334,14 +334,14 @@ def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
         (["generate", "m", "x", "--tmp", "0.5"], '"--" (see `ruvllm generate --help`)'),
         (["generate", "m", "-hello"], 'unknown option -hello; a text that begins with "-" goes last, after "--"'),
         (["generate", "m", "-for what?"], "unknown option '-for what?'; a text"),
-        (["generate", "m", "-ngl", "99", "x"], "-ngl is an option of llama.cpp that ruvllm has not: there are no GPUs"),
-        (["generate", "-ngl", "99", "-m", "m", "-p", "x"], "-ngl is an option of llama.cpp that ruvllm has not"),
-        (["generate", "m", "x", "--n-gpu-layers=99"], "--n-gpu-layers is an option of llama.cpp that ruvllm has not"),
-        (["generate", "m", "-fa", "x"], "-fa is an option of llama.cpp that ruvllm has not: attention always works so"),
-        (["chat", "m", "-sys", "Be kind."], "-sys is an option of llama.cpp that ruvllm has not: use --system (see"),
-        (["chat", "-hf", "o/n"], "-hf is an option of llama.cpp that ruvllm has not: give OWNER/NAME, OWNER"),
-        (["chat", "m", "-mli"], "-mli is an option of llama.cpp that ruvllm has not: use `ruvllm chat`"),
-        (["perplexity", "m", "f", "-ctk", "q8_0"], "-ctk is an option of llama.cpp that ruvllm has not: use --kv"),
+        (["generate", "m", "-ngl", "99", "x"], "-ngl is an option of llama.cpp that ruvllm lacks: ruvllm runs on"),
+        (["generate", "-ngl", "99", "-m", "m", "-p", "x"], "-ngl is an option of llama.cpp that ruvllm lacks"),
+        (["generate", "m", "x", "--n-gpu-layers=99"], "--n-gpu-layers is an option of llama.cpp that ruvllm lacks"),
+        (["generate", "m", "-fa", "x"], "-fa is an option of llama.cpp that ruvllm lacks: attention always"),
+        (["chat", "m", "-sys", "Be kind."], "-sys is an option of llama.cpp that ruvllm lacks: use --system (see"),
+        (["chat", "-hf", "o/n"], "-hf is an option of llama.cpp that ruvllm lacks: give OWNER/NAME, OWNER"),
+        (["chat", "m", "-mli"], "-mli is an option of llama.cpp that ruvllm lacks: use `ruvllm chat`"),
+        (["perplexity", "m", "f", "-ctk", "q8_0"], "-ctk is an option of llama.cpp that ruvllm lacks: use --kv"),
         (["generate", "m", "x", "-n", "many"], "-n/--max-tokens/--n-predict/--max-new-tokens: invalid integer value"),
         (["generate", "m", "x", "-n", "0"], "--max-new-tokens: expected 1 or more or -1 or -2, found 0"),
         (["generate", "m", "x", "-n", "-5"], "--max-new-tokens: expected 1 or more or -1 or -2, found -5"),
@@ -373,7 +373,7 @@ def test_no_option_of_llama_cpp_is_read_as_another(llm, capsys, option):
     """All options of one dash and several letters that its help lists; argparse would take -ngl for -n gl."""
     with pytest.raises(SystemExit):
         main(["generate", "m", "x", option, "1"])
-    assert f"error: {option} is an option of llama.cpp that ruvllm has not: " in capsys.readouterr().err
+    assert f"error: {option} is an option of llama.cpp that ruvllm lacks: " in capsys.readouterr().err
     assert llm.loaded is None
 
 

@@ -41,10 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_what_can_be() -> None:
-    """Characters that stdout's encoding lacks become "?", as bytes of paths stay what they are: no answer breaks off.
+    """Print "?" for characters that stdout's encoding lacks, and the raw bytes of paths, so that no answer breaks off.
 
-    Python's own default there is an error, in the middle of an answer. What the user has chosen (PYTHONIOENCODING)
-    stays.
+    Python's default raises an error in the middle of an answer. The user's choice (PYTHONIOENCODING) is kept.
     """
 
     def replace(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -59,7 +58,7 @@ def _print_what_can_be() -> None:
 
 
 class _Line(logging.Formatter):
-    """`ruvllm: ...`; what is more, or less, than a remark is said to be so."""
+    """`ruvllm: ...`, with the level unless it is INFO."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
@@ -67,16 +66,16 @@ class _Line(logging.Formatter):
 
 
 def _show_log(debug: bool, quiet: bool) -> None:
-    """Show remarks of the library (not with --quiet), and warnings of all, on stderr."""
+    """Log to stderr: the library's info messages (not with --quiet), and all warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Line())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
     logging.getLogger("ruvllm").setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
-    logging.getLogger("numba").setLevel(logging.WARNING)  # its debug log is the compiler's, page after page
+    logging.getLogger("numba").setLevel(logging.WARNING)  # its debug log is pages of the compiler's
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong, on one line; an error that was not foreseen is named by its type too."""
+    """The error on one line; an unexpected one with its type."""
     from ruvllm.errors import RuvllmError, printable
 
     if isinstance(error, RuvllmError | ValueError):
@@ -91,7 +90,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _drop_stdout() -> None:
-    """Let the interpreter's last flush of stdout go nowhere, so that it does not complain of the closed pipe."""
+    """Let the interpreter's last flush of stdout go nowhere, so that it does not complain about the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -166,7 +165,7 @@ def _warmup(args: argparse.Namespace) -> None:
 
     ruvllm.warmup(progress=True)
     directory = kernel_cache_directory()
-    print("nothing was kept: there is no private cache directory" if directory is None else directory)
+    print("nothing was cached: there is no private cache directory" if directory is None else directory)
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -1,18 +1,18 @@
-"""Options of llama.cpp that ruvllm has not, and what to use: so that none is read as another option with a value."""
+"""Options of llama.cpp that ruvllm lacks, and what to use instead: none is mistaken for another option."""
 
 from __future__ import annotations
 
 import re
 
-_HOST = "there are no GPUs here and the processor does it all: leave it out"
-_SAMPLING = "there is no such sampling; there are --temp, --top-k, --top-p, --min-p and --repeat-penalty"
-_FILE = "the model's file says it: leave it out"
+_HOST = "ruvllm runs on the CPU only: leave it out"
+_SAMPLING = "ruvllm lacks this sampler; it has --temp, --top-k, --top-p, --min-p and --repeat-penalty"
+_FILE = "it is read from the model's file: leave it out"
 _CHOSEN = "ruvllm chooses it: leave it out"
-_DRAFT = "there is no speculative decoding: leave it out"
+_DRAFT = "speculative decoding is not supported: leave it out"
 _HUB = "give OWNER/NAME, OWNER/NAME:TYPE or OWNER/NAME/file.gguf as the model: it is fetched"
-_PICTURES = "models here read text alone"
-_LOG = "use --debug to see more, --quiet to see the answer alone"
-_GRAMMAR = "there are no grammars: ask for the form in the prompt"
+_PICTURES = "only text models are supported"
+_LOG = "use --debug for more output, --quiet for the answer alone"
+_GRAMMAR = "grammars are not supported: describe the format in the prompt"
 _CHAT = "use `ruvllm chat` for a conversation, `ruvllm generate` for one answer, --raw for no chat at all"
 _MAPPED = "weights are mapped from the file unless --no-mmap is given"
 
@@ -23,7 +23,7 @@ _USE: dict[str, str] = {
         ("--list-devices -ot --override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe -kvo --kv-offload", _HOST),
         ("-nkvo --no-kv-offload --op-offload --no-op-offload --no-host -fit --fit -fitt --fit-target", _HOST),
         ("-fitc --fit-ctx --rpc", _HOST),
-        ("-fa --flash-attn", "attention always works so: leave it out"),
+        ("-fa --flash-attn", "attention always works this way: leave it out"),
         ("-sys", "use --system"),
         ("-sysf --system-prompt-file", 'use --system "$(cat FILE)"'),
         ("-ctk --cache-type-k -ctv --cache-type-v", "use --kv f16 or --kv int8, for keys and values"),
@@ -34,15 +34,15 @@ _USE: dict[str, str] = {
         ("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch", "use taskset"),
         ("--cpu-strict-batch", "use taskset"),
         ("-np --parallel -cb --cont-batching", "there is one sequence at a time: leave it out"),
-        ("--keep --context-shift --no-context-shift", "a full context ends the answer; -c makes room"),
+        ("--keep --context-shift --no-context-shift", "a full context ends the answer; set a larger one with -c"),
         ("--predict", "use --n-predict (-n)"),
         ("-bf --binary-file", "use --file (-f), which reads UTF-8"),
-        ("-e --escape --no-escape", r"escapes are not read: in a shell write $'one\ntwo'"),
+        ("-e --escape --no-escape", r"escapes are not processed: in a shell write $'one\ntwo'"),
         ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor", _FILE),
         ("--yarn-attn-factor --yarn-beta-slow --yarn-beta-fast --override-kv -gan --grp-attn-n", _FILE),
         ("--mlock --mmap -dio --direct-io -ndio --no-direct-io -lm --load-mode", _MAPPED),
         ("--lora-scaled --lora-base", "use --lora PATH=WEIGHT"),
-        ("--control-vector --control-vector-scaled --control-vector-layer-range", "there are adapters: --lora PATH"),
+        ("--control-vector --control-vector-scaled --control-vector-layer-range", "use an adapter: --lora PATH"),
         ("-hf -hfr --hf-repo -hff --hf-file", _HUB),
         ("-hft --hf-token", "set HF_TOKEN"),
         ("--offline", "set HF_HUB_OFFLINE=1"),
@@ -60,10 +60,10 @@ _USE: dict[str, str] = {
         ("-r --reverse-prompt", "use --stop"),
         ("-cnv --conversation -no-cnv --no-conversation -st --single-turn -i --interactive -if", _CHAT),
         ("--interactive-first -mli --multiline-input", _CHAT),
-        ("--jinja --no-jinja", "templates are always read so: leave it out"),
+        ("--jinja --no-jinja", "templates are always Jinja: leave it out"),
         ("-rea --reasoning --reasoning-budget", "use --think or --no-think"),
         ("--reasoning-effort", """use --template-args '{"reasoning_effort": "low"}'"""),
-        ("--reasoning-format", "what a model thinks goes to stderr: leave it out"),
+        ("--reasoning-format", "reasoning goes to stderr: leave it out"),
         ("-mm --mmproj -mmu --mmproj-url --no-mmproj --image --audio --video -mmdev", _PICTURES),
         ("-md --model-draft -hfd -hfrd -td --threads-draft -tbd -Cd -Crd -Cbd -otd -cmoed -ncmoed -devd -ngld", _DRAFT),
         ("-ctkd -ctvd --draft --draft-n --draft-max --draft-min --draft-n-min --spec-type --spec-default", _DRAFT),
@@ -74,14 +74,14 @@ _GLUED = re.compile(r"-[A-Za-z](=|[+-]?\.?\d)")  # -n5, -n=5: a short option and
 
 
 def what_to_use(option: str) -> str | None:
-    """What llama.cpp's option is here, where there is no option of this name; None if llama.cpp has none either."""
+    """What to use in place of an option of llama.cpp; None if llama.cpp has no such option."""
     return _USE.get(option.partition("=")[0])
 
 
 def is_no_option(argument: str) -> bool:
-    """Whether an argument begins like a short option and is none: argparse would read ``-ngl`` as ``-n gl``.
+    """Whether an argument begins like a short option but is none: argparse would read ``-ngl`` as ``-n gl``.
 
-    A number may stand at its option (``-n5``); all of our options that have one dash have one letter.
+    A number may follow its option directly (``-n5``); all our options with one dash have one letter.
     """
     short = argument[:1] == "-" and argument[1:2].isalpha() and len(argument) > 2
     return short and _GLUED.match(argument) is None

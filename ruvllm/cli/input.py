@@ -22,7 +22,7 @@ def read_text(given: str | None, file: str | None, what: str) -> str:
     elif given is None and file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}: give one as an argument, with --file, or on stdin")
     else:
-        raw = getattr(sys.stdin, "buffer", None)  # None: who calls main has put text there
+        raw = getattr(sys.stdin, "buffer", None)  # None: the caller of main put text there
         text, source = sys.stdin.read() if raw is None else _decoded(raw.read(), _encoding(), "stdin"), "stdin"
     if not text.strip():
         raise ValueError(f"no {what}: {source} is empty")
@@ -36,7 +36,7 @@ def read_line() -> str:
 
 
 def checked(text: str, source: str) -> str:
-    """A text that was typed. Raises ValueError where it has bytes that Python kept though it could not decode them."""
+    """A typed text. Raises ValueError if it has bytes that Python could not decode and kept."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # as lone surrogates
@@ -46,13 +46,13 @@ def checked(text: str, source: str) -> str:
 
 
 def _encoding() -> str:
-    """stdin's, but UTF-8 where the locale has no more than ASCII."""
+    """stdin's encoding, but UTF-8 where the locale's is ASCII."""
     name = codecs.lookup(sys.stdin.encoding).name
     return "utf-8" if name == "ascii" else name
 
 
 def _decoded(content: bytes, encoding: str, source: str) -> str:
-    """Text with the line ends of any system."""
+    """The text, with "\n" for any system's line ends."""
     try:
         return content.decode(encoding).replace("\r\n", "\n")
     except UnicodeDecodeError as error:

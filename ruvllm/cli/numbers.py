@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def integer(low: int, *others: int) -> Callable[[str], int]:
-    """What reads an integer from ``low`` on, or one of ``others``, which have a meaning of their own."""
+    """A parser of integers from ``low`` up, or of ``others``, which have a special meaning."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -22,7 +22,7 @@ def integer(low: int, *others: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """What reads a finite number from ``low``, or only ``above`` it, to ``high``."""
+    """A parser of finite numbers from ``low``, or only ``above`` it, to ``high``."""
 
     def read(text: str) -> float:
         value = float(text)

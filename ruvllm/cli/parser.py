@@ -29,8 +29,8 @@ Models and compiled kernels are kept in the user's cache directory (`ruvllm info
 """
 
 _GENERATE = """\
-Answer a prompt. A model that brings a chat template answers it as a user's message; --raw continues it as plain text.
-The answer goes to stdout as it comes; what a model thinks before it, times and speed go to stderr.
+Answer a prompt. A model with a chat template gets it as a user's message; --raw continues it as plain text.
+The answer is streamed to stdout; reasoning, times and speed go to stderr.
 
 examples:
   ruvllm generate smollm2-135m "Why is the sky blue?"
@@ -51,8 +51,8 @@ examples:
 
 _PERPLEXITY = """\
 Perplexity of a text: exp of the mean negative log-likelihood of its tokens, in windows of --context tokens.
-With --kl also what quantisation costs: mean KL divergence of the predictions from those of the same file computed in
-float32, and how often both find the same token likeliest. The float32 weights must fit into memory beside the others.
+With --kl also what quantisation costs: the mean KL divergence of the predictions from those of the same file computed
+in float32, and how often both have the same top token. The float32 weights must fit into memory with the others.
 
 examples:
   ruvllm perplexity book.txt
@@ -61,8 +61,8 @@ examples:
 """
 
 _TRAIN = """\
-Train a LoRA adapter on a file and write it as PEFT does (default model: smollm2-135m). The model itself stays as it is,
-in 4 or 8 bits if it has so few.
+Train a LoRA adapter on a file and write it as PEFT does (default model: smollm2-135m). The model's weights stay
+frozen, in 4 or 8 bits if the file has so few.
 
 FILE.jsonl holds one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ...,
 "output": ...} or {"text": ...}; only answers are learned. A .txt (or .md ...) is plain text, cut into windows of
@@ -101,8 +101,8 @@ NAME is one of those (fetched with the pip or uv of this Python and its settings
   OWNER/NAME            the directory: config.json, tokenizer, safetensors
   OWNER/NAME:TYPE       its GGUF file of this type
   OWNER/NAME/file.gguf  this file; the beginning of its path will do where it is the only one
-Those are kept in the cache of huggingface_hub, whose settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
-All commands take these names for MODEL and fetch what is not there.
+Those are kept in the cache of huggingface_hub, whose settings apply: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+All commands take these names for MODEL and fetch missing models.
 
 examples:
   ruvllm pull
@@ -122,12 +122,12 @@ examples:
 """
 
 _WARMUP = """\
-Compile all kernels into the cache, so that later starts need not.
+Compile all kernels into the cache, so that later starts are fast.
 """
 
 _REPORT = """\
-Measure kernels and layers on this machine, beside their limits and beside NumPy, PyTorch and llama.cpp where these are
-installed; write STEM.md, STEM.json and STEM.html. Leave the machine alone meanwhile: it takes some minutes.
+Measure kernels and layers on this machine against its limits, and against NumPy, PyTorch and llama.cpp where they are
+installed; write STEM.md, STEM.json and STEM.html. Leave the machine idle meanwhile: it takes some minutes.
 
 RUVLLM_TORCH_PYTHON and RUVLLM_LLAMA_PYTHON name Pythons that have PyTorch and llama-cpp-python (default: this one).
 With REPORT.json nothing is measured: that report is shown and compared.
@@ -144,8 +144,8 @@ _ONLY = "a table (attention, gqa, bandwidth, norms, matmul, rope, lora, layers, 
 
 
 _EXPLAIN = """\
-What the compiler made of a kernel's loops: their width in bits, multiply-adds, integer dot products, spills, cache
-lines read and written per number, calls of functions. For this processor, or for one that this machine need not be.
+How the compiler translated a kernel's loops: vector width in bits, multiply-adds, integer dot products, spills, cache
+lines read and written per element, calls of functions. For this processor, or for another one.
 NAME is a kernel (rms_norm, gemv ...) or a part of a model (quant_matmul, attend_prompt ...).
 
 examples:
@@ -200,7 +200,7 @@ def build_parser() -> Parser:
     pull = add("pull", "[NAME ...]", "fetch a model into the cache", _PULL)
     pull.add_argument("--verify", action="store_true", help="compare every byte of a cached file with its checksum")
 
-    loading, sampling = _loading(said="as the answer needs"), _sampling(max_tokens=256, temperature=0.0)
+    loading, sampling = _loading(said="as much as the answer needs"), _sampling(max_tokens=256, temperature=0.0)
     generate = add("generate", "MODEL [PROMPT | -]", "answer one prompt", _GENERATE, loading, sampling, _answering())
     generate.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
@@ -211,7 +211,7 @@ def build_parser() -> Parser:
 
     info = add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
     info.add_argument(
-        "--calibrate", action="store_true", help="measure anew where NumPy's BLAS multiplies faster than our kernels"
+        "--calibrate", action="store_true", help="measure again where NumPy's BLAS multiplies faster than our kernels"
     )
 
     _add_training(add("train", "[MODEL]", "train an adapter on a file", _TRAIN, _loading(context=512)))
@@ -223,14 +223,14 @@ def build_parser() -> Parser:
 
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
 
-    explain = add("explain", "NAME", "what the compiler made of a kernel", _EXPLAIN)
+    explain = add("explain", "NAME", "how the compiler translated a kernel", _EXPLAIN)
     explain.add_argument("--target", choices=TARGETS, default="host", help="the processor (default: this one)")
-    explain.add_argument("--asm", action="store_true", help="show the loops' assembly beside their source lines")
+    explain.add_argument("--asm", action="store_true", help="show the loops' assembly next to their source lines")
     report = add("report", "[REPORT.json]", "measure this machine: kernels, layers, peers, limits", _REPORT)
     report.add_argument("--quick", action="store_true", help="half a minute: one thread, fewer measurements and layers")
     report.add_argument("--only", action="append", default=[], metavar="NAME", help=_ONLY)
     report.add_argument(
-        "-t", "--threads", metavar="N,N", help="numbers of threads (default: 1 and, unless --quick, physical cores)"
+        "-t", "--threads", metavar="N,N", help="thread counts (default: 1 and, unless --quick, physical cores)"
     )
     report.add_argument("--no-peers", action="store_true", help="do not measure NumPy, PyTorch and llama.cpp")
     report.add_argument("--compare", metavar="OLD.json", help="say what changed since an older report")
@@ -254,7 +254,7 @@ def _common() -> Parser:
 
 
 def _loading(context: int = 8192, said: str | None = None) -> Parser:
-    """Options that say how a model is loaded; ``context`` is what is taken, of the model's, where none is asked for."""
+    """Options for loading a model; ``context``: the context taken by default, if the model's is not shorter."""
     parser = Parser(add_help=False)
     parser.set_defaults(usual_context=context)
     said = said or f"the model's, at most {context}"
@@ -263,7 +263,7 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
     group.add_argument("-t", "--threads", type=integer(1), metavar="N", help="threads (default: physical cores)")
     group.add_argument(
         "-c", "--ctx-size", "--context", dest="context", type=integer(0), metavar="N",
-        help=f"context length in tokens, 0: what the model was made for (default: {said})",
+        help=f"context length in tokens, 0: the model's own (default: {said})",
     )  # fmt: skip
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
@@ -278,16 +278,16 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
 
 
 def _add_training(parser: Parser) -> None:
-    """Options that say what an adapter learns from, what it is, and how it learns."""
+    """Options for the training data, the adapter, and the training."""
     files = parser.add_argument_group("data")
-    files.add_argument("-d", "--data", metavar="FILE", help="what to learn from: .jsonl or text")
-    files.add_argument("--eval", metavar="FILE", help="what to measure with, before and after")
+    files.add_argument("-d", "--data", metavar="FILE", help="training data: .jsonl or text")
+    files.add_argument("--eval", metavar="FILE", help="evaluation data, used before and after")
     files.add_argument(
         "--eval-share", type=float, default=0.1, metavar="P",
-        help="without --eval: share of the examples that is held out to measure with (default: %(default)s)",
+        help="without --eval: share of the examples held out for evaluation (default: %(default)s)",
     )  # fmt: skip
     files.add_argument("-o", "--out", default="adapter", metavar="DIR", help="where to write (default: %(default)s)")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    files.add_argument("--resume", action="store_true", help="continue the run in --out")
     files.add_argument("--save-every", type=int, default=0, metavar="N", help="write a checkpoint every N steps")
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--rank", "--lora-r", type=int, default=8, metavar="R", help="rank (default: %(default)s)")
@@ -295,18 +295,18 @@ def _add_training(parser: Parser) -> None:
     adapter.add_argument("--dropout", "--lora-dropout", type=float, default=0.0, metavar="P", help="of its inputs")
     adapter.add_argument(
         "--targets", "--target-modules", default="q,v", metavar="LIST",
-        help="matrices that get one, of q,k,v,o,gate,up,down (default: %(default)s)",
+        help="matrices to adapt, of q,k,v,o,gate,up,down (default: %(default)s)",
     )  # fmt: skip
     adapter.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead of alpha / rank")
     learning = parser.add_argument_group("training")
     learning.add_argument("--epochs", type=float, default=3.0, metavar="N", help="(default: %(default)s)")
     learning.add_argument("--steps", "--max-steps", type=int, metavar="N", help="number of steps, instead of --epochs")
     learning.add_argument("-b", "--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    learning.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of one step")
+    learning.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches per step")
     learning.add_argument("--lr", "--learning-rate", type=float, default=1e-3, metavar="X", help="(default: 0.001)")
     learning.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of lr")
     learning.add_argument(
-        "--warmup", type=float, default=0.1, metavar="N", help="steps, or share of them, until lr is reached"
+        "--warmup", type=float, default=0.1, metavar="N", help="steps, or share of all steps, until lr is reached"
     )
     learning.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default: %(default)s)")
     learning.add_argument("--momentum", type=float, default=0.0, metavar="X", help="of sgd")
@@ -317,7 +317,7 @@ def _add_training(parser: Parser) -> None:
 
 
 def _sampling(max_tokens: int, temperature: float) -> Parser:
-    """Options that say how tokens are chosen."""
+    """Options for sampling."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -369,10 +369,10 @@ def _answering() -> Parser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse a command line; `operands` holds what is no option, wherever it stood.
+    """Parse a command line; `operands` holds the arguments that are no options, wherever they stood.
 
-    argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers. What stands
-    after "--" is no option, whatever it begins with.
+    argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers. Nothing after
+    "--" is an option, whatever it begins with.
     """
     given = sys.argv[1:] if argv is None else argv
     end = given.index("--") if "--" in given else len(given)
@@ -390,10 +390,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
-    """Exit with an error that names an option that there is not, and what to use where it is one of llama.cpp's."""
+    """Exit with an error that names an unknown option, and what to use instead if it is one of llama.cpp's."""
     hint = what_to_use(argument)
     if hint is not None:
-        said = f"{argument.partition('=')[0]} is an option of llama.cpp that ruvllm has not: {hint}"
+        said = f"{argument.partition('=')[0]} is an option of llama.cpp that ruvllm lacks: {hint}"
     else:
         shown = argument if argument.isprintable() and " " not in argument else repr(argument)
         said = f'unknown option {shown}; a text that begins with "-" goes last, after "--"'

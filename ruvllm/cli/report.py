@@ -1,4 +1,4 @@
-"""The command `report`: measure, or read a report; write it, and show what it comes to."""
+"""The command `report`: measure, or read a report; write it, and show its summary."""
 
 from __future__ import annotations
 

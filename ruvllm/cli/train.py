@@ -1,4 +1,4 @@
-"""The command that lets a model learn: train."""
+"""The command `train`: fine-tune an adapter."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"which data? for example: ruvllm train {model} --data FILE.jsonl")
     out = Path(args.out)
     if not args.resume and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: --resume goes on with the run there, or choose another --out")
-    try:  # before anything is learned that could not be kept
+        raise ValueError(f"{out} is not empty: --resume continues the run there, or choose another --out")
+    try:  # before training what could not be saved
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"--out: nothing can be written into {out} ({error.strerror})") from None
@@ -71,7 +71,7 @@ def train(args: argparse.Namespace) -> None:
         _run(trainer, args.save_every, save)
     except KeyboardInterrupt:
         save()
-        print(f"\nstopped after step {trainer.done}; go on with the same command and --resume", file=sys.stderr)
+        print(f"\nstopped after step {trainer.done}; continue with the same command and --resume", file=sys.stderr)
         raise
     save()
     if held_out:

@@ -10,7 +10,7 @@ from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, SIDE, Rounded,
 
 
 class Activations:
-    """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once, ``of`` says what they now stand for."""
+    """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once and refilled by ``of``."""
 
     def __init__(self, tokens: int, columns: int) -> None:
         n = -(-columns // GROUP) * (tokens + SIDE)  # groups of all tokens; the last block of tokens may not be full
@@ -28,7 +28,7 @@ class Activations:
         return self
 
     def rounded(self) -> Rounded:
-        """x in 8 bits (see ``kernels.quant.matmul``), computed when first asked for."""
+        """x in 8 bits (see ``kernels.quant.matmul``), computed on first use."""
         if self._rounded is None:
             T = len(self.x)
             B, S = token_blocks(T)

@@ -1,4 +1,4 @@
-"""Learning on the fly: one gradient step on a piece of feedback, and what keeps new learning from erasing old.
+"""Learning on the fly: one gradient step on a piece of feedback, and a penalty against forgetting.
 
 Elastic weight consolidation adds strength / 2 sum(F (p - p0)^2) to the loss: p0 are the parameters after the old task,
 F is the diagonal of the Fisher information there, estimated from the old task's data as the mean over its examples of
@@ -25,7 +25,7 @@ from ruvllm.model.training_pass import TrainingPass
 
 @dataclass(frozen=True)
 class Consolidation:
-    """A penalty for leaving what was learned: strength / 2 sum(fisher (p - anchor)^2).
+    """A penalty for departing from what was learned: strength / 2 sum(fisher (p - anchor)^2).
 
     anchor, fisher: (n,) float32, laid out as ``LoraAdapter.parameters``; see ``consolidate``.
     """
@@ -38,7 +38,7 @@ class Consolidation:
 
     def __post_init__(self) -> None:
         if self.anchor.shape != self.fisher.shape:
-            raise ValueError(f"fisher: expected {self.anchor.size} numbers, found {self.fisher.size}")
+            raise ValueError(f"fisher: expected {self.anchor.size} elements, found {self.fisher.size}")
         if not 0 <= self.strength < np.inf:
             raise ValueError(f"strength: expected a finite number >= 0, found {self.strength!r}")
 
@@ -50,7 +50,7 @@ class Consolidation:
     def add_gradient(self, parameters: np.ndarray, into: np.ndarray) -> None:
         """Add its gradient at ``parameters``, strength fisher (p - anchor). Raises ValueError for another size."""
         if parameters.shape != self.anchor.shape:
-            raise ValueError(f"penalty: of {self.anchor.size} numbers, where the adapter has {parameters.size}")
+            raise ValueError(f"penalty: expected {parameters.size} elements (the adapter's), found {self.anchor.size}")
         into += np.float32(self.strength) * self.fisher * (parameters - self.anchor)
 
 

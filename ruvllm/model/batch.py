@@ -20,12 +20,12 @@ from ruvllm.model.replay import Working
 class Batch:
     """Decodes one token at a time for each of several sequences, reading the weights once for all of them.
 
-    Always replays the tape, whatever ``model.fused`` says.
+    Always replays the tape, even if ``model.fused`` is False.
 
     Each sequence's logits are bit-identical to those that it gets alone.
 
     Args:
-        model: which runs them.
+        model: runs the sequences.
         caches: one for each sequence, all of one dtype and filled by this model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The configuration of a model: its sizes, the choices that its layers make, its memory.
+"""The configuration of a model: its sizes, the variants of its layers, its memory.
 
 Field names are those of Hugging Face `transformers` where it has them. A `ModelConfig` that exists is valid: every
 value is checked once, here, whatever file or program it came from.
@@ -80,7 +80,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the shape and the arithmetic of a model.
+    """Everything that determines the shape and the arithmetic of a model.
 
     Sizes: hidden_size is E, intermediate_size F, num_attention_heads H, num_key_value_heads KV, head_dim D,
     vocab_size V; H · D need not equal E. `tie_word_embeddings` makes the embedding serve as the output head.
@@ -90,8 +90,8 @@ class ModelConfig:
     `local_rope` is the rotary embedding of windowed layers where it differs from `rope`; `no_rope_layers` have none.
     attention_bias: biases on q, k, v; attention_out_bias: on o. qk_norm: RMSNorm of q and k, of each "head" or of the
     whole "row". attention_multiplier: factor of the scores, 1 / √D if None;
-    attn_logit_softcapping c: scores become c tanh(score / c). attention_sinks: each head has a score that takes its
-    share of the softmax and has no value.
+    attn_logit_softcapping c: scores become c tanh(score / c). attention_sinks: each head has a score that takes part
+    in the softmax and has no value.
 
     Feed-forward: hidden_act "silu" (SwiGLU), "gelu_tanh" (GeGLU), or "clamped_swiglu" with swiglu_limit and
     swiglu_alpha; mlp_bias: biases on gate, up, down; `experts`: a mixture.
@@ -276,7 +276,7 @@ class ModelConfig:
         return self._total(math.prod)
 
     def active_parameter_count(self) -> int:
-        """Number of weights that one token meets: of a mixture only the experts that it is sent to."""
+        """Number of weights used for one token: of a mixture only the experts that it is sent to."""
         if self.experts is None:
             return self.parameter_count()
         expert = self._mlp_shapes("", self.experts.intermediate_size, self.experts.bias)

@@ -24,7 +24,7 @@ _MOST = 1 << 31  # of any other integer
 
 
 class ConfigError(RuvllmError, ValueError):
-    """A configuration value that no model can have: `field`, what was `found`, what was `expected`."""
+    """An invalid configuration value: `field`, what was `found`, what was `expected`."""
 
     def __init__(self, field: str, found: object, expected: str) -> None:
         self.field = field

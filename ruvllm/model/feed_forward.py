@@ -12,7 +12,7 @@ from ruvllm.model.ops import Ops
 
 
 class Parameters(Protocol):
-    """Where the parts of a model get their matrices and vectors, by canonical name ("layers.3.q")."""
+    """The source of a model's matrices and vectors, by canonical name ("layers.3.q")."""
 
     def linear(self, name: str) -> Linear:
         """A matrix, with its bias if it has one."""

@@ -47,7 +47,7 @@ class Sampling:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is a Python or NumPy integer; True and False are none."""
+    """Whether it is a Python or NumPy integer; not True or False."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -62,7 +62,7 @@ def _require(name: str, value: object, ok: bool, expected: str) -> None:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, its log-probability and those of the likeliest alternatives, if asked for."""
+    """One generated token: its id, its log-probability and the most likely alternatives, if requested."""
 
     id: int
     logprob: float | None = None
@@ -76,7 +76,7 @@ def generate(
 ) -> Iterator[Token]:
     """Append ``ids`` to the cache and yield up to ``max_tokens`` tokens after them.
 
-    A yielded token is not yet in the cache: it is computed when the next one is asked for, so stopping early
+    A yielded token is not yet in the cache: it is computed when the next one is requested, so stopping early
     costs nothing. Log-probabilities are those of the model, before temperature and filters.
 
     Raises:

@@ -21,7 +21,7 @@ DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 
 
 def _zeros(shapes: list[tuple[int, ...]], dtype: type) -> Any:
-    """An array of zeros for each layer: one array of all layers where they are alike, else a list."""
+    """Arrays of zeros for all layers: one array where the layers are alike, else a list."""
     if len(set(shapes)) == 1:
         return aligned_zeros((len(shapes), *shapes[0]), dtype)
     return [aligned_zeros(shape, dtype) for shape in shapes]
@@ -37,7 +37,7 @@ class KVCache:
 
     Raises:
         ValueError: max_tokens < 1, or an unknown ``kv``.
-        InsufficientMemoryError: full, it would not fit into the memory that is free.
+        InsufficientMemoryError: full, it would not fit into the free memory.
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
@@ -84,8 +84,8 @@ class KVCache:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Raise RuntimeError if another thread is filling this cache right now: its buffers serve one at a time."""
-        # No lock: Ctrl-C between taking one and "try" would leave it taken. A thread's own mark is none to itself.
+        """Raise RuntimeError if another thread is filling this cache: its buffers serve one at a time."""
+        # No lock: Ctrl-C between taking one and "try" would leave it taken. It is re-entrant for the owning thread.
         me = threading.get_ident()
         if self._owner.setdefault("thread", me) != me:
             raise RuntimeError("this KV cache is in use by another thread: give each thread a cache of its own")
@@ -95,7 +95,7 @@ class KVCache:
             self._owner.clear()
 
     def claim(self, model: Any) -> None:
-        """Make this the cache of ``model``, whose working memory and tokens it holds from now on.
+        """Bind this cache to ``model``, whose working memory and tokens it holds from now on.
 
         Raises ValueError if it is for a model of other sizes, or holds tokens of another model.
         """
@@ -122,14 +122,14 @@ class KVCache:
 
     @property
     def oldest(self) -> int:
-        """The smallest length, beside 0, that it can be truncated to: windowed layers forget what is older."""
+        """The smallest length, except 0, that it can be truncated to: windowed layers drop older positions."""
         self._reach = max(self._reach, self.length)
         windows = zip(map(self.config.window, range(len(self.capacities))), self.capacities, strict=True)
         kept = [self._reach - size + window - 1 for window, size in windows if window and self._reach > size]
         return max(0, *kept) if kept else 0
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on. Raises ValueError where windowed layers forgot what is older."""
+        """Drop the positions from ``length`` on. Raises ValueError where windowed layers lack older positions."""
         if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, found {length}")
         if 0 < length < self.oldest:
@@ -141,12 +141,12 @@ class KVCache:
         self.length = length
 
     def rewind(self, length: int) -> int:
-        """``truncate``, or forget everything where that cannot be; returns the length that is left."""
+        """``truncate``, or clear where that is impossible; returns the remaining length."""
         self.truncate(length if length >= self.oldest else 0)
         return self.length
 
     def keep_common_prefix(self, ids: np.ndarray) -> int:
-        """Forget what differs from ``ids`` and return how many leading tokens of ``ids`` are held.
+        """Drop what differs from ``ids`` and return how many leading tokens of ``ids`` are kept.
 
         At least one token of ``ids`` is left to be computed, so that there are logits after the last.
         """
@@ -155,13 +155,13 @@ class KVCache:
         return self.rewind(int(different[0]) if len(different) else max(n, 0))
 
     def clear(self) -> None:
-        """Forget everything; the buffers stay."""
+        """Drop all positions; the buffers stay."""
         self.truncate(0)
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of layer i as float32 (T, KV, D), in the order of positions: for looking at, a copy.
+        """Keys and values of layer i as float32 (T, KV, D), in the order of positions: a copy, for inspection.
 
-        Of a windowed layer the last T positions that are left, else all.
+        Of a windowed layer the last T positions, else all.
         """
         held = np.arange(max(0, self.length - self.capacities[i]), self.length) % self.capacities[i]
         keys, values, dim = self.keys[i], self.values[i], self.config.head_dim

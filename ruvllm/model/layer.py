@@ -1,8 +1,8 @@
 """The model, defined once: attention, feed-forward, layer, decoder, in the operations of ``ops`` (``model.ops``).
 
-This is the only place that says what a model computes. Generation, training, the float64 reference and the profiler
-run this code with other ``ops``. What ``ModelConfig`` can say is a choice here; anything else is a subclass: see "Add a
-model" in the README.
+This is the only place that defines what a model computes. Generation, training, the float64 reference and profiling
+run this code with other ``ops``. The variants of ``ModelConfig`` are choices here; anything else is a subclass: see
+"Add a model" in the README.
 
     q k v o gate up down    matrices (outputs, inputs); attn_norm mlp_norm norm    vectors (E,)
 """
@@ -52,7 +52,7 @@ class Attention:
 
 
 class TransformerLayer:
-    """x + attention(norm(x)), then that + feed_forward(norm(that)); norms may also stand behind, or only there."""
+    """x + attention(norm(x)), then that + feed_forward(norm(that)); norms may also follow the blocks, or only that."""
 
     attention_type: type[Attention] = Attention
     mlp_type: type[FeedForward] = FeedForward

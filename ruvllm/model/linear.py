@@ -1,4 +1,4 @@
-"""Linear: y = W x (+ bias, + what an adapter adds), whatever the precision of W."""
+"""Linear: y = W x (+ bias, + an adapter's output), for W in any precision."""
 
 from __future__ import annotations
 

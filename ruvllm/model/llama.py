@@ -44,7 +44,7 @@ class Weights(Protocol):
 
 
 class Llama:
-    """A model: embedding, layers, norm, head; which family it is of, its configuration says.
+    """A model: embedding, layers, norm, head; its configuration says which family it is.
 
     Args:
         config: sizes and variants.
@@ -52,7 +52,7 @@ class Llama:
         layout: "auto" keeps the precision of the file; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
         threads: None uses the physical cores that this process may run on; at most those of numba's pool are used.
         progress: called with the number of weights read, as they are.
-        architecture: the layer code: ``Decoder``, or a subclass that says what is different.
+        architecture: the layer code: ``Decoder``, or a subclass that overrides what differs.
 
     Raises:
         ValueError: unknown layout, or threads < 1.
@@ -90,7 +90,7 @@ class Llama:
         return max(6, min(PREFILL_TOKENS, LAYER_MACS // self.layer_weights // 6 * 6))
 
     def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
-        """A KV cache with room for ``max_tokens`` positions."""
+        """A KV cache for ``max_tokens`` positions."""
         return KVCache(self.config, max_tokens, kv)
 
     def forward(
@@ -138,7 +138,7 @@ class Llama:
                     last = lo + len(part) == len(ids)
                     rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
                     self._forward(part, cache, rows, ops)
-        except BaseException:  # Ctrl-C between two kernels: the tokens count as not taken
+        except BaseException:  # Ctrl-C between two kernels: the tokens are not in the cache
             cache.rewind(before)
             raise
         return logits
@@ -164,11 +164,11 @@ class Llama:
         return self.decoder.embed.take(ids, aligned_empty((len(ids), self.config.hidden_size)))
 
     def set_adapters(self, adapters: AdapterSet | None) -> None:
-        """What is added to the matrices from the next token on; see ``model.lora``, which makes such sets."""
+        """Set the adapters from the next token on; see ``model.lora``, which makes such sets."""
         self.adapters = adapters
 
     def weights_changed(self) -> None:
-        """To be called when a matrix got other weights: their addresses are looked up anew."""
+        """Must be called after a matrix got new weights: their addresses are looked up again."""
         self.tapes = Tapes(self)
 
     def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
@@ -187,7 +187,7 @@ class Llama:
 
     @property
     def layouts(self) -> set[str]:
-        """How the matrices are kept: what is compiled for a model depends on it."""
+        """The layouts of the matrices, which decide what is compiled for a model."""
         return {linear.layout for linear in self.linears().values()}
 
     @property

@@ -1,6 +1,6 @@
 """MicroLoRA: low-rank adapters over a model: attach, mix, swap between two tokens, switch off, train, merge.
 
-The weights themselves stay as they are, so they may be of 4 or 8 bits; only ``merge`` writes into float weights.
+The base weights stay frozen, so they may have 4 or 8 bits; only ``merge`` changes weights, of floats.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _SETS_KEPT = 16  # mixtures of adapters that are packed already
 
 
 class MicroLora:
-    """The adapters of a model: which there are, and which act with what weight.
+    """The adapters of a model: which exist, and which are active with what weight.
 
-    A change acts from the next token on; the base weights, the model and its caches stay as they are. What a KV cache
-    already holds was computed with the adapters of its time.
+    A change takes effect at the next token; the base weights, the model and its caches stay unchanged. What a KV cache
+    already holds was computed with the adapters active then.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -46,7 +46,7 @@ class MicroLora:
 
     @property
     def active(self) -> dict[str, float]:
-        """The adapters that act, and their weights; none while disabled."""
+        """The active adapters and their weights; none while disabled."""
         return dict(self._active) if self._enabled else {}
 
     @property
@@ -55,7 +55,7 @@ class MicroLora:
         return bool(self._unmerged)
 
     def attach(self, adapter: LoraAdapter, name: str = "default", weight: float = 1.0) -> LoraAdapter:
-        """Add an adapter and let it act beside those that do.
+        """Add an adapter and activate it, next to those that are active.
 
         Raises:
             TypeError: the name is no string.
@@ -95,11 +95,11 @@ class MicroLora:
         return adapter
 
     def use(self, *names: str | Mapping[str, float]) -> None:
-        """Let exactly these adapters act: ``use("a")``, ``use("a", "b")``, ``use({"a": 0.7, "b": 0.3})``, ``use()``.
+        """Activate exactly these adapters: ``use("a")``, ``use("a", "b")``, ``use({"a": 0.7, "b": 0.3})``, ``use()``.
 
         Raises:
             KeyError: there is no adapter of this name.
-            ValueError: a weight that is no finite number, or an adapter that is merged and would act twice.
+            ValueError: a weight that is no finite number, or an adapter that is merged and would apply twice.
         """
         weights: dict[str, float] = {}
         for name in names:
@@ -109,18 +109,18 @@ class MicroLora:
         self._apply({name: _checked_weight(name, weight) for name, weight in weights.items()})
 
     def enable(self) -> None:
-        """Let the adapters act again."""
+        """Undo ``disable``."""
         self._enabled = True
         self._apply(self._active)
 
     def disable(self) -> None:
-        """Let the model answer as if it had no adapters, until ``enable``. What is merged stays in the weights."""
+        """Run the model without its adapters, until ``enable``. Merged adapters stay in the weights."""
         self._enabled = False
         self._apply(self._active)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """No adapter acts inside the block."""
+        """Disable the adapters inside the block."""
         before = self._enabled
         self.disable()
         try:
@@ -130,7 +130,7 @@ class MicroLora:
                 self.enable()
 
     def refresh(self, name: str) -> None:
-        """Take in that the numbers of an adapter were changed in place.
+        """Pack an adapter again after its weights were changed in place.
 
         Raises:
             KeyError: there is none of this name.
@@ -146,15 +146,15 @@ class MicroLora:
         training: TrainingConfig | None = None, penalty: Penalty | None = None,
         on_step: Callable[[Step, int], object] | None = None,
     ) -> Trainer:  # fmt: skip
-        """Train the adapter ``name``, a new one of ``config`` if there is none, and let it act.
+        """Train the adapter ``name``, a new one of ``config`` if there is none, and activate it.
 
-        Others that act meanwhile stay as they are, and are part of the model that it learns beside.
+        Other active adapters stay frozen, as parts of the model that it is trained on.
 
         Args:
-            examples: what it learns from.
+            examples: the training data.
             name: of the adapter.
             config: of a new adapter; one that exists keeps its own.
-            training: how it learns.
+            training: the settings of training.
             penalty: added to the loss, for example ``adaptation.consolidate``.
             on_step: called after each step with its report and the number of all steps.
 
@@ -175,7 +175,7 @@ class MicroLora:
         except (FloatingPointError, ValueError):
             if known:
                 self.refresh(name)
-            else:  # nothing came of it
+            else:  # nothing was learned
                 self.detach(name)
             raise
         except BaseException:  # what was learned until the caller ended it is kept
@@ -188,13 +188,13 @@ class MicroLora:
         self, examples: Sequence[Example], name: str = "default", config: LoraConfig | None = None,
         training: TrainingConfig | None = None, penalty: Penalty | None = None,
     ) -> Trainer:  # fmt: skip
-        """What ``fit`` runs, to be stepped by hand; after that ``refresh(name)`` lets the model speak so."""
+        """The Trainer of ``fit``, to step by hand; afterwards ``refresh(name)`` activates the result."""
         from ruvllm.model.training import Trainer, TrainingConfig
 
         training = training or TrainingConfig()
         self._require_not_merged(name)
         if name in self.adapters and config not in (None, self.adapters[name].config):
-            raise ValueError(f"config: there is an adapter {name!r} of other settings: {self.adapters[name]!r}")
+            raise ValueError(f"config: adapter {name!r} exists with other settings: {self.adapters[name]!r}")
         fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
         if name in self.adapters:
             return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty)
@@ -207,13 +207,13 @@ class MicroLora:
         self, feedback: Example, name: str = "micro", rank: int = 2, lr: float = 3.0, max_norm: float = 0.4,
         penalty: Consolidation | None = None,
     ) -> float:  # fmt: skip
-        """One gradient step on a piece of feedback, in milliseconds: an adapter of rank 1 or 2 that learns as it goes.
+        """One gradient step on a piece of feedback, in milliseconds: with an adapter of rank 1 or 2.
 
         The defaults are measured on SmolLM2: three steps on one of five pieces of feedback took its loss from 4.42 to
         3.66 on average, and the perplexity of other texts rose by 0.9 %, at most by 2.6 %. Longer steps cost more.
 
         Args:
-            feedback: a text, and which of its tokens were to be said.
+            feedback: a text, with the tokens that should have been generated as targets.
             name: of the adapter, made at the first call; its targets are q and v.
             rank: of a new adapter.
             lr: the step is lr times the gradient of the mean loss ...
@@ -241,15 +241,15 @@ class MicroLora:
         return loss
 
     def merge(self) -> None:
-        """Write what acts now into the weights, after which it costs nothing; the originals are kept for ``unmerge``.
+        """Add the active adapters to the weights, where they cost nothing; the originals are kept for ``unmerge``.
 
         Raises:
-            ValueError: the weights are integers, which cannot take it; something is merged already, or nothing acts.
+            ValueError: the weights are integers, something is merged already, or no adapter is active.
         """
         if self.merged:
             raise ValueError("merge: adapters are merged already; unmerge first")
         if not self.active:
-            raise ValueError(f"merge: no adapter acts, {'they are disabled' if self._active else 'see use'}")
+            raise ValueError(f"merge: no adapter is active, {'they are disabled' if self._active else 'see use'}")
         linears, before, merged = self.model.linears(), {}, {}
         for name, (down, up) in self.factors(self.active).items():
             weights = linears[name].weights
@@ -264,7 +264,7 @@ class MicroLora:
         self._apply({})
 
     def unmerge(self) -> None:
-        """Put the weights back that were there before ``merge``, bit for bit; what was merged does not act then."""
+        """Restore the weights of before ``merge``, bit for bit; the merged adapters are then inactive."""
         linears = self.model.linears()
         for name, weights in self._unmerged.items():
             linears[name].weights = weights
@@ -294,7 +294,7 @@ class MicroLora:
     def factors(self, active: Mapping[str, float]) -> dict[str, Factors]:
         """down (R, K) and up (N, R) of every matrix, R the sum of the ranks of the adapters on it.
 
-        Raises ValueError where a weight makes numbers of them that float32 does not hold.
+        Raises ValueError if a weight makes elements too large for float32.
         """
         parts: dict[str, list[Factors]] = {}
         for name, weight in active.items():
@@ -302,7 +302,7 @@ class MicroLora:
                 with np.errstate(over="ignore", invalid="ignore"):
                     down, up = self.adapters[name].factors(matrix, weight)
                 if not np.isfinite(up).all():
-                    raise ValueError(f"weight of {name!r}: {weight:g} makes numbers that float32 does not hold")
+                    raise ValueError(f"weight of {name!r}: {weight:g} makes elements too large for float32")
                 parts.setdefault(matrix, []).append((down, up))
         return {
             matrix: (np.concatenate([down for down, _ in some]), np.concatenate([up for _, up in some], axis=1))
@@ -310,16 +310,16 @@ class MicroLora:
         }
 
     def _act(self, name: str) -> None:
-        """Let an adapter act whose numbers were changed: with the weight that it has, else 1."""
+        """Activate an adapter whose weights were changed: with its factor, else 1."""
         self._active = {**self._active, name: self._active.get(name, 1.0)}
         self.refresh(name)
 
     def _forget(self, name: str) -> None:
-        """Drop packed sets in which an adapter has a part."""
+        """Drop packed sets that contain an adapter."""
         self._sets = {key: held for key, held in self._sets.items() if all(other != name for other, _ in key)}
 
     def _require_not_merged(self, name: str) -> None:
-        """Whatever happened to an adapter that is in the weights, they would not follow."""
+        """Refuse to change a merged adapter: the weights would not follow."""
         if name in self._merged:
             raise ValueError(f"adapter {name!r} is merged into the weights; unmerge first")
 

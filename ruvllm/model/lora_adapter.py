@@ -1,4 +1,4 @@
-"""A low-rank adapter: what it is (LoraConfig), and its numbers (LoraAdapter).
+"""A low-rank adapter: its settings (LoraConfig) and its weights (LoraAdapter).
 
 A matrix W (N, K) with an adapter gives y = W x + scaling B^T (A^T x), A (K, R), B (R, N).
 
@@ -23,10 +23,10 @@ MAX_RANK = 1024
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter is: its rank, its strength, where it sits.
+    """The settings of an adapter: its rank, its strength, its matrices.
 
     rank: R, the columns of A. alpha: the adapter adds alpha / rank (with ``rslora``: alpha / sqrt(rank)) times A B.
-    dropout: share of the inputs of A that are left out while training. targets: matrices that get an adapter.
+    dropout: share of the inputs of A that are dropped in training. targets: matrices that get an adapter.
 
     Raises:
         ValueError: a value outside its range; the message names it.
@@ -57,7 +57,7 @@ class LoraConfig:
 
 
 class LoraAdapter:
-    """The A and B of every matrix that an adapter sits on, views of one array ``parameters`` (float32).
+    """The A and B of every adapted matrix, views of one array ``parameters`` (float32).
 
     ``a["layers.0.q"]`` is (K, R), ``b["layers.0.q"]`` is (R, N). A new adapter adds nothing: A is random, B is zero.
 
@@ -65,7 +65,7 @@ class LoraAdapter:
         model: the configuration of the model that it is for.
         config: rank, scaling and targets.
         seed: of the random numbers in A.
-        names: matrices that it sits on ("layers.0.q"); None: the targets of all layers.
+        names: the matrices that it adapts ("layers.0.q"); None: the targets of all layers.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LoraAdapter:
     def views(
         self, parameters: np.ndarray, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """A and B of each matrix within an array of as many numbers as ``parameters``: of gradients, of averages."""
+        """A and B of each matrix within an array shaped like ``parameters``: of gradients, of averages."""
         if shapes is None:
             shapes = {name: (self.b[name].shape[1], self.a[name].shape[0]) for name in self.a}
         a, b, at, rank = {}, {}, 0, self.config.rank
@@ -95,7 +95,7 @@ class LoraAdapter:
         return a, b
 
     def reset(self, seed: int = 0) -> None:
-        """Begin anew: A uniform within 1 / sqrt(K), as PEFT draws it, and B zero."""
+        """Reset: A uniform within 1 / sqrt(K), as PEFT draws it, and B zero."""
         rng = np.random.default_rng(seed)
         for name, a in self.a.items():
             a[:] = rng.uniform(-1, 1, a.shape) / math.sqrt(len(a))
@@ -103,12 +103,12 @@ class LoraAdapter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The matrices that it sits on."""
+        """The adapted matrices."""
         return tuple(self.a)
 
     @property
     def param_count(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return self.parameters.size
 
     @property
@@ -121,7 +121,7 @@ class LoraAdapter:
         return self.a[name].T, self.b[name].T * np.float32(weight * self.config.scaling)
 
     def require_finite(self) -> None:
-        """Raise ValueError, naming the matrix, if a number is NaN or infinite."""
+        """Raise ValueError, naming the matrix, if an element is NaN or infinite."""
         for part, arrays in (("A", self.a), ("B", self.b)):
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
@@ -142,7 +142,7 @@ class LoraAdapter:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer, of Python or NumPy; True and False are none."""
+    """Whether it is an integer, of Python or NumPy; not True or False."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Adapters as the forward pass reads them: packed once when they are chosen, and then only pointed at."""
+"""Adapters as the forward pass reads them: packed once when chosen, then shared."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _LARGEST = np.float32(127)  # of int8
 Factors = tuple[np.ndarray, np.ndarray]  # down (R, K) and up (N, R), float32, scaling included
 
 
-# Matrices that share an input, in the order in which a token meets them: the two parts of an adapter lie in memory as
-# they are read, first parts before second parts, so that what is asked for ahead of time is what comes next.
+# Matrices that share an input, in the order of a token's pass. Adapters are stored in the order in which they are read,
+# all first parts before the second parts, so that hardware prefetching fetches what comes next.
 _TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class LowRank:
-    """What is added to one matrix: out += (scales * (x down^T)) up^T; down and up are panels of float32 or of int8."""
+    """The adapter of one matrix: out += (scales * (x down^T)) up^T; down and up are panels of float32 or of int8."""
 
     def __init__(self, down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> None:
         self.down, self.up, self.scales, self.rank = down, up, scales, up.shape[1]
 
     def add(self, x: np.ndarray, out: np.ndarray) -> None:
-        """out (T, N) += what the adapter makes of x (T, K)."""
+        """out (T, N) += the adapter's output for x (T, K)."""
         add_low_rank(self.down, self.scales, self.up, x, out)
 
 
 class AdapterSet:
-    """What is added to all matrices of a model at one moment. Never changed: to swap is to point at another set.
+    """The adapters of all matrices of a model. Immutable: a swap installs another set.
 
     Args:
         layers: of the model.
         factors: of the matrices that have an adapter, by name.
-        rounded: keep them in 8 bits, with one scale for each rank: they are read with every token. Each number moves by
-            at most 1/254 of its rank's largest, which changes what an adapter adds by a percent or two as a rule.
+        rounded: keep them in 8 bits, with one scale for each rank: they are read with every token. The error of an
+            element is at most 1/254 of its rank's largest; an adapter's output usually changes by 1 or 2 %.
 
     Raises:
-        ValueError: numbers too large for float32.
+        ValueError: elements too large for float32.
     """
 
     def __init__(self, layers: int, factors: Mapping[str, Factors], rounded: bool) -> None:
@@ -64,12 +64,12 @@ class AdapterSet:
 
 
 def _rounded(down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> Factors:
-    """Both as int8; ``scales`` gets what each rank's product is to be multiplied by."""
+    """Both as int8; ``scales`` gets the factor of each rank's product."""
     a, b = np.abs(down).max(axis=1) / _LARGEST, np.abs(up).max(axis=0) / _LARGEST
     with np.errstate(over="ignore"):
         scales[: len(a)] = a * b
     if not np.isfinite(scales).all():
-        raise ValueError("adapter: float32 does not hold products of its numbers; they are too large")
+        raise ValueError("adapter: expected elements whose products fit into float32, found larger ones")
     a, b = np.where(a > 0, a, 1), np.where(b > 0, b, 1)  # of a rank that adds nothing
     down, up = (np.clip(np.rint(x), -_LARGEST, _LARGEST) for x in (down / a[:, None], up / b))
     return down.astype(np.int8), up.astype(np.int8)

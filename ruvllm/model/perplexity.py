@@ -41,8 +41,8 @@ class Divergence:
     """How a model's predictions differ from a baseline's, over ``tokens`` positions of a text.
 
     kl is the mean of sum_v p(v) log(p(v) / q(v)) in nats, p the baseline's and q the model's probabilities of the next
-    token; error is one standard error of it; same_top is the share of positions where both find the same token
-    likeliest.
+    token; error is one standard error of it; same_top is the share of positions with the same most
+    likely token.
     """
 
     kl: float
@@ -80,7 +80,7 @@ def perplexity(
     progress: Callable[[int, int], object] | None = None,
     kv: str = "f32",
 ) -> Perplexity:
-    """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given what precedes it there.
+    """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given the tokens before it.
 
     Each window starts afresh; with ``bos`` its first token is replaced by that one. Tokens after the last whole
     window are not scored. Position j >= context/2 predicts token j + 1, as in llama.cpp's perplexity tool.
@@ -110,7 +110,7 @@ def divergence(
     progress: Callable[[int, int], object] | None = None,
     kv: str = "f32",
 ) -> Divergence:
-    """How ``model``, with a cache of precision ``kv``, departs from ``baseline``, with a float32 cache.
+    """How far ``model``, with a cache of precision ``kv``, is from ``baseline``, with a float32 cache.
 
     Windows, positions and arguments are those of ``perplexity``.
 
@@ -156,7 +156,7 @@ def _checked(model: Llama, ids: np.ndarray, context: int) -> np.ndarray:
 
 
 def _windows(ids: np.ndarray, context: int, bos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each window's tokens, and those that its second half is to predict."""
+    """Each window's tokens, and the targets of its second half."""
     for start in range(0, len(ids) - context + 1, context):
         window = ids[start : start + context].copy()
         targets = window[context // 2 + 1 :].copy()

@@ -12,11 +12,11 @@ from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_for
 from ruvllm.model.config import ModelConfig
 
-_BLOCK = 256  # rows that one generator makes
+_BLOCK = 256  # rows per random generator
 
 
 class RandomTensor:
-    """Normally distributed rows that depend on seed, name and row alone: any range can be read at any time."""
+    """Normally distributed rows that depend only on seed, name and row: any range can be read at any time."""
 
     dtype = "F32"
 
@@ -56,7 +56,7 @@ class RandomTensor:
         return panels
 
     def release(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
     def _rows(self, block: int) -> np.ndarray:
         columns = self.shape[1]
@@ -73,7 +73,7 @@ class RandomWeights:
         self._seed = seed
 
     def tensor(self, name: str) -> RandomTensor:
-        """The tensor of a canonical name; KeyError if the configuration has none such."""
+        """The tensor of a canonical name; KeyError if the configuration has none of that name."""
         return RandomTensor(name, self._shapes[name], self._seed)
 
     def __contains__(self, name: str) -> bool:

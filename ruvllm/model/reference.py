@@ -113,7 +113,7 @@ class Float64:
         return x * 0.5 * (1 + np.tanh(gate / 2))
 
     def boundary(self, x: Array) -> Array:
-        """x, which is kept in ``states``."""
+        """x, also appended to ``states``."""
         self.states.append(x)
         return x
 
@@ -202,7 +202,7 @@ def softmax(x: Array) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + R/2) of x (heads, T, D) by the angles given as cos and sin (T, R/2), R <= D."""
+    """Rotate the pairs (i, i + R/2) of x (heads, T, D) by the angles given as cos and sin (T, R/2), R <= D."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
@@ -245,7 +245,7 @@ def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
         return base / rope.factor
     if rope.scaling == "factors":
         return base / np.array(rope.factors)
-    # How often a pair turns within the original context: few (stretched by the factor) to many (left alone).
+    # Rotations of a pair within the original context: few (stretched by the factor) to many (left alone).
     turns = rope.original_max_position * base / (2 * np.pi)
     if rope.scaling == "llama3":
         kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)

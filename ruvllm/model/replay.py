@@ -1,4 +1,4 @@
-"""Replay: the tapes of a model, and the working memory with which they take tokens through it."""
+"""Replay: the tapes of a model, and the working memory that they run in."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _BETWEEN_MEMBERS = 128  # bytes between two members' copies: two cache lines, wh
 
 
 class Runner(Protocol):
-    """What replays a tape: the parallel region, or what stands in for it to measure or to debug."""
+    """What replays a tape: the parallel region, or a substitute that measures or debugs."""
 
     def run(self, tape: Tape, working: Working) -> None:
         """Replay the rows FIRST:END of a tape with THREADS threads, as the header of the working memory says."""
@@ -81,7 +81,7 @@ class Tapes:
         self._by_shape: dict[Any, Tape] = {}  # of adapters
 
     def tape(self, kind: Pass, kv: str) -> Tape:
-        """The tape for passes of one kind, with the adapters that act now."""
+        """The tape for passes of one kind, with the adapters that are active now."""
         active = self.model.adapters  # read once: another thread may swap them meanwhile
         recorded = self._recorded.setdefault(self if active is None else active, {})
         found = recorded.get((kind, kv))
@@ -90,7 +90,7 @@ class Tapes:
         return found
 
     def _record(self, kind: Pass, kv: str, adapters: Mapping[str, LowRank]) -> Tape:
-        """Record a tape, or take one that was recorded for adapters of the same shape."""
+        """Record a tape, or reuse one that was recorded for adapters of the same shape."""
         shape = kind, kv, tuple((name, x.rank, x.down.dtype) for name, x in adapters.items())
         if shape in self._by_shape:
             return self._by_shape[shape].with_adapters(adapters)
@@ -98,7 +98,7 @@ class Tapes:
         self.model.decoder(recorder, recorder.source_of(self.model.config.hidden_size))
         recorder.require_cache_of(self.model.config)
         tape = recorder.finish()
-        self._by_shape[shape] = replace(tape, adapters={})  # adapters that nobody uses any more are not kept alive
+        self._by_shape[shape] = replace(tape, adapters={})  # unused adapters are not kept alive
         return tape
 
 
@@ -130,7 +130,7 @@ class Working:
         t.set_space(h, t.SCRATCH, self.scratch.ctypes.data, 1, self.scratch[0].nbytes)
 
     def run(self, ids: np.ndarray, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None) -> None:
-        """Take ids through the model, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
+        """Run the model on ids, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
         length, T = self.cache.length, len(ids)
         self.positions[:T] = np.arange(length, length + T) if T > 1 else length
         tape = self.model.tapes.tape(Pass.TOKEN if T == 1 else Pass.PROMPT, self.cache.dtype)
@@ -191,7 +191,7 @@ class Working:
 
 
 def token_capacity(tokens: int) -> int:
-    """Rows that working memory has for passes of up to ``tokens``: rows rounded to 8 bits lie in blocks of SIDE."""
+    """Rows of working memory for passes of up to ``tokens``: rows rounded to 8 bits are stored in blocks of SIDE."""
     return tokens if tokens < SIDE else -(-tokens // SIDE) * SIDE
 
 
@@ -214,7 +214,7 @@ def recorded(
 def needed_operations(
     config: ModelConfig, layouts: list[str], kv: str, architecture: type[Decoder] = Decoder
 ) -> list[Operation]:
-    """The operations with which a model of matrices in these layouts is replayed; none is compiled here."""
+    """The operations that replay a model with matrices in these layouts; none is compiled here."""
     found: dict[Operation, None] = {}
     for kind in (Pass.TOKEN, Pass.PROMPT):
         steps = recorded(config, layouts, kind, kv, architecture).schedule.steps
@@ -223,14 +223,14 @@ def needed_operations(
 
 
 class _Shapes:
-    """The parameters of a model that has none yet: all that a recorder needs to know. Layouts alternate."""
+    """Placeholder parameters: all that a recorder needs to know of a model. Layouts alternate."""
 
     def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
         self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)
         self.of_experts: dict[str, str] = {}  # layouts: those of a group are the same
 
     def linear(self, name: str) -> Any:
-        """What stands in for a matrix."""
+        """A placeholder for a matrix."""
         rows, columns = self.shapes[name]
         group, layout = _EXPERT.sub("", name), next(self.layouts)
         layout = layout if group == name else self.of_experts.setdefault(group, layout)
@@ -239,5 +239,5 @@ class _Shapes:
         return SimpleNamespace(name=name, rows=rows, columns=columns, weights=weights, bias=bias)
 
     def vector(self, name: str) -> np.ndarray:
-        """What stands in for a vector."""
+        """A placeholder for a vector."""
         return np.empty(self.shapes[name], np.float32)

@@ -1,4 +1,4 @@
-"""RopeTables: cosines and sines of every rotary embedding of a model, made as far as they are needed."""
+"""RopeTables: cosines and sines of every rotary embedding of a model, extended on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ruvllm.kernels.rope.frequencies import rope_tables
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.rope_config import RopeConfig
 
-_FIRST = 1024  # positions that a table has at the least
+_FIRST = 1024  # the fewest positions of a table
 _MOST_KEPT = 4  # tables for caches of different capacities
 
 

@@ -1,4 +1,4 @@
-"""RopeConfig: how rotary position embedding turns the pairs of a head, under each kind of scaling."""
+"""RopeConfig: how rotary position embedding rotates the pairs of a head, under each kind of scaling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WITH_FACTORS = ("factors", "longrope")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: pair i of a head turns by ``position * inv_freq[i]``.
+    """Rotary position embedding: pair i of a head is rotated by ``position * inv_freq[i]``.
 
-    R = rotary_dim is the number of elements that turn, all D of a head by default; the others stay as they are. With
+    R = rotary_dim is the number of rotated elements, all D of a head by default; the others stay as they are. With
     base[i] = theta ** (-2i / R), i = 0 .. R/2 - 1, ``scaling`` says what inv_freq is:
 
     - None: base[i].
@@ -25,11 +25,11 @@ class RopeConfig:
     - "ntk": the same formula with theta * factor ** (R / (R - 2)) for theta (fixed NTK-aware scaling).
     - "llama3": base[i] / factor for wavelengths 2π/base[i] above original_max_position / low_freq_factor, base[i]
       below original_max_position / high_freq_factor, and between them interpolated linearly in 1 / wavelength.
-    - "factors": base[i] / factors[i], one divisor a pair (the tensor `rope_freqs.weight` of a GGUF file).
-    - "yarn", "yarn_unrounded": base[i] / factor for pairs that turn less than low_freq_factor times ("beta_slow")
-      within original_max_position, base[i] for those that turn more than high_freq_factor times ("beta_fast"), between
-      them interpolated linearly in i; see ``kernels.rope_inv_freq``.
-    - "dynamic": "ntk" with the factor that the context C asks for, factor C / L - (factor - 1), above
+    - "factors": base[i] / factors[i], one divisor per pair (the tensor `rope_freqs.weight` of a GGUF file).
+    - "yarn", "yarn_unrounded": base[i] / factor for pairs that rotate less than low_freq_factor ("beta_slow") times
+      within original_max_position, base[i] for those that rotate more than high_freq_factor ("beta_fast") times,
+      between them interpolated linearly in i; see ``kernels.rope_inv_freq``.
+    - "dynamic": "ntk" with a factor for the context C: factor C / L - (factor - 1), above
       L = original_max_position.
     - "longrope": "factors" up to a context of original_max_position, above it ``long_factors``.
 
@@ -69,18 +69,18 @@ class RopeConfig:
         if self.rotary_dim is not None:
             require_integer("rotary_dim", self.rotary_dim)
         if (self.factors is not None) != (self.scaling in _WITH_FACTORS):
-            raise ConfigError("rope.factors", self.factors, "one divisor a pair with scaling 'factors', else None")
+            raise ConfigError("rope.factors", self.factors, "one divisor per pair with scaling 'factors', else None")
         if (self.long_factors is not None) != (self.scaling == "longrope"):
-            raise ConfigError("rope.long_factors", self.long_factors, "one divisor a pair with 'longrope', else None")
+            raise ConfigError("rope.long_factors", self.long_factors, "one divisor per pair with 'longrope', else None")
         for name in ("factors", "long_factors"):
             for i, factor in enumerate(getattr(self, name) or ()):
                 require_real(f"rope.{name}[{i}]", factor, 0.0, 1e9)
 
     def require_head(self, head_dim: int) -> None:
-        """Raise ConfigError unless heads of ``head_dim`` elements can be turned so."""
+        """Raise ConfigError unless heads of ``head_dim`` elements can be rotated this way."""
         dim = self.rotary_dim or head_dim
         if dim % 2:
-            raise ConfigError("head_dim", head_dim, "an even number: rotary embedding turns pairs")
+            raise ConfigError("head_dim", head_dim, "an even number: rotary embedding rotates pairs")
         if dim > head_dim:
             raise ConfigError("rotary_dim", dim, f"at most head_dim = {head_dim}")
         for name in ("factors", "long_factors"):
@@ -91,7 +91,7 @@ class RopeConfig:
             raise ConfigError("rope.scaling", self.scaling, "another scaling: NTK needs head_dim above 2")
 
     def for_context(self, capacity: int) -> RopeConfig:
-        """What "dynamic" and "longrope" mean for a KV cache of so many positions; others are the same for all."""
+        """The scaling for a KV cache of so many positions: "dynamic" and "longrope" depend on it."""
         original = self.original_max_position
         if self.scaling == "dynamic":
             factor = self.factor * max(capacity, original) / original - (self.factor - 1)
@@ -103,7 +103,7 @@ class RopeConfig:
 
 
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """What YaRN multiplies cos and sin by where a file does not say: 1 + 0.1 ln(factor), or a quotient of two such."""
+    """YaRN's default factor of cos and sin: 1 + 0.1 ln(factor), or a quotient of two such."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -112,5 +112,5 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
 
 
 def longrope_attention_factor(factor: float, original: int) -> float:
-    """What LongRoPE multiplies cos and sin by where a file does not say: sqrt(1 + ln(factor) / ln(original))."""
+    """LongRoPE's default factor of cos and sin: sqrt(1 + ln(factor) / ln(original))."""
     return 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))

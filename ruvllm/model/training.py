@@ -28,14 +28,14 @@ _EVALUATION_TOKENS = 512  # at one time
 class TrainingConfig:
     """How an adapter learns.
 
-    epochs: how often each example is seen; ``steps``, if given, is the number of steps instead.
+    epochs: how often each example is seen; ``steps``, if given, sets the number of steps instead.
     batch_size: examples at one time; ``accumulation`` such batches make one step.
     lr: the highest learning rate; it rises from 0 over ``warmup`` steps (below 1: that share of all steps), then
     follows ``schedule``: "cosine" or "linear" down to 0, or "constant".
     optimizer: "adamw" (beta1, beta2, eps, weight_decay) or "sgd" (momentum, weight_decay).
     max_grad_norm: longer gradients are scaled down to this norm; 0 for none.
     seed: of the order of examples, of dropout, of a new adapter.
-    checkpointing: less memory, more time, the same numbers; see ``TrainingPass``.
+    checkpointing: less memory, more time, the same results; see ``TrainingPass``.
 
     Raises:
         ValueError: a value outside its range; the message names it.
@@ -93,7 +93,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its number from 1, mean loss of a target in nats, norm of the gradient, learning rate, what it took."""
+    """One step: its number from 1, mean loss per target in nats, norm of the gradient, learning rate, duration."""
 
     step: int
     loss: float
@@ -120,7 +120,7 @@ class Evaluation:
 
 
 class Penalty(Protocol):
-    """What is added to the loss beside the data's, for example elastic weight consolidation."""
+    """A term added to the loss, for example elastic weight consolidation."""
 
     def add_gradient(self, parameters: np.ndarray, into: np.ndarray) -> None:
         """Add its gradient at ``parameters``."""
@@ -133,10 +133,10 @@ class Trainer:
 
     Args:
         model: the base model.
-        adapter: what learns, changed in place.
-        examples: what it learns from.
-        config: how.
-        fixed: other adapters that act meanwhile, see ``MicroLora.factors``.
+        adapter: trained, in place.
+        examples: the training data.
+        config: the settings.
+        fixed: other adapters that are active, see ``MicroLora.factors``.
         penalty: added to the loss.
 
     Raises:
@@ -169,7 +169,7 @@ class Trainer:
         """Learn from the next batches.
 
         Raises:
-            FloatingPointError: the loss, or a number of the adapter, would no longer be finite; the adapter stays as
+            FloatingPointError: the loss, or an element of the adapter, would no longer be finite; the adapter stays as
                 it was before the step.
         """
         started, c = time.perf_counter(), self.config
@@ -191,7 +191,7 @@ class Trainer:
         self._update(number, rate)
         if not np.isfinite(self.adapter.parameters).all():
             self.adapter.parameters[:] = before
-            raise FloatingPointError(f"step {number}: the adapter's numbers are no longer finite; lower lr")
+            raise FloatingPointError(f"step {number}: the adapter is no longer finite; lower lr")
         self.done = number
         tokens = sum(len(batch.ids) for batch in batches)
         report = Step(number, total / targets, norm, rate, tokens, time.perf_counter() - started)
@@ -199,23 +199,23 @@ class Trainer:
         return report
 
     def run(self) -> Iterator[Step]:
-        """The steps that are left, each as it is done."""
+        """The remaining steps, each as it is done."""
         while self.done < self.total:
             yield self.step()
 
     def evaluate(self, examples: Sequence[Example] | None = None) -> Evaluation:
-        """The loss on examples (those of the training if None) as the adapter now is, without dropout."""
+        """The loss of the current adapter on examples (None: the training data), without dropout."""
         examples = self.examples if examples is None else examples
         return evaluate(self.model, self.adapter, examples, self.fixed)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """All that a later run needs to go on exactly where this one is: arrays, and what describes them."""
+        """All that a later run needs to continue exactly here: arrays, and their description."""
         arrays = {"parameters": self.adapter.parameters, "m": self.m, "v": self.v}
         history = [asdict(step) for step in self.history]
         return arrays, {"done": self.done, "fingerprint": self.fingerprint(), "history": history}
 
     def restore(self, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
-        """Go on from a ``state``.
+        """Continue from a ``state``.
 
         Raises:
             ValueError: it is of a run with other settings, another adapter, another model or other data.
@@ -226,7 +226,7 @@ class Trainer:
                 raise ValueError(f"checkpoint: {key} was {other.get(key)!r} there, and is {value!r} here")
         for name, array in (("parameters", self.adapter.parameters), ("m", self.m), ("v", self.v)):
             if arrays[name].shape != array.shape:
-                raise ValueError(f"checkpoint: {name} has {arrays[name].size} numbers there, {array.size} here")
+                raise ValueError(f"checkpoint: {name} has {arrays[name].size} elements there, {array.size} here")
             if not np.isfinite(arrays[name]).all():
                 raise ValueError(f"checkpoint: {name} holds NaN or infinity")
             array[:] = arrays[name]
@@ -258,7 +258,7 @@ class Trainer:
 
 
 def clip(gradient: np.ndarray, max_norm: float) -> float:
-    """Scale a gradient down to ``max_norm`` where it is longer (0: never); returns the norm that it had."""
+    """Scale a gradient down to ``max_norm`` if it is longer (0: never); returns its original norm."""
     norm = math.sqrt(float(K.dot(gradient, gradient)))
     if max_norm and norm > max_norm:
         K.scale(gradient, max_norm / norm, out=gradient)

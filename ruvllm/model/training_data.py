@@ -1,4 +1,4 @@
-"""What an adapter learns from: tokens, which of them count, and how they are put together into batches."""
+"""Training data: tokens, which of them are targets, and how examples form batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ruvllm.model.training_pass import NO_TARGET, Batch
 
 @dataclass(frozen=True)
 class Example:
-    """One text. ids: (T,) int64. learn: (T,) bool, the tokens that are to be predicted (an answer, not its prompt).
+    """One text. ids: (T,) int64. learn: (T,) bool, the tokens to predict (an answer, not its prompt).
 
     Raises:
-        ValueError: the two do not match, or nothing is to be learned: the first token has nothing before it.
+        ValueError: the two do not match, or there is nothing to learn: the first token has nothing before it.
     """
 
     ids: np.ndarray
@@ -49,7 +49,7 @@ def require_examples(name: str, examples: Sequence[Example], vocabulary: int) ->
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
-    """Examples one behind the other."""
+    """Examples, concatenated."""
     targets = []
     for example in examples:
         wanted = np.where(example.learn[1:], example.ids[1:], NO_TARGET)

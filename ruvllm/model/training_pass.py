@@ -21,9 +21,9 @@ NO_TARGET = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences one behind the other.
+    """Sequences, concatenated.
 
-    ids: (T,) token ids. targets: (T,) the id that each position is to predict, or NO_TARGET. starts: (n + 1,) where
+    ids: (T,) token ids. targets: (T,) the id that each position should predict, or NO_TARGET. starts: (n + 1,) where
     each sequence begins, and T.
     """
 
@@ -38,11 +38,11 @@ class TrainingPass:
     """The loss of an adapter on a model, and its gradient; the ``Learner`` of ``ops.gradients``.
 
     Args:
-        model: whose weights stay as they are.
+        model: its weights stay frozen.
         adapter: what learns.
-        fixed: other adapters that act meanwhile, as ``MicroLora`` mixes them.
-        checkpointing: keep only the input of each layer and compute the rest a second time; the same numbers come
-            out, from a tenth of the memory.
+        fixed: other adapters that are active, as ``MicroLora`` mixes them.
+        checkpointing: keep only the input of each layer and recompute the rest; the results are the same, from a
+            tenth of the memory.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TrainingPass:
     ) -> np.ndarray:
         """Add ``scale`` times the gradient of the summed loss to ``into``, laid out as ``adapter.parameters``.
 
-        dropout_seed: numbers that decide what the adapter's dropout leaves out; None for no dropout.
+        dropout_seed: seeds the adapter's dropout; None for no dropout.
 
         Returns:
             The loss of each target.
@@ -95,14 +95,14 @@ class TrainingPass:
             if keep:
                 ops.backward(decoder.layers)
 
-    # What ``Gradients`` asks of the adapters.
+    # The ``Learner`` of ``Gradients``.
 
     def learns(self, name: str) -> bool:
         """Whether the adapter that learns sits on this matrix."""
         return name in self.adapter.a
 
     def add(self, name: str, x: np.ndarray, out: np.ndarray) -> None:
-        """out (T, N) += what the fixed adapters and the learning one make of x (T, K)."""
+        """out (T, N) += the output of the fixed adapters and the learning one for x (T, K)."""
         if name in self._fixed:
             K.lora_forward_add(x, *self._fixed[name], 1.0, out)
         if self.learns(name):
@@ -134,7 +134,7 @@ class TrainingPass:
         self._losses[rows], _ = K.cross_entropy(logits, self._targets[rows], scale, grad=logits)
 
     def _mask(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """What dropout multiplies an adapter's inputs by, the same on the way back; None for no dropout."""
+        """The factors of an adapter's inputs under dropout, the same forward and backward; None for no dropout."""
         if self._dropout is None:
             return None
         entropy = self._dropout.entropy
@@ -145,6 +145,6 @@ class TrainingPass:
         return (rng.random(shape, np.float32) >= p) / np.float32(1 - p)
 
     def _dropped(self, name: str, x: np.ndarray) -> np.ndarray:
-        """x (T, K) as the adapter of a matrix sees it."""
+        """x (T, K) after the dropout of a matrix's adapter."""
         mask = self._mask(name, x.shape)
         return x if mask is None else x * mask

@@ -1,4 +1,4 @@
-"""How a weight matrix lies in memory: panels of floats, or panels of 4- or 8-bit groups; packed once, at load."""
+"""The layouts of a weight matrix in memory: panels of floats, or panels of 4- or 8-bit groups; packed once, at load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np
 INTEGER_LAYOUTS = {"int4": INT4, "int5": INT5, "int8": INT8}
 LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
 
-# What "auto" makes of the storage types: the least of the kernels' layouts that keeps the precision of the file.
+# The layout of each storage type under "auto": the smallest that keeps the precision of the file.
 _AUTO = {
     "F16": "f16", "BF16": "bf16", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "TQ1_0": "int4", "TQ2_0": "int4",
     "Q4_Z": "int4",
@@ -48,7 +48,7 @@ class WeightTensor(Protocol):
         ...
 
     def release(self) -> None:
-        """It has been read: what of its file is mapped may leave this process's memory."""
+        """It has been read: its mapped pages may leave this process's memory."""
         ...
 
 
@@ -112,7 +112,7 @@ class FloatWeights:
         return take_rows(self.panels, ids, out)
 
     def plus(self, update: np.ndarray) -> FloatWeights:
-        """W + update (N, K), as weights of their own in the same layout."""
+        """W + update (N, K), as new weights in the same layout."""
         panels = weights_empty(self.panels.shape, self.panels.dtype)
         for p in range(len(panels)):
             rows = np.arange(p * LANES, min(self.rows, p * LANES + LANES))

@@ -204,12 +204,12 @@ def test_merged_adapters_are_left_alone() -> None:
     """Several with their weights; what would let one act twice, or change what is in the weights, is refused."""
     model = small_model("f32")
     lora, before = MicroLora(model), logits(model, IDS)
-    with pytest.raises(ValueError, match="no adapter acts, see use"):
+    with pytest.raises(ValueError, match="no adapter is active, see use"):
         lora.merge()
     lora.attach(adapter(seed=1), "a", 0.7)
     lora.attach(adapter(seed=2, rank=3, targets=("o", "down")), "b", -0.5)
     applied = logits(model, IDS)
-    with lora.disabled(), pytest.raises(ValueError, match="no adapter acts, they are disabled"):
+    with lora.disabled(), pytest.raises(ValueError, match="no adapter is active, they are disabled"):
         lora.merge()
     assert lora.active == {"a": 0.7, "b": -0.5}
     lora.merge()

@@ -139,7 +139,7 @@ def test_fit_beside_another_adapter() -> None:
     x = model.forward(ids, model.new_cache(12))[:-1].astype(np.float64)
     spoken = np.log(np.exp(x).sum(axis=1)) - x[np.arange(11), ids[1:]]
     assert spoken.mean() == pytest.approx(trainer.evaluate(task(0)[:1]).loss, abs=1e-4)
-    with pytest.raises(ValueError, match="adapter 'mine' of other settings"):
+    with pytest.raises(ValueError, match="adapter 'mine' exists with other settings"):
         lora.fit(task(0), "mine", LoraConfig(1))
 
 
@@ -276,7 +276,7 @@ def test_a_weight_too_large_for_float32_is_refused() -> None:
     lora = MicroLora(small_model("f32", 1))
     lora.attach(LoraAdapter(SMALL, LORA), "a").parameters[:] = 1
     lora.refresh("a")
-    with pytest.raises(ValueError, match="^weight of 'a': 1e\\+300 makes numbers"):
+    with pytest.raises(ValueError, match="^weight of 'a': 1e\\+300 makes elements"):
         lora.use({"a": 1e300})
     assert lora.active == {"a": 1.0}
 
@@ -298,7 +298,7 @@ def test_a_fit_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="examples: expected at least one"):
         lora.fit([], "ghost", LORA)
     three = Consolidation(np.zeros(3, np.float32), np.ones(3, np.float32), 1.0)
-    with pytest.raises(ValueError, match="penalty: of 3 numbers, where the adapter has"):
+    with pytest.raises(ValueError, match="penalty: expected [0-9]+ elements .the adapter.s., found 3"):
         lora.fit(task(1), "ewc", LORA, TrainingConfig(steps=1), three)
     assert lora.adapters == {} and lora.active == {}
 

@@ -1,7 +1,7 @@
-"""What layer code computes with: ``Eager`` at once, ``Recorder`` as a tape, ``Float64`` exactly, ``Gradients`` back.
+"""The ways to run layer code: ``Eager`` at once, ``Recorder`` to a tape, ``Float64`` exactly, ``Gradients`` backward.
 
-A model is written once, in ``model.layer``, as plain Python that calls the functions of ``Ops``. Which ``ops`` it is
-given decides what happens: nothing else in the library describes a layer.
+A model is written once, in ``model.layer``, as plain Python that calls the functions of ``Ops``. The ``ops`` that it
+is given decide what happens: nothing else in the library describes a layer.
 """
 
 from ruvllm.model.ops.protocol import Ops

@@ -1,4 +1,4 @@
-"""Eager: each operation computes at once, on NumPy arrays: to read, to step through, to hook, to swap."""
+"""Eager: each operation computes at once, on NumPy arrays: for debugging, hooks and swapped kernels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Gradients: layer code that runs with it computes forward and notes, for each operation, the way back.
+"""Gradients: layer code that runs with it computes the forward pass and records the backward pass.
 
 Only adapters learn: base weights, norms and embedding are fixed. So a gradient flows through an operation only where
 an adapter below it learns. Integer weights multiply activations rounded to 8 bits, as they do in generation; the
 gradient passes through that rounding unchanged (Bengio et al. 2013, "straight-through").
 
-What the way back needs is kept; norms and gated products, which are cheap, are computed again.
+What the backward pass reads is kept; norms and gated products, which are cheap, are recomputed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Learner(Protocol):
         ...
 
     def add(self, name: str, x: np.ndarray, out: np.ndarray) -> None:
-        """out (T, N) += what the adapters on a matrix make of x (T, K)."""
+        """out (T, N) += the output of the adapters on a matrix for x (T, K)."""
         ...
 
     def add_backward(self, name: str, dy: np.ndarray, dx: np.ndarray) -> None:
@@ -48,15 +48,15 @@ class Learner(Protocol):
         ...
 
     def loss(self, logits: np.ndarray, rows: slice, grad: np.ndarray | None) -> None:
-        """Take the loss of some rows of logits; their gradient into ``grad``."""
+        """The loss of some rows of logits; their gradient goes into ``grad``."""
         ...
 
 
 class Node:
     """An array of the forward pass, and the gradient that arrives at it.
 
-    learns: whether an adapter before it learns, so that it needs a gradient. remake: computes the array again from
-    ``sources``; it is then dropped after its layer.
+    learns: whether an adapter before it learns, so that it needs a gradient. remake: recomputes the array from
+    ``sources``; it is then freed after its layer.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Node:
     ) -> None:  # fmt: skip
         self.shape, self.learns, self.remake, self.sources = array.shape, learns, remake, sources
         self._array: np.ndarray | None = array
-        self.kept = False  # whether the way back reads it
+        self.kept = False  # whether the backward pass reads it
         self._gradient: np.ndarray | None = None
         self._shared = False  # whether the gradient's array is another node's too
 
@@ -78,7 +78,7 @@ class Node:
         return self._array
 
     def keep(self) -> Node:
-        """The way back reads it."""
+        """Keep the array for the backward pass."""
         self.kept = True
         if self.remake is not None:
             for source in self.sources:
@@ -86,7 +86,7 @@ class Node:
         return self
 
     def drop(self) -> None:
-        """Free the array, if nothing reads it again or it can be computed again."""
+        """Free the array, if nothing reads it again or it can be recomputed."""
         if not self.kept or self.remake is not None:
             self._array = None
 
@@ -100,7 +100,7 @@ class Node:
         return self._gradient, True
 
     def receive(self, gradient: np.ndarray, shared: bool = False) -> None:
-        """Take a gradient over, or add it; shared: others hold the array too."""
+        """Adopt a gradient, or add it; shared: others hold the array too."""
         if not self.learns:
             return
         if self._gradient is None:
@@ -116,15 +116,15 @@ class Node:
 
 
 class Gradients:
-    """The operations of several sequences, one behind the other; only attention keeps them apart.
+    """The operations of several concatenated sequences; only attention keeps them apart.
 
     Args:
         starts: (n + 1,) where each sequence begins, and T.
         cos, sin: (n, T, R/2) of each token's position in its sequence, of each of the model's rotary embeddings.
         learner: the adapters.
         rows: the tokens whose logits are wanted.
-        keep: note the way back; else only the loss is computed.
-        checkpointing: of each layer keep its input alone, and run it again on the way back.
+        keep: record the backward pass; else only the loss is computed.
+        checkpointing: keep only the input of each layer, and run the layer again in the backward pass.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Gradients:
         self._inputs = Activations(0, 0)
 
     def backward(self, layers: Sequence[Callable[[Any, Any], Any]]) -> None:
-        """Run all noted steps, last first. layers: of the decoder, to run again with checkpointing."""
+        """Run all recorded steps, last first. layers: of the decoder, to run again with checkpointing."""
         self._run_back()
         if self.checkpointing:
             for layer, x, after in zip(layers[::-1], self._stream[-2::-1], self._stream[:0:-1], strict=True):
@@ -219,7 +219,7 @@ class Gradients:
         return self._noted(out, lambda: x.receive(K.scale(out.take(), factor)))
 
     def linear(self, x: Node, matrix: Linear) -> Node:
-        """x W^T + bias + what the adapters add."""
+        """x W^T + bias + the adapters' output."""
         name = matrix.name
         y = aligned_empty((len(x.array), matrix.rows))
         matrix(self._activations(x.array), y)
@@ -353,12 +353,12 @@ class Gradients:
         return self._noted(out, back, x, gate)
 
     def boundary(self, x: Node) -> Node:
-        """Between two layers: arrays that the way back does not read are freed."""
+        """Between two layers: arrays that the backward pass does not read are freed."""
         self._begin(x)
         return x
 
     def call(self, x: Node, function: Callable[[np.ndarray], None]) -> Node:
-        """x, after ``function`` has read it. Raises ValueError if it changed x: no gradient is known of the change."""
+        """x, after ``function`` has read it. Raises ValueError if it changed x: the change has no known gradient."""
         before = x.array.copy()
         function(x.array)
         if not np.array_equal(before, x.array, equal_nan=True):
@@ -380,7 +380,7 @@ class Gradients:
         return self._noted(out, back)
 
     def logits(self, x: Node, head: Linear, softcap: float | None = None) -> Node:
-        """The loss of each row, a few rows of logits at a time: those of all would be the largest array of all."""
+        """The loss of each row, a few rows of logits at a time: all of them would be the largest array by far."""
         h, count = x.array, len(x.array)
         logits = aligned_empty((min(_LOGIT_ROWS, count), head.rows))
         dh = aligned_empty(h.shape) if self.keep and x.learns else None
@@ -401,7 +401,7 @@ class Gradients:
             x.receive(dh)
         return x
 
-    # How it is noted.
+    # How it is recorded.
 
     def _node(
         self, compute: Callable[[], np.ndarray], *inputs: Node, learns: bool = False, remake: bool = False
@@ -412,7 +412,7 @@ class Gradients:
         return node
 
     def _noted(self, out: Node, back: Callable[[], None], *read: Node) -> Node:
-        """Note the way back of an operation, and what it reads."""
+        """Record the backward step of an operation, and what it reads."""
         if self._noting and out.learns:
             for node in read:
                 node.keep()
@@ -420,7 +420,7 @@ class Gradients:
         return out
 
     def _begin(self, x: Node) -> None:
-        """A layer begins with x: of those before it, free what the way back does not read."""
+        """A layer begins with x: free the arrays of earlier layers that the backward pass does not read."""
         if self.checkpointing:
             x.keep()
         self._stream.append(x)

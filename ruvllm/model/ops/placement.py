@@ -14,7 +14,7 @@ _ALIGNMENT = 64  # bytes, a cache line
 
 @dataclass
 class _Free:
-    """A slot that a value left: its size for one token, and what its last phase did with it."""
+    """A free slot: its size for one token, and how its last phase used it."""
 
     size: int
     kind: tuple[Any, ...]
@@ -61,7 +61,7 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
 
         slots = [slot for slot in reversed(free) if fits(slot)]
         if slots:
-            best = min(slots, key=lambda slot: slot.size)  # of equal ones that which was used last
+            best = min(slots, key=lambda slot: slot.size)  # of equal ones, the one used last
             free.remove(best)
             value.offset, held_size[value] = best.offset, best.size
         else:
@@ -76,7 +76,7 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
     allocate(source, 0, PRIVATE)
     for i, step in enumerate(steps):
         ending = ending_at.get(i, [])
-        if step.in_place:  # inputs that end here may give their memory to the result
+        if step.in_place:  # the result may take the memory of inputs that end here
             for value in ending:
                 if value.offset >= 0:
                     release(value)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 Array = Any  # np.ndarray for Eager and Float64; Value for Recorder; Node for Gradients
-Matrix = Any  # Linear, or what stands in for one
+Matrix = Any  # Linear, or its counterpart
 
 
 class Ops(Protocol):
@@ -39,7 +39,7 @@ class Ops(Protocol):
         ...
 
     def linear(self, x: Array, matrix: Matrix) -> Array:
-        """x W^T + bias + what the adapters add: x (T, K) -> (T, N)."""
+        """x W^T + bias + the adapters' output: x (T, K) -> (T, N)."""
         ...
 
     def heads(self, x: Array, dim: int) -> Array:
@@ -91,7 +91,7 @@ class Ops(Protocol):
         ...
 
     def call(self, x: Array, function: Callable[[np.ndarray], None]) -> Array:
-        """Returns x after Python's ``function`` has read or changed it in place: hooks, sums over machines."""
+        """Returns x after Python's ``function`` has read or changed it in place: hooks, all-reduce."""
         ...
 
     def last_rows(self, x: Array) -> Array:

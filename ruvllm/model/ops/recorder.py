@@ -1,11 +1,10 @@
-"""Recorder: layer code that runs with it computes nothing and leaves a tape (``kernels.tape``).
+"""Recorder: layer code that runs with it computes nothing and records a tape (``kernels.tape``).
 
 Its arrays are ``Value``s. Each function records the operations behind it, with the partition of every array that they
-read and write; the schedule (``schedule``) then knows where barriers must stand, and the placement (``placement``)
-which values can share memory.
+read and write; from these follow the barriers (``schedule``) and which values can share memory (``placement``).
 
 For one token there are no rows to divide, and meeting at a barrier costs more than a norm: operations on rows are then
-replicated, every member computing them into memory of its own.
+replicated: every member computes them into its own memory.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Pass(Enum):
-    """What a tape takes through the model at once."""
+    """The tokens that one replay of a tape runs."""
 
     TOKEN = "one token of one sequence"
     PROMPT = "several tokens of one sequence"
@@ -51,7 +50,7 @@ class Recorder:
     """Records one kind of pass.
 
     Args:
-        kind: what the tape takes through the model.
+        kind: the tokens of one replay.
         kv: the NumPy scalar class of the KV cache.
         adapters: what is added to each matrix, by its name.
     """
@@ -411,7 +410,7 @@ class Recorder:
         return t.LOCAL if self.single else t.SHARED
 
     def _floats(self, count: int, width: int, dim: int = 0) -> Value:
-        """A new float32 array; of one token each member has a copy."""
+        """A new float32 array; for one token each member has a copy."""
         return Value(count, width, 4 * width, self._row_space, dim=dim)
 
     def _like(self, x: Value) -> Value:

@@ -1,7 +1,7 @@
-"""The schedule of a tape: which operations share a phase, and where barriers must stand.
+"""The schedule of a tape: which operations share a phase, and where barriers are needed.
 
 The members of a team run the operations between two barriers, one *phase*, without waiting for each other. An operation
-says of each array that it reads or writes how the members divide it, its *partition*:
+declares for each array that it reads or writes how the members divide it, its *partition*:
 
 - rows: member m has rows ``part(count, m, size)``;
 - panels: member m has those panels of 16 columns of every row;
@@ -141,7 +141,7 @@ class Schedule:
         self.steps.append(step)
 
     def end_segment(self, meet: bool = False) -> None:
-        """What comes later is in another segment: the replay may return to Python before it. meet: it always does."""
+        """Later steps are in another segment: the replay may return to Python before it. meet: it always does."""
         if self.steps and self.steps[-1].segment == self.segment:
             self.segment += 1
             self._floor = self._latest

@@ -1,10 +1,10 @@
-"""Shuffled: replays a tape on one thread in a random order that a team could have met: a debug mode for barriers.
+"""Shuffled: replays a tape on one thread in a random order that a team could produce: a debug mode for barriers.
 
     model.runner = Shuffled(members=3, seed=0)
 
 Members run the operations of a phase in their own order, interleaved at random; some join late, at an admission point.
-The logits must have the same bits for every seed. Where they differ, an operation reads or writes what it does not
-declare, or a barrier is missing.
+The logits must be bit-identical for every seed. Otherwise an operation reads or writes what it does not declare, or a
+barrier is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Shuffled:
-    """A runner that plays a team of up to ``members``, at most as many as the model has threads."""
+    """A runner that simulates a team of up to ``members``, at most as many as the model has threads."""
 
     def __init__(self, members: int, seed: int) -> None:
         self.members, self.random = members, np.random.default_rng(seed)
@@ -43,7 +43,7 @@ class Shuffled:
                 newcomers, lo, size = range(size, grown), i, grown
 
     def _phase(self, tape: Tape, working: Working, lo: int, hi: int, size: int, newcomers: range) -> None:
-        """Rows lo:hi by each member, interleaved. Half of the time nothing is stolen: else the first takes it all."""
+        """Rows lo:hi by each member, interleaved. Half of the time nothing is stolen, else the first steals all."""
         working.sync[:] = 0  # a barrier resets the counters of stolen chunks
         rows = tape.rows[lo:hi].copy()
         for row, step in zip(rows, tape.steps[lo:hi], strict=True):

@@ -1,4 +1,4 @@
-"""Tape: the rows that a recorder leaves, and what a replay must know about them."""
+"""Tape: the rows that a recorder writes, and what a replay must know about them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Calls = dict[int, list[tuple[Value, Callable[[np.ndarray], None]]]]
 class Tape:
     """Recorded operations.
 
-    rows: (n, FIELDS) int64, see ``kernels.tape``. steps: what each row was made of. segments: (first, end) of the runs
+    rows: (n, FIELDS) int64, see ``kernels.tape``. steps: the step behind each row. segments: (first, end) of the runs
     of rows after which a replay may return to Python. calls: what Python does after a segment. shared, local: bytes of
     memory for one token. source: the input of the first layer. kept: owners of the memory that rows point to.
     """
@@ -98,7 +98,7 @@ def _field(step: Step, name: str) -> int:
 def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
     """Steps with a broadcast of each private value that lives into a segment.
 
-    A segment may be entered by another team than the one before: its members get what member 0 has.
+    A segment may be run by another team than the one before it: its members get member 0's copy.
     """
     lives: dict[Value, tuple[int, int]] = {}  # first and last segment of each private value
     if source.space == t.LOCAL:

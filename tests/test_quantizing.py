@@ -203,7 +203,7 @@ def test_what_gguf_has_no_words_for_is_refused(
     """Each of these gives other ids in llama.cpp than in `tokenizers`, and did so without a word."""
     directory = sentencepiece_directory(tmp_path / "in", change)
     with pytest.raises(
-        ModelFormatError, match=f"in: tokenizer: found .*{says}.*expected what a GGUF file has words for"
+        ModelFormatError, match=f"in: tokenizer: found .*{says}.*expected what a GGUF file can express"
     ):
         quantize(directory, tmp_path / "out.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,1 +1,1 @@
-"""Files on disk -> configuration and named tensors; everything in a file is checked before it is believed."""
+"""Files on disk -> configuration and named tensors; everything in a file is validated before it is used."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ruvllm.checkpoint.fields import Fields
 
 _ANY: Collection[object] | None = None
-_NOTHING: Collection[object] = (False, 0, "", [], {})  # values that ask for nothing, whatever the setting
+_NOTHING: Collection[object] = (False, 0, "", [], {})  # values that mean "not set" in any setting
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Setting:
 
 
 _SETTINGS = (
-    # What makes it an adapter of another kind.
+    # These make it an adapter of another kind.
     _Setting("peft_type", plain=("LORA",)),
     _Setting("", "adapter.type", ("lora",)),
     _Setting("bias", plain=("none",)),
@@ -44,15 +44,15 @@ _SETTINGS = (
     _Setting("arrow_config", plain=()),
     _Setting("kasa_config", plain=()),
     _Setting("monteclora_config", plain=()),
-    # What is followed: by the loaders, below (init_lora_weights), or by the names of the tensors.
+    # These are followed: by the loaders, below (init_lora_weights), or by the names of the tensors.
     _Setting("r"),
     _Setting("lora_alpha", "adapter.lora.alpha"),
     _Setting("lora_dropout"),
     _Setting("use_rslora"),
     _Setting("init_lora_weights"),
     *map(_Setting, ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")),
-    # What changes nothing: where it came from, how it was begun and trained, how Megatron spreads it over machines,
-    # and what llama.cpp only shows.
+    # These change nothing: its origin, initialisation and training, how Megatron distributes it, and what llama.cpp
+    # only displays.
     _Setting("task_type", "adapter.lora.task_name"),
     _Setting("", "adapter.lora.prompt_prefix"),
     *map(_Setting, ("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode")),
@@ -72,7 +72,7 @@ def check_peft(fields: Fields) -> None:
     _check(fields, _PEFT, list(fields.values))
     way = fields.values.get("init_lora_weights")
     if isinstance(way, str) and _CHANGES_BASE.match(way.lower()):
-        raise fields.error("init_lora_weights", way, "a way of initialising that leaves the base weights as they are")
+        raise fields.error("init_lora_weights", way, "an initialisation that leaves the base weights unchanged")
 
 
 def check_gguf(fields: Fields) -> None:
@@ -83,6 +83,6 @@ def check_gguf(fields: Fields) -> None:
 def _check(fields: Fields, known: dict[str, _Setting], keys: list[str]) -> None:
     for key in keys:
         if key not in known:
-            fields.require_plain(key, _NOTHING, "a setting that is known: it may change what the adapter is")
+            fields.require_plain(key, _NOTHING, "a known setting: this one may change the adapter's meaning")
         elif (plain := known[key].plain) is not None:
             fields.require_plain(key, plain)

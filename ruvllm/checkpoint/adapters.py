@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: PEFT's directories, read and written as they are, and GGUF adapters of llama.cpp, read.
+"""LoRA adapters on disk: PEFT's directories, read and written, and llama.cpp's GGUF adapters, read.
 
 PEFT stores lora_A (R, K) and lora_B (N, R); in memory both are transposed (see ``model.lora``). GGUF adapters hold the
 rows of lora_B for q and k in interleaved order, as GGUF models do.
@@ -62,9 +62,9 @@ def save_adapter(
 
     Args:
         adapter: what to write.
-        path: the directory; made if need be.
+        path: the directory; created if needed.
         model: the configuration of its model.
-        base: name or path of the base model, which PEFT's users look up there.
+        base: name or path of the base model, stored for PEFT's users.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def save_adapter(
 
 
 def _layers(adapter: LoraAdapter, model: ModelConfig) -> list[int] | None:
-    """The layers that it sits on, or None for all."""
+    """The layers that it adapts, or None for all."""
     found = sorted({int(name.split(".")[1]) for name in adapter.names})
     return None if len(found) == model.num_hidden_layers else found
 
@@ -183,7 +183,7 @@ def _read_pairs(
         name, part = stored[file_name]
         if len(opened.shape) != 2 or 0 in opened.shape:
             raise ModelFormatError(path, field=f"tensor {file_name!r} shape", found=opened.shape, expected="a matrix")
-        # Before it is read: what is too large for the model may be too large for the memory.
+        # Before it is read: a tensor too large for the model may be too large for the memory.
         height, width = shapes[name]
         rank = opened.shape[0 if part == "A" else 1]
         if rank > MAX_RANK or opened.shape != ((rank, width) if part == "A" else (height, rank)):

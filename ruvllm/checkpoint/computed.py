@@ -1,4 +1,4 @@
-"""Tensors that are computed from those of a file when they are read: transposed, or with a number added."""
+"""Tensors that are computed from those of a file when they are read: transposed, or with a constant added."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 
 
 class _Computed:
-    """The bytes of an array, which is made when it is read and forgotten when it is released."""
+    """The bytes of an array that is computed when it is read and freed when it is released."""
 
     def __init__(self, tensor: Tensor, make: Callable[[Tensor], npt.NDArray[np.float32]]) -> None:
         self.path = tensor.path
@@ -29,7 +29,7 @@ class _Computed:
         return self._bytes[offset : offset + count]
 
     def release(self, offset: int, count: int) -> None:
-        """Forget the array, and let go of the file's pages."""
+        """Free the array, and release the file's pages."""
         self._bytes = None
         self._tensor.release()
 
@@ -47,5 +47,5 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def shifted(tensor: Tensor, offset: float) -> Tensor:
-    """A tensor plus a number, in float32."""
+    """A tensor plus a constant, in float32."""
     return _computed(tensor, tensor.shape, lambda values: values.float32() + np.float32(offset))

@@ -1,4 +1,4 @@
-"""Storage types -> float32: one decoder a type, equal bit for bit to ggml's reference dequantisation.
+"""Storage types -> float32: one decoder per type, equal bit for bit to ggml's reference dequantisation.
 
 A quantised row is a chain of blocks, each with its own 16-bit scale ``d`` (and minimum ``m``), n = 32 or 256 elements:
 
@@ -44,7 +44,7 @@ SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     "Q4_Z": (0,),
 }
 _NO_NUMBER = 255  # the power of two of MXFP4 that stands for NaN
-_CHECKED_BLOCKS = 1 << 20  # blocks whose scales are looked at together: bounds the temporary array
+_CHECKED_BLOCKS = 1 << 20  # blocks whose scales are checked together: bounds the temporary array
 
 
 @kernel(strict=True)
@@ -132,7 +132,7 @@ def q8_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
 
 @kernel(strict=True)
 def q2_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q2_K: 16 bytes of s and z; 2 x 32 bytes, two bits of all before the next two; 16-bit d, dmin."""
+    """Rows lo:hi of Q2_K: 16 bytes of s and z; 2 x 32 bytes, two bits of all codes before the next two; d, dmin."""
     for i in range(lo, hi):
         for b in range(out.shape[1] // 256):
             x = raw[i, b * 84 : b * 84 + 84]

@@ -1,4 +1,4 @@
-"""float32 rows -> storage types: what ``dequant`` decodes, made.
+"""float32 rows -> storage types: the inverse of ``dequant``.
 
 Q8_0, Q4_0 and Q4_1 are the codes and scales of ``kernels.quant.weights`` in ggml's blocks of 32.
 """
@@ -19,7 +19,7 @@ def encode_rows(dtype: str, x: np.ndarray) -> np.ndarray:
     """Rows x (n, K) float32 as the bytes (n, row bytes) uint8 of a storage type of ENCODED.
 
     Raises:
-        ValueError: NaN, infinity or a number that the type cannot hold.
+        ValueError: NaN, infinity or a value that the type cannot hold.
     """
     if dtype in ("Q8_0", "Q4_0", "Q4_1"):
         return _blocks(dtype, x)
@@ -37,7 +37,7 @@ def encode_rows(dtype: str, x: np.ndarray) -> np.ndarray:
 
 
 def _blocks(dtype: str, x: np.ndarray) -> np.ndarray:
-    """Scale, for Q4_1 the min, then 32 codes: bytes, or code j and code j + 16 in the halves of one."""
+    """Scale, for Q4_1 the min, then 32 codes: bytes, or code j and code j + 16 in the halves of a byte."""
     rows, groups = len(x), x.shape[1] // GROUP
     blocks = np.empty((rows, groups, BLOCKS[dtype][1]), np.uint8)
     if dtype == "Q8_0":

@@ -1,4 +1,4 @@
-"""Family: all that is particular to the files of one family of models, and where each tensor stands in them.
+"""Family: all that is particular to the files of one family of models, and the place of each tensor in them.
 
 A family's own file in ``families`` says what its keys mean and how its tensors are called; everything that families
 have in common is read in ``hf_config``, ``gguf_config`` and ``loader``.
@@ -18,7 +18,7 @@ Choices = dict[str, Any]  # fields of a ModelConfig
 
 
 class Place(NamedTuple):
-    """Where a tensor of the model stands in a file.
+    """The place of a tensor of the model in a file.
 
     rows: those of the file's tensor that belong to it, of so many as ``height``; None: all. expert: its index along the
     first of three axes, of so many as ``experts``. transposed: the file has (inputs, outputs).
@@ -32,7 +32,7 @@ class Place(NamedTuple):
     transposed: bool = False
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the file's tensor, of which ours has ``shape``."""
+        """The shape of the file's tensor, if the model's has ``shape``."""
         if self.rows is not None:
             shape = (self.height, *shape[1:])
         if self.transposed:
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What families ask about a model before its configuration is complete."""
+    """What families need to know of a model before its configuration is complete."""
 
     layers: int
     hidden: int
@@ -63,12 +63,12 @@ class Family:
         architecture: ``general.architecture`` of a GGUF file.
         hf_choices: from the keys of config.json and the sizes, the fields of ModelConfig that are not common to all.
         gguf_choices: the same from GGUF metadata, whose keys are read without the architecture's name.
-        gguf_values: the other way round: keys without the architecture's name, for a configuration.
-        defaults: keys of config.json that transformers fills in otherwise than for LLaMA.
+        gguf_values: the reverse: keys without the architecture's name, for a configuration.
+        defaults: keys of config.json whose default in transformers is not LLaMA's.
         hf_names, gguf_names: names of a layer's tensors where they differ from LLaMA's.
-        hf_fused, gguf_fused: parts of a layer that stand in a larger tensor.
-        interleaved: GGUF files hold the rows of q and k so that the pairs that turn together are neighbours.
-        norm_offset: what a norm's weight in safetensors lacks.
+        hf_fused, gguf_fused: parts of a layer that are stored in a larger tensor.
+        interleaved: GGUF files hold the rows of q and k with the two of a RoPE pair as neighbours.
+        norm_offset: added to a norm's weight from safetensors.
         partial_rotary: ``partial_rotary_factor`` may rotate a part of each head.
     """
 
@@ -88,11 +88,11 @@ class Family:
     partial_rotary: bool = False
 
     def hf_places(self, config: ModelConfig) -> dict[str, Place]:
-        """Where each tensor stands in safetensors, by canonical name."""
+        """The place of each tensor in safetensors, by canonical name."""
         return _places(config, HF_MODEL, HF_LAYER | dict(self.hf_names), self.hf_fused(config), "model.layers")
 
     def gguf_places(self, config: ModelConfig) -> dict[str, Place]:
-        """Where each tensor stands in a GGUF file, by canonical name."""
+        """The place of each tensor in a GGUF file, by canonical name."""
         return _places(config, GGUF_MODEL, GGUF_LAYER | dict(self.gguf_names), self.gguf_fused(config), "blk")
 
 
@@ -123,7 +123,7 @@ def _layer_place(config: ModelConfig, layer: Mapping[str, str], fused: Mapping[s
 
 
 def fused_qkv(name: str) -> Fused:
-    """q, k and v one above the other in one tensor."""
+    """q, k and v stacked in one tensor."""
 
     def places(config: ModelConfig) -> dict[str, Place]:
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

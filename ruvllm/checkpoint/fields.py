@@ -41,7 +41,7 @@ class Fields:
         return key in self.values
 
     def get(self, key: str, kind: type[Value]) -> Value | None:
-        """The value of `key`, or None if it is absent. An integer will do for a float.
+        """The value of `key`, or None if it is absent. An integer is accepted as a float.
 
         Raises: ModelFormatError if it is of another type; True and False are not integers.
         """
@@ -66,7 +66,7 @@ class Fields:
         return self.require(key, kind) if key in self else default
 
     def require_plain(self, key: str, plain: Collection[object], expected: str | None = None) -> None:
-        """Refuse a key that asks for what is not done here: whose value, if it has any, is none of ``plain``.
+        """Refuse a key that asks for an unsupported feature: whose value, if any, is none of ``plain``.
 
         Raises: ModelFormatError.
         """
@@ -78,7 +78,7 @@ class Fields:
             raise self.error(key, _spelt(value), expected or f"{plainly}: no other is supported")
 
     def error(self, key: str, found: object, expected: str) -> ModelFormatError:
-        """An error that speaks of `key`."""
+        """An error that names `key`."""
         return ModelFormatError(
             self.path, field=self.prefix + key, found=found, expected=expected, offset=self.offsets.get(key)
         )

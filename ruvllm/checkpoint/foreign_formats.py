@@ -1,4 +1,4 @@
-"""Quantised Hugging Face directories that are not read, named as what they are: by settings, files or tensors."""
+"""Quantised Hugging Face directories that are not supported, recognised by settings, files or tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ruvllm.checkpoint.four_bits import packing_in
 from ruvllm.errors import ModelFormatError
 
 _EXPECTED = "weights in F32, F16 or BF16, GPTQ or AWQ with its settings, or a .gguf file of the model"
-# Files beside config.json, from before methods were named in it.
+# Files next to config.json, from before it named the method.
 _FILES = {
     "hf_quant_config.json": "ModelOpt",
     "quanto_qmap.json": "quanto",
@@ -22,7 +22,7 @@ _METHODS = {
     "fp8": "FP8", "compressed-tensors": "compressed-tensors", "fbgemm_fp8": "FBGEMM FP8",
     "modelopt": "ModelOpt", "mxfp4": "MXFP4",
 }  # fmt: skip
-# How tensors' names end, all that stand together in one format; what is told apart by one name more comes first.
+# The endings of tensors' names that occur together in one format; a format with one name more comes first.
 _TENSORS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".qweight", ".qzeros", ".scales", ".g_idx"), "GPTQ"),
     ((".qweight", ".qzeros", ".scales"), "AWQ"),
@@ -39,7 +39,7 @@ _TENSORS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def refuse_settings(config: Fields) -> None:
-    """Raise ModelFormatError where config.json says that the weights are quantised in a way that is not read."""
+    """Raise ModelFormatError where config.json says that the weights are quantised in an unsupported way."""
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
         settings = config.get(key, dict)
         if settings and packing_in(config) is None and settings.get("quant_method") != "mxfp4":

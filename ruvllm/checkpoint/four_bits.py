@@ -5,7 +5,7 @@
     GPTQ    qweight (K / 8, N) int32: input 8 i + j in bits 4 j of word i; qzeros (G, N / 8): output 8 i + j likewise
     AWQ     qweight (K, N / 8), qzeros (G, N / 8) int32: in bits 4 j of word i output 8 i + (0, 2, 4, 6, 1, 3, 5, 7)[j]
 
-GPTQ's first format stores z - 1. With symmetric codes z is 8, whichever a file says: some say the first format and
+GPTQ's first format stores z - 1. With symmetric codes z is 8, whatever a file says: some declare the first format and
 store 8. ``g_idx`` (K,), where there is one, gives the group of each input. The matrix becomes one of
 
     Q4_0    symmetric, groups of neighbours: exact
@@ -33,7 +33,7 @@ from ruvllm.kernels.jit.decorators import kernel
 _KEY = "quantization_config"  # of config.json
 _GROUP = 32  # elements of one block
 _WORD = 8  # codes of an int32
-_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # where each output stands in a word
+_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # the position of each output in a word
 _SYMMETRIC_ZERO = 8
 _LARGEST = 1 << 20  # inputs or outputs: four times the largest vocabulary
 
@@ -42,7 +42,7 @@ _LARGEST = 1 << 20  # inputs or outputs: four times the largest vocabulary
 class Packing:
     """How the 4-bit weights of a directory are packed.
 
-    ``group_size``: inputs that share a scale, None for all; ``zero_offset``: what is stored less than a zero point is;
+    ``group_size``: inputs that share a scale, None for all; ``zero_offset``: zero point minus its stored value;
     ``act_order``: ``g_idx`` is needed.
     """
 
@@ -54,7 +54,7 @@ class Packing:
 
 
 def packing_of(directory: Path) -> Packing | None:
-    """What config.json says of 4-bit weights or, from before it did, quantize_config.json or quant_config.json.
+    """The settings of 4-bit weights in config.json or, in older directories, quantize_config.json or quant_config.json.
 
     Raises: ModelFormatError: settings ask for what is not supported.
     """
@@ -68,7 +68,7 @@ def packing_of(directory: Path) -> Packing | None:
 
 
 def packing_in(config: Fields) -> Packing | None:
-    """What config.json says of 4-bit weights; None if it says nothing of GPTQ and AWQ.
+    """The settings of 4-bit weights in config.json; None if it names neither GPTQ nor AWQ.
 
     Raises: ModelFormatError: settings ask for what is not supported.
     """
@@ -114,10 +114,10 @@ def four_bit_tensor(stem: str, parts: Mapping[str, Part], packing: Packing) -> T
     """The matrix ``stem``.weight.
 
     Args:
-        parts: "qweight", and of "qzeros", "scales", "g_idx" those that stand beside it.
+        parts: "qweight", and those of "qzeros", "scales", "g_idx" that the file has.
 
     Raises:
-        ModelFormatError: a part is missing, or of another type, shape or content than the others ask for.
+        ModelFormatError: a part is missing, or of another type, shape or content than the others require.
     """
     qweight = parts["qweight"]
     qweight.require("I32", (None, None))
@@ -173,7 +173,7 @@ def awq_rows(words: Any, skip: Any, out: Any) -> None:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Rows of W as stored rows of our types. It holds no array: a file may have thousands of such."""
+    """Rows of W as stored rows of our types. It holds no array: a file may have thousands of matrices."""
 
     qweight: Part
     qzeros: Part
@@ -183,7 +183,7 @@ class _Matrix:
     columns: int
 
     def groups(self) -> Array:
-        """The group of each input (K,). A g_idx of zeros says that they are in order, as in early files."""
+        """The group of each input (K,). In early files a g_idx of zeros means that they are in order."""
         plain = np.arange(self.columns) // (self.packing.group_size or self.columns)
         if self.g_idx is None:
             return plain

@@ -35,7 +35,7 @@ class GGUFFile:
     Args:
         path: the file.
         mmap: map the file (nothing is copied, but a file that shrinks meanwhile kills the process with SIGBUS),
-            or else read each tensor when it is asked for.
+            or else read each tensor on demand.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,13 +68,13 @@ class GGUFFile:
         return self.tensor(name).raw()
 
     def metadata_bytes(self, key: str) -> bytes:
-        """A metadata value as the file has it, its type first: as ``gguf_writer.encoded`` makes it."""
+        """The bytes of a metadata value, its type first, as ``gguf_writer.encoded`` makes them."""
         entry = self._entries[key]
         start = entry.start - (4 if entry.count is None else 16)  # type; of arrays also their elements' type and count
         return self._source.read(start, entry.end - start).tobytes()
 
     def close(self) -> None:
-        """Let go of the file; arrays taken from a mapped file stay valid."""
+        """Close the file; arrays taken from a mapped file stay valid."""
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ def _alignment(reader: HeaderReader, entries: dict[str, Entry]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A tensor and the positions of its description, while its place among the others is checked."""
+    """A tensor and the positions of its description, to check its place among the others."""
 
     info: TensorInfo
     header: TensorHeader

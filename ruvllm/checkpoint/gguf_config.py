@@ -20,8 +20,7 @@ from ruvllm.checkpoint.names import GGUF_LAYER, GGUF_MODEL, GGUF_ROPE_FACTORS
 from ruvllm.checkpoint.tokenizer.keys import END_NAMES, PREFIX
 from ruvllm.model.config import ConfigError, ModelConfig
 
-# The key, without the architecture's name, that a field of ModelConfig comes from, so that an error speaks of what
-# stands in the file.
+# The key, without the architecture's name, of a field of ModelConfig, so that errors name what is in the file.
 _KEYS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -126,7 +125,7 @@ def _sizes(own: Fields) -> Sizes:
 
 
 def _check_neutral(own: Fields, config: ModelConfig, sizes: Sizes) -> None:
-    """Refuse keys that ask for arithmetic which this library does not do, unless their value changes nothing."""
+    """Refuse keys that ask for unsupported arithmetic, unless their value changes nothing."""
     if config.experts is None:
         own.require_plain("expert_count", (0,))
     else:
@@ -140,7 +139,7 @@ def _check_neutral(own: Fields, config: ModelConfig, sizes: Sizes) -> None:
 
 
 def _vocab_size(file: AnyGGUF, meta: Fields, own: Fields) -> int:
-    """Length of the token list; without one, what `vocab_size` or the embedding's rows say."""
+    """Length of the token list; without one, `vocab_size` or the number of the embedding's rows."""
     tokens = meta.get("tokenizer.ggml.tokens", list)
     if tokens is not None:
         return len(tokens)

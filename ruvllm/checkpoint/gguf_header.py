@@ -1,6 +1,6 @@
-"""The header of a GGUF file: walks metadata and tensor descriptions without believing a single number in them.
+"""The header of a GGUF file: walks metadata and tensor descriptions without trusting any number in them.
 
-The walk only steps from field to field and remembers where values lie; strings and arrays are decoded afterwards, when
+The walk only steps from field to field and remembers where values are; strings and arrays are decoded afterwards, when
 the whole structure is known to be sound (``HeaderReader.decode``). Source: the GGUF specification in ggml's
 documentation, versions 2 and 3.
 """
@@ -50,7 +50,7 @@ UINT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a metadata value lies: its type, first byte, end; for arrays the element type and count.
+    """The position of a metadata value: its type, first byte, end; for arrays the element type and count.
 
     ``ends`` holds the end of each string, counted from ``start``, so that decoding need not walk them again.
     """
@@ -88,7 +88,7 @@ class HeaderReader:
         return ModelFormatError(self._source.path, field=field, found=found, expected=expected, offset=position)
 
     def preamble(self) -> tuple[int, int, int]:
-        """Version, tensor count, metadata count; checks magic, byte order and that the counts can be true."""
+        """Version, tensor count, metadata count; checks magic, byte order and that the counts are possible."""
         if self._source.size == 0:
             raise self.error("file", "0 bytes", "a GGUF file", 0)
         magic = bytes(self._at(0, 4, "magic"))
@@ -189,7 +189,7 @@ class HeaderReader:
         return count
 
     def _string(self, position: int, field: str, most: int) -> tuple[str, int]:
-        """A length-prefixed UTF-8 string of at most ``most`` bytes, and the position behind it."""
+        """A length-prefixed UTF-8 string of at most ``most`` bytes, and the position after it."""
         length = self.u64(position, f"{field} length")
         if length > most:
             raise self.error(f"{field} length", length, f"at most {most}", position)
@@ -235,7 +235,7 @@ class HeaderReader:
         return Entry(kind, start, start + count * smallest, count)
 
     def _walk_strings(self, start: int, count: int, field: str) -> array[int]:
-        """Where each of ``count`` strings ends, counted from ``start``. A vocabulary has 10^5 of them: a lean loop."""
+        """The end of each of ``count`` strings, from ``start``. A vocabulary has 10^5: keep the loop lean."""
         self._strings += count
         if self._strings > MAX_STRINGS:
             raise self.error(f"{field} length", f"{self._strings} strings", f"at most {MAX_STRINGS}", start)

@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says of a model: of another GGUF file word by word, of a directory translated.
+"""The metadata of a GGUF file to write: copied from a GGUF file, or translated from a directory.
 
 Keys and their meaning are llama.cpp's.
 """
@@ -36,11 +36,11 @@ _PROBE = (
 _USUAL = ("llama-bpe", "dbrx", "gpt-2", "qwen2")
 _SPLITS = (*_USUAL, *sorted(set(PRE_TOKENIZERS.values()) - {*_USUAL}))
 _FORM = "a GGUF file"
-_NO_MERGE = -1e6  # below it, scores of pieces that no merge makes; none like another
+_NO_MERGE = -1e6  # below it, distinct scores of pieces that no merge makes
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Key -> encoded value. Raises: ModelFormatError where GGUF has no word for something in a directory."""
+    """Key -> encoded value. Raises: ModelFormatError where GGUF cannot express something in a directory."""
     source = checkpoint.tokenizer_source
     if isinstance(source, AnyGGUF):
         return {key: source.metadata_bytes(key) for key in source.metadata}
@@ -49,7 +49,7 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _model(directory: Path, config: ModelConfig) -> dict[str, Any]:
-    """The keys of the model. Raises ModelFormatError where a GGUF file of its family cannot say what it does."""
+    """The keys of the model. Raises ModelFormatError where a GGUF file of its family cannot express it."""
     family = BY_TYPE[config.model_type]
     try:
         values = {
@@ -127,7 +127,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     vocabulary = with_rows(vocabulary_from_directory(directory), vocab_size, str(directory))
     if vocabulary.missing is not None:
         return {PREFIX + "model": "none"} | _end_keys(vocabulary)
-    # The converter's name for rows of the embedding that no token has.
+    # The converter's name for rows of the embedding without a token.
     pieces = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(vocabulary.pieces)]
     values: dict[str, Any] = {
         PREFIX + "model": "gpt2" if vocabulary.byte_level else "llama",
@@ -161,7 +161,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
 
 def _end_keys(vocabulary: Vocabulary) -> dict[str, Any]:
     ends = [int(token) for token in vocabulary.eos_ids]
-    names = END_NAMES[:3]  # the others end texts that were filled in
+    names = END_NAMES[:3]  # the others end texts of fill-in-the-middle
     values: dict[str, Any] = {f"{PREFIX}{name}_token_id": i for name, i in zip(names, ends, strict=False)}
     return values if len(ends) <= len(names) else {**values, PREFIX + "eos_token_ids": ends}
 
@@ -180,9 +180,9 @@ def _scores(pieces: list[str], merges: list[str]) -> list[float]:
 
 
 def _with_pre_tokenizer(directory: Path, vocabulary: Vocabulary, values: dict[str, Any]) -> dict[str, Any]:
-    """The values with llama.cpp's name for how this tokenizer cuts text into words: the first that gives the same ids.
+    """The values with llama.cpp's name of this tokenizer's way to split text: the first that gives the same ids.
 
-    Names that cut alike differ in whether a word that is a token is taken as a whole.
+    Names that split alike differ in whether a word that is a token is kept whole.
     """
     splitter = vocabulary.engine.pre_tokenizer
     disagreement: ModelFormatError | None = None

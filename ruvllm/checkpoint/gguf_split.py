@@ -1,7 +1,7 @@
-"""GGUF models in several files, as `llama-gguf-split` cuts them: ``name-00001-of-00003.gguf`` and those beside it.
+"""GGUF models in several files, as `llama-gguf-split` writes them: ``name-00001-of-00003.gguf`` and its siblings.
 
-The first part has all of the metadata, each has some of the tensors. Every part is opened and checked like a file of
-its own; what is checked here is that they are the parts of one model, all of them.
+The first part has all of the metadata, each has some of the tensors. Every part is opened and checked like a single
+file; this module checks that they are all the parts of one model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_PARTS = 1000
 
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<parts>[0-9]{5})\.gguf", re.DOTALL)
 _SPLIT = "split."
-_OF_ONE_FILE = ("general.alignment",)  # how a file lies on the disk; its reader has followed it
+_OF_ONE_FILE = ("general.alignment",)  # the layout of a file, which its reader has used
 
 
 class SplitName(NamedTuple):
-    """What the path of a part says: ``stem``, its number from 0, and of how many it is one."""
+    """The path of a part: ``stem``, its number from 0, and the number of parts."""
 
     stem: str
     number: int
@@ -36,7 +36,7 @@ class SplitName(NamedTuple):
 
 
 def split_name(path: str) -> SplitName | None:
-    """What the path of a part says; None for any other path."""
+    """The SplitName of a part's path; None for any other path."""
     match = _NAME.fullmatch(path)
     if match is None or not 1 <= int(match["number"]) <= int(match["parts"]):
         return None
@@ -49,7 +49,7 @@ def part_name(stem: str, number: int, parts: int) -> str:
 
 
 class SplitGGUFFile:
-    """The parts of one model, seen as one file: attributes and methods as of GGUFFile.
+    """The parts of one model as one file, with the attributes and methods of GGUFFile.
 
     Args:
         first: the first part, open; it is closed with the others, also where they are refused.
@@ -103,7 +103,7 @@ class SplitGGUFFile:
         return self._first.metadata_bytes(key)
 
     def close(self) -> None:
-        """Let go of the files; arrays taken from mapped files stay valid."""
+        """Close the files; arrays taken from mapped files stay valid."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -172,7 +172,7 @@ def _open(first: GGUFFile, path: str, mmap: bool) -> GGUFFile:
 
 
 def _check_part(first: GGUFFile, part: GGUFFile, number: int) -> None:
-    """A later part says which it is, and nothing about the model that the first does not say."""
+    """Check a later part: it has its own number, and no metadata that differs from the first part's."""
     keys = _fields(part)
     expected = {"split.no": number, "split.count": first.metadata["split.count"]}
     if "split.tensors.count" in keys:

@@ -1,4 +1,4 @@
-"""Writing GGUF files (version 3): metadata, tensor descriptions, then the tensors' bytes one after the other.
+"""Writing GGUF files (version 3): metadata, tensor descriptions, then the tensors' bytes.
 
 Source: the GGUF specification in ggml's documentation.
 """
@@ -20,7 +20,7 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 class Described(NamedTuple):
-    """A tensor to be written: its name, row-major shape and storage type."""
+    """A tensor to write: its name, row-major shape and storage type."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Described(NamedTuple):
 def encoded(value: Any) -> bytes:
     """A metadata value with its type: bool, int (unsigned, 32 bits), float (32 bits), str, or a list of one of these.
 
-    Lists of integers are of signed ones. Raises: TypeError for anything else.
+    Integers in lists are signed. Raises: TypeError for anything else.
     """
     if isinstance(value, list):
         kind, _ = _scalar(value[0]) if value else (_STRING, b"")
@@ -79,5 +79,5 @@ def write_header(file: BinaryIO, metadata: Mapping[str, bytes], tensors: Iterabl
 
 
 def pad(file: BinaryIO) -> None:
-    """Zeros up to where the next tensor may begin: to be written after the bytes of each."""
+    """Padding zeros, to write after the bytes of each tensor."""
     file.write(bytes(-file.tell() % ALIGNMENT))

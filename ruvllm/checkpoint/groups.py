@@ -1,6 +1,6 @@
 """Storage types -> groups of 32 codes with 16-bit scales: weights for the integer kernels, without a float32 copy.
 
-What each type becomes (``kernels.quant.weights`` says what the codes mean):
+The layout of each type (``kernels.quant.weights`` defines the codes):
 
     Q4_0  int4              exact
     Q4_1  int4 with mins    exact
@@ -43,7 +43,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_fo
 KINDS = {"int4": INT4, "int5": INT5, "int8": INT8}
 ZEROS = {"int4": 8, "int5": 16, "int8": 0}  # codes of 0 where weights have no min
 
-_ELEMENTS_AT_ONCE = 1 << 18  # between file and panels, for each thread: they stay in the second-level cache
+_ELEMENTS_AT_ONCE = 1 << 18  # between file and panels, for each thread: they stay in the L2 cache
 
 _ZERO, _QUARTER, _ONE = np.float32(0), np.float32(0.25), np.float32(1)
 _LARGEST, _LOWEST, _REACH = np.float32(127), np.float32(-128), np.float32(127.5)
@@ -53,7 +53,7 @@ _LARGEST_HALF = 65504
 _SMALLEST_HALF = np.float32(2.0**-24)
 
 
-# What of a type is rounded in its layout, and to what; of types that are not here, nothing.
+# What is rounded when a type is converted to its layout; types that are not listed convert exactly.
 ROUNDED = {
     **dict.fromkeys(("Q4_K", "Q5_K", "IQ4_XS"), "scales to 16 bits"),
     "Q4_Z": "mins to 16 bits",
@@ -62,7 +62,7 @@ ROUNDED = {
 
 
 class StoredRows(Protocol):
-    """What is read of a ``checkpoint.tensor.Tensor``."""
+    """The part of ``checkpoint.tensor.Tensor`` that is used here."""
 
     path: str
     name: str
@@ -137,8 +137,9 @@ def q6_k_rows(
 ) -> None:
     """Rows lo:hi of Q6_K, whose groups have two scales d s: w = d s (q - 32). One scale: a quarter of the larger d s.
 
-    The half that has it keeps its codes, four times as large, with no error but the scale's rounding. In the other an
-    error is at most |scale| / 2, an eighth of the larger |d s|; but |scale| where q is 0 and the two s are opposite.
+    The half with the larger scale keeps its codes, four times as large, with no error but the scale's rounding. In the
+    other an error is at most |scale| / 2, an eighth of the larger |d s|; but |scale| where q is 0 and the two s are
+    opposite.
     """
     for row in range(lo, hi):
         for g in range(scales.shape[1]):
@@ -164,7 +165,7 @@ def q6_k_rows(
 def byte_rows(
     raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
 ) -> None:
-    """Rows lo:hi of Q8_0: d, 32 signed bytes. Nothing but copies, for which NumPy needs no compiled code."""
+    """Rows lo:hi of Q8_0: d, 32 signed bytes. Only copies, for which NumPy needs no compiled code."""
     blocks = raw[lo:hi].reshape(hi - lo, scales.shape[1], block)
     scales[lo:hi] = np.ascontiguousarray(blocks[:, :, :2]).view("<u2")[:, :, 0]
     codes[lo:hi].reshape(hi - lo, scales.shape[1], GROUP)[:] = blocks[:, :, codes_at:]
@@ -173,7 +174,7 @@ def byte_rows(
 def zero_point_rows(
     raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
 ) -> None:
-    """Rows lo:hi of Q4_Z: as Q4_1, but that a zero point z stands where m does: m = -d z."""
+    """Rows lo:hi of Q4_Z: as Q4_1, with a zero point z in place of m: m = -d z."""
     nibble_rows(raw, codes, scales, mins, block, fifth_at, codes_at, lo, hi)
     with np.errstate(over="ignore"):  # refused by ``_check_half``
         lowest = scales[lo:hi].view(np.float16).astype(np.float32) * -mins[lo:hi].astype(np.float32)
@@ -200,8 +201,8 @@ def _whole_rows(dtype: str, zero: int) -> Any:
     return rows
 
 
-# kind, has mins, decoder of rows; and where things are in a block: its bytes, the position of the fifth bits (0: there
-# are none) and of the codes.
+# kind, has mins, decoder of rows; and the layout of a block: its bytes, the offset of the fifth bits (0: none) and of
+# the codes.
 _TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
     "Q4_0": ("int4", False, nibble_rows, 18, 0, 2),
     "Q4_1": ("int4", True, nibble_rows, 20, 0, 4),
@@ -226,9 +227,9 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
 
     Args:
         dtype: a storage type.
-        kind: one of KINDS; None for that of the type, which is int8 for floats. Only a type that the table above makes
-            int5 can become that.
-        symmetric: for numbers that must be rounded to int4, whether they do without mins.
+        kind: one of KINDS; None for that of the type, which is int8 for floats. Only types listed as int5 above can
+            become int5.
+        symmetric: for values that must be rounded to int4, whether to do without mins.
 
     Raises:
         ValueError: another ``kind``, or int5 for another type.
@@ -249,11 +250,11 @@ def tensor_groups(
     """Rows lo:hi of a tensor in groups of 32: its own codes where the layout can hold them, else rounded.
 
     Args:
-        tensor: any type; a row of floats that is no multiple of 32 long is filled up.
+        tensor: any type; a row of floats is padded to a multiple of 32.
         kind, symmetric: as in ``group_layout``. 4- and 5-bit codes are widened to int8 without loss.
 
     Raises:
-        ModelFormatError: a scale, a min or a number is not finite or beyond what half-precision scales can hold.
+        ModelFormatError: a scale, a min or a weight is not finite or beyond what half-precision scales can hold.
         ValueError: lo, hi outside of the tensor; another ``kind``.
     """
     kind, with_mins = group_layout(tensor.dtype, kind, symmetric)
@@ -282,8 +283,8 @@ def decode_groups(dtype: str, raw: np.ndarray, columns: int) -> tuple[np.ndarray
 def load_panels(tensor: StoredRows, kind: str | None = None, symmetric: bool = True) -> Panels:
     """A whole matrix (N, K) as panels for ``quant_matmul``; arguments and errors as for ``tensor_groups``.
 
-    A few rows at a time go from the file into the panels, split over Python threads: the compiled bodies let go of
-    Python's lock, and page faults and NumPy's checks are shared out too.
+    A few rows at a time go from the file into the panels, split over Python threads: the compiled bodies release
+    the GIL, and page faults and NumPy's checks run in parallel too.
     """
     rows, columns = tensor.rows, tensor.columns
     layout, with_mins = group_layout(tensor.dtype, kind, symmetric)

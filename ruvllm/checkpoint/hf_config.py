@@ -1,7 +1,7 @@
 """A Hugging Face directory's config.json and generation_config.json as a ModelConfig.
 
-A key that is missing gets the default that `transformers` gives it, for each family its own (``families``). What this
-library does not do (another architecture, rotary scaling, activation, a quantised format) is refused by name.
+A missing key gets the default of `transformers`, which each family may change (``families``). Unsupported features
+(another architecture, rotary scaling, activation, a quantised format) are refused by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ConfigError, ModelConfig
 
-# Fields of ModelConfig and RopeConfig whose key is called otherwise.
+# Fields of ModelConfig and RopeConfig whose key has another name.
 _KEYS = {
     "eos_token_ids": "eos_token_id",
     "rope.theta": "rope_theta",
@@ -30,12 +30,12 @@ _KEYS = {
     "experts.per_token": "num_experts_per_tok",
     "experts.intermediate_size": "moe_intermediate_size",
 }
-# What transformers fills in where a family says nothing else. bos and eos: LLaMA's.
+# The defaults of transformers, unless a family has others. bos and eos: LLaMA's.
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# Where the text model of a model with images stands: its configuration, and what is beside it.
+# The text model of a model with images: its configuration, and the keys outside of it.
 _NESTED = {"gemma3": ("text_config", "gemma3_text")}
 
 
@@ -85,7 +85,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
 
 
 def refuse_other_architectures(directory: Path) -> None:
-    """Raise ModelFormatError where config.json names what this library does not run; its other faults are for later."""
+    """Raise ModelFormatError if config.json names an unsupported architecture; other faults are found later."""
     path = directory / "config.json"
     try:
         keys = Fields(path, read_json_object(path, MAX_CONFIG_BYTES))
@@ -114,7 +114,7 @@ def _family(keys: Fields) -> Family:
 
 
 def _text_keys(keys: Fields) -> Fields:
-    """The keys of the text model; tokens and the tied head may stand beside them."""
+    """The keys of the text model; those of tokens and the tied head may be outside of it."""
     model_type = keys.get("model_type", str)
     if model_type not in _NESTED:
         return keys
@@ -124,7 +124,7 @@ def _text_keys(keys: Fields) -> Fields:
 
 
 def _with_defaults(keys: Fields, family: Family) -> Fields:
-    """The keys, those that are absent as transformers fills them in."""
+    """The keys, with transformers' defaults for those that are absent."""
     return Fields(keys.path, _DEFAULTS | dict(family.defaults) | dict(keys.values), keys.prefix, keys.offsets)
 
 

@@ -1,4 +1,4 @@
-"""The small JSON files of a Hugging Face directory: their keys, and a fact that may stand in either of two."""
+"""The small JSON files of a Hugging Face directory: their keys, and the end tokens, which either of two may hold."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Models on the Hugging Face Hub: what a name such as OWNER/NAME:Q4_K_M means, and its files, fetched and cached.
 
-Everything that talks to the Hub is `huggingface_hub`'s: endpoint, token, cache, offline mode, retries and progress bars
-are those that its users know. What is decided here is which files a name stands for, so that no others are fetched:
+`huggingface_hub` talks to the Hub: endpoint, token, cache, offline mode, retries and progress bars are those that its
+users know. This module decides which files a name stands for, so that no others are fetched:
 
 - ``OWNER/NAME``: the directory: config.json, tokenizer and safetensors (never pickles). A repository that holds one
   GGUF model and nothing else to load: that model.
-- ``OWNER/NAME:Q4_K_M``: its GGUF model of this type, or the only one whose type begins so.
-- ``OWNER/NAME/path/file.gguf``: that file, or the only model whose path begins so. All parts come with any of them.
+- ``OWNER/NAME:Q4_K_M``: its GGUF model of this type, or the only one whose type begins with this.
+- ``OWNER/NAME/path/file.gguf``: that file, or the only model whose path begins with this. All parts come with any of
+them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a directory is read from besides its weights.
+# The files of a directory besides its weights.
 _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "quantize_config.json", "quant_config.json",
 )  # fmt: skip
-_NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # GGUF files that stand beside a model
+_NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # GGUF files that accompany a model
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?::(?P<tag>[^/:\s]+)|/(?P<file>[^:]+))?", re.ASCII)
@@ -71,13 +72,13 @@ def parse(text: str) -> HubName | None:
 def fetch(name: HubName, progress: bool = True, verify: bool = False) -> Path:
     """The directory or the GGUF file (of several parts the first) that a name stands for, in `huggingface_hub`'s cache.
 
-    What the cache has in its newest version is not fetched again. Where the Hub cannot be reached, or offline mode is
-    on, the cache serves alone if it holds all that is needed.
+    Files that are current in the cache are not fetched again. If the Hub cannot be reached, or in offline mode, the
+    cache is used alone if it is complete.
 
     Args:
         name: see the module's docstring.
         progress: show `huggingface_hub`'s progress bars, where stderr is a terminal or a notebook.
-        verify: read what the cache has and compare its checksums with the Hub's; fetch anew what differs.
+        verify: read what the cache has and compare its checksums with the Hub's; fetch what differs again.
 
     Raises:
         DownloadError: no such repository or file, several that the name may mean (they are listed), a gated one, no
@@ -104,19 +105,19 @@ def _listed(repo: str) -> dict[str, RepoFile | RepoSibling]:
     timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     info = HfApi().model_info(repo, revision=constants.DEFAULT_REVISION, files_metadata=True, timeout=timeout)
     found: list[RepoFile | RepoSibling] = list(info.siblings or ())
-    if not found:  # a mirror may know the other list alone
+    if not found:  # a mirror may only have the other list
         found = [entry for entry in HfApi().list_repo_tree(repo, recursive=True) if isinstance(entry, RepoFile)]
     return {file.rfilename: file for file in found if _is_plain(file.rfilename)}
 
 
 class _Repository:
-    """The files that the Hub lists, and what has been fetched of them."""
+    """The files that the Hub lists, and those that have been fetched."""
 
     def __init__(self, name: HubName, files: Mapping[str, RepoFile | RepoSibling], verify: bool) -> None:
         self._name = name
         self._listed = files
         self._verify = verify
-        self._commit: str | None = None  # the first file tells it; the others are of the same
+        self._commit: str | None = None  # known from the first file; the others are of the same
 
     def fetch(self) -> Path:
         files = _choose(self._name, {name: file.size for name, file in self._listed.items()})
@@ -165,7 +166,7 @@ class _Repository:
 
 
 def _from_cache(name: HubName) -> Path | None:
-    """What the cache holds under a name, if it is all that is needed."""
+    """The cached files of a name, if they are complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -253,7 +254,7 @@ def _matches(name: HubName, models: Mapping[str, list[str]]) -> list[str]:
 
 
 def _type(model: str) -> str:
-    """The type in a model's file name (``Q4_K_M``), or what stands last in it."""
+    """The type in a model's file name (``Q4_K_M``), or its last part."""
     stem = model[: -len(".gguf")]
     match = _TYPE.search(stem)
     return match[1] if match is not None else stem.rpartition("-")[2]
@@ -293,7 +294,7 @@ def _megabytes(nbytes: float) -> str:
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """`huggingface_hub` without its remarks (each failure is said here, once) and, unless asked for, without bars."""
+    """`huggingface_hub` without its log messages (failures are reported here, once) and, by default, without bars."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -325,7 +326,7 @@ def _one_line(name: HubName) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why nothing came, in words."""
+    """Why nothing was fetched, in words."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -336,9 +337,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such model on {constants.ENDPOINT}; if it is a private one, {login}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        return "not in the cache, and HF_HUB_OFFLINE forbids fetching it"
     if isinstance(error, errors.HFValidationError):
-        return "no possible name: expected OWNER/NAME of letters, digits, '-', '_' and '.'"
+        return "not a valid name: expected OWNER/NAME of letters, digits, '-', '_' and '.'"
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         if status == 401:

@@ -14,8 +14,8 @@ from ruvllm.model.rope_config import RopeConfig, longrope_attention_factor, yarn
 def ropes_of(keys: Fields, sizes: Sizes, partial: bool) -> tuple[RopeConfig, RopeConfig | None]:
     """The rotary embedding, and that of windowed layers where ``rope_parameters`` have one for each type of layer.
 
-    As in transformers, a `rope_scaling` that is not empty comes before `rope_parameters`, and values within them
-    come before those beside them. partial: whether models of this family may rotate a part of a head.
+    As in transformers, a `rope_scaling` that is not empty overrides `rope_parameters`, and values within them
+    override those next to them. partial: whether models of this family may rotate a part of a head.
     """
     where = "rope_scaling" if keys.get("rope_scaling", dict) else "rope_parameters"
     rope = Fields(keys.path, keys.get(where, dict) or {}, prefix=f"{where}.")
@@ -49,7 +49,7 @@ def _rope(keys: Fields, rope: Fields, sizes: Sizes, partial: bool) -> RopeConfig
 
 
 def _rotary_dim(keys: Fields, rope: Fields, sizes: Sizes, partial: bool) -> int | None:
-    """How many elements of a head turn; None: all."""
+    """How many elements of a head are rotated; None: all."""
     for holder in (rope, keys):
         share = holder.get("partial_rotary_factor", float)
         if share in (None, 1.0):
@@ -133,7 +133,7 @@ _KINDS: dict[str, Callable[[Fields, Fields, float, int | None], RopeConfig]] = {
     "default": _plain, "linear": _linear, "ntk": _ntk, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn,
     "longrope": _longrope,
 }  # fmt: skip
-# Fields of RopeConfig whose key is called otherwise.
+# Fields of RopeConfig whose key has another name.
 _KEYS = {
     "theta": "rope_theta", "original_max_position": "original_max_position_embeddings", "factors": "short_factor",
     "long_factors": "long_factor",

@@ -1,7 +1,7 @@
 """Opens a model on disk, a GGUF file or a Hugging Face directory, as one thing: a configuration and named tensors.
 
-Both kinds of file come out alike: canonical names, q and k rows in half-split order, every tensor that the
-configuration calls for present in its right shape, and none besides. Nothing large is read on opening.
+Both formats look alike: canonical names, q and k rows in half-split order, every tensor of the configuration present
+in its right shape, and no other. Nothing large is read on opening.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ruvllm.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-# What checkpoints carry along: tables that are computed from the configuration instead (of the rotary embedding, of the
+# Tensors that are ignored: tables that are computed from the configuration instead (of the rotary embedding, of the
 # causal mask), and tensors outside of the model and its head, such as a reward model's value head. No logit depends on
 # them, and transformers leaves them out too.
 _HF_LEFTOVERS = re.compile(
@@ -83,14 +83,14 @@ class Checkpoint:
         return self._tensors[name]
 
     def names(self) -> tuple[str, ...]:
-        """All canonical names, embedding first, in the order in which a token meets them."""
+        """All canonical names, embedding first, in the order of a forward pass."""
         return tuple(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def close(self) -> None:
-        """Let go of the files; arrays taken from mapped files stay valid."""
+        """Close the files; arrays taken from mapped files stay valid."""
         self._files.close()
 
     def __enter__(self) -> Self:
@@ -106,7 +106,7 @@ def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
     Args:
         path: the file or directory.
         mmap: map the files (nothing is copied; a file that shrinks meanwhile ends the process), or read tensors
-            when they are asked for.
+            on demand.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -195,8 +195,8 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
 
 
 def _text_names(stored: Collection[str]) -> dict[str, str]:
-    """Each tensor's name as a text model has it, and its name in the file: in models with images the text model stands
-    under a name of its own."""
+    """Each tensor's name in a text-only model, and its name in the file: models with images prefix the names of their
+    text model."""
     for prefix in ("language_model.model.", "model.language_model."):
         if f"{prefix}embed_tokens.weight" in stored:
             names = {f"model.{name.removeprefix(prefix)}": name for name in stored if name.startswith(prefix)}
@@ -213,7 +213,7 @@ def _collect(
     stored: Collection[str],
     ignored: Collection[str],
 ) -> dict[str, Tensor]:
-    """All tensors of the model by canonical name. Raises ModelFormatError if one is missing, misshapen or too many."""
+    """All tensors of the model by canonical name. Raises ModelFormatError if one is missing, misshapen or unknown."""
     tensors: dict[str, Tensor] = {}
     expected_names = set(ignored)
     for name, shape in config.tensor_shapes().items():
@@ -242,7 +242,7 @@ def _collect(
 
 
 def _part(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
-    """The part of a file's tensor that is ours."""
+    """The part of a file's tensor that is the model's."""
     if place.expert is not None:
         tensor = tensor.expert(place.expert)
     if place.transposed:

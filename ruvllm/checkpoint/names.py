@@ -1,8 +1,8 @@
-"""What each tensor is called in GGUF files and in Hugging Face checkpoints, and the order of q/k rows in GGUF.
+"""The names of tensors in GGUF files and in Hugging Face checkpoints, and the order of q/k rows in GGUF.
 
 Canonical names are those of `ModelConfig.tensor_shapes`: `embed`, `norm`, `head`, and for each layer
-`layers.{i}.` followed by attn_norm, q, k, v, o, mlp_norm, gate, up, down (and `{matrix}_bias`), and what other families
-have besides. Here are the names that most families share; `family` says where one differs.
+`layers.{i}.` followed by attn_norm, q, k, v, o, mlp_norm, gate, up, down (and `{matrix}_bias`), and the
+tensors of other families. These are the names that most families share; `family` lists the exceptions.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def _translate(name: str, model: dict[str, str], layer: dict[str, str], prefix: 
 
 
 def half_split_rows(heads: int, head_dim: int) -> NDArray[np.int64]:
-    """Where the rows of a half-split q or k matrix stand in a GGUF file of the llama architecture.
+    """The positions of the rows of a half-split q or k matrix in a GGUF file of the llama architecture.
 
     GGUF pairs rows (2i, 2i+1) of a head for rotation, Hugging Face and this library pair (i, i + D/2):
     row h·D + s·D/2 + i of ours is row h·D + 2i + s of the file, for s in {0, 1}, i < D/2.
 
-    Returns: (heads · head_dim,) int64, to be given to `Tensor.permuted`.
+    Returns: (heads · head_dim,) int64, for `Tensor.permuted`.
     """
     rows = np.arange(heads * head_dim, dtype=np.int64).reshape(heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)

@@ -1,6 +1,6 @@
-"""Weights that a safetensors file keeps in several tensors, seen as one tensor: its rows are put together when read.
+"""Weights that a safetensors file keeps in several tensors, as one tensor: its rows are assembled when read.
 
-MXFP4 as GPT-OSS has it: ``NAME_blocks`` (..., N, G, 16) uint8, two elements a byte, neighbours, the first in the low
+MXFP4 as in GPT-OSS: ``NAME_blocks`` (..., N, G, 16) uint8, two neighbouring elements per byte, the first in the low
 half; ``NAME_scales`` (..., N, G) uint8, powers of two. Together NAME (..., N, 32 G) of type MXFP4. GPTQ and AWQ: see
 ``four_bits``. Source: transformers, integrations/mxfp4.py.
 """
@@ -25,7 +25,7 @@ _NUMPY = {"U8": "u1", "I32": "<i4", "F16": "<f2"}
 
 
 class Part:
-    """One of the tensors that a file keeps instead of a weight, of whatever type. Attributes: ``info``, ``source``."""
+    """One of the tensors that a file keeps in place of a weight, of any type. Attributes: ``info``, ``source``."""
 
     def __init__(self, info: TensorInfo, source: Source) -> None:
         self.info, self.source = info, source
@@ -47,7 +47,7 @@ class Part:
         return self.source.read(self.info.offset + lo * step, (hi - lo) * step)
 
     def array(self) -> Array:
-        """The whole: a view of a mapped file; else it is read once and held until it is released."""
+        """The whole tensor: a view of a mapped file; else it is read once and held until released."""
         if self._held is not None:
             return self._held
         raw = self.source.read(self.info.offset, self.info.nbytes)
@@ -57,12 +57,12 @@ class Part:
         return array
 
     def release(self) -> None:
-        """It has been read: it may leave this process's memory."""
+        """It has been read: its pages may leave this process's memory."""
         self._held = None
         self.source.release(self.info.offset, self.info.nbytes)
 
     def error(self, what: str, found: object, expected: object) -> ModelFormatError:
-        """An error that speaks of this tensor."""
+        """An error that names this tensor."""
         return ModelFormatError(
             self.source.path, field=f"tensor {self.info.name!r} {what}".rstrip(), found=found, expected=expected,
             offset=self.info.offset,
@@ -70,7 +70,7 @@ class Part:
 
 
 class PackedRows:
-    """What a Tensor reads as if it were a file: rows lo:hi (n, row_bytes), put together by ``rows``."""
+    """What a Tensor reads like a file: rows lo:hi (n, row_bytes), assembled by ``rows``."""
 
     def __init__(self, parts: tuple[Part, ...], row_bytes: int, rows: Callable[[int, int], Array]) -> None:
         self.path = parts[0].source.path
@@ -89,7 +89,7 @@ class PackedRows:
 def packed_tensor(
     name: str, shape: tuple[int, ...], dtype: str, parts: tuple[Part, ...], rows: Callable[[int, int], Array]
 ) -> Tensor:
-    """The tensor whose stored rows ``rows`` puts together out of ``parts``."""
+    """The tensor whose stored rows ``rows`` assembles from ``parts``."""
     width = row_bytes(dtype, shape[-1])
     info = TensorInfo(name, shape, dtype, 0, math.prod(shape[:-1]) * width)
     return Tensor(info, PackedRows(parts, width, rows))
@@ -107,10 +107,10 @@ def mxfp4_rows(scales: Any, pairs: Any, out: Any) -> None:
 
 
 def mxfp4_tensor(name: str, blocks: Part, scales: Part) -> Tensor:
-    """The tensor ``name`` of MXFP4 of which a file has blocks and scales.
+    """The MXFP4 tensor ``name`` of a file's blocks and scales.
 
     Raises:
-        ModelFormatError: they are of other types, or their shapes do not fit each other.
+        ModelFormatError: they are of other types, or their shapes do not match.
     """
     axes = max(len(blocks.info.shape), 3)
     blocks.require("U8", (*(None,) * (axes - 1), 16))

@@ -1,7 +1,7 @@
 """safetensors files, alone or sharded over a directory: validated structure and tensors, memory-mapped or read.
 
-A file is 8 bytes of header length, a JSON header and the data, which the tensors must cover without overlap, hole or
-byte left over. Source: the format description of the safetensors project.
+A file is 8 bytes of header length, a JSON header and the data, which the tensors must cover without overlap or gap.
+Source: the format description of the safetensors project.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class SafetensorsFile:
         path: as given.
         metadata: the header's ``__metadata__``, str -> str.
         tensors: name -> TensorInfo, in the header's order. ``TensorInfo.type`` may be a type that exists in the format
-            but cannot be decoded ("I64", "F8_E4M3"): such a tensor is listed, and refused when it is asked for.
+            but cannot be decoded ("I64", "F8_E4M3"): such a tensor is listed, and refused on access.
 
     Args:
         path: the file.
         mmap: map the file (nothing is copied, but a file that shrinks meanwhile kills the process with SIGBUS),
-            or else read each tensor when it is asked for.
+            or else read each tensor on demand.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,7 +86,7 @@ class SafetensorsFile:
         return self.tensor(name).raw()
 
     def close(self) -> None:
-        """Let go of the file; arrays taken from a mapped file stay valid."""
+        """Close the file; arrays taken from a mapped file stay valid."""
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -101,8 +101,8 @@ class SafetensorsIndex:
     SafetensorsFile.
 
     Args:
-        path: a ``model.safetensors.index.json``; the shards that it names must lie beside it and hold exactly the
-            tensors that it says they hold.
+        path: a ``model.safetensors.index.json``; the shards that it names must be in its directory and hold exactly
+            the tensors that it says they hold.
         mmap: as for SafetensorsFile.
 
     Raises:
@@ -142,7 +142,7 @@ class SafetensorsIndex:
         return self.tensor(name).raw()
 
     def close(self) -> None:
-        """Let go of the files; arrays taken from mapped files stay valid."""
+        """Close the files; arrays taken from mapped files stay valid."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _read_header(source: Source) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and the position of the data behind it."""
+    """The header's JSON object and the position of the data after it."""
 
     def fail(field: str, found: object, expected: object) -> ModelFormatError:
         return ModelFormatError(source.path, field=field, found=found, expected=expected, offset=0)
@@ -236,7 +236,7 @@ def _are_sizes(values: object) -> bool:
 
 
 def _check_cover(path: str, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
-    """The tensors lie one behind the other from the header's end to the file's."""
+    """Check that the tensors fill the file from the header's end, without gap or overlap."""
     expected = data_start
     for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if info.offset != expected:
@@ -276,7 +276,7 @@ def shards_of(path: str) -> dict[str, set[str]]:
 
 
 def _is_plain_name(shard: str) -> bool:
-    # No separator of any system, no drive, no "..": the file can only lie beside the index.
+    # No separator of any system, no drive, no "..": the file can only be in the index's directory.
     return shard.endswith(".safetensors") and not any(mark in shard for mark in ("/", "\\", ":", "\0", ".."))
 
 

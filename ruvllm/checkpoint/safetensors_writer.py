@@ -1,4 +1,4 @@
-"""Writes a safetensors file: float32 arrays under names, in one piece or not at all."""
+"""Writes a safetensors file: named float32 arrays, written atomically."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_safetensors(
 
 
 class replacing:
-    """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends well."""
+    """A path next to ``path`` to write to; it replaces ``path`` when the block succeeds."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

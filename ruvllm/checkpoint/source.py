@@ -20,12 +20,12 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 
-# Bytes: Linux maps up to a huge page around the byte that is read, if that is how the file lies in its cache.
+# Bytes: Linux maps up to a huge page around the byte that is read, if its page cache holds the file in such pages.
 _MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
 
 
 class Readable(Protocol):
-    """What a tensor reads its bytes from: a file, or what is put together from several tensors of one."""
+    """The source of a tensor's bytes: a file, or an assembly of several of its tensors."""
 
     path: str
 
@@ -42,8 +42,8 @@ class Source:
     """Bytes ``[0, size)`` of one file, read-only.
 
     With ``mmap=True`` arrays are views of the file's pages: nothing is copied, and a file that another process
-    shortens while it is mapped ends this process with SIGBUS. With ``mmap=False`` every array is read when it is
-    asked for, and a shortened file is a ``ModelFormatError``.
+    shortens while it is mapped ends this process with SIGBUS. With ``mmap=False`` every array is read on
+    demand, and a shortened file is a ``ModelFormatError``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +65,7 @@ class Source:
             except (OSError, ValueError) as error:
                 raise ModelFormatError(self.path, field="file", found=error, expected="a file to map") from error
             finally:
-                os.close(descriptor)  # the map has its own
+                os.close(descriptor)  # the map has its own descriptor
                 self._descriptor = None
 
     def read(self, offset: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -113,17 +113,17 @@ class Source:
         """Tell the system that these mapped pages are not needed for now; reading them again still works."""
         if self._map is None or not hasattr(_mmap, "MADV_DONTNEED"):
             return
-        start = offset // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE  # neighbours too: they came along, and come again if read
+        start = offset // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE  # neighbours were mapped too
         end = min(-(-(offset + count) // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE, self.size)
         if end > start:
             self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Let go of the file. Arrays taken from a map stay valid: the map goes with the last of them."""
+        """Close the file. Arrays taken from a map stay valid: the map ends with the last of them."""
         if self._map is not None:
             try:
                 self._map.close()
-            except BufferError:  # arrays still look into it
+            except BufferError:  # arrays still refer to it
                 pass
             self._map = None
         with self._lock:

@@ -1,4 +1,4 @@
-"""Storage types: how tensor elements lie in bytes, for GGUF and safetensors files.
+"""Storage types: the byte layouts of tensor elements in GGUF and safetensors files.
 
 Elements are stored in blocks along a row: (elements per block, bytes per block). Source of the GGUF codes and sizes:
 ggml's ``ggml_type`` enumeration; of the safetensors names: its format description.
@@ -27,7 +27,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "MXFP4": (32, 17),
     "TQ1_0": (256, 54),
     "TQ2_0": (256, 66),
-    # Of no file: what GPTQ and AWQ tensors are read as (four_bits.py).
+    # In no file: GPTQ and AWQ tensors are read as these (four_bits.py).
     "Q4_Z": (32, 20),  # 16-bit scale, zero point, a byte that is 0, and codes as in Q4_0
     "Q4_P": (1, 4),  # float32 values, where the columns of a group are not neighbours
 }

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ruvllm.checkpoint.source import Source
 from ruvllm.errors import ModelFormatError
 
-# Every value costs Python some 50 to 200 bytes, however few it takes in the file.
+# Every value takes 50 to 200 bytes in Python, however few in the file.
 MAX_VALUES = 1 << 18
 
 

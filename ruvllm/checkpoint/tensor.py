@@ -1,4 +1,4 @@
-"""A named tensor in a file: its stored bytes, or its rows as float32, in their own order or in another."""
+"""A named tensor in a file: its stored bytes, or its rows as float32, in stored or permuted order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TensorInfo:
 
 
 class Tensor:
-    """A tensor of a file, seen as ``rows`` rows of ``columns`` elements: leading axes folded, one row for a vector.
+    """A tensor of a file, viewed as ``rows`` rows of ``columns`` elements: leading axes folded, one row for a vector.
 
     Attributes: ``info``; ``name``; ``shape`` (row-major); ``dtype``, the storage type ("F32", "Q6_K"); ``rows``;
     ``columns``; ``row_bytes``; ``path`` of its file.
@@ -75,7 +75,7 @@ class Tensor:
     def raw(self, lo: int = 0, hi: int | None = None) -> npt.NDArray[np.uint8]:
         """The stored bytes of rows lo:hi, uint8 (hi - lo, row_bytes), read-only; scales are checked to be finite.
 
-        A view of the file where it is mapped and the rows stand in its own order; else a copy.
+        A view of the file if it is mapped and the rows are in stored order; else a copy.
 
         Raises:
             ModelFormatError: a block scale is NaN or infinite; names tensor, row and block.
@@ -102,7 +102,7 @@ class Tensor:
 
         Args:
             lo, hi: the rows; all by default.
-            out: where to write, C-contiguous float32 of that shape; allocated when not given.
+            out: where to write, C-contiguous float32 of that shape; allocated if None.
 
         Raises:
             ModelFormatError: a block scale is NaN or infinite; names tensor, row and block.
@@ -141,12 +141,12 @@ class Tensor:
         return Tensor(self.info, self._source, index, by_element=len(self.shape) == 1)
 
     def expert(self, i: int) -> Tensor:
-        """Part i of the first axis: the matrix (N, K) of one expert where a file has them as one tensor (E, N, K).
+        """Part i of the first axis: the matrix (N, K) of one expert, if a file stacks them in one tensor (E, N, K).
 
         Its name is that of the whole with ``[i]`` after it. Nothing is read.
 
         Raises:
-            ValueError: there is no such part, or rows of a permuted tensor are asked for.
+            ValueError: there is no such part, or the tensor is permuted.
         """
         if len(self.shape) < 2 or self._index is not None:
             raise ValueError(f"{self!r} has no experts: expected two axes or more, not permuted")
@@ -168,7 +168,7 @@ class Tensor:
         return load_panels(self, layout, symmetric=False)
 
     def release(self) -> None:
-        """Tell the system that the tensor's mapped pages are not needed for now, so that they leave our memory."""
+        """Tell the system that the tensor's mapped pages are not needed for now, to free memory."""
         self._source.release(self.info.offset, self.info.nbytes)
 
     def _range(self, lo: int, hi: int | None) -> tuple[int, int]:
@@ -178,7 +178,7 @@ class Tensor:
         return lo, hi
 
     def _stored(self, lo: int, hi: int) -> npt.NDArray[np.uint8]:
-        """Rows lo:hi in the file's own order."""
+        """Rows lo:hi in stored order."""
         start = self.info.offset + lo * self.row_bytes
         return self._source.read(start, (hi - lo) * self.row_bytes).reshape(hi - lo, self.row_bytes)
 

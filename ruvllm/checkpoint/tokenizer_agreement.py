@@ -1,8 +1,8 @@
-"""Whether two tokenizers mean the same: hard texts, control tokens, chats and every token's text, one by one.
+"""Whether two tokenizers agree: on hard texts, control tokens, chats and the text of every token.
 
-GGUF has no words for parts of a tokenizer.json (normalizers, white space that control tokens take in, some rules for
-leading spaces), and some tokenizers differ from what their description says in ways that no list of keys foresees. So
-what is written for a directory is read again and held against the directory itself.
+GGUF cannot express parts of a tokenizer.json (normalizers, white space that control tokens strip, some rules for
+leading spaces), and some tokenizers differ from their description in ways that no list of keys foresees. So a GGUF
+tokenizer written for a directory is read again and compared with the directory's own.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def require_agreement(path: str, original: Vocabulary, copy: Vocabulary, form: s
     """
     for what, mine, its in _differences(Tokenizer(original, path), Tokenizer(copy, path)):
         found = f"{what} means another thing in {form}{_suspects(original.engine)}: {mine} is {its} there"
-        raise ModelFormatError(path, field="tokenizer", found=found, expected=f"what {form} has words for")
+        raise ModelFormatError(path, field="tokenizer", found=found, expected=f"what {form} can express")
 
 
 def _differences(original: Tokenizer, copy: Tokenizer) -> Iterator[tuple[str, Any, Any]]:
-    """What of the two differs, with either's answer; the most telling first."""
+    """The differences of the two, with both results; the most telling first."""
     for text in _texts(original):
         for how in ({"parse_special": True}, {"parse_special": False, "add_special": False}):
             mine, its = original.encode(text, **how), copy.encode(text, **how)
@@ -76,7 +76,7 @@ def _differences(original: Tokenizer, copy: Tokenizer) -> Iterator[tuple[str, An
 
 
 def _apart(mine: list[int] | str, its: list[int] | str) -> tuple[Any, Any]:
-    """The parts of two lists of ids from where they differ on, as much as a message takes."""
+    """The parts of two lists of ids from their first difference on, as much as fits a message."""
     if isinstance(mine, str) or isinstance(its, str):
         return mine, its
     at = next((n for n, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), min(len(mine), len(its)))
@@ -102,7 +102,7 @@ def _chat(tokenizer: Tokenizer, messages: tuple[Message, ...], cue: bool) -> lis
 
 
 def _suspects(engine: Any) -> str:
-    """Parts of a tokenizer.json that another form may have no words for."""
+    """Parts of a tokenizer.json that another format may be unable to express."""
     description = json.loads(engine.to_str())
     parts = description["normalizer"] or {"normalizers": []}
     named = [step["type"] for step in parts.get("normalizers", [parts]) if step["type"] not in ("Prepend", "Replace")]

@@ -1,7 +1,7 @@
-"""Tools that a model may call, as chat templates take them: a JSON schema each, given, or made of a Python function.
+"""Tools that a model may call, as chat templates take them: a JSON schema each, given or made from a Python function.
 
-The form is OpenAI's. What becomes of a function's type hints and docstring is transformers' `get_json_schema`: the
-summary before "Args:", one line for each argument there, choices behind it as ``(choices: ["a", "b"])``.
+The format is OpenAI's. Type hints and docstrings are translated like transformers' `get_json_schema`: the summary
+before "Args:", one line for each argument there, followed by choices as ``(choices: ["a", "b"])``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 def tool_schemas(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
     """The schema of each tool: of those that are dicts the dict itself.
 
-    Raises: ValueError naming the tool that is neither a dict nor a function that says all that a schema needs.
+    Raises: ValueError naming the tool that is neither a dict nor a function with all that a schema needs.
     """
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise ValueError(f"tools: found {type(tools).__name__}, expected a list of JSON schemas or functions")
@@ -66,13 +66,13 @@ def _described(function: Any, where: str) -> dict[str, Any]:
         parameters["required"] = required
     described: dict[str, Any] = {"name": name, "description": summary, "parameters": parameters}
     if "return" in hints:
-        with suppress(ValueError):  # nobody writes it: a type that has no schema is left out
+        with suppress(ValueError):  # a return type without a schema is left out
             described["return"] = _schema(hints["return"], where) | ({"description": returned} if returned else {})
     return {"type": "function", "function": described}
 
 
 def _sections(doc: str) -> tuple[str, dict[str, str], str]:
-    """Of a docstring in Google's style: the text before its sections, the arguments, what it says of the result."""
+    """Of a docstring in Google's style: the text before its sections, the arguments, the description of the result."""
     parts = _SECTION.split(doc)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     arguments: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: a directory with all that a later run needs to go on exactly where this one was."""
+"""Checkpoints of a training run: a directory with all that a later run needs to continue exactly."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _MAX_STATE_BYTES = 1 << 24
 
 
 def save_training(trainer: Trainer, path: str | os.PathLike[str], base: str | None = None) -> Path:
-    """Write the adapter as PEFT does, and beside it the state of the run.
+    """Write the adapter as PEFT does, and the state of the run.
 
-    The arrays go into a file of their own for each step, and the description, written last, says which: whenever this
-    is killed, the state before or the one after is there.
+    The arrays of each step go into a new file, which the description, written last, names: if this is killed, either
+    the previous or the new state is there.
 
     Args:
         trainer: the run.
-        path: the directory; made if need be.
+        path: the directory; created if needed.
         base: name or path of the base model, noted for PEFT.
     """
     path = save_adapter(trainer.adapter, path, trainer.model.config, base)
@@ -43,7 +43,7 @@ def save_training(trainer: Trainer, path: str | os.PathLike[str], base: str | No
 
 
 def resume_training(trainer: Trainer, path: str | os.PathLike[str]) -> None:
-    """Go on from a checkpoint: the steps that follow are those that the run which wrote it would have made.
+    """Continue from a checkpoint: the next steps are those that the run which wrote it would have made.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory, with one tensor in place of those that stand for it packed."""
+"""The weights of a Hugging Face directory, with one tensor in place of its packed parts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ class UnpackedFiles:
 
     Attributes:
         tensors: name -> TensorInfo, as of the files.
-        zero_biases: names of biases that are zero and stand beside packed weights: some writers of GPTQ give one to
-            every matrix.
+        zero_biases: names of zero biases of packed weights: some writers of GPTQ give one to every matrix.
 
     Args:
         files: these files; they are closed with this object.
         directory: where config.json is, which says how ``qweight`` tensors are packed; if it says nothing they stay.
 
     Raises:
-        ModelFormatError: parts are missing or do not fit each other; settings ask for what is not supported.
+        ModelFormatError: parts are missing or do not match; settings ask for what is not supported.
     """
 
     def __init__(self, files: SafetensorsFile | SafetensorsIndex, directory: Path) -> None:
@@ -65,5 +64,5 @@ class UnpackedFiles:
         return self._packed[name] if name in self._packed else self._files.tensor(name)
 
     def close(self) -> None:
-        """Let go of the files; arrays taken from mapped files stay valid."""
+        """Close the files; arrays taken from mapped files stay valid."""
         self._files.close()

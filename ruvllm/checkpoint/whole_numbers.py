@@ -32,9 +32,9 @@ _FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.in
 
 @kernel(strict=True)
 def table_rows(raw: Any, table: Any, block: Any, at: Any, numbers: Any) -> None:
-    """Numbers of IQ4_NL, IQ4_XS, MXFP4: codes of 32 elements in 16 bytes, low halves before high halves.
+    """Codes n of IQ4_NL, IQ4_XS, MXFP4: those of 32 elements in 16 bytes, low halves before high halves.
 
-    The first codes stand ``at`` bytes into a block of so many bytes, and fill it.
+    The first codes are ``at`` bytes into a block of so many bytes, and fill it.
     """
     parts = (block - at) // 16
     for i in range(raw.shape[0]):
@@ -48,7 +48,7 @@ def table_rows(raw: Any, table: Any, block: Any, at: Any, numbers: Any) -> None:
 
 @kernel(strict=True)
 def q3_k_rows(raw: Any, numbers: Any) -> None:
-    """Numbers of Q3_K: 32 bytes of inverted third bits, 64 of low two bits, 12 of scales: 16 x 4, then 16 x 2 bits."""
+    """Codes n of Q3_K: 32 bytes of inverted third bits, 64 of low two bits, 12 of scales: 16 x 4, then 16 x 2 bits."""
     for i in range(raw.shape[0]):
         for g in range(numbers.shape[1] // _GROUP):
             x, y = raw[i, g // 8 * 110 : g // 8 * 110 + 110], numbers[i, g * _GROUP : g * _GROUP + _GROUP]
@@ -66,7 +66,7 @@ def q3_k_rows(raw: Any, numbers: Any) -> None:
 
 @kernel(strict=True)
 def tq1_0_rows(raw: Any, numbers: Any) -> None:
-    """Numbers of TQ1_0: 32 bytes of five digits, 16 of five, 4 of four: digit k of all bytes before digit k + 1.
+    """Codes n of TQ1_0: 32 bytes of five digits, 16 of five, 4 of four: digit k of all bytes before digit k + 1.
 
     A byte is the digits' fraction of 3^5, scaled to 256: times 3^k without carry, then times 3, it carries digit k.
     """
@@ -84,7 +84,7 @@ def tq1_0_rows(raw: Any, numbers: Any) -> None:
 
 @kernel(strict=True)
 def tq2_0_rows(raw: Any, numbers: Any) -> None:
-    """Numbers of TQ2_0: two halves of 128 elements, 32 bytes each; two bits of all bytes before the next two."""
+    """Codes n of TQ2_0: two halves of 128 elements, 32 bytes each; two bits of all bytes before the next two."""
     for i in range(raw.shape[0]):
         for g in range(numbers.shape[1] // _GROUP):
             start = g // 8 * 66 + g % 8 // 4 * 32
@@ -96,7 +96,7 @@ def tq2_0_rows(raw: Any, numbers: Any) -> None:
 
 @kernel(strict=True)
 def q4_z_rows(raw: Any, numbers: Any) -> None:
-    """Numbers of Q4_Z: zero point in the third byte, from the fifth on 16 of codes as in Q4_0."""
+    """Codes n of Q4_Z: zero point in the third byte, from the fifth on 16 of codes as in Q4_0."""
     for i in range(raw.shape[0]):
         for g in range(numbers.shape[1] // _GROUP):
             x, y = raw[i, g * 20 : g * 20 + 20], numbers[i, g * _GROUP : g * _GROUP + _GROUP]

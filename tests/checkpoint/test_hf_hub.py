@@ -340,7 +340,7 @@ def test_no_such_repository(user: User) -> None:
 
 def test_a_name_that_no_repository_can_have(user: User) -> None:
     with fake_hub() as hub:
-        assert "no possible name: expected OWNER/NAME" in user.pull(hub, "o/a--b").said
+        assert "not a valid name: expected OWNER/NAME" in user.pull(hub, "o/a--b").said
         assert hub.served == []
 
 

@@ -222,7 +222,7 @@ def test_what_cannot_be_explained_is_refused() -> None:
         explain(doubled, x, x, target="i386")
     with pytest.raises(TypeError, match="kernel: expected a name"):
         explain(math.exp, x)
-    with pytest.raises(TypeError, match="arguments: a compiled function needs those"):
+    with pytest.raises(TypeError, match="arguments: found none, expected those of a call"):
         explain(doubled)
     with pytest.raises(RuntimeError, match="doubled: could not be compiled for haswell: .*"):
         explain(doubled, "text", x, target="haswell")

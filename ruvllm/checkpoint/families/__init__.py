@@ -1,4 +1,4 @@
-"""The families of models whose files are read. A new one: a file beside these, and its name in ``FAMILIES``."""
+"""The families of models whose files are read. To add one, write a file here and list it in ``FAMILIES``."""
 
 from ruvllm.checkpoint.families import gemma, gpt_oss, granite, llama, olmo, phi, qwen, smollm
 from ruvllm.checkpoint.family import Family

@@ -13,7 +13,7 @@ from ruvllm.model.config import FULL, SLIDING, ExpertsConfig, ModelConfig
 
 
 def windows(keys: Fields, sizes: Sizes, window: int | None, slides: Callable[[int], bool]) -> Choices:
-    """A window, and the layers that have one: those of ``layer_types``, or where it is absent those that slide."""
+    """A window, and the layers that have one: those of ``layer_types``, or by default those that slide."""
     types = keys.get("layer_types", list)
     if types is not None and len(types) != sizes.layers:
         raise keys.error("layer_types", f"{len(types)} types", f"one for each of {sizes.layers} layers")
@@ -26,7 +26,7 @@ def windows(keys: Fields, sizes: Sizes, window: int | None, slides: Callable[[in
 
 
 def window_choices(keys: Fields, window: int | None, types: list[str]) -> Choices:
-    """A window and the type of each layer, said in the shortest way."""
+    """A window and the type of each layer, in their shortest form."""
     if SLIDING not in types:
         return {}
     if window is None:

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3: norms that are stored less one, embeddings times sqrt(E), GeGLU, windows by layer."""
+"""Gemma 1, 2 and 3: norms stored minus one, embeddings times sqrt(E), GeGLU, windows by layer."""
 
 from __future__ import annotations
 

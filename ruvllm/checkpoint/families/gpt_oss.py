@@ -48,7 +48,7 @@ def _gguf_values(config: ModelConfig) -> dict[str, Any]:
 
 
 def _hf_fused(config: ModelConfig) -> dict[str, Place]:
-    """Gate and up by turns in the columns of one tensor (experts, inputs, outputs), and in one of biases."""
+    """Gate and up interleaved in the columns of one tensor (experts, inputs, outputs), and in one of biases."""
     assert config.experts is not None
     F = config.experts.intermediate_size
     gate, up = range(0, 2 * F, 2), range(1, 2 * F, 2)

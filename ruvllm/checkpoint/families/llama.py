@@ -32,7 +32,7 @@ def _mixtral(keys: Fields, sizes: Sizes) -> Choices:
 
 
 def _require_layer_types(keys: Fields, window: int | None) -> None:
-    """All layers of these families attend alike: refuse a list of layer types that says otherwise."""
+    """All layers of these families attend alike: refuse other layer types."""
     expected = "full_attention" if window is None else "sliding_attention"
     for kind in keys.get("layer_types", list) or []:
         if kind != expected:

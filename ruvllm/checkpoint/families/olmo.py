@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and feed-forward, q and k normalised by row. OLMoE: a mixture with such q and k."""
+"""OLMo 2: norms after attention and feed-forward, q and k normalised by row. OLMoE: a mixture with such q and k."""
 
 from __future__ import annotations
 

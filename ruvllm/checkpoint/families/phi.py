@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4-mini: fused q, k, v and gate, up; LongRoPE; heads that are rotated in part."""
+"""Phi 3, 3.5 and 4-mini: fused q, k, v and gate, up; LongRoPE; partly rotated heads."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Chat templates of strangers: the Jinja sandbox, its budget, and the functions that templates may call."""
+"""Untrusted chat templates: the Jinja sandbox, its budget, and the functions that templates may call."""

@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may spend: processor time, characters made, size of any one value."""
+"""The limits of one rendering of a chat template: processor time, characters made, size of any value."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_TOTAL = 1 << 26  # characters made in one rendering, kept or not
 MAX_BITS = 4096  # of a number
 SECONDS = 0.5  # of this thread's processor time: the load of the machine does not count
 
-_CLOCK_EVERY = 1 << 14  # units of work between two looks at the clock
-_OPERATION = 64  # units of work of one operation, beside those for each character
+_CLOCK_EVERY = 1 << 14  # units of work between two readings of the clock
+_OPERATION = 64  # units of work of one operation, in addition to those per character
 _CONTAINERS: Any = (list, tuple, dict, type({}.items()), type({}.keys()), type({}.values()))
 
 
 class Refused(Exception):
-    """A template asks for more than it may have; the message says what."""
+    """A template exceeds a limit; the message says which."""
 
 
 class Weight(NamedTuple):

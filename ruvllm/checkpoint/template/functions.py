@@ -1,6 +1,6 @@
-"""What chat templates may call: filters, tests and functions, with checks made before anything large is.
+"""What chat templates may call: filters, tests and functions, with checks before anything large is made.
 
-A check is given the budget and the operands of an operation and weighs what would come out of it. It raises `Refused`
+A check gets the budget and the operands of an operation and weighs the result in advance. It raises `Refused`
 if that is too large, and SecurityError for arguments that no template needs.
 """
 
@@ -142,7 +142,7 @@ def _check_round(budget: Budget, value: Any, precision: Any = 0, method: Any = "
 
 
 def _check_sum(budget: Budget, values: Any, attribute: Any = None, start: Any = 0) -> None:
-    if not isinstance(start, int | float):  # adding up lists is quadratic
+    if not isinstance(start, int | float):  # summing lists is quadratic
         raise SecurityError("a sum of anything but numbers is unsafe")
 
 
@@ -175,7 +175,7 @@ def _small(number: Any) -> int:
     return abs(number)
 
 
-# The filters that there are, each with the check that goes before it where its result can be larger than its operand.
+# The allowed filters, each with the check that precedes it if its result can be larger than its operand.
 FILTERS: dict[str, Callable[..., None] | None] = dict.fromkeys((
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items", "last",
     "length", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select", "selectattr",
@@ -188,7 +188,7 @@ FILTERS: dict[str, Callable[..., None] | None] = dict.fromkeys((
 
 REPLACED: dict[str, Callable[..., Any]] = {"tojson": tojson}
 
-# Those that take a list as a list of things, not of texts to be read.
+# Those that take a list as a list of objects, not of texts.
 SHALLOW = frozenset({
     "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr", "reverse",
     "safe", "select", "selectattr",

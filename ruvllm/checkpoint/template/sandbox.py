@@ -1,11 +1,11 @@
-"""Chat templates of strangers: Jinja in a sandbox that gives them plain data, few functions and a budget.
+"""Untrusted chat templates: Jinja in a sandbox that gives them plain data, few functions and a budget.
 
 The mechanism: the parsed template is rewritten so that every operation that can repeat, grow or take long reports
-itself first. Loops do so each time round; `~`, list literals, comparisons and slices go through functions of the
+itself first. Loops do so in each iteration; `~`, list literals, comparisons and slices go through functions of the
 environment; arithmetic, calls, filters, tests and printed values through hooks that Jinja has. Each of them pays from
-one budget of processor time and characters, and is refused beforehand what would make a value too large. What lies
-between two payments is straight-line code of a template of limited length, on values of limited size. Nothing runs in
-another process or thread, and nothing depends on the load of the machine.
+one budget of processor time and characters, and an operation that would make a value too large is refused beforehand.
+Between two payments there is only straight-line code of a template of limited length, on values of limited size.
+Nothing runs in another process or thread, and nothing depends on the load of the machine.
 
 Attributes and methods are those of an explicit list; the rest of the sandbox (no files, no imports, no mutation) is
 Jinja's ImmutableSandboxedEnvironment. Source of the functions that templates expect (`raise_exception`,
@@ -53,7 +53,7 @@ class Template:
 
     Args:
         source: the template.
-        literals: applied to every text that stands in the template itself, outside of and within expressions.
+        literals: applied to every literal text of the template, outside of and within expressions.
 
     Raises:
         Refused: it is too long.
@@ -79,7 +79,7 @@ class Template:
             current.reset(token)
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text that the template makes of plain data. Raises: Refused, and whatever the template does wrong."""
+        """The text that the template makes of plain data. Raises: Refused, and any error of the template itself."""
         token = current.set(Budget())
         try:
             pieces = []
@@ -119,7 +119,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _tokenize(
         self, source: str, name: str | None, filename: str | None = None, state: str | None = None
     ) -> TokenStream:
-        # All tokens at once: a generator that is dropped where the parser runs out of stack complains on stderr.
+        # All tokens at once: a generator that is dropped when the parser runs out of stack prints a warning.
         return TokenStream(list(super()._tokenize(source, name, filename, state)), name, filename)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -161,7 +161,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         functions.check_operator(budget, operator, left, right)
         return budget.checked(super().call_binop(context, operator, left, right))
 
-    # What the rewritten template calls.
+    # Called by the rewritten template.
 
     def hook_tick(self, characters: int) -> bool:
         current.get().spend(made=characters)
@@ -192,7 +192,7 @@ def _environment() -> _Environment:
 
 
 class _Hooks(NodeTransformer):
-    """Rewrites a parsed template: payments into loops, environment functions for what has no hook."""
+    """Rewrites a parsed template: adds payments to loops, and environment functions where Jinja has no hook."""
 
     def __init__(self, literals: Callable[[str], str]) -> None:
         self._literals = literals
@@ -207,7 +207,7 @@ class _Hooks(NodeTransformer):
         return node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        """Pay each time round, also for the text that stands in the body: that is put out without being seen."""
+        """Pay in each iteration, also for the literal text of the body, which is output without a hook."""
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         text += sum(len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str))
@@ -272,7 +272,7 @@ def _hooked_filter(name: str, jinjas: Mapping[str, Callable[..., Any]]) -> Calla
             check(budget, value, *args, **kwargs)
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
         made = plain(first[passed], value, *args, **kwargs) if passed in first else plain(value, *args, **kwargs)
-        # What Jinja would make item by item, outside of any hook, is made here.
+        # Items that Jinja would make one by one, outside of any hook, are made here.
         return budget.checked(budget.collect(made) if hasattr(made, "__next__") else made)
 
     return hooked

@@ -16,7 +16,7 @@ __all__ = ["Kind", "StreamDecoder", "Tokenizer", "Vocabulary", "load_tokenizer"]
 
 
 class MetadataFile(Protocol):
-    """What is needed of a GGUF file: its path and its metadata."""
+    """The part of a GGUF file that is used: its path and its metadata."""
 
     @property
     def path(self) -> str: ...
@@ -32,7 +32,7 @@ def load_tokenizer(source: MetadataFile | str | os.PathLike[str], vocab_size: in
     padded to a round number of rows) have no text. Added tokens without a row (a ``<pad>``, put in without resizing the
     embedding) are left out, with a warning.
 
-    A model that comes without any tokenizer gets one that says so where it is asked for text.
+    A model without a tokenizer gets one that raises an error when used for text.
 
     Raises:
         ModelFormatError: the vocabulary is damaged, or of a kind that is not supported (which is named), or has more

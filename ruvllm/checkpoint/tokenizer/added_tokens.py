@@ -1,8 +1,8 @@
-"""Tokens that the files beside tokenizer.json name, and that it may lack: read and added as transformers does.
+"""Tokens named in the files next to tokenizer.json, which it may lack: read and added as transformers does.
 
 tokenizer_config.json lists them (`added_tokens_decoder`, `additional_special_tokens`, `extra_special_tokens`) and
 names the special ones (`bos_token`, `eos_token`, ..., and any other key that ends in `_token`). Where it has no
-`added_tokens_decoder`, special_tokens_map.json comes before it, and added_tokens.json gives the list. Source:
+`added_tokens_decoder`, special_tokens_map.json takes precedence, and added_tokens.json gives the list. Source:
 `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` of transformers.
 """
 
@@ -23,9 +23,9 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass
 class NamedTokens:
-    """What the files say, each token as one of `tokenizers.AddedToken`.
+    """The tokens in the files, each as a `tokenizers.AddedToken`.
 
-    named: by the name that templates know. more: without a name. listed: with the id that each is to have.
+    named: by the name that templates know. more: without a name. listed: by id.
     """
 
     config: Fields
@@ -35,7 +35,7 @@ class NamedTokens:
 
 
 def read_named_tokens(root: Path, config: Fields) -> NamedTokens:
-    """The tokens that tokenizer_config.json (``config``) and the files beside it name. Raises: ModelFormatError."""
+    """The tokens that tokenizer_config.json (``config``) and the files next to it name. Raises: ModelFormatError."""
     found = NamedTokens(config)
     _read_names(found, config)
     if "added_tokens_decoder" in config:

@@ -1,9 +1,9 @@
 """A tokenizer from GGUF metadata: `tokenizer.ggml.*` as an engine of the `tokenizers` library.
 
 Model "gpt2" is byte-level BPE with its merges in the file and its pre-tokenizer given by name; model "llama" is
-SentencePiece BPE, joined by the pieces' scores (`spm`). Source of the names, of what each of them splits, and of what
-holds where the file says nothing: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular
-expression, the model's own is used.
+SentencePiece BPE, joined by the pieces' scores (`spm`). Source of the names, of how each of them splits,
+and of the defaults: llama.cpp's `llama-vocab.cpp`. Where it approximates a model's own regular expression, the
+model's own is used.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _LETTERS_OF_DEEPSEEK = (
     "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 
-# Each name's regular expressions, applied one after the other: what one matches, and what lies between, is split by
-# the next.
+# Each name's regular expressions, applied one after the other: the next splits both matches and the text between
+# them.
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
@@ -91,13 +91,13 @@ _SAME_AS = {
 }  # fmt: skip
 PRE_TOKENIZERS = {name: name for name in _SPLITS} | {same: name for name, all_ in _SAME_AS.items() for same in all_}
 
-# A word that is a token as a whole is taken as that token, whatever the merges would make of it.
+# A word that is a token as a whole becomes that token, whatever the merges would give.
 _WHOLE_WORDS = frozenset({"llama-bpe", "tekken"}) | (
     frozenset(_SAME_AS["llama-bpe"]) - {"dbrx", "smaug-bpe", "chatglm-bpe"}
 )
 _ADD_BOS = _WHOLE_WORDS
 
-# Tokens by which a vocabulary is known whose file, from before April 2024, does not name its pre-tokenizer.
+# Tokens that identify the vocabulary of a file from before April 2024, which does not name its pre-tokenizer.
 _KNOWN_BY = {
     "llama-bpe": ("<|begin_of_text|>", "<|start_header_id|>"),
     "deepseek-coder": ("<｜begin▁of▁sentence｜>", "<｜fim▁hole｜>", "<|EOT|>"),
@@ -115,7 +115,7 @@ _END_OR_TAG = "</s>"
 _NO_MODEL = ("none", "no_vocab")  # llama.cpp: a model of ids alone
 _TEMPLATE = "tokenizer.chat_template"
 _LLAMA_IDS = {"bos": (1, "<s>"), "eos": (2, "</s>"), "unknown": (0, "<unk>")}
-_ANY_ID = 1 << 31  # the ids below it, where no vocabulary says how many there are
+_ANY_ID = 1 << 31  # the bound on ids if there is no vocabulary
 
 
 def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -166,7 +166,7 @@ def vocabulary_from_metadata(path: str, metadata: Mapping[str, Any]) -> Vocabula
 
 
 def looks_like_control(piece: str) -> bool:
-    """Whether a token that its file calls user-defined is one that ought to be a control token (many files err)."""
+    """Whether a token that its file calls user-defined should be a control token (many files err)."""
     spelt = piece in _END_OF_TURN and piece != _END_OR_TAG
     return spelt or (piece.startswith(("<|", "<｜")) and piece.endswith(("|>", "｜>")))
 
@@ -228,7 +228,7 @@ def _end_ids(keys: Fields, pieces: list[str], kinds: bytearray, named: Mapping[s
 
 
 def _listed_ends(keys: Fields, named: Mapping[str, int | None], count: int = _ANY_ID) -> tuple[int, ...]:
-    """The tokens that the file itself says to end a text, a turn or a message; ids of a vocabulary of ``count``."""
+    """The tokens that the file names as ends of a text, a turn or a message; ids below ``count``."""
     given = [i for name in END_NAMES if (i := named[name]) is not None]
     more = _numbers(keys, PREFIX + "eos_token_ids")  # Ollama's key for several
     for i in [] if more is None else more.tolist():
@@ -315,7 +315,7 @@ def _sentencepiece_engine(
     if scores is None or not np.isfinite(scores).all():
         found = "no such key" if scores is None else "a score that is not finite"
         raise keys.error(PREFIX + "scores", found, "a finite number for each token")
-    # As SentencePiece does it: pieces of control tokens cannot join to one.
+    # As in SentencePiece: pieces cannot be merged into a control token.
     in_text = (Kind.NORMAL, Kind.UNUSED)
     scored = {p: s for p, s, kind in zip(pieces, scores.tolist(), kinds, strict=True) if kind in in_text and p}
     merges = merges_from_scores(str(keys.path), scored)
@@ -351,7 +351,7 @@ def _add_special(engine: Any, pieces: list[str], kinds: bytearray, normalized_sp
     """Let the engine cut control and user-defined tokens out of text.
 
     normalized_spaces: find user-defined runs of spaces where spaces are spelt "▁" already, as SentencePiece does
-    (Gemma). Not where each part of a text is given a space in front: that would come in between.
+    (Gemma). Not where each part of a text gets a space prefix: it would interfere.
     """
     from tokenizers import AddedToken
 

@@ -1,9 +1,9 @@
-"""A tokenizer from a Hugging Face directory: tokenizer.json as it stands, and what the JSON files beside it add.
+"""A tokenizer from a Hugging Face directory: tokenizer.json, and what the other JSON files add.
 
-tokenizer.json says how text is split and which tokens go round it; tokenizer_config.json and older files name tokens,
+tokenizer.json says how text is split and which tokens surround it; tokenizer_config.json and older files name tokens,
 and may add some (`added_tokens`); generation_config.json and config.json say which of them begin and end a generation;
-the chat template is chat_template.jinja or a string in tokenizer_config.json. Where several of them know the same, what
-encoding really puts round a text comes first, then the name, then the id.
+the chat template is chat_template.jinja or a string in tokenizer_config.json. Where they overlap, the tokens that
+encoding really adds take precedence, then names, then ids.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 MAX_TOKENIZER_BYTES = 1 << 27  # the largest published ones have 35 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 22
-NAMED_TEMPLATES = "additional_chat_templates"  # transformers' directory of those besides chat_template.jinja
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' directory of templates besides chat_template.jinja
 _MAX_TEMPLATES = 64
-MAX_GROWTH = 100  # of a text by the normalizer; SentencePiece's own steps come to 4
-# What the other steps of normalizers may make of a letter, at the most.
+MAX_GROWTH = 100  # of a text by the normalizer; SentencePiece's own steps reach 4
+# The largest growth of a letter by the other steps of normalizers.
 _GROWTH = {
     "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "ByteLevel": 4, "Lowercase": 3, "Strip": 1, "StripAccents": 1, "Nmt": 1,
     "BertNormalizer": 36,
@@ -98,7 +98,7 @@ def vocabulary_from_directory(directory: str | os.PathLike[str]) -> Vocabulary:
 
 
 def _without_tokenizer(root: Path, ends: tuple[int, ...]) -> Vocabulary:
-    """Nothing but the ids that end a generation: enough for ids in, ids and logits out."""
+    """Only the ids that end a generation: enough to run on token ids."""
     other = next((name for name in _OTHER_TOKENIZERS if (root / name).exists()), None)
     made = (
         f" ({other} is there: transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(...)` makes one of it)"
@@ -133,7 +133,7 @@ def _engine(path: Path) -> Any:
 
 
 def _check_growth(path: Path, engine: Any) -> None:
-    """Refuse a normalizer by which a short text could become one that fills the memory."""
+    """Refuse a normalizer that could make a short text fill the memory."""
     growth = 1
     for part in _parts(engine.normalizer):
         kind = part["type"]
@@ -151,7 +151,7 @@ def _check_growth(path: Path, engine: Any) -> None:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, sequences taken apart."""
+    """The steps of a normalizer, pre-tokenizer or decoder, sequences flattened."""
     todo = [] if component is None else [json.loads(component.__getstate__())]
     while todo:
         part = todo.pop(0)
@@ -180,7 +180,7 @@ def _space_prefix(engine: Any) -> Literal["never", "first", "each"]:
 
 
 def _split_as_tekken(engine: Any) -> None:
-    """Cut text into words as Mistral's own tokenizer does, in place of the first expression of tokenizer.json."""
+    """Split text as Mistral's own tokenizer does, in place of the first expression of tokenizer.json."""
     from tokenizers import pre_tokenizers
 
     split = splits_of("tekken")[0]
@@ -191,7 +191,7 @@ def _split_as_tekken(engine: Any) -> None:
 
 
 def _check_space_prefix(config: Fields, engine: Any, byte_level: bool, spelt: bool) -> None:
-    """Refuse an `add_prefix_space` that contradicts tokenizer.json, where the class named there would follow it."""
+    """Refuse an `add_prefix_space` that contradicts tokenizer.json, if the configured class would follow it."""
     asked = config.values.get("add_prefix_space")
     family = "GPT2Tokenizer" if byte_level else "LlamaTokenizer"
     if not isinstance(asked, bool) or str(config.values.get("tokenizer_class")).removesuffix("Fast") != family:
@@ -203,7 +203,7 @@ def _check_space_prefix(config: Fields, engine: Any, byte_level: bool, spelt: bo
 
 
 def _make_special(engine: Any, named: set[Any]) -> None:
-    """Make control tokens of named tokens, and of added ones that look like it, where the file does not say so."""
+    """Turn named tokens, and added ones that look like control tokens, into control tokens."""
     from tokenizers import AddedToken
 
     flags = ("single_word", "lstrip", "rstrip", "normalized")
@@ -239,7 +239,7 @@ def _kinds(engine: Any, pieces: list[str | None], byte_level: bool) -> bytearray
 def _surroundings(
     path: Path, engine: Any, config: Fields, names: dict[str, str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor puts before and behind a text; without one, what tokenizer_config.json says."""
+    """The ids that the post-processor puts before and after a text; without one, those of tokenizer_config.json."""
     if engine.post_processor is not None:
         with errors_of_the_library(path):
             probe = engine.encode("a", add_special_tokens=True)
@@ -259,7 +259,7 @@ def _end_ids(
 ) -> tuple[int, ...]:
     """The named end token, those that the files list, those known by spelling.
 
-    The last are what llama.cpp adds in a GGUF file: a model should not answer differently in the two forms.
+    llama.cpp adds the last for a GGUF file: a model should answer alike in both formats.
     """
     named = engine.token_to_id(names["eos_token"]) if "eos_token" in names else None
     ends = [] if named is None else [named]

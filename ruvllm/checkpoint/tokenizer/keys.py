@@ -1,9 +1,9 @@
-"""What becomes of each key that transformers or llama.cpp reads of a tokenizer: followed, without meaning, refused.
+"""The keys that transformers or llama.cpp read of a tokenizer: followed, ignored as meaningless, or refused.
 
-The readers (`gguf`, `hf`, `added_tokens`) follow what they name themselves. This file holds
-the others: keys that would change which tokens a text becomes, or which are chosen, in a way that is not done here,
-with the values that change nothing. Any other value is refused by the key's name. Sources: llama.cpp's
-`llama-vocab.cpp`, and `tokenization_utils_base.py` and `generation/configuration_utils.py` of transformers.
+The readers (`gguf`, `hf`, `added_tokens`) follow the keys that they name. This file lists the others: keys that would
+change the tokens of a text, or the choice of tokens, in an unsupported way, with the values that change nothing. Any
+other value is refused by the key's name. Sources: llama.cpp's `llama-vocab.cpp`, and `tokenization_utils_base.py` and
+`generation/configuration_utils.py` of transformers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ruvllm.checkpoint.fields import Fields
 logger = logging.getLogger(__name__)
 
 PREFIX = "tokenizer.ggml."
-# Ours: text is brought into Unicode's form NFC first (Qwen2). llama.cpp has no key for it, and leaves it out.
+# Our own: text is first normalised to Unicode's form NFC (Qwen2). llama.cpp has no key for it, and skips it.
 NFC = PREFIX + "normalizer.nfc"
-# Names of tokens in keys, the wrong spelling of one of them included, and in templates.
+# Names of tokens in keys (one is misspelt there) and in templates.
 NAMED = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
     "mask": "mask_token", "cls": "cls_token",
@@ -44,7 +44,7 @@ _GGUF_WITHOUT_MEANING = {
     PREFIX + key for key in (
         "added_tokens",  # which tokens came later: their kinds say how they are read
         "token_type_count",  # of BERT's segments
-        # Text is not filled in here, and these do not end it.
+        # Fill-in-the-middle is not supported, and these do not end a text.
         "fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id", "prefix_token_id", "suffix_token_id",
         "middle_token_id",
     )
@@ -52,14 +52,14 @@ _GGUF_WITHOUT_MEANING = {
 
 # Of tokenizer_config.json. Not named, since they mean nothing here: how batches are padded and cut (padding_side,
 # model_max_length, ...), which Python class reads the files (tokenizer_class, auto_map, legacy, sp_model_kwargs, ...:
-# tokenizer.json holds what comes of it), and clean_up_tokenization_spaces, which transformers passes over for BPE.
+# tokenizer.json holds the result), and clean_up_tokenization_spaces, which transformers ignores for BPE.
 TOKENIZER_CONFIG_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "split_special_tokens": (False,),
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": (False,),
     "fast_tokenizer_files": ([], ["tokenizer.json"]),
 }
 # Of generation_config.json: what forbids or forces tokens. Its sampling options (do_sample, temperature, top_k, ...)
-# and lengths are a choice of whoever asks, and beams, caches and assistants are not offered.
+# and lengths are the caller's choice, and beams, caches and assistants are not supported.
 GENERATION_CONFIG_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
@@ -80,13 +80,13 @@ GENERATION_CONFIG_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def require_neutral(keys: Fields, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse by its name a key whose value asks for what is not done here. Raises: ModelFormatError."""
+    """Refuse by its name a key whose value asks for an unsupported feature. Raises: ModelFormatError."""
     for key, values in neutral.items():
         keys.require_plain(key, values)
 
 
 def check_gguf_keys(keys: Fields) -> None:
-    """Refuse what is not done, and warn of keys that nobody has heard of. Raises: ModelFormatError."""
+    """Refuse unsupported features, and warn of unknown keys. Raises: ModelFormatError."""
     require_neutral(keys, GGUF_NEUTRAL)
     known = _GGUF_FOLLOWED | _GGUF_WITHOUT_MEANING | GGUF_NEUTRAL.keys()
     for key in keys.values:

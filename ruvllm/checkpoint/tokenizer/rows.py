@@ -1,6 +1,6 @@
-"""A vocabulary and the rows of a model's embedding: published models often have more of one than of the other.
+"""Fit a vocabulary to the rows of a model's embedding: in published models the two often differ.
 
-Many embeddings are padded to a round number of rows; many tokenizers got a `<pad>` without the embedding being resized.
+Many embeddings are padded to a round number of rows; many tokenizers got a `<pad>` without a row in the embedding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def with_rows(vocabulary: Vocabulary, rows: int, path: str) -> Vocabulary:
 
 
 def _within(vocabulary: Vocabulary, rows: int, path: str) -> Vocabulary:
-    """The vocabulary without its added tokens from ``rows`` on. Raises: ModelFormatError if others are there."""
+    """The vocabulary without its added tokens from ``rows`` on. Raises: ModelFormatError if other tokens are there."""
     surplus = {i: piece for i, piece in enumerate(vocabulary.pieces) if i >= rows and piece is not None}
     added = ids_of_kind(vocabulary.kinds, Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
     ends = tuple(i for i in vocabulary.eos_ids if i < rows)

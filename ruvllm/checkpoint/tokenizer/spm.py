@@ -1,11 +1,11 @@
 """SentencePiece BPE from pieces and their scores, for the `tokenizers` library.
 
-SentencePiece joins, again and again, the two neighbours whose concatenation is the piece of the highest score; of
-equal scores the leftmost pair. `tokenizers` joins the pair of the lowest rank, of equal pairs the leftmost. The two
-agree when every way to cut a piece into two pieces becomes a pair, ranked by the score of the whole, and when no two
-pairs of the same score can compete for one symbol: then the vocabulary becomes a list of merges. Where they can
-(Baichuan's), no list says who wins: `ScoredPieces` joins them by the definition, and the library is given the finished
-pieces. Source: `bpe_model.cc` of SentencePiece, `merge_all` of tokenizers.
+SentencePiece repeatedly merges the two neighbours whose concatenation is the piece of the highest score; of equal
+scores the leftmost pair. `tokenizers` merges the pair of the lowest rank, of equal pairs the leftmost. The two agree
+when every way to cut a piece into two pieces becomes a pair, ranked by the score of the whole, and when no two pairs of
+the same score can compete for one symbol: then the vocabulary becomes a list of merges. Where they can (Baichuan's), no
+list says who wins: `ScoredPieces` merges them by the definition, and the library gets the finished pieces. Source:
+`bpe_model.cc` of SentencePiece, `merge_all` of tokenizers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ruvllm.errors import ModelFormatError
 Pair = tuple[str, str]
 
 _MOST_CUT = 1 << 27  # characters of all pieces cut everywhere; the largest vocabularies come to 2^24
-_CACHED_LENGTH = 48  # of a stretch of text whose pieces are kept
+_CACHED_LENGTH = 48  # of a stretch of text whose pieces are cached
 
 
 def merges_from_scores(path: str, scored: Mapping[str, float]) -> list[Pair] | None:
-    """The pairs that SentencePiece would join, most urgent first; None where no ranking gives what it gives.
+    """The pairs that SentencePiece would merge, highest score first; None if no ranking gives its results.
 
     That is where two pieces of equal score compete for the same symbols. One such case does have a ranking and is real
     (LLaMA-2, Mistral): runs of one character. Or where a piece would be joined from a character that is no piece, which
@@ -109,12 +109,12 @@ class ScoredPieces:
     def __init__(self, scored: Mapping[str, float], vocabulary: Collection[str]) -> None:
         self._scores = dict(scored)
         self._vocabulary = vocabulary
-        # Only what stands side by side in some piece can be joined: text is cut everywhere else beforehand.
+        # Only characters that are neighbours in some piece can be merged: text is cut everywhere else beforehand.
         self._neighbours = {piece[n : n + 2] for piece in scored for n in range(len(piece) - 1)}
         self._kept = lru_cache(maxsize=1 << 16)(self._joined)
 
     def pre_tokenize(self, text: Any) -> None:
-        """What the library calls."""
+        """Called by the library."""
         from tokenizers import NormalizedString
 
         text.split(lambda _, part: [NormalizedString(word) for word in self.words(str(part))])

@@ -24,7 +24,7 @@ class Tokenizer:
     Attributes:
         path: the file or directory that it was loaded from.
         vocab_size: ids are 0 .. vocab_size - 1.
-        bos_id: the token that begins a text, if there is one.
+        bos_id: the token that begins a text, if any.
         add_bos: whether `encode` puts it there.
         eos_ids: every token that ends a generation, the file's own end token first.
         special_ids: the control tokens: read from text only with ``parse_special``, hidden by ``skip_special``.
@@ -32,14 +32,14 @@ class Tokenizer:
         stop_strings: texts that end a generation, if the model's files name some.
         chat_template: the model's chat template (Jinja) for every chat, if it has one.
         named_templates: its others by name; for tools, say.
-        missing: in words why text can be neither encoded nor decoded; None where it can.
+        missing: why text can be neither encoded nor decoded; None if it can.
     """
 
     def __init__(self, vocabulary: Vocabulary, path: str) -> None:
         self.path = path
         self._v = vocabulary
         self._engine = vocabulary.engine
-        self._lock = threading.Lock()  # the engine has a switch (encode_special_tokens) that is set before each use
+        self._lock = threading.Lock()  # each use sets the engine's switch encode_special_tokens
         self._bytes: dict[int, bytes] = {}
         self._marks = _Marks()
         self.vocab_size = len(vocabulary.pieces)
@@ -62,10 +62,10 @@ class Tokenizer:
 
         Args:
             text: any text that has a UTF-8 form.
-            add_special: put round it what the model file asks for (a BOS token, usually, or nothing). Ids that the
-                text begins or ends with already are not added a second time.
+            add_special: add the ids that the model file puts around a text (usually a BOS token, or nothing), unless it
+                begins or ends with them already.
             parse_special: read control tokens written in the text (``<|im_start|>``) as such; otherwise they are text
-                like any other, and no text whatever yields a control token.
+                like any other, and no text yields a control token.
 
         Characters that a byte-level vocabulary has no bytes for are dropped, as llama.cpp and transformers do.
 
@@ -81,7 +81,7 @@ class Tokenizer:
         return self.with_prefix(ids if after == ids[len(ids) - len(after) :] else ids + after)
 
     def with_prefix(self, ids: list[int]) -> list[int]:
-        """The ids with what the model file wants at the beginning of a text, unless they begin with it already."""
+        """The ids after the model file's prefix of a text (BOS), unless they begin with it already."""
         before = list(self._v.prefix)
         return ids if ids[: len(before)] == before else before + ids
 
@@ -93,13 +93,13 @@ class Tokenizer:
                 self._marks.register(self._engine, marks)
         encoding = self._encoding(text, parse_special=False)
         ids: list[int] = encoding.ids
-        if marks:  # by their text, since a vocabulary with gaps may lend the marks ids that it uses itself
-            # A token that takes the white space beside it has that in its text.
+        if marks:  # by their text: in a vocabulary with gaps the marks may get ids that are in use
+            # A token that strips the white space around it has that in its text.
             ids = [marks.get(token.strip(), i) for token, i in zip(encoding.tokens, ids, strict=True)]
         return ids
 
     def mark(self, token_id: int) -> str:
-        """A string that stands for a control token in `encode_marked`; no text contains it except by being told it."""
+        """A string that stands for a control token in `encode_marked`; no text contains it by chance."""
         return self._marks.of(self._checked(token_id))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False, continuation: bool = False) -> str:
@@ -108,8 +108,8 @@ class Tokenizer:
         Args:
             ids: token ids.
             skip_special: leave control tokens out.
-            continuation: the ids go on from earlier text, so the first of them keeps the space that it may begin with.
-                Otherwise the space that a SentencePiece vocabulary puts before text is taken away again.
+            continuation: the ids continue earlier text, so the first of them keeps a leading space. Otherwise the space
+                that a SentencePiece vocabulary puts before text is removed.
 
         Raises: ValueError naming an id out of range, or what is missing.
         """
@@ -142,7 +142,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
-            # So Python keeps a byte that is not in the encoding that it expects, from a file name or a terminal.
+            # Python keeps an undecodable byte of a file name or a terminal in this form.
             byte = f" (the byte {code & 0xFF:#04x} of a text that is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
             found = f"the lone surrogate {printable(text[error.start])}{byte}"
             raise ValueError(f"text: found {found} at {error.start}, expected Unicode") from None
@@ -163,7 +163,7 @@ class Tokenizer:
 
     def _spelt(self, token_id: int) -> bytes:
         piece, kind = self._v.pieces[token_id] or "", self._v.kinds[token_id]
-        if kind == Kind.UNUSED:  # a row of the embedding that no token has, "[PAD318]" in GGUF: llama.cpp shows none
+        if kind == Kind.UNUSED:  # a row of the embedding without a token, "[PAD318]" in GGUF: llama.cpp shows none
             return b""
         if kind == Kind.BYTE:
             return bytes([int(piece[3:5], 16)])
@@ -174,7 +174,7 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
     def _strips(self, token_id: int | None) -> bool:
-        """Whether text behind this token (None: at the start) was given a space when it was encoded."""
+        """Whether text after this token (None: at the start) was given a space when it was encoded."""
         if token_id is None:
             return self._v.space_prefix != "never"
         return self._v.space_prefix == "each" and token_id in self._cut_out
@@ -197,7 +197,7 @@ class StreamDecoder:
 
 
 class _Speller:
-    """The bytes of each of a sequence of ids, where what comes before decides about a leading space."""
+    """The bytes of each id of a sequence; the previous id decides about a leading space."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, continuation: bool) -> None:
         self._tokenizer = tokenizer
@@ -237,7 +237,7 @@ class _Marks:
         added = engine.get_added_tokens_decoder()
         for mark in marks.keys() - self._known:
             token = added[marks[mark]]
-            # Not special: the engine is told to leave special tokens in text alone.
+            # Not special: the engine is set to ignore special tokens in text.
             engine.add_tokens(
                 [AddedToken(mark, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)]
             )

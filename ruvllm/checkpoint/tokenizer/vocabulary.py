@@ -16,7 +16,7 @@ from ruvllm.errors import ModelFormatError
 
 
 class Kind(IntEnum):
-    """What a token is; the numbers are those of GGUF's `tokenizer.ggml.token_type`."""
+    """The kind of a token; the values are those of GGUF's `tokenizer.ggml.token_type`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -40,14 +40,14 @@ class Vocabulary:
         pieces: the spelling of each id (None where there is no token).
         kinds: the `Kind` of each id.
         byte_level: pieces are spelt in GPT-2's alphabet of 256 letters; otherwise as SentencePiece does.
-        space_prefix: where encoding puts a space before text: nowhere, at the start, or also behind each token that
-            was cut out of the text.
-        prefix, suffix: ids put round a text.
+        space_prefix: where encoding puts a space before text: nowhere, at the start, or also after each token that was
+            cut out of the text.
+        prefix, suffix: ids put around a text.
         names: spelling of the tokens that templates know by name (`bos_token`, `eos_token`, ...).
         stop_strings: texts that end a generation.
         chat_template: the one for every chat; None if there is none, or only ``named_templates``.
         named_templates: others, for tools or retrieval, by name.
-        missing: in words what keeps text from becoming ids; ``engine`` is None then. None: nothing does.
+        missing: why text cannot become ids (``engine`` is then None); None if it can.
     """
 
     engine: Any
@@ -70,7 +70,7 @@ class Vocabulary:
 
 @contextmanager
 def errors_of_the_library(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What `tokenizers` raises where a file is damaged: plain Exceptions, and panics, which are not even that."""
+    """Turn what `tokenizers` raises for damaged files into ModelFormatError: Exceptions, and panics, which are none."""
     try:
         yield
     except BaseException as error:

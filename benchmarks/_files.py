@@ -1,4 +1,4 @@
-"""Model files of the benchmarks: a fetched one, and what llama.cpp converts it to; each is made once."""
+"""Model files of the benchmarks: a fetched one, and llama.cpp's conversions of it; each is made once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = (FETCHED, *(name for name in FTYPES if name != FETCHED))
 
 
 def directory() -> Path:
-    """Where these files are kept, in the user's cache; created if missing."""
+    """The directory of these files, in the user's cache; created if missing."""
     path = cache_directory() / "benchmarks"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path

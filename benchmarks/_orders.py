@@ -1,4 +1,4 @@
-"""A small task to learn: a spoken order becomes a record. Made from a seed, so that nothing need be stored."""
+"""A small task to learn: a spoken order becomes a record. Generated from a seed, so that nothing is stored."""
 
 from __future__ import annotations
 

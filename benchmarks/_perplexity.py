@@ -45,7 +45,7 @@ def read(source: str) -> str:
 
 
 def sha256(text: str) -> str:
-    """Of its UTF-8 bytes: two figures are comparable where this is equal."""
+    """Hash of its UTF-8 bytes: two figures are comparable if it is equal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ REST_SECONDS = 0.5  # before each round, until the threads of the last one stop 
 
 
 def seconds_per_token(llm: LLM, tokens: int, between: Callable[[], object]) -> float:
-    """Of greedy decoding after a short prompt, without the time between tokens."""
+    """Seconds of greedy decoding after a short prompt, without the time between tokens."""
     cache = llm.new_cache(tokens + 8)
     logits = llm.logits([1, 2, 3, 4], cache, last_only=True)
     spent = 0.0
@@ -41,7 +41,7 @@ def seconds_per_token(llm: LLM, tokens: int, between: Callable[[], object]) -> f
 
 
 def neighbours() -> dict[str, Callable[[], object]]:
-    """What runs between two tokens."""
+    """The work that runs between two tokens."""
     a = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
     found: dict[str, Callable[[], object]] = {"alone": lambda: None, "NumPy": lambda: a @ a}
     if importlib.util.find_spec("torch"):

@@ -1,4 +1,4 @@
-"""How soon does Ctrl-C answer, and is the model usable afterwards?
+"""How soon does Ctrl-C take effect, and is the model usable afterwards?
 
     python -m benchmarks.interrupt [MODEL] [--tokens 1024] [--times 10]     (MODEL: a name, file or directory; seven-b)
 

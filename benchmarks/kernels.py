@@ -126,8 +126,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
     p.add_argument("--only", default=",".join(GROUPS), help="groups of rows (default: %(default)s)")
-    p.add_argument("--threads", default="1,2", help="numbers of threads (default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="a few turns of the smaller rows: to see that it works")
+    p.add_argument("--threads", default="1,2", help="thread counts (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="a few turns of the smaller rows, as a smoke test")
     p.add_argument("--json", metavar="OUT", help="write all measurements to a file")
     p.add_argument(
         "--torch-python", default=python_for("torch"), metavar="PYTHON",

@@ -91,7 +91,7 @@ class Row:
         return speed * self.weight_bytes[engine] / statistics.median(self.bandwidth)
 
     def record(self) -> dict[str, Any]:
-        """All of it, for a JSON file."""
+        """The whole row, for a JSON file."""
         engines = tuple(self.seconds)
         return asdict(self) | {
             "tokens_per_second": {name: self.speed(name) for name in engines},
@@ -208,10 +208,10 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
     p.add_argument("--models", default="Q4_1,Q4_0,Q8_0,Q4_K_M", help="types of SmolLM2-135M (default: %(default)s)")
-    p.add_argument("--threads", default="1,2", help="numbers of threads (default: %(default)s)")
+    p.add_argument("--threads", default="1,2", help="thread counts (default: %(default)s)")
     p.add_argument("--cases", help=f"some of {','.join(CASES)} (default: all)")
     p.add_argument("--rounds", type=int, default=5, help="measurements of each engine per row (default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="3 rounds of a few cases: to see that it works")
+    p.add_argument("--quick", action="store_true", help="3 rounds of a few cases, as a smoke test")
     p.add_argument("--seven-b", action="store_true", help="also a synthetic LLaMA-2-7B-shaped Q4_0 file of 3.8 GB")
     p.add_argument("--kv", help="type of ruvllm's KV cache (default: the library's); llama.cpp's is f16")
     p.add_argument("--json", metavar="OUT", help="write all measurements to a file")
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         for key, value in about.items():
             print(f"{key}: {value}")
         records = run(args, llama, ik)
-        about |= {engine.name: engine.about for engine in others}  # llama-bench tells its build with its figures
+        about |= {engine.name: engine.about for engine in others}  # llama-bench reports its build with its figures
         if args.json:
             Path(args.json).write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
     except (ruvllm.RuvllmError, ValueError, OSError, RuntimeError) as error:

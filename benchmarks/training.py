@@ -1,7 +1,7 @@
-"""Training adapters: its cost against PyTorch + PEFT, what it teaches, what adapters cost per token.
+"""Training adapters: its cost against PyTorch + PEFT, its results, the cost of adapters per token.
 
     python -m benchmarks.training --learn      a small task: loss curve, held-out loss, answers before and after
-    python -m benchmarks.training --peer       the same data in both, step by step in turns: time, memory, loss
+    python -m benchmarks.training --peer       the same data in both, alternating step by step: time, memory, loss
     python -m benchmarks.training --adapters   decode with adapters, swapping, one step of feedback
 
 RUVLLM_TORCH_PYTHON names a Python that has torch, transformers and peft, for --peer. PEFT trains on the same weights
@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     for name in ("learn", "peer", "adapters"):
         made.add_argument(f"--{name}", action="store_true")
     made.add_argument("-t", "--threads", type=int, help="default: physical cores")
-    made.add_argument("--weights", default="auto", help="how ruvllm holds the base weights (default: %(default)s)")
-    made.add_argument("--examples", type=int, default=120, help="to learn from (default: %(default)s)")
+    made.add_argument("--weights", default="auto", help="layout of ruvllm's base weights (default: %(default)s)")
+    made.add_argument("--examples", type=int, default=120, help="of the training data (default: %(default)s)")
     made.add_argument("--steps", type=int, default=60, help="of four examples (default: %(default)s)")
     made.add_argument("--checkpointing", action="store_true", help="on ruvllm's side")
     return made

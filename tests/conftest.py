@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares."""
+"""Fixtures shared by the whole suite."""
 
 import gc
 import os
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The first example of a property may compile a kernel, which no deadline should count; and a run that failed
-# somewhere must fail again at home, so examples do not depend on the day.
+# The first example of a property may compile a kernel, so there is no deadline; and a failed run must be
+# reproducible elsewhere, so the examples are always the same.
 settings.register_profile(
     "ruvllm", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ruvllm"))
 
-gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: looking for garbage is a tenth of its time
+gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: collecting takes a tenth of it
 
-# Files that take a minute or more. They begin first, so that no worker is left alone with one of them at the end.
+# Files that take a minute or more. They start first, so that no worker still runs one when the others are done.
 _LONGEST = ("test_notebooks.py", "test_codegen.py", "test_specs.py", "test_quant.py", "test_guarded.py")
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz --minutes 60 [--seed N] [--keep DIRECTORY]
 
-Mutations know where headers end and which integers are dangerous, and lean towards both. What a file that still opens
-holds is read to the end: every tensor is decoded. A file that fails is kept, and so is its seed: the run repeats.
+Mutations know where headers end and which integers are dangerous, and lean towards both. A file that still opens
+is read completely: every tensor is decoded. A file that fails is kept with its seed, which repeats the run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HANG_SECONDS = 60
 
 @dataclass(frozen=True)
 class Seed:
-    """A sound file, and where the part of it ends that describes the rest."""
+    """A sound file, and the end of its header."""
 
     data: bytes
     header: int
@@ -52,7 +52,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class Target:
-    """What is fuzzed: sound files, the name under which a mutated one is written, and how it is opened."""
+    """A target: sound files, the name of a mutated one, and how it is opened."""
 
     name: str
     seeds: tuple[Seed, ...]
@@ -100,7 +100,7 @@ def _change(random_: random.Random, data: bytearray, header: int) -> None:
 
 
 def targets(directory: Path) -> list[Target]:
-    """All targets; ``directory`` holds their files meanwhile."""
+    """All targets; ``directory`` holds their files."""
     model = _gguf_seed(tiny.write_gguf("mlp_bias_f16", directory / "seed.gguf", "Q8_0").read_bytes(), directory)
     case = tiny.directory("llama3_scaled_gqa")
     index = (tiny.directory("bf16_sharded_tied") / "model.safetensors.index.json").read_bytes()

@@ -1,4 +1,4 @@
-"""Tiny models with real tokenizers, as files and in memory: what tests of the facade load and talk to."""
+"""Tiny models with real tokenizers, as files and in memory: for tests of the facade."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 
 
 def write_byte_tokenizer(directory: Path) -> Path:
-    """A tokenizer.json with one token for each byte, and after them the control tokens of ``TEMPLATE``."""
+    """A tokenizer.json with one token for each byte, then the control tokens of ``TEMPLATE``."""
     letters = {byte: letter for letter, byte in _byte_letters().items()}
     engine = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -47,7 +47,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 def byte_llm(directory: Path, layout: str = "f32", threads: int | None = None, config: ModelConfig = CONFIG) -> LLM:
-    """Random weights that speak in bytes: half of what they say is no UTF-8."""
+    """Random weights on a vocabulary of bytes: half of the output is not UTF-8."""
     tokenizer = load_tokenizer(write_byte_tokenizer(directory))
     return LLM(Llama(config, layout=layout, threads=threads, seed=3), tokenizer, directory)
 

@@ -1,6 +1,6 @@
 """Hard use of one small model, each in a process of its own: ``python -m tests.process_cases SITUATION DIRECTORY``.
 
-Every situation ends with the texts that one quiet thread gives; the program then prints "as ever".
+Every situation must produce the texts of one quiet thread; the program then prints "as ever".
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def beside_numpy(llm: LLM, expected: list[list[int]]) -> None:
 
 
 def one_thread(llm: LLM, expected: list[list[int]]) -> None:
-    """The user has told numba to use one thread, and a core is all there is."""
+    """The user has set numba to one thread, and there is one core."""
     numba.set_num_threads(1)
     assert answers(llm) == expected
     assert numba.get_num_threads() == 1
@@ -86,13 +86,13 @@ def one_thread(llm: LLM, expected: list[list[int]]) -> None:
 
 @njit(parallel=True, nogil=True)
 def normalise_all(x: Any, weight: Any, out: Any) -> None:
-    """A user's loop over one of our parallel kernels: each iteration would like threads of its own."""
+    """A user's parallel loop over one of our parallel kernels: each iteration requests threads."""
     for i in prange(len(x)):
         rms_norm_parallel(2, len(x[i]), x[i], weight, 1e-5, out[i])
 
 
 def users_loops(llm: LLM, expected: list[list[int]]) -> None:
-    """A user's own parallel loop runs our kernels inside of it, in one thread after another and while a model talks."""
+    """Our kernels inside a user's parallel loop, in one thread after another and while a model generates."""
     x = np.random.default_rng(0).standard_normal((16, 8, 64)).astype(np.float32)
     weight, out = np.ones(64, np.float32), np.empty_like(x)
     normalise_all(x, weight, out)
@@ -118,7 +118,7 @@ def users_loops(llm: LLM, expected: list[list[int]]) -> None:
 
 
 def forked(llm: LLM, expected: list[list[int]]) -> None:
-    """A child of a process whose threads were running says so, and neither hangs nor is ended by OpenMP."""
+    """A forked child of a process with running threads raises an error; it neither hangs nor is killed by OpenMP."""
     if not hasattr(os, "fork"):
         return
     child = os.fork()
@@ -137,14 +137,14 @@ def _in_child(directory: str) -> list[list[int]]:
 
 
 def spawned(llm: LLM, expected: list[list[int]]) -> None:
-    """Processes that are started afresh have models and threads of their own."""
+    """Spawned processes have models and threads of their own."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for found in pool.map(_in_child, [os.fspath(llm.path)] * 2):
             assert found == expected
 
 
 def interrupted(llm: LLM, expected: list[list[int]]) -> None:
-    """Ctrl-C at any moment: in a long prompt, between tokens, while a cache is made. The cache goes on being used."""
+    """Ctrl-C at any moment: in a long prompt, between tokens, while a cache is made. The cache stays in use."""
     cache = llm.new_cache(250)
     draw = random.Random(0)
     caught = 0
@@ -178,7 +178,7 @@ SITUATIONS: dict[str, Callable[[LLM, list[list[int]]], None]] = {
 
 
 def main(situation: str, directory: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may be set to ignore it
     llm = llm_cases.byte_llm(Path(directory))
     expected = answers(llm)
     started = time.monotonic()

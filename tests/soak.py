@@ -1,8 +1,8 @@
-"""Mixed use of one model for as long as one likes; memory, speed and answers must stay as they were.
+"""Mixed use of one model for a given time; memory, speed and answers must stay the same.
 
     python -m tests.soak [--minutes 60] [--model smollm2-135m] [--plot soak.png]
 
-What a long-lived program does to a model comes in random order: answers, chats that grow, streams left early, threads,
+The actions of a long-lived program come in random order: answers, chats that grow, streams left early, threads,
 interrupts, full caches, bad arguments, hostile files, adapters that learn and are swapped, loading again. In between, a
 probe: one greedy text, always the same, and its speed. The table shows each probe; the plot needs matplotlib.
 """
@@ -51,13 +51,13 @@ class Probe:
 
 
 class Soak:
-    """One model in use; ``step`` does the next thing, ``probe`` looks at it.
+    """One model in use; ``step`` does the next action, ``probe`` checks the model.
 
     Args:
         llm: the model.
         reload: gives the same model again, from its file.
         directory: where hostile files are written.
-        seed: of the order of things.
+        seed: of the order of actions.
     """
 
     def __init__(self, llm: LLM, reload: Callable[[], LLM], directory: Path, seed: int = 0) -> None:
@@ -78,14 +78,14 @@ class Soak:
         self.often = (8, 6, 6, 4, 2, 2, 2, 4, 2, 1, 1, 2, 3)
 
     def step(self) -> str:
-        """Do one thing and say what it was."""
+        """Do one action and return its name."""
         (action,) = self.random.choices(self.actions, self.often)
         action()
         self.done[action.__name__] += 1
         return action.__name__
 
     def probe(self) -> Probe:
-        """Raises AssertionError if the model does not say what it said at first."""
+        """Raises AssertionError if the model's answer differs from its first."""
         started = time.perf_counter()
         found = self._answer()
         seconds = time.perf_counter() - started
@@ -134,7 +134,7 @@ class Soak:
             except ContextFullError:
                 assert len(cache) == 18
             else:
-                raise AssertionError("more than there was room for")
+                raise AssertionError("more tokens than fit")
             self.llm.logits([1] * 2, cache)
 
     def ask_wrongly(self) -> None:
@@ -165,7 +165,7 @@ class Soak:
             raise AssertionError(f"{case}: accepted")
 
     def interrupt(self) -> None:
-        """Ctrl-C at some moment of a long answer; the cache goes on being used by ``chat``."""
+        """Ctrl-C at some moment of a long answer; ``chat`` goes on using the cache."""
         if threading.current_thread() is not threading.main_thread():
             return
         timer = threading.Timer(self.random.uniform(0, 0.05), lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -190,14 +190,14 @@ class Soak:
         assert self.llm.perplexity(self._text(60), context=16, progress=False).value > 1
 
     def learn(self) -> None:
-        """Steps on pieces of feedback, after which the adapter, which stays, acts no longer."""
+        """Steps on pieces of feedback, after which the adapter is kept but disabled."""
         for _ in range(2):
             loss = self.llm.adapt({"prompt": self._text(4), "completion": self._text(3)})
             assert math.isfinite(loss)
         self.llm.lora.use()
 
     def swap_adapters(self) -> None:
-        """Two adapters come, take turns between tokens of an answer, are merged where weights are floats, and go."""
+        """Two adapters are attached, swapped between tokens of an answer, merged into float weights, and detached."""
         lora, names = self.llm.lora, ("one", "other")
         for name in names:
             adapter = LoraAdapter(self.llm.config, LoraConfig(self.random.randrange(1, 9)))
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="actions between two probes")
     parser.add_argument("--plot", type=Path, help="where to draw memory and speed")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may be set to ignore it
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
 

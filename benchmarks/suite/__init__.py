@@ -1,1 +1,1 @@
-"""What airspeed velocity measures. Alone in this directory: for each commit asv imports all modules that it holds."""
+"""The benchmarks of airspeed velocity (asv), which imports every module of this directory for each commit."""

@@ -1,4 +1,4 @@
-"""Memory: read bandwidth, appending to the KV cache, what a model of 7B parameters needs."""
+"""Memory: read bandwidth, appending to the KV cache, the needs of a model of 7B parameters."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""A prompt and a token through a model of SmolLM2-135M's shape, with random weights: nothing need be fetched."""
+"""A prompt and a token through a model of SmolLM2-135M's shape, with random weights: nothing is fetched."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class _Model:
     timeout = 300
 
     def setup_cache(self) -> None:
-        """Compile, in a process of its own: the memory that a compiler takes is none of the model's."""
+        """Compile in another process, so that the compiler's memory is not counted as the model's."""
         for weights in _LAYOUTS:
             _Model.setup(self, weights, 8)
 
@@ -31,7 +31,7 @@ class _Model:
 
 
 class Prefill(_Model):
-    """A prompt at once: its time, and the memory that it takes."""
+    """A prompt in one pass: its time and its memory."""
 
     params: Any = (_LAYOUTS, [32, 512])
     param_names = ("weights", "tokens")
@@ -60,7 +60,7 @@ class Decode(_Model):
 
 
 class Drift:
-    """Largest error of a logit, against float32 weights: what 16, 8 and 4 bits cost on random weights."""
+    """Largest error of a logit, against float32 weights: the cost of 16, 8 and 4 bits on random weights."""
 
     version = "1"
     timeout = 300

@@ -1,4 +1,4 @@
-"""What a user waits for before the first token: importing, compiling, starting."""
+"""The time before the first token: importing, compiling, starting."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import time
 
 
 class Startup:
-    """Processes of their own; the compile benchmark gets an empty cache."""
+    """Each runs in a new process; the compile benchmark gets an empty cache."""
 
     version = "1"
     timeout = 300
@@ -20,7 +20,7 @@ class Startup:
         return "import ruvllm.kernels"
 
     def timeraw_import_numba(self) -> str:
-        """What importing the kernels costs at least."""
+        """The least that importing the kernels can cost."""
         return "import numba"
 
 

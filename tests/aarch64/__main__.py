@@ -1,6 +1,6 @@
-"""The kernel and model tests on an emulated 64-bit ARM processor, and results beside those of this machine.
+"""The kernel and model tests on an emulated 64-bit ARM processor, and their results compared with this machine's.
 
-``make test-aarch64``, or ``python -m tests.aarch64 [FOLDER]``: what is fetched and compiled stays in FOLDER
+``make test-aarch64``, or ``python -m tests.aarch64 [FOLDER]``: downloads and compiled code stay in FOLDER
 (.venv-aarch64). It needs Debian or Ubuntu with the package qemu-user-static, and to be run by the version of Python
 that the system has (/usr/bin/python3): Python for ARM comes from the system's packages, NumPy and numba for ARM from
 PyPI, in the versions that run this.
@@ -63,7 +63,7 @@ LOGITS = 1e-3  # how far logits in float32 may be apart for that
 
 
 class Stage:
-    """Says what begins, and how long it took: by the clock, and of the processor."""
+    """Prints what begins, and its duration in wall time and processor time."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -83,7 +83,7 @@ def _processor_time() -> float:
 
 
 def _run(command: list[str], log: Path, **settings: str) -> str:
-    """What a program prints. Ends this one where it fails."""
+    """The output of a program. Exits if it fails."""
     with log.open("w") as file:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, stderr=file, text=True, check=False

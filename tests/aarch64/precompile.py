@@ -1,7 +1,7 @@
-"""Compiles natively into the compile cache of an emulated Python, 20 to 30 times faster than that does it itself.
+"""Compiles natively into the compile cache of an emulated Python, 20 to 30 times faster than under emulation.
 
 ``python -m tests.aarch64.precompile RECORD FIRST STEP PYTHON_VERSION`` takes every STEP-th of the recorded functions.
-The environment says for which processor (``ruvllm.kernels.jit.private.target.FOREIGN``) and where the cache is. Keys
+The environment names the processor (``ruvllm.kernels.jit.private.target.FOREIGN``) and the cache. Keys
 of the cache contain sys.version: it becomes that of the emulated Python before anything of ruvllm is imported.
 """
 

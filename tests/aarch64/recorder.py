@@ -1,4 +1,4 @@
-"""A pytest plugin: the functions that a run of tests looked up in the compile cache, and with which types, in a file.
+"""A pytest plugin: records the functions, with their types, that a test run looked up in the compile cache.
 
 ``python -m pytest -p tests.aarch64.recorder ...`` appends them to the file that RECORD_COMPILED names. Programs call
 ``begin`` themselves.

@@ -1,4 +1,4 @@
-"""What is asked of models that were opened: their configuration, their logits."""
+"""Checks of opened models: their configuration, their logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.model.reference import reference_logits
 from tests.model import tiny
 
-# What the reference in float64 may differ by from transformers in float32; a wrong model differs by whole units.
+# Tolerance between the float64 reference and transformers in float32; a wrong model differs by whole units.
 TOLERANCE = 2e-4
 
 

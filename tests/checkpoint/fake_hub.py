@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback: what `huggingface_hub` asks of the real one, and what may go wrong there."""
+"""A small Hugging Face Hub on loopback: the requests of `huggingface_hub`, and the failures of a real Hub."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LARGE = 1000  # bytes from which on a file has a SHA-256, as LFS gives it, inst
 
 @dataclass
 class Repository:
-    """Files of one model. ``sizes`` makes the Hub say another size; ``gated`` refuses files, ``status`` everything;
-    ``tree``: they are listed by the tree alone."""
+    """Files of one model. ``sizes`` makes the Hub report another size; ``gated`` refuses files, ``status`` everything;
+    ``tree``: only the tree lists them."""
 
     files: dict[str, bytes]
     gated: bool = False
@@ -42,7 +42,7 @@ class FakeHub:
     cuts: list[int] = field(default_factory=list)
 
     def fetched(self) -> list[str]:
-        """The files whose contents were asked for."""
+        """The files whose contents were requested."""
         return [path.split("/", 5)[5] for method, path, _ in self.served if method == "GET" and "/resolve/" in path]
 
 

@@ -44,7 +44,7 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write_file(path: Path, metadata: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """A GGUF file of this metadata, where NumPy's uint16 stays what it is, and these tensors."""
+    """A GGUF file of this metadata (NumPy's uint16 is kept) and these tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     if "general.architecture" not in metadata:
         del writer.kv_data[0]["general.architecture"]

@@ -30,7 +30,7 @@ from tests.model import tiny
 
 @dataclass(frozen=True)
 class HostileModel:
-    """The table's row, a name, what writes the model (into a directory; returns the path to open), what the error says.
+    """The table's row, a name, a function that writes the model into a directory and returns its path, the error text.
 
     ``path`` of the error ends with ``at``.
     """
@@ -276,7 +276,7 @@ def _peft(name: str, says: str, change: _Change, at: str = "adapter_model.safete
 
 
 def _sparse(directory: Path) -> Path:
-    """A matrix of 8 GB that the model has not got, in a file that takes no room on disk."""
+    """A matrix of 8 GB that the model lacks, in a sparse file."""
     adapter = Path(shutil.copytree(tiny.DATA.parent / "lora" / ADAPTED, directory / "adapter"))
     size = 1 << 33
     header = {f"{_Q}.lora_A.weight": corpus.st_entry("F32", [size // 4 // 48, 48], 0, size // 192 * 192)}

@@ -1,4 +1,4 @@
-"""Chat templates that go about it as those of the model families do, and what transformers' Jinja makes of one."""
+"""Chat templates in the styles of the model families, and their rendering by transformers' Jinja."""
 
 import json
 from datetime import datetime
@@ -26,7 +26,7 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 def rendered_by_jinja(template, messages, **variables):
-    """What transformers' environment makes of it."""
+    """Its rendering by transformers' environment."""
     return compiled_by_jinja(template).render(**{"messages": messages, "documents": None, **variables})
 
 
@@ -40,7 +40,7 @@ def compiled_by_jinja(template):
     return environment.from_string(template)
 
 
-# As Qwen3's: thoughts only behind the last question, answers of tools in one turn of the user.
+# As Qwen3's: thoughts only after the last question, answers of tools in one turn of the user.
 THOUGHTS = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}

@@ -1,4 +1,4 @@
-"""What the `gguf` and `safetensors` packages do with the hostile files that ruvllm refuses.
+"""The behaviour of the `gguf` and `safetensors` packages on the hostile files that ruvllm refuses.
 
     python -m tests.checkpoint.peers [--markdown]
 
@@ -70,7 +70,7 @@ def files() -> Iterator[tuple[str, str, bytes]]:
 
 
 def outcome(reader: str, path: Path) -> str:
-    """What becomes of it: "accepts", "refuses" (and the error), "hangs", "memory" or "crashes" (and the signal)."""
+    """The outcome: "accepts", "refuses" (and the error), "hangs", "memory" or "crashes" (and the signal)."""
     command = [sys.executable, "-m", "tests.checkpoint.peers", "--open", reader, str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SECONDS, check=False)

@@ -158,7 +158,7 @@ def _llama(**more: Any) -> dict[str, Any]:
 
 
 def _nested_gemma3() -> dict[str, Any]:
-    """Gemma 3 that also sees: its text model's keys are often absent, where they are the default."""
+    """Gemma 3 with images: its text model's keys are often absent, where they are the default."""
     text = {
         "model_type": "gemma3_text", "hidden_size": 72, "intermediate_size": 88, "num_hidden_layers": 4,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 28, "vocab_size": 119,

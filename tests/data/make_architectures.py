@@ -61,7 +61,7 @@ def make(name: str) -> None:
 
 
 def _saved(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """What `save_pretrained` makes of it: config.json, and the tensors' shapes by the names of files on the Hub."""
+    """The result of `save_pretrained`: config.json, and the tensors' shapes by the names of files on the Hub."""
     model = _model_class(config)(transformers.AutoConfig.from_pretrained(directory))
     model.save_pretrained(directory / "saved")
     new_config = json.loads((directory / "saved" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Makes tests/data/named_tokens.json: what transformers reads of tokens that stand beside tokenizer.json.
+"""Makes tests/data/named_tokens.json: the tokens that transformers reads from the files next to tokenizer.json.
 
 Run `python tests/data/make_named_tokens.py` where transformers 5 is installed. Each case is the content of the files of
 a directory; tokenizer.json is always a vocabulary of 256 bytes, then "<s>". Kept are the tokens that were added, those

@@ -1,8 +1,8 @@
 """Makes tests/data/tokenizers/pre.json: ids of strings under each pre-tokenizer that a GGUF file may name.
 
 Run `python tests/data/make_pretokenizers.py` after make_tokenizers.py, where llama-cpp-python 0.3, gguf, tiktoken and
-regex are installed. The vocabulary is always the part of LLaMA-3's in llama3.json, since what differs is where text is
-split before merging. Reference is llama.cpp, but for "tekken" and "gpt-4o", whose regular expressions it approximates:
+regex are installed. The vocabulary is always the part of LLaMA-3's in llama3.json, since only the split before
+merging differs. The reference is llama.cpp, but for "tekken" and "gpt-4o", whose regular expressions it approximates:
 there it is tiktoken with Mistral's and OpenAI's own; and for those of BY_REGEX: their published expressions, in the
 words of the library `regex` (the letters that DeepSeek lists one by one are those with two cases), before tiktoken.
 """

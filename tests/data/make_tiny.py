@@ -57,7 +57,7 @@ def common(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv: int, 
 
 
 CASES = [
-    # LLaMA 2: as many key/value heads as query heads; rotary parameters in the spelling before transformers 5.
+    # LLaMA 2: as many key/value heads as query heads; rotary parameters as spelt before transformers 5.
     Case(
         "llama2_mha", LlamaForCausalLM, LlamaConfig(**common(97, 48, 59, 2, 4, 4)), 40,
         patch={"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None, "head_dim": None},

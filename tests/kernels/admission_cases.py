@@ -27,7 +27,7 @@ MOST_STEPS = 60_000  # of a schedule: more is a hang
 
 
 class Hang(Exception):
-    """Threads wait for each other for ever."""
+    """A deadlock."""
 
 
 class Scheduler:
@@ -53,7 +53,7 @@ class Scheduler:
             raise Hang
         return me
 
-    # What stands in for the team's atomic accesses. An array is known by its address.
+    # These replace the team's atomic accesses. An array is identified by its address.
 
     def load(self, array: np.ndarray, index: int) -> int:
         me, key = self.step(), (array.ctypes.data, int(index))

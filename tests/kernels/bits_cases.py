@@ -1,4 +1,4 @@
-"""Hashes of what kernels and models compute, as a program for processes with caches of their own.
+"""Hashes of the results of kernels and models, as a program for processes with separate caches.
 
 ``python bits_cases.py kernels 1 2`` prints them for each number of threads, and how many functions were compiled;
 ``python bits_cases.py sums 2`` prints hashes of the code of the sums.
@@ -20,7 +20,7 @@ from ruvllm.kernels.jit.decorators import COMPILED
 from ruvllm.kernels.jit.small_calls import SMALL
 from ruvllm.model import Llama, ModelConfig
 
-# What sums or exponentials go into; x (rows, n), w (n,).
+# Kernels with sums or exponentials; x (rows, n), w (n,).
 CALLS: dict[str, Callable[[Any, Any], np.ndarray]] = {
     "dot": lambda x, w: dot(x, x * w),
     "rms_norm": lambda x, w: rms_norm(x, w),
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 
 
 def of_kernels() -> dict[str, str]:
-    """Many rows at once, for which threads pay, and each row alone, which is a small call where there is one."""
+    """Many rows at once, enough for threads, and each row alone, through a small call where there is one."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((96, 1003), np.float32), rng.standard_normal(1003, np.float32)
     found = {}
@@ -59,7 +59,7 @@ def of_a_model() -> dict[str, str]:
 
 
 def of_sums() -> dict[str, list[str]]:
-    """The code that LLVM made of each function of ours that several kernels call, once for each of them."""
+    """LLVM's code of each of our functions that several kernels call, once for each of them."""
     of_kernels()
     found = defaultdict(list)
     for kernel in (*COMPILED, *SMALL.values()):

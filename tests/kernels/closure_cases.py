@@ -12,7 +12,7 @@ from ruvllm.kernels.threads.regions import Region
 
 
 def region_that_tells(value: int) -> Region:
-    """A region that writes ``value`` into the first number of its table, by way of two functions with own code."""
+    """A region that writes ``value`` into the first element of its table, through two separately compiled functions."""
 
     @part_kernel
     def inner() -> Any:

@@ -1,7 +1,7 @@
-"""Arrays with a page before and a page behind them that nobody may touch: a load or store outside ends the process.
+"""Arrays between two inaccessible pages: a load or store out of bounds kills the process.
 
 As a program, ``python -m tests.kernels.guarded kernels`` runs every kernel at odd sizes on such arrays, pressed against
-either page; ``... models`` runs small models of every kind whose buffers and weights all lie so.
+either page; ``... models`` runs small models of every kind with such buffers and weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def copied(array: np.ndarray, at_end: bool) -> np.ndarray:
 
 
 def guard_own_memory() -> None:
-    """What the package allocates for itself lies between such pages too, with up to 64 bytes of alignment behind it."""
+    """The package's own allocations are between such pages too, with up to 64 bytes of alignment after them."""
     _memory = importlib.import_module("ruvllm.kernels.memory")
     importlib.import_module("ruvllm.model.llama")  # and with it all that allocate
 
@@ -98,7 +98,7 @@ def run_models() -> None:
 
 
 def run_outside() -> None:
-    """What must end the process: one load behind an array."""
+    """Must kill the process: one load past the end of an array."""
     x = guarded(5)
     print(ctypes.c_float.from_address(x.ctypes.data + x.nbytes).value)
 

@@ -1,6 +1,6 @@
-"""Quantised operands for the tests of integer matmul, and the answers in int64 and float64.
+"""Quantised operands for the tests of integer matmul, and the results in int64 and float64.
 
-Run as a program, it checks every case in a process of its own, where another CPU may be forced or the compiler off:
+Run as a program, it checks every case in a process of its own, with another CPU or without the compiler:
 ``python -m tests.kernels.quant_cases``; it prints the instructions in use and a hash of all integers.
 """
 
@@ -27,7 +27,7 @@ ONE = np.float16(1).view(np.uint16)  # the bits of a scale of 1
 
 
 class Weights(NamedTuple):
-    """Row-major operands, and the panels made of them."""
+    """Row-major operands, and their panels."""
 
     codes: np.ndarray  # (N, 32 G) int64: signed values of 8-bit weights, else from 0 on
     scales: np.ndarray  # (N, G) float64
@@ -40,13 +40,13 @@ class Weights(NamedTuple):
 
 
 def by_token(blocks: np.ndarray, tokens: int) -> np.ndarray:
-    """What lies in blocks of tokens, (B, G, S, ..), as (T, G, ..)."""
+    """Blocks of tokens, (B, G, S, ..), as (T, G, ..)."""
     rows = np.moveaxis(blocks, 2, 1)
     return rows.reshape(-1, *rows.shape[2:])[:tokens]
 
 
 def in_blocks(rows: np.ndarray, fill: int = 99) -> np.ndarray:
-    """Rows (T, G, ..) as they lie in blocks of tokens, (B, G, S, ..)."""
+    """Rows (T, G, ..) as blocks of tokens, (B, G, S, ..)."""
     blocks, side = token_blocks(len(rows))
     whole = np.full((blocks * side, *rows.shape[1:]), fill, rows.dtype)
     whole[: len(rows)] = rows
@@ -69,7 +69,7 @@ class Rows(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """What quantize_activations makes of x (T, K)."""
+    """The result of quantize_activations for x (T, K)."""
 
     xq: np.ndarray
     xs: np.ndarray
@@ -92,7 +92,7 @@ class Activations(NamedTuple):
 
 
 def of_rows(rows: Rows) -> Activations:
-    """Activations that were written down by token."""
+    """Activations given by token."""
     xq, xs, offsets, totals = (in_blocks(a) for a in (rows.xq.reshape(*rows.xs.shape, 32), *rows[1:4]))
     return Activations(xq, xs, offsets, totals, rows.outliers)
 
@@ -123,7 +123,7 @@ def unit_weights(kind: int, codes: np.ndarray, with_mins: bool) -> Weights:
 
 
 def rounded_weights(rng: np.random.Generator, kind: int, with_mins: bool, n: int, k: int) -> tuple[np.ndarray, Weights]:
-    """Normally distributed numbers (n, k), and what quantisation makes of them."""
+    """Normally distributed weights (n, k), and their quantised form."""
     w = rng.standard_normal((n, k), np.float32)
     if kind == INT4:
         return w, weights(kind, *quantize_int4(w, symmetric=not with_mins))
@@ -162,13 +162,13 @@ def multiply(w: Weights, x: Activations) -> np.ndarray:
 
 
 def integers(w: Weights, x: Activations) -> np.ndarray:
-    """What unit weights and activations must give exactly, in int64."""
+    """The exact result of unit weights and activations, in int64."""
     low = w.mins.astype(np.int64) @ x.rows().sums.T
     return (w.codes @ x.rows().xq.T.astype(np.int64) + low).T
 
 
 def integer_cases(tokens: tuple[int, ...] = TOKENS) -> dict[str, tuple[Weights, Activations]]:
-    """Random and extreme codes of every kind; sums stay below 2^24, where float32 has every integer."""
+    """Random and extreme codes of every kind; sums stay below 2^24, where float32 represents every integer."""
     rng = np.random.default_rng(5)
     cases = {}
     for kind, mins in KINDS:
@@ -203,7 +203,7 @@ def check_integers(tokens: tuple[int, ...] = TOKENS) -> str:
 
 
 def check_rounding() -> str:
-    """Activations rounded, and numbers quantised: the same codes and scales on every CPU."""
+    """Rounded activations and quantised weights: the same codes and scales on every CPU."""
     rng = np.random.default_rng(6)
     state = hashlib.sha256()
     with np.errstate(over="raise", invalid="raise"):  # seen without a compiler

@@ -21,12 +21,12 @@ from ruvllm.kernels import KERNELS, KernelSpec, reference
 
 LENGTHS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 1023)
 FEW = (1, 2, 15, 16, 17, 33)  # for runs without a compiler
-# What the other axes are while one of them takes every length.
+# The other axes while one of them takes every length.
 SMALL = {
     "rows": 3, "n": 21, "m": 5, "k": 19, "batch": 2, "tokens": 3, "heads": 4, "kv_heads": 2, "dim": 18, "length": 20,
     "rank": 3, "block_size": 4,
 }  # fmt: skip
-# Axes that are counts of things, not lengths of vectors: a few values are enough.
+# Axes that are counts, not lengths of vectors: a few values are enough.
 COUNTS = {
     "block_size": (1, 3, 16, 40),
     "rows": (1, 2, 7),
@@ -45,7 +45,7 @@ IN_PLACE = {
 def attention_backward_of_the_seen(
     q: Any, k: Any, v: Any, do: Any, starts: Any = None, window: int | None = None, scale: float | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """attention_backward query by query from the keys that it sees: what is masked is not even multiplied by zero."""
+    """attention_backward query by query from the keys that it sees: masked keys are not even multiplied by zero."""
     q, k, v, do = (np.asarray(array, np.float64) for array in (q, k, v, do))
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     tokens, heads, dim = q.shape
@@ -84,7 +84,7 @@ def results(value: Any) -> tuple[np.ndarray, ...]:
 
 
 def run(spec: KernelSpec, arguments: dict[str, Any], **more: Any) -> tuple[np.ndarray, ...]:
-    """Call the kernel; what it changes in place are copies."""
+    """Call the kernel; arrays that it changes in place are copied first."""
     copies = {name: arguments[name].copy() for name in IN_PLACE.get(spec.name, ())}
     return results(spec.function(**{**arguments, **copies, **more}))
 
@@ -95,7 +95,7 @@ def arrays(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def takes_out(spec: KernelSpec) -> bool:
-    """Whether the kernel can be told where to write its result, and leaves what was there out of it."""
+    """Whether the kernel has ``out`` and overwrites it."""
     return "out" in inspect.signature(spec.function).parameters and "out" not in IN_PLACE.get(spec.name, ())
 
 
@@ -112,8 +112,7 @@ def assert_close(spec: KernelSpec, arguments: dict[str, Any], got: tuple[np.ndar
 def digest() -> dict[str, str]:
     """A hash of the results at the record's example sizes (many of them large enough for threads).
 
-    Of the kernels here alone: which products "auto" hands to BLAS, which rounds in its own way, is measured for each
-    number of threads.
+    Without BLAS, which rounds in its own way: "auto" measures for each number of threads which products it gets.
     """
     hashes = {}
     for spec in KERNELS.values():

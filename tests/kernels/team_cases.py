@@ -28,7 +28,7 @@ else:
 (
     SYNC, WANTED, ROUNDS, VALUES, ITEMS, ITEM_COUNT, TEAM, WRONG, GATHERED, PATIENCE, SYNC_SIZE, CALLS, TABLE_SIZE,
 ) = range(13)  # fmt: skip
-SLOT = 8  # numbers between the members' values: a cache line each
+SLOT = 8  # elements between the members' values: a cache line each
 
 
 @inline_kernel
@@ -116,7 +116,7 @@ class Task:
         self.table[[SYNC, VALUES, ITEMS, CALLS]] = [array.ctypes.data for array in arrays]
 
     def size(self) -> int:
-        """The team's size, after it was found that nobody saw anything wrong and every turn was taken once."""
+        """The team's size, after checking that no member saw an error and every item was visited once."""
         assert self.table[WRONG] == 0
         assert (self.items == visits_of(int(self.table[ROUNDS]))).all()
         assert 1 <= self.table[TEAM] <= self.table[WANTED]
@@ -145,7 +145,7 @@ def _nested() -> list[int]:
 def _until_teams_were_full(wanted: int, teams: int, rounds: int) -> list[int]:
     """Run until so many teams had all their members, or a minute is over.
 
-    Where other programs leave one core, no team is full: whoever runs closes the gate before the others get the core.
+    If other programs leave one core, no team is full: the running thread closes the gate before the others get it.
     """
     sizes: list[int] = []
     end = time.monotonic() + 60

@@ -30,7 +30,7 @@ CONFIGS = {
 
 
 class Weights(RandomWeights):
-    """Random weights, also of the tensors that LLaMA has not."""
+    """Random weights, also of the tensors that LLaMA lacks."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__(config, seed)
@@ -65,7 +65,7 @@ class Qwen3Layer(TransformerLayer):
 
 
 class GemmaLayer(TransformerLayer):
-    """What attention and feed-forward add is normalised too; attention sees a window of 9 tokens."""
+    """The outputs of attention and feed-forward are normalised too; attention sees a window of 9 tokens."""
 
     mlp_type = GemmaFeedForward
 
@@ -90,7 +90,7 @@ class ParallelLayer(TransformerLayer):
 
 
 class ReducedLayer(TransformerLayer):
-    """What tensor parallelism does: Python changes what attention adds, another call looks."""
+    """As in tensor parallelism: Python changes attention's output, another call inspects it."""
 
     seen: ClassVar[list[np.ndarray]] = []
 

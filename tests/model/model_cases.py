@@ -29,7 +29,7 @@ SMALL = ModelConfig(
     attention_bias=True, attention_out_bias=True, mlp_bias=True, eos_token_ids=(2,),
 )  # fmt: skip
 WINDOWED = dataclasses.replace(SMALL, sliding_window=37)
-# Without biases threads take turns of each other's shares; its feed-forward is wide enough for several turns of each.
+# Without biases threads steal each other's chunks; its feed-forward is wide enough for several chunks per thread.
 PLAIN = dataclasses.replace(
     SMALL, attention_bias=False, attention_out_bias=False, mlp_bias=False, intermediate_size=707
 )  # fmt: skip
@@ -56,7 +56,7 @@ def logits(model: Llama, ids: np.ndarray, kv: str = "f32") -> np.ndarray:
 
 
 def run(model: Llama, cache: KVCache, ids: np.ndarray, parts: list[int]) -> np.ndarray:
-    """Logits (T, V) of ids given to the model in parts of these lengths, one after the other."""
+    """Logits (T, V) of ids run in consecutive parts of these lengths."""
     assert sum(parts) == len(ids)
     ends = np.cumsum(parts)
     return np.concatenate([model.forward(ids[end - part : end], cache) for part, end in zip(parts, ends, strict=True)])

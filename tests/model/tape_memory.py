@@ -1,4 +1,4 @@
-"""The memory of a tape as byte masks: which bytes an operation says that one member reads or writes."""
+"""The memory of a tape as byte masks: the bytes that an operation declares to be read or written by one member."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Memory:
             view[:] = True
 
     def _mark_quantized(self, mask: np.ndarray, width: int, rows: int, capacity: int, member: int, size: int) -> None:
-        """Rows rounded to 8 bits: five arrays, blocks of tokens side by side."""
+        """Rows rounded to 8 bits: five arrays of consecutive blocks of tokens."""
         groups, (blocks, side) = -(-width // GROUP), token_blocks(rows)
         lo, hi = part(rows, member, size)
         start = 0

@@ -110,7 +110,7 @@ def _add_rope(writer: Any, config: dict[str, Any], head_dim: int) -> None:
 
 
 def llama3_divisors(rope: dict[str, Any], theta: float, dim: int) -> list[float]:
-    """What LLaMA 3.1 divides the frequency of each pair by."""
+    """LLaMA 3.1's divisor of each pair's frequency."""
     divisors = []
     for i in range(dim // 2):
         wavelength = 2 * np.pi * theta ** (2 * i / dim)

@@ -24,13 +24,13 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What stands in the file of one variant."""
+    """The file of one variant."""
 
     config: dict[str, Any]  # config.json as files on the Hub have it
     new_config: dict[str, Any]  # the same as transformers 5 writes it
     generation_config: dict[str, Any] | None
     shapes: dict[str, tuple[int, ...]]  # of the tensors, by the names of files on the Hub
-    salt: int  # begins the weights anew, so that no token's choice of experts is a near tie
+    salt: int  # seeds the weights, so that no token's choice of experts is a near tie
     ids: NDArray[np.int64]  # (T,)
     logits: Array  # (T, V)
 
@@ -62,7 +62,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, new: bool = False)
 
 def _tensor(name: str, shape: tuple[int, ...], salt: int, around_zero: bool) -> NDArray[Any]:
     """The weights of one tensor: wide, so that attention is peaked and logits are far from flat."""
-    if name.endswith(("_blocks", "_scales")):  # MXFP4: two numbers to a byte, and a power of 2 for each 32
+    if name.endswith(("_blocks", "_scales")):  # MXFP4: two elements to a byte, and a power of 2 for each 32
         raw = _raw(f"{salt}/{name}", int(np.prod(shape))).reshape(shape)
         return (raw if name.endswith("_blocks") else 122 + raw % 3).astype(np.uint8)
     noise = _noise(f"{salt}/{name}", shape)
@@ -83,7 +83,7 @@ def _tensor(name: str, shape: tuple[int, ...], salt: int, around_zero: bool) -> 
 def _noise(key: str, shape: tuple[int, ...]) -> Array:
     """Nearly normal numbers of variance 1, each the sum of four uniform ones: the same bits on any machine.
 
-    NumPy promises the raw stream of a bit generator for ever, but not the normal numbers made of it.
+    NumPy guarantees the raw stream of a bit generator, but not the normal numbers made from it.
     """
     sums = _raw(key, int(np.prod(shape))).view("<u2").reshape(-1, 4).astype(np.int64).sum(1)
     return ((sums - 2 * 65535) * np.sqrt(3 / 4) / 32768).astype(np.float32).reshape(shape)

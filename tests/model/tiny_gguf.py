@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tests.model import tiny
 from tests.model.tiny_checkpoints import Checkpoint
 
-# Those that llama.cpp computes. It knows no windows of Qwen and Phi, no attention scale of Gemma's own, no other
+# Those that llama.cpp supports. It has no windows of Qwen and Phi, no attention scale of Gemma's own, no other
 # pattern of layers without positions than SmolLM3's, no betas of YaRN in a file, and truncates them always.
 VARIANTS = (
     "gemma", "gemma2", "gemma3", "gemma3_pattern", "gpt_oss_mxfp4", "gpt_oss_truncated", "granite", "granite_biased",
@@ -111,7 +111,7 @@ def _add_experts(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _add_rope(writer: Any, config: dict[str, Any]) -> dict[str, list[float]]:
-    """Write what rotates positions. Returns the tensors of divisors, by name."""
+    """Write the keys of rotary embedding. Returns the tensors of divisors, by name."""
     dim = int(_head_dim(config) * config.get("partial_rotary_factor", 1.0))
     if config["model_type"] in (*INTERLEAVED, "phi3"):
         writer.add_rope_dimension_count(dim)
@@ -154,7 +154,7 @@ def _merged(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _mxfp4(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(experts, outputs, bytes): GGUF's blocks are a scale, then bytes of numbers i and i + 16, not 2i and 2i + 1."""
+    """(experts, outputs, bytes): GGUF's blocks are a scale, then bytes of elements i and i + 16, not 2i and 2i + 1."""
     numbers = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
     packed = np.concatenate([scales[..., None], numbers[..., :16] | numbers[..., 16:] << 4], axis=-1)
     return packed.reshape(*scales.shape[:2], -1)

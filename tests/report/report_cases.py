@@ -1,4 +1,4 @@
-"""Reports made up for tests."""
+"""Invented reports for tests."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from ruvllm.report.results import Entry, Report, Result, SectionResult
 from ruvllm.report.rows import SECTIONS
 
 ALL_ROWS = [row for section in SECTIONS for row in section.rows]
-# Sizes of each row's kernel that take no time.
+# Sizes of each row's kernel that run fast.
 SMALL = {
     "softmax_attention": {"length": 37, "dim": 64},
     "grouped_query_attention": {"heads": 6, "kv_heads": 2, "length": 19, "dim": 32},
@@ -33,7 +33,7 @@ def timing(seconds: float, spread: float = 0.0) -> Timing:
 
 
 def a_report(seconds: dict[str, float], threads: tuple[int, ...] = (1,), **changes: object) -> Report:
-    """A report in which the named rows took so long; every other row has a reason."""
+    """A report in which the named rows took these times; every other row has a reason."""
     sections = []
     for section in SECTIONS:
         results = []

@@ -93,7 +93,8 @@ def _product(rows: float, outputs: int, columns: int, nbytes: float) -> Work:
 
 def _on_elements(operation: Operation, rows: float, a: Mapping[str, Any]) -> Work:
     flops, nbytes = _ELEMENTS[operation]
-    vector = a["outputs"] if operation in (o.add_bias, o.add_grouped_bias) else a["columns"] if operation is o.rms_norm else 0
+    biased = operation in (o.add_bias, o.add_grouped_bias)
+    vector = a["outputs"] if biased else a["columns"] if operation is o.rms_norm else 0
     width = a["heads"] * a["dim"] if "heads" in a else a.get("columns", vector) * a.get("vectors", 1)
     return Work(flops * rows * width, weights=4.0 * vector if rows else 0.0, moved=nbytes * rows * width)
 

@@ -214,7 +214,7 @@ def test_impossible_configurations_name_the_field(changes, field):
         ({"theta": math.nan}, "rope.theta"),
         ({"theta": 0.0}, "rope.theta"),
         ({"theta": math.inf}, "rope.theta"),
-        ({"scaling": "yarn"}, "rope.scaling"),
+        ({"scaling": "spiral"}, "rope.scaling"),
         ({"scaling": "linear", "factor": 0.0}, "rope.factor"),
         ({"scaling": "linear", "factor": math.nan}, "rope.factor"),
         ({"scaling": "llama3", "low_freq_factor": 4.0}, "rope.high_freq_factor"),

@@ -31,6 +31,7 @@ import ruvllm
 from benchmarks import _files, _perplexity
 from benchmarks._table import NOT_INSTALLED, Headings, chosen, table_head, table_line
 from benchmarks.make_7b import seven_b
+from ruvllm import machine
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import read_bandwidth
 from ruvllm.measure.engines import Engine, IkLlamaCpp, LlamaCpp, Ruvllm
@@ -166,23 +167,10 @@ def _line(row: Row, others: list[str]) -> str:
     )
 
 
-def machine(engines: list[Engine]) -> dict[str, str]:
+def about(engines: list[Engine]) -> dict[str, str]:
     """The machine, and the engines that ruvllm is compared with."""
-    import llvmlite.binding as llvm
-    import numba
-    from numba import get_num_threads
-
-    from ruvllm.kernels.threads.pool import threading_layer
-
-    threads = get_num_threads()  # starts the threading layer, which until then has no name
-    found = {
-        "machine": f"{platform.system()} {platform.machine()}, {llvm.get_host_cpu_name()}, {os.cpu_count()} cores",
-        "ruvllm": f"{ruvllm.__version__}, numba {numba.__version__}, {threading_layer()} with {threads} threads",
-        LlamaCpp.name: NOT_INSTALLED,
-    } | {engine.name: engine.about for engine in engines}
-    if hasattr(os, "getloadavg"):
-        found["load before"] = f"{os.getloadavg()[0]:.2f} (other busy programs distort the figures)"
-    return found
+    known = {LlamaCpp.name: NOT_INSTALLED} | {engine.name: engine.about for engine in engines}
+    return machine.machine() | machine.versions() | machine.threads() | known
 
 
 def show_perplexity(source: str, kinds: list[str], threads: int, llama: LlamaCpp | None) -> list[dict[str, Any]]:
@@ -262,13 +250,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.llama_python} has no llama-cpp-python: that column stays empty", file=sys.stderr)
         ik = IkLlamaCpp(os.environ["RUVLLM_IK_BENCH"]) if os.environ.get("RUVLLM_IK_BENCH") else None
         others: list[Engine] = [engine for engine in (llama, ik) if engine is not None]
-        about = machine(others)
-        for key, value in about.items():
+        facts = about(others)
+        for key, value in facts.items():
             print(f"{key}: {value}")
         records = run(args, llama, ik)
-        about |= {engine.name: engine.about for engine in others}  # llama-bench reports its build with its figures
+        facts |= {engine.name: engine.about for engine in others}  # llama-bench reports its build with its figures
         if args.json:
-            Path(args.json).write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
+            Path(args.json).write_text(json.dumps({"about": facts, "rows": records}, indent=1) + "\n")
     except (ruvllm.RuvllmError, ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks.peers: error: {error}", file=sys.stderr)
         return 2

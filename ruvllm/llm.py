@@ -12,8 +12,9 @@ import numpy as np
 
 from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
+from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.generate import Sampling, generate, is_integer
+from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora

@@ -10,6 +10,7 @@ import numpy as np
 
 import ruvllm.kernels as K
 from ruvllm.brief import brief
+from ruvllm.model.checks import is_integer, is_number, require
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 
@@ -37,27 +38,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, penalty, seed = self.temperature, self.repetition_penalty, self.seed
-        _require("temperature", t, _is_number(t) and 0 <= t < math.inf, "a finite number >= 0")
-        _require("top_k", self.top_k, is_integer(self.top_k) and self.top_k >= 0, "an integer >= 0")
-        _require("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
-        _require("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        ok = _is_number(penalty) and 0 < penalty < math.inf
-        _require("repetition_penalty", penalty, ok, "a finite number above 0")
-        _require("seed", seed, seed is None or (is_integer(seed) and seed >= 0), "an integer >= 0 or None")
-
-
-def is_integer(value: object) -> bool:
-    """Whether it is a Python or NumPy integer; not True or False."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return is_integer(value) or isinstance(value, float | np.floating)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, found {value!r}")
+        require("temperature", t, is_number(t) and 0 <= t < math.inf, "a finite number >= 0")
+        require("top_k", self.top_k, is_integer(self.top_k) and self.top_k >= 0, "an integer >= 0")
+        require("top_p", self.top_p, is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        require("min_p", self.min_p, is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        ok = is_number(penalty) and 0 < penalty < math.inf
+        require("repetition_penalty", penalty, ok, "a finite number above 0")
+        require("seed", seed, seed is None or (is_integer(seed) and seed >= 0), "an integer >= 0 or None")
 
 
 @dataclass(frozen=True)

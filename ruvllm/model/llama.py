@@ -14,6 +14,7 @@ from ruvllm.kernels.attention.prefill import prompt_scratch_size
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
+from ruvllm.model.checks import is_integer, require
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.experts import MixtureOfExperts
 from ruvllm.model.kv_cache import KVCache
@@ -249,8 +250,7 @@ class _Scratch:
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return physical_cores()
-    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
-        raise ValueError(f"threads: expected a positive integer, found {threads!r}")
+    require("threads", threads, is_integer(threads) and threads >= 1, "a positive integer")
     most = most_threads()
     if threads > most:
         logger.warning("threads: %d asked for, this process can have %d", threads, most)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ruvllm.errors import printable
-from ruvllm.model.lora_adapter import TARGETS, LoraAdapter, LoraConfig, is_number, require
+from ruvllm.model.checks import is_number, require
+from ruvllm.model.lora_adapter import TARGETS, LoraAdapter, LoraConfig
 from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.weights import FLOAT_LAYOUTS, FloatWeights
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ruvllm.model.checks import is_integer, is_number, require
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.low_rank import Factors
 
@@ -139,19 +140,3 @@ class LoraAdapter:
     def __repr__(self) -> str:
         c = self.config
         return f"LoraAdapter(rank {c.rank}, alpha {c.alpha:g}, {' '.join(c.targets)}, {self.param_count:,} parameters)"
-
-
-def is_integer(value: object) -> bool:
-    """Whether it is an integer, of Python or NumPy; not True or False."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an integer or a float."""
-    return is_integer(value) or isinstance(value, float | np.floating)
-
-
-def require(name: str, value: object, ok: bool, expected: str) -> None:
-    """Raise ValueError, saying what was expected and what was found, unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, found {value!r}")

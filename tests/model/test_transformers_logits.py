@@ -23,7 +23,8 @@ UNSAID = {
     "gemma2_scaled": "attention_scale", "gemma3_layers": "attention_scale", "gpt_oss": "swiglu_limit",
     "llama_dynamic": "model",
     "llama_yarn_factor": "model", "llama_yarn_mscale": "model", "qwen2_window": "layer_types",
-    "qwen2_moe_mixed": "experts", "qwen3_moe_mixed": "experts", "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
+    "qwen2_moe_mixed": "experts", "qwen3_moe_mixed": "experts", "qwen3_window": "layer_types",
+    "smollm3_layers": "no_rope_layers",
 }  # fmt: skip
 # A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, a GGUF file of the
 # converter's conventions, and one that ``quantize`` wrote.

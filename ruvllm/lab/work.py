@@ -64,10 +64,8 @@ def work_of(
         key_value: bytes of a key and a value of one head in the cache.
     """
     a: dict[str, Any] = step.arguments
-    if step.label in matrices:
-        routing = a.get("routing")  # of a grouped product, whose label is its first expert's
-        reached = min(rows, routing.dim) if isinstance(routing, Value) else 1.0  # experts, as many as rows can reach
-        return _product(rows, a["outputs"], a["columns"], reached * matrices[step.label])
+    if step.label in matrices:  # of a grouped product the first expert's
+        return _product(rows, a["outputs"], a["columns"], _experts(rows, a) * matrices[step.label])
     if isinstance(a.get("weights"), tuple):  # of an adapter
         outputs, columns = (a["panels"] * LANES, a["columns"]) if "panels" in a else (a["outputs"], a["rank"])
         return _product(rows, outputs, columns, matrices[a["weights"]])
@@ -91,12 +89,17 @@ def _product(rows: float, outputs: int, columns: int, nbytes: float) -> Work:
     return Work(2.0 * rows * outputs * columns, weights=nbytes if rows else 0.0, moved=4.0 * rows * (outputs + columns))
 
 
+def _experts(rows: float, a: Mapping[str, Any]) -> float:
+    """The experts whose weights are read: as many as the rows can reach. 1 where all rows meet the same weights."""
+    routing = a.get("routing")
+    return min(rows, routing.dim) if isinstance(routing, Value) else 1.0
+
+
 def _on_elements(operation: Operation, rows: float, a: Mapping[str, Any]) -> Work:
     flops, nbytes = _ELEMENTS[operation]
-    biased = operation in (o.add_bias, o.add_grouped_bias)
-    vector = a["outputs"] if biased else a["columns"] if operation is o.rms_norm else 0
+    vector = a["columns"] if operation is o.rms_norm else a.get("outputs", 0)  # a norm's weight, a bias
     width = a["heads"] * a["dim"] if "heads" in a else a.get("columns", vector) * a.get("vectors", 1)
-    return Work(flops * rows * width, weights=4.0 * vector if rows else 0.0, moved=nbytes * rows * width)
+    return Work(flops * rows * width, weights=4.0 * vector * _experts(rows, a), moved=nbytes * rows * width)
 
 
 class PassWork(NamedTuple):

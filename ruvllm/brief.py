@@ -15,11 +15,12 @@ def brief(record: Any) -> str:
 
     The default repr shows everything: megabytes when a notebook shows a result.
     """
-    fields = (f"{f.name}={_short(getattr(record, f.name))}" for f in dataclasses.fields(record) if f.repr)
+    fields = (f"{f.name}={short(getattr(record, f.name))}" for f in dataclasses.fields(record) if f.repr)
     return f"{type(record).__name__}({', '.join(fields)})"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """One value, in a few characters."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy's, which this need not import
         return f"<{value.dtype} {value.shape}>"
     if isinstance(value, str):

@@ -31,6 +31,7 @@ from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.model import RopeConfig
 from ruvllm.model.adaptation import consolidate
+from ruvllm.model.config import ExpertsConfig
 from ruvllm.model.generate import Sampling, Token
 from ruvllm.model.lora import LoraAdapter, LoraConfig
 from ruvllm.model.presets import PRESETS
@@ -47,16 +48,21 @@ from tests.report.report_cases import ALL_ROWS, a_report
 LONGEST = 700  # characters: ModelConfig, all of whose fields are small
 # Handed to nobody, with all that is below: the inside of a file, of a compiler, of a forward pass, of measuring.
 INSIDE = (
-    "ruvllm.checkpoint.fields", "ruvllm.checkpoint.four_bits", "ruvllm.checkpoint.gguf_header",
+    "ruvllm.checkpoint.families", "ruvllm.checkpoint.family", "ruvllm.checkpoint.fields",
+    "ruvllm.checkpoint.four_bits", "ruvllm.checkpoint.gguf_header",
     "ruvllm.checkpoint.gguf_writer", "ruvllm.checkpoint.groups", "ruvllm.checkpoint.packed",
     "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source", "ruvllm.checkpoint.template",
     "ruvllm.checkpoint.tokenizer.added_tokens", "ruvllm.checkpoint.tokenizer.spm", "ruvllm.checkpoint.unpacked",
-    "ruvllm.cli", "ruvllm.kernels.jit", "ruvllm.kernels.simd", "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant",
+    "ruvllm.cli", "ruvllm.kernels.attention", "ruvllm.kernels.experts", "ruvllm.kernels.jit", "ruvllm.kernels.lora",
+    "ruvllm.kernels.operations", "ruvllm.kernels.training", "ruvllm.kernels.matmul",
+    "ruvllm.kernels.simd", "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant",
     "ruvllm.kernels.tape", "ruvllm.kernels.threads", "ruvllm.lab.assembly", "ruvllm.lab.calls", "ruvllm.lab.cross",
     "ruvllm.lab.work",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
-    "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.layer", "ruvllm.model.low_rank", "ruvllm.model.ops",
+    "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.experts", "ruvllm.model.feed_forward",
+    "ruvllm.model.layer", "ruvllm.model.rope",
+    "ruvllm.model.low_rank", "ruvllm.model.ops",
     "ruvllm.model.random_weights", "ruvllm.model.reference", "ruvllm.model.replay", "ruvllm.model.weights",
     "ruvllm.report.bench", "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.rust_report",
     "ruvllm.report.tables",
@@ -97,7 +103,8 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield llm.tokenizer
     yield llm.divergence(np.arange(250) % 200, llm, context=64)
     long_rope = RopeConfig(scaling="factors", factors=tuple(np.linspace(1, 8, 64).tolist()))
-    yield dataclasses.replace(llm_cases.CONFIG, head_dim=128, rope=long_rope)
+    experts = ExpertsConfig(count=8, per_token=2, intermediate_size=64)
+    yield [dataclasses.replace(llm_cases.CONFIG, head_dim=128, rope=long_rope, experts=experts), experts]
     yield [PRESETS["llama2-7b"], PRESETS["llama2-7b"].memory_estimate(), *MODELS.values(), *KERNELS.values()]
     for layout in ("int4", "f16"):
         yield llm_cases.byte_llm(directory, layout).model

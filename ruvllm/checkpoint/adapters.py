@@ -11,14 +11,16 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ruvllm.checkpoint.adapter_settings import check_gguf, check_peft
+from ruvllm.checkpoint.families import BY_TYPE
+from ruvllm.checkpoint.family import Place
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
-from ruvllm.checkpoint.names import HF_LAYER, gguf_name, half_split_rows, hf_name
+from ruvllm.checkpoint.names import HF_LAYER, half_split_rows, hf_name
 from ruvllm.checkpoint.safetensors import SafetensorsFile
 from ruvllm.checkpoint.safetensors_writer import replacing, write_safetensors
 from ruvllm.checkpoint.strict_json import read_json_object
@@ -120,8 +122,12 @@ def _load_peft(path: Path, model: ModelConfig) -> LoraAdapter:
 
     settings(TARGETS)  # before anything is read
     with SafetensorsFile(weights_path) as file:
-        names = {f"{_PREFIX}{hf_name(name).removesuffix('.weight')}": name for name in _matrices(model)}
-        stored = {f"{stored}.lora_{part}.weight": (name, part) for stored, name in names.items() for part in "AB"}
+        family = BY_TYPE[model.model_type]
+        stored: dict[str, list[_Part]] = {}
+        for name in _matrices(model):
+            # Adapters of a matrix that is part of a larger one come under either name: PEFT's know the larger one.
+            for place in (family.hf_places(model)[name], Place(hf_name(name))):
+                _add_parts(stored, f"{_PREFIX}{place.name.removesuffix('.weight')}.lora_%s.weight", "AB", name, place)
         pairs = _read_pairs(weights_path, model, file.tensors, stored, file.tensor, ("lora_A", "lora_B"))
     return _assembled(weights_path, model, settings, pairs, lambda name, b: b)
 
@@ -133,14 +139,15 @@ def _load_gguf(path: Path, model: ModelConfig) -> LoraAdapter:
         if kind != "adapter":
             raise fields.error("general.type", kind or "no such key", "a GGUF file of a LoRA adapter")
         fields.require("adapter.type", str)
-        architecture = fields.require("general.architecture", str)
-        if architecture != "llama":
-            raise fields.error("general.architecture", architecture, "llama, as the model is")
+        architecture, family = fields.require("general.architecture", str), BY_TYPE[model.model_type]
+        if architecture != family.architecture:
+            raise fields.error("general.architecture", architecture, f"{family.architecture}, as the model is")
         check_gguf(fields)
         alpha = fields.require("adapter.lora.alpha", float)
-        names = {gguf_name(name): name for name in _matrices(model)}
-        parts = {"a": "A", "b": "B"}
-        stored = {f"{stored}.lora_{p}": (name, parts[p]) for stored, name in names.items() for p in parts}
+        stored: dict[str, list[_Part]] = {}
+        for name in _matrices(model):
+            place = family.gguf_places(model)[name]
+            _add_parts(stored, f"{place.name}.lora_%s", "ab", name, place)
         pairs = _read_pairs(path, model, file.tensors, stored, file.tensor, ("lora_a", "lora_b"))
     rank = next(iter(pairs.values()))[0].shape[0]
 
@@ -156,7 +163,7 @@ def _load_gguf(path: Path, model: ModelConfig) -> LoraAdapter:
     }
 
     def half_split(name: str, b: np.ndarray) -> np.ndarray:
-        order = orders.get(name.rpartition(".")[2])
+        order = orders.get(name.rpartition(".")[2]) if family.interleaved else None
         return b if order is None or len(order) != len(b) else b[order]
 
     return _assembled(path, model, settings, pairs, half_split)
@@ -164,11 +171,29 @@ def _load_gguf(path: Path, model: ModelConfig) -> LoraAdapter:
 
 def _matrices(model: ModelConfig) -> list[str]:
     """Every matrix that can have an adapter, by canonical name."""
-    return [f"layers.{i}.{target}" for i in range(model.num_hidden_layers) for target in TARGETS]
+    shapes = model.tensor_shapes()
+    names = (f"layers.{i}.{target}" for i in range(model.num_hidden_layers) for target in TARGETS)
+    return [name for name in names if name in shapes]
+
+
+class _Part(NamedTuple):
+    """What a tensor of a file is: ``half`` "A" or "B" of a matrix; ``place``: where that stands in a larger one."""
+
+    name: str
+    half: str
+    place: Place
+
+
+def _add_parts(stored: dict[str, list[_Part]], pattern: str, spelt: str, name: str, place: Place) -> None:
+    """Add both halves of the adapter of a matrix to the tensors that a file may have."""
+    for letter, half in zip(spelt, "AB", strict=True):
+        parts = stored.setdefault(pattern % letter, [])
+        if all(part.name != name for part in parts):
+            parts.append(_Part(name, half, place))
 
 
 def _read_pairs(
-    path: Path, model: ModelConfig, found: Collection[str], stored: Mapping[str, tuple[str, str]],
+    path: Path, model: ModelConfig, found: Collection[str], stored: Mapping[str, list[_Part]],
     tensor: Callable[[str], Tensor], spelling: tuple[str, str],
 ) -> dict[str, _Pair]:  # fmt: skip
     """lora_A and lora_B of every matrix in the file, by canonical name; nothing else may be there."""
@@ -180,11 +205,11 @@ def _read_pairs(
             raise ModelFormatError(path, field=f"tensor {file_name!r}", found=found_here, expected=expected)
     for file_name in found:
         opened = tensor(file_name)
-        name, part = stored[file_name]
+        name, part, place = stored[file_name][0]
         if len(opened.shape) != 2 or 0 in opened.shape:
             raise ModelFormatError(path, field=f"tensor {file_name!r} shape", found=opened.shape, expected="a matrix")
         # Before it is read: a tensor too large for the model may be too large for the memory.
-        height, width = shapes[name]
+        height, width = place.file_shape(shapes[name])
         rank = opened.shape[0 if part == "A" else 1]
         if rank > MAX_RANK or opened.shape != ((rank, width) if part == "A" else (height, rank)):
             expected = f"a rank up to {MAX_RANK}, and the base model's matrix is {(height, width)}"
@@ -193,7 +218,9 @@ def _read_pairs(
         if not np.isfinite(values).all():
             expected = "finite numbers"
             raise ModelFormatError(path, field=f"tensor {file_name!r}", found="NaN or infinity", expected=expected)
-        halves.setdefault(name, {})[part] = values
+        for name, part, place in stored[file_name]:
+            own = values if part == "A" or place.rows is None else values[np.asarray(place.rows)]
+            halves.setdefault(name, {})[part] = own
     if not halves:
         raise ModelFormatError(path, field="tensors", found="none", expected="an adapter's")
     for name, parts in halves.items():

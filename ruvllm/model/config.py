@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from ruvllm.brief import short
 from ruvllm.model.config_checks import ConfigError, require_boolean, require_integer, require_real
 from ruvllm.model.rope_config import RopeConfig
 
@@ -140,6 +141,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     name: str = ""
     model_type: str = "llama"
+
+    def __repr__(self) -> str:
+        """Only what is not as in the plainest model: most of these choices few models make."""
+        plain = {f.name: f.default for f in fields(self)}
+        said = (name for name, default in plain.items() if getattr(self, name) != default)
+        return f"ModelConfig({', '.join(f'{name}={short(getattr(self, name))}' for name in said)})"
 
     def __post_init__(self) -> None:
         for size in SIZES:

@@ -75,7 +75,11 @@ class LoraAdapter:
         self.config = config = config or LoraConfig()
         shapes = model.tensor_shapes()
         if names is None:
-            names = tuple(f"layers.{i}.{t}" for i in range(model.num_hidden_layers) for t in config.targets)
+            every = (f"layers.{i}.{t}" for i in range(model.num_hidden_layers) for t in config.targets)
+            names = tuple(name for name in every if name in shapes)
+            for target in config.targets:
+                if not any(name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"targets: found {target!r}, expected matrices of this model, outside of experts")
         sizes = {name: (shapes[name][1] * config.rank, config.rank * shapes[name][0]) for name in names}
         self.parameters = np.zeros(sum(a + b for a, b in sizes.values()), np.float32)
         self.a, self.b = self.views(self.parameters, {name: shapes[name] for name in names})

@@ -236,6 +236,22 @@ def test_profile_counts_every_operation_and_its_work() -> None:
         assert found.untimed > 0 and found.decode > 0
 
 
+def test_profile_counts_the_experts_that_are_read() -> None:
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, experts=ExpertsConfig(count=5, per_token=2, intermediate_size=48),
+    )  # fmt: skip
+    llm = LLM(Llama(config, None, "int8", threads=1), _NoText(), Path())
+    found = lab.profile(llm, IDS, max_tokens=2, peaks=LIMITS)
+    gate = llm.model.linears()["layers.0.experts.0.gate"]
+    for rows, experts, step in ((2 * len(IDS), 5, 0), (2, 2, 1)):
+        product = next(x for x in found.operations if x.name == "gate" and x.step == step)
+        assert product.flops == 2 * rows * gate.rows * gate.columns
+        assert product.nbytes == experts * gate.nbytes + 4 * rows * (gate.rows + gate.columns)
+        combine = next(x for x in found.operations if x.name == "combine" and x.step == step)
+        assert (combine.flops, combine.nbytes) == (2 * rows * 64, 4 * (rows + rows // 2) * 64)
+
+
 def test_times_of_a_profile_lie_within_their_pass() -> None:
     found = lab.profile(loaded("llama2_mha"), IDS, max_tokens=6, peaks=LIMITS)
     for step, (start, end, _) in enumerate(found.steps):

@@ -18,6 +18,9 @@ CONFIG = ModelConfig(
     num_key_value_heads=2, head_dim=32, attention_bias=True,
 )  # fmt: skip
 CONFIGS = {
+    "bounded": replace(
+        CONFIG, hidden_act="clamped_swiglu", swiglu_limit=0.5, residual_multiplier=0.4, final_logit_softcapping=1.5
+    ),
     "mixture": replace(CONFIG, experts=ExpertsConfig(count=5, per_token=2, intermediate_size=72)),
     "shared": replace(
         CONFIG,
@@ -110,7 +113,7 @@ def decoder(layer: type[TransformerLayer]) -> type[Decoder]:
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "llama": Decoder, "qwen3": decoder(Qwen3Layer), "gemma": decoder(GemmaLayer), "parallel": decoder(ParallelLayer),
-    "reduced": decoder(ReducedLayer), "mixture": Decoder, "shared": Decoder,
+    "reduced": decoder(ReducedLayer), "bounded": Decoder, "mixture": Decoder, "shared": Decoder,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.compiling import operations_for
 from ruvllm.kernels import KERNELS
 from ruvllm.model.weights import LAYOUTS, layout_for
+from tests.model.architectures import config_of
 
 PLAIN = [("F32", layout) for layout in LAYOUTS]
 BY_FILE = [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
@@ -107,3 +108,13 @@ def test_other_processes_fill_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with compiling._helpers([("Q8_0", "int8")]):
         assert seen[1].poll() is None
     assert seen[1].poll() is not None
+
+
+@pytest.mark.parametrize("name", ["mixture", "shared"])
+@pytest.mark.parametrize("layouts", [("f32", "int4"), ("bf16", "f32", "int4", "int5", "int8")])
+def test_the_operations_of_experts_are_those_of_every_layout(name: str, layouts: tuple[str, ...]) -> None:
+    """Which matrices of a file have which layout is not known: experts may have any of them."""
+    config = config_of(name)
+    needed = set(operations_for(layouts, "f32", config))
+    for layout in layouts:
+        assert set(operations_for([layout], "f32", config)) <= needed

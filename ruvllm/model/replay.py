@@ -216,9 +216,10 @@ def needed_operations(
 ) -> list[Operation]:
     """The operations that replay a model with matrices in these layouts; none is compiled here."""
     found: dict[Operation, None] = {}
-    for kind in (Pass.TOKEN, Pass.PROMPT):
-        steps = recorded(config, layouts, kind, kv, architecture).schedule.steps
-        found |= dict.fromkeys(step.operation for step in steps)
+    for i in range(len(layouts)):  # a turn for each: a mixture has few groups of matrices
+        for kind in (Pass.TOKEN, Pass.PROMPT):
+            steps = recorded(config, layouts[i:] + layouts[:i], kind, kv, architecture).schedule.steps
+            found |= dict.fromkeys(step.operation for step in steps)
     return [*found, broadcast]
 
 

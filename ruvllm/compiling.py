@@ -41,7 +41,6 @@ from ruvllm.progress import tqdm
 logger = logging.getLogger(__name__)
 
 _FUNCTIONS = 135  # compiled for one kind of model, roughly: the length of the progress bar
-_REGION_FUNCTIONS = 90  # for another kind of KV cache
 _TRAINING_FUNCTIONS = 140  # for training on it
 _MOST_PROCESSES = 4  # compiling at once; each imports numba first
 _SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "append_rows": 5, "_replay": 6}

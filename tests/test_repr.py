@@ -68,7 +68,7 @@ INSIDE = (
     "ruvllm.report.tables",
 )  # fmt: skip
 NEVER_MADE = {
-    "Kind", "MetadataFile", "Penalty", "Weights", "SafetensorsIndex", "TrainingPass", "Separator", "Whole",
+    "Kind", "MetadataFile", "Penalty", "Weights", "SafetensorsIndex", "TrainingPass", "Separator", "Whole", "Table",
 }  # fmt: skip
 
 

@@ -11,12 +11,11 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
 
-ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _LARGEST_HALF = 65504
 
 
 def encode_rows(dtype: str, x: np.ndarray) -> np.ndarray:
-    """Rows x (n, K) float32 as the bytes (n, row bytes) uint8 of a storage type of ENCODED.
+    """Rows x (n, K) float32 as the bytes (n, row bytes) uint8 of F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
 
     Raises:
         ValueError: NaN, infinity or a value that the type cannot hold.

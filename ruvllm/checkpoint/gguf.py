@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from ruvllm.checkpoint.gguf_header import UINT32, Entry, HeaderReader, TensorHeader
-from ruvllm.checkpoint.source import Source
+from ruvllm.checkpoint.source import Closing, Source
 from ruvllm.checkpoint.storage import BLOCKS, GGUF_REMOVED, GGUF_TYPES, GGUF_UNSUPPORTED
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 
@@ -22,7 +22,7 @@ _MAX_ALIGNMENT = 1 << 16
 _MAX_SIZE = (1 << 63) - 1  # ggml counts elements and bytes in signed 64-bit integers
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """A GGUF file whose structure has been validated.
 
     Attributes:
@@ -76,12 +76,6 @@ class GGUFFile:
     def close(self) -> None:
         """Close the file; arrays taken from a mapped file stay valid."""
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _alignment(reader: HeaderReader, entries: dict[str, Entry]) -> int:

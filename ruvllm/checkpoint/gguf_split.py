@@ -10,13 +10,14 @@ import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_header import MAX_ENTRIES
+from ruvllm.checkpoint.source import Closing
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
 from ruvllm.errors import ModelFormatError
 
@@ -48,7 +49,7 @@ def part_name(stem: str, number: int, parts: int) -> str:
     return f"{stem}-{number + 1:05d}-of-{parts:05d}.gguf"
 
 
-class SplitGGUFFile:
+class SplitGGUFFile(Closing):
     """The parts of one model as one file, with the attributes and methods of GGUFFile.
 
     Args:
@@ -105,12 +106,6 @@ class SplitGGUFFile:
     def close(self) -> None:
         """Close the files; arrays taken from mapped files stay valid."""
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 AnyGGUF = GGUFFile | SplitGGUFFile

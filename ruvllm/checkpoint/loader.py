@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from ruvllm.checkpoint.names import (
     half_split_rows,
 )
 from ruvllm.checkpoint.safetensors import PICKLES, open_safetensors
+from ruvllm.checkpoint.source import Closing
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.checkpoint.unpacked import UnpackedFiles
@@ -51,7 +52,7 @@ _HF_LEFTOVERS = re.compile(
 _COMPARED_ROWS = 1024  # of embedding and head at a time
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A model on disk. Made by `open_checkpoint`; a context manager.
 
     Attributes:
@@ -92,12 +93,6 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; arrays taken from mapped files stay valid."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:

@@ -12,11 +12,11 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from ruvllm.checkpoint.source import Source
+from ruvllm.checkpoint.source import Closing, Source
 from ruvllm.checkpoint.storage import SAFETENSORS_BITS
 from ruvllm.checkpoint.strict_json import parse_json_object, read_json_object
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
@@ -34,7 +34,7 @@ _MAX_SIZE = (1 << 63) - 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-class SafetensorsFile:
+class SafetensorsFile(Closing):
     """One safetensors file whose structure has been validated.
 
     Attributes:
@@ -89,14 +89,8 @@ class SafetensorsFile:
         """Close the file; arrays taken from a mapped file stay valid."""
         self._source.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class SafetensorsIndex:
+class SafetensorsIndex(Closing):
     """The shards of one model, seen as one file: ``tensors``, ``metadata``, ``tensor``, ``stored``, ``data`` as in
     SafetensorsFile.
 
@@ -144,12 +138,6 @@ class SafetensorsIndex:
     def close(self) -> None:
         """Close the files; arrays taken from mapped files stay valid."""
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_safetensors(path: str | os.PathLike[str], mmap: bool = True) -> SafetensorsFile | SafetensorsIndex:

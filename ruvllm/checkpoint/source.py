@@ -6,6 +6,7 @@ import mmap as _mmap
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -24,6 +25,20 @@ _KINDS = (
 _MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
 
 
+class Closing(ABC):
+    """What a ``with`` block closes when it ends."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Readable(Protocol):
     """The source of a tensor's bytes: a file, or an assembly of several of its tensors."""
 
@@ -38,7 +53,7 @@ class Readable(Protocol):
         ...
 
 
-class Source:
+class Source(Closing):
     """Bytes ``[0, size)`` of one file, read-only.
 
     With ``mmap=True`` arrays are views of the file's pages: nothing is copied, and a file that another process
@@ -130,12 +145,6 @@ class Source:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.lab.work import PassWork, pass_work
 from ruvllm.machine import size
-from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.display import Table, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Table):
     """What a model costs at a context of ``context`` tokens, by layout of weights.
 
     parameters: all; active: those that one token meets, of a mixture of experts fewer.
@@ -88,12 +88,6 @@ class Cost:
             )
             for x in self.layouts
         ]  # fmt: skip
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Bounds of decoding and prefill by layout; returns the matplotlib axis."""

@@ -12,7 +12,7 @@ from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.llm import LLM, Prompt
-from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.display import Table, axis
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
@@ -22,7 +22,7 @@ _ROWS = 512  # of a tensor, evenly spread, that its quantisation error is measur
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Table):
     """How far a model's results are from float64 on the file's own weights.
 
     errors: ||x - r|| / ||r|| of the residual stream after the embedding and after each layer, all tokens together.
@@ -52,12 +52,6 @@ class Drift:
         names = ["embedding", *(f"layer {i}" for i in range(len(self.errors) - 1))]
         found: list[tuple[str, ...]] = [("after", "relative error", "largest difference")]
         return found + [(n, f"{e:.2e}", f"{d:.2e}") for n, e, d in zip(names, self.errors, self.largest, strict=True)]
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Relative error by layer; several fit on one axis. Returns the matplotlib axis."""
@@ -130,7 +124,7 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
 
 
 @dataclass(frozen=True)
-class QuantisationError:
+class QuantisationError(Table):
     """Relative error ||w - r|| / ||r|| of each matrix of a file when kept in each layout."""
 
     name: str
@@ -150,12 +144,6 @@ class QuantisationError:
         for tensor, dtype in self.dtypes.items():
             found.append((tensor, dtype, *(f"{errors[tensor]:.2e}" for errors in self.errors.values())))
         return found
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Error of each tensor in the order of the file, one mark for each layout; returns the matplotlib axis."""

@@ -12,7 +12,7 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
-from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.display import Table, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.measure.timing import Effort, median_seconds
 from ruvllm.model.activations import Activations
@@ -45,7 +45,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Roofline:
+class Roofline(Table):
     """Kernels against the limits of ``peaks.threads`` threads."""
 
     peaks: Peaks
@@ -72,12 +72,6 @@ class Roofline:
                 )
             )  # fmt: skip
         return found
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Roofs of each level of memory and of arithmetic, kernels as points; returns the matplotlib axis."""

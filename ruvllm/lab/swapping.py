@@ -14,7 +14,7 @@ import numpy as np
 
 from ruvllm.brief import brief
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.display import Table, axis
 from ruvllm.measure.replacing import replaced
 from ruvllm.model.llama import Llama
 
@@ -38,7 +38,7 @@ class Swapped:
 
 
 @dataclass
-class Swap:
+class Swap(Table):
     """The swapped kernels; print() it, or let a notebook show it."""
 
     kernels: dict[str, Swapped]
@@ -61,12 +61,6 @@ class Swap:
                 at = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
                 found.append((x.name, at, f"{error:.1e}", f"{usual:.1e}"))
         return found
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Errors of each kernel at its example sizes, next to the library's; returns the matplotlib axis."""

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 Rows = Sequence[tuple[str, ...]]  # a table of strings; the first row holds the headings
+
+
+class Table(ABC):
+    """A result with a heading and rows, which print() shows as text and a notebook as a table."""
+
+    @abstractmethod
+    def heading(self) -> str:
+        """One line above the table."""
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """The cells; the first row holds the headings."""
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
 
 
 def as_text(heading: str, rows: Rows) -> str:

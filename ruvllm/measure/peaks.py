@@ -17,7 +17,7 @@ from ruvllm.kernels.simd.vectors import LANES
 from ruvllm.kernels.threads.pool import launch, limited_to, physical_cores, require_threads
 from ruvllm.measure import peak_loops as loops
 from ruvllm.measure.caches import cache_sizes
-from ruvllm.measure.display import as_html, as_text, axis
+from ruvllm.measure.display import Table, axis
 
 _SECONDS = 0.01  # of one timed call: launching threads takes some microseconds
 _REPEATS = 7  # the best counts: a limit is what undisturbed work reaches
@@ -34,7 +34,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Peaks:
+class Peaks(Table):
     """What ``threads`` threads of this machine reach at best.
 
     fma: float32 FLOP/s, two for a multiply-add. int8_dot: integer operations/s, two for a multiply-add.
@@ -84,12 +84,6 @@ class Peaks:
     def heading(self) -> str:
         """What the table shows."""
         return f"limits of {self.threads} thread{'s' * (self.threads > 1)}"
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Bars of what was measured, GB/s and GFLOP/s on one logarithmic axis; returns the matplotlib axis.

@@ -33,7 +33,7 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
 _THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
-_SCORED_TOKENS = 512  # of one window, where none is asked for
+_SCORED_TOKENS = 512  # of one window, by default
 _SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
 
@@ -67,12 +67,12 @@ class LLM:
         self.lora = MicroLora(model)  # the adapters over the model
 
     def load_adapter(self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None) -> LoraAdapter:
-        """Read a LoRA adapter and let it act, beside those that do; ``llm.lora`` mixes, swaps and removes them.
+        """Read a LoRA adapter and activate it, next to other active ones; ``llm.lora`` mixes, swaps and removes them.
 
         Args:
             path: a directory that PEFT wrote, or a GGUF file of llama.cpp.
-            weight: how strongly it acts.
-            name: what it is called in ``llm.lora``; the name of the file or directory if None.
+            weight: its factor.
+            name: its name in ``llm.lora``; that of the file or directory if None.
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
@@ -87,17 +87,17 @@ class LLM:
     def fit(
         self, data: str | os.PathLike[str] | Iterable[Record], name: str = "trained", context: int = 512, **options: Any
     ) -> Trainer:
-        """Train an adapter and let it act. The base weights stay as they are, also where they have 4 bits.
+        """Train an adapter and activate it. The base weights stay frozen; they may have 4 bits.
 
         Args:
             data: a .jsonl or text file, or records; see ``training_text.to_example`` for their forms.
-            name: of the adapter in ``llm.lora``, new or one that learns on.
+            name: of the adapter in ``llm.lora``: a new one, or one to train further.
             context: longer examples are cut to this many tokens.
             options: ``config`` (LoraConfig), ``training`` (TrainingConfig), ``penalty``, ``on_step``: see
                 ``MicroLora.fit``. Without ``on_step`` a bar shows the loss.
 
         Raises:
-            TrainingDataError: the data holds nothing to learn, or a line is not what it must be.
+            TrainingDataError: the data holds nothing to learn, or a line is unsound.
             FloatingPointError: the loss is no longer a finite number.
         """
         examples = self.examples(data, context)
@@ -114,7 +114,7 @@ class LLM:
             return self.lora.fit(examples, name, on_step=advance, **options)
 
     def examples(self, data: str | os.PathLike[str] | Iterable[Record], context: int = 512) -> list[Example]:
-        """The tokens of data to learn from, or to measure with; see ``fit``."""
+        """The tokens of data for training or evaluation; see ``fit``."""
         from ruvllm.training_text import read_examples, to_examples
 
         if isinstance(context, bool) or not isinstance(context, int) or context < 2:
@@ -128,7 +128,7 @@ class LLM:
         """One gradient step on a piece of feedback; see ``MicroLora.adapt`` for the options.
 
         Args:
-            feedback: a record as ``fit`` takes them: {"prompt": ..., "completion": what should have been answered}.
+            feedback: a record as ``fit`` takes them: {"prompt": ..., "completion": the right answer}.
 
         Returns:
             The mean loss of the feedback before the step.
@@ -143,7 +143,7 @@ class LLM:
         return self.model.config
 
     def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
-        """An empty KV cache with room for ``max_tokens`` (the model's context length if None)."""
+        """An empty KV cache for ``max_tokens`` (the model's context length if None)."""
         cache = self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
         compile_cache(self.model.layouts, kv, config=self.model.config)
         return cache
@@ -153,7 +153,7 @@ class LLM:
     ) -> np.ndarray:
         """Logits of the next token after each of ``ids`` (T,): float32 (T, V), or (V,) after the last one only.
 
-        With ``cache``, ids follow what it holds, and are appended to it.
+        With ``cache``, ids continue what it holds, and are appended to it.
 
         Raises:
             ValueError: no ids, or one outside the vocabulary.
@@ -181,30 +181,30 @@ class LLM:
         enable_thinking: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> Stream:
-        """Pieces of the continuation of ``prompt`` as they are made; ``Stream.parts`` has what was thought before, too.
+        """Pieces of the continuation of ``prompt`` as they are generated; ``Stream.parts`` has the reasoning, too.
 
         Args:
-            prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which go through the model's
-                own template, or the one given.
-            max_tokens: how many tokens at the most; None: until the model ends or its context is full.
+            prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which are formatted by
+                the model's template, or by ``template``.
+            max_tokens: the most tokens; None: until the model ends or its context is full.
             temperature: 0 takes the most likely token each time.
             top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
-            stop: strings that end the text; they are not part of it. The model's files may name more. They are not
-                looked for in what a model thinks before it answers.
+            stop: strings that end the text; they are not part of it. The model's files may name more. They do not
+                apply to reasoning.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
-            cache: reused where it begins with the same tokens, so a conversation is not computed again each turn.
-            kv: precision of the KV cache that is made where none is given: "f32", "f16" or "int8".
+            cache: reused if it begins with the same tokens, so that a conversation is not computed again each turn.
+            kv: precision of the KV cache if none is given: "f32", "f16" or "int8".
             template: a chat template (Jinja) for messages, in place of the model's, or the name of one that it has.
             tools: functions that the model may call: Python functions with type hints and a docstring, or JSON schemas
-                as OpenAI has them. The model writes its calls into the text, in a form of its own; pass them on in the
-                messages, as {"role": "assistant", "tool_calls": [...]}, and what came of them with the role "tool".
-            enable_thinking: whether a model that can do both thinks before it answers; None: as its template has it.
-            template_args: further variables of the template, such as {"reasoning_effort": "low"}.
+                as OpenAI has them. The model writes its calls into the text, in its own format; pass them on in the
+                messages, as {"role": "assistant", "tool_calls": [...]}, and their results with the role "tool".
+            enable_thinking: whether a model that can do both thinks before it answers; None: its template's default.
+            template_args: additional variables of the template, such as {"reasoning_effort": "low"}.
 
         Raises:
-            TypeError: the prompt is no text, no integers and no messages.
+            TypeError: the prompt is neither text, integers nor messages.
             ValueError: an option outside its range, an empty prompt, a template that cannot be used, or an option of
-                chats with a prompt that is none.
+                chats with a prompt that is not a chat.
             ContextFullError: the prompt does not fit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -245,7 +245,7 @@ class LLM:
         """The answer to a conversation, through the model's chat template or ``template=``; options as in ``stream``.
 
         messages: [{"role": "user", "content": "..."}, ...]; answers of the model may have "tool_calls" and
-        "reasoning_content", the ``reasoning`` of a Generation: the template says which of them the model sees again.
+        "reasoning_content", the ``reasoning`` of a Generation: the template decides which of them the model sees again.
         Raises TypeError for anything else.
         """
         if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
@@ -260,8 +260,8 @@ class LLM:
 
         Args:
             text: text, or token ids (T,).
-            context: tokens of one window, of which the second half is scored; None: 512, or all that the model takes
-                where that is less.
+            context: tokens of one window, of which the second half is scored; None: 512, or the model's context
+                if it is shorter.
             progress: show a bar; None: where stderr is a terminal or a notebook.
             kv: precision of the KV cache.
 
@@ -278,7 +278,7 @@ class LLM:
         self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int | None = None,
         progress: bool | None = None, kv: str = "f32",
     ) -> Divergence:  # fmt: skip
-        """How far this model's predictions of a text lie from another's: mean KL divergence, same top token.
+        """How far this model's predictions of a text are from another's: mean KL divergence, same top token.
 
         To see what quantisation costs, load the same file a second time with ``weights="f32"`` and give it as
         ``baseline``. ``kv`` is the precision of this model's KV cache, the baseline's is float32; the other arguments
@@ -293,7 +293,7 @@ class LLM:
             return divergence(self.model, baseline.model, ids, context, bos, nbytes, advance, kv)
 
     def _scored(self, text: str | Sequence[int] | np.ndarray, kv: str) -> tuple[np.ndarray, int | None, int | None]:
-        """Token ids of a text, the token that begins each window, the text's bytes; all is compiled then."""
+        """Token ids of a text, the token that begins each window, the text's bytes; compiles what is needed."""
         compile_cache(self.model.layouts, kv, config=self.model.config)
         bos = self.tokenizer.bos_id if bool(getattr(self.tokenizer, "add_bos", False)) else None
         if not isinstance(text, str):
@@ -319,7 +319,7 @@ class LLM:
         given = {"template": template, "tools": tools, "enable_thinking": enable_thinking}
         for name, value in {**given, "template_args": template_args}.items():
             if value is not None:
-                raise ValueError(f"{name}: expected with messages, found a prompt of type {type(prompt).__name__}")
+                raise ValueError(f"{name}: only for messages, found a prompt of type {type(prompt).__name__}")
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         return self.model.checked_ids(ids, "prompt")
 

@@ -1,4 +1,4 @@
-"""An answer as it is made: its text in whole characters, apart from what was thought, cut at stop strings, timed."""
+"""An answer as it is generated: text in whole characters, without the reasoning, cut at stop strings, timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ruvllm.model.generate import Token
 
 @dataclass
 class Timings:
-    """What a generation took, in seconds of wall time.
+    """The times of a generation, in seconds of wall time.
 
     prompt_seconds is the time to the first token; tokens_per_second counts the tokens after it.
     """
@@ -36,10 +36,10 @@ class Timings:
 class Generation:
     """A finished answer.
 
-    text: without what the model thought before, which is ``reasoning`` ("" for a model that does not, and for prompts
-    that are no chat). ids: of both, with the tokens that mark them.
+    text: without the ``reasoning`` before it ("" for a model that does not reason, and for prompts that are not a
+    chat). ids: of both, with the tokens that mark them.
     finish_reason: "stop" (end-of-text token or a stop string) or "length" (max_tokens or context full).
-    logprobs: one entry per id, when asked for: (log-probability, the likeliest alternatives as (id, logprob)).
+    logprobs: one entry per id, if requested: (log-probability, the most likely alternatives as (id, logprob)).
     """
 
     text: str = ""
@@ -67,7 +67,7 @@ class Stream:
         separator: Separator | None = None,
     ) -> None:  # fmt: skip
         self.result = Generation(timings=timings)
-        # A SentencePiece text loses the space that begins it; an answer should, a continuation should not.
+        # A SentencePiece text loses its leading space; an answer should, a continuation should not.
         decoder = tokenizer.stream_decoder(continuation=separator is None)
         self._parts = self._run(tokens, set(tokenizer.eos_ids), decoder, separator or Whole(), _Stops(stop))
         self._pieces = (part.text for part in self._parts if not part.reasoning)
@@ -79,7 +79,7 @@ class Stream:
         return next(self._pieces)
 
     def parts(self) -> Iterator[Piece]:
-        """The pieces that are still to come, those of the reasoning included."""
+        """The remaining pieces, including those of the reasoning."""
         return self._parts
 
     def _run(
@@ -109,7 +109,7 @@ class Stream:
         except ContextFullError:
             if not timings.tokens:
                 raise
-        if not stops.reached:  # no more tokens: what the decoder still holds is shown, as `decode` shows it
+        if not stops.reached:  # no more tokens: show what the decoder still holds, as `decode` does
             yield from self._shown(separator.finish(decoder.finish()), stops)
         if stops.reached:
             result.finish_reason = "stop"
@@ -130,7 +130,7 @@ class Stream:
 
 
 class _Stops:
-    """Strings that end an answer. Text that may turn out to begin one is ``held``."""
+    """Strings that end an answer. Text that may be the start of one is ``held``."""
 
     def __init__(self, strings: tuple[str, ...]) -> None:
         self._strings = strings

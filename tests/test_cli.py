@@ -272,7 +272,7 @@ def test_a_full_context_is_no_limit_of_tokens(llm, capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("; stopped at the token limit]\n")
     monkeypatch.setattr(FakeCache, "max_tokens", len("a cache of 64 tokens in f32"))
     main(["generate", "m", "x", "-c", "64"])
-    assert capsys.readouterr().err.endswith("; the context is full: --context (-c) makes room]\n")
+    assert capsys.readouterr().err.endswith("; the context is full: --context (-c) sets more]\n")
 
 
 def test_a_file_that_is_no_text_is_named(llm, tmp_path, capsys):
@@ -591,7 +591,7 @@ def test_options_of_templates(command, llm, typed, capsys):
 @pytest.mark.parametrize("option", [["--no-think"], ["--template-args", "{}"], ["--system", "s"]])
 def test_options_of_templates_need_one(option, llm, capsys):
     assert main(["generate", "m", "x", "--raw", *option]) == 2
-    assert "of a chat, which --raw leaves out" in capsys.readouterr().err
+    assert "only for chats, but --raw is given" in capsys.readouterr().err
     llm.tokenizer.chat_template = None
     assert main(["generate", "m", "x", *option]) == 2
     assert f"{option[0]}" in (err := capsys.readouterr().err) and "m has no chat template" in err

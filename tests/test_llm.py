@@ -336,7 +336,7 @@ def test_a_template_of_the_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
         stream = llm.stream(USER, max_tokens=12, template=template)
         assert ("".join(stream), stream.result.ids) == (llm.tokenizer.decode(expected), expected)
     for prompt, kind in (("hi", "str"), ([1, 2], "list")):
-        with pytest.raises(ValueError, match=f"template: expected with messages, found a prompt of type {kind}"):
+        with pytest.raises(ValueError, match=f"template: only for messages, found a prompt of type {kind}"):
             llm.generate(prompt, template=template)
     with pytest.raises(ModelFormatError, match="^chat template: source: found "):
         llm.chat(USER, template="{% if %}")
@@ -375,9 +375,9 @@ def test_tools_and_variables_reach_the_template(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tools": [clock]}, "tools: expected with messages, found a prompt of type str"),
-        ({"enable_thinking": False}, "enable_thinking: expected with messages"),
-        ({"template_args": {}}, "template_args: expected with messages"),
+        ({"tools": [clock]}, "tools: only for messages, found a prompt of type str"),
+        ({"enable_thinking": False}, "enable_thinking: only for messages"),
+        ({"template_args": {}}, "template_args: only for messages"),
     ],
 )
 def test_options_of_chats_are_refused_without_messages(llm: LLM, options: dict[str, Any], message: str) -> None:

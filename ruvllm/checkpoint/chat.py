@@ -1,23 +1,23 @@
-"""Chats to token ids: a model's own template, in which messages are only ever text.
+"""Chats to token ids by a model's own template, in which messages are always plain text.
 
-Who wrote a control token decides what it is. One that the template writes is that token; the same characters in a
+The origin of a control token decides its meaning. One that the template writes is that token; the same characters in a
 message are text. So the control tokens in the template's own literals, and the template's `bos_token` and `eos_token`,
 are replaced before rendering by marks that no message can contain, and after rendering only marks become control
-tokens: whatever the template does with a message (trim, split, change case, join with others), none comes out of it.
+tokens: whatever the template does with a message (trim, split, change case, join with others), it yields none.
 
-Three cases, told apart after rendering:
+Three cases, distinguished after rendering:
 
-1. Read as plain text, the rendered chat has the control tokens that were marked and no others. That is every chat
-   whose messages spell none; its ids are those of the plain rendering.
-2. There are others. They came from messages, or the template puts tokens together from parts
+1. As plain text, the rendered chat has the marked control tokens and no others. This is every chat whose messages
+   spell none; its ids are those of the plain rendering.
+2. There are others. They came from messages, or the template assembles tokens from parts
    (``'<|' + message['role'] + '|>'``). To tell which, it is rendered once more with every visible character of the
-   messages replaced by one that no token has. What then still spells a control token is the template's own.
-3. The second rendering came out differently because the template looks into messages (``if '</think>' in content``).
+   messages replaced by one that no token has. A control token that remains is the template's own.
+3. The second rendering differs because the template inspects messages (``if '</think>' in content``).
    If it has no control tokens from parts, all others are the messages' text. If it has the same control tokens as the
-   first, those are the template's. Otherwise the chat is refused with a ValueError rather than guessed at.
+   first, those are the template's. Otherwise the chat is refused with a ValueError.
 
-What no tokenizer can tell apart: a model whose turns are marked by ordinary text, as LLaMA-2's ``[INST]`` is. And
-what is not attempted: tokens of a vocabulary that are not control tokens (``<think>``) are read from messages too.
+Limits: ordinary text that marks turns, such as LLaMA-2's ``[INST]``, cannot be distinguished from a message's. Tokens
+of the vocabulary that are not control tokens (``<think>``) are read from messages too.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
-_GIVEN = "chat template"  # in place of its file, where a template is from none
-# Keys under which programs pass on what a model thought. Templates look for the first, some for the second.
+_GIVEN = "chat template"  # in place of a path, for a template that has no file
+# Keys under which programs pass on reasoning. Templates read the first, some the second.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 32
 _NAME = re.compile(r"[A-Za-z_$][\w.$-]*")
@@ -56,16 +56,15 @@ def encode_chat(
     variables: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> list[int]:
-    """The ids of a chat in the form that the model was trained on; control tokens in messages stay text.
+    """The ids of a chat in the format that the model was trained on; control tokens in messages stay text.
 
     Args:
         tokenizer: of the model; it has the template, too.
         messages: dicts with `role` (one of `ROLES`) and `content` (a str, or a list of ``{"type": "text", "text":
-            ...}``; none if there are `tool_calls`); further keys go to the template as they are, but for those
-            whose value is None, which are left out.
-        add_generation_prompt: end with what makes the model answer.
-        add_special: begin with the tokens that the model file wants at the beginning (BOS), unless the template has
-            put them there.
+            ...}``; none if there are `tool_calls`); further keys are passed to the template, except those whose
+            value is None.
+        add_generation_prompt: end with the cue for the model's answer.
+        add_special: begin with the model file's prefix (BOS), unless the template has written it.
         tools: functions that the model may call: JSON schemas as OpenAI has them, or Python functions with type hints
             and a docstring (see `tool_schema`).
         variables: further variables for the template (``{"enable_thinking": False}``).
@@ -73,7 +72,7 @@ def encode_chat(
             model that has one named "tool_use" uses that for `tools`, as transformers does.
 
     Raises:
-        ValueError: the messages are not of this form, or the template does not accept them, or case 3 above.
+        ValueError: the messages have another form, or the template does not accept them, or case 3 above.
         ModelFormatError: the template is damaged, asks for what is not allowed, or for more time or memory than any
             template needs (see `template.sandbox`).
     """
@@ -97,7 +96,7 @@ def encode_chat(
 
 
 def chosen_template(tokenizer: Tokenizer, template: str | None, with_tools: bool) -> tuple[str, str]:
-    """The template that `encode_chat` takes, and the path that it is from, for errors. Raises: ValueError."""
+    """The template that `encode_chat` uses, and its path, for errors. Raises: ValueError."""
     if tokenizer.missing is not None:
         raise ValueError(tokenizer.missing)
     named = tokenizer.named_templates
@@ -118,11 +117,11 @@ def chosen_template(tokenizer: Tokenizer, template: str | None, with_tools: bool
 def _told_apart(
     chat: _Chat, given: dict[str, Any], source: str, render: Callable[[Mapping[str, Any]], _Chat], controls: _Controls
 ) -> str:
-    """The text of a chat with a mark for each control token of the template, be it put together from parts."""
+    """The text of a chat with a mark for each control token of the template, including those made from parts."""
     disguise = _Disguise(given, source, controls)
     try:
         own = render(disguise.put_on(given))
-    except ValueError:  # the template raises it, since it looks into messages
+    except ValueError:  # raised by the template, which inspects messages
         own = None
     if own is not None:
         if disguise.take_off(own.text) == chat.text:
@@ -132,8 +131,8 @@ def _told_apart(
         if own.spelt == chat.spelt:
             return controls.mark(chat.text)
     raise ValueError(
-        "messages: a control token is written in them, and this chat template, which makes its own from parts and "
-        "looks into messages, does not let the two be told apart"
+        "messages: they contain a control token, which cannot be distinguished from those of this chat template: it "
+        "assembles them from parts and inspects messages"
     )
 
 
@@ -147,11 +146,11 @@ def render_chat(
     special_tokens: Mapping[str, str] | None = None,
     path: str = _GIVEN,
 ) -> str:
-    """The text of a chat, to be looked at. Encode chats with `encode_chat`: in text it cannot be told who wrote what.
+    """The text of a chat, for inspection. Encode chats with `encode_chat`: text does not show the origin of a token.
 
     Args:
-        special_tokens: what the template knows as `bos_token`, `eos_token`, ...
-        path: the file that the template is from, for error messages.
+        special_tokens: the template's `bos_token`, `eos_token`, ...
+        path: the template's file, for error messages.
         others: as those of `encode_chat`.
 
     Raises: ValueError, ModelFormatError, as `encode_chat` does.
@@ -177,7 +176,7 @@ class _Controls:
 
 
 class _Chat:
-    """A rendered chat: with marks and as plain text, with the control tokens that each of the two has."""
+    """A rendered chat: with marks and as plain text, and the control tokens of each form."""
 
     def __init__(self, text: str, marks: Mapping[str, str], controls: _Controls) -> None:
         spelling = {mark: spelt for spelt, mark in marks.items()}
@@ -189,10 +188,10 @@ class _Chat:
 
 
 class _Disguise:
-    """Each visible character of the messages replaced by a private-use one, and back again.
+    """Replaces each visible character of the messages by a private-use one, and back.
 
-    White space stays, so that templates trim and split as they would; so do keys, roles and other strings that are no
-    more than a name: templates look for those.
+    White space stays, so that templates trim and split as they would; so do keys, roles and other strings that are
+    only a name: templates compare with those.
     """
 
     def __init__(self, given: Mapping[str, Any], source: str, controls: _Controls) -> None:
@@ -229,7 +228,7 @@ def _texts(value: Any) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
-    """A pattern for the leftmost of these texts, of those that begin there the longest."""
+    """A pattern for the leftmost of these texts, the longest of several that begin there."""
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -242,7 +241,7 @@ def _compiled(source: str, literals: tuple[tuple[str, str], ...], path: str) -> 
     pattern = _any_of(tuple(marks))
     try:
         return Template(source, lambda text: pattern.sub(lambda found: marks[found[0]], text))
-    except Exception as error:  # hostile templates find all of them: syntax, recursion, memory, overflow, ...
+    except Exception as error:  # hostile templates cause all of them: syntax, recursion, memory, overflow, ...
         raise _not_allowed(path, describe(error)) from None
 
 
@@ -259,7 +258,7 @@ def _rendered(template: Template, variables: Mapping[str, Any], path: str) -> st
         raise ValueError(f"messages: the chat template says: {printable(error)}") from None
     except (Refused, SecurityError, OverflowError, RecursionError, MemoryError) as error:
         raise _not_allowed(path, describe(error)) from None
-    except Exception as error:  # whatever else an expression can do wrong with the messages it is given
+    except Exception as error:  # any other failure of an expression on these messages
         raise ValueError(f"messages: the chat template cannot use them: {printable(describe(error))}") from None
 
 
@@ -274,7 +273,7 @@ def _variables(
     tools: Sequence[Tool] | None,
     variables: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the template is given: checked messages and the rest, all of it copied to plain dicts, lists and strings."""
+    """The template's variables: checked messages and the rest, all copied to plain dicts, lists and strings."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         found = "none" if isinstance(messages, Sequence) and not messages else type(messages).__name__
         raise ValueError(f"messages: found {found}, expected a list of dicts with 'role' and 'content'")
@@ -299,7 +298,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where}['content']: found {type(content).__name__}, expected str")
     plain: dict[str, Any] = _plain({**message, "content": content}, where)
-    # As transformers does: most templates would print None as a word, and know what to do without the key.
+    # As in transformers: most templates would print None as a word, and handle a missing key.
     plain = {key: value for key, value in plain.items() if value is not None}
     thoughts = next((plain[key] for key in _THOUGHTS if key in plain), None)
     return plain if thoughts is None else {"thinking": thoughts, **plain, "reasoning_content": thoughts}

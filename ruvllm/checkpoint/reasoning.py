@@ -1,9 +1,9 @@
-"""What a model thinks, told apart from what it answers, token by token as both are made.
+"""Separates a model's reasoning from its answer, token by token as they are generated.
 
-Two forms are known. Most models (Qwen3, SmolLM3, DeepSeek's, Granite) think first, between ``<think>`` and
-``</think>``; some templates have written the first of these into the prompt. GPT-OSS writes messages, each in a channel
-that its header names: it thinks in "analysis" and answers in "final". Its control tokens can be told from the same
-characters in an answer, so there the ids decide.
+Two formats are known. Most models (Qwen3, SmolLM3, DeepSeek's, Granite) think first, between ``<think>`` and
+``</think>``; some templates write the first tag into the prompt. GPT-OSS writes messages, each in a channel
+that its header names: it thinks in "analysis" and answers in "final". Its control tokens differ from the same
+characters in an answer, so the ids decide.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from ruvllm.checkpoint.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _CHANNEL, _MESSAGE, _START, _END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
-_TAIL = 16  # tokens at the end of a prompt, among which an opened thought is looked for
+_TAIL = 16  # tokens at the end of a prompt that are searched for an open tag
 
 
 class Piece(NamedTuple):
-    """A piece of what a model says: of its answer, or of its reasoning."""
+    """A piece of a model's answer, or of its reasoning."""
 
     text: str
     reasoning: bool = False
 
 
 class Separator(Protocol):
-    """Takes each token with the text that it completed, and gives the pieces that are certain by then."""
+    """Takes each token with the text that it completed, and yields the pieces that are certain by then."""
 
     def push(self, token_id: int, text: str) -> Iterator[Piece]: ...
 
     def finish(self, text: str) -> Iterator[Piece]:
-        """What is left; ``text`` is what the decoder had left."""
+        """The remaining pieces; ``text`` is the decoder's remaining text."""
         ...
 
 
 def separator(tokenizer: Tokenizer, template: str, prompt: Sequence[int]) -> Separator:
-    """What separates the answer to a chat: ``prompt`` are its ids, ``template`` is what made them."""
+    """The separator for the answer to a chat of these ids, made by ``template``."""
     controls = {text: _control(tokenizer, text) for text in (_CHANNEL, _MESSAGE, _START, _END)}
     if None not in controls.values():
         return _Channels({i: text for text, i in controls.items() if i is not None})
@@ -52,7 +52,7 @@ def _control(tokenizer: Tokenizer, text: str) -> int | None:
 
 
 class Whole:
-    """Nothing to be told apart: all of it is the answer."""
+    """No separation: everything is the answer."""
 
     def push(self, token_id: int, text: str) -> Iterator[Piece]:
         yield Piece(text)
@@ -62,12 +62,12 @@ class Whole:
 
 
 class _Tags:
-    """Reasoning between two tags, before anything else. Line ends at its edges are no part of it or of the answer."""
+    """Reasoning between two tags, before anything else. Line ends at its edges belong to neither."""
 
     def __init__(self, opened: bool) -> None:
         self._step = self._thinking if opened else self._before
         self._held = ""
-        self._begun = False  # whether anything was said since the last tag
+        self._begun = False  # whether there was text since the last tag
 
     def push(self, token_id: int, text: str) -> Iterator[Piece]:
         return self._run(text, last=False)
@@ -109,12 +109,12 @@ class _Tags:
 
 
 class _Channels:
-    """Messages with headers. One to a tool is part of the answer, header and all: what it says is for the caller."""
+    """Messages with headers. A message to a tool is part of the answer, with its header: it is for the caller."""
 
     def __init__(self, controls: dict[int, str]) -> None:
         self._controls = controls
         self._header: str | None = ""  # None: within a message
-        self._marked = False  # whether there was a control token: without any, all of it is the answer
+        self._marked = False  # whether there was a control token: without any, everything is the answer
         self._reasoning = False
         self._spoken = {True: False, False: False}  # whether there was reasoning, an answer, in an earlier message
         self._gap = ""
@@ -153,7 +153,7 @@ class _Channels:
 
 
 def may_begin(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that is the beginning of one of ``marks``, and not all of it."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of one of ``marks``."""
     longest = max(map(len, marks), default=1) - 1
     for n in range(min(longest, len(text)), 0, -1):
         if any(mark.startswith(text[-n:]) for mark in marks):

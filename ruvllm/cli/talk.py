@@ -1,4 +1,4 @@
-"""Commands that load a model and let it speak: generate, chat, perplexity."""
+"""Commands that run a model: generate, chat, perplexity."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def generate(args: argparse.Namespace) -> None:
     of_chats = {"--system": args.system, "--template-args": args.template_args, "--think, --no-think": args.think}
     for option, value in {**of_chats, "--chat-template": args.template}.items():
         if args.raw and value is not None:
-            raise ValueError(f"{option}: of a chat, which --raw leaves out")
+            raise ValueError(f"{option}: only for chats, but --raw is given")
     options = _options(args)
     llm = load_model(args, model)
     if args.raw or not _has_template(llm, args.template, model):
         for option, value in of_chats.items():
             if value is not None:
-                raise ValueError(f"{option}: of a chat, but {model} has no chat template; --chat-template gives one")
+                raise ValueError(f"{option}: only for chats, but {model} has no chat template (see --chat-template)")
         request: str | list[Message] = prompt
     else:
         request = [*_system(args), {"role": "user", "content": prompt}]
@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer message after message, each in the light of those before."""
+    """Answer messages, each with those before as its context."""
     model = take_model(args, DEFAULT_MODEL)
     if (operand := take_last(args)) is not None:
         raise ValueError(f"unexpected argument {operand!r}")
@@ -65,7 +65,7 @@ def chat(args: argparse.Namespace) -> None:
     if not _has_template(llm, args.template, model):
         raise ValueError(
             llm.tokenizer.missing
-            or f"{model} has no chat template: give one with --chat-template, or continue a text with: "
+            or f"{model} has no chat template: set one with --chat-template, or continue a text with: "
             f"ruvllm generate {model} --raw"
         )
     cache = _cache(llm, args)
@@ -90,7 +90,7 @@ def chat(args: argparse.Namespace) -> None:
 def _turn(
     llm: LLM, messages: list[Message], text: str, cache: KVCache, args: argparse.Namespace, options: dict[str, Any]
 ) -> None:
-    """Answer one message and add both to the conversation; what did not fit leaves it as it was."""
+    """Answer one message and add both to the conversation; a message that does not fit is dropped."""
     question = {"role": "user", "content": text}
     interactive = sys.stdin.isatty()
     try:
@@ -98,7 +98,7 @@ def _turn(
     except ContextFullError as error:
         if not interactive:
             raise
-        _note(f"{error}\nthe message was not taken in; /reset starts a new conversation, --context (-c) makes room")
+        _note(f"{error}\nthe message was dropped; /reset starts a new conversation, --context (-c) sets more")
         return
     try:
         _show_answer(stream, cache, args)
@@ -108,13 +108,13 @@ def _turn(
         print(flush=True)
         _note("interrupted")
     result = stream.result
-    # The template drops what was thought in past turns, or keeps it where the model expects that.
+    # The template drops the reasoning of past turns, or keeps it if the model expects it.
     thoughts = {"reasoning_content": result.reasoning} if result.reasoning else {}
     messages += [question, {"role": "assistant", "content": result.text, **thoughts}]
 
 
 def perplexity(args: argparse.Namespace) -> None:
-    """Print the perplexity of a text, and with --kl how far predictions are from those of float32."""
+    """Print the perplexity of a text, and with --kl the distance of its predictions from those of float32."""
     file = args.file
     if file is None:
         file = args.operands.pop() if args.operands else None
@@ -135,7 +135,7 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
     """The model that the command line asks for, with its adapters."""
     import ruvllm
 
-    gc.disable()  # half a million objects come, of which nothing is garbage: looking for it costs a tenth of the start
+    gc.disable()  # loading makes half a million objects and no garbage: collecting would take a tenth of the start
     try:
         llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
     finally:
@@ -158,7 +158,7 @@ def _adapter(given: str) -> tuple[str, float]:
 
 
 def _has_template(llm: LLM, given: str | None, model: str) -> bool:
-    """Whether messages have a form: that of --chat-template (``given``), or the model's. Raises: ValueError."""
+    """Whether there is a chat template: --chat-template (``given``), or the model's. Raises: ValueError."""
     named = llm.tokenizer.named_templates
     names = ", ".join(sorted(named))
     if given is None:
@@ -176,7 +176,7 @@ def _system(args: argparse.Namespace) -> list[Message]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the answer that were given, as `LLM.stream` takes them."""
+    """The given options of the answer, as `LLM.stream` takes them."""
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     for text in given.get("stop", ()):
         checked(text, "--stop")
@@ -191,7 +191,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _template(given: str) -> str:
-    """A chat template: the text given, or that of the file; else a name, which the model has to know."""
+    """A chat template: the given text, or that of a file; else a name that the model knows."""
     if "{" in given or not _is_template(given):
         return checked(given, "--chat-template")
     return read_text(None, given, "chat template")
@@ -212,10 +212,9 @@ def _is_template(given: str) -> bool:
 
 
 def context_of(llm: LLM, args: argparse.Namespace) -> int:
-    """The tokens that --ctx-size asks for; 0 is the model's own context.
+    """The context length of --ctx-size; 0 is the model's own.
 
-    Without it the command's usual number, or what the model has: a cache for all of a very long context exceeds the
-    memory.
+    The default is the command's, or the model's if it is shorter: a cache for a very long context exceeds the memory.
     """
     limit = llm.config.max_position_embeddings
     context = min(limit, args.usual_context) if args.context is None else args.context or limit
@@ -230,7 +229,7 @@ def _cache(llm: LLM, args: argparse.Namespace) -> KVCache:
 
 
 def _show_answer(stream: Stream, cache: KVCache | None, args: argparse.Namespace) -> None:
-    """Print an answer to stdout as it comes; to stderr what was thought before it, and at the end its times."""
+    """Stream an answer to stdout; to stderr its reasoning, and at the end its times."""
     thinking = False
     for text, reasoning in stream.parts():
         if not reasoning:
@@ -249,7 +248,7 @@ def _summary(result: Generation, full: bool) -> str:
     """One line: the time to the first token, the speed after it, and why the answer ended."""
     times = result.timings
     reused = f" ({times.reused_tokens} of them from before)" if times.reused_tokens else ""
-    limit = "the context is full: --context (-c) makes room" if full else "stopped at the token limit"
+    limit = "the context is full: --context (-c) sets more" if full else "stopped at the token limit"
     ended = limit if result.finish_reason == "length" else "reached its end"
     made = f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s" if times.tokens > 1 else "1 token"
     prompt = f"{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s"
@@ -257,7 +256,7 @@ def _summary(result: Generation, full: bool) -> str:
 
 
 def _note(text: str, end: str = "\n") -> None:
-    """A remark beside the answer: on stderr, so that stdout holds the model's answer alone."""
+    """Print a remark to stderr, so that stdout holds only the model's answer."""
     show(text, stderr=True, style="dim", markup=False, emoji=False, soft_wrap=True, end=end)
 
 

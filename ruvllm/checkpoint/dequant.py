@@ -43,7 +43,7 @@ SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     "TQ2_0": (64,),
     "Q4_Z": (0,),
 }
-_NO_NUMBER = 255  # the power of two of MXFP4 that stands for NaN
+_NO_NUMBER = 255  # the exponent of MXFP4 that means NaN
 _CHECKED_BLOCKS = 1 << 20  # blocks whose scales are checked together: bounds the temporary array
 
 

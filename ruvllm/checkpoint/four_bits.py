@@ -131,7 +131,7 @@ def four_bit_tensor(stem: str, parts: Mapping[str, Part], packing: Packing) -> T
     for name in ("qzeros", "scales", *(["g_idx"] if packing.act_order else [])):
         if name not in parts:
             expected = "zero points and scales" + (", and g_idx since desc_act is true" if name == "g_idx" else "")
-            raise qweight.error("", f"no {stem}.{name} beside it", expected)
+            raise qweight.error("", f"no {stem}.{name} next to it", expected)
     parts["qzeros"].require("I32", (groups, rows // _WORD))
     parts["scales"].require("F16", (groups, rows))
     if "g_idx" in parts:

@@ -134,7 +134,7 @@ def _check_neutral(own: Fields, config: ModelConfig, sizes: Sizes) -> None:
     own.require_plain("attention.value_length", (config.head_dim,))
     own.require_plain("attention.causal", (True,))
     asked = own.get("attention.scale", float)
-    if asked and not math.isclose(asked, config.attention_scale, rel_tol=1e-6):  # 0 stands for the default
+    if asked and not math.isclose(asked, config.attention_scale, rel_tol=1e-6):  # 0 means the default
         raise own.error("attention.scale", asked, f"1/sqrt(head_dim) = {config.attention_scale:.8g}")
 
 

@@ -162,7 +162,7 @@ def _open(first: GGUFFile, path: str, mmap: bool) -> GGUFFile:
     try:
         return GGUFFile(path, mmap=mmap)
     except FileNotFoundError:
-        found = f"no file {Path(path).name!r} beside it"
+        found = f"no file {Path(path).name!r} next to it"
         raise _error(first, "split.count", found, "all parts of the model") from None
 
 

@@ -6,8 +6,7 @@ users know. This module decides which files a name stands for, so that no others
 - ``OWNER/NAME``: the directory: config.json, tokenizer and safetensors (never pickles). A repository that holds one
   GGUF model and nothing else to load: that model.
 - ``OWNER/NAME:Q4_K_M``: its GGUF model of this type, or the only one whose type begins with this.
-- ``OWNER/NAME/path/file.gguf``: that file, or the only model whose path begins with this. All parts come with any of
-them.
+- ``OWNER/NAME/path/file.gguf``: that file, or the only model whose path begins so. All parts come with any of them.
 """
 
 from __future__ import annotations

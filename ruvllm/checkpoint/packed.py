@@ -32,7 +32,7 @@ class Part:
         self._held: Array | None = None
 
     def require(self, dtype: str, shape: tuple[int | None, ...]) -> None:
-        """Raise ModelFormatError unless it has this type and shape; None stands for any length but 0."""
+        """Raise ModelFormatError unless it has this type and shape; None means any length but 0."""
         found = self.info.shape
         if self.info.type != dtype:
             raise self.error("type", self.info.type, dtype)
@@ -121,7 +121,7 @@ def mxfp4_tensor(name: str, blocks: Part, scales: Part) -> Tensor:
         powers = scales.rows(lo, hi)
         if (no_numbers := powers == 255).any():
             row, group = divmod(int(no_numbers.argmax()), groups)
-            raise scales.error(f"row {lo + row} group {group}", "255, which stands for NaN", "0 to 254")
+            raise scales.error(f"row {lo + row} group {group}", "255, which means NaN", "0 to 254")
         out = np.empty((len(powers), 17), np.uint8)
         mxfp4_rows(powers, blocks.rows(lo * groups, hi * groups).reshape(-1, 16), out)
         return out

@@ -78,7 +78,7 @@ class SafetensorsFile(Closing):
         return Tensor(self.tensors[name], self._source)
 
     def stored(self, name: str) -> tuple[TensorInfo, Source]:
-        """A tensor of any type as it stands in its file. Raises KeyError when there is none of this name."""
+        """A tensor of any type, as stored. Raises KeyError when there is none of this name."""
         return self.tensors[name], self._source
 
     def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -114,7 +114,7 @@ class SafetensorsIndex(Closing):
                 try:
                     shard = SafetensorsFile(Path(self.path).parent / shard_name, mmap)
                 except FileNotFoundError:
-                    found = f"no file {shard_name!r} beside it"
+                    found = f"no file {shard_name!r} next to it"
                     raise ModelFormatError(self.path, field="weight_map", found=found, expected="every shard") from None
                 opened.callback(shard.close)
                 _check_shard(self.path, shard_name, names, set(shard.tensors))
@@ -128,7 +128,7 @@ class SafetensorsIndex(Closing):
         return self._shard_of[name].tensor(name)
 
     def stored(self, name: str) -> tuple[TensorInfo, Source]:
-        """A tensor of any type as it stands in its file. Raises KeyError when there is none of this name."""
+        """A tensor of any type, as stored. Raises KeyError when there is none of this name."""
         return self._shard_of[name].stored(name)
 
     def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -256,7 +256,7 @@ def shards_of(path: str) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
-            raise fail(f"the shard {shard!r}", "the name of a .safetensors file beside the index")
+            raise fail(f"the shard {shard!r}", "the name of a .safetensors file next to the index")
         shards.setdefault(shard, set()).add(name)
     if len(shards) > _MAX_SHARDS:
         raise fail(f"{len(shards)} shards", f"at most {_MAX_SHARDS}")

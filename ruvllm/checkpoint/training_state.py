@@ -57,7 +57,7 @@ def resume_training(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     fields.require("history", list)
     arrays_path = Path(path) / _ARRAYS.format(step=done)
     if not arrays_path.is_file():
-        raise ModelFormatError(state_path, field="done", found=done, expected=f"{arrays_path.name} beside it")
+        raise ModelFormatError(state_path, field="done", found=done, expected=f"{arrays_path.name} next to it")
     with SafetensorsFile(arrays_path) as file:
         if file.metadata.get("step") != str(done):
             found = f"step {file.metadata.get('step')}"

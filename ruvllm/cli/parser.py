@@ -40,7 +40,7 @@ examples:
 
 _CHAT = """\
 Talk with a model (default: smollm2-135m).
-Ctrl-C ends an answer, Ctrl-D or /exit leaves, /reset starts anew, /help lists the commands.
+Ctrl-C ends an answer, Ctrl-D or /exit leaves, /reset starts over, /help lists the commands.
 Lines from a pipe are one message each.
 
 examples:

@@ -132,7 +132,7 @@ def perplexity(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace, model: str) -> LLM:
-    """The model that the command line asks for, with its adapters."""
+    """The model of the command line, with its adapters."""
     import ruvllm
 
     gc.disable()  # loading makes half a million objects and no garbage: collecting would take a tenth of the start

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from ruvllm.model.config import ModelConfig
 
-PREFILL_TOKENS = 126  # tokens per forward pass at the most, whole tiles of six
-BLOCK = 16  # positions whose keys lie side by side, numbers of a padded value: LANES of the kernels
-CHUNK = 256  # positions that attention takes in one step: CHUNK of the kernels
+PREFILL_TOKENS = 126  # most tokens per forward pass, whole tiles of six
+BLOCK = 16  # positions whose keys are interleaved, elements to which a value is padded: LANES of the kernels
+CHUNK = 256  # positions per step of attention: CHUNK of the kernels
 
 _NUMBER_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 _SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
 
 
 def capacities(config: ModelConfig, max_tokens: int) -> list[int]:
-    """Positions that each layer has room for: all, or of a windowed layer those that a pass of any tokens sees."""
+    """Positions that each layer stores: all, or of a windowed layer those that any pass can see."""
     whole = -(-max_tokens // BLOCK) * BLOCK
     windows = (config.window(layer) for layer in range(config.num_hidden_layers))
     return [min(whole, whole if w is None else -(-(w + PREFILL_TOKENS) // CHUNK) * CHUNK) for w in windows]

@@ -241,7 +241,7 @@ def _weights(layer: TransformerLayer) -> int:
 
 
 class _Scratch:
-    """What attention needs beside its arrays, for each thread."""
+    """Scratch buffers of attention, one per thread."""
 
     def __init__(self, tokens: int, threads: int, dim: int) -> None:
         self.tokens, self.floats = tokens, aligned_empty((threads, prompt_scratch_size(dim)))
@@ -253,5 +253,5 @@ def _checked_threads(threads: int | None) -> int:
     require("threads", threads, is_integer(threads) and threads >= 1, "a positive integer")
     most = most_threads()
     if threads > most:
-        logger.warning("threads: %d asked for, this process can have %d", threads, most)
+        logger.warning("threads: expected at most %d in this process, found %d", most, threads)
     return min(int(threads), most)

@@ -205,7 +205,7 @@ def recorded(
     config: ModelConfig, layouts: list[str], kind: Pass = Pass.PROMPT, kv: str = "f32",
     architecture: type[Decoder] = Decoder,
 ) -> Recorder:  # fmt: skip
-    """A pass through a model that has no weights yet, of matrices in these layouts by turns, as it is recorded."""
+    """The recorded pass of a model without weights, whose matrices cycle through these layouts."""
     recorder = Recorder(kind, DTYPES[kv], {})
     architecture(config, _Shapes(config, layouts))(recorder, recorder.source_of(config.hidden_size))
     return recorder

@@ -238,13 +238,13 @@ class Trainer:
         lora, model = self.adapter.config, self.model.config
         data = hash_of(self.examples)
         shape = [model.vocab_size, model.hidden_size, model.intermediate_size, model.num_hidden_layers]
-        beside = hashlib.sha256()
+        others = hashlib.sha256()
         for name, factors in sorted((self.fixed or {}).items()):
-            beside.update(name.encode() + b"".join(part.tobytes() for part in factors))
+            others.update(name.encode() + b"".join(part.tobytes() for part in factors))
         return {
             **asdict(self.config), **asdict(lora), "targets": list(lora.targets), "model": shape, "data": data,
             "weights": sorted({linear.layout for linear in self.model.linears().values()}),
-            "adapters beside": beside.hexdigest()[:16] if self.fixed else None,
+            "other adapters": others.hexdigest()[:16] if self.fixed else None,
         }  # fmt: skip
 
     def _update(self, number: int, rate: float) -> None:

@@ -17,7 +17,7 @@ from ruvllm.kernels.training.transposed import linear_transposed, quant_transpos
 from ruvllm.model.activations import Activations
 from ruvllm.model.config import ModelConfig
 
-_ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small beside the model, large beside a call
+_ROWS_AT_ONCE_BYTES = 1 << 19  # of float32 rows between file and panels: small for the model, large for a call
 
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
@@ -60,7 +60,7 @@ def layout_for(weights: str, dtype: str) -> str:
 def matrix_bytes(shape: tuple[int, ...], layout: str, mins: bool | None = None) -> int:
     """Bytes of a matrix (N, K) in a layout, whose panels have 16 rows, and groups 32 columns.
 
-    mins: whether groups have a min beside their scale; None: if numbers that are rounded to this layout get one.
+    mins: whether groups have a min; None: whether weights rounded to this layout get one.
     """
     rows, columns = shape
     if layout not in INTEGER_LAYOUTS:

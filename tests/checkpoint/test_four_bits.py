@@ -200,8 +200,8 @@ def edited(change: dict[str, np.ndarray | None]) -> Arrays:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"t.qzeros": None}, "'t.qweight': found no t.qzeros beside it"),
-        ({"t.scales": None}, "'t.qweight': found no t.scales beside it"),
+        ({"t.qzeros": None}, "'t.qweight': found no t.qzeros next to it"),
+        ({"t.scales": None}, "'t.qweight': found no t.scales next to it"),
         ({"t.qweight": np.zeros((24, 24), np.float32)}, "'t.qweight' type: found F32, expected I32"),
         ({"t.qweight": np.zeros(24, np.int32)}, "'t.qweight' shape: found (24,), expected (any, any)"),
         ({"t.qweight": np.zeros((0, 24), np.int32)}, "'t.qweight' shape: found (0, 24), expected (any, any)"),
@@ -225,7 +225,7 @@ def test_tensors_that_are_refused(change: dict[str, Any], says: str, tmp_path: P
 
 
 def test_act_order_needs_its_indices(tmp_path: Path) -> None:
-    with pytest.raises(ModelFormatError, match="found no t.g_idx beside it, .* since desc_act is true"):
+    with pytest.raises(ModelFormatError, match="found no t.g_idx next to it, .* since desc_act is true"):
         opened(tmp_path, edited({"t.g_idx": None}), GPTQ | {"desc_act": True})
 
 

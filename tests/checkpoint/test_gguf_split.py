@@ -120,7 +120,7 @@ def test_parts_that_do_not_belong_together(
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     path = write_parts(CASE, tmp_path)
     (tmp_path / part_name("tiny", 1, PARTS)).unlink()
-    with pytest.raises(ModelFormatError, match=r"found no file 'tiny-00002-of-00003\.gguf' beside it"):
+    with pytest.raises(ModelFormatError, match=r"found no file 'tiny-00002-of-00003\.gguf' next to it"):
         open_checkpoint(path)
 
 

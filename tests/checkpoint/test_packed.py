@@ -83,7 +83,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     scales[2, 7, 3] = 255
     merged = opened(tmp_path, blocks, scales).tensor(NAME)
     merged.expert(1).float32()
-    with pytest.raises(ModelFormatError, match="_scales' row 47 group 3: found 255, which stands for NaN"):
+    with pytest.raises(ModelFormatError, match="_scales' row 47 group 3: found 255, which means NaN"):
         merged.expert(2).float32()
 
 

@@ -154,7 +154,7 @@ def test_row46_shard_missing(tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / "s1.safetensors").unlink()
     error = refused(tmp_path)
-    assert "weight_map: found no file 's1.safetensors' beside it" in str(error)
+    assert "weight_map: found no file 's1.safetensors' next to it" in str(error)
     assert error.path == str(tmp_path / INDEX)
 
 

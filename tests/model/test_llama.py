@@ -425,4 +425,4 @@ def test_threads_that_cannot_be_had_are_said(caplog: pytest.LogCaptureFixture) -
     most = most_threads()
     assert Llama(SMALL, threads=most).threads == most and not caplog.records
     assert Llama(SMALL, threads=most + 7).threads == most
-    assert f"threads: {most + 7} asked for, this process can have {most}" in caplog.text
+    assert f"threads: expected at most {most} in this process, found {most + 7}" in caplog.text

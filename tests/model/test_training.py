@@ -93,7 +93,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         resume_training(run, tmp_path / "none")
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     (tmp_path / "trainer_state.json").write_text(json.dumps({**state, "done": 2}))
-    with pytest.raises(ModelFormatError, match="done: found 2, expected trainer_state-2.safetensors beside it"):
+    with pytest.raises(ModelFormatError, match="done: found 2, expected trainer_state-2.safetensors next to it"):
         resume_training(run, tmp_path)
     (tmp_path / "trainer_state.json").write_text("[")
     with pytest.raises(ModelFormatError, match="no JSON"):
@@ -262,7 +262,7 @@ def test_a_run_on_other_weights_or_beside_other_adapters_is_another_run(tmp_path
     with pytest.raises(ModelFormatError, match="weights was .'f32'. there, and is .'int8'. here"):
         resume_training(MicroLora(small_model("int8", 1)).trainer(task(1), "a", LORA, config), tmp_path)
     lora.attach(LoraAdapter(SMALL, LORA), "beside")
-    with pytest.raises(ModelFormatError, match="adapters beside was None there"):
+    with pytest.raises(ModelFormatError, match="other adapters was None there"):
         resume_training(lora.trainer(task(1), "b", LORA, config), tmp_path)
     for other in ("beside", "b"):
         lora.detach(other)

@@ -11,7 +11,7 @@ _EVERY = 4
 
 def _smollm3(keys: Fields, sizes: Sizes) -> Choices:
     every = keys.default("no_rope_layer_interval", int, _EVERY)
-    rotated = keys.get("no_rope_layers", list)  # the key's name says the opposite: 1 stands for a layer that rotates
+    rotated = keys.get("no_rope_layers", list)  # the key's name says the opposite: 1 means a layer that rotates
     if rotated is None:
         rotated = [int((i + 1) % every != 0) for i in range(sizes.layers)]
     if len(rotated) != sizes.layers or any(value not in (0, 1) for value in rotated):

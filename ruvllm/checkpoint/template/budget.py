@@ -46,7 +46,7 @@ class Budget:
         self._until_clock = _CLOCK_EVERY
         self._left = MAX_TOTAL
         # No container changes once it is made (the sandbox is an immutable one), but for namespaces in it, which weigh
-        # the same whatever they hold; so each is weighed once. It is kept beside its weight, since an id is unique
+        # the same whatever they hold; so each is weighed once. It is kept with its weight, since an id is unique
         # among the living only.
         self._weights: dict[int, tuple[Any, Weight]] = {}
 

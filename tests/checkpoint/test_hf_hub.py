@@ -435,7 +435,7 @@ def test_another_architecture_is_refused_before_its_weights_are_fetched(
         assert "model.safetensors" not in hub.fetched()
 
 
-@pytest.mark.parametrize("variant", [variant for variant in tiny_checkpoints.VARIANTS if variant != "ministral"])
+@pytest.mark.parametrize("variant", tiny_checkpoints.VARIANTS)
 def test_no_family_that_runs_is_refused(variant: str, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoints.read(variant)
     for config in (checkpoint.config, checkpoint.new_config):

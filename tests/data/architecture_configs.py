@@ -157,6 +157,11 @@ def _llama(**more: Any) -> dict[str, Any]:
     return _config("LlamaForCausalLM", "llama", _sizes(97, 72, 84, 3, 4, 2), **keys)
 
 
+def _ministral(**more: Any) -> dict[str, Any]:
+    keys = {"head_dim": 20, "sliding_window": 9, **more}
+    return _config("MinistralForCausalLM", "ministral", _sizes(99, 72, 84, 4, 4, 2), **keys)
+
+
 def _nested_gemma3() -> dict[str, Any]:
     """Gemma 3 with images: its text model's keys are often absent, where they are the default."""
     text = {
@@ -268,10 +273,8 @@ CONFIGS = {
             "original_max_position_embeddings": 32,
         },
     ),
-    "ministral": _config(
-        "MinistralForCausalLM", "ministral", _sizes(99, 72, 84, 4, 4, 2), head_dim=20, sliding_window=9,
-        layer_types=[_FULL, _SLIDING, _SLIDING, _FULL],
-    ),
+    "ministral": _ministral(layer_types=[_FULL, _SLIDING, _SLIDING, _FULL]),
+    "ministral_alike": _ministral(tie_word_embeddings=True),
 }  # fmt: skip
 GENERATION = {  # generation_config.json, where its end tokens differ
     "qwen2": {"bos_token_id": 1, "do_sample": True, "eos_token_id": [2, 5], "repetition_penalty": 1.1},

@@ -15,16 +15,14 @@ from ruvllm.quantizing import quantize
 from tests.model import tiny_checkpoints, tiny_gguf
 from tests.model.model_cases import logits, run
 
-# olmoe_clipped is refused by name, ministral by its architecture.
-WITHOUT = {"ministral", "olmoe_clipped"}
+WITHOUT = {"olmoe_clipped"}  # refused by name
 RUNNING = tuple(variant for variant in tiny_checkpoints.VARIANTS if variant not in WITHOUT)
 # What a GGUF file of the family cannot say, as read from the directory, and the field that an error names.
 UNSAID = {
     "gemma2_scaled": "attention_scale", "gemma3_layers": "attention_scale", "gpt_oss": "swiglu_limit",
-    "llama_dynamic": "model",
-    "llama_yarn_factor": "model", "llama_yarn_mscale": "model", "qwen2_window": "layer_types",
-    "qwen2_moe_mixed": "experts", "qwen3_moe_mixed": "experts", "qwen3_window": "layer_types",
-    "smollm3_layers": "no_rope_layers",
+    "llama_dynamic": "model", "llama_yarn_factor": "model", "llama_yarn_mscale": "model", "ministral": "layer_types",
+    "qwen2_moe_mixed": "experts", "qwen2_window": "layer_types", "qwen3_moe_mixed": "experts",
+    "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
 }  # fmt: skip
 # A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, a GGUF file of the
 # converter's conventions, and one that ``quantize`` wrote.

@@ -1,10 +1,10 @@
-"""LLaMA, Mistral and Mixtral: one architecture in GGUF files, three in config.json."""
+"""LLaMA, Mistral, Ministral and Mixtral: one architecture in GGUF files, four in config.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ruvllm.checkpoint.families.choices import biased, gguf_expert_values, gguf_experts
+from ruvllm.checkpoint.families.choices import biased, gguf_expert_values, gguf_experts, windows
 from ruvllm.checkpoint.family import Choices, Family, Sizes
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.model.config import ExpertsConfig, ModelConfig
@@ -16,9 +16,13 @@ def _llama(keys: Fields, sizes: Sizes) -> Choices:
 
 
 def _mistral(keys: Fields, sizes: Sizes) -> Choices:
-    window = keys.get("sliding_window", int) if "sliding_window" in keys else 4096
+    window = keys.get("sliding_window", int)
     _require_layer_types(keys, window)
     return {"sliding_window": window}
+
+
+def _ministral(keys: Fields, sizes: Sizes) -> Choices:
+    return windows(keys, sizes, keys.get("sliding_window", int), lambda i: True)
 
 
 def _mixtral(keys: Fields, sizes: Sizes) -> Choices:
@@ -59,7 +63,11 @@ LLAMA = Family(
 )  # fmt: skip
 MISTRAL = Family(
     model_type="mistral", classes=("MistralForCausalLM",), architecture="llama", hf_choices=_mistral,
-    gguf_values=_gguf_values, interleaved=True, defaults={"num_key_value_heads": 8},
+    gguf_values=_gguf_values, interleaved=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+)  # fmt: skip
+MINISTRAL = Family(
+    model_type="ministral", classes=("MinistralForCausalLM",), architecture="llama", hf_choices=_ministral,
+    gguf_values=_gguf_values, interleaved=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )  # fmt: skip
 MIXTRAL = Family(
     model_type="mixtral", classes=("MixtralForCausalLM",), architecture="llama", hf_choices=_mixtral,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ruvllm
+from ruvllm.checkpoint.hf_config import config_from_directory
 from ruvllm.errors import ModelFormatError
 from ruvllm.llm import LLM
 from ruvllm.model.generate import Sampling, generate
@@ -24,30 +26,31 @@ UNSAID = {
     "qwen2_moe_mixed": "experts", "qwen2_window": "layer_types", "qwen3_moe_mixed": "experts",
     "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
 }  # fmt: skip
-# A directory whose config.json is as the Hub's files have it, one as transformers 5 writes it, a GGUF file of the
-# converter's conventions, and one that ``quantize`` wrote.
-CASES = [(variant, form) for variant in RUNNING for form in ("hub", "new")]
-CASES += [(variant, "gguf") for variant in RUNNING if variant in tiny_gguf.VARIANTS]
-CASES += [(variant, "written") for variant in RUNNING if variant not in UNSAID]
+# A GGUF file of the converter's conventions, and one that ``quantize`` wrote.
+FILES = [(variant, "gguf") for variant in RUNNING if variant in tiny_gguf.VARIANTS]
+FILES += [(variant, "written") for variant in RUNNING if variant not in UNSAID]
 
 
-def load(variant: str, form: str, directory: Path, threads: int = 1) -> LLM:
-    """The model of a variant in one of its forms, with float32 weights."""
+def load(variant: str, form: str, directory: Path) -> LLM:
+    """The model of a variant, as a directory ("hub") or from one of FILES, with float32 weights."""
     checkpoint = tiny_checkpoints.read(variant)
     if form == "gguf":
         path = tiny_gguf.write_gguf(directory / "model.gguf", checkpoint)
     else:
-        path = tiny_checkpoints.write_checkpoint(directory, checkpoint, new=form == "new")
+        path = tiny_checkpoints.write_checkpoint(directory, checkpoint)
     if form == "written":
         path = quantize(path, directory / "written.gguf", "f32")
-    return ruvllm.load(path, weights="f32", threads=threads)
+    return ruvllm.load(path, weights="f32", threads=1)
 
 
-@pytest.mark.parametrize(("variant", "form"), CASES)
-def test_logits(variant: str, form: str, tmp_path: Path) -> None:
-    """Beyond the window and the original context: all at once, token by token, with other numbers of threads."""
+@pytest.mark.parametrize("variant", RUNNING)
+def test_directories(variant: str, tmp_path: Path) -> None:
+    """Beyond the window and the original context: all at once, token by token, with other numbers of threads.
+
+    Each token of a greedy answer is the most likely one after the text before it, in one pass over that text.
+    """
     expected = tiny_checkpoints.read(variant)
-    model = load(variant, form, tmp_path).model
+    model = load(variant, "hub", tmp_path).model
     together = logits(model, expected.ids)
     assert np.abs(together - expected.logits).max() <= 2e-4
     for parts in ([1] * len(expected.ids), [7, 1, 1, 20, len(expected.ids) - 29]):
@@ -55,18 +58,31 @@ def test_logits(variant: str, form: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(again, together)
     model.threads = 2
     np.testing.assert_array_equal(logits(model, expected.ids), together)
+    prompt = expected.ids[:20]
+    answer = [token.id for token in generate(model, model.new_cache(40), prompt, Sampling(), max_tokens=20)]
+    best = model.forward(np.array([*prompt, *answer[:-1]]), model.new_cache(40)).argmax(-1)
+    np.testing.assert_array_equal(best[len(prompt) - 1 :], answer)
     model.threads, model.fused = 1, False
     np.testing.assert_array_equal(logits(model, expected.ids), together)
 
 
-@pytest.mark.parametrize(("variant", "form"), CASES)
-def test_greedy_text(variant: str, form: str, tmp_path: Path) -> None:
-    """Each token of a greedy answer is the most likely one after the text before it, in one pass over that text."""
-    prompt = tiny_checkpoints.read(variant).ids[:20]
-    model = load(variant, form, tmp_path, threads=2).model
-    answer = [token.id for token in generate(model, model.new_cache(40), prompt, Sampling(), max_tokens=20)]
-    best = model.forward(np.array([*prompt, *answer[:-1]]), model.new_cache(40)).argmax(-1)
-    np.testing.assert_array_equal(best[len(prompt) - 1 :], answer)
+@pytest.mark.parametrize(("variant", "form"), FILES)
+def test_files(variant: str, form: str, tmp_path: Path) -> None:
+    expected = tiny_checkpoints.read(variant)
+    assert np.abs(logits(load(variant, form, tmp_path).model, expected.ids) - expected.logits).max() <= 2e-4
+
+
+@pytest.mark.parametrize("variant", RUNNING)
+def test_config_json_as_transformers_5_writes_it_means_the_same(variant: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoints.read(variant)
+    old, new = (
+        config_from_directory(tiny_checkpoints.write_checkpoint(tmp_path / "model", checkpoint, new=form))
+        for form in (False, True)
+    )
+    windows = [[config.window(i) for i in range(config.num_hidden_layers)] for config in (old, new)]
+    assert windows[0] == windows[1]
+    alike = {"sliding_window": None, "layer_types": ()}
+    assert dataclasses.replace(old, **alike) == dataclasses.replace(new, **alike)
 
 
 @pytest.mark.parametrize("variant", UNSAID)

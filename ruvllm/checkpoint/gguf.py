@@ -10,8 +10,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ruvllm.checkpoint.gguf_header import UINT32, Entry, HeaderReader, TensorHeader
 from ruvllm.checkpoint.source import Closing, Source
 from ruvllm.checkpoint.storage import BLOCKS, GGUF_REMOVED, GGUF_TYPES, GGUF_UNSUPPORTED
@@ -62,10 +60,6 @@ class GGUFFile(Closing):
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name. Raises KeyError when the file has none."""
         return Tensor(self.tensors[name], self._source)
-
-    def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""
-        return self.tensor(name).raw()
 
     def metadata_bytes(self, key: str) -> bytes:
         """The bytes of a metadata value, its type first, as ``gguf_writer.encoded`` makes them."""

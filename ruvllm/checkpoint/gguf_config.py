@@ -90,7 +90,7 @@ def config_from_gguf(file: AnyGGUF) -> ModelConfig:
         if name == "eos_token_ids":
             key = next(key for key, token in zip(_END_KEYS, end_ids, strict=True) if token == error.found)
         raise meta.error(key + (f"[{index}" if index else ""), error.found, error.expected) from None
-    _check_neutral(own, config, sizes)
+    _check_neutral(own, config)
     return config
 
 
@@ -124,7 +124,7 @@ def _sizes(own: Fields) -> Sizes:
     return Sizes(own.require("block_count", int), hidden, heads, heads if kv_heads is None else kv_heads, key_length)
 
 
-def _check_neutral(own: Fields, config: ModelConfig, sizes: Sizes) -> None:
+def _check_neutral(own: Fields, config: ModelConfig) -> None:
     """Refuse keys that ask for unsupported arithmetic, unless their value changes nothing."""
     if config.experts is None:
         own.require_plain("expert_count", (0,))

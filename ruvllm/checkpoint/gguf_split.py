@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_header import MAX_ENTRIES
@@ -94,10 +92,6 @@ class SplitGGUFFile(Closing):
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name. Raises KeyError when no part has it."""
         return self._part_of[name].tensor(name)
-
-    def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of its file when it is mapped."""
-        return self.tensor(name).raw()
 
     def metadata_bytes(self, key: str) -> bytes:
         """A metadata value as the first part has it; see GGUFFile."""

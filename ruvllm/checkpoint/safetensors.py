@@ -14,8 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ruvllm.checkpoint.source import Closing, Source
 from ruvllm.checkpoint.storage import SAFETENSORS_BITS
 from ruvllm.checkpoint.strict_json import parse_json_object, read_json_object
@@ -81,18 +79,13 @@ class SafetensorsFile(Closing):
         """A tensor of any type, as stored. Raises KeyError when there is none of this name."""
         return self.tensors[name], self._source
 
-    def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""
-        return self.tensor(name).raw()
-
     def close(self) -> None:
         """Close the file; arrays taken from a mapped file stay valid."""
         self._source.close()
 
 
 class SafetensorsIndex(Closing):
-    """The shards of one model, seen as one file: ``tensors``, ``metadata``, ``tensor``, ``stored``, ``data`` as in
-    SafetensorsFile.
+    """The shards of one model as one file: ``tensors``, ``metadata``, ``tensor``, ``stored`` as in SafetensorsFile.
 
     Args:
         path: a ``model.safetensors.index.json``; the shards that it names must be in its directory and hold exactly
@@ -130,10 +123,6 @@ class SafetensorsIndex(Closing):
     def stored(self, name: str) -> tuple[TensorInfo, Source]:
         """A tensor of any type, as stored. Raises KeyError when there is none of this name."""
         return self._shard_of[name].stored(name)
-
-    def data(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor, uint8 (rows, bytes per row), read-only; a view of the file when it is mapped."""
-        return self.tensor(name).raw()
 
     def close(self) -> None:
         """Close the files; arrays taken from mapped files stay valid."""

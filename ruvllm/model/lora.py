@@ -330,7 +330,7 @@ class MicroLora:
         return name
 
     def __repr__(self) -> str:
-        acting = ", ".join(f"{name}={weight:g}" for name, weight in self.active.items()) or "none acts"
+        acting = ", ".join(f"{name}={weight:g}" for name, weight in self.active.items()) or "none active"
         return f"MicroLora({len(self.adapters)} adapters; {printable(acting)})"
 
 

@@ -116,11 +116,6 @@ class LoraAdapter:
         """The number of trained parameters."""
         return self.parameters.size
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of A and B."""
-        return self.parameters.nbytes
-
     def factors(self, name: str, weight: float = 1.0) -> Factors:
         """What it adds to a matrix as down (R, K) and up (N, R), scaled."""
         return self.a[name].T, self.b[name].T * np.float32(weight * self.config.scaling)

@@ -71,8 +71,8 @@ def test_metadata_and_tensors(mmap: bool, tmp_path: Path) -> None:
                 info = file.tensors[name]
                 assert (info.name, info.type, info.shape, info.nbytes) == (name, kind, shape, raw.nbytes)
                 assert info.offset % (alignment or 32) == 0
-                np.testing.assert_array_equal(file.data(name), raw)
-                assert not file.data(name).flags.writeable
+                np.testing.assert_array_equal(file.tensor(name).raw(), raw)
+                assert not file.tensor(name).raw().flags.writeable
 
 
 def test_offsets_point_at_values(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_equals_gguf_package(tmp_path: Path) -> None:
 def test_last_tensor_may_lack_padding(tmp_path: Path) -> None:
     for padding in range(29):
         path = write(tmp_path, corpus.small_gguf(data=bytes(100 + padding)))
-        assert GGUFFile(path).data("b").shape == (2, 34)
+        assert GGUFFile(path).tensor("b").raw().shape == (2, 34)
 
 
 def test_vocabulary_without_tensors(tmp_path: Path) -> None:
@@ -185,9 +185,9 @@ def test_file_that_shrinks_is_refused_when_read(tmp_path: Path) -> None:
     path = write(tmp_path, corpus.small_gguf())
     file = GGUFFile(path, mmap=False)
     os.truncate(path, path.stat().st_size - 60)
-    np.testing.assert_array_equal(file.data("a"), np.zeros((2, 16), np.uint8))
+    np.testing.assert_array_equal(file.tensor("a").raw(), np.zeros((2, 16), np.uint8))
     with pytest.raises(ModelFormatError, match="file size: found .* while reading"):
-        file.data("b")
+        file.tensor("b").raw()
 
 
 def opened(path: Path) -> int:
@@ -200,7 +200,7 @@ def opened(path: Path) -> int:
 def test_closing(mmap: bool, tmp_path: Path) -> None:
     path = write(tmp_path, corpus.valid_gguf())
     with GGUFFile(path, mmap) as file:
-        kept = file.data("vector")
+        kept = file.tensor("vector").raw()
         tensor = file.tensor("cube")
     np.testing.assert_array_equal(kept, corpus.gguf_tensors()["vector"][2])  # views outlive the file object
     with pytest.raises(ValueError, match="closed"):

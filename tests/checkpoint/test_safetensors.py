@@ -140,7 +140,7 @@ def test_shards(mmap: bool, tmp_path: Path) -> None:
             assert model.tensors.keys() == values.keys()
             for name, expected in values.items():
                 np.testing.assert_array_equal(model.tensor(name).float32(), expected)
-                np.testing.assert_array_equal(model.data(name), expected.view(np.uint8))
+                np.testing.assert_array_equal(model.tensor(name).raw(), expected.view(np.uint8))
                 assert model.tensor(name).path == str(tmp_path / ("s1" if name == "c" else "s0")) + ".safetensors"
 
 
@@ -213,7 +213,7 @@ def test_unsound_shard_closes_the_others(tmp_path: Path) -> None:
 def test_closing(mmap: bool, tmp_path: Path) -> None:
     values = write_shards(tmp_path)
     with open_safetensors(tmp_path, mmap) as model:
-        kept = model.data("a")
+        kept = model.tensor("a").raw()
         tensors = [model.tensor(name) for name in values]
     np.testing.assert_array_equal(kept, values["a"].view(np.uint8))  # views outlive the files
     for tensor in tensors:

@@ -280,10 +280,9 @@ def test_sizes_and_text() -> None:
     made = adapter(rank=2, targets=("q", "down"))
     E, F, D = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_attention_heads * SMALL.head_dim
     assert made.param_count == SMALL.num_hidden_layers * 2 * (E + D + F + E)
-    assert made.memory_bytes == 4 * made.param_count
     assert repr(made) == f"LoraAdapter(rank 2, alpha 16, q down, {made.param_count:,} parameters)"
     assert LoraConfig(4, 8.0).scaling == 2 and LoraConfig(4, 8.0, rslora=True).scaling == 4
     lora = MicroLora(small_model("f32"))
-    assert repr(lora) == "MicroLora(0 adapters; none acts)"
+    assert repr(lora) == "MicroLora(0 adapters; none active)"
     lora.attach(made, "x", 0.5)
     assert repr(lora) == "MicroLora(1 adapters; x=0.5)"

@@ -80,6 +80,14 @@ def _olmo2(**more: Any) -> dict[str, Any]:
     return _config("Olmo2ForCausalLM", "olmo2", _sizes(109, 72, 88, 3, 6, 3), **keys)
 
 
+def _olmo3(**more: Any) -> dict[str, Any]:
+    keys = {
+        "attention_bias": False, "pad_token_id": 0, "rope_scaling": None, "rope_theta": 500000, "sliding_window": 9,
+        **more,
+    }  # fmt: skip
+    return _config("Olmo3ForCausalLM", "olmo3", _sizes(109, 72, 88, 5, 6, 3), **keys)
+
+
 def _granite(**more: Any) -> dict[str, Any]:
     keys = {
         "attention_bias": False, "mlp_bias": False, "attention_multiplier": 0.4, "embedding_multiplier": 3.5,
@@ -213,6 +221,18 @@ CONFIGS = {
     ),
     "olmo2": _olmo2(),
     "olmo2_biased": _olmo2(attention_bias=True, tie_word_embeddings=True, num_key_value_heads=6),
+    "olmo3": _olmo3(
+        layer_types=[_SLIDING, _SLIDING, _SLIDING, _FULL, _SLIDING],
+        rope_scaling={
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+            "original_max_position_embeddings": 32, "rope_type": "yarn",
+        },
+    ),
+    "olmo3_alike": _olmo3(num_hidden_layers=3, layer_types=[_SLIDING] * 3, attention_bias=True),
+    "olmo3_layers": _olmo3(
+        num_hidden_layers=4, layer_types=[_SLIDING, _FULL, _FULL, _SLIDING],
+        rope_scaling={"factor": 4.0, "rope_type": "linear"},
+    ),
     "granite": _granite(),
     "granite_biased": _granite(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_hidden_layers=3),
     "phi3": _phi3(),

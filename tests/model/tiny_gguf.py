@@ -21,13 +21,13 @@ from tests.model.tiny_checkpoints import Checkpoint
 # pattern of layers without positions than SmolLM3's, no betas of YaRN in a file, and truncates them always.
 VARIANTS = (
     "gemma", "gemma2", "gemma3", "gemma3_pattern", "gpt_oss_mxfp4", "gpt_oss_truncated", "granite", "granite_biased",
-    "llama3", "llama_yarn", "mixtral", "olmo2", "olmoe", "phi3", "phi3_long", "phi3_short", "phi4_mini", "qwen2",
-    "qwen2_moe", "qwen2_yarn", "qwen3", "qwen3_moe", "smollm3",
+    "llama3", "llama_yarn", "mixtral", "olmo2", "olmo3", "olmo3_layers", "olmoe", "phi3", "phi3_long", "phi3_short",
+    "phi4_mini", "qwen2", "qwen2_moe", "qwen2_yarn", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 ARCHITECTURES = {
     "gemma": "GEMMA", "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "gpt_oss": "GPT_OSS", "granite": "GRANITE",
-    "llama": "LLAMA", "mixtral": "LLAMA", "olmo2": "OLMO2", "olmoe": "OLMOE", "phi3": "PHI3", "qwen2": "QWEN2",
-    "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "smollm3": "SMOLLM3",
+    "llama": "LLAMA", "mixtral": "LLAMA", "olmo2": "OLMO2", "olmo3": "OLMO2", "olmoe": "OLMOE", "phi3": "PHI3",
+    "qwen2": "QWEN2", "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "smollm3": "SMOLLM3",
 }  # fmt: skip
 INTERLEAVED = ("llama", "mixtral", "granite", "smollm3")  # whose q and k rows are reordered for pairs (2i, 2i + 1)
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
@@ -79,12 +79,13 @@ def _add_attention(writer: Any, config: dict[str, Any]) -> None:
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if kind in ("gemma2", "gemma3_text", "gpt_oss"):
+    if kind in ("gemma2", "gemma3_text", "gpt_oss", "olmo3"):
         writer.add_sliding_window(config["sliding_window"])
     if kind == "phi3":
         writer.add_sliding_window(config["sliding_window"] or 0)
-    if kind == "gemma3_text" and "layer_types" in config:
+    if kind in ("gemma3_text", "olmo3") and "layer_types" in config:
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if kind == "gemma3_text" and "layer_types" in config:
         writer.add_rope_freq_base_swa(config["rope_local_base_freq"])
     if config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])

@@ -5,8 +5,8 @@ from ruvllm.checkpoint.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     llama.LLAMA, llama.MISTRAL, llama.MINISTRAL, llama.MIXTRAL, qwen.QWEN2, qwen.QWEN3, qwen.QWEN2_MOE,
-    qwen.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, smollm.SMOLLM3, olmo.OLMO2, olmo.OLMOE, granite.GRANITE,
-    phi.PHI3, gpt_oss.GPT_OSS,
+    qwen.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, smollm.SMOLLM3, olmo.OLMO2, olmo.OLMO3, olmo.OLMOE,
+    granite.GRANITE, phi.PHI3, gpt_oss.GPT_OSS,
 )  # fmt: skip
 BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES}
 BY_CLASS: dict[str, Family] = {name: family for family in FAMILIES for name in family.classes}

@@ -262,8 +262,7 @@ def _tiny_config(config: ModelConfig | None = None) -> ModelConfig:
         )  # fmt: skip
     sizes = {name: getattr(tiny, name) for name in SIZES if name != "num_hidden_layers"}
     return replace(
-        config, **sizes, num_hidden_layers=len(layers), rope=tiny.rope, experts=experts,
-        local_rope=None if config.local_rope is None else tiny.rope,
+        config, **sizes, num_hidden_layers=len(layers), rope=tiny.rope, local_rope=None, experts=experts,
         no_rope_layers=tuple(i for i, layer in enumerate(layers) if layer in config.no_rope_layers),
         layer_types=tuple(config.layer_types[layer] for layer in layers) if config.layer_types else (),
         bos_token_id=None, eos_token_ids=(),

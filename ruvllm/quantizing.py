@@ -23,6 +23,7 @@ from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.rope import frequencies
 from ruvllm.progress import tqdm
 
 # Type of the matrices: its name in files, and llama.cpp's number for files of it (llama_ftype).
@@ -111,6 +112,24 @@ def _require_same_model(checkpoint: Checkpoint, written: Path) -> None:
             checkpoint.path, field="layer_types", found=f"windows {windows[0][:8]}",
             expected=f"windows {windows[1][:8]}, as in all such GGUF files",
         )  # fmt: skip
+    for i in range(expected.num_hidden_layers):
+        rotation, other = _rotation(expected, i), _rotation(found, i)
+        if rotation.shape != other.shape or not np.allclose(rotation, other, rtol=1e-5, atol=0):
+            ropes = [config.ropes[config.rope_index(i) or 0] for config in (expected, found)]
+            told = [f"base {rope.theta:g}, scaling {rope.scaling}, factor {rope.factor:g}" for rope in ropes]
+            raise ModelFormatError(
+                checkpoint.path, field=f"rope of layer {i}", found=told[0],
+                expected=f"{told[1]}, as in all such GGUF files",
+            )  # fmt: skip
+
+
+def _rotation(config: ModelConfig, layer: int) -> np.ndarray:
+    """The frequencies of a layer's pairs and the factor of its cos and sin, in a short context and in a long one."""
+    index = config.rope_index(layer)
+    if index is None:
+        return np.zeros((2, 1))
+    ropes = [config.ropes[index].for_context(capacity) for capacity in (1, config.max_position_embeddings)]
+    return np.array([[*frequencies(rope, config.head_dim), rope.attention_factor] for rope in ropes])
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | None) -> None:

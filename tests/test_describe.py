@@ -57,6 +57,8 @@ def test_experts(tmp_path: Path) -> None:
 
 def test_ropes(tmp_path: Path) -> None:
     assert of("smollm3", tmp_path / "smollm3")["rope"] == "base 2,000,000; none in layer 3"
+    assert of("olmo3", tmp_path / "olmo3")["rope"] == "base 500,000, scaling yarn; of windowed layers: base 500,000"
+    assert of("olmo3_alike", tmp_path / "alike")["rope"] == "base 500,000"
     assert of("phi4_mini", tmp_path / "phi")["rope"] == "base 10,000, scaling longrope, 12 of 16 rotated"
 
 

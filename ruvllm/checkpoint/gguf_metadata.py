@@ -24,8 +24,8 @@ from ruvllm.checkpoint.tokenizer.keys import END_NAMES, NAMED, NFC, PREFIX
 from ruvllm.checkpoint.tokenizer.rows import with_rows
 from ruvllm.checkpoint.tokenizer_agreement import require_agreement
 from ruvllm.errors import ModelFormatError
-from ruvllm.kernels.rope.frequencies import rope_inv_freq
-from ruvllm.model.config import ModelConfig
+from ruvllm.model.config import ModelConfig, RopeConfig
+from ruvllm.model.rope import frequencies
 from ruvllm.model.rope_config import YARN, yarn_attention_factor
 
 # Text that the pre-tokenizers known by name split differently: letters, digits, spaces, lines, scripts, marks.
@@ -111,12 +111,9 @@ def rope_factors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         return {name: np.array(factors, np.float32) for name, factors in pairs}
     if rope.scaling in (None, "linear", *YARN):
         return {}
-    dim = rope.rotary_dim or config.head_dim
-    scaled = rope_inv_freq(
-        dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
-        rope.original_max_position, rope.factors,
-    )  # fmt: skip
-    return {GGUF_ROPE_FACTORS: (rope_inv_freq(dim, rope.theta) / scaled).astype(np.float32)}
+    plain = RopeConfig(theta=rope.theta, rotary_dim=rope.rotary_dim)
+    divisors = frequencies(plain, config.head_dim) / frequencies(rope, config.head_dim)
+    return {GGUF_ROPE_FACTORS: divisors.astype(np.float32)}
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
         }
         rope, local = ropes_of(keys, sizes, family.partial_rotary)
         choices |= family.hf_choices(keys, sizes)
-        if local is not None:
+        if local is not None:  # instead of what older keys say
             choices["local_rope"] = local
         return ModelConfig(**choices, rope=rope)
     except ConfigError as error:

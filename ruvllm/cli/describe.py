@@ -72,9 +72,7 @@ def _attention(config: ModelConfig) -> str:
 
 
 def _ropes(config: ModelConfig) -> str:
-    text = _rope(config.rope, config.head_dim)
-    if config.local_rope is not None:
-        text += f"; of windowed layers: {_rope(config.local_rope, config.head_dim)}"
+    text = "; of windowed layers: ".join(_rope(rope, config.head_dim) for rope in config.ropes)
     if config.no_rope_layers:
         text += f"; none in {_where(list(config.no_rope_layers), config)}"
     return text

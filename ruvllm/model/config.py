@@ -209,13 +209,15 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The rotary embeddings that layers choose from."""
-        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+        if self.local_rope is None or self.local_rope == self.rope:
+            return (self.rope,)
+        return self.rope, self.local_rope
 
     def rope_index(self, layer: int) -> int | None:
         """Which of ``ropes`` a layer uses; None: its heads are not rotated."""
         if layer in self.no_rope_layers:
             return None
-        return 0 if self.local_rope is None or self.window(layer) is None else 1
+        return 0 if len(self.ropes) == 1 or self.window(layer) is None else 1
 
     def has_experts(self, layer: int) -> bool:
         """Whether the feed-forward network of a layer is a mixture of experts."""

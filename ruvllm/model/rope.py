@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ruvllm.kernels.rope.frequencies import rope_tables
+from ruvllm.kernels.rope.frequencies import rope_inv_freq
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.rope_config import RopeConfig
 
@@ -36,9 +36,14 @@ class RopeTables:
 
 def angles(rope: RopeConfig, positions: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin (T, R/2) float32 of the angles at ``positions`` (T,), times the rope's attention factor."""
-    cos, sin = rope_tables(
-        positions, rope.rotary_dim or head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor,
+    turned = positions[:, None] * frequencies(rope, head_dim)
+    factor = np.float32(rope.attention_factor)
+    return np.cos(turned).astype(np.float32) * factor, np.sin(turned).astype(np.float32) * factor
+
+
+def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position (R/2,) of each pair, after a scaling that is one ``for_context``."""
+    return rope_inv_freq(
+        rope.rotary_dim or head_dim, rope.theta, rope.scaling, rope.factor, rope.low_freq_factor,
         rope.high_freq_factor, rope.original_max_position, rope.factors,
     )  # fmt: skip
-    factor = np.float32(rope.attention_factor)
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

@@ -21,10 +21,10 @@ WITHOUT = {"olmoe_clipped"}  # refused by name
 RUNNING = tuple(variant for variant in tiny_checkpoints.VARIANTS if variant not in WITHOUT)
 # What a GGUF file of the family cannot say, as read from the directory, and the field that an error names.
 UNSAID = {
-    "gemma2_scaled": "attention_scale", "gemma3_layers": "attention_scale", "gpt_oss": "swiglu_limit",
-    "llama_dynamic": "model", "llama_yarn_factor": "model", "llama_yarn_mscale": "model", "ministral": "layer_types",
-    "qwen2_moe_mixed": "experts", "qwen2_window": "layer_types", "qwen3_moe_mixed": "experts",
-    "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
+    "gemma2_scaled": "attention_scale", "gemma3_layers": "attention_scale", "gemma3_nested": "attention_scale",
+    "gpt_oss": "swiglu_limit", "llama_dynamic": "model", "llama_yarn_factor": "model", "llama_yarn_mscale": "model",
+    "ministral": "layer_types", "qwen2_moe_mixed": "experts", "qwen2_window": "layer_types",
+    "qwen3_moe_mixed": "experts", "qwen3_window": "layer_types", "smollm3_layers": "no_rope_layers",
 }  # fmt: skip
 # A GGUF file of the converter's conventions, and one that ``quantize`` wrote.
 FILES = [(variant, "gguf") for variant in RUNNING if variant in tiny_gguf.VARIANTS]
@@ -91,3 +91,13 @@ def test_what_a_gguf_file_cannot_say_is_refused(variant: str, tmp_path: Path) ->
     with pytest.raises(ModelFormatError, match=f": {UNSAID[variant]}: found "):
         quantize(directory, tmp_path / "written.gguf", "f32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "olmo3"])
+def test_a_scaling_of_windowed_layers_is_refused(variant: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoints.read(variant)
+    rope = {**checkpoint.new_config["rope_parameters"], "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    scaled = dataclasses.replace(checkpoint, new_config={**checkpoint.new_config, "rope_parameters": rope})
+    directory = tiny_checkpoints.write_checkpoint(tmp_path / "model", scaled, new=True)
+    with pytest.raises(ModelFormatError, match="rope of layer 0: found base .*, scaling linear, factor 2"):
+        quantize(directory, tmp_path / "written.gguf", "f32")

@@ -8,7 +8,7 @@ from typing import Any
 from ruvllm.checkpoint.families.choices import biased, gguf_window_values, gguf_windows, windows
 from ruvllm.checkpoint.family import Choices, Family, Sizes
 from ruvllm.checkpoint.fields import Fields
-from ruvllm.model.config import SLIDING, ModelConfig, RopeConfig
+from ruvllm.model.config import ModelConfig, RopeConfig
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the older name also means the tanh approximation here
 _LOCAL_THETA = 10000.0
@@ -38,15 +38,12 @@ def _gemma2(keys: Fields, sizes: Sizes) -> Choices:
 def _gemma3(keys: Fields, sizes: Sizes) -> Choices:
     window = keys.default("sliding_window", int, 4096)
     pattern = keys.get("sliding_window_pattern", int) or keys.get("_sliding_window_pattern", int) or 6
-    choices = {
+    return {
         **_hf_common(keys, sizes), **windows(keys, sizes, window, lambda i: (i + 1) % pattern != 0), "norms": "both",
         "qk_norm": "head", "attention_multiplier": _scale(keys),
         "final_logit_softcapping": _optional(keys, "final_logit_softcapping", None),
+        "local_rope": RopeConfig(theta=keys.default("rope_local_base_freq", float, _LOCAL_THETA)),
     }  # fmt: skip
-    parameters = keys.get("rope_parameters", dict) or {}
-    if not isinstance(parameters.get(SLIDING), dict):  # else both are read from there
-        choices["local_rope"] = RopeConfig(theta=keys.default("rope_local_base_freq", float, _LOCAL_THETA))
-    return choices
 
 
 def _scale(keys: Fields) -> float:

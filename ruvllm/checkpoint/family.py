@@ -62,11 +62,13 @@ class Family:
         classes: what ``architectures`` in config.json may hold.
         architecture: ``general.architecture`` of a GGUF file.
         hf_choices: from the keys of config.json and the sizes, the fields of ModelConfig that are not common to all.
-        gguf_choices: the same from GGUF metadata, whose keys are read without the architecture's name.
+        gguf_choices: the same from GGUF metadata, whose keys are read without the architecture's name. Of families
+            with one architecture the first in ``FAMILIES`` reads them; it may say the ``model_type`` of another.
         gguf_values: the reverse: keys without the architecture's name, for a configuration.
         defaults: keys of config.json whose default in transformers is not LLaMA's.
         hf_names, gguf_names: names of a layer's tensors where they differ from LLaMA's.
         hf_fused, gguf_fused: parts of a layer that are stored in a larger tensor.
+        activations: what ``hidden_act`` may be; empty: ``hf_choices`` sees to it.
         interleaved: GGUF files hold the rows of q and k with the two of a RoPE pair as neighbours.
         norm_offset: added to a norm's weight from safetensors.
         partial_rotary: ``partial_rotary_factor`` may rotate a part of each head.
@@ -83,6 +85,7 @@ class Family:
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     hf_fused: Fused = lambda config: {}
     gguf_fused: Fused = lambda config: {}
+    activations: tuple[str, ...] = ("silu", "swish")
     interleaved: bool = False
     norm_offset: float = 0.0
     partial_rotary: bool = False

@@ -131,8 +131,8 @@ def _with_defaults(keys: Fields, family: Family) -> Fields:
 def _check_supported(keys: Fields, family: Family) -> None:
     """Refuse by name what would need other kernels."""
     activation = keys.default("hidden_act", str, "silu")
-    if activation not in ("silu", "swish") and not family.model_type.startswith("gemma"):
-        raise keys.error("hidden_act", activation, "'silu'")
+    if family.activations and activation not in family.activations:
+        raise keys.error("hidden_act", activation, repr(family.activations[0]))
 
 
 def _sizes(keys: Fields) -> Sizes:

@@ -101,19 +101,19 @@ _DEFAULTS = {
 
 GEMMA = Family(
     model_type="gemma", classes=("GemmaForCausalLM",), architecture="gemma", hf_choices=_hf_common,
-    gguf_choices=lambda meta, sizes: _common(sizes), norm_offset=1.0,
+    gguf_choices=lambda meta, sizes: _common(sizes), norm_offset=1.0, activations=(),
     defaults=_DEFAULTS | {"num_key_value_heads": 16},
 )  # fmt: skip
 GEMMA2 = Family(
     model_type="gemma2", classes=("Gemma2ForCausalLM",), architecture="gemma2", hf_choices=_gemma2,
-    gguf_choices=_gguf_gemma2, gguf_values=lambda config: _values(config, 2), norm_offset=1.0, hf_names=_NORMS,
+    gguf_choices=_gguf_gemma2, gguf_values=lambda config: _values(config, 2), norm_offset=1.0, activations=(),
+    hf_names=_NORMS,
     defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )  # fmt: skip
 GEMMA3 = Family(
     model_type="gemma3_text", classes=("Gemma3ForCausalLM", "Gemma3TextForCausalLM", "Gemma3ForConditionalGeneration"),
     architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3,
-    gguf_values=lambda config: _values(config, 6), norm_offset=1.0,
-    hf_names=_NORMS,
+    gguf_values=lambda config: _values(config, 6), norm_offset=1.0, activations=(), hf_names=_NORMS,
     defaults=_DEFAULTS | {
         "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6, "vocab_size": 262208,
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,

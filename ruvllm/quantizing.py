@@ -97,8 +97,14 @@ def quantize(
 
 def _require_same_model(checkpoint: Checkpoint, written: Path) -> None:
     """Raise ModelFormatError where a GGUF file of this family cannot say what the model does."""
-    with open_gguf(written) as file:
-        found = config_from_gguf(file)
+    try:
+        with open_gguf(written) as file:
+            found = config_from_gguf(file)
+    except ModelFormatError as error:
+        raise ModelFormatError(
+            checkpoint.path, field=error.field, found="a model that such GGUF files cannot describe",
+            expected=error.expected,
+        ) from None  # fmt: skip
     expected = checkpoint.config
     for name in _ARITHMETIC:
         wanted, read = getattr(expected, name), getattr(found, name)
@@ -164,7 +170,7 @@ def _file_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], li
     for name in checkpoint.names():
         tensor, place = checkpoint.tensor(name), places[name]
         shape = place.file_shape(tensor.shape)
-        parts = found.setdefault(place.name, (shape[1:] if shape[0] == 1 else shape, []))[1]
+        parts = found.setdefault(place.name, (shape[1:] if name.endswith("shared_gate") else shape, []))[1]
         parts.append(_interleaved(config, name, tensor) if family.interleaved else tensor)
     return found
 

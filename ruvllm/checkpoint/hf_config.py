@@ -51,9 +51,10 @@ def config_from_directory(directory: Path) -> ModelConfig:
     keys = _with_defaults(_text_keys(outer), family)
     _check_supported(keys, family)
     sizes = _sizes(keys)
-    ends, ends_of = listed_ends(outer, read_if_there(directory / "generation_config.json", MAX_CONFIG_BYTES))
+    says_ends = outer if "eos_token_id" in outer else _text_keys(outer)
+    ends, ends_of = listed_ends(says_ends, read_if_there(directory / "generation_config.json", MAX_CONFIG_BYTES))
     default_end = family.defaults.get("eos_token_id", _DEFAULTS["eos_token_id"])
-    if not ends and "eos_token_id" not in outer and default_end is not None:
+    if not ends and "eos_token_id" not in says_ends and default_end is not None:
         ends = (default_end,)
     try:
         choices: dict[str, Any] = {

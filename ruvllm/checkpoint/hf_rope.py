@@ -17,12 +17,23 @@ def ropes_of(keys: Fields, sizes: Sizes, partial: bool) -> tuple[RopeConfig, Rop
     As in transformers, a `rope_scaling` that is not empty overrides `rope_parameters`, and values within them
     override those next to them. partial: whether models of this family may rotate a part of a head.
     """
-    where = "rope_scaling" if keys.get("rope_scaling", dict) else "rope_parameters"
-    rope = Fields(keys.path, keys.get(where, dict) or {}, prefix=f"{where}.")
-    if not isinstance(rope.values.get(FULL), dict):
-        return _rope(keys, rope, sizes, partial), None
-    full, local = (Fields(keys.path, rope.require(kind, dict), f"{where}.{kind}.") for kind in (FULL, SLIDING))
-    return _rope(keys, full, sizes, partial), _rope(keys, local, sizes, partial)
+    scaling, parameters = keys.get("rope_scaling", dict) or {}, keys.get("rope_parameters", dict) or {}
+    if isinstance(parameters.get(FULL), dict):  # of full layers scaling is overridden, windowed ones have none
+        nested = Fields(keys.path, parameters, prefix="rope_parameters.")
+        full = Fields(keys.path, parameters[FULL] | scaling, f"{nested.prefix}{FULL}.")
+        local = Fields(keys.path, _local_theta(keys) | (nested.get(SLIDING, dict) or {}), f"{nested.prefix}{SLIDING}.")
+        return _rope(keys, full, sizes, partial), _rope(keys, local, sizes, partial)
+    where = "rope_scaling" if scaling else "rope_parameters"
+    return _rope(keys, Fields(keys.path, scaling or parameters, prefix=f"{where}."), sizes, partial), None
+
+
+def _local_theta(keys: Fields) -> dict[str, float]:
+    """The base of windowed layers where their own parameters do not say it."""
+    theta = keys.get("rope_local_base_freq", float)
+    return {} if theta is None else {"rope_theta": theta}
+
+
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def _rope(keys: Fields, rope: Fields, sizes: Sizes, partial: bool) -> RopeConfig:
@@ -62,10 +73,13 @@ def _rotary_dim(keys: Fields, rope: Fields, sizes: Sizes, partial: bool) -> int 
 
 
 def _original(keys: Fields, rope: Fields) -> int:
-    found = keys.get("original_max_position_embeddings", int)
-    if found is None:
-        found = rope.get("original_max_position_embeddings", int)
-    return keys.require("max_position_embeddings", int) if found is None else found
+    for holder, key in ((keys, _ORIGINAL), (rope, _ORIGINAL), (keys, "max_position_embeddings")):
+        found = holder.get(key, int)
+        if found is not None:
+            if found < 1:
+                raise holder.error(key, found, "a positive integer")
+            return found
+    return keys.require("max_position_embeddings", int)
 
 
 def _plain(keys: Fields, rope: Fields, theta: float, dim: int | None) -> RopeConfig:

@@ -61,6 +61,10 @@ class ExpertsConfig:
             require_boolean(f"experts.{flag}", getattr(self, flag))
         if self.shared_intermediate_size:
             require_integer("experts.shared_intermediate_size", self.shared_intermediate_size)
+        elif self.shared_gate:
+            raise ConfigError("experts.shared_gate", True, "False without a shared expert")
+        if not isinstance(self.layers, tuple | None):
+            raise ConfigError("experts.layers", self.layers, "a tuple or None")
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,11 @@ class ModelConfig:
         self._check_tokens()
 
     def _check_layers(self) -> None:
+        if self.experts is not None and not isinstance(self.experts, ExpertsConfig):
+            raise ConfigError("experts", self.experts, "an ExpertsConfig")
+        for name in ("layer_types", "no_rope_layers"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ConfigError(name, getattr(self, name), "a tuple")
         if self.sliding_window is not None:
             require_integer("sliding_window", self.sliding_window)
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -185,7 +194,7 @@ class ModelConfig:
         chosen = () if self.experts is None else self.experts.layers or ()
         for name, layers in (("no_rope_layers", self.no_rope_layers), ("experts.layers", chosen)):
             for layer in layers:
-                if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+                if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.num_hidden_layers:
                     raise ConfigError(name, layer, f"layers from 0 to {self.num_hidden_layers - 1}")
 
     def _check_tokens(self) -> None:

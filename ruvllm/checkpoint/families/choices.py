@@ -71,6 +71,9 @@ def sparse_layers(keys: Fields, sizes: Sizes) -> tuple[int, ...] | None:
     step, dense = keys.default("decoder_sparse_step", int, 1), keys.get("mlp_only_layers", list) or []
     if step < 1:
         raise keys.error("decoder_sparse_step", step, "a positive integer")
+    for layer in dense:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < sizes.layers:
+            raise keys.error("mlp_only_layers", layer, f"layers from 0 to {sizes.layers - 1}")
     layers = tuple(i for i in range(sizes.layers) if i not in dense and (i + 1) % step == 0)
     return None if len(layers) == sizes.layers else layers
 

@@ -12,6 +12,7 @@ from ruvllm.model.config import ModelConfig, RopeConfig
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the older name also means the tanh approximation here
 _LOCAL_THETA = 10000.0
+_SCORE_CAP, _LOGIT_CAP = 50.0, 30.0  # of Gemma 2, where a file does not say
 
 
 def _common(sizes: Sizes) -> Choices:
@@ -30,14 +31,16 @@ def _gemma2(keys: Fields, sizes: Sizes) -> Choices:
     return {
         **_hf_common(keys, sizes), **windows(keys, sizes, window, lambda i: i % 2 == 0), "norms": "both",
         "attention_multiplier": _scale(keys),
-        "attn_logit_softcapping": _optional(keys, "attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": _optional(keys, "final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": _optional(keys, "attn_logit_softcapping", _SCORE_CAP),
+        "final_logit_softcapping": _optional(keys, "final_logit_softcapping", _LOGIT_CAP),
     }  # fmt: skip
 
 
 def _gemma3(keys: Fields, sizes: Sizes) -> Choices:
     window = keys.default("sliding_window", int, 4096)
     pattern = keys.get("sliding_window_pattern", int) or keys.get("_sliding_window_pattern", int) or 6
+    if pattern < 1:
+        raise keys.error("sliding_window_pattern", pattern, "a positive integer")
     return {
         **_hf_common(keys, sizes), **windows(keys, sizes, window, lambda i: (i + 1) % pattern != 0), "norms": "both",
         "qk_norm": "head", "attention_multiplier": _scale(keys),
@@ -67,8 +70,8 @@ def _gguf_gemma2(meta: Fields, sizes: Sizes) -> Choices:
     return {
         **_common(sizes), **gguf_windows(meta, sizes, window, 2), "norms": "both",
         "attention_multiplier": _gguf_scale(sizes, 46),
-        "attn_logit_softcapping": meta.get("attn_logit_softcapping", float),
-        "final_logit_softcapping": meta.get("final_logit_softcapping", float),
+        "attn_logit_softcapping": meta.default("attn_logit_softcapping", float, _SCORE_CAP),
+        "final_logit_softcapping": meta.default("final_logit_softcapping", float, _LOGIT_CAP),
     }  # fmt: skip
 
 
@@ -115,7 +118,8 @@ GEMMA3 = Family(
     architecture="gemma3", hf_choices=_gemma3, gguf_choices=_gguf_gemma3,
     gguf_values=lambda config: _values(config, 6), norm_offset=1.0, activations=(), hf_names=_NORMS,
     defaults=_DEFAULTS | {
-        "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6, "vocab_size": 262208,
+        "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6,
+        "rope_local_base_freq": _LOCAL_THETA, "vocab_size": 262208,
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     },
 )  # fmt: skip

@@ -61,6 +61,11 @@ def _hf_fused(config: ModelConfig) -> dict[str, Place]:
     }  # fmt: skip
 
 
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
 GPT_OSS = Family(
     model_type="gpt_oss", classes=("GptOssForCausalLM",), architecture="gpt-oss", hf_choices=_gpt_oss,
     gguf_choices=_gguf, gguf_values=_gguf_values, hf_fused=_hf_fused,
@@ -71,6 +76,6 @@ GPT_OSS = Family(
     gguf_names={"mlp_norm": "post_attention_norm.weight"},
     defaults={
         "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
-        "max_position_embeddings": 131072, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": _YARN, "max_position_embeddings": 131072, "bos_token_id": None, "eos_token_id": None,
     },
 )  # fmt: skip

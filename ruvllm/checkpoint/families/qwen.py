@@ -34,7 +34,7 @@ def _qwen3_moe(keys: Fields, sizes: Sizes) -> Choices:
 
 
 def _experts(keys: Fields, sizes: Sizes, shared: bool) -> ExpertsConfig:
-    count = keys.get("num_experts", int) or keys.require("num_local_experts", int)
+    count = keys.require("num_experts" if "num_experts" in keys else "num_local_experts", int)
     size = keys.require("moe_intermediate_size", int)
     shared_size = keys.require("shared_expert_intermediate_size", int) if shared else 0
     return ExpertsConfig(

@@ -11,6 +11,8 @@ _EVERY = 4
 
 def _smollm3(keys: Fields, sizes: Sizes) -> Choices:
     every = keys.default("no_rope_layer_interval", int, _EVERY)
+    if every < 1:
+        raise keys.error("no_rope_layer_interval", every, "a positive integer")
     rotated = keys.get("no_rope_layers", list)  # the key's name says the opposite: 1 means a layer that rotates
     if rotated is None:
         rotated = [int((i + 1) % every != 0) for i in range(sizes.layers)]

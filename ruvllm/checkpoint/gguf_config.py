@@ -131,6 +131,7 @@ def _check_neutral(own: Fields, config: ModelConfig) -> None:
     else:
         own.require_plain("expert_weights_scale", (0.0, 1.0))
         own.require_plain("expert_gating_func", (0, 1, 3))  # 1: softmax over all, 3: over the chosen
+    own.require_plain("rope.dimension_count", (config.rope.rotary_dim or config.head_dim,))
     own.require_plain("attention.value_length", (config.head_dim,))
     own.require_plain("attention.causal", (True,))
     asked = own.get("attention.scale", float)

@@ -6,6 +6,7 @@ from ruvllm.checkpoint.family import Family, Sizes
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf_split import AnyGGUF
 from ruvllm.checkpoint.names import GGUF_LONG_FACTORS, GGUF_ROPE_FACTORS, GGUF_SHORT_FACTORS
+from ruvllm.errors import ModelFormatError
 from ruvllm.model.rope_config import RopeConfig, yarn_attention_factor
 
 # Whether YaRN rounds its limits: GPT-OSS does not. No key of llama.cpp, which always does.
@@ -18,9 +19,7 @@ def rope_of(file: AnyGGUF, own: Fields, sizes: Sizes, family: Family) -> RopeCon
     theta = own.get("rope.freq_base", float)
     theta = 10000.0 if theta is None else theta
     dim = own.get("rope.dimension_count", int)
-    if dim is not None and not family.partial_rotary:
-        own.require_plain("rope.dimension_count", (sizes.head_dim,))
-    rotary_dim = None if dim in (None, sizes.head_dim) else dim
+    rotary_dim = dim if family.partial_rotary and dim != sizes.head_dim else None
     scaling, attention = own.get("rope.scaling.type", str), own.get("rope.scaling.attn_factor", float)
     if scaling not in (None, "none", "linear", "yarn", "longrope"):
         raise own.error("rope.scaling.type", scaling, "'none', 'linear', 'yarn' or 'longrope'")
@@ -31,7 +30,7 @@ def rope_of(file: AnyGGUF, own: Fields, sizes: Sizes, family: Family) -> RopeCon
             original_max_position=own.require("rope.scaling.original_context_length", int), rotary_dim=rotary_dim,
         )  # fmt: skip
     if scaling == "longrope":
-        raise own.error(f"tensor {GGUF_SHORT_FACTORS!r}", "no such tensor", "the divisors of LongRoPE")
+        raise own.error("rope.scaling.type", scaling, f"another, without a tensor {GGUF_SHORT_FACTORS!r}")
     factor = own.get("rope.scaling.factor", float)
     if factor is None:
         factor = own.get("rope.scale_linear", float)  # the key's name before August 2023
@@ -53,9 +52,10 @@ def rope_of(file: AnyGGUF, own: Fields, sizes: Sizes, family: Family) -> RopeCon
 
 
 def _divisors(file: AnyGGUF, own: Fields, name: str) -> tuple[float, ...]:
+    expected = "one divisor for each pair of a head"
     if name not in file.tensors:
-        raise own.error(f"tensor {name!r}", "no such tensor", "one divisor for each pair of a head")
+        raise ModelFormatError(own.path, field=f"tensor {name!r}", found="no such tensor", expected=expected)
     tensor = file.tensor(name)
     if len(tensor.shape) != 1 or tensor.shape[0] > _MAX_PAIRS:
-        raise own.error(f"tensor {name!r} shape", tensor.shape, "one divisor for each pair of a head")
+        raise ModelFormatError(own.path, field=f"tensor {name!r} shape", found=tensor.shape, expected=expected)
     return tuple(map(float, tensor.float32()[0]))

@@ -18,7 +18,8 @@ def ropes_of(keys: Fields, sizes: Sizes, partial: bool) -> tuple[RopeConfig, Rop
     override those next to them. partial: whether models of this family may rotate a part of a head.
     """
     scaling, parameters = keys.get("rope_scaling", dict) or {}, keys.get("rope_parameters", dict) or {}
-    if isinstance(parameters.get(FULL), dict):  # of full layers scaling is overridden, windowed ones have none
+    by_type = "layer_types" in keys or "rope_local_base_freq" in keys  # others have one kind of layer
+    if by_type and isinstance(parameters.get(FULL), dict):  # ``rope_scaling`` is that of full layers
         nested = Fields(keys.path, parameters, prefix="rope_parameters.")
         full = Fields(keys.path, parameters[FULL] | scaling, f"{nested.prefix}{FULL}.")
         local = Fields(keys.path, _local_theta(keys) | (nested.get(SLIDING, dict) or {}), f"{nested.prefix}{SLIDING}.")

@@ -68,7 +68,7 @@ def test_optional_keys(rewritten, metadata, expected):
 @pytest.mark.parametrize(
     ("metadata", "field"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture"),
+        ({"general.architecture": "mamba"}, "general.architecture"),
         ({"general.type": "adapter"}, "general.type"),
         ({"split.count": 3}, "split.no"),
         ({"split.count": "3"}, "split.count"),
@@ -91,7 +91,7 @@ def test_optional_keys(rewritten, metadata, expected):
         ({"llama.attention.value_length": 8}, "llama.attention.value_length"),
         ({"llama.rope.dimension_count": 6}, "llama.rope.dimension_count"),
         ({"llama.rope.dimension_count": 11}, "llama.rope.dimension_count"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type"),
+        ({"llama.rope.scaling.type": "spiral"}, "llama.rope.scaling.type"),
         ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type"),
         ({"llama.rope.scaling.factor": -2.0}, "llama.rope.scaling.factor"),
         ({"llama.rope.scaling.attn_factor": 1.2}, "llama.rope.scaling.attn_factor"),
@@ -102,7 +102,7 @@ def test_optional_keys(rewritten, metadata, expected):
         ({"llama.attention.scale": 0.5}, "llama.attention.scale"),
         ({"llama.attention.causal": False}, "llama.attention.causal"),
         ({"llama.attention.sliding_window": -1}, "llama.attention.sliding_window"),
-        ({"llama.expert_count": 8}, "llama.expert_count"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count"),
         ({"llama.block_count": (1 << 31) - 1}, "llama.block_count"),
         ({"llama.embedding_length": (1 << 31) - 8}, "llama.embedding_length"),
         ({"tokenizer.ggml.bos_token_id": 97}, "tokenizer.ggml.bos_token_id"),

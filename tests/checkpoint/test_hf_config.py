@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ruvllm.checkpoint.hf_config import config_from_directory
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import RopeConfig
@@ -96,15 +97,21 @@ def test_llama_has_no_window(edited):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architectures"),
-        ({"architectures": ..., "model_type": "gemma"}, "model_type"),
+        ({"architectures": ["MambaForCausalLM"]}, "architectures"),
+        ({"architectures": ..., "model_type": "mamba"}, "model_type"),
         ({"architectures": ..., "model_type": ...}, "model_type"),
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
         ({"model_type": "mistral"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_scaling.rope_type"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -2.0}}, "rope_scaling.factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters.short_factor"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]},
+             "original_max_position_embeddings": 0},
+            "original_max_position_embeddings",
+        ),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
@@ -249,3 +256,17 @@ def test_integer_weights_are_refused(edited):
     weight = np.ones((48, 48), np.int8)
     with pytest.raises(ModelFormatError, match="I8"):
         open_checkpoint(resave(edited(), **{"model__layers__0__self_attn__q_proj__weight": weight}))
+
+
+def test_rope_parameters_by_layer_type(edited):
+    """As transformers merges them: ``rope_scaling`` is that of full layers; windowed ones have a base of their own."""
+    gemma = {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "rope_theta": ...,
+        "hidden_act": ..., "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 3e3}},
+    }  # fmt: skip
+    config = config_from_directory(edited(**gemma))
+    assert config.rope == RopeConfig(5e5, "linear", 8.0) and config.local_rope == RopeConfig(3e3)
+    config = config_from_directory(edited(**gemma | {"rope_parameters": {"full_attention": {}}, "rope_scaling": ...}))
+    assert config.rope == RopeConfig(1e6) and config.local_rope == RopeConfig(1e4)

@@ -32,7 +32,7 @@ def load(
 
     Args:
         path: a .gguf file (of several parts the first), a Hugging Face directory with config.json, tokenizer.json and
-            safetensors, or a name that ``ruvllm pull`` takes, fetched if need be: "smollm2-135m", "gemma3-270m", or on
+            safetensors, or a name that ``ruvllm pull`` takes, fetched if needed: "smollm2-135m", "gemma3-270m", or on
             the Hugging Face Hub "OWNER/NAME" (a directory), "OWNER/NAME:Q4_K_M", "OWNER/NAME/file.gguf".
         weights: how weights are kept in memory: "auto" keeps the precision of the file, so that a 4-bit file runs on
             4-bit weights; "f32", "f16", "bf16", "int8", "int4" convert all matrices.
@@ -41,12 +41,12 @@ def load(
         progress: show progress bars; None: where stderr is a terminal or a notebook.
 
     Returns:
-        The model with its tokenizer, ready to generate; the file may go.
+        The model with its tokenizer, ready to generate; the file is no longer needed.
 
     Raises:
         FileNotFoundError: neither a known name nor an existing path.
         ModelFormatError: not a model that this library can run.
-        InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the memory that is free.
+        InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the free memory.
         DownloadError: a name that could not be fetched.
         ValueError: unknown ``weights``, or threads < 1.
     """
@@ -77,7 +77,7 @@ def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
 
 
 def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> int:
-    """Bytes that the weights of a model take once they are loaded as ``weights``; see ``load``."""
+    """Bytes of a model's weights when loaded as ``weights``; see ``load``."""
     layouts = choose_layouts(checkpoint.config, checkpoint, weights)
     total = 0
     for name, shape in checkpoint.config.tensor_shapes().items():

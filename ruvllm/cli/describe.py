@@ -1,4 +1,4 @@
-"""What a configuration says of a model, in words: family, attention, windows, rotary embedding, experts."""
+"""A configuration in words: family, attention, windows, rotary embedding, experts."""
 
 from __future__ import annotations
 

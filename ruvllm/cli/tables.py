@@ -1,4 +1,4 @@
-"""Tables of the command line: what a model takes in memory, and what this machine is."""
+"""Tables of the command line: the memory of models, and this machine."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ KV_TOKENS = 1000
 
 
 def show(content: Any, stderr: bool = False, **options: Any) -> None:
-    """Print a table or text: colours on a terminal alone (NO_COLOR unset), no wrapping in a pipe."""
+    """Print a table or text: colours only on a terminal (unless NO_COLOR is set), no wrapping in a pipe."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
-    # Captured first: rich itself would end the program where the reader of a pipe has gone.
+    # Captured first: rich itself would end the program when the reader of a pipe is gone.
     with console.capture() as rendered:
         console.print(content, **options)
     print(rendered.get(), end="", file=stream, flush=True)
 
 
 def show_memory(names: list[str]) -> None:
-    """Print what models take: parameters and weights at FP16, INT8, INT4; then their KV caches."""
+    """Print the sizes of models: parameters and weights at FP16, INT8, INT4; then their KV caches."""
     from rich import box
     from rich.table import Table
 
@@ -72,7 +72,7 @@ def _config_of(name: str) -> ModelConfig:
 
 
 def show_info(model: str | None) -> None:
-    """Print this machine as the library sees it, and the model where one is named."""
+    """Print this machine as the library sees it, and the model if one is named."""
     sections = {"versions": versions(), "machine": machine(), "threads": threads(), "files": _files()}
     if model is not None:
         sections = {"model": _model(model)} | sections
@@ -103,7 +103,7 @@ def _files() -> dict[str, str]:
     except FileNotFoundError as error:
         cached, rows = {}, {"cache": str(error)}
     if kernels is None:
-        rows["compiled kernels"] = "not cached: no private directory can be had"
+        rows["compiled kernels"] = "not cached: there is no private directory"
     else:
         entries = list(os.scandir(kernels))
         rows["compiled kernels"] = f"{kernels} ({len(entries)} files, {size(sum(e.stat().st_size for e in entries))})"

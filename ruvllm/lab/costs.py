@@ -28,7 +28,7 @@ class Layout:
 
     weights, cache: bytes in memory, of the cache at the context's length. bytes_per_token, flops_per_token: read and
     computed for one token at the end of the context. bytes_of_prompt: weights that a prompt of the context's length
-    reads, each once. decode, prefill: tokens/s that the limits allow. limit: what decoding waits for, "memory" or
+    reads, each once. decode, prefill: tokens/s that the limits allow. limit: what bounds decoding, "memory" or
     "arithmetic".
     """
 
@@ -47,7 +47,7 @@ class Layout:
 class Cost(Table):
     """What a model costs at a context of ``context`` tokens, by layout of weights.
 
-    parameters: all; active: those that one token meets, of a mixture of experts fewer.
+    parameters: all; active: those used for one token, fewer for a mixture of experts.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Cost(Table):
         return {x.name: x for x in self.layouts}[layout]
 
     def heading(self) -> str:
-        """One line: which model, and on what it is to run."""
+        """One line: the model, and the machine's limits."""
         threads = f"{self.peaks.threads} thread{'s' * (self.peaks.threads > 1)}"
         memory = f"memory {self.peaks.memory / 1e9:.0f} GB/s"
         active = f" ({self.active / 1e9:.2f} B active)" if self.active < self.parameters else ""
@@ -78,7 +78,7 @@ class Cost(Table):
         found: list[tuple[str, ...]] = [
             (
                 "weights", "memory", "KV cache", "read per token", "GFLOP per token", "decode tok/s <=",
-                "prefill tok/s <=", "decode waits for",
+                "prefill tok/s <=", "decode bound by",
             )
         ]  # fmt: skip
         return found + [
@@ -114,24 +114,24 @@ def cost(
     """Memory, bytes and arithmetic of a model per token, and the tokens/s that this machine's limits allow.
 
     decode <= 1 / max(bytes / read bandwidth, arithmetic / peak); prefill <= context / the same of a prompt of that
-    length, whose tokens see half of it on average, and of which only the last meets the head; where
+    length, whose tokens see half of it on average, and of which only the last needs the head; where
 
     - bytes = all weights (of the embedding one row for each token) + keys and values of the context, or of the window;
     - arithmetic = 2 N K of each matrix + 4 context H D of each layer's attention, at the float32 peak; matrices of
       integers at the integer peak;
-    - of a mixture, a token meets the experts that it is sent to, a prompt as many as its tokens can reach.
+    - of a mixture, a token uses the experts that it is sent to, a prompt as many as its tokens can reach.
 
-    What a model consists of, its layer code says: see ``lab.work``.
+    The operations are those of the layer code: see ``lab.work``.
 
     Args:
         config: a configuration, or the name of a known one ("llama3-8b").
         weights: one or several of LAYOUTS.
         context: tokens that are in the cache.
-        kv: how keys and values are kept, see ``KVCache``.
+        kv: precision of the KV cache, see ``KVCache``.
         peaks: limits; None measures those of this machine, once in a process (three seconds).
 
     Raises:
-        TypeError: no configuration, or a context that is no integer.
+        TypeError: not a configuration, or a context that is not an integer.
         ValueError: an unknown name, layout or kv, or context < 1.
     """
     if isinstance(config, str):

@@ -32,8 +32,8 @@ WAIT = "wait at barrier"
 class Operation:
     """One row of the tape in one pass: what, in which layer (-1: before or after all), for how many tokens, its work.
 
-    start, end: when thread 0 ran it. seconds: mean of all threads. limit: the seconds that the machine's limits allow
-    it at best, on all threads. ``wait at barrier`` is an operation too: there threads wait for the slowest.
+    start, end: when thread 0 ran it. seconds: mean of all threads. limit: the least seconds by the
+    machine's limits, on all threads. ``wait at barrier`` is an operation too: there threads wait for the slowest.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Profile:
     __repr__ = brief
 
     def heading(self) -> str:
-        """One line: the speeds, and what measuring cost."""
+        """One line: the speeds, with and without time stamps."""
         total = sum(end - start for start, end, _ in self.steps)
         return (
             f"{self.untimed:.1f} tokens/s on {self.threads} thread{'s' * (self.threads > 1)}, "
@@ -75,7 +75,7 @@ class Profile:
     def table(self, decode: bool = True, by: str = "name") -> list[tuple[str, ...]]:
         """Time and rates of each operation (``by="name"``) or layer (``by="layer"``); the first row has the headings.
 
-        decode: of the passes of one token; False: of those of several.
+        decode: passes of one token; False: passes of several.
         """
         groups: dict[Any, list[Operation]] = defaultdict(list)
         for operation in self.operations:
@@ -139,8 +139,8 @@ class Profile:
 def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None = None) -> Profile:
     """Generate greedily and time each operation inside the parallel region, on each thread.
 
-    The region that generation always uses takes time stamps before and after each row of its tape: same path, no
-    patches, no cost without a profile. Products of integers are compared with the integer peak,
+    The parallel region of every generation takes time stamps before and after each row of its tape: the same path,
+    without patches, and without cost when there is no profile. Products of integers are compared with the integer peak,
     others with the float32 peak, reads with the bandwidth of memory, or of the smallest cache that holds what an
     operation touches.
 
@@ -169,7 +169,7 @@ def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None 
 
 
 def _tokens_per_second(model: Llama, ids: np.ndarray, max_tokens: int) -> float:
-    """Speed of the tokens after the first, whether or not the model would have ended."""
+    """Speed of the tokens after the first, past the end of the answer too."""
     tokens = generate(model, model.new_cache(len(ids) + max_tokens), ids, Sampling(), max_tokens)
     next(tokens)
     start = time.perf_counter()
@@ -233,7 +233,7 @@ class _Reader:
             times = run.times[run.first :]
             seconds = (times - times[0, 0, 0]) / rate
             for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
-                before, begin, end = seconds[i, times[i, :, 2] > 0].T  # late threads left no stamps before they joined
+                before, begin, end = seconds[i, times[i, :, 2] > 0].T  # late threads have no stamps before they joined
                 if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
                     self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
                 rows = int(run.header[step.count])
@@ -244,7 +244,7 @@ class _Reader:
         name, peak, held = step.label.rsplit(".", 1)[-1], self.peaks.fma, 0.0
         linear = self.linears.get(step.label)
         if linear is not None:
-            # Between two uses of a matrix all others are read: it comes from where the whole model fits.
+            # Between two uses of a matrix all others are read: it comes from the level that holds the whole model.
             held = float(self.model_bytes)
             peak = self.peaks.int8_dot if linear.layout in INTEGER_LAYOUTS else peak
             name = "head" if step.layer < 0 else name

@@ -1,7 +1,7 @@
-"""What the rows of a tape cost: arithmetic, and bytes read and written.
+"""The work of a tape's rows: arithmetic, and bytes read and written.
 
-The layer code, recorded, says which operations a model consists of; this file says what each of them is worth. Profile,
-cost and report count with it, so that no formula repeats what a model computes.
+The recorded layer code lists the operations of a model; this file counts the work of each. Profile, cost and report
+use it, so that no formula repeats what a model computes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ruvllm.model.kv_size import key_value_bytes
 from ruvllm.model.ops.schedule import Step, Value
 from ruvllm.model.weights import matrix_bytes
 
-# Of the operations on rows: arithmetic, and bytes of activations, of each element.
+# Operations on rows: arithmetic, and bytes of activations, per element.
 _ELEMENTS: dict[Operation, tuple[float, float]] = {
     o.rms_norm: (4, 8), o.add: (1, 12), o.silu_mul: (5, 12), o.gelu_mul: (9, 12), o.clamped_swiglu: (9, 12),
     o.scale: (1, 8), o.softcap: (5, 8), o.rope: (3, 8), o.quantize: (4, 5), o.add_bias: (1, 8), o.last_rows: (0, 8),
@@ -58,7 +58,7 @@ def work_of(
 
     Args:
         step: of a tape.
-        rows: how many it is for.
+        rows: their number.
         positions: of the pass's tokens, ascending.
         matrices: bytes of each matrix by its name, of the two of its adapter by (name, "down") and (name, "up").
         key_value: bytes of a key and a value of one head in the cache.
@@ -105,7 +105,7 @@ def _on_elements(operation: Operation, rows: float, a: Mapping[str, Any]) -> Wor
 class PassWork(NamedTuple):
     """Of a whole pass: arithmetic of its matrix products and of attention; bytes of weights, of keys and values.
 
-    Left out is what costs little beside them: arithmetic on single numbers, and activations, which stay in the caches.
+    Element-wise arithmetic and activations, which stay in the caches, are small in comparison and left out.
     """
 
     products: float
@@ -124,10 +124,10 @@ def pass_work(config: ModelConfig, steps: Sequence[Step], layout: str, positions
 
     Args:
         config: of the model.
-        steps: of one pass through it, as ``replay.recorded`` leaves them.
+        steps: of one pass through it, as ``replay.recorded`` returns them.
         layout: of all matrices.
         positions: ascending.
-        kv: how keys and values are kept.
+        kv: precision of the KV cache.
     """
     shapes = config.tensor_shapes()
     matrices: dict[Hashable, float] = {name: matrix_bytes(x, layout) for name, x in shapes.items() if len(x) == 2}

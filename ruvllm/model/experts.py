@@ -1,4 +1,4 @@
-"""MixtureOfExperts: a layer's feed-forward network of many parts, of which a router chooses a few for each token."""
+"""MixtureOfExperts: a feed-forward network of many experts, of which a router chooses a few for each token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MixtureOfExperts(FeedForward):
 
     @property
     def idle_weights(self) -> int:
-        """Weights of the experts that one token does not meet."""
+        """Weights of the experts that one token does not use."""
         matrices: list[Linear] = [*self.gates, *self.ups, *self.downs]
         return sum(matrix.size for matrix in matrices) * (len(self.gates) - self.per_token) // len(self.gates)
 

@@ -1,4 +1,4 @@
-"""Transformer layers of the size of real ones, with random weights, and what they compute in float64."""
+"""Transformer layers of real sizes, with random weights, and their results in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ruvllm.model.reference import Float64
 from ruvllm.model.replay import recorded
 
 ROWS = 256  # distinct rows of weights; a matrix repeats them, each copy in its own memory
-CONTEXT = 16  # tokens before the one that is timed
+CONTEXT = 16  # tokens before the timed one
 TOKEN = 1
 _VOCABULARY = 512
 
@@ -31,7 +31,7 @@ def _block(columns: int) -> np.ndarray:
 
 
 class RepeatedTensor(RandomTensor):
-    """The same rows repeated: drawing 800 million random numbers would take longer than everything else."""
+    """The same rows repeated: drawing 800 million random numbers would take longer than the measurement."""
 
     def _rows(self, block: int) -> np.ndarray:
         return _block(self.shape[1])
@@ -88,7 +88,7 @@ class OneToken:
 
 
 def context_ids() -> np.ndarray:
-    """The tokens before the one that is timed."""
+    """The tokens before the timed one."""
     return np.arange(2, 2 + CONTEXT)
 
 

@@ -145,7 +145,7 @@ def test_terms_of_use_are_shown_when_the_model_is_fetched(shelf, caplog):
     assert caplog.messages == []
     shelf.add("tiny-model", license="Tiny Terms", terms="https://example.org/terms")
     hub.pull("tiny-model", progress=False)
-    said = ["tiny-model is under the Tiny Terms, which hold for whoever uses it: https://example.org/terms"]
+    said = ["tiny-model is under the Tiny Terms, which bind everyone who uses it: https://example.org/terms"]
     assert caplog.messages == said
     hub.pull("tiny-model", progress=False)  # from the cache
     assert caplog.messages == said

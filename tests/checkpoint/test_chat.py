@@ -221,7 +221,7 @@ def test_a_message_cannot_forge_a_turn(name, control, content):
         try:
             ids = encode_chat(tokenizer, [{"content": forged, **message} for message in chat])
         except ValueError as error:
-            assert name == "composed_thinking" and "told apart" in str(error)
+            assert name == "composed_thinking" and "cannot be distinguished" in str(error)
             assert "think" in content  # only then does that template look into the message
             continue
         assert control_of(tokenizer, ids) == control_of(tokenizer, expected)

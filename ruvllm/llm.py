@@ -14,7 +14,9 @@ from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.edits import Change, Edit
 from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.hooks import editing, recording, waiting
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from ruvllm.checkpoint.tool_schema import Tool
     from ruvllm.model.training import Step, Trainer
     from ruvllm.model.training_data import Example
+    from ruvllm.tracing.names import Names
+    from ruvllm.tracing.trace import Trace
     from ruvllm.training_text import Record
 
 Message = Mapping[str, Any]
@@ -225,7 +229,7 @@ class LLM:
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
         cache.claim(self.model)
-        held = cache.keep_common_prefix(ids)
+        held = cache.keep_common_prefix(ids, self.model.filling)
         cache.require_room(len(ids) - held)
         tokens = generate(
             self.model, cache, ids[held:], sampling, cache.max_tokens if max_tokens is None else max_tokens, logprobs
@@ -251,6 +255,65 @@ class LLM:
         if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
             raise TypeError(f"messages: expected [{{'role': 'user', 'content': '...'}}, ...], found {messages!r:.60}")
         return self.generate(list(messages), **options)
+
+    def names(self) -> Names:
+        """The named arrays of the model, with shapes and meanings: what ``trace`` keeps and ``edit`` changes."""
+        from ruvllm.tracing.names import Names
+
+        return Names(self.model.points)
+
+    @contextmanager
+    def trace(self, prompt: Prompt | None = None, kv: str = "f32", limit: int | None = None) -> Iterator[Trace]:
+        """Keep arrays of the model as it takes one text, by their names.
+
+        With a prompt the model takes it when the block ends, or when the trace is first looked at; ``keep`` in the
+        block says what is kept, all if it is left out. Edits that begin in the block are part of it. Without a prompt
+        it keeps of what this thread computes in the block, of one sequence: ``llm.generate(...)``, one row a token.
+        Logits are bit-identical to those without a trace.
+
+        Args:
+            prompt: text, token ids or chat messages.
+            kv: precision of the KV cache.
+            limit: bytes that may be kept; None: as many as are free.
+
+        Raises:
+            KeyError: no array has a name that is asked for.
+            InsufficientMemoryError: what is to be kept has more bytes; nothing was computed then.
+            ValueError: an empty prompt, or several sequences in one block.
+        """
+        from ruvllm.tracing.trace import Trace
+
+        ids = None if prompt is None else self._ids(prompt)
+        trace = Trace(self.model, self.tokenizer, ids, lambda tokens: self.new_cache(tokens, kv), limit)
+        if ids is None:
+            with recording(self.model, trace):
+                yield trace
+        else:
+            with waiting(self.model, trace):
+                yield trace
+                trace.run()
+
+    @contextmanager
+    def edit(
+        self, name: str, change: Change | None = None, *, scale: float | None = None,
+        positions: int | Iterable[int] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        """Inside the block, change a named array of all that this thread computes; blocks nest.
+
+        Args:
+            name: of ``names()``, an alias or a glob; of one head the name and its number: "layers.3.heads.4".
+            change: a function of the array, which returns another or changes it in place and returns None; or what
+                the array becomes, broadcast.
+            scale: a factor, in place of ``change``; 0 removes what the array carries.
+            positions: of the sequence, whose rows are changed; None: all.
+
+        Raises:
+            KeyError: no array has this name.
+            ValueError, TypeError: an edit that cannot be; while the model computes, a result of another shape or
+                dtype, or with NaN, with the array's name.
+        """
+        with editing(self.model, Edit(self.model.points, name, change, scale, positions)):
+            yield
 
     def perplexity(
         self, text: str | Sequence[int] | np.ndarray, context: int | None = None, progress: bool | None = None,

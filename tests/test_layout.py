@@ -24,6 +24,7 @@ LAYERS = [
     "ruvllm.machine",
     "ruvllm.loading",
     "ruvllm.llm",
+    "ruvllm.tracing",
     "ruvllm.compiling ruvllm.quantizing",
     "ruvllm.training_text",
     "ruvllm.checkpoint",
@@ -38,7 +39,7 @@ LAYERS = [
     "ruvllm.kernels.simd",
     "ruvllm.kernels.jit",
     "ruvllm.kernels.spec ruvllm.kernels.check ruvllm.kernels.memory ruvllm.kernels.reference",
-    "ruvllm.errors ruvllm.paths ruvllm.brief ruvllm.progress ruvllm.spinning ruvllm.container",
+    "ruvllm.errors ruvllm.paths ruvllm.brief ruvllm.progress ruvllm.display ruvllm.spinning ruvllm.container",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 

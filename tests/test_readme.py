@@ -25,7 +25,7 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
         exec(compile(example, f"README example {number}", "exec"), names)
         printed.append(capsys.readouterr().out)
         assert printed[-1].strip(), example
-    assert len(EXAMPLES) == 11
+    assert len(EXAMPLES) == 12
     assert names["answer"].finish_reason in ("stop", "length") and "tokens/s" in printed[0]
     assert len(names["cache"]) == len(names["ids"]) + 1
     assert names["llm"].tokenizer.decode(names["ids"]) in printed[2].strip("'\n")
@@ -33,6 +33,7 @@ def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture
     np.testing.assert_allclose([float(n) for n in re.findall(r"[\d.]+", printed[4])], 1, rtol=1e-4)
     assert "(3, 1000)" in printed[5]
     assert printed[6].startswith("perplexity ")
+    assert printed[9].startswith("(9, 576) (9, 9, 9)") and "logit ·Paris - logit ·Rome" in printed[9]
     assert re.match(r"loss \d\.\d\d -> \d\.\d\d, LoraAdapter\(rank 4", printed[8])
 
 

@@ -60,8 +60,8 @@ INSIDE = (
     "ruvllm.lab.work",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
-    "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.experts", "ruvllm.model.feed_forward",
-    "ruvllm.model.layer", "ruvllm.model.rope",
+    "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.edits", "ruvllm.model.experts",
+    "ruvllm.model.feed_forward", "ruvllm.model.hooks", "ruvllm.model.layer", "ruvllm.model.rope",
     "ruvllm.model.low_rank", "ruvllm.model.ops",
     "ruvllm.model.random_weights", "ruvllm.model.reference", "ruvllm.model.replay", "ruvllm.model.weights",
     "ruvllm.report.bench", "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.rust_report",
@@ -128,6 +128,10 @@ def _roots(directory: Path) -> Iterable[Any]:
     with lab.swap(rms_norm=_rms_norm) as swapped:
         loaded.logits([3, 4, 5])
         yield swapped
+    with llm.trace("x" * 50) as trace:
+        yield trace
+    yield [llm.names(), trace.attention(1), trace.logit_lens(), trace.direct_attribution("a", "b")]
+    yield lab.patch(llm, "x" * 9 + "ab", "x" * 9 + "ba", metric=("a", "b"), progress=False)
     yield Remark("norm.py", 12, "cannot be vectorised")
     yield [*ALL_ROWS, *SECTIONS, Speedup(1.0, 0.9, 1.1)]
     report = a_report({row.id: 1e-3 for row in ALL_ROWS})

@@ -7,6 +7,7 @@ matplotlib axis (``pip install 'ruvllm[lab]'``).
 from ruvllm.lab.costs import Cost, cost
 from ruvllm.lab.drifting import Drift, QuantisationError, drift, quantisation_error
 from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
+from ruvllm.lab.patching import Patching, patch
 from ruvllm.lab.profiling import Profile, profile
 from ruvllm.lab.rooflines import Roofline, roofline
 from ruvllm.lab.swapping import Swap, swap
@@ -17,6 +18,7 @@ __all__ = [
     "Cost",
     "Drift",
     "Explanation",
+    "Patching",
     "Peaks",
     "Profile",
     "QuantisationError",
@@ -27,6 +29,7 @@ __all__ = [
     "explain",
     "explain_all",
     "measure_peaks",
+    "patch",
     "profile",
     "quantisation_error",
     "roofline",

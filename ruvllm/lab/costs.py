@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import Table, axis
 from ruvllm.lab.work import PassWork, pass_work
 from ruvllm.machine import size
-from ruvllm.measure.display import Table, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES

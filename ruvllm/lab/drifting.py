@@ -11,8 +11,8 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
+from ruvllm.display import Table, axis
 from ruvllm.llm import LLM, Prompt
-from ruvllm.measure.display import Table, axis
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights

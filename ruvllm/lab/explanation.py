@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import as_html, as_text, axis
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.decorators import COMPILED, DISABLE_JIT
 from ruvllm.kernels.jit.private.target import Target
@@ -23,7 +24,6 @@ from ruvllm.kernels.jit.private.target import target as host_target
 from ruvllm.lab.assembly import Loop, called, defined, innermost_loops
 from ruvllm.lab.calls import Call, calls_of_kernel, calls_of_models
 from ruvllm.lab.cross import Body, Compiled, compile_bodies
-from ruvllm.measure.display import as_html, as_text, axis
 
 _FOREIGN = {
     "apple-m4": Target("arm64-apple-macosx14.0.0", "apple-m4", "+dotprod"),

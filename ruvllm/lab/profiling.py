@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import as_html, as_text, axis
 from ruvllm.kernels import tape as t
 from ruvllm.lab.work import work_of
 from ruvllm.llm import LLM, Prompt
-from ruvllm.measure.display import as_html, as_text, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.generate import Sampling, generate
 from ruvllm.model.kv_size import key_value_bytes

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import Table, axis
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
-from ruvllm.measure.display import Table, axis
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.measure.timing import Effort, median_seconds
 from ruvllm.model.activations import Activations

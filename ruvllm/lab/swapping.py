@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import Table, axis
 from ruvllm.kernels import KERNELS, KernelSpec
-from ruvllm.measure.display import Table, axis
 from ruvllm.measure.replacing import replaced
 from ruvllm.model.llama import Llama
 

@@ -10,5 +10,4 @@
 | ``engines`` | ruvllm, llama.cpp and ik_llama.cpp on one model file |
 | ``gguf_file`` | model files with made-up weights |
 | ``replacing`` | other objects in place of the library's own: recorders, swapped kernels |
-| ``display`` | results as text, as HTML and on a plot |
 """

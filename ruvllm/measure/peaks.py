@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
+from ruvllm.display import Table, axis
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.simd.vectors import LANES
 from ruvllm.kernels.threads.pool import launch, limited_to, physical_cores, require_threads
 from ruvllm.measure import peak_loops as loops
 from ruvllm.measure.caches import cache_sizes
-from ruvllm.measure.display import Table, axis
 
 _SECONDS = 0.01  # of one timed call: launching threads takes some microseconds
 _REPEATS = 7  # the best counts: a limit is what undisturbed work reaches

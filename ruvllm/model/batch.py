@@ -11,6 +11,7 @@ from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.decode import chunk_count, partial_width
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.model.hooks import active
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.recorder import Pass
@@ -73,6 +74,11 @@ class Batch:
         cos, sin = self._angles()
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         self.working.positions[: len(ids)] = lengths
+        hooks = active(self.model)
+        if hooks is not None:
+            hooks.begin(None, ids)
+        for cache in self.caches:
+            cache.fill(self.model.filling)
         tape = self.model.tapes.tape(Pass.BATCH, self.caches[0].dtype)
         with limited_to(self.model.threads):
             self.working.replay(tape, ids, cos, sin, logits)

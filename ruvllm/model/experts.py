@@ -24,14 +24,15 @@ class MixtureOfExperts(FeedForward):
             [parameters.linear(f"{at}experts.{x}.{name}") for x in range(experts.count)]
             for name in ("gate", "up", "down")
         )  # fmt: skip
-        self.gated = Gate(config)
+        self.gated, self.at = Gate(config), f"layers.{layer}.mlp."
         self.per_token, self.normalised = experts.per_token, experts.normalised
         self.shared = _Shared(config, parameters, layer) if experts.shared_intermediate_size else None
         self.shared_gate = parameters.linear(at + "shared_gate") if experts.shared_gate else None
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E)."""
-        routing = ops.route(ops.linear(h, self.router), self.per_token, self.normalised)
+        scores = ops.name(ops.linear(h, self.router), self.at + "router")
+        routing = ops.route(scores, self.per_token, self.normalised)
         x = ops.gather(h, routing)  # (T k, E)
         gate, up = ops.grouped_linear(x, routing, self.gates), ops.grouped_linear(x, routing, self.ups)
         out = ops.combine(ops.grouped_linear(self.gated(ops, gate, up), routing, self.downs), routing)
@@ -40,7 +41,7 @@ class MixtureOfExperts(FeedForward):
         shared = self.shared(ops, h)
         if self.shared_gate is not None:
             shared = ops.sigmoid_scale(shared, ops.linear(h, self.shared_gate))
-        return ops.add(out, shared)
+        return ops.add(out, ops.name(shared, self.at + "shared.out"))
 
     @property
     def idle_weights(self) -> int:
@@ -56,4 +57,4 @@ class _Shared(FeedForward):
         self.gate, self.up, self.down = (
             parameters.linear(f"layers.{layer}.shared.{name}") for name in ("gate", "up", "down")
         )  # fmt: skip
-        self.gated = Gate(config)
+        self.gated, self.at = Gate(config), f"layers.{layer}.mlp.shared."

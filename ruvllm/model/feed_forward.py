@@ -45,8 +45,9 @@ class FeedForward:
         self.gate, self.up, self.down = (
             parameters.linear(f"layers.{layer}.{name}") for name in ("gate", "up", "down")
         )  # fmt: skip
-        self.gated = Gate(config)
+        self.gated, self.at = Gate(config), f"layers.{layer}.mlp."
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E)."""
-        return ops.linear(self.gated(ops, ops.linear(h, self.gate), ops.linear(h, self.up)), self.down)
+        gate, up = (ops.name(ops.linear(h, m), self.at + name) for m, name in ((self.gate, "gate"), (self.up, "up")))
+        return ops.linear(ops.name(self.gated(ops, gate, up), self.at + "hidden"), self.down)

@@ -17,6 +17,7 @@ from ruvllm.kernels.memory import aligned_zeros, require_memory
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_size import cache_bytes, capacities
 
+Filling = tuple[object, ...]  # weak references: what decides a token's keys and values
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 
 
@@ -60,6 +61,7 @@ class KVCache:
         self.values = _zeros([(heads, size, padded(dim)) for size in self.capacities], dtype)
         addresses = [(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in zip(self.keys, self.values, strict=True)]
         self.table = np.array(addresses, np.int64)  # (L, 3), for a tape
+        self._fills: list[tuple[int, Filling]] = []  # from which position on it was filled with what
         self._reach = 0  # positions that were ever filled since it was cleared
 
     def __len__(self) -> int:
@@ -137,6 +139,7 @@ class KVCache:
                 f"length: expected 0, or {self.oldest} to {self.length}, found {length}: layers with a window have "
                 "forgotten what older positions need"
             )
+        self._fills = [fill for fill in self._fills if fill[0] < length]
         self._reach = max(self._reach, self.length) if length else 0
         self.length = length
 
@@ -145,12 +148,20 @@ class KVCache:
         self.truncate(length if length >= self.oldest else 0)
         return self.length
 
-    def keep_common_prefix(self, ids: np.ndarray) -> int:
+    def fill(self, filling: Filling) -> None:
+        """What comes from now on is computed with ``filling``: weights, adapters and edits, by identity."""
+        self._fills = [found for found in self._fills if found[0] < self.length]
+        if not self._fills or self._fills[-1][1] != filling:
+            self._fills.append((self.length, filling))
+
+    def keep_common_prefix(self, ids: np.ndarray, filling: Filling | None = None) -> int:
         """Drop what differs from ``ids`` and return how many leading tokens of ``ids`` are kept.
 
+        filling: tokens that were computed with another are dropped too; None: whatever they were computed with.
         At least one token of ``ids`` is left to be computed, so that there are logits after the last.
         """
-        n = min(self.length, len(ids) - 1)
+        others = (start for start, found in self._fills if filling is not None and found != filling)
+        n = min(self.length, len(ids) - 1, next(others, self.length))
         different = np.flatnonzero(self.ids[:n] != ids[:n])
         return self.rewind(int(different[0]) if len(different) else max(n, 0))
 
@@ -158,12 +169,13 @@ class KVCache:
         """Drop all positions; the buffers stay."""
         self.truncate(0)
 
-    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def layer(self, i: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of layer i as float32 (T, KV, D), in the order of positions: a copy, for inspection.
 
-        Of a windowed layer the last T positions, else all.
+        Of a windowed layer the last T positions, else all. length: while a pass runs, the positions after it.
         """
-        held = np.arange(max(0, self.length - self.capacities[i]), self.length) % self.capacities[i]
+        length = self.length if length is None else length
+        held = np.arange(max(0, length - self.capacities[i]), length) % self.capacities[i]
         keys, values, dim = self.keys[i], self.values[i], self.config.head_dim
         if self.dtype == "f16":
             keys, values = keys.view(np.float16), values.view(np.float16)

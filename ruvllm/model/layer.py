@@ -28,6 +28,7 @@ class Attention:
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         at = f"layers.{layer}."
+        self.at = at + "attention."
         self.q, self.k, self.v, self.o = (parameters.linear(at + name) for name in "qkvo")
         self.layer, self.dim, self.eps = layer, config.head_dim, config.rms_norm_eps
         self.rope, self.window = config.rope_index(layer), config.window(layer)
@@ -39,7 +40,8 @@ class Attention:
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E); the tokens' keys and values go into the layer's cache."""
-        q, k, v = (ops.linear(h, matrix) for matrix in (self.q, self.k, self.v))
+        at = self.at
+        q, k, v = (ops.name(ops.linear(h, m), at + name) for m, name in ((self.q, "q"), (self.k, "k"), (self.v, "v")))
         if self.qk_norm == "row":
             q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
         q, k, v = (ops.heads(x, self.dim) for x in (q, k, v))  # (T, H, D)
@@ -47,8 +49,9 @@ class Attention:
             q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
         if self.rope is not None:
             q, k = ops.rope(q, self.rope), ops.rope(k, self.rope)
+        q, k = ops.name(q, at + "rotated_q"), ops.name(k, at + "rotated_k")
         attended = ops.attention(q, k, v, self.layer, self.window, self.scale, self.softcap, self.sinks)
-        return ops.linear(attended, self.o)
+        return ops.linear(ops.name(attended, at + "heads"), self.o)
 
 
 class TransformerLayer:
@@ -59,6 +62,7 @@ class TransformerLayer:
     experts_type: type[MixtureOfExperts] = MixtureOfExperts
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
+        self.at = f"layers.{layer}."
         self.eps, self.residual_multiplier = config.rms_norm_eps, config.residual_multiplier
         self.attention = self.attention_type(config, parameters, layer)
         mlp_type = self.experts_type if config.has_experts(layer) else self.mlp_type
@@ -77,15 +81,18 @@ class TransformerLayer:
 
     def __call__(self, ops: Ops, x: Any) -> Any:
         """x (T, E) after the layer."""
-        x = self._add(ops, x, self.attention, self.attn_norm, self.attn_post_norm)
-        return self._add(ops, x, self.mlp, self.mlp_norm, self.mlp_post_norm)
+        x = self._add(ops, ops.name(x, self.at + "residual"), "attention.", self.attn_norm, self.attn_post_norm)
+        return self._add(ops, ops.name(x, self.at + "residual_mid"), "mlp.", self.mlp_norm, self.mlp_post_norm)
 
-    def _add(self, ops: Ops, x: Any, block: Any, before: np.ndarray | None, after: np.ndarray | None) -> Any:
+    def _add(self, ops: Ops, x: Any, block: str, before: np.ndarray | None, after: np.ndarray | None) -> Any:
         """x + residual_multiplier * after(block(before(x)))."""
-        added = block(ops, x if before is None else ops.rms_norm(x, before, self.eps))
+        at, function = self.at + block, self.attention if block == "attention." else self.mlp
+        added = function(ops, x if before is None else ops.name(ops.rms_norm(x, before, self.eps), at + "norm"))
         if after is not None:
-            added = ops.rms_norm(added, after, self.eps)
-        return ops.add(x, added if self.residual_multiplier == 1 else ops.scale(added, self.residual_multiplier))
+            added = ops.rms_norm(ops.name(added, at + "before_norm"), after, self.eps)
+        if self.residual_multiplier != 1:
+            added = ops.scale(added, self.residual_multiplier)
+        return ops.add(x, ops.name(added, at + "out"))
 
 
 class Decoder:
@@ -106,12 +113,17 @@ class Decoder:
         """x (T, E), the embedded tokens, to logits (rows, V)."""
         if self.embedding_multiplier != 1:
             x = ops.scale(x, self.embedding_multiplier)
+        x = ops.name(x, "embed")
         for layer in self.layers:
             x = layer(ops, ops.boundary(x))
-        x = ops.rms_norm(ops.last_rows(x), self.norm, self.eps)
+        return self.unembed(ops, ops.last_rows(ops.name(x, "final.residual")))
+
+    def unembed(self, ops: Ops, x: Any) -> Any:
+        """Norm and head: the residual stream (rows, E) to logits (rows, V)."""
+        x = ops.name(ops.rms_norm(x, self.norm, self.eps), "final.norm")
         if self.logits_scaling != 1:
             x = ops.scale(x, 1 / self.logits_scaling)
-        return ops.logits(x, self.head, self.softcap)
+        return ops.name(ops.logits(x, self.head, self.softcap), "logits")
 
     def linears(self) -> dict[str, Linear]:
         """Every matrix by its canonical name; a tied head appears once, as ``embed``."""

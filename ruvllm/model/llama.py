@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +19,13 @@ from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.checks import is_integer, require
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.experts import MixtureOfExperts
-from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.hooks import active
+from ruvllm.model.kv_cache import Filling, KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS
 from ruvllm.model.layer import Decoder, TransformerLayer, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
+from ruvllm.model.names import Point, points_of
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.replay import Parallel, Runner, Tapes, Working
@@ -82,7 +86,7 @@ class Llama:
         self.runner: Runner = Parallel()
         self.adapters: AdapterSet | None = None  # see ``model.lora``
         self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
-        self.tapes = Tapes(self)
+        self._tapes = Tapes(self)
         self.rope = RopeTables(config)
 
     @property
@@ -150,13 +154,19 @@ class Llama:
         """Append ids to the cache; write the logits after the last ``len(logits)`` of them (1 or all)."""
         start, end = cache.length, cache.length + len(ids)
         cos, sin = (table[:, start:end] for table in self.rope.upto(end, cache.max_tokens))
+        hooks = active(self)
+        if hooks is not None:
+            hooks.begin(cache, ids)
+        cache.fill(self.filling)
         if ops is None:
             working = cache.buffers_for("fused", len(ids), lambda n: Working(self, cache, n, self.threads))
             working.run(ids, cos, sin, logits)
         else:
             scratch = cache.buffers_for("eager", len(ids), lambda n: _Scratch(n, self.threads, self.config.head_dim))
             positions = np.arange(start, end)
-            self.decoder(ops(cache, positions, cos, sin, scratch.floats, logits, self.adapters), self.embedded(ids))
+            eager = ops(cache, positions, cos, sin, scratch.floats, logits, self.adapters)
+            eager.hooks = {} if hooks is None else hooks.functions
+            self.decoder(eager, self.embedded(ids))
         cache.ids[start:end] = ids
         cache.length = end
 
@@ -164,13 +174,38 @@ class Llama:
         """The embeddings (T, E) of token ids (T,)."""
         return self.decoder.embed.take(ids, aligned_empty((len(ids), self.config.hidden_size)))
 
+    def unembed(self, x: np.ndarray) -> np.ndarray:
+        """Logits (T, V) of a residual stream (T, E) after any layer: the model's last norm and head."""
+        logits, none = np.empty((len(x), self.config.vocab_size), np.float32), np.empty(0, np.float32)
+        with limited_to(self.threads):
+            self.decoder.unembed(Eager(self.new_cache(1), np.arange(0), none, none, none, logits), x)
+        return logits
+
     def set_adapters(self, adapters: AdapterSet | None) -> None:
         """Set the adapters from the next token on; see ``model.lora``, which makes such sets."""
         self.adapters = adapters
 
     def weights_changed(self) -> None:
         """Must be called after a matrix got new weights: their addresses are looked up again."""
-        self.tapes = Tapes(self)
+        self._tapes = Tapes(self)
+
+    @property
+    def tapes(self) -> Tapes:
+        """What is replayed: with the hooks of this thread, if it has any."""
+        hooks = active(self)
+        return self._tapes if hooks is None else hooks.tapes(self._tapes)
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        """The named arrays of the model: see ``model.names``."""
+        return points_of(self.decoder, self.config)
+
+    @property
+    def filling(self) -> Filling:
+        """What decides the keys and values of a token: weights, adapters, and the edits of this thread."""
+        hooks = active(self)
+        parts = (self._tapes, self.adapters, *(() if hooks is None else hooks.edits))
+        return tuple(None if part is None else weakref.ref(part) for part in parts)
 
     def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
         """Token ids as int64 (T,), T >= 1. Raises TypeError for anything but integers, ValueError outside 0 .. V-1."""

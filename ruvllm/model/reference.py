@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ruvllm.model.config import ModelConfig, RopeConfig
 from ruvllm.model.layer import Decoder
+from ruvllm.model.ops.protocol import Hooks
 from ruvllm.model.rope_config import YARN
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Float64:
     def __init__(self, config: ModelConfig, tokens: int) -> None:
         self.angles = [rope_angles(config, tokens, i) for i in range(len(config.ropes))]
         self.states: list[Array] = []
+        self.hooks: Hooks = {}
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x²) + eps) · weight over the last axis."""
@@ -121,6 +123,10 @@ class Float64:
         """x, after ``function`` has read or changed it."""
         function(x)
         return x
+
+    def name(self, x: Array, name: str) -> Array:
+        """x, after its hook."""
+        return self.call(x, self.hooks[name]) if name in self.hooks else x
 
     def last_rows(self, x: Array) -> Array:
         """All rows."""
@@ -217,17 +223,27 @@ def attention(
     Query head h reads key/value head h·KV // H. softcap c: c tanh(score / c). sinks (H,): one more score of a head.
     """
     H, T, D = q.shape
-    group = H // len(k)
-    k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
-    query, key = np.arange(T)[:, None], np.arange(T)[None, :]
-    seen = (key <= query) & (key > query - (window or T))
-    scores = q @ k.swapaxes(1, 2) * (1 / np.sqrt(D) if scale is None else scale)
+    scores = attention_scores(q, k, window, 1 / np.sqrt(D) if scale is None else scale, softcap)
+    return (attention_pattern(scores, sinks) @ np.repeat(v, H // len(v), axis=0)).swapaxes(0, 1).reshape(T, H * D)
+
+
+def attention_scores(q: Array, k: Array, window: int | None, scale: float, softcap: float | None) -> Array:
+    """Scores (H, T, S) of queries at the last T of S positions; -inf where a query does not see a position."""
+    (H, T, _), S = q.shape, k.shape[1]
+    query, key = np.arange(S - T, S)[:, None], np.arange(S)[None, :]
+    seen = (key <= query) & (key > query - (window or S))
+    scores = q @ np.repeat(k, H // len(k), axis=0).swapaxes(1, 2) * scale
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    scores = np.where(seen, scores, -np.inf)
+    return np.where(seen, scores, -np.inf)
+
+
+def attention_pattern(scores: Array, sinks: Array | None) -> Array:
+    """Weights of the positions, the softmax of scores (H, T, S); sinks (H,) take their share of it."""
+    H, T, S = scores.shape
     if sinks is not None:
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (H, T, 1))], axis=-1)
-    return (softmax(scores)[..., :T] @ v).swapaxes(0, 1).reshape(T, H * D)
+    return softmax(scores)[..., :S]
 
 
 def rope_angles(config: ModelConfig, tokens: int, index: int = 0) -> tuple[Array, Array]:

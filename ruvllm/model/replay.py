@@ -26,6 +26,7 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES, KVCache
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.placement import place
+from ruvllm.model.ops.protocol import Hooks
 from ruvllm.model.ops.recorder import Pass, Recorder
 from ruvllm.model.ops.schedule import Value
 from ruvllm.model.ops.tape import Tape
@@ -75,8 +76,8 @@ class Replayed(Protocol):
 class Tapes:
     """The tapes of a model, recorded when needed: one for each kind of pass, cache dtype and shape of adapters."""
 
-    def __init__(self, model: Replayed) -> None:
-        self.model = model
+    def __init__(self, model: Replayed, hooks: Hooks | None = None) -> None:
+        self.model, self.hooks = model, hooks
         self._recorded: WeakKeyDictionary[Any, dict[tuple[Pass, str], Tape]] = WeakKeyDictionary()  # by adapter set
         self._by_shape: dict[Any, Tape] = {}  # of adapters
 
@@ -94,7 +95,7 @@ class Tapes:
         shape = kind, kv, tuple((name, x.rank, x.down.dtype) for name, x in adapters.items())
         if shape in self._by_shape:
             return self._by_shape[shape].with_adapters(adapters)
-        recorder = Recorder(kind, DTYPES[kv], adapters)
+        recorder = Recorder(kind, DTYPES[kv], adapters, self.hooks)
         self.model.decoder(recorder, recorder.source_of(self.model.config.hidden_size))
         recorder.require_cache_of(self.model.config)
         tape = recorder.finish()

@@ -15,6 +15,7 @@ from ruvllm.kernels.experts import Routing, combine_rows, route, sigmoid_scale_r
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.linear import Linear, require_group
+from ruvllm.model.ops.protocol import Hooks
 
 if TYPE_CHECKING:
     from ruvllm.model.low_rank import AdapterSet
@@ -43,6 +44,7 @@ class Eager:
         self.adapters = {} if adapters is None else adapters.matrices
         self.positions, self.cos, self.sin = positions, cos, sin
         self._inputs = Activations(0, 0)
+        self.hooks: Hooks = {}
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
@@ -128,6 +130,10 @@ class Eager:
         function(x)
         self._inputs = Activations(0, 0)  # the function may have changed what was rounded
         return x
+
+    def name(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x, after its hook."""
+        return self.call(x, self.hooks[name]) if name in self.hooks else x
 
     def last_rows(self, x: np.ndarray) -> np.ndarray:
         """The rows whose logits are wanted."""

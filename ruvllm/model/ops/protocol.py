@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 Array = Any  # np.ndarray for Eager and Float64; Value for Recorder; Node for Gradients
 Matrix = Any  # Linear, or its counterpart
+Hooks = Mapping[str, Callable[[np.ndarray], None]]  # by the name of an array: functions that read or change it
 
 
 class Ops(Protocol):
@@ -92,6 +93,10 @@ class Ops(Protocol):
 
     def call(self, x: Array, function: Callable[[np.ndarray], None]) -> Array:
         """Returns x after Python's ``function`` has read or changed it in place: hooks, all-reduce."""
+        ...
+
+    def name(self, x: Array, name: str) -> Array:
+        """Returns x, which is called ``name`` from here on: traces keep it and edits change it (``model.hooks``)."""
         ...
 
     def last_rows(self, x: Array) -> Array:

@@ -27,6 +27,7 @@ from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_
 from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.tape import Operation
 from ruvllm.model.linear import require_group
+from ruvllm.model.ops.protocol import Hooks
 from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
 from ruvllm.model.ops.tape import Tape, assemble
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
@@ -53,10 +54,12 @@ class Recorder:
         kind: the tokens of one replay.
         kv: the NumPy scalar class of the KV cache.
         adapters: what is added to each matrix, by its name.
+        hooks: what Python does at named arrays.
     """
 
-    def __init__(self, kind: Pass, kv: type, adapters: Mapping[str, LowRank]) -> None:
+    def __init__(self, kind: Pass, kv: type, adapters: Mapping[str, LowRank], hooks: Hooks | None = None) -> None:
         self.kind, self.kv, self.adapters = kind, kv, adapters
+        self.hooks: Hooks = hooks or {}
         self.single = kind is Pass.TOKEN
         self.schedule = Schedule()
         self.kept: list[object] = []  # owners of the memory whose addresses are on the tape
@@ -392,6 +395,10 @@ class Recorder:
         self.schedule.end_segment(meet=True)
         x.quantized = None  # the function may change x
         return x
+
+    def name(self, x: Value, name: str) -> Value:
+        """x, after its hook; without one nothing is recorded."""
+        return self.call(x, self.hooks[name]) if name in self.hooks else x
 
     # How it is recorded.
 

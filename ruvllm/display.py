@@ -61,11 +61,33 @@ def axis(ax: Any = None) -> Any:
     """
     if ax is not None:
         return ax
+    return _pyplot().subplots(layout="constrained")[1]
+
+
+def panels(count: int, columns: int, size: float) -> list[Any]:
+    """The axes of a new figure of ``count`` panels, each ``size`` inches wide and high.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = -(-count // columns)
+    _, axes = _pyplot().subplots(
+        rows, columns, figsize=(size * columns, size * rows), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for unused in axes.flat[count:]:
+        unused.remove()
+    for above in axes.flat[max(0, count - columns) : count]:  # nothing is below
+        above.tick_params(labelbottom=True)
+    return list(axes.flat[:count])
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'ruvllm[lab]'") from None
-    return plt.subplots(layout="constrained")[1]
+    return plt
 
 
 def _numeric(rows: Rows, column: int) -> bool:

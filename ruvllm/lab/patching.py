@@ -1,0 +1,133 @@
+"""patch(llm, clean, corrupted): where in a model, and at which token, lies what makes its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ruvllm.brief import brief
+from ruvllm.display import as_html, as_text, axis
+from ruvllm.llm import LLM, Prompt
+from ruvllm.model.edits import Edit
+from ruvllm.model.hooks import editing
+from ruvllm.progress import tqdm
+from ruvllm.tracing.attribution import token_of
+from ruvllm.tracing.labels import label_ticks, shown
+
+Metric = Callable[[np.ndarray], float] | tuple[str | int, str | int]
+_COLUMNS = 8  # tokens of a printed table: those with the largest effects
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What a metric becomes when one array at one token is what it was in the clean run.
+
+    values: (names, T). clean, corrupted: the metric without a patch. tokens: of the corrupted text.
+    """
+
+    names: list[str]
+    tokens: list[str]
+    values: np.ndarray
+    clean: float
+    corrupted: float
+
+    __repr__ = brief
+
+    @property
+    def restored(self) -> np.ndarray:
+        """(names, T): 0 where a patch changes nothing, 1 where it restores the clean run's metric."""
+        return (self.values - self.corrupted) / (self.clean - self.corrupted)
+
+    def heading(self) -> str:
+        """One line: the metric of both runs."""
+        return f"patching: metric {self.corrupted:.3f} corrupted, {self.clean:.3f} clean; what each patch restores"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """What patches restore at the tokens that matter most; the first row has the headings."""
+        most = np.sort(np.argsort(-np.abs(self.restored).max(axis=0), kind="stable")[:_COLUMNS])
+        found: list[tuple[str, ...]] = [("name", *(f"{i}: {shown(self.tokens[i])}" for i in most))]
+        return found + [
+            (name, *(f"{row[i]:.0%}" for i in most)) for name, row in zip(self.names, self.restored, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return as_text(self.heading(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.heading(), self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """A map of names and tokens, blue where a patch restores; returns the matplotlib axis."""
+        ax = axis(ax)
+        most = np.abs(self.restored).max()
+        picture = ax.imshow(self.restored, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
+        label_ticks(ax.xaxis, self.tokens)
+        ax.tick_params(axis="x", rotation=90)
+        label_ticks(ax.yaxis, self.names, 40)
+        ax.figure.colorbar(picture, ax=ax, label="restored of the clean run's metric")
+        return ax
+
+
+def patch(
+    llm: LLM, clean: Prompt, corrupted: Prompt, at: str = "layers.*.residual", metric: Metric | None = None,
+    progress: bool | None = None,
+) -> Patching:  # fmt: skip
+    """Run a corrupted text with one array at one token from the clean run, for each array and each token.
+
+    Args:
+        llm: a loaded model.
+        clean, corrupted: two prompts of as many tokens, as "When Mary and John ..." and "When Anna and John ...".
+        at: the arrays: a name, alias or glob of ``llm.names()``.
+        metric: a number made of the logits (V,) after the last token, or two tokens, whose logits' difference it is;
+            None: of the tokens that are likeliest in the two runs.
+        progress: show a bar; None: where stderr is a terminal or a notebook.
+
+    Raises:
+        KeyError: no array has this name.
+        ValueError: prompts of different lengths, arrays that cannot be edited, or a metric that is the same in both.
+    """
+    names = llm.names().matching(at)
+    for name in names:
+        Edit(llm.model.points, name, scale=1)  # raises where an array cannot be edited
+    with llm.trace(clean) as source:
+        source.keep(at)
+    with llm.trace(corrupted) as target:
+        target.keep("embed")
+    ids = target.ids
+    if len(ids) != len(source.ids):
+        raise ValueError(f"corrupted: expected {len(source.ids)} tokens, as clean has, found {len(ids)}")
+    before = llm.logits(source.ids, last_only=True), llm.logits(ids, last_only=True)
+    measure = _measure(llm, metric, before)
+    whole, none = (float(measure(logits)) for logits in before)
+    if not np.isfinite(whole - none) or whole == none:
+        raise ValueError(f"metric: expected two numbers that differ, found {whole} and {none}: no patch can restore it")
+    values = np.empty((len(names), len(ids)))
+    cache, quiet = llm.new_cache(len(ids)), None if progress is None else not progress
+    for row, name in enumerate(tqdm(names, desc="patching", leave=False, disable=quiet)):
+        cache.clear()
+        llm.logits(ids, cache, last_only=True)
+        position = np.zeros(1, np.int64)
+        edit = Edit(llm.model.points, name, lambda x, name=name, position=position: source[name][position])
+        edit.positions = position
+        with editing(llm.model, edit):  # one block for all positions: its tape is recorded once
+            # From the last token to the first: the cache then holds what comes before, without patches.
+            for position[0] in range(len(ids) - 1, -1, -1):
+                held = cache.rewind(int(position[0]))
+                values[row, position[0]] = measure(llm.logits(ids[held:], cache, last_only=True))
+    return Patching(names, target.tokens, values, whole, none)
+
+
+def _measure(llm: LLM, metric: Metric | None, logits: tuple[np.ndarray, np.ndarray]) -> Callable[[np.ndarray], float]:
+    if callable(metric):
+        return metric
+    if metric is None:
+        first, second = (int(x.argmax()) for x in logits)
+        if first == second:
+            token = llm.tokenizer.decode([first])
+            raise ValueError(f"metric: {token!r} is likeliest in both runs: give two tokens or a function")
+    else:
+        first, second = (token_of(llm.tokenizer, token, llm.config.vocab_size) for token in metric)
+    return lambda logits: float(logits[first] - logits[second])

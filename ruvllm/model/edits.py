@@ -1,0 +1,98 @@
+"""Edit: a change of named arrays while a model computes: a function, a value, or a factor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from ruvllm.model.checks import is_integer
+from ruvllm.model.names import Points, matching
+
+Change = Callable[[np.ndarray], Any] | np.ndarray | float
+
+
+class Edit:
+    """Changes the arrays of a name in place.
+
+    Args:
+        points: the model's named arrays.
+        name: a name, alias or glob; one head of an array (T, H, D): the name and its number, "layers.3.heads.4".
+        change: a function of the array, which returns another or changes it in place and returns None; or what the
+            array becomes, broadcast.
+        scale: a factor, in place of ``change``.
+        positions: of the sequence, that are changed; None: all. The function then gets their rows alone.
+
+    Raises:
+        KeyError: no array has this name.
+        ValueError: neither or both of change and scale, a head or position that there is not, or an array that is
+            computed only to be looked at.
+    """
+
+    def __init__(
+        self, points: Points, name: str, change: Change | None = None, scale: float | None = None,
+        positions: int | Iterable[int] | None = None,
+    ) -> None:  # fmt: skip
+        if (change is None) == (scale is None):
+            raise ValueError(f"edit of {name}: expected either a function or value, or scale=")
+        self.name, self.scale = name, None if scale is None else np.float32(scale)
+        self.head: int | None = None
+        try:
+            self.names = set(matching(points, name))
+        except KeyError:
+            split = re.fullmatch(r"(.+)\.(\d+)", name)
+            if split is None:
+                raise
+            self.names, self.head = set(matching(points, split[1])), int(split[2])
+        for found in sorted(self.names):
+            point = points[found]
+            if point.derived:
+                raise ValueError(f"edit of {found}: it is computed to be looked at; edit queries, keys or heads")
+            if self.head is not None and (len(point.axes) != 2 or self.head >= point.axes[0]):
+                raise ValueError(f"edit of {name}: {found} has the shape {point.shape}, and no head {self.head}")
+        self.positions: np.ndarray | None = None
+        if positions is not None:
+            wanted: list[Any] = list(positions) if isinstance(positions, Iterable) else [positions]
+            if not all(is_integer(p) and p >= 0 for p in wanted):
+                raise ValueError(f"edit of {name}: positions: expected integers >= 0, found {positions!r}")
+            self.positions = np.array(wanted, np.int64)
+        self.change = change if callable(change) or change is None else np.asarray(change)
+
+    def apply(self, name: str, x: np.ndarray, first: int | None) -> None:
+        """Change x (T, ...), whose first row is that of position ``first``; None: rows are of several sequences."""
+        part = x if self.head is None else x[:, self.head]
+        if self.positions is None:
+            part[...] = self._changed(name, part)
+            return
+        if first is None:
+            raise ValueError(f"edit of {self.name}: positions are those of one sequence, a batch has several")
+        rows = self.positions[(self.positions >= first) & (self.positions < first + len(x))] - first
+        if len(rows):
+            part[rows] = self._changed(name, part[rows])
+
+    def _changed(self, name: str, x: np.ndarray) -> np.ndarray:
+        if self.scale is not None:
+            return x * self.scale
+        where = f"edit of {name}"
+        if not callable(self.change):
+            found = np.asarray(self.change)
+            if found.dtype.kind not in "fiu":
+                raise TypeError(f"{where}: expected numbers, found {found.dtype}")
+            try:
+                found = np.broadcast_to(found.astype(np.float32), x.shape)
+            except ValueError:
+                raise ValueError(f"{where}: expected a value of shape {x.shape}, found {found.shape}") from None
+        else:
+            returned = self.change(x)
+            found = x if returned is None else returned
+            if not isinstance(found, np.ndarray):
+                raise TypeError(f"{where}: expected a function that returns an array, found {type(found).__name__}")
+            if found.dtype != np.float32:
+                raise TypeError(f"{where}: expected float32, found {found.dtype}")
+            if found.shape != x.shape:
+                raise ValueError(f"{where}: expected the shape {x.shape}, found {found.shape}")
+        if np.isnan(found).any():
+            raise ValueError(f"{where}: NaN in {int(np.isnan(found).sum())} of {found.size} elements")
+        return found

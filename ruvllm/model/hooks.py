@@ -1,0 +1,159 @@
+"""Hooks: what Python does at the named arrays of a model, for one thread: edits change them, recordings read them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ruvllm.model.edits import Edit
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.names import Point, Points
+from ruvllm.model.replay import Tapes
+
+
+class Recording(Protocol):
+    """What reads named arrays, after all edits."""
+
+    edits: list[Edit]  # those that began while it was open
+
+    def wants(self, point: Point) -> bool:
+        """Whether it reads this array."""
+        ...
+
+    def begin(self, cache: KVCache | None, ids: np.ndarray) -> None:
+        """A pass of ids begins, which follow what the cache holds; None: of several sequences."""
+        ...
+
+    def see(self, point: Point, x: np.ndarray) -> None:
+        """The array (T, *axes) of this pass; only for this call."""
+        ...
+
+
+class Hooks:
+    """The edits and recordings of one moment. ``functions`` are what layer code runs with."""
+
+    def __init__(self, points: Points, edits: list[Edit], recordings: list[Recording]) -> None:
+        self.edits, self._recordings = tuple(edits), tuple(recordings)
+        self.functions: dict[str, Any] = {}
+        self._acting: dict[str, tuple[tuple[Edit, ...], tuple[Recording, ...]]] = {}
+        for point in points.values():
+            mine = tuple(edit for edit in edits if point.name in edit.names)
+            readers = tuple(r for r in recordings if r.wants(point))
+            if mine or readers:
+                self.functions[point.name] = partial(self._at, point)
+                self._acting[point.name] = mine, readers
+        self._first: int | None = None
+        self._plain: Tapes | None = None
+        self._tapes: Tapes | None = None
+
+    def begin(self, cache: KVCache | None, ids: np.ndarray) -> None:
+        """A pass of ids begins; None: of several sequences."""
+        self._first = None if cache is None else cache.length
+        for recording in self._recordings:
+            recording.begin(cache, ids)
+
+    def tapes(self, plain: Tapes) -> Tapes:
+        """Tapes with the calls of these hooks, recorded when needed, for a model that has ``plain`` ones."""
+        if self._tapes is None or self._plain is not plain:
+            self._plain, self._tapes = plain, Tapes(plain.model, self.functions)
+        return self._tapes
+
+    def end(self) -> None:
+        """Let go of edits and recordings: the working memory of a cache may point to a tape until it gets another."""
+        self.edits, self._recordings, self._tapes = (), (), None
+        self._acting.clear()
+
+    def _at(self, point: Point, x: np.ndarray) -> None:
+        edits, readers = self._acting.get(point.name, ((), ()))
+        if not len(x):  # logits that nobody wants
+            return
+        x = x.reshape(len(x), *point.axes)
+        for edit in edits:
+            edit.apply(point.name, x, self._first)
+        for reader in readers:
+            reader.see(point, x)
+
+
+class _Stack:
+    """What acts on one model in one thread."""
+
+    def __init__(self) -> None:
+        self.edits: list[Edit] = []
+        self.recordings: list[Recording] = []
+        self.waiting: list[Recording] = []  # open, and run later: edits that begin meanwhile are theirs too
+        self.hooks: Hooks | None = None
+
+    def changed(self) -> None:
+        if self.hooks is not None:
+            self.hooks.end()
+        self.hooks = None
+
+
+class _Stacks(threading.local):
+    def __init__(self) -> None:
+        self.by_model: WeakKeyDictionary[Any, _Stack] = WeakKeyDictionary()
+
+
+_here = _Stacks()
+
+
+def active(model: Any) -> Hooks | None:
+    """The hooks of a model in this thread. ``model`` has ``points``."""
+    stack = _here.by_model.get(model) if _here.by_model else None
+    if stack is None or not (stack.edits or stack.recordings):
+        return None
+    if stack.hooks is None:
+        stack.hooks = Hooks(model.points, stack.edits, stack.recordings)
+    return stack.hooks
+
+
+@contextmanager
+def editing(model: Any, edit: Edit) -> Iterator[None]:
+    """Inside the block an edit acts on what this thread computes with the model."""
+    stack = _here.by_model.setdefault(model, _Stack())
+    for recording in stack.waiting:
+        recording.edits.append(edit)
+    with _within(stack, stack.edits, edit):
+        yield
+
+
+@contextmanager
+def recording(model: Any, by: Recording) -> Iterator[None]:
+    """Inside the block ``by`` reads what this thread computes with the model, with the edits that it met."""
+    stack = _here.by_model.setdefault(model, _Stack())
+    edits = [edit for edit in by.edits if edit not in stack.edits]
+    stack.edits += edits
+    try:
+        with _within(stack, stack.recordings, by):
+            yield
+    finally:
+        for edit in edits:
+            stack.edits.remove(edit)
+
+
+@contextmanager
+def waiting(model: Any, by: Recording) -> Iterator[None]:
+    """Inside the block ``by`` collects the edits that begin."""
+    stack = _here.by_model.setdefault(model, _Stack())
+    stack.waiting.append(by)
+    try:
+        yield
+    finally:
+        stack.waiting.remove(by)
+
+
+@contextmanager
+def _within(stack: _Stack, held: list[Any], item: Any) -> Iterator[None]:
+    held.append(item)
+    stack.changed()
+    try:
+        yield
+    finally:
+        held.remove(item)
+        stack.changed()

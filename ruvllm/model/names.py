@@ -1,0 +1,159 @@
+"""The named arrays of a model, found by running its layer code: what traces keep and edits change."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ruvllm.kernels import tape as t
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.layer import Decoder
+from ruvllm.model.ops.recorder import Pass, Recorder
+from ruvllm.model.ops.schedule import Value
+
+# What a name means, by its end. Layer code may give others.
+_MEANINGS = {
+    "embed": "embedded tokens, as the first layer reads them",
+    "residual": "residual stream, before the layer",
+    "attention.norm": "normalised input of attention",
+    "attention.q": "queries, with bias, before their norm and rotation",
+    "attention.k": "keys, with bias, before their norm and rotation",
+    "attention.v": "values, with bias",
+    "attention.rotated_q": "queries as scores are computed from them",
+    "attention.rotated_k": "keys as scores are computed from them, and as the cache gets them",
+    "attention.scores": "scores of each query with each position, before the softmax; -inf where it sees none",
+    "attention.pattern": "weights with which each query reads each position",
+    "attention.heads": "what each head has read: weighted sums of values",
+    "attention.before_norm": "output of attention, before the norm behind it",
+    "attention.out": "what attention adds to the residual stream",
+    "residual_mid": "residual stream, between attention and feed-forward",
+    "mlp.norm": "normalised input of the feed-forward network",
+    "mlp.gate": "gate, before the activation",
+    "mlp.up": "what the gate multiplies",
+    "mlp.hidden": "activation(gate) * up",
+    "mlp.router": "the router's score of each expert",
+    "mlp.shared.gate": "gate of the shared expert, before the activation",
+    "mlp.shared.up": "what that gate multiplies",
+    "mlp.shared.hidden": "activation(gate) * up of the shared expert",
+    "mlp.shared.out": "what the shared expert contributes",
+    "mlp.before_norm": "output of the feed-forward network, before the norm behind it",
+    "mlp.out": "what the feed-forward network adds to the residual stream",
+    "final.residual": "residual stream, after the last layer",
+    "final.norm": "normalised input of the head",
+    "logits": "logits of the next token",
+}
+# TransformerLens' names. Its arrays begin with an axis of the batch, these have none.
+_LENS = {
+    "residual": ("hook_resid_pre",), "residual_mid": ("hook_resid_mid",), "attention.q": ("attn.hook_q",),
+    "attention.k": ("attn.hook_k",), "attention.v": ("attn.hook_v",), "attention.rotated_q": ("attn.hook_rot_q",),
+    "attention.rotated_k": ("attn.hook_rot_k",), "attention.scores": ("attn.hook_attn_scores",),
+    "attention.pattern": ("attn.hook_pattern",), "attention.heads": ("attn.hook_z",),
+    "attention.out": ("hook_attn_out",), "mlp.gate": ("mlp.hook_pre",), "mlp.up": ("mlp.hook_pre_linear",),
+    "mlp.hidden": ("mlp.hook_post",), "mlp.out": ("hook_mlp_out",),
+}  # fmt: skip
+_OF_HEADS = ("q", "k", "v", "rotated_q", "rotated_k", "heads")
+DERIVED = ("scores", "pattern")  # computed from queries and keys, where they are asked for
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named array: its axes behind the first, which counts tokens, and its other names.
+
+    layer: None outside of layers. derived: computed when it is asked for; (H, T, S), S positions so far.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    meaning: str
+    aliases: tuple[str, ...] = ()
+    layer: int | None = None
+    derived: bool = False
+
+    @property
+    def shape(self) -> str:
+        """The shape as text: "(T, 8, 64)"."""
+        axes = (self.axes[0], "T", "S") if self.derived else ("T", *self.axes)
+        return f"({', '.join(map(str, axes))})"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token."""
+        return 4 * int(np.prod(self.axes))
+
+
+Points = Mapping[str, Point]
+
+
+class _Listing(Recorder):
+    """Notes the arrays that layer code names."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.named: dict[str, Value] = {}
+
+    def name(self, x: Value, name: str) -> Value:
+        """x."""
+        if name in self.named:
+            raise ValueError(f"name: the layer code gives {name!r} to two arrays")
+        self.named[name] = x
+        return x
+
+
+def points_of(decoder: Decoder, config: ModelConfig) -> dict[str, Point]:
+    """The named arrays of a model in the order in which they are computed."""
+    listing = _Listing(Pass.PROMPT, np.float32, {})
+    decoder(listing, listing.source_of(config.hidden_size))
+    found: dict[str, Point] = {}
+    for name, value in listing.named.items():
+        if value.count not in (t.TOKENS, t.LOGIT_ROWS):
+            raise ValueError(f"name: expected an array with a row for each token, {name!r} has others")
+        end = _end(name)
+        if end == "attention.heads":
+            for derived in DERIVED:
+                other = name.removesuffix("heads") + derived
+                found[other] = _point(other, (config.num_attention_heads,), config, derived=True)
+        per_head = end.rpartition(".")[2] in _OF_HEADS and value.width % config.head_dim == 0
+        axes = (value.width // config.head_dim, config.head_dim) if per_head else (value.width,)
+        found[name] = _point(name, axes, config)
+    return found
+
+
+def matching(points: Points, pattern: str) -> list[str]:
+    """The names that a glob, a name or an alias means.
+
+    Raises KeyError with the nearest names if there is none.
+    """
+    found = [p.name for p in points.values() if any(fnmatchcase(name, pattern) for name in (p.name, *p.aliases))]
+    if not found:
+        every = [name for p in points.values() for name in (p.name, *p.aliases)]
+        near = difflib.get_close_matches(pattern, every, 3, 0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise KeyError(f"{pattern!r}: no array has this name{hint} (names() lists all)")
+    return found
+
+
+def _end(name: str) -> str:
+    """A name without its layer."""
+    return re.sub(r"^layers\.\d+\.", "", name)
+
+
+def _point(name: str, axes: tuple[int, ...], config: ModelConfig, derived: bool = False) -> Point:
+    end, at = _end(name), re.match(r"layers\.(\d+)\.", name)
+    layer = None if at is None else int(at[1])
+    aliases = [] if layer is None else [f"blocks.{layer}.{alias}" for alias in _LENS.get(end, ())]
+    if end == "attention.heads":
+        aliases.append(f"layers.{layer}.heads")
+    if name == "embed":
+        aliases.append("hook_embed")
+    last = config.num_hidden_layers - 1
+    if end == "residual" and layer:
+        aliases.append(f"blocks.{layer - 1}.hook_resid_post")
+    if name == "final.residual":
+        aliases.append(f"blocks.{last}.hook_resid_post")
+    return Point(name, axes, _MEANINGS.get(end, ""), tuple(aliases), layer, derived)

@@ -1,0 +1,234 @@
+"""Trace: arrays of a model as it takes one text, found by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ruvllm.errors import InsufficientMemoryError
+from ruvllm.kernels.memory import require_memory
+from ruvllm.model.edits import Edit
+from ruvllm.model.hooks import recording
+from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.llama import Llama
+from ruvllm.model.names import Point, matching
+from ruvllm.model.reference import attention_pattern, attention_scores
+from ruvllm.tracing.attribution import Attribution, direct_attribution
+from ruvllm.tracing.lens import LogitLens, logit_lens
+from ruvllm.tracing.patterns import AttentionPattern
+
+_KEYS = "attention.keys"  # what a layer's cache holds, read with what its heads have read
+
+
+class Trace:
+    """The arrays of one text, made by ``llm.trace``.
+
+    Args:
+        model: that computes them.
+        tokenizer: which shows tokens as text.
+        ids: of the text, which ``run`` takes through the model; None: what is computed inside of the block is read.
+        new_cache: makes the KV cache of the text.
+        limit: bytes that may be kept; None: as many as are free.
+    """
+
+    def __init__(
+        self, model: Llama, tokenizer: Any, ids: np.ndarray | None, new_cache: Callable[[int], KVCache],
+        limit: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.limit = model, tokenizer, limit
+        self.edits: list[Edit] = []
+        self._text, self._new_cache = ids, new_cache
+        self._globs: list[str] = []
+        self._kept: set[str] | None = None
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._ids: list[np.ndarray] = []
+        self._cache: KVCache | None = None
+        self.first = 0  # the position of the first row
+        self.nbytes = 0  # of all arrays that are kept
+        self._done = False
+
+    def keep(self, *globs: str) -> None:
+        """Keep the arrays of these names, aliases or globs, beside those of earlier calls.
+
+        Raises:
+            KeyError: no array has such a name.
+            ValueError: the text was taken through the model already.
+        """
+        if self._kept is not None:
+            raise ValueError("keep: the trace has begun; say what to keep before that")
+        for glob in globs:
+            matching(self.model.points, glob)
+        self._globs += globs
+
+    @property
+    def names(self) -> list[str]:
+        """The arrays that it has."""
+        self.run()
+        return [name for name in self.model.points if name in self._parts or self._derivable(name)]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids (T,), one of each row."""
+        self.run()
+        return np.concatenate(self._ids) if self._ids else np.empty(0, np.int64)
+
+    @property
+    def tokens(self) -> list[str]:
+        """The text of each token."""
+        return [self.tokenizer.decode([i]) for i in self.ids.tolist()]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array of a name or alias, float32; its shape is in ``llm.names()``.
+
+        ``final.norm`` and ``logits`` of a generation have rows of those tokens alone whose logits it computed.
+        Raises KeyError for an unknown name, and one that was not kept.
+        """
+        self.run()
+        found = matching(self.model.points, name)
+        if len(found) > 1:
+            raise KeyError(f"{name!r}: expected one array, found {len(found)}: {', '.join(found[:3])}, ...")
+        point = self.model.points[found[0]]
+        return self._derived(point) if point.derived else self._array(point.name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(found in self.names for found in matching(self.model.points, name))
+
+    def attention(self, layer: int) -> AttentionPattern:
+        """The weights (H, T, S) with which each head reads; ``plot()`` draws them."""
+        pattern = self[f"layers.{layer}.attention.pattern"]
+        before = [""] * self.first
+        return AttentionPattern(f"layer {layer}", pattern, self.tokens, [*before, *self.tokens])
+
+    def logit_lens(self, top: int = 3) -> LogitLens:
+        """The likeliest tokens if the residual stream after each layer went straight to the last norm and head."""
+        states = [f"layers.{i}.residual" for i in range(self.model.config.num_hidden_layers)]
+        arrays = [self[name] for name in (*states, "final.residual")]
+        return logit_lens(self.model, self.tokenizer, arrays, self.tokens, top)
+
+    def direct_attribution(self, wanted: str | int, other: str | int, position: int = -1) -> Attribution:
+        """What each layer, head and feed-forward network adds to logit(wanted) - logit(other) after one token."""
+        return direct_attribution(self.model, self.tokenizer, self, (wanted, other), position)
+
+    def run(self) -> None:
+        """Take the text through the model, unless that was done."""
+        if self._done or self._text is None:
+            return
+        self._begun()
+        each = sum(point.row_bytes for point in self.model.points.values() if point.name in (self._kept or ()))
+        self._require(each * len(self._text))
+        whole = any(self._keeps(name) for name in ("final.norm", "logits"))
+        with recording(self.model, self):
+            self.model.forward(self._text, self._new_cache(len(self._text)), last_only=not whole)
+        self._done = True
+
+    # What ``hooks`` call.
+
+    def wants(self, point: Point) -> bool:
+        """Whether it keeps this array."""
+        self._begun()
+        return self._keeps(point.name) or self._keeps_keys(point)
+
+    def begin(self, cache: KVCache | None, ids: np.ndarray) -> None:
+        """A pass of ids begins, which follow what the cache holds."""
+        if cache is None:
+            raise ValueError("trace: expected one sequence, found a batch of several")
+        if self._cache is None:
+            self._cache, self.first = cache, len(cache)
+            for point in self.model.points.values():
+                if self._keeps_keys(point) and point.layer is not None and len(cache):
+                    self._store(_keys_of(point), _all_keys(cache, point.layer))
+        expected = self.first + sum(map(len, self._ids))
+        if cache is not self._cache or len(cache) != expected:
+            raise ValueError(
+                f"trace: expected position {expected} of one sequence, found position {len(cache)}"
+                f"{'' if cache is self._cache else ' of another'}: each sequence needs a trace of its own"
+            )
+        self._ids.append(ids.copy())
+
+    def see(self, point: Point, x: np.ndarray) -> None:
+        """Keep the rows of this pass."""
+        if self._keeps(point.name):
+            self._store(point.name, x)
+        if self._keeps_keys(point) and self._cache is not None and point.layer is not None:
+            keys, _ = self._cache.layer(point.layer, len(self._cache) + len(x))
+            self._store(_keys_of(point), keys[len(keys) - len(x) :])
+
+    def _begun(self) -> None:
+        """Decide what is kept."""
+        if self._kept is not None:
+            return
+        points = self.model.points
+        if self._globs:
+            kept = {name for glob in self._globs for name in matching(points, glob)}
+        else:
+            kept = {name for name, point in points.items() if not point.derived}
+        for name in list(kept):
+            if points[name].derived:
+                kept.add(name.rpartition(".")[0] + ".rotated_q")
+        self._kept = kept
+
+    def _keeps(self, name: str) -> bool:
+        return self._kept is not None and name in self._kept
+
+    def _keeps_keys(self, point: Point) -> bool:
+        """Whether patterns will be computed: of all layers, or those asked for."""
+        at, _, end = point.name.rpartition(".")
+        asked = any(self._keeps(f"{at}.{name}") for name in ("pattern", "scores"))
+        return end == "heads" and (asked or (not self._globs and self._keeps(f"{at}.rotated_q")))
+
+    def _store(self, name: str, x: np.ndarray) -> None:
+        self._require(x.nbytes)
+        self.nbytes += x.nbytes
+        self._parts.setdefault(name, []).append(x.copy())
+
+    def _require(self, more: int) -> None:
+        """Raise InsufficientMemoryError unless so many more bytes may be kept."""
+        if self.limit is None:
+            if more > 1 << 20:  # to ask the system for less takes longer than to keep it
+                require_memory(more, f"trace: {self.nbytes + more:,} bytes to keep")
+        elif self.nbytes + more > self.limit:
+            raise InsufficientMemoryError(
+                f"trace: {self.nbytes + more:,} bytes to keep, more than limit={self.limit:,}: keep fewer arrays"
+            )
+
+    def _array(self, name: str) -> np.ndarray:
+        parts = self._parts.get(name)
+        if parts is None:
+            raise KeyError(f"{name!r} was not kept: name it in keep()")
+        if len(parts) > 1:
+            parts[:] = [np.concatenate(parts)]
+        return parts[0]
+
+    def _derivable(self, name: str) -> bool:
+        point = self.model.points[name]
+        return point.derived and _keys_of(point) in self._parts
+
+    def _derived(self, point: Point) -> np.ndarray:
+        """Scores or pattern (H, T, S) of a layer."""
+        at = point.name.rpartition(".")[0]
+        if not self._derivable(point.name) or f"{at}.rotated_q" not in self._parts:
+            raise KeyError(f"{point.name!r} was not kept: name it in keep()")
+        q, k = (self._array(name).swapaxes(0, 1) for name in (f"{at}.rotated_q", _keys_of(point)))
+        # Scores and what NumPy computes on the way, in float64.
+        self._require(4 * 8 * len(q) * q.shape[1] * k.shape[1])
+        assert point.layer is not None
+        block = self.model.decoder.layers[point.layer].attention
+        scores = attention_scores(q.astype(np.float64), k, block.window, block.scale, block.softcap)
+        found = scores if point.name.endswith("scores") else attention_pattern(scores, block.sinks)
+        return found.astype(np.float32)
+
+    def __repr__(self) -> str:
+        state = f"{len(self._parts)} arrays, {self.nbytes:,} bytes" if self._parts else "nothing yet"
+        return f"Trace({state})"
+
+
+def _keys_of(point: Point) -> str:
+    return f"layers.{point.layer}.{_KEYS}"
+
+
+def _all_keys(cache: KVCache, layer: int) -> np.ndarray:
+    """Keys (S, KV, D) of all positions, zeros where a windowed layer has dropped them and no query sees them."""
+    held, _ = cache.layer(layer)
+    return np.concatenate([np.zeros((len(cache) - len(held), *held.shape[1:]), np.float32), held])

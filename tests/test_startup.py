@@ -137,7 +137,7 @@ model.forward(np.arange(900) % 4096, cache, last_only=True, out=logits)
 for _ in range(3):
     model.forward(token, cache, last_only=True, out=logits)
 buffers = {key: id(value) for key, value in cache._buffers.items()}
-tables = [id(table) for table in model.rope_tables(1)]
+tables = [id(table) for table in model.rope.upto(1, cache.max_tokens)]
 tracemalloc.start()
 inside = rtsys.get_allocation_stats()
 start, peaks = tracemalloc.get_traced_memory()[0], []
@@ -150,7 +150,7 @@ print(json.dumps({
     "token": min(peaks), "left": tracemalloc.get_traced_memory()[0] - start,
     "compiled": rtsys.get_allocation_stats().alloc - inside.alloc,
     "same buffers": buffers == {key: id(value) for key, value in cache._buffers.items()},
-    "same tables": tables == [id(table) for table in model.rope_tables(1)],
+    "same tables": tables == [id(table) for table in model.rope.upto(1, cache.max_tokens)],
 }))
 """
 
@@ -187,9 +187,9 @@ def test_a_notebook_without_widgets_is_no_reason_for_a_warning() -> None:
     """tqdm.auto warns when it is first imported there: so one module does that, quietly, for all."""
     users = {path for path in (ROOT / "ruvllm").rglob("*.py") if "tqdm" in path.read_text()}
     direct = {path for path in users if "tqdm.auto" in path.read_text()}
-    assert direct == {ROOT / "ruvllm" / "_progress.py"} and len(users) > 5
+    assert direct == {ROOT / "ruvllm" / "progress.py"} and len(users) > 5
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(users)]
-    assert _python(IN_A_NOTEBOOK, *[name for name in names if not name.endswith("_progress")]) == []
+    assert _python(IN_A_NOTEBOOK, *[name for name in names if not name.endswith(".progress")]) == []
 
 
 # --- idle threads ------------------------------------------------------------------------------------------------

@@ -72,22 +72,28 @@ def compile_cache(
     layouts = sorted(set(layouts))
     if not isinstance(kv, str) or kv not in KV_DTYPES or kv == "f32":
         return  # the cache refuses an unknown dtype
-    _compile_operations(operations_for(layouts, kv, config), f"{kv} cache, {layouts}", progress)
+    kind = f"{kv} cache, {layouts}" + ("" if config is None else f", {_tiny_config(config)!r}")
+    if DISABLE_JIT or is_warm(kind):
+        return
+    needed = operations_for(layouts, kv) if config is None else operations_for(layouts, kv, config)
+    _compile_operations(needed, kind, progress)
 
 
 def compile_choices(config: ModelConfig, layouts: Iterable[str], progress: bool | None = None) -> None:
     """Compile the operations of a model that LLaMA lacks: norms by head, softcaps, experts ..."""
     layouts = sorted(set(layouts))
+    kind = f"operations, {layouts}, {_tiny_config(config)!r}"
+    if DISABLE_JIT or is_warm(kind):
+        return
     common = operations_for(layouts, "f32")
     extra = [operation for operation in operations_for(layouts, "f32", config) if operation not in common]
     if extra:
-        _compile_operations(extra, f"operations, {layouts}", progress)
+        _compile_operations(extra, kind, progress)
+    else:
+        mark_warm(kind)
 
 
 def _compile_operations(operations: list[CFunction], kind: str, progress: bool | None) -> None:
-    kind = f"{kind}, {sorted({operation.__name__ for operation in operations})}"
-    if DISABLE_JIT or is_warm(kind):
-        return
     with _compile_bar(progress, 3 * len(operations)):
         for operation in operations:
             _ = operation.address
@@ -265,7 +271,7 @@ def _tiny_config(config: ModelConfig | None = None) -> ModelConfig:
         config, **sizes, num_hidden_layers=len(layers), rope=tiny.rope, local_rope=None, experts=experts,
         no_rope_layers=tuple(i for i, layer in enumerate(layers) if layer in config.no_rope_layers),
         layer_types=tuple(config.layer_types[layer] for layer in layers) if config.layer_types else (),
-        bos_token_id=None, eos_token_ids=(),
+        bos_token_id=None, eos_token_ids=(), name="",
     )  # fmt: skip
 
 

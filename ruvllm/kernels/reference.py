@@ -213,17 +213,15 @@ def kv_append(k: Any, v: Any, keys: Any, values: Any, positions: Any) -> tuple[n
 
 
 def apply_rope_tables(x: Any, cos: Any, sin: Any, interleaved: bool = False, inverse: bool = False) -> np.ndarray:
-    """Pair i of each head, as a complex number, times cos[t, i] + j sin[t, i]: x (..., T, H, D), tables (T, D/2)."""
+    """Pair i of each head, as a complex number, times cos[t, i] + j sin[t, i]: x (..., T, H, D), tables (T, R/2)."""
     x, cos, sin = _f64(x, cos, sin)
-    half = x.shape[-1] // 2
-    turn = (cos - 1j * sin if inverse else cos + 1j * sin)[:, None]
-    y = np.empty_like(x)
+    half = cos.shape[-1]
+    first, second = slice(half), slice(half, 2 * half)
     if interleaved:
-        z = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
-        y[..., 0::2], y[..., 1::2] = z.real, z.imag
-    else:
-        z = (x[..., :half] + 1j * x[..., half:]) * turn
-        y[..., :half], y[..., half:] = z.real, z.imag
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    z = (x[..., first] + 1j * x[..., second]) * (cos - 1j * sin if inverse else cos + 1j * sin)[:, None]
+    y = x.copy()
+    y[..., first], y[..., second] = z.real, z.imag
     return y
 
 

@@ -71,7 +71,7 @@ rope_interleaved_parallel = over_rows(rope_rows_interleaved)
 def rope_small(x, cos, sin, interleaved, inverse, out):
     """apply_rope_tables of fewer elements than PARALLEL_ELEMENTS."""
     tokens, heads, dim = x.shape
-    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] > dim:
+    if out.shape != x.shape or cos.shape != sin.shape or cos.shape[0] != tokens or 2 * cos.shape[1] > dim or dim % 2:
         return False
     if not 0 < x.size < PARALLEL_ELEMENTS or not (may_write(out, x) and may_write(out, cos) and may_write(out, sin)):
         return False

@@ -70,6 +70,8 @@ def adamw(
         check.output(name, array, grad.shape)
     if not 1 <= check.integer("step", step) <= _MOST_STEPS:
         raise ValueError(f"step: expected 1 to {_MOST_STEPS}, found {step}")
+    if not isinstance(settings, tuple) or len(settings) != len(AdamW._fields):
+        raise TypeError(f"settings: expected an AdamW, found {type(settings).__name__}")
     lr, beta1, beta2, eps, decay = map(check.number, AdamW._fields, settings)
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     factors = np.array([beta1, beta2, eps, 1 - lr * decay, size, root], np.float32)

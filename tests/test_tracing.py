@@ -98,7 +98,8 @@ def test_a_trace_keeps_what_is_asked_for(llm: LLM) -> None:
     assert t.tokens == list("Hello") and t["layers.0.residual"].dtype == np.float32
     assert t["layers.0.heads"].shape == (5, 4, 12) and t.nbytes == 5 * 5 * 48 * 4
     np.testing.assert_array_equal(t["blocks.0.hook_resid_post"], t["layers.1.residual"])
-    assert "embed" in t and "layers.0.mlp.out" not in t
+    assert "embed" in t and "layers.1.attention.normalised" in t and "layers.*.residual" in t
+    assert "layers.1.mlp.normalised" not in t and "layers.0.mlp.out" not in t
     with pytest.raises(KeyError, match="'layers.0.mlp.out' was not kept: name it in keep"):
         _ = t["layers.0.mlp.out"]
     with pytest.raises(KeyError, match="'layers.1.attention.pattern' was not kept"):

@@ -50,7 +50,7 @@ class Edit:
             point = points[found]
             if point.derived:
                 raise ValueError(f"edit of {found}: it is computed to be looked at; edit queries, keys or heads")
-            if self.head is not None and (len(point.axes) != 2 or self.head >= point.axes[0]):
+            if self.head is not None and (len(point.axes) != 2 or point.router or self.head >= point.axes[0]):
                 raise ValueError(f"edit of {name}: {found} has the shape {point.shape}, and no head {self.head}")
         self.positions: np.ndarray | None = None
         if positions is not None:

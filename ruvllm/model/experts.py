@@ -35,7 +35,8 @@ class MixtureOfExperts(FeedForward):
         routing = ops.route(scores, self.per_token, self.normalised)
         x = ops.gather(h, routing)  # (T k, E)
         gate, up = ops.grouped_linear(x, routing, self.gates), ops.grouped_linear(x, routing, self.ups)
-        out = ops.combine(ops.grouped_linear(self.gated(ops, gate, up), routing, self.downs), routing)
+        hidden = ops.name(self.gated(ops, gate, up), self.at + "experts.hidden")
+        out = ops.combine(ops.name(ops.grouped_linear(hidden, routing, self.downs), self.at + "experts.out"), routing)
         if self.shared is None:
             return out
         shared = self.shared(ops, h)

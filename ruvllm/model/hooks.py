@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ruvllm.kernels.experts import route
 from ruvllm.model.edits import Edit
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.names import Point, Points
@@ -42,12 +43,17 @@ class Hooks:
         self.edits, self._recordings = tuple(edits), tuple(recordings)
         self.functions: dict[str, Any] = {}
         self._acting: dict[str, tuple[tuple[Edit, ...], tuple[Recording, ...]]] = {}
+        self._choices: dict[str, int] = {}  # experts of a token, by the router whose choices must be known
         for point in points.values():
             mine = tuple(edit for edit in edits if point.name in edit.names)
             readers = tuple(r for r in recordings if r.wants(point))
             if mine or readers:
                 self.functions[point.name] = partial(self._at, point)
                 self._acting[point.name] = mine, readers
+                if point.router:
+                    self.functions.setdefault(point.router, partial(self._at, points[point.router]))
+                    self._choices[point.router] = point.axes[0]
+        self._places: dict[str, np.ndarray] = {}  # (T, k), by router: where the row of each choice is, in this pass
         self._first: int | None = None
         self._plain: Tapes | None = None
         self._tapes: Tapes | None = None
@@ -73,9 +79,14 @@ class Hooks:
         edits, readers = self._acting.get(point.name, ((), ()))
         if not len(x):  # logits that nobody wants
             return
-        x = x.reshape(len(x), *point.axes)
+        rows, places = x, self._places.get(point.router or "")
+        x = x.reshape(len(x), *point.axes) if places is None else rows[places]
         for edit in edits:
             edit.apply(point.name, x, self._first)
+        if places is not None and edits:
+            rows[places] = x
+        if point.name in self._choices:
+            self._places[point.name] = route(x, self._choices[point.name], True).places
         for reader in readers:
             reader.see(point, x)
 

@@ -22,6 +22,7 @@ _MEANINGS = {
     "embed": "embedded tokens, as the first layer reads them",
     "residual": "residual stream, before the layer",
     "attention.norm": "normalised input of attention",
+    "attention.normalised": "that input before the norm's weights",
     "attention.q": "queries, with bias, before their norm and rotation",
     "attention.k": "keys, with bias, before their norm and rotation",
     "attention.v": "values, with bias",
@@ -34,10 +35,13 @@ _MEANINGS = {
     "attention.out": "what attention adds to the residual stream",
     "residual_mid": "residual stream, between attention and feed-forward",
     "mlp.norm": "normalised input of the feed-forward network",
+    "mlp.normalised": "that input before the norm's weights",
     "mlp.gate": "gate, before the activation",
     "mlp.up": "what the gate multiplies",
     "mlp.hidden": "activation(gate) * up",
     "mlp.router": "the router's score of each expert",
+    "mlp.experts.hidden": "activation(gate) * up of each token's experts, the best first",
+    "mlp.experts.out": "output of each token's experts, the best first, before their weights",
     "mlp.shared.gate": "gate of the shared expert, before the activation",
     "mlp.shared.up": "what that gate multiplies",
     "mlp.shared.hidden": "activation(gate) * up of the shared expert",
@@ -46,6 +50,7 @@ _MEANINGS = {
     "mlp.out": "what the feed-forward network adds to the residual stream",
     "final.residual": "residual stream, after the last layer",
     "final.norm": "normalised input of the head",
+    "final.normalised": "that input before the norm's weights",
     "logits": "logits of the next token",
 }
 # TransformerLens' names. Its arrays begin with an axis of the batch, these have none.
@@ -55,17 +60,21 @@ _LENS = {
     "attention.rotated_k": ("attn.hook_rot_k",), "attention.scores": ("attn.hook_attn_scores",),
     "attention.pattern": ("attn.hook_pattern",), "attention.heads": ("attn.hook_z",),
     "attention.out": ("hook_attn_out",), "mlp.gate": ("mlp.hook_pre",), "mlp.up": ("mlp.hook_pre_linear",),
+    "attention.normalised": ("ln1.hook_normalized",), "mlp.normalised": ("ln2.hook_normalized",),
     "mlp.hidden": ("mlp.hook_post",), "mlp.out": ("hook_mlp_out",),
 }  # fmt: skip
 _OF_HEADS = ("q", "k", "v", "rotated_q", "rotated_k", "heads")
-DERIVED = ("scores", "pattern")  # computed from queries and keys, where they are asked for
+READ = (".scores", ".pattern")  # (H, T, S): how each token reads S positions
+_NORMS = {"attention.norm": "residual", "mlp.norm": "residual_mid", "final.norm": "residual"}  # and what they read
 
 
 @dataclass(frozen=True)
 class Point:
     """A named array: its axes behind the first, which counts tokens, and its other names.
 
-    layer: None outside of layers. derived: computed when it is asked for; (H, T, S), S positions so far.
+    layer: None outside of layers. source: of an array that is computed only when it is asked for, what it is computed
+    from. router: of arrays with a row for each expert of a token, sorted by expert, the name of the scores that chose
+    them; their first axis here is that of the token's experts.
     """
 
     name: str
@@ -73,13 +82,19 @@ class Point:
     meaning: str
     aliases: tuple[str, ...] = ()
     layer: int | None = None
-    derived: bool = False
+    source: str | None = None
+    router: str | None = None
 
     @property
     def shape(self) -> str:
         """The shape as text: "(T, 8, 64)"."""
-        axes = (self.axes[0], "T", "S") if self.derived else ("T", *self.axes)
+        axes = (self.axes[0], "T", "S") if self.name.endswith(READ) else ("T", *self.axes)
         return f"({', '.join(map(str, axes))})"
+
+    @property
+    def derived(self) -> bool:
+        """Whether it is computed only when it is asked for: to be looked at, not edited."""
+        return self.source is not None
 
     @property
     def row_bytes(self) -> int:
@@ -111,13 +126,19 @@ def points_of(decoder: Decoder, config: ModelConfig) -> dict[str, Point]:
     decoder(listing, listing.source_of(config.hidden_size))
     found: dict[str, Point] = {}
     for name, value in listing.named.items():
+        end, router = _end(name), name.partition("experts.")[0] + "router"
+        if value.count > t.EACH and router in found:
+            found[name] = _point(name, (value.count - t.EACH, value.width), config, router=router)
+            continue
         if value.count not in (t.TOKENS, t.LOGIT_ROWS):
             raise ValueError(f"name: expected an array with a row for each token, {name!r} has others")
-        end = _end(name)
         if end == "attention.heads":
-            for derived in DERIVED:
-                other = name.removesuffix("heads") + derived
-                found[other] = _point(other, (config.num_attention_heads,), config, derived=True)
+            at = name.removesuffix(".heads")
+            for read in READ:
+                found[at + read] = _point(at + read, (config.num_attention_heads,), config, f"{at}.rotated_q")
+        if end in _NORMS:
+            source = name.removesuffix(end.removeprefix("final.")) + _NORMS[end]
+            found[f"{name}alised"] = _point(f"{name}alised", (value.width,), config, source)
         per_head = end.rpartition(".")[2] in _OF_HEADS and value.width % config.head_dim == 0
         axes = (value.width // config.head_dim, config.head_dim) if per_head else (value.width,)
         found[name] = _point(name, axes, config)
@@ -143,7 +164,9 @@ def _end(name: str) -> str:
     return re.sub(r"^layers\.\d+\.", "", name)
 
 
-def _point(name: str, axes: tuple[int, ...], config: ModelConfig, derived: bool = False) -> Point:
+def _point(
+    name: str, axes: tuple[int, ...], config: ModelConfig, source: str | None = None, router: str | None = None
+) -> Point:
     end, at = _end(name), re.match(r"layers\.(\d+)\.", name)
     layer = None if at is None else int(at[1])
     aliases = [] if layer is None else [f"blocks.{layer}.{alias}" for alias in _LENS.get(end, ())]
@@ -151,9 +174,11 @@ def _point(name: str, axes: tuple[int, ...], config: ModelConfig, derived: bool 
         aliases.append(f"layers.{layer}.heads")
     if name == "embed":
         aliases.append("hook_embed")
+    if name == "final.normalised":
+        aliases.append("ln_final.hook_normalized")
     last = config.num_hidden_layers - 1
     if end == "residual" and layer:
         aliases.append(f"blocks.{layer - 1}.hook_resid_post")
     if name == "final.residual":
         aliases.append(f"blocks.{last}.hook_resid_post")
-    return Point(name, axes, _MEANINGS.get(end, ""), tuple(aliases), layer, derived)
+    return Point(name, axes, _MEANINGS.get(end, ""), tuple(aliases), layer, source, router)

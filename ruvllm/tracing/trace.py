@@ -13,8 +13,8 @@ from ruvllm.model.edits import Edit
 from ruvllm.model.hooks import recording
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
-from ruvllm.model.names import Point, matching
-from ruvllm.model.reference import attention_pattern, attention_scores
+from ruvllm.model.names import READ, Point, matching
+from ruvllm.model.reference import attention_pattern, attention_scores, rms_norm
 from ruvllm.tracing.attribution import Attribution, direct_attribution
 from ruvllm.tracing.lens import LogitLens, logit_lens
 from ruvllm.tracing.patterns import AttentionPattern
@@ -64,9 +64,10 @@ class Trace:
 
     @property
     def names(self) -> list[str]:
-        """The arrays that it has."""
+        """The arrays that it has; of those that are computed from others, which were asked for."""
         self.run()
-        return [name for name in self.model.points if name in self._parts or self._derivable(name)]
+        asked = [name for name in self.model.points if not self._globs or self._keeps(name)]
+        return [name for name in asked if self._has(name)]
 
     @property
     def ids(self) -> np.ndarray:
@@ -93,7 +94,8 @@ class Trace:
         return self._derived(point) if point.derived else self._array(point.name)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(found in self.names for found in matching(self.model.points, name))
+        self.run()
+        return isinstance(name, str) and all(self._has(found) for found in matching(self.model.points, name))
 
     def attention(self, layer: int) -> AttentionPattern:
         """The weights (H, T, S) with which each head reads; ``plot()`` draws them."""
@@ -164,10 +166,7 @@ class Trace:
             kept = {name for glob in self._globs for name in matching(points, glob)}
         else:
             kept = {name for name, point in points.items() if not point.derived}
-        for name in list(kept):
-            if points[name].derived:
-                kept.add(name.rpartition(".")[0] + ".rotated_q")
-        self._kept = kept
+        self._kept = kept | {points[name].source or name for name in kept}
 
     def _keeps(self, name: str) -> bool:
         return self._kept is not None and name in self._kept
@@ -201,16 +200,20 @@ class Trace:
             parts[:] = [np.concatenate(parts)]
         return parts[0]
 
-    def _derivable(self, name: str) -> bool:
+    def _has(self, name: str) -> bool:
         point = self.model.points[name]
-        return point.derived and _keys_of(point) in self._parts
+        if point.source is None:
+            return name in self._parts
+        return point.source in self._parts and (not name.endswith(READ) or _keys_of(point) in self._parts)
 
     def _derived(self, point: Point) -> np.ndarray:
-        """Scores or pattern (H, T, S) of a layer."""
-        at = point.name.rpartition(".")[0]
-        if not self._derivable(point.name) or f"{at}.rotated_q" not in self._parts:
+        """What is computed from arrays that were kept: normalised ones, scores and patterns."""
+        if point.source is None or not self._has(point.name):
             raise KeyError(f"{point.name!r} was not kept: name it in keep()")
-        q, k = (self._array(name).swapaxes(0, 1) for name in (f"{at}.rotated_q", _keys_of(point)))
+        if not point.name.endswith(READ):
+            x = self._array(point.source).astype(np.float64)
+            return rms_norm(x, np.ones(1), self.model.config.rms_norm_eps).astype(np.float32)
+        q, k = (self._array(name).swapaxes(0, 1) for name in (point.source, _keys_of(point)))
         # Scores and what NumPy computes on the way, in float64.
         self._require(4 * 8 * len(q) * q.shape[1] * k.shape[1])
         assert point.layer is not None

@@ -29,6 +29,7 @@ TOKENS, CHANGED, TARGETS = 12, 4, (5, 9)
 KEPT = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "attn.hook_q", "attn.hook_v", "attn.hook_rot_k",
     "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out",
+    "ln1.hook_normalized", "ln2.hook_normalized", "ln_final.hook_normalized",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def main() -> None:
             ids = checkpoint.ids[:TOKENS]
             logits, cache = model.run_with_cache(torch.tensor(ids)[None])
             assert np.abs(logits[0].numpy() - checkpoint.logits[:TOKENS]).max() < 2e-4
-            arrays = {n: x[0].numpy() for n, x in cache.items() if any(n.endswith("." + k) for k in KEPT)}
+            arrays = {n: x[0].numpy() for n, x in cache.items() if n.endswith(KEPT)}
             corrupted = ids.copy()
             corrupted[CHANGED] = (ids[CHANGED] + 7) % len(model.W_E)
             patched = np.empty((model.cfg.n_layers, TOKENS), np.float32)

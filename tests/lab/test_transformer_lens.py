@@ -27,8 +27,8 @@ def test_arrays_and_patching(variant: str, layers: int, tmp_path: Path) -> None:
         expected = dict(file)
     ids, corrupted, targets, patched = (expected.pop(n) for n in ("ids", "corrupted", "targets", "patched"))
     with llm.trace(ids) as t:
-        t.keep("blocks.*", "layers.*.attention.pattern")
-    assert len(expected) == 11 * layers
+        t.keep("blocks.*", "ln_final.hook_normalized")
+    assert len(expected) == 13 * layers + 1
     for name, array in expected.items():
         np.testing.assert_allclose(t[name], array, rtol=0, atol=1e-4, err_msg=name)
     found = lab.patch(llm, ids, corrupted, at="blocks.*.hook_resid_pre", metric=tuple(map(int, targets)))  # type: ignore[arg-type]

@@ -39,6 +39,14 @@ def reference_with(hooks: Mapping[str, Callable[[Any], None]]) -> type[Float64]:
     return Hooked
 
 
+def by_token(rows: np.ndarray, scores: np.ndarray, model: Llama) -> np.ndarray:
+    """Rows that are sorted by expert, and by token within: those of each token, its best expert first."""
+    assert model.config.experts is not None
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : model.config.experts.per_token]
+    order = [(expert, token) for token in range(len(scores)) for expert in chosen[token].tolist()]
+    return rows[[sorted(order).index(choice) for choice in order]]
+
+
 @pytest.mark.parametrize("variant", RUNNING)
 def test_arrays_of_an_architecture(variant: str, tmp_path: Path) -> None:
     """A trace of everything leaves the logits as they are; each array is float64's, and the same on both paths."""
@@ -59,7 +67,9 @@ def test_arrays_of_an_architecture(variant: str, tmp_path: Path) -> None:
     assert set(found) == set(seen)
     for name in seen:
         np.testing.assert_array_equal(eager[name], replayed[name], err_msg=name)
-        expected = found[name].reshape(len(ids), *model.points[name].axes)
+        router = model.points[name].router
+        expected = by_token(found[name], found[router], model) if router else found[name]
+        expected = expected.reshape(len(ids), *model.points[name].axes)
         error = np.abs(eager[name] - expected).max() / max(1, np.abs(expected).max())
         assert error <= 1e-4, f"{name}: {error}"
     for layer in range(model.config.num_hidden_layers):
@@ -141,3 +151,28 @@ def test_layer_code_names_its_own_arrays() -> None:
     wrong = type("Wrong", (Decoder,), {"layer_type": Twice})
     with pytest.raises(ValueError, match="gives 'layers.0.residual' to two arrays"):
         _ = Llama(SMALL, layout="f32", threads=1, architecture=wrong).points
+
+
+@pytest.mark.parametrize("layout", ["f32", "int4"])
+def test_experts_can_be_edited(layout: str, tmp_path: Path) -> None:
+    """A token without its second expert: the same as with that expert's output subtracted from all that is added."""
+    ids = tiny_checkpoints.read("mixtral").ids[:10]
+    model = load(tiny_checkpoints.write_checkpoint(tmp_path, tiny_checkpoints.read("mixtral")), layout, threads=2)
+    plain = traced(model, ids)
+    scores = np.sort(plain["layers.0.mlp.router"], axis=-1)[:, ::-1][:, :2]
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    outputs = plain["layers.0.mlp.experts.out"]
+    np.testing.assert_allclose(np.einsum("tk,tke->te", weights, outputs), plain["layers.0.mlp.out"], atol=1e-5)
+
+    def without(x: np.ndarray) -> None:
+        x[:, 1] = 0
+
+    found = []
+    for model.fused in (True, False):
+        with editing(model, Edit(model.points, "layers.0.mlp.experts.out", without, positions=[4, 7])):
+            found.append(traced(model, ids))
+    expected = plain["layers.0.mlp.out"].copy()
+    expected[[4, 7]] -= weights[[4, 7], 1:] * outputs[[4, 7], 1]
+    np.testing.assert_allclose(found[0]["layers.0.mlp.out"], expected, atol=1e-5)
+    for name in found[0].names:
+        np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
-from ruvllm.display import as_html, as_text, axis
+from ruvllm.display import Table, axis
 from ruvllm.llm import LLM, Prompt
 from ruvllm.model.edits import Edit
 from ruvllm.model.hooks import editing
@@ -22,7 +22,7 @@ _COLUMNS = 8  # tokens of a printed table: those with the largest effects
 
 
 @dataclass(frozen=True)
-class Patching:
+class Patching(Table):
     """What a metric becomes when one array at one token is what it was in the clean run.
 
     values: (names, T). clean, corrupted: the metric without a patch. tokens: of the corrupted text.
@@ -52,12 +52,6 @@ class Patching:
         return found + [
             (name, *(f"{row[i]:.0%}" for i in most)) for name, row in zip(self.names, self.restored, strict=True)
         ]
-
-    def __str__(self) -> str:
-        return as_text(self.heading(), self.rows())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.heading(), self.rows())
 
     def plot(self, ax: Any = None) -> Any:
         """A map of names and tokens, blue where a patch restores; returns the matplotlib axis."""

@@ -204,8 +204,9 @@ class Llama:
     def filling(self) -> Filling:
         """What decides the keys and values of a token: weights, adapters, and the edits of this thread."""
         hooks = active(self)
-        parts = (self._tapes, self.adapters, *(() if hooks is None else hooks.edits))
-        return tuple(None if part is None else weakref.ref(part) for part in parts)
+        adapters = None if self.adapters is None else weakref.ref(self.adapters)
+        edits = () if hooks is None else [weakref.ref(edit) for edit in hooks.edits]
+        return weakref.ref(self._tapes), adapters, *edits
 
     def checked_ids(self, ids: Any, name: str = "ids") -> np.ndarray:
         """Token ids as int64 (T,), T >= 1. Raises TypeError for anything but integers, ValueError outside 0 .. V-1."""

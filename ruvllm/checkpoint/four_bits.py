@@ -56,7 +56,7 @@ class Packing:
 def packing_of(directory: Path) -> Packing | None:
     """The settings of 4-bit weights in config.json or, in older directories, quantize_config.json or quant_config.json.
 
-    Raises: ModelFormatError: settings ask for what is not supported.
+    Raises: ModelFormatError: unsupported settings.
     """
     config = read_if_there(directory / "config.json", MAX_CONFIG_BYTES)
     if config.get(_KEY, dict):
@@ -70,7 +70,7 @@ def packing_of(directory: Path) -> Packing | None:
 def packing_in(config: Fields) -> Packing | None:
     """The settings of 4-bit weights in config.json; None if it names neither GPTQ nor AWQ.
 
-    Raises: ModelFormatError: settings ask for what is not supported.
+    Raises: ModelFormatError: unsupported settings.
     """
     settings = config.get(_KEY, dict) or {}
     method = settings.get("quant_method")
@@ -83,7 +83,7 @@ def packing_in(config: Fields) -> Packing | None:
 
 
 def packing(keys: Fields, awq: bool) -> Packing:
-    """The settings of GPTQ or AWQ. Raises ModelFormatError where they ask for what is not supported, by name."""
+    """The settings of GPTQ or AWQ. Raises ModelFormatError, naming the setting, where one is not supported."""
     bits, size = ("w_bit", "q_group_size") if awq and "w_bit" in keys else ("bits", "group_size")
     if keys.require(bits, int) != 4:
         raise keys.error(bits, keys.values[bits], "4: no other is supported")

@@ -50,21 +50,12 @@ HF_LAYER = {
 }  # fmt: skip
 
 
-def gguf_name(name: str) -> str:
-    """The GGUF name of a canonical tensor: `layers.3.q` is `blk.3.attn_q.weight`. Raises KeyError if unknown."""
-    return _translate(name, GGUF_MODEL, GGUF_LAYER, "blk")
-
-
 def hf_name(name: str) -> str:
     """The Hugging Face name: `layers.3.q` is `model.layers.3.self_attn.q_proj.weight`. Raises KeyError if unknown."""
-    return _translate(name, HF_MODEL, HF_LAYER, "model.layers")
-
-
-def _translate(name: str, model: dict[str, str], layer: dict[str, str], prefix: str) -> str:
     if not name.startswith("layers."):
-        return model[name]
+        return HF_MODEL[name]
     _, number, part = name.split(".")
-    return f"{prefix}.{number}.{layer[part]}"
+    return f"model.layers.{number}.{HF_LAYER[part]}"
 
 
 def half_split_rows(heads: int, head_dim: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ class UnpackedFiles:
         directory: where config.json is, which says how ``qweight`` tensors are packed; if it says nothing they stay.
 
     Raises:
-        ModelFormatError: parts are missing or do not match; settings ask for what is not supported.
+        ModelFormatError: parts are missing or do not match; unsupported settings.
     """
 
     def __init__(self, files: SafetensorsFile | SafetensorsIndex, directory: Path) -> None:

@@ -108,7 +108,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(gate.shape) if out is None and type(gate) is np.ndarray else out
     if silu_mul_small(gate, up, y):
         return y
-    return _gated(silu_mul_range, silu_mul_parallel, gate, up, out)
+    return gated(silu_mul_range, silu_mul_parallel, gate, up, out)
 
 
 @kernel(independent=True)
@@ -141,16 +141,18 @@ def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units"; Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    return _gated(gelu_mul_range, gelu_mul_parallel, gate, up, out)
+    return gated(gelu_mul_range, gelu_mul_parallel, gate, up, out)
 
 
-def _gated(body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None) -> np.ndarray:
-    """A gated activation: checks, and the body on one thread or on several."""
+def gated(
+    body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None, numbers: tuple[float, ...] = ()
+) -> np.ndarray:
+    """A gated activation: checks, and the body(gate, up, *numbers, out) on one thread or on several."""
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)
     threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(body, parallel, threads, gate.size, gate.ravel(), up.ravel(), out.ravel())
+    run_rows(body, parallel, threads, gate.size, gate.ravel(), up.ravel(), *numbers, out.ravel())
     return out
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import check, reference
+from ruvllm.kernels.activation import gated
 from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.simd.math import sigmoid, tanh
 from ruvllm.kernels.simd.vectors import at_most, greater
@@ -86,14 +87,8 @@ def clamped_swiglu(
 
     Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
     """
-    gate = check.float32("gate", gate)
-    up = check.float32("up", up, shape=gate.shape)
-    out = check.output("out", out, gate.shape, gate, up)
-    limit, alpha = check.positive("limit", limit), check.positive("alpha", alpha)
-    flat = gate.ravel(), up.ravel(), limit, alpha, out.ravel()
-    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(clamped_swiglu_range, clamped_swiglu_parallel, threads, gate.size, *flat)
-    return out
+    numbers = check.positive("limit", limit), check.positive("alpha", alpha)
+    return gated(clamped_swiglu_range, clamped_swiglu_parallel, gate, up, out, numbers)
 
 
 _SIZES = grid(rows=(1, 64), n=(768, 2048, 8192))

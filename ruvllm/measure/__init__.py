@@ -1,4 +1,4 @@
-"""Measure ruvllm and its peers: engines take turns on a quiet machine; the machine's limits are the yardstick.
+"""Measure ruvllm and its peers: interleaved runs on a quiet machine, compared with the machine's limits.
 
 | module | contents |
 |---|---|

@@ -53,8 +53,8 @@ PIECES = (
     ("tests/kernels/test_matmul.py tests/kernels/test_lora.py", ""),
     ("tests/model/test_llama.py tests/model/test_kv_cache.py", "not processes and not plain_python"),
 )
-# Sums in an order that goes by the width of registers (jit.decorators, matmul.public.gemv): other last bits. And
-# kv_append, whose input differs: NumPy's float32 standard_normal gives another number once in a million.
+# Not compared. Sums follow the register width (jit.decorators, matmul.public.gemv): other last bits. kv_append differed
+# too, for a reason not yet known: perhaps its input, as NumPy's float32 standard_normal may differ between processors.
 BY_WIDTH = frozenset({
     "cross_entropy", "dot", "gemv", "kv_append", "layer_norm", "log_softmax", "lora_accumulate_grad", "lora_forward",
     "lora_forward_add", "rms", "rms_norm", "rms_norm_backward", "softmax",

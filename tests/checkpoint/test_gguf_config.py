@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ruvllm.checkpoint.loader import open_checkpoint
-from ruvllm.checkpoint.names import gguf_name
+from ruvllm.checkpoint.names import GGUF_MODEL
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import RopeConfig
 from tests.checkpoint.checks import config_of
@@ -165,4 +165,4 @@ def test_a_head_of_its_own_or_the_embedding(rewritten):
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.config.tie_word_embeddings
         assert "head" not in checkpoint
-    assert gguf_name("head") == "output.weight"
+    assert GGUF_MODEL["head"] == "output.weight"

@@ -151,7 +151,7 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
 
 @inline_kernel
 def _product(scratch, panel, rows, count, out, add):
-    """tile_times_panel of what lies in the scratch at offsets and strides: out (+)= rows panel."""
+    """tile_times_panel on the scratch buffer, by (offset, stride): out (+)= rows panel."""
     tile_times_panel(
         Rows(scratch, panel[0], panel[1]), Rows(scratch, rows[0], rows[1]), count, Rows(scratch, out[0], out[1]), LANES,
         add,

@@ -6,9 +6,10 @@ computes for every query head of the kv head's group
 
     m = max score,   l = sum 2^(score - m),   o = sum 2^(score - m) v
 
-with scores scaled by log2(e), so that 2^x serves for e^x. ``merge_chunks`` then rescales each chunk to the largest m
-of its head and adds them: out = sum o 2^(m - top) / sum l 2^(m - top). Chunks begin at fixed positions, so the result
-does not depend on the number of threads. The layout of the cache is described in attention/kv.py.
+with scores scaled by log2(e), so that 2^x serves for e^x. ``merge_chunks`` then adds the chunks of a head, one by one,
+each rescaled to the largest m so far: out = sum o 2^(m - top) / sum l 2^(m - top). Chunks begin at fixed positions and
+are added in their order, so the result depends neither on the number of threads nor on how many tokens are computed
+together (attention/prefill.py). The layout of the cache is described in attention/kv.py.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 
 from ruvllm.kernels.attention.tile import (
     CHUNK,
+    NEGATIVE_INFINITY,
     PAIRS,
     Heads,
     Keys,
@@ -24,6 +26,8 @@ from ruvllm.kernels.attention.tile import (
     Span,
     cap_scores,
     copy_queries,
+    fold_sums,
+    fold_weights,
     largest_score,
     normaliser,
     query_factor,
@@ -34,13 +38,11 @@ from ruvllm.kernels.attention.tile import (
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.simd.math import exp2_of_negative
 from ruvllm.kernels.simd.vectors import (
     f32_load,
     f32_store,
     f32_zero,
     f32_zeros,
-    fma,
     fma_rows,
     hsum,
     load,
@@ -184,23 +186,13 @@ def merge_chunks(partial, chunks, sinks, out, lo, hi):
     dim, state = out.shape[1], partial.shape[2] - LANES
     for head in range(lo, hi):
         parts, y = partial[head], out[head]
-        top = parts[0, state]
-        for c in range(1, chunks):
-            top = max(top, parts[c, state])
-        total = np.float32(0)
+        top, total = NEGATIVE_INFINITY, np.float32(0)
         y[:] = total
         for c in range(chunks):
-            weight = exp2_of_negative(parts[c, state] - top)
-            total += parts[c, state + 1] * weight
-            add_multiple(weight, parts[c, :dim], y)
-        multiply(y, normaliser(sinks, head, top, total))
-
-
-@inline_kernel(independent=True)
-def add_multiple(factor, x, y):
-    """y += factor x."""
-    for i in range(y.size):
-        y[i] = fma(factor, x[i], y[i])
+            top, total, keep, add = fold_weights(top, total, parts[c, state], parts[c, state + 1])
+            fold_sums(y, 0, keep, parts[c], 0, add, dim)
+        # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
+        multiply(y, normaliser(sinks, head, top, total) + (top - top))
 
 
 @inline_kernel(independent=True)

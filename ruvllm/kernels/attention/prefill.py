@@ -4,11 +4,13 @@ A tile's rows are the queries (tokens and query heads) that share a kv head, so 
 serves all of them. A block of 16 keys is a panel: 16 scores without sums across lanes. Values lie by position, so
 their weighted sum is a panel product too.
 
-Softmax is computed on the way: for each query, the largest score so far m, the sum l of 2^(score - m) and the weighted
-sum of values are rescaled when m grows (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are scaled by log2(e), so
-that 2^x serves for e^x. A query sees positions max(0, p - window + 1) .. p; loop bounds and masked lanes exclude all
-others. Chunks begin at multiples of CHUNK and sums run position by position: a token's result depends on no other
-token of the call, as long as their values are finite.
+Softmax is computed on the way: for each chunk of 256 positions and each query, the largest score m, the sum l of
+2^(score - m) and the weighted sum of values are computed, and added to those of the chunks before, rescaled to the
+largest m so far (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are scaled by log2(e), so that 2^x serves for e^x.
+A query sees positions max(0, p - window + 1) .. p; loop bounds and masked lanes exclude all others. Chunks begin at
+multiples of CHUNK, are added in their order, and sums run position by position: a token's result depends on no other
+token of the call, as long as their values are finite, and is the same to the bit if it is computed alone
+(attention/decode.py).
 """
 
 from typing import Any, NamedTuple
@@ -28,35 +30,38 @@ from ruvllm.kernels.attention.tile import (
     Queries,
     Scoring,
     Span,
-    add_weighted_values,
     cap_scores,
     copy_queries,
+    fold_sums,
+    fold_weights,
     largest_score,
     normaliser,
     query_at,
     query_factor,
     scores,
+    sum_weighted_values,
     to_weights,
     transpose,
 )
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE, put
-from ruvllm.kernels.simd.math import exp2_of_negative
-from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros, fma, hsum, splat
+from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros, hsum, splat
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, share_of, take_chunk
 
 _UNITS = 4  # of a chunk of work
 MOST_TILES = 4 if WIDE else 6  # that read a chunk of keys and values while it is in the L2 cache
+_STATE = 4 * LANES  # floats that ``Softmax`` keeps for the rows of a tile, beside their sums
 NO_WINDOW = 1 << 62
 _NO_SINKS = np.empty(0, np.float32)
 
 
 def prompt_scratch_size(head_dim: int) -> int:
-    """Floats of scratch per thread: scores and queries of a tile; queries, sums, l and m of all tiles; old m."""
+    """Floats of scratch per thread: scores, queries and sums of a tile's chunk; queries, sums, m and l of all tiles."""
     wide = (head_dim + LANES - 1) // LANES * LANES
-    return ROWS * CHUNK + Q_STEP * LANES + MOST_TILES * (Q_STEP * wide + ROWS * (wide + LANES) + LANES) + LANES
+    tile = ROWS * CHUNK + Q_STEP * LANES + ROWS * wide
+    return tile + MOST_TILES * (Q_STEP * wide + ROWS * wide + _STATE)
 
 
 class Rows(NamedTuple):
@@ -69,14 +74,14 @@ class Rows(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A tile's online softmax in scratch: m of each row at tops, before this chunk at old_tops; 16 partial sums of l
-    of each row at totals; weighted sums of values (rows, wide) at sums."""
+    """A tile's online softmax in scratch. Of row r, at row + r: m; then, LANES apart: l, and the factors by which its
+    sums so far and those of the chunk are added. Weighted sums of values (rows, wide) are at sums and, of the chunk
+    alone, at chunk_sums."""
 
     scratch: Any
-    tops: Any
-    old_tops: Any
-    totals: Any
+    row: Any
     sums: Any
+    chunk_sums: Any
     wide: Any
 
 
@@ -114,10 +119,9 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
     stage = ROWS * CHUNK
     queries = stage + Q_STEP * LANES
     sums = queries + MOST_TILES * Q_STEP * wide
-    totals = sums + MOST_TILES * ROWS * wide
-    tops = totals + MOST_TILES * ROWS * LANES
-    old_tops = tops + MOST_TILES * LANES
-    for i in range(0, tops, LANES):
+    chunk_sums = sums + MOST_TILES * ROWS * wide
+    states = chunk_sums + ROWS * wide
+    for i in range(0, sums, LANES):
         f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
         # Early and late rows alternate: the causal mask gives late ones more to do, and threads take runs of units.
@@ -130,10 +134,9 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
             copy_queries(of, first_row + tile, min(ROWS, rows - tile), query_factor(scoring), to, stage, transpose)
         for i in range(sums, sums + rows * wide, LANES):
             f32_store(scratch, i, f32_zero())
-        for row in range(rows):
-            f32_store(scratch, totals + row * LANES, f32_zero())
-        for i in range(tops, old_tops, LANES):
+        for i in range(states, states + MOST_TILES * _STATE, _STATE):
             f32_store(scratch, i, splat(NEGATIVE_INFINITY))
+            f32_store(scratch, i + LANES, f32_zero())
         first, end = _seen(Rows(positions, first_row, rows, group), scoring.window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
             for tile in range(0, rows, ROWS):
@@ -151,21 +154,23 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 if scoring.softcap > 0:
                     for row in range(tile_rows.count):
                         cap_scores(scratch, row * CHUNK, start, stop, scoring.softcap)
-                state = Softmax(
-                    scratch, tops + tile // ROWS * LANES, old_tops, totals + tile * LANES, sums + tile * wide, wide
-                )
-                _softmax_step(state, tile_rows, scoring.window, chunk, start, stop, panels, ki)
-                add_weighted_values(
-                    f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, sums + tile * wide
-                )
+                state = Softmax(scratch, states + tile // ROWS * _STATE, sums + tile * wide, chunk_sums, wide)
+                _weigh_chunk(state, tile_rows, scoring.window, chunk, start, stop, panels, ki)
+                sum_weighted_values(
+                    f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, chunk_sums
+                )  # fmt: skip
+                for r in range(tile_rows.count):
+                    at = state.row + r
+                    keep, add = scratch[at + 2 * LANES], scratch[at + 3 * LANES]
+                    fold_sums(scratch, state.sums + r * wide, keep, scratch, chunk_sums + r * wide, add, wide)
         for row in range(rows):
             # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
-            top = scratch[tops + row // ROWS * LANES + row % ROWS]
-            head, total = kv * group + (first_row + row) % group, hsum(f32_load(scratch, totals + row * LANES))
-            inverse = splat(normaliser(scoring.sinks, head, top, total) + (top - top))
+            at = states + row // ROWS * _STATE + row % ROWS
+            top, head = scratch[at], kv * group + (first_row + row) % group
+            factor = splat(normaliser(scoring.sinks, head, top, scratch[at + LANES]) + (top - top))
             oi = query_at(of, first_row + row)
             for d in range(0, dim, LANES):
-                put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * inverse, dim - d, False)
+                put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * factor, dim - d, False)
 
 
 @inline_kernel
@@ -187,29 +192,23 @@ def _row_span(rows, r, window, chunk, start, stop):
 
 
 @inline_kernel
-def _softmax_step(state, rows, window, chunk, start, stop, keys, ki):
-    """Turn scores start:stop of a tile's rows into weights 2^(score - m); weights of what a row does not see are 0.
+def _weigh_chunk(state, rows, window, chunk, start, stop, keys, ki):
+    """Turn scores start:stop of a tile's rows into weights 2^(score - m of the chunk), 0 of what a row does not see.
 
-    Where m grew, the row's l and weighted sums are rescaled by 2^(old m - new m). Two loops over the rows, so that one
-    row's chain of operations need not wait for another's.
+    Updates m and l of each row. Two loops over the rows, so that one row's chain of operations need not wait for
+    another's.
     """
-    scratch, tops, old_tops, wide = state.scratch, state.tops, state.old_tops, state.wide
-    f32_store(scratch, old_tops, f32_load(scratch, tops))
+    scratch, tops = state.scratch, state.row
+    totals, found, adds = tops + LANES, tops + 2 * LANES, tops + 3 * LANES
     for r in range(rows.count):
-        found = largest_score(scratch, r * CHUNK, _row_span(rows, r, window, chunk, start, stop))
-        scratch[tops + r] = max(scratch[tops + r], found)
+        scratch[found + r] = largest_score(scratch, r * CHUNK, _row_span(rows, r, window, chunk, start, stop))
     for r in range(rows.count):
         span, scales = _row_span(rows, r, window, chunk, start, stop), ki + (keys.dim + 4) * LANES
-        total = to_weights(scratch, r * CHUNK, span, scratch[tops + r], keys.elements, scales, keys.block)
-        shrink = exp2_of_negative(splat(scratch[old_tops + r] - scratch[tops + r]))
-        at = state.totals + r * LANES
-        if scratch[tops + r] > scratch[old_tops + r]:
-            total = fma(f32_load(scratch, at), shrink, total)
-            for i in range(state.sums + r * wide, state.sums + (r + 1) * wide, LANES):
-                f32_store(scratch, i, f32_load(scratch, i) * shrink)
-        else:
-            total = f32_load(scratch, at) + total
-        f32_store(scratch, at, total)
+        top = scratch[found + r]
+        total = hsum(to_weights(scratch, r * CHUNK, span, top, keys.elements, scales, keys.block))
+        scratch[tops + r], scratch[totals + r], scratch[found + r], scratch[adds + r] = fold_weights(
+            scratch[tops + r], scratch[totals + r], top, total
+        )
 
 
 attend_prompt_part = as_part(attend_prompt)

@@ -16,6 +16,7 @@ from ruvllm.kernels.simd.vectors import (
     f32_load_first,
     f32_store,
     f32_zero,
+    fma,
     fma_rows,
     fma_two,
     greater,
@@ -132,6 +133,26 @@ def normaliser(sinks, head, top, total):
 
 
 @inline_kernel
+def fold_weights(top, total, chunk_top, chunk_total):
+    """Add a chunk to a softmax: (the new m, the new l, the factor of the sums so far, that of the chunk's sums).
+
+    With m the largest score so far and l the sum of 2^(score - m). Chunks are always added one by one, from the first
+    position on, so that a token's result does not depend on how many tokens share a call.
+    """
+    new_top = max(top, chunk_top)
+    shift = new_top if new_top > NEGATIVE_INFINITY else np.float32(0)  # no score seen so far: all sums are 0
+    keep, add = exp2_of_negative(top - shift), exp2_of_negative(chunk_top - shift)
+    return new_top, fma(total, keep, chunk_total * add), keep, add
+
+
+@inline_kernel(independent=True)
+def fold_sums(y, at, keep, chunk, start, add, count):
+    """y[at + i] = keep y[at + i] + add chunk[start + i] for i < count: the weighted sums of values of one row."""
+    for i in range(count):
+        y[at + i] = fma(y[at + i], keep, chunk[start + i] * add)
+
+
+@inline_kernel
 def query_at(heads, row):
     """The offset in q of a row."""
     return (row // heads.group * heads.heads + heads.kv * heads.group + row % heads.group) * heads.dim
@@ -235,12 +256,11 @@ def to_weights(scratch, base, span, top, k, scales, block):
 
 
 @inline_kernel
-def add_weighted_values(zeros, values, vi, wide, scratch, weights, count, sums):
-    """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], d < wide."""
+def sum_weighted_values(zeros, values, vi, wide, scratch, weights, count, sums):
+    """scratch[sums + r wide + d] = sum_s scratch[weights + r CHUNK + s] values[vi + s wide + d], d < wide."""
     d = 0
     while PAIRS and d + LANES < wide:
-        left = load_rows(scratch, sums + d, wide, len(zeros))
-        right = load_rows(scratch, sums + d + LANES, wide, len(zeros))
+        left = right = zeros
         for s in range(count):
             at = vi + s * wide + d
             left, right = fma_two(load(values, at), load(values, at + LANES), scratch, weights + s, CHUNK, left, right)
@@ -248,7 +268,7 @@ def add_weighted_values(zeros, values, vi, wide, scratch, weights, count, sums):
         store_rows(scratch, sums + d + LANES, wide, right)
         d += 2 * LANES
     while d < wide:
-        left = load_rows(scratch, sums + d, wide, len(zeros))
+        left = zeros
         for s in range(count):
             left = fma_rows(load(values, vi + s * wide + d), scratch, weights + s, CHUNK, left)
         store_rows(scratch, sums + d, wide, left)

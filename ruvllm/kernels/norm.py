@@ -4,12 +4,13 @@
     layer_norm:  (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
 Every row is normalised by itself: one sum over it, then one loop that scales it. Arrays are (rows, n), C-contiguous.
-Each kernel stands here in four forms, the inner one first:
+RMSNorm and LayerNorm have four forms each (the root mean square needs no threads and no small call). From the inside:
 
 - ``rms_norm_rows``, the body: plain loops over the rows lo:hi, which LLVM vectorises.
 - ``rms_norm_parallel``: the rows split over threads. No row is split, so any number of threads gives the same bits.
-- ``rms_norm_small``: checks and body in one compiled call, for inputs so small that checks in Python would take longer.
-- ``rms_norm``, the public function: the small call if it accepts; else checks, and the body on one or several threads.
+- ``rms_norm_small``: checks and body in one compiled call, for arrays so small that checks in Python would take longer.
+- ``rms_norm``, the public function: it tries the small call, which returns False for large or unusual arrays; then it
+  checks its arguments in Python, and runs the body on one thread or on several.
 """
 
 from typing import Any
@@ -137,7 +138,7 @@ def mean_and_variance(x, guess):
 
 @inline_kernel
 def difference(a, b):
-    """a - b, computed before it is added to a sum, whose order is LLVM's."""
+    """a - b, compiled strictly: inside a sum, LLVM could reassociate it, and the cancellation would be back."""
     return a - b
 
 

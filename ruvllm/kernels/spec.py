@@ -1,4 +1,4 @@
-"""KernelSpec: one record per kernel that drives its tests, its benchmarks, its docs and its roofline."""
+"""KernelSpec: one record per kernel, from which its tests, benchmarks, documentation and roofline follow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ def grid(**axes: int | tuple[int, ...]) -> tuple[dict[str, int], ...]:
 class KernelSpec:
     """What a kernel computes, what it costs and how to try it.
 
-    ``example(rng, **sizes)`` returns the keyword arguments of ``function`` (without ``out``); ``reference``
-    takes the same arguments and returns the answer in float64. ``flops`` and ``bytes`` take the sizes and count
-    the arithmetic and the compulsory memory traffic of one call. ``sizes`` is the one list of sizes at which the
+    ``function`` is the public function; ``compiled`` are the compiled functions that it calls, but for its small
+    call: as a rule the body, then its parallel kernel. ``example(rng, **sizes)`` returns the keyword arguments of
+    ``function`` (without ``out``); ``reference`` takes the same arguments and returns the answer in float64.
+    ``flops`` and ``bytes`` take the sizes and count the floating-point operations of one call (exp counts as one) and
+    its compulsory memory traffic (each array once in each direction). ``sizes`` is the one list of sizes at which the
     kernel is tested and measured. ``tolerance`` bounds the normalised mean squared error sum((y - r)^2) / sum(r^2)
     against the reference.
     """
@@ -43,7 +45,7 @@ class KernelSpec:
 
     @property
     def examples(self) -> tuple[dict[str, int], ...]:
-        """The sizes whose float64 reference takes little time and memory."""
+        """Those of the sizes whose float64 reference takes little time and memory."""
         return tuple(
             sizes
             for sizes in self.sizes

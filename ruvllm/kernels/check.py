@@ -61,7 +61,7 @@ def attention_scale(scale: Any, dim: int) -> float:
     """The scale given, or 1 / sqrt(dim).
 
     Raises:
-        TypeError, ValueError: the scale is no number, or heads have no numbers.
+        TypeError, ValueError: the scale is not a number, or the head dimension is 0.
     """
     if not dim:
         raise ValueError("q: expected heads of at least one number, found none")
@@ -129,7 +129,7 @@ def output(name: str, out: Any, shape: tuple[int, ...], *inputs: np.ndarray) -> 
     if not out.flags.carray:  # C-contiguous, aligned, writable
         raise ValueError(f"{name}: must be C-contiguous, aligned and writable")
     for array in inputs:
-        # Arrays that own their memory cannot overlap, and asking takes longer than a small kernel.
+        # Arrays that own their memory cannot overlap, and the test takes longer than a small kernel.
         if array is not out and (array.base is not None or out.base is not None) and np.may_share_memory(out, array):
             if array.nbytes != out.nbytes or _address(array) != _address(out):
                 raise ValueError(f"{name}: overlaps an input; it may be the input itself")
@@ -145,7 +145,7 @@ def apart(name: str, out: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
 
     Raises ValueError if it shares memory with an input.
     """
-    if out.base is None:  # arrays that own their memory cannot overlap, and asking takes longer than a small product
+    if out.base is None:  # arrays that own their memory cannot overlap, and the test takes longer than a small product
         for array in inputs:
             if array is out or array.base is not None:
                 break
@@ -158,7 +158,7 @@ def apart(name: str, out: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
 
 
 class _Readable:
-    """A read-only array shown to NumPy as a writable one: compiled code, which only reads it, needs no second type."""
+    """A read-only array shown to NumPy as writable, so that Numba compiles no second version; kernels only read it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._keep = array
@@ -198,7 +198,7 @@ def _as_numpy(name: str, array: Any) -> np.ndarray:
 
 
 def _from_sequence(name: str, sequence: Any, dtype: Any = None) -> np.ndarray:
-    """``np.asarray``, whose errors do not say which argument they speak of."""
+    """``np.asarray`` with errors that name the argument."""
     try:
         return np.asarray(sequence, dtype)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""Memory: how much is free, and buffers aligned to cache lines, so that no result depends on an address."""
+"""Memory: how much is free, buffers aligned to cache lines (so that no result depends on an address), scratch."""
 
 import math
 import threading
@@ -11,10 +11,9 @@ from ruvllm.errors import InsufficientMemoryError
 
 CACHE_LINE = 64
 _BLOCK = 1 << 25  # bytes of a block that smaller weights share
-_LARGE = 1 << 22  # bytes from which NumPy asks the system for huge pages
-_KEPT_FLOATS = (
-    1 << 22
-)  # of scratch kept between calls by each Python thread: fresh memory costs a page fault every 4 KB
+_LARGE = 1 << 22  # bytes from which NumPy requests huge pages
+# The largest scratch buffer, in floats, that a thread keeps between calls: fresh memory costs a page fault every 4 KB.
+_KEPT_FLOATS = 1 << 22
 
 
 def _count(shape: int | tuple[int, ...]) -> int:
@@ -32,7 +31,7 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
 
 
 class _Blocks:
-    """Large blocks, handed out a piece at a time; a block is freed with its last piece."""
+    """A bump allocator: pieces are cut from large blocks in order; a block is freed with its last piece."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,8 +53,9 @@ _blocks = _Blocks()
 def weights_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Like ``aligned_empty``, for weights: smaller ones are contiguous in the order of allocation.
 
-    They then share huge pages: on small pages of their own, one core read the matrices of a small model a tenth to a
-    third more slowly. Those of a few MB, whose first and last huge page would not be whole, an eighth to a fifth.
+    They then share huge pages. With a separate array for each, one core read the matrices of a small model a tenth to
+    a third more slowly (they got small pages), and matrices of a few MB an eighth to a fifth more slowly (their first
+    and last huge page was not whole).
     """
     dtype = np.dtype(dtype)
     nbytes = _count(shape) * dtype.itemsize
@@ -73,22 +73,22 @@ def aligned_zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class _Kept(threading.local):
-    """The scratch that this Python thread has used before."""
+class _ThreadScratch(threading.local):
+    """The scratch buffer that this Python thread keeps between calls."""
 
     array = np.empty(0, np.float32)
 
 
-_kept = _Kept()
+_thread_scratch = _ThreadScratch()
 
 
 def scratch(count: int) -> np.ndarray:
-    """``count`` uninitialised float32 elements for the time of one call, aligned to 64 bytes."""
-    array = _kept.array
+    """A scratch buffer of ``count`` uninitialised float32 elements, aligned to 64 bytes; the next call reuses it."""
+    array = _thread_scratch.array
     if array.size < count:
         array = aligned_empty(max(count, _LARGE // 4))
         if count <= _KEPT_FLOATS:
-            _kept.array = array
+            _thread_scratch.array = array
     return array[:count]
 
 

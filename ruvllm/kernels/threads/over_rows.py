@@ -1,4 +1,4 @@
-"""Rows split over threads: the parallel kernel of a body over a range of rows, and calls that choose between them."""
+"""Rows split over threads: a body's parallel kernel, and calls that choose between it and the body alone."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def over_elements(body: Any) -> Any:
 
 
 def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any) -> None:
-    """All rows, by the body alone on one thread, or by its parallel kernel on several."""
+    """Compute all rows: with the body alone on one thread, or with its parallel kernel on several."""
     if threads == 1:
         body(*arguments, 0, rows)
     else:

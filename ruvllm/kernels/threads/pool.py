@@ -1,4 +1,4 @@
-"""How many threads a call may use, and from how much work on more than one thread pays."""
+"""How many threads a call may use, and how much work makes more than one thread worthwhile."""
 
 import os
 import threading
@@ -15,11 +15,11 @@ from numba import threading_layer as threading_layer  # type: ignore[attr-define
 from ruvllm import container
 from ruvllm.kernels.jit.private.threads import thread_counter
 
-# Work per call from which two threads were faster than one, by measurement: a launch costs 3 to 4 us (omp).
-PARALLEL_ELEMENTS = 32768  # elements on each of which a kernel spends some ten operations, as exp does
-PARALLEL_STREAM = 65536  # elements that are read and written with an operation or two between
-PARALLEL_MACS = 131072  # multiply-adds that each read a number of their own: matrix times vector, adapters
-PARALLEL_TILE_MACS = 524288  # multiply-adds in tiles, which take a quarter of the time
+# Work per call from which two threads were faster than one, as measured: a launch costs 3 to 4 us (omp).
+PARALLEL_ELEMENTS = 32768  # elements of a kernel with ten or more operations each (exp has a dozen)
+PARALLEL_STREAM = 65536  # elements of a kernel that only streams them, with an operation or two each
+PARALLEL_MACS = 131072  # multiply-adds that each load a weight of their own: matrix times vector, adapters
+PARALLEL_TILE_MACS = 524288  # multiply-adds in tiles, which reuse loads and take a quarter of the time
 
 _one_at_a_time = threading.Lock()
 _forked = False  # this is a forked child of a process whose threads were running: they do not exist here
@@ -37,7 +37,10 @@ def num_threads() -> int:
 
 
 def threads_for(work: int, threshold: int, pieces: int) -> int:
-    """Threads that ``pieces`` independent pieces of together ``work`` units should be split over."""
+    """How many threads to split ``pieces`` independent pieces over; their total ``work`` is in units of ``threshold``.
+
+    One if the work is below the threshold, one of the constants above.
+    """
     if work < threshold or pieces < 2:
         return 1
     return min(num_threads(), pieces)
@@ -49,7 +52,7 @@ def most_threads() -> int:
 
 
 def require_threads(threads: int) -> None:
-    """Raise ValueError unless so many threads can be had, for measurements that say how many there were."""
+    """Raise ValueError unless numba's pool has so many threads, for measurements that report the number."""
     if not 1 <= threads <= most_threads():
         raise ValueError(f"threads: expected 1 to {most_threads()} (NUMBA_NUM_THREADS), found {threads}")
 
@@ -69,7 +72,7 @@ def physical_cores() -> int:
     """Cores that this process may run on, at most numba's pool (NUMBA_NUM_THREADS).
 
     A thread without a core of its own makes all others wait for it, so logical (hyper-threading) cores do not count,
-    nor those whose time a container withholds.
+    nor cores beyond a container's CPU quota.
     """
     allowed = min(container.affinity(), container.cpus() or most_threads())
     try:
@@ -84,25 +87,25 @@ def physical_cores() -> int:
 def share_out(task: Callable[[int], None], items: Sequence[int], threads: int) -> None:
     """Call task(item) for each item on up to ``threads`` Python threads; kernels called in it use one thread each.
 
-    For work that mixes files, NumPy and compiled bodies, which all let go of Python's lock.
+    For work that mixes files, NumPy and compiled bodies, which all release the GIL.
     """
 
-    def alone(item: int) -> None:
-        with limited_to(1):  # a parallel region inside would have its threads wait, spinning, for the next one
+    def run_one(item: int) -> None:
+        with limited_to(1):  # after a parallel region inside, its idle threads would spin, on cores that others need
             task(item)
 
     if threads == 1 or len(items) < 2:
         for item in items:
-            alone(item)
+            run_one(item)
         return
-    waiting = [_helpers(threads).submit(alone, item) for item in items]
+    futures = [_helpers(threads).submit(run_one, item) for item in items]
     try:
-        for done in waiting:
-            done.result()
+        for future in futures:
+            future.result()
     finally:
-        for left in waiting:
-            left.cancel()
-        wait(waiting)  # those under way still write
+        for future in futures:
+            future.cancel()
+        wait(futures)  # tasks that have begun still write
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Atomic operations for Numba: what a team of threads needs to wait for each other (used by team.py and cores.py)."""
+"""Atomic operations, pauses and calls of C functions as Numba intrinsics, for team.py, regions.py and cores.py."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ruvllm.kernels.simd.vectors_llvm import _call, _pointer
 
 @intrinsic
 def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """Add to array[index] (int64) and return what was there before; orders memory both ways."""
+    """Add to array[index] (int64), with acquire and release order, and return the value before."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
@@ -23,7 +23,7 @@ def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """array[index] (int64), read anew; what its writer wrote before is visible after."""
+    """array[index] (int64), with acquire order: what its writer wrote before it is visible after this load."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load_atomic(_pointer(context, builder, sig.args[0], *args), "acquire", 8)
@@ -33,7 +33,7 @@ def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def atomic_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = value (int64), visible to others only after all that this thread wrote before."""
+    """array[index] = value (int64), with release order: visible to others after all that this thread wrote before."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1])
@@ -45,7 +45,7 @@ def atomic_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def pause(typingctx: Any) -> Any:
-    """Tell the core that this thread is waiting in a loop."""
+    """Tell the core that this thread spins (x86 ``pause``, ARM ``yield``)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         triple = target().triple

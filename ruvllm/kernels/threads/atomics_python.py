@@ -19,18 +19,18 @@ def atomic_store(array: Any, index: int, value: int) -> None:
 
 
 def pause() -> None:
-    """Nobody else is coming: the first member closes the gate when its grace is over."""
+    """Nothing to wait for: members run one after the other."""
 
 
 def yield_core() -> None:
-    """Nor is there another to let run."""
+    """Nothing to do: no other thread needs the core."""
 
 
 def call_address(address: int, argument: int) -> None:
     raise RuntimeError("without the JIT there are no addresses of compiled functions")
 
 
-OPERATIONS: list[Any] = []  # without the JIT, an operation's address is its index here plus one
+OPERATIONS: list[Any] = []  # without the JIT, an operation's address is its index in this list plus one
 
 
 def call_operation(address: int, table: int, row: int, rank: int, size: int) -> None:

@@ -2,10 +2,10 @@
 
 Linux may wake a thread on the core of the thread that wakes it although others are idle; some virtual machines
 do so on purpose. Two members of a team on one core wait for each other at every barrier, until the scheduler moves one
-milliseconds later: a pass then takes several times as long as one thread alone would need.
+of them, milliseconds later: a pass then takes several times as long as one thread alone would need.
 
-A thread moves by narrowing its own affinity mask to the free cores of that mask, and sets the old mask again at once:
-nothing that outlasts the call changes, and a thread that is pinned to one core stays there. Only Linux has the calls.
+A thread moves by narrowing its affinity mask to the cores of that mask that no member runs on, and restores the old
+mask at once: no setting outlasts the call, and a thread that is pinned to one core stays there. Linux only.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ def scheduler_calls() -> np.ndarray:
 
 @inline_kernel
 def current_core(calls: Any) -> Any:
-    """1 + the number of the core that this thread runs on; 0 where nobody can tell."""
+    """1 + the number of the core that this thread runs on; 0 if it is unknown."""
     return np.int64(0) if calls[0] == 0 else np.int64(call_without_arguments(calls[0])) + 1
 
 
@@ -50,8 +50,8 @@ def current_core(calls: Any) -> Any:
 def leave_taken_core(calls: Any, sync: Any, cores: Any, step: Any, rank: Any, masks: Any) -> None:
     """Move this thread if an earlier member runs on its core; note its core for later members.
 
-    calls: ``scheduler_calls``. sync[cores + step r]: the core of member r, 0 if unknown. sync[masks :]: room for two
-    masks of this thread's own.
+    calls: ``scheduler_calls``. sync[cores + step r]: the core of member r, 0 if unknown. sync[masks :]: scratch for two
+    affinity masks, which no other thread uses.
     """
     here = current_core(calls)
     taken = False

@@ -1,8 +1,8 @@
 """A parallel region: one compiled function that all threads enter once, with a table of arguments.
 
-The function is compiled to a C function of one integer, and ``enter``, the only ``parallel=True`` kernel for all of
-them, calls it by its address: numba's wrappers around it stay small. The integer is the address of an int64 table that
-holds whatever the function needs: numbers, and addresses of arrays that ``array_at`` makes arrays of again.
+The function is compiled to a C function of one integer. ``enter``, one ``parallel=True`` kernel for all of them, calls
+it by address, so that numba's wrappers around it stay small. The integer is the address of an int64 table that holds
+whatever the function needs: integers, and addresses of arrays, which ``array_at`` turns back into arrays.
 """
 
 import threading
@@ -19,18 +19,18 @@ from ruvllm.kernels.jit.private.dispatch import c_function
 from ruvllm.kernels.threads.pool import launch
 from ruvllm.kernels.threads.team import call_address
 
-_one_at_a_time = threading.RLock()
+_compiling = threading.RLock()
 
 
 @parallel_kernel
 def enter(address: Any, table: Any, threads: Any) -> None:
-    """Every thread that comes calls the C function at ``address`` with the address of the table."""
+    """Each of the threads calls the C function at ``address`` with the address of the table."""
     for _ in prange(threads):
         call_address(address, table)
 
 
 class CFunction:
-    """A function of int64 parameters as a C function that compiled code can call by its address. Strict."""
+    """A function of int64 parameters, compiled strictly to a C function that compiled code can call by its address."""
 
     parameters = 1
 
@@ -42,8 +42,8 @@ class CFunction:
 
     @cached_property
     def address(self) -> int:
-        """The C function's address; compiled, or read from the cache, when first asked for."""
-        with _one_at_a_time:
+        """The C function's address; the first use compiles the function, or loads it from the cache."""
+        with _compiling:
             signature = types.void(*(types.int64,) * self.parameters)
             self._compiled = c_function(self.function, signature, KernelCache(self.function, "region", self._enclosed))
         return int(self._compiled.address)

@@ -16,9 +16,9 @@ at which it waits, while a slow member still reads the last.
 Cores differ in speed, and any of them may be busy with other programs. So a member's share of large work can be cut
 into chunks, and a member that finishes steals chunks from the others.
 
-``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region: ticket, team size, and for each member how
-many barriers it has reached, and how many chunks of its shares are taken; each on its own cache lines, so that a
-barrier moves one line from each member to the others.
+``sync`` is an int64 array of ``sync_size(threads)`` zeros for each region. It holds the ticket counter, the team size,
+and for each member the number of barriers that it has reached and its chunk counters: how many chunks of its shares
+have been claimed. Each is on cache lines of its own, so that a barrier moves one line from each member to the others.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,10 +60,12 @@ __all__ = [
 _APART = 16  # stride of counters: two cache lines, which some processors fetch together
 COUNTER_STRIDE = _APART
 _TICKET, _SIZE, _MEMBERS = 0, _APART, 2 * _APART
-_POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))  # on the cache line of the size
+# On the cache line of the size: the admission point of newcomers (-1 for members from the start), the barriers that
+# the leader has passed there, whether the gate is closed (0 or 1), and two slots of offers.
+_POINT, _REACHED, _SHUT, _OFFERS = (_SIZE + i for i in range(1, 5))
 _CORE = _MEMBERS + 1  # next to a member's barrier count: the core that it joined on, see threads/cores.py
 _CHUNKS = _MEMBERS + _APART  # a member's second line: its chunk counters
-COUNTERS = 3  # chunk counters of a member between two barriers
+COUNTERS = 3  # chunk counters of a member for one phase, the time between two barriers; there are two sets, in turn
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
 _GRACE = 20000  # pauses (0.2 to 1 ms) for which the leader waits
 _SHORT_GRACE = 2000  # pauses (20 to 100 us), if latecomers can be admitted
@@ -78,7 +80,7 @@ def sync_size(threads: int) -> int:
 
 @inline_kernel
 def _wait(waited):
-    """One more pause; after 1024, 2048, 4096 .. of them, yield: rarely, because a busy program keeps the core."""
+    """Pause; after 1024, 2048, 4096 .. pauses also yield: rarely, because a busy program may keep the core for long."""
     if waited >= _PATIENCE and waited & (waited - 1) == 0:
         yield_core()
     pause()
@@ -129,7 +131,7 @@ def join_team(sync, wanted, admission, calls):
 
 @inline_kernel
 def offer(sync, rank):
-    """Before a barrier: the leader publishes how many members there will be after the next admission point."""
+    """Before a barrier: the leader publishes how many members the team will have from the next admission point on."""
     if rank == 0:
         atomic_store(sync, _OFFERS + (atomic_load(sync, _MEMBERS) + 1) % 2, atomic_load(sync, _TICKET))
 
@@ -144,7 +146,7 @@ def offered(sync, rank):
 def admit(sync, rank, size, larger, point):
     """Admit the waiting threads, at ``point``. All members call it if ``offered`` is larger than the size.
 
-    Newcomers see what members wrote before.
+    Newcomers see all that members wrote before.
     """
     barrier(sync, rank, size)
     if rank == 0:
@@ -171,28 +173,29 @@ def barrier(sync, rank, size):
     for other in range(size):
         while atomic_load(sync, _MEMBERS + 2 * other * _APART) < reached:
             waited = _wait(waited)
-    # All members have left the phase before this barrier: reset its counters. The phase that begins has others.
+    # All members have left the phase that this barrier ends: reset its counters. The next phase uses the other set.
     for counter in range(COUNTERS):
         atomic_store(sync, _CHUNKS + mine + (reached + 1) % 2 * COUNTERS + counter, 0)
 
 
 @inline_kernel
 def counter_of(sync, rank, member, counter):
-    """The index in ``sync`` of a member's chunk counter, one of COUNTERS in the current phase."""
+    """The index in ``sync`` of one of a member's COUNTERS chunk counters of the current phase. rank: the caller's."""
     reached = atomic_load(sync, _MEMBERS + 2 * rank * _APART)
     return _CHUNKS + 2 * member * _APART + reached % 2 * COUNTERS + counter
 
 
 def chunk_counters(threads: int) -> np.ndarray:
-    """Chunk counters of threads without a team: that of thread t is at t COUNTER_STRIDE."""
+    """Chunk counters for threads without a team: that of thread t is at index t COUNTER_STRIDE."""
     return np.zeros(threads * COUNTER_STRIDE, np.int64)
 
 
 class Share(NamedTuple):
-    """The items lo:hi of one thread. counts[index] counts the chunks of them that have been claimed.
+    """The items lo:hi of one thread, cut into chunks; counts[index] is the number of chunks claimed so far.
 
-    alone: no other thread claims chunks. An atomic addition, which later loads must wait for, is then left out.
-    before: how many chunks of other work the same counter numbers before these.
+    alone: no other thread claims chunks, so the counter need not be atomic (later loads wait for an atomic addition).
+    before: one counter may number the chunks of several products, one after the other; ``before`` is how many
+    chunks the products before this one have.
     """
 
     lo: Any
@@ -205,7 +208,7 @@ class Share(NamedTuple):
 
 @inline_kernel
 def take_chunk(share):
-    """Claim the next chunk of a share: its number, from 0 on. A number past the last chunk means that none is left."""
+    """Claim the next chunk of a share and return its number, from 0 on; past the last chunk, none is left."""
     if share.alone:
         chunk = share.counts[share.index]
         share.counts[share.index] = chunk + 1
@@ -215,18 +218,18 @@ def take_chunk(share):
 
 @view_kernel
 def share_of(items, counts, index, member, size):
-    """The share of ``items`` of one of ``size`` members, whose chunks counts[index] counts."""
+    """The share of ``items`` of one of ``size`` members; counts[index] is its chunk counter."""
     lo, hi = part(items, member, size)
     return Share(lo, hi, counts, index, size == 1, np.int64(0))
 
 
 @view_kernel
 def share_after(share, before):
-    """The same items of other work, whose chunks the counter numbers after ``before`` others."""
+    """The same items and counter for the next product, whose chunks are numbered after ``before`` earlier ones."""
     return Share(share.lo, share.hi, share.counts, share.index, share.alone, before)
 
 
 @inline_kernel
 def part(count, rank, size):
-    """The range lo, hi of ``count`` items of member ``rank`` of ``size``."""
+    """Of ``count`` items, the range lo, hi of member ``rank`` of ``size``."""
     return count * rank // size, count * (rank + 1) // size

@@ -1,1 +1,1 @@
-"""How kernels are compiled: decorators and flags, the compile cache, views of memory, small calls, private parts."""
+"""How kernels are compiled: decorators and flags, the compile cache, array views, small calls, Numba's internals."""

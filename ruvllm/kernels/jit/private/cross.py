@@ -1,4 +1,4 @@
-"""Numba's compiler, in a process of its own, turned to another processor: nothing of what it makes is run there.
+"""Cross-compiling: Numba in a process of its own, set to another processor, whose code is never run there.
 
 Such a process is started with the variable ``target.FOREIGN``, so that kernels choose instructions for that processor.
 """
@@ -21,7 +21,7 @@ from ruvllm.kernels.jit.private.target import Target
 
 @part("cross", "explain() does not work")
 def can_turn() -> bool:
-    """Whether numba has what ``turn_to`` changes."""
+    """Whether numba has the attributes that ``turn_to`` replaces."""
     codegen = cpu_target.target_context.codegen()
     there = [
         *(hasattr(codegen, name) for name in ("_tm", "_data_layout", "_create_empty_module")),
@@ -32,21 +32,21 @@ def can_turn() -> bool:
 
 
 def turn_to(target: Target, finish: Callable[[Any, Any], None]) -> None:
-    """Have numba compile for a target; ``finish(library, target machine)`` makes of a library what is wanted.
+    """Have numba compile for a target; ``finish(library, target machine)`` emits what is wanted of each library.
 
     Raises:
-        RuntimeError: this version of numba cannot be turned.
+        RuntimeError: this version of numba cannot compile for another target.
     """
     if not can_turn():
         raise RuntimeError("this version of numba cannot compile for another processor")
-    has_libraries()  # tries code, of which none can be run from now on
+    has_libraries()  # its test runs code, which is impossible from now on
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, codemodel="jitdefault", jit=True,
         reloc="static" if target.triple.startswith("x86") else "default",
     )  # fmt: skip
-    cpu_target.typing_context.refresh()  # what numba needs for itself is made for this machine
+    cpu_target.typing_context.refresh()  # before the change: numba's own helpers run on this machine
     cpu_target.target_context.refresh()
     codegen = cpu_target.target_context.codegen()
     codegen._tm, codegen._data_layout = machine, str(machine.target_data)
@@ -87,7 +87,7 @@ def to_object(library: Any, machine: Any) -> None:
 
 
 def assembly_of(dispatcher: Any, signature: tuple[Any, ...]) -> str:
-    """The assembly of a function and of all that is not inlined into it; numba was turned with ``to_assembly``."""
+    """The assembly of a function and of all that is not inlined into it, after ``turn_to(target, to_assembly)``."""
     dispatcher.compile(signature)
     library = dispatcher.overloads[signature].library
     with global_compiler_lock:
@@ -96,7 +96,7 @@ def assembly_of(dispatcher: Any, signature: tuple[Any, ...]) -> str:
 
 
 def with_line_numbers(dispatcher: Any) -> None:
-    """Have a function compiled anew, saying from which source line code comes, and without wrappers for Python."""
+    """Have a function compiled again, with line numbers in its debug information and without wrappers for Python."""
     compiler: Any = dispatcher._compiler.pipeline_class
 
     class LineNumbers(compiler):

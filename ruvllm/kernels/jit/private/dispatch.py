@@ -1,4 +1,4 @@
-"""Numba's dispatchers: where they look for machine code, what they ask for more, and how code is written down."""
+"""Numba's dispatchers: their cache and how code is serialised, an option, calls without code, compile events."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -19,52 +19,52 @@ from ruvllm.kernels.jit.private.parts import part
 
 
 def _nothing(x: Any) -> None:
-    """What the tests make dispatchers of."""
+    """The function that the tests of the parts compile."""
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
 
 
-class _WasAskedError(Exception):
-    """What looks for code in a ``_Question``."""
+class _LookupError(Exception):
+    """Raised by a ``_ProbeCache``."""
 
 
-class _Question:
-    """A cache that tells that somebody looks into it."""
+class _ProbeCache:
+    """A cache that raises when code is looked up in it."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        raise _WasAskedError
+        raise _LookupError
 
 
-def _asks_its_cache(compiled: Any, *arguments: Any) -> bool:
-    compiled._cache = _Question()
+def _uses_its_cache(compiled: Any, *arguments: Any) -> bool:
+    compiled._cache = _ProbeCache()
     try:
         compiled.compile(*arguments)
-    except _WasAskedError:
+    except _LookupError:
         return True
     return False
 
 
 @part("cache", "compiled kernels are not kept, so each start compiles them again")
 def has_cache() -> bool:
-    """Whether another object than numba's can be the cache of a function, and results of compiling be written down."""
+    """Whether an object of ours can be the cache of a function, and compile results can be serialised."""
     one = (types.int64,)
     return (
-        _asks_its_cache(numba.njit(_nothing), one)
-        and _asks_its_cache(CFunc(_nothing, (one, types.void), {}, {"nopython": True}))
+        _uses_its_cache(numba.njit(_nothing), one)
+        and _uses_its_cache(CFunc(_nothing, (one, types.void), {}, {"nopython": True}))
         and callable(CompileResult._reduce)
         and callable(CompileResult._rebuild)
     )
 
 
 def keep_in(dispatcher: Any, cache: Any) -> None:
-    """Have a dispatcher look for machine code in a cache, and put there what it compiles."""
+    """Have a dispatcher load machine code from a cache, and save there what it compiles."""
     if has_cache():
         dispatcher._cache = cache
 
 
 def c_function(function: Callable, signature: Any, cache: Any) -> Any:
-    """numba.cfunc with a cache as keep_in gives it to dispatchers."""
+    """numba.cfunc with a cache, as ``keep_in`` does for dispatchers."""
     if not has_cache():
         return numba.cfunc(signature, error_model="numpy")(function)
     options = {"error_model": "numpy"}
@@ -75,29 +75,26 @@ def c_function(function: Callable, signature: Any, cache: Any) -> Any:
 
 
 def to_bytes(compiled: Any) -> bytes | None:
-    """A result of compiling, to be written down; None for code that holds addresses of this process.
-
-    (Lifted loops and ctypes pointers do.)
-    """
+    """A compile result, serialised; None for code that holds addresses of this process (lifted loops, ctypes)."""
     if any(not lifted.can_cache for lifted in compiled.lifted) or compiled.library.has_dynamic_globals:
         return None
     return bytes(dumps(compiled._reduce()))
 
 
 def from_bytes(blob: bytes, target_context: Any) -> Any:
-    """What to_bytes was given. It runs what is in a pickle."""
+    """The compile result that ``to_bytes`` serialised. It unpickles, which runs code: only for trusted bytes."""
     return CompileResult._rebuild(target_context, *pickle.loads(blob))
 
 
 @part("runtime", "the first kernel takes a tenth of a second longer")
 def has_runtime() -> bool:
-    """Whether numba's memory management can be started alone."""
+    """Whether numba's runtime (its memory management) can be initialised without its compiler."""
     rtsys.initialize(cpu_target.target_context)
     return llvm.address_of_symbol("NRT_MemInfo_call_dtor") is not None
 
 
 def make_ready(target_context: Any) -> None:
-    """Start what loaded code needs of numba, without all that compiling needs."""
+    """Initialise numba's runtime for code from the cache, without the compiler, which takes longer."""
     if not has_runtime():
         target_context.refresh()
 
@@ -114,7 +111,7 @@ def can_leave_counting() -> bool:
 
 
 def counting(yes: bool) -> dict[str, bool]:
-    """The option of numba.njit by which a function counts references to the memory of arrays, or does not."""
+    """The option of numba.njit for whether a function counts references to the memory of arrays."""
     return {"_nrt": yes} if can_leave_counting() else {}
 
 
@@ -123,16 +120,16 @@ def counting(yes: bool) -> dict[str, bool]:
 
 @part("missing_code", "calls for little work take several microseconds longer")
 def can_answer_for_missing_code() -> bool:
-    """Whether a dispatcher asks what ``answer_for_missing_code`` gives it."""
+    """Whether a dispatcher calls the function that ``answer_for_missing_code`` sets."""
     trial = numba.njit(_nothing)
     _answer(trial, lambda *arguments: lambda *again: (arguments, again))
     return bool(trial(7) == ((7,), (7,)))
 
 
 def answer_for_missing_code(dispatcher: Any, answer: Callable[..., Any]) -> bool:
-    """Have ``answer(*arguments)`` give what to call where there is no code for arguments of such types.
+    """For argument types without compiled code, have the dispatcher call what ``answer(*arguments)`` returns.
 
-    Returns False, with nothing done, where numba cannot.
+    Returns False, and changes nothing, where this numba cannot.
     """
     if can_answer_for_missing_code():
         _answer(dispatcher, answer)

@@ -1,11 +1,12 @@
 """Numba's compiler as the decorators of ``jit.decorators`` change it.
 
-- Machine code is made once, of what Python calls; what only other kernels call stays LLVM IR (``Part``, ``Parallel``).
+- Machine code is made once, of functions that Python calls; those that only kernels call stay LLVM IR (``Part``,
+  ``Parallel``).
 - A sum stays a function of its own (``Sum``), so that its order of additions does not depend on the code around it.
-- It is optimised once. Numba hands callers the optimised code of a kernel, and optimises it again as a part of them:
-  LLVM then regroups sums, and a process that found the kernel in the cache gets other bits than the one that compiled
-  it. So a kernel with a sum in it hands out its IR from before. (The others do as Numba does: kernels made of several
-  large bodies are up to a tenth faster so.)
+- A sum is optimised once. Numba links the optimised IR of a kernel into its callers and optimises it again there: LLVM
+  then regroups sums, and a process that found the kernel in the cache gets other bits than the one that compiled
+  it. So a kernel with a sum in it keeps its unoptimised IR for callers. (The others do as Numba does, which makes
+  kernels of several large bodies up to a tenth faster.)
 - Loops are marked as independent (``Independent``): LLVM then vectorises them wherever the arrays lie.
 """
 
@@ -24,7 +25,7 @@ from ruvllm.kernels.jit.private.parts import part
 class Serial(Compiler):
     """Compiles a serial kernel."""
 
-    under_test = False  # whether has_libraries itself compiles
+    under_test = False  # True for the functions that has_libraries compiles
 
     def __init__(
         self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
@@ -34,15 +35,15 @@ class Serial(Compiler):
             self.state.targetctx = _changed_target(self.state.targetctx, self)
 
     def usable(self) -> bool:
-        """Whether anything is changed at all."""
+        """Whether this class changes anything; else numba compiles as usual."""
         return self.under_test or has_libraries()
 
-    def runs(self, name: str) -> bool:
-        """Whether the library of this name becomes machine code."""
+    def becomes_machine_code(self, name: str) -> bool:
+        """Whether the library of this name does; else it stays IR."""
         return True
 
     def change(self, module: ir.Module) -> None:
-        """What is done to the IR of the function."""
+        """Change the IR of the function before it is optimised."""
 
 
 class Independent(Serial):
@@ -53,7 +54,7 @@ class Independent(Serial):
 
 
 class Part(Serial):
-    """Compiles what only other kernels call. It stops at IR, which halves compile times."""
+    """Compiles a function that only other kernels call. It stops at IR, which halves compile times."""
 
     def __init__(
         self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
@@ -62,7 +63,7 @@ class Part(Serial):
             flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
-    def runs(self, name: str) -> bool:
+    def becomes_machine_code(self, name: str) -> bool:
         return False
 
 
@@ -86,12 +87,12 @@ class Sum(Part):
 class Parallel(Serial):
     """Makes machine code of a parallel kernel once.
 
-    Numba makes it four times: of the loop's body, of two wrappers around it, and of the kernel, each with a copy of
-    all that it calls. The first three stay LLVM IR here, for they only become parts of the last. So nothing in the loop
+    Numba makes machine code four times: of the loop's body, of two wrappers around it, and of the kernel, each with a
+    copy of all that it calls. Here the first three stay LLVM IR, which is linked into the last. So nothing in the loop
     may need Python, not even print.
     """
 
-    def runs(self, name: str) -> bool:
+    def becomes_machine_code(self, name: str) -> bool:
         return bool(name == self.state.func_id.func_qualname)
 
 
@@ -99,14 +100,16 @@ class Parallel(Serial):
 
 
 def _changed_target(targetctx: Any, compiler: Serial) -> Any:
-    """A target that asks the compiler what to do with functions and libraries."""
+    """A copy of the target context that leaves some decisions to the compiler class above."""
     target = copy.copy(targetctx)  # shares everything but these three steps
     target.cached_internal_func = {}
     codegen = _Codegen(targetctx.codegen(), compiler)
     target.codegen = lambda: codegen
 
     def get_executable(library: Any, fndesc: Any, env: Any) -> Any:
-        return targetctx.get_executable(library, fndesc, env) if compiler.runs(library.name) else not_callable()
+        if compiler.becomes_machine_code(library.name):
+            return targetctx.get_executable(library, fndesc, env)
+        return not_callable()
 
     def post_lowering(module: ir.Module, library: Any) -> None:
         compiler.change(module)
@@ -117,11 +120,11 @@ def _changed_target(targetctx: Any, compiler: Serial) -> Any:
 
 
 class _Codegen:
-    """Numba's code generator, with other libraries.
+    """Numba's code generator, with changed libraries.
 
-    Those that do not run are not optimised, and never added to the execution engine: it would make machine code of
+    Those that stay IR are not optimised, and never added to the execution engine: it would make machine code of
     them, and where two modules define a function the linker takes the first, so that the kernel would call the slow
-    copy. Those with a sum in them keep a copy for callers before they are optimised.
+    copy. Those with a sum in them save a copy for callers before they are optimised.
     """
 
     def __init__(self, codegen: Any, compiler: Serial) -> None:
@@ -143,7 +146,7 @@ class _Codegen:
             library._finalize_dynamic_globals()
             library._finalized = True
 
-        if self._compiler.runs(name):
+        if self._compiler.becomes_machine_code(name):
             library._optimize_final_module = keep_and_optimize
         else:
             library._optimize_final_module = lambda: None
@@ -158,7 +161,7 @@ def _is_kept_whole(function: Any) -> bool:
 
 
 def _to_be_linked(module: Any) -> Any:
-    """A copy whose functions may be defined by several modules, as Numba makes it of the optimised code."""
+    """A copy whose functions several modules may define; Numba makes the same of the optimised code."""
     shared = module.clone()
     for function in shared.functions:
         if not function.is_declaration and function.linkage == llvm.Linkage.external:
@@ -167,7 +170,7 @@ def _to_be_linked(module: Any) -> Any:
 
 
 def not_callable() -> Any:
-    """What numba takes for the entry point: it must be a builtin, a new one each time, and raise if Python calls it."""
+    """A placeholder for an entry point: numba wants a builtin, a new one each time; it raises if Python calls it."""
     return [].clear
 
 
@@ -184,7 +187,7 @@ class _TrialSerial(Serial):
 
 @part("libraries", "compiling takes twice as long, and sums may differ in the last bits from one start to the next")
 def has_libraries() -> bool:
-    """Whether a part stays IR that is not optimised, and a sum a function of its own in the kernel that calls it."""
+    """Whether a part stays unoptimised IR, and a sum stays a function of its own in the kernel that calls it."""
 
     @numba.njit(pipeline_class=_TrialSum, forceinline=False)
     def callee(x: Any) -> Any:
@@ -196,5 +199,5 @@ def has_libraries() -> bool:
 
     right = caller(7) == 42
     (part,), (whole,) = callee.inspect_llvm().values(), caller.inspect_llvm().values()
-    optimised = "local_unnamed_addr"  # what LLVM finds out of functions then
+    optimised = "local_unnamed_addr"  # an attribute that LLVM's optimiser infers
     return right and optimised not in part and optimised in whole and "noinline" in whole

@@ -16,7 +16,7 @@ def mark_independent(module: ir.Module) -> None:
     LLVM vectorises a loop only if no iteration reads what another one writes. It tests that when the loop begins, by
     the addresses of the arrays, and the test fails where the output is an input: the loop then runs scalar. This
     metadata is what C compilers make of "#pragma ivdep": loads and stores belong to a group, and each loop says that
-    the accesses of the group are parallel. Without them such loops are right, and slower.
+    the accesses of the group are parallel. Without it such loops are correct, but slower.
     """
     if can_mark():
         _mark(module)
@@ -41,7 +41,7 @@ def _mark(module: ir.Module) -> None:
 
 
 class _DistinctNode(ir.MDValue):
-    """Metadata that equals no other, which llvmlite cannot write; SELF in its text stands for the node."""
+    """A "distinct" metadata node, which llvmlite cannot write; SELF in its text is replaced by the node's name."""
 
     def __init__(self, module: ir.Module, text: str) -> None:
         super().__init__(module, (), str(len(module.metadata)))
@@ -67,7 +67,7 @@ def _is_of_an_array(access: Any) -> bool:
 
 @part("loops", "kernels run several times slower where their output is one of their inputs")
 def can_mark() -> bool:
-    """Whether LLVM reads the marks of a loop as they are meant."""
+    """Whether LLVM parses the metadata of a loop as it is meant."""
     module, number = ir.Module(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [number.as_pointer(), number]), "f")
     pointer, count = function.args

@@ -1,8 +1,8 @@
-"""The private parts by name, each with its test, and the switch that leaves them alone.
+"""The parts (internals of numba) by name, each with its test, and the variable that disables them.
 
     RUVLLM_WITHOUT=libraries,cache ruvllm generate ...
 
-runs without these parts, as a version of numba would that no longer has them (``all``: without any).
+runs without these parts, as on a version of numba that no longer has them (``all``: without any).
 """
 
 import logging
@@ -14,10 +14,10 @@ import numba
 
 log = logging.getLogger(__name__)
 
-# Every part, and how to ask whether it may be used.
+# For each part, the function that tells whether it may be used.
 PARTS: dict[str, Callable[[], bool]] = {}
 
-# Those without which functions become other machine code.
+# Those that change the machine code of functions: the cache keeps code with and without them apart.
 _CHANGE_CODE = frozenset({"all", "counting", "libraries", "loops"})
 
 _asked = os.environ.get("RUVLLM_WITHOUT", "")
@@ -27,9 +27,9 @@ OTHER_CODE = tuple(sorted(WITHOUT & _CHANGE_CODE))
 
 
 def part(name: str, otherwise: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
-    """Make of a test the question whether the part ``name`` may be used, which is answered once in a process.
+    """Turn a test into a function that tells whether the part ``name`` may be used; the test runs once in a process.
 
-    otherwise: what the user is told to expect where the test returns False or raises.
+    otherwise: the consequence, which a warning tells the user if the test returns False or raises.
     """
 
     def decorate(test: Callable[[], bool]) -> Callable[[], bool]:

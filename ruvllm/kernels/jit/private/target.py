@@ -10,7 +10,7 @@ from numba.core.registry import cpu_target
 
 from ruvllm.kernels.jit.private.parts import part
 
-FOREIGN = "RUVLLM_COMPILE_FOR"  # the variable with the three parts of a target for which no code is run here
+FOREIGN = "RUVLLM_COMPILE_FOR"  # variable: triple, CPU and features of a target that a process compiles for only
 
 
 class Target(NamedTuple):
@@ -33,9 +33,9 @@ def has_target() -> bool:
 
 @cache
 def target() -> Target:
-    """The target of all code that is made in this process: the host, or what NUMBA_CPU_NAME and _FEATURES name.
+    """The target that this process compiles for: the host, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name.
 
-    In a process that compiles for another machine it is that one (``cross``).
+    In a process that cross-compiles it is the other machine (``cross``).
     """
     foreign = os.environ.get(FOREIGN)
     if foreign:
@@ -44,7 +44,7 @@ def target() -> Target:
 
 
 def _documented_target() -> Target:
-    """The same by what is documented: the variables, and what LLVM knows of the host."""
+    """The target from documented sources: the variables, and what LLVM knows of the host."""
     settings: Any = config
     features = settings.CPU_FEATURES
     if features is None:

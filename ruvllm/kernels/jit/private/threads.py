@@ -16,14 +16,14 @@ def _without_locks() -> Any:
 
 @part("thread_count", "small parallel calls take a microsecond longer")
 def has_thread_count() -> bool:
-    """Whether numba's C function gives the number that numba gives."""
+    """Whether numba's C function returns the same number as ``numba.get_num_threads``."""
     count = int(numba.get_num_threads())  # starts the threads
     return int(_without_locks()()) == count
 
 
 @cache
 def thread_counter() -> Callable[[], int]:
-    """What returns the number of threads of a parallel call made now; starts the threads.
+    """The function that returns how many threads a parallel call would use now; getting it starts the threads.
 
     numba.get_num_threads takes two locks, which cost more than a small kernel.
     """

@@ -136,12 +136,12 @@ def _drop_old_generations(root: Path, keep: Path) -> None:
 
 
 class KernelCache:
-    """The cache of one compiled function, in the shape that numba's dispatcher calls."""
+    """The cache of one compiled function, with the methods that numba's dispatcher calls."""
 
     def __init__(self, py_func: Any, flags: str, closure: str = "") -> None:
-        """flags: the compile options; closure: the values that ``py_func`` encloses, which are in no source file.
+        """flags: the compile options; closure: a description of the values that ``py_func`` closes over.
 
-        A function that encloses values is cached only where the caller has said which.
+        They are in no source file, so a closure is cached only if the caller describes it.
         """
         self._py_func = py_func
         self._flags = flags + closure
@@ -223,7 +223,7 @@ def _say_that_nothing_is_kept(reason: str) -> None:
 def source_of(py_func: Any) -> str:
     """The name of a function's file, with a hash of it where it is not of this package; "" where there is no file.
 
-    What was typed into Python is in none, and nobody can tell what it was in another process.
+    Code that was typed at a prompt is in no file: another process could not tell whether its own is the same.
     """
     path = Path(py_func.__code__.co_filename)
     inside = path.is_relative_to(_SOURCES)

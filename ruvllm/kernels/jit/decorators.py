@@ -8,22 +8,22 @@ forward pass, in a process that compiled it or one that found it in the cache.
 - What is done element by element is ``kernel(independent=True)``: compiled strictly, so that each rounding is as
   written, in a vector or not. A multiply-add is written ``fma(a, b, c)``. Where ``out`` is an input, such a loop would
   be scalar without the promise of independence (6 to 9 times slower).
-- A sum over a row is a ``sum_kernel`` of its own. Only in an order that LLVM chooses is it fast, and LLVM chooses by
-  what is around: so it is never inlined, and optimised once (``private.libraries``). It chooses by the width of
-  registers too: last bits differ between processors. Sums of vectors would need none of that, but ten lines for each,
-  and argmax and log_softmax took 1.4 and 1.6 times as long.
-- Constants are float32: ``0.0`` would make a float64 of everything, at half the speed.
+- A sum over a row is a ``sum_kernel`` of its own. It is fast only in an order that LLVM chooses, which depends on the
+  surrounding code: so it is never inlined, and is optimised once (``private.libraries``). The order also depends on the
+  width of registers: last bits differ between processors. Sums written with SIMD vectors would have one order, but
+  take ten lines each, and made argmax and log_softmax 1.4 and 1.6 times slower.
+- Constants are float32: ``0.0`` would turn all arithmetic into float64, at half the speed.
 - What LLVM does not vectorise well is written with vectors (``simd.vectors``): matrix tiles, integer dot products,
   16-bit floats, adapters.
 
-``FASTMATH`` is the design's fastmath without "nnan" and "ninf": with those two, LLVM may assume that no
+``FASTMATH`` is LLVM's ``fast`` without "nnan" and "ninf": with those two, LLVM may assume that no
 NaN and no infinity exists, folds ``isnan`` to False and turns a mask of -inf into NaN.
 "contract" gives fused multiply-adds, "reassoc" lets sums be vectorised.
 
-Serial kernels and their helpers own no memory, so they count no references to it (``counting``).
-Numba counts up and down for each array that a helper is given; LLVM takes that away again where it sees both, but not
-around every loop: a tile of a matrix product then took 250 cycles longer. The price: numba refuses to compile a
-function that makes an array and returns it, but for ``view_kernel``.
+Serial kernels and their helpers own no memory, so they are compiled without reference counts (``counting``).
+Numba increments and decrements a count for each array that is passed to a helper; LLVM removes such a pair where it
+sees both, but not around every loop: a tile of a matrix product then took 250 cycles longer. The price: numba refuses
+to compile a function that makes an array and returns it, except as a ``view_kernel``.
 """
 
 import hashlib
@@ -50,11 +50,11 @@ _independent: set[Any] = set()  # the functions of kernels with independent loop
 def kernel(function: Callable | None = None, *, strict: bool = False, independent: bool = False) -> Any:
     """Compile a serial body ``(…, lo, hi)``: no allocation, no exception.
 
-    ``strict=True`` keeps every rounding as written: no multiply-add but ``fma``, no reordering. It is for bodies made
-    of SIMD vectors or sums, and for results that must equal another program's.
+    ``strict=True`` compiles without FASTMATH, so that every rounding is as written: no multiply-add but ``fma``, no
+    reordering. It is for bodies made of SIMD vectors or sums, and for results that must equal another program's.
 
     ``independent=True`` is strict, and promises that in each loop no iteration reads what another one writes. ``out``
-    may be an input. A loop that breaks the promise, as a running sum in an array does, is silently wrong.
+    may be an input. A loop that breaks the promise, such as a prefix sum in an array, is silently wrong.
     """
     if function is None:
         return lambda f: kernel(f, strict=strict, independent=independent)
@@ -71,7 +71,7 @@ def sum_kernel(function: Callable) -> Any:
 
 
 def inline_kernel(function: Callable | None = None, *, independent: bool = False) -> Any:
-    """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see kernel.
+    """Compile a small helper that LLVM always inlines, so that SIMD values stay in registers; strict, see ``kernel``.
 
     It has no machine code of its own, and Python cannot call it.
     """
@@ -86,13 +86,13 @@ def view_kernel(function: Callable) -> Any:
 
 
 def part_kernel(function: Callable) -> Any:
-    """Compile a large function that only other kernels call; strict. It exists as a part of their machine code."""
-    # forceinline is said because numba compiles a function with the options of its first caller where it says nothing.
+    """Compile a large function that only other kernels call; strict. Its machine code is a part of theirs."""
+    # forceinline is explicit: an option that is not set, numba takes from the first caller.
     return _part(function, Part, forceinline=False)
 
 
 def as_part(body: Any) -> Any:
-    """A strict body once more, as a part of a larger kernel: it need not be made ready to run by itself."""
+    """A strict body compiled again as a part of larger kernels: to LLVM IR, without an entry point of its own."""
     if DISABLE_JIT:
         return body
     compiler = IndependentPart if body.py_func in _independent else Part
@@ -102,7 +102,7 @@ def as_part(body: Any) -> Any:
 def parallel_kernel(function: Callable) -> Any:
     """Compile a kernel whose ``prange`` splits rows over threads; it calls ``kernel`` bodies and never raises.
 
-    What it encloses must be compiled functions and integers: those it is cached by, and nothing else.
+    It may close over compiled functions and integers only: its key in the cache describes those and nothing else.
     """
     return _compile(function, closure=True, fastmath=set(FASTMATH), parallel=True, pipeline_class=Parallel)
 
@@ -116,11 +116,12 @@ def _part(
 
 
 def name_by_closure(function: Callable) -> str:
-    """Add what a function encloses to its name, and return that: "" where it encloses nothing.
+    """Describe the values that a function closes over, add a hash of that to its name, and return the description.
 
-    Numba makes a symbol of a function's name, its argument types and a counter of this process. Machine code of several
-    processes meets in one through the cache, and of two functions with one symbol the linker takes the first: what one
-    line of source makes for several values needs several names.
+    It is "" where the function closes over nothing. Numba makes a symbol of a function's name, its argument types and a
+    counter of this process. Through the cache, a process loads machine code that several others compiled, and of two
+    functions with the same symbol the linker takes the first: the closures that one line of source makes for several
+    values need several names.
     """
     enclosed = ", ".join(_described(cell.cell_contents) for cell in function.__closure__ or ())
     if enclosed:
@@ -129,7 +130,7 @@ def name_by_closure(function: Callable) -> str:
 
 
 def _described(value: Any) -> str:
-    """The same in every process: a compiled function by its source and its name, which tells what it encloses."""
+    """A description that is the same in every process: of a function, its source and its name (with its closure)."""
     function = getattr(value, "py_func", value)
     source = source_of(function) if inspect.isfunction(function) else ""
     return f"{function.__qualname__} {source}" if source else repr(value)

@@ -1,10 +1,10 @@
-"""Small calls: the checks of a public function in compiled code, for work that takes less time than Python needs.
+"""Small calls: a public function's checks in compiled code, for work that takes less time than checks in Python.
 
-Python takes 0.1 us for each thing that it asks about an array, and so ten times as long to check the arguments of
-rms_norm as to compute a row of 768. Numba looks at the types of all arguments anyway before it runs compiled code.
-So a public function first tries its small call: a body that looks at shapes and places itself, and does all the work
-where it is little and everything is as it should be. Otherwise it has done nothing, and the function goes the long
-way, which copies what lies in memory in another way, says what is wrong, and shares large work among threads.
+Python needs 0.1 us for each attribute of an array that it reads, and so ten times as long to check the arguments of
+rms_norm as to compute a row of 768. Numba's dispatcher looks at the types of all arguments anyway. So a public function
+first tries its small call: a body that checks shapes and overlaps itself, and does all the work if the arrays are small
+and all arguments valid. Otherwise it does nothing and returns False, and the function takes the long way: it checks in
+Python, copies arrays of another layout, raises errors, and splits large work over threads.
 """
 
 import math
@@ -19,25 +19,25 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, kernel, vi
 from ruvllm.kernels.jit.private.dispatch import answer_for_missing_code
 from ruvllm.kernels.jit.views import address, array_at
 
-ROOM = 65536  # numbers of a result that a small call may have been given
-SCRATCH = 1 << 17  # numbers of scratch that those get which need some from Python
-FEW = 1024  # numbers of scratch that those may take from the stack which need little
+ROOM = 65536  # elements of the largest result that is allocated for a small call
+SCRATCH = 1 << 17  # float32 elements of the scratch buffer that some small calls are given
+FEW = 1024  # float32 elements of scratch that a small call may take from the stack instead
 
 _FLOAT32 = np.dtype(np.float32)
 _ndarray = np.ndarray
 _NUMBERS: dict[Any, Any] = {float: types.float64, bool: types.boolean}
 
 SMALL: dict[Any, Any] = {}  # every small call, and its compiled body
-_taken = True
+_enabled = True
 
 
 def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
     """Compile a body that returns True when it has done all the work, and False when it has done nothing.
 
-    forms: what the arguments may be, each a tuple of the dimensions of a float32 array, ``float`` or ``bool``. Each is
-    compiled when it is first met; a call of any other form does nothing and returns False, which also keeps from numba
-    what it would rather fail at: lists, subclasses of arrays. The body has to look at every shape and every place,
-    since those that it calls trust their arguments.
+    forms: the signatures that it accepts, each a tuple with one entry for each argument: the number of dimensions of a
+    float32 array, ``float`` or ``bool``. Each is compiled when it is first used. A call of any other form returns False
+    without reaching numba, which would fail on lists and on subclasses of arrays. The body must check all shapes, and
+    that no output overlaps an input, since the kernels that it calls trust their arguments.
     """
 
     def decorate(function: Callable[..., bool]) -> Any:
@@ -58,13 +58,13 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
             for argument in arguments:
                 kind = type(argument)
                 if kind is _ndarray:
-                    # Numba types arrays of the other byte order and arrays at an odd address alike: as it typed the
-                    # first of them that it met.
+                    # Numba's dispatcher takes arrays of the other byte order and misaligned arrays for one type: that
+                    # of whichever it saw first.
                     if argument.dtype is not _FLOAT32:
                         return False
                 elif kind is not float and kind is not bool:
                     return False
-            return _taken and body(*arguments)
+            return _enabled and body(*arguments)
 
         SMALL[attempt] = body
         return attempt
@@ -73,7 +73,7 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
 
 
 def room(shape: tuple[int, ...]) -> np.ndarray | None:
-    """A new array for the result of a small call; None, with which none is made, where that is not little."""
+    """A new array for the result of a small call; None if it would be too large for one."""
     return np.empty(shape, np.float32) if math.prod(shape) <= ROOM else None
 
 
@@ -83,18 +83,18 @@ def _declined(*arguments: Any) -> bool:
 
 @contextmanager
 def long_way() -> Iterator[None]:
-    """Inside the block no small call does anything: what is to be seen are the bodies that functions call otherwise."""
-    global _taken
-    before, _taken = _taken, False
+    """Inside the block small calls do nothing: for tests and measurements of the bodies that functions call then."""
+    global _enabled
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _taken = before
+        _enabled = before
 
 
 @inline_kernel
 def is_aligned(array: Any) -> Any:
-    """Whether an argument begins at a multiple of four bytes."""
+    """Whether an array begins at a multiple of four bytes."""
     return address(array) % 4 == 0
 
 
@@ -114,7 +114,7 @@ def may_write(out: Any, x: Any) -> Any:
 
 @inline_kernel
 def alike(a: Any, b: Any, out: Any) -> Any:
-    """Whether three arrays have one shape, and out may be written while a and b are read at the same places."""
+    """Whether three arrays have one shape, and out may be written while a and b are read element by element."""
     return b.shape == a.shape and out.shape == a.shape and may_write(out, a) and may_write(out, b)
 
 

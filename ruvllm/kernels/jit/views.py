@@ -1,7 +1,7 @@
-"""Arrays over memory that is there already, without ``reshape``.
+"""Arrays over existing memory, by address or flat, without ``reshape``.
 
-Numba compiles a function of its own for each kind of ``reshape``; a forward region with fifty of them took two
-seconds longer to compile.
+Numba compiles a separate function for each kind of ``reshape``; a forward region with fifty of them took two seconds
+longer to compile.
 """
 
 import ctypes
@@ -79,8 +79,8 @@ else:
     def array_at(typingctx: Any, address: Any, shape: Any, dtype: Any) -> Any:
         """A C-contiguous array over the memory at an address; ``shape`` is a count or a tuple.
 
-        ``dtype`` is a NumPy scalar class. The caller keeps the memory alive: a table of addresses stands in for
-        hundreds of array arguments.
+        ``dtype`` is a NumPy scalar class. The caller keeps the memory alive. So a table of addresses replaces hundreds
+        of array arguments.
         """
         axes = list(shape) if isinstance(shape, types.BaseTuple) else [shape]
         result = types.Array(dtype.dtype, len(axes), "C")
@@ -95,7 +95,7 @@ else:
 
     @intrinsic
     def address(typingctx: Any, array: Any) -> Any:
-        """Where the first element of an array lies: ``array.ctypes.data``."""
+        """The address of an array's first element: ``array.ctypes.data``."""
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             return builder.ptrtoint(data_of(context, builder, array, args[0]), context.get_value_type(types.int64))
@@ -116,9 +116,10 @@ else:
         return result(array), codegen
 
     def integer_loader(groups: tuple[Any, ...]) -> Any:
-        """A function that loads int64 values from an address on, as a tuple: one for None, a named tuple for its class.
+        """A function that loads int64 values from an address on, as a tuple with one element for each group.
 
-        So the fields of a table become the arguments of a function.
+        It is a single value for a group None, and an instance for a group that is a class of named tuples. So the
+        fields of a table's row become the arguments of a function.
         """
 
         @intrinsic

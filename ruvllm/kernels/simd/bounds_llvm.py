@@ -1,4 +1,4 @@
-"""Bounds and powers of two of float32s and SIMD vectors, an instruction or two each: what exp is made of."""
+"""Bounds and powers of two of float32 scalars and SIMD vectors, for exp: one or two instructions each."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["at_most", "power_of_two", "zero_below"]
 
 @intrinsic
 def power_of_two(typingctx: Any, v: Any) -> Any:
-    """2**n of v = 1.5 2**23 + n, n in -126..128 (2**128 is infinity): n is in the low bits of v."""
+    """2**n for v = 1.5 2**23 + n, n in -127..128: n is in the low bits of v. 2**-127 is 0, and 2**128 is infinity."""
     kind, takes, _ = _widest(v)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -1,14 +1,14 @@
-"""Integer dot products as Numba values: the part of the project's LLVM IR that differs between CPUs.
+"""Integer dot products as Numba intrinsics: the part of the project's LLVM IR that differs between CPUs.
 
-A *weight vector* ``u8x64`` is 16 rows x 4 columns of bytes; a *quad* is four int8 activations in one int32. One
-step adds, for each of 16 rows, the four products of its bytes with the quad:
+A *weight vector* ``u8x64`` is 16 rows x 4 columns of bytes; a *quad* is four int8 activations in one int32. One *step*
+adds to 16 int32 accumulators, one for each row, the dot product of the row's four bytes with the quad:
 
 - x86 with VNNI: ``vpdpbusd``, one instruction.
 - x86 with AVX2: ``vpmaddubsw`` into 16-bit pair sums, which are added at the end. Pair sums are exact as long as
   steps x 2 x largest weight x 127 < 2^15: 8 steps of 4-bit, 4 of 5-bit weights.
 - ARM with dot product: ``sdot``; elsewhere plain widening arithmetic, which LLVM vectorises.
 
-All give the same integers. The choice follows the features of the compilation target, not the host's, so other CPUs
+All give the same integers. The choice follows the features of the compilation target, so that other CPUs than the host
 can be tried with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
 """
 
@@ -60,8 +60,8 @@ define <4 x i32> @f(<4 x i32> %a, <16 x i8> %b, <16 x i8> %c) {
 def has_sdot(triple: str, cpu: str, features: str) -> bool:
     """Whether an ARM processor has the dot product of 8-bit integers.
 
-    LLVM knows it by the processor's name; the list of features need not contain it (on Linux it does not). So LLVM is
-    asked to compile a sum of products: 2 ms, once in a process.
+    LLVM knows it by the processor's name; the list of features need not contain it (on Linux it does not). So this
+    compiles a sum of products and looks for ``sdot``: 2 ms, once in a process.
     """
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -70,7 +70,7 @@ def has_sdot(triple: str, cpu: str, features: str) -> bool:
 
 
 def target_kind() -> str:
-    """ "vnni512", "vnni256", "avx2", "neon" or "generic", from the features of the code that is being made."""
+    """The instructions to use: "vnni512", "vnni256", "avx2", "neon" or "generic", by the target's features."""
     have = set(target().features.split(","))
     if target().triple.startswith(("aarch64", "arm64")):
         return "neon" if has_sdot(*target()) else "generic"
@@ -122,7 +122,7 @@ def _sdot(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.
 
 
 def _widening(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value, signed: bool) -> ir.Value:
-    """The same by plain arithmetic: byte j of each lane, j = 0..3, widened to int32."""
+    """_vnni by plain arithmetic, for unsigned or signed w: byte j of each lane, j = 0..3, widened to int32."""
     words, quads = builder.bitcast(w, i32x16.llvm), builder.bitcast(x, i32x16.llvm)
     for j in range(4):
         up = _constant(i32x16, 24 - 8 * j)
@@ -134,7 +134,7 @@ def _widening(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value, si
 
 
 def _pairs(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    """Sums of neighbouring products as <32 x i16> (AVX2)."""
+    """The sum of each two adjacent products, as <32 x i16> (AVX2)."""
 
     def part(u: ir.Value, s: ir.Value) -> ir.Value:
         return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), [u, s])
@@ -143,7 +143,7 @@ def _pairs(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Va
 
 
 def _add_pairs(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """Neighbouring 16-bit sums added to i32x16 (AVX2)."""
+    """The sum of each two adjacent 16-bit sums, as i32x16 (AVX2)."""
     ones = ir.Constant(ir.VectorType(_I16, 16), [_I16(1)] * 16)
 
     def part(p: ir.Value) -> ir.Value:
@@ -166,7 +166,7 @@ def u8_load(typingctx: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def quad_at(typingctx: Any, array: Any, index: Any) -> Any:
-    """Four int8 activations from ``index`` on, in every lane."""
+    """Four int8 activations from ``index`` on, a quad, broadcast to every lane."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = builder.load(builder.bitcast(_pointer(context, builder, sig.args[0], *args), _I32.as_pointer()))
@@ -225,7 +225,7 @@ def with_fifth_bit(typingctx: Any, nibbles: Any, bits: Any, j: Any) -> Any:
 
 @intrinsic
 def bytes_to_f32(typingctx: Any, v: Any, j: Any) -> Any:
-    """Byte j, signed, of each of 16 times four, as float32: the 16 rows of one column."""
+    """Byte j of each lane's four, signed, as float32: 16 rows of column j."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         words, up = builder.bitcast(args[0], i32x16.llvm), builder.trunc(args[1], _I32)
@@ -238,7 +238,7 @@ def bytes_to_f32(typingctx: Any, v: Any, j: Any) -> Any:
 
 @intrinsic
 def bits_at(typingctx: Any, v: Any, first: Any, count: Any) -> Any:
-    """``count`` bits of each row's four bytes, from bit ``first`` on, as 16 integers."""
+    """``count`` bits of each lane's 32, from bit ``first`` on, as 16 integers."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         v, first, count = args
@@ -267,7 +267,7 @@ def dot_add(typingctx: Any, acc: Any, w: Any, quad: Any) -> Any:
 
 @intrinsic
 def dot_end(typingctx: Any, acc: Any) -> Any:
-    """The 16 sums of the steps so far."""
+    """The 16 sums that an accumulator holds."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if target_kind() != "avx2":
@@ -291,7 +291,7 @@ def add_unsigned(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, q
 
 
 def add_signed(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, quad: ir.Value) -> ir.Value:
-    """One step with signed weights, raised by 128 where the instruction takes unsigned ones (``raises_signed``)."""
+    """One step with signed weights, plus 128 where the instruction takes unsigned ones (``raises_signed``)."""
     x = builder.bitcast(quad, _BYTES)
     if kind == "neon":
         return _sdot(builder, acc, w, x)
@@ -309,7 +309,7 @@ def add_signed(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, qua
 
 
 def raises_signed(kind: str) -> bool:
-    """Whether ``add_signed`` adds 128 to each weight, so that 128 times the sum of activations is to be taken off."""
+    """Whether ``add_signed`` adds 128 to each weight: the caller then subtracts 128 times the activations' sum."""
     return kind.startswith("vnni")
 
 
@@ -332,8 +332,8 @@ def i8_store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 def largest_magnitude(typingctx: Any, a: Any, b: Any) -> Any:
     """The largest |x| of 32 float32 lanes; infinity counts as larger than any number, and NaN as larger still.
 
-    The bits of float32 numbers without sign are in the order of the numbers, and integers have a maximum in one
-    instruction, where floats take three for the sake of NaN.
+    The bits of non-negative floats, as integers, are in the same order, and the maximum of integers is one instruction
+    of x86, that of floats (with NaN) three.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -362,7 +362,7 @@ def find_magnitude(typingctx: Any, v: Any, magnitude: Any) -> Any:
 
 @intrinsic
 def without_lane(typingctx: Any, v: Any, i: Any) -> Any:
-    """v with lane i made 0; none, if i lies outside 0..15."""
+    """v with lane i set to 0; v itself if i is outside 0..15."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes = ir.Constant(i32x16.llvm, [_I32(lane) for lane in range(16)])

@@ -1,8 +1,7 @@
-"""Integer dot products for a tile, one or two panels times some tokens, whose sums stay in registers.
+"""Integer dot products for a tile, one or two panels times some tokens, whose accumulators stay in registers.
 
-A tile is a tuple of vectors: those of all tokens for the first panel, then those for the second. Weights come as a
-tuple with one vector for each panel, from which everything here takes the number of panels (simd/dot_llvm.py has the
-steps themselves).
+A tile is a tuple of vectors: those of all tokens for the first panel, then those for the second. Weights are a tuple of
+one vector for each panel; its length gives the number of panels. simd/dot_llvm.py has the steps themselves.
 """
 
 from typing import Any
@@ -32,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 _PAIRS = ir.VectorType(_I16, 32)
-_RAISED = 2  # the one for weights raised by 128
+_RAISED = 2  # index of a group's offset for weights with 128 added (quant/layout.py)
 
 
 def _sums(rows: Any) -> types.UniTuple:
@@ -40,25 +39,26 @@ def _sums(rows: Any) -> types.UniTuple:
 
 
 def _keep_order(builder: ir.IRBuilder) -> None:
-    """Reads of memory above this in the IR stay above it in the machine code; it is no instruction.
+    """A compiler fence, no instruction: loads before it in the IR stay before it in the machine code.
 
-    Left to itself, LLVM's scheduler takes a tile's tokens one after the other, with all eight products of a token's
-    group in a row. Each waits for the last, some five cycles, and a core that looks ahead a hundred instructions, or
-    half as many beside another thread, finds too few that can begin. Step by step, twelve of them can. (Where a vector
-    is several registers there are as many sums side by side anyway, and LLVM's order needs fewer registers.)
+    Otherwise LLVM's scheduler takes a tile's tokens one after the other, with all eight dot products of a token's
+    group in a row. Each depends on the one before and waits some five cycles for it, and within a hundred instructions
+    of look-ahead (half as many with a second hardware thread) a core finds too few independent ones. Step by step,
+    twelve are independent. (Where a vector is several registers, there are that many independent sums anyway, and
+    LLVM's order needs fewer registers.)
     """
     builder.fence("acq_rel", targetscope="singlethread")
 
 
 @intrinsic
 def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
-    """The 64 bytes of each panel at w[at[i] + offset], ``at`` a tuple of as many places as there are panels."""
+    """The line of 64 bytes at w[at[i] + offset] for each panel i; ``at`` is a tuple of the panels' offsets."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, at, offset = args
         found = []
-        for place in unpack(builder, at):
-            pointer = _pointer(context, builder, sig.args[0], w, builder.add(place, offset))
+        for start in unpack(builder, at):
+            pointer = _pointer(context, builder, sig.args[0], w, builder.add(start, offset))
             found.append(builder.load(builder.bitcast(pointer, _BYTES.as_pointer())))
             found[-1].align = 1
         return context.make_tuple(builder, sig.return_type, found)
@@ -68,22 +68,19 @@ def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
 
 @intrinsic
 def halfs_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
-    """Sixteen IEEE halfs of each panel at byte at[i] + offset of w, as float32."""
+    """Sixteen IEEE halves at byte at[i] + offset of w for each panel i, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, at, offset = args
         one = f32x16(sig.args[0], types.intp)
-        found = [
-            _read_f16(context, builder, one, (w, builder.add(place, offset)))
-            for place in unpack(builder, at)
-        ]
+        found = [_read_f16(context, builder, one, (w, builder.add(start, offset))) for start in unpack(builder, at)]
         return context.make_tuple(builder, sig.return_type, found)
 
     return types.UniTuple(f32x16, at.count)(w, at, types.intp), codegen
 
 
 def _splats(context: Any, builder: Any, array: Any, kind: Any, index: ir.Value, step: ir.Value, count: int) -> Any:
-    """The ``count`` numbers array[index + r step], each in all lanes."""
+    """The ``count`` elements array[index + r step], each broadcast to all lanes."""
     found = []
     for row in range(count):
         pointer = _pointer(context, builder, kind, array, _at(builder, index, step, row), kind.dtype)
@@ -101,13 +98,13 @@ def _offsets(context: Any, builder: Any, sig: Any, args: Any, column: int = 0) -
 
 @intrinsic
 def offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
-    """The int32 offsets[index], offsets[index + step], .. of the tokens in all lanes, for each panel of ``at``."""
+    """The tokens' int32 offsets[index], offsets[index + step], .., broadcast to all lanes, for each panel of ``at``."""
     return _sums(tile)(offsets, types.intp, types.intp, at, tile), _offsets
 
 
 @intrinsic
 def signed_offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
-    """What sums of signed weights begin with: where ``sdot_rows`` raises them by 128, that is undone here."""
+    """Initial sums for signed weights: where ``sdot_rows`` adds 128 to them, these subtract it again; else zeros."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if raises_signed(dot_llvm.target_kind()):
@@ -119,7 +116,7 @@ def signed_offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: 
 
 @intrinsic
 def start_rows(typingctx: Any, offsets: Any) -> Any:
-    """Accumulators for ``dot_rows`` that begin with ``offsets``; only ``end_rows`` can read them."""
+    """Accumulators for ``dot_rows`` that start from ``offsets``; only ``end_rows`` can read them."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if dot_llvm.target_kind() != "avx2":
@@ -131,7 +128,7 @@ def start_rows(typingctx: Any, offsets: Any) -> Any:
 
 @intrinsic
 def end_rows(typingctx: Any, sums: Any, offsets: Any) -> Any:
-    """The sums; ``offsets`` are those that the accumulators began with."""
+    """The sums that accumulators hold; ``offsets`` are those that they started from."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if dot_llvm.target_kind() != "avx2":
@@ -170,8 +167,9 @@ def _step(add: Any) -> Any:
     return step
 
 
-dot_rows = _step(add_unsigned)  # one step with unsigned weights below 128 and the quads xq[index + row step : +4]
-sdot_rows = _step(add_signed)  # the same with signed weights
+# One step (simd/dot_llvm.py) with the quads xq[index + row step : +4] and unsigned weights below 128, or signed ones.
+dot_rows = _step(add_unsigned)
+sdot_rows = _step(add_signed)
 
 
 @intrinsic
@@ -182,8 +180,8 @@ def fma_panels(typingctx: Any, w: Any, x: Any, index: Any, tile: Any) -> Any:
         w, x, index, tile = args
         w, tile = unpack(builder, w), unpack(builder, tile)
         rows = len(tile) // len(w)
-        numbers = _splats(context, builder, x, sig.args[1], index, index.type(1), rows)
-        found = [_fma(builder, w[i // rows], numbers[i % rows], total) for i, total in enumerate(tile)]
+        splats = _splats(context, builder, x, sig.args[1], index, index.type(1), rows)
+        found = [_fma(builder, w[i // rows], splats[i % rows], total) for i, total in enumerate(tile)]
         return context.make_tuple(builder, sig.return_type, found)
 
     return tile(w, x, types.intp, tile), codegen
@@ -196,10 +194,10 @@ def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         tile, sums, scales = (unpack(builder, a) for a in args[:3])
         rows = len(tile) // len(scales)
-        numbers = _splats(context, builder, args[3], sig.args[3], args[4], args[4].type(1), rows)
+        splats = _splats(context, builder, args[3], sig.args[3], args[4], args[4].type(1), rows)
         found = []
         for i, (total, s) in enumerate(zip(tile, sums, strict=True)):
-            factor = builder.fmul(scales[i // rows], numbers[i % rows])
+            factor = builder.fmul(scales[i // rows], splats[i % rows])
             found.append(_fma(builder, builder.sitofp(s, f32x16.llvm), factor, total))
         return context.make_tuple(builder, sig.return_type, found)
 
@@ -210,27 +208,28 @@ def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index
 def fma_places(
     typingctx: Any, columns: Any, places: Any, index: Any, x: Any, x_index: Any, step: Any, at: Any, tile: Any
 ) -> Any:
-    """The tile + v x[x_index + 2 row step], v the vector of the panel at columns[places[index + row step]].
+    """The tile + v x[x_index + 2 row step], v the panel's 16 rows of the column that is unpacked in ``columns``.
 
-    There the vectors of all panels of ``at`` follow each other, and places count in vectors of one.
+    places[index + row step]: the offset of the column if there were one panel. For several panels (those of ``at``),
+    their vectors are stored one after the other, and offsets are that many times as large.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         columns, places, index, x, x_index, step, _, tile = args
         tile, panels = unpack(builder, tile), sig.args[6].count
         rows = len(tile) // panels
-        numbers = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
+        splats = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
         found = list(tile)
         for row in range(rows):
             pointer = _pointer(context, builder, sig.args[1], places, _at(builder, index, step, row), types.int32)
-            place = builder.mul(builder.zext(builder.load(pointer), index.type), index.type(panels))
+            first = builder.mul(builder.zext(builder.load(pointer), index.type), index.type(panels))
             for panel in range(panels):
-                here = builder.add(place, index.type(panel * LANES))
+                here = builder.add(first, index.type(panel * LANES))
                 pointer = _pointer(context, builder, sig.args[0], columns, here, types.float32)
                 vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
                 vector.align = 4
                 i = panel * rows + row
-                found[i] = _fma(builder, vector, numbers[row], tile[i])
+                found[i] = _fma(builder, vector, splats[row], tile[i])
         return context.make_tuple(builder, sig.return_type, found)
 
     return tile(columns, places, types.intp, x, types.intp, types.intp, at, tile), codegen
@@ -238,7 +237,7 @@ def fma_places(
 
 @intrinsic
 def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
-    """Store each token's vectors of all panels of ``at`` side by side, the first at out[index + row step]."""
+    """Store each token's vectors, one for each panel of ``at``, contiguously from out[index + row step] on."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         out, index, step, _, tile = args

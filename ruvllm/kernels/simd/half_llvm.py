@@ -1,7 +1,7 @@
 """IEEE half floats in LLVM IR: by the CPU's own conversions, or by arithmetic where the target has none.
 
-Without them LLVM would call functions of the C compiler's library, which need not be there. Both ways give the same
-bits, but for the payload of a NaN.
+Without either, LLVM would call functions of the C compiler's runtime library, which may be missing. Both ways give the
+same bits, but for the payload of a NaN.
 """
 
 from llvmlite import ir
@@ -18,14 +18,14 @@ def has_half_conversions() -> bool:
 
 
 def widen(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
-    """float32 of the bits of half floats: an i16, or a vector of them. Exact."""
+    """Convert the bits of half floats, an i16 or a vector of them, to float32. Exact."""
     i32, f32 = _like(halves, _I32), _like(halves, _F32)
     if has_half_conversions():
         return builder.fpext(builder.bitcast(halves, _like(halves, ir.HalfType())), f32)
     bits = builder.zext(halves, i32)
     sign = builder.shl(builder.and_(bits, _all(i32, 0x8000)), _all(i32, 16))
     magnitude = builder.shl(builder.and_(bits, _all(i32, 0x7FFF)), _all(i32, 13))
-    # An exponent that is too small by 112, also for subnormal numbers, which the product makes normal.
+    # As float32 bits, the exponent is too small by 112. The product corrects it, also of subnormal halves.
     value = builder.fmul(builder.bitcast(magnitude, f32), _all(f32, 2.0**112))
     special = builder.icmp_unsigned(">=", magnitude, _all(i32, 0x7C00 << 13))
     magnitude = builder.select(special, builder.or_(magnitude, _all(i32, 0x7F800000)), builder.bitcast(value, i32))
@@ -33,18 +33,18 @@ def widen(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
 
 
 def narrow(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
-    """Bits of the half floats nearest to float32 numbers (ties to even): an i16, or a vector of them."""
+    """Round float32 values to the nearest half floats (ties to even): their bits, an i16 or a vector of them."""
     i16, i32, f32 = _like(floats, _I16), _like(floats, _I32), _like(floats, _F32)
     if has_half_conversions():
         return builder.bitcast(builder.fptrunc(floats, _like(floats, ir.HalfType())), i16)
     bits = builder.bitcast(floats, i32)
     sign = builder.and_(builder.lshr(bits, _all(i32, 16)), _all(i32, 0x8000))
     magnitude = builder.and_(bits, _all(i32, 0x7FFFFFFF))
-    # Normal: an exponent smaller by 112, and 13 bits less; the sum rounds, and carries into the exponent.
+    # Normal: subtract 112 from the exponent and drop 13 bits; the addition rounds, and may carry into the exponent.
     odd = builder.and_(builder.lshr(magnitude, _all(i32, 13)), _all(i32, 1))
     normal = builder.add(builder.add(magnitude, odd), _all(i32, 0xFFF - (112 << 23)))
     normal = builder.lshr(normal, _all(i32, 13))
-    # Subnormal: beside 0.5 the last bit of a float32 is worth 2^-24, so that the addition rounds.
+    # Subnormal: the last bit of 0.5 as a float32 is worth 2^-24, so adding 0.5 rounds to multiples of that.
     raised = builder.fadd(builder.bitcast(magnitude, f32), _all(f32, 0.5))
     subnormal = builder.sub(builder.bitcast(raised, i32), _all(i32, 126 << 23))
     result = builder.select(builder.icmp_unsigned("<", magnitude, _all(i32, 113 << 23)), subnormal, normal)

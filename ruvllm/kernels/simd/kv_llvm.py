@@ -1,6 +1,6 @@
-"""Numbers of a KV cache as Numba values: float32, IEEE half bits (uint16), or int8 with scales (see attention/kv.py).
+"""Elements of a KV cache as Numba values: float32, IEEE half bits (uint16), or int8 with scales (see attention/kv.py).
 
-One source serves all three: what only int8 needs is nothing, and costs nothing, for the others.
+One source serves all three dtypes: what only int8 needs compiles to nothing for the others.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ __all__ = [
 _I8 = ir.IntType(8)
 
 
-def _as_numbers(context: Any, builder: ir.IRBuilder, dtype: Any, vector: ir.Value) -> ir.Value:
-    """Sixteen floats rounded to the numbers of a cache of this dtype, to the nearest even."""
+def _rounded_to(context: Any, builder: ir.IRBuilder, dtype: Any, vector: ir.Value) -> ir.Value:
+    """Sixteen floats rounded to a cache's dtype, to nearest, ties to even."""
     if dtype == types.uint16:
         return narrow(builder, vector)
     if dtype == types.int8:
@@ -31,15 +31,15 @@ def _as_numbers(context: Any, builder: ir.IRBuilder, dtype: Any, vector: ir.Valu
 
 
 def _store(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, index: ir.Value, vector: ir.Value) -> None:
-    numbers = _as_numbers(context, builder, kind.dtype, vector)
+    rounded = _rounded_to(context, builder, kind.dtype, vector)
     pointer = _target(context, builder, kind, array, index, types.float32, types.uint16, types.int8)
-    instruction = builder.store(numbers, builder.bitcast(pointer, numbers.type.as_pointer()))
+    instruction = builder.store(rounded, builder.bitcast(pointer, rounded.type.as_pointer()))
     instruction.align = kind.dtype.bitwidth // 8
 
 
 @intrinsic
 def store_numbers(typingctx: Any, cache: Any, index: Any, vector: Any) -> Any:
-    """cache[index : index + 16] = vector, rounded to the cache's numbers; int8 ones within -128 .. 127."""
+    """cache[index : index + 16] = vector, rounded to the cache's dtype; int8 saturates."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _store(context, builder, sig.args[0], *args)
@@ -82,7 +82,7 @@ def store_number(typingctx: Any, cache: Any, index: Any, value: Any, inverse: An
 
 @intrinsic
 def store_scale(typingctx: Any, cache: Any, index: Any, scale: Any) -> Any:
-    """The float32 ``scale`` into the four bytes at cache[index] of an int8 cache; others have none."""
+    """Store the float32 ``scale`` in the four bytes at cache[index] of an int8 cache; others have no scales."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if sig.args[0].dtype == types.int8:
@@ -111,7 +111,7 @@ def read_scales(typingctx: Any, cache: Any, index: Any) -> Any:
 
 @intrinsic
 def scaled(typingctx: Any, cache: Any, vector: Any, scales: Any) -> Any:
-    """vector times scales for an int8 cache, else vector."""
+    """vector * scales for an int8 cache, else vector."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.fmul(args[1], args[2]) if sig.args[0].dtype == types.int8 else args[1]

@@ -1,8 +1,8 @@
 """exp, sigmoid and SiLU of one float32, in loops that LLVM vectorises; exp and exp2 also of a SIMD vector.
 
 LLVM vectorises no call of ``math.exp`` without a vector math library. A polynomial after range reduction (Cody & Waite,
-*Software Manual for the Elementary Functions*, 1980) is a dozen multiply-adds, which it does vectorise. Only compiled
-strictly: reassociation would cancel the number that is added and subtracted again to round.
+*Software Manual for the Elementary Functions*, 1980) is a dozen multiply-adds, which it does vectorise. It must be
+compiled strictly: reassociation would cancel the constant that is added and then subtracted, to round.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _LN2_HIGH = np.float32(0.693359375)  # ln 2 in two parts: n * high is exact
 _LN2_LOW = np.float32(-2.12194440e-4)
 _LOWEST = np.float32(-88)  # n = -127 there, whose power of two has no bits: 0
 _HIGHEST = np.float32(89.0)  # 2**128: infinity
-_INTEGERS = np.float32(1.5 * 2**23)  # float32 numbers of this size are integers: adding it rounds to nearest
+_INTEGERS = np.float32(1.5 * 2**23)  # float32 values of this size are integers: adding it rounds to nearest
 # minimax for the relative error of e**r on |r| <= 0.35: 3.3e-9
 _P2 = np.float32(0.49999993)
 _P3 = np.float32(0.16666515)

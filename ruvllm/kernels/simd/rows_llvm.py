@@ -1,4 +1,4 @@
-"""Several SIMD vectors at once: tuples that stay in registers, and a few kilobytes of the stack (simd/vectors.py)."""
+"""Several SIMD vectors at once: tuples that stay in registers, and small arrays on the stack (simd/vectors.py)."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def f32_zeros(typingctx: Any, rows: Any) -> Any:
 
 @intrinsic
 def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -> Any:
-    """The tuple of sums[r] + w x[index + r step], where each number of x stands for 16 equal lanes."""
+    """The tuple of sums[r] + w x[index + r step], where each element of x is broadcast to all lanes."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         w, x, index, step, sums = args
@@ -58,16 +58,16 @@ def fma_rows(typingctx: Any, w: Any, x: Any, index: Any, step: Any, sums: Any) -
 
 
 def _fma_by_row(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    """fma_rows of some w to as many tuples: each number of x is in a register no longer than for its own products."""
+    """fma_rows of several w, each with a tuple of sums; row by row, so that only one broadcast x is in a register."""
     count = len(args) // 2 - 1
     weights, (x, index, step) = args[:count], args[count : count + 3]
     sums = [unpack(builder, t) for t in args[count + 3 :]]
     found: list[list[ir.Value]] = [[] for _ in sums]
     for row in range(len(sums[0])):
         pointer = _pointer(context, builder, sig.args[count], x, _at(builder, index, step, row), types.float32)
-        number = _splat(builder, builder.load(pointer), LANES)
+        broadcast = _splat(builder, builder.load(pointer), LANES)
         for w, before, after in zip(weights, sums, found, strict=True):
-            after.append(_fma(builder, w, number, before[row]))
+            after.append(_fma(builder, w, broadcast, before[row]))
     kinds = sig.return_type.types
     tuples = [context.make_tuple(builder, kind, rows) for kind, rows in zip(kinds, found, strict=True)]
     return context.make_tuple(builder, sig.return_type, tuples)
@@ -75,7 +75,7 @@ def _fma_by_row(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @intrinsic
 def fma_two(typingctx: Any, a: Any, b: Any, x: Any, index: Any, step: Any, left: Any, right: Any) -> Any:
-    """fma_rows of a and b, to two tuples, row by row."""
+    """fma_rows of a with the sums ``left``, and of b with ``right``, which share each broadcast element of x."""
     return types.Tuple((left, right))(f32x16, f32x16, x, types.intp, types.intp, left, right), _fma_by_row
 
 
@@ -83,7 +83,7 @@ def fma_two(typingctx: Any, a: Any, b: Any, x: Any, index: Any, step: Any, left:
 def fma_three(
     typingctx: Any, a: Any, b: Any, c: Any, x: Any, index: Any, step: Any, left: Any, middle: Any, right: Any
 ) -> Any:
-    """fma_rows of a, b and c, to three tuples, row by row."""
+    """fma_two for three vectors."""
     result = types.Tuple((left, middle, right))
     return result(f32x16, f32x16, f32x16, x, types.intp, types.intp, left, middle, right), _fma_by_row
 
@@ -183,7 +183,7 @@ def store_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> 
 
 @intrinsic
 def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> Any:
-    """Add the vectors of a tuple to what is at index, at index + step, ..."""
+    """Add the vectors of a tuple to the 16 elements at index, at index + step, ..."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row, value in enumerate(unpack(builder, args[3])):
@@ -201,9 +201,10 @@ def add_rows(typingctx: Any, array: Any, index: Any, step: Any, rows: Any) -> An
 
 @intrinsic
 def zip_rows(typingctx: Any, rows: Any) -> Any:
-    """Merge each vector of the first half with its partner in the second, a0 b0 a1 b1 ..: log2(rows) times transposes.
+    """Interleave each vector of the first half with its partner in the second half: a0 b0 a1 b1 ...
 
-    (An element's place is row and lane, in bits; each time, the row's highest bit becomes the lane's lowest one.)
+    Applied log2(rows) times, this transposes: each time, the highest bit of an element's row becomes the lowest bit of
+    its lane.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -226,17 +227,17 @@ def _stack(name: str, element: Any) -> Any:
         result = types.Array(element, 1, "C")
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            number = context.get_data_type(element)
-            with builder.goto_entry_block():  # numba's own way would fill it with zeros, at compile time one by one
-                block = builder.alloca(ir.ArrayType(number, count.literal_value), name=name)
+            kind = context.get_data_type(element)
+            with builder.goto_entry_block():  # numba's own alloca would fill it with zeros, expanded when compiling
+                block = builder.alloca(ir.ArrayType(kind, count.literal_value), name=name)
             block.align = 64
-            data = builder.bitcast(block, number.as_pointer())
+            data = builder.bitcast(block, kind.as_pointer())
             return _view(context, builder, result, data, [context.get_constant(types.intp, count.literal_value)])
 
         return result(count), codegen
 
     stack.__name__ = name
-    stack.__doc__ = f"An uninitialised {element} array of constant size on the stack, at 64 bytes; gone after the call."
+    stack.__doc__ = f"An uninitialised {element} array of constant size on the stack, aligned to 64 bytes."
     return intrinsic(prefer_literal=True)(stack)
 
 
@@ -247,7 +248,7 @@ stack_i64 = _stack("stack_i64", types.int64)
 
 @intrinsic
 def never_inline(typingctx: Any) -> Any:
-    """The function that calls this stays one of its own: it gets all registers, and its loops are optimised alone."""
+    """The function that calls this is never inlined: it gets all registers, and its loops are optimised alone."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         builder.function.attributes.add("noinline")

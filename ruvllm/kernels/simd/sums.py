@@ -1,4 +1,4 @@
-"""Sums and the maximum of one row of float32 numbers, with the order of additions left to LLVM (``sum_kernel``)."""
+"""Sums and the maximum of one float32 row, with the order of additions left to LLVM (``sum_kernel``)."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def maximum(x: Any) -> Any:
 
 @sum_kernel
 def sum_of_few(x: Any) -> Any:
-    """sum(x) in float32, of so few elements that it loses no digits."""
+    """sum(x) in float32, for a few elements: a sum of thousands would lose digits."""
     total = _ZERO
     for i in range(x.size):
         total += x[i]
@@ -52,7 +52,7 @@ def sum_of_few(x: Any) -> Any:
 
 @sum_kernel
 def exp_sum(x: Any, shift: Any, scale: Any) -> Any:
-    """sum(exp((x - shift) * scale)) in float64, of strips that are summed in float32."""
+    """sum(exp((x - shift) * scale)) in float64; strips of it are summed in float32."""
     total = 0.0
     for first in range(0, x.size, _STRIP):
         v, part = x[first : first + _STRIP], _ZERO
@@ -64,7 +64,7 @@ def exp_sum(x: Any, shift: Any, scale: Any) -> Any:
 
 @sum_kernel
 def exp_and_sum(x: Any, shift: Any, out: Any) -> Any:
-    """out = exp(x - shift), and sum(out) in float64, of strips that are summed in float32. out may be x."""
+    """out = exp(x - shift); returns sum(out) in float64, of which strips are summed in float32. out may be x."""
     total = 0.0
     for first in range(0, x.size, _STRIP):
         v, y, part = x[first : first + _STRIP], out[first : first + _STRIP], _ZERO

@@ -51,8 +51,8 @@ def _pointer(
 ) -> ir.Value:
     """The address of a C-contiguous array's element at a flat index.
 
-    Raises TypingError for an array that lies otherwise, or whose elements are of none of these types: a function of
-    the user's may call any kernel, and vectors are taken from memory as it is.
+    Raises TypingError for an array that is not C-contiguous, or whose dtype is none of ``elements``: a user's compiled
+    function may call any kernel, and vector loads check nothing when they run.
     """
     if array_type.layout != "C" or (elements and array_type.dtype not in elements):
         kinds = f" of {' or '.join(map(str, elements))}" if elements else ""
@@ -63,14 +63,14 @@ def _pointer(
 def _target(
     context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, index: ir.Value, *elements: Any
 ) -> ir.Value:
-    """_pointer, to write to. Raises TypingError for a read-only array too."""
+    """_pointer for a store. Raises TypingError for a read-only array too."""
     if not array_type.mutable:
         raise TypingError(f"kernels write to arrays that can be written, found {array_type}")
     return _pointer(context, builder, array_type, array, index, *elements)
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
-    """A call of the function of this name that is no part of the module: LLVM's, or the C library's."""
+    """A call of an external function by its name: an LLVM intrinsic, or a function of the C library."""
     function = builder.module.globals.get(name)
     if function is None:
         function = ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
@@ -81,7 +81,7 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.
 
 
 def _arithmetic(symbol: Any, instruction: str) -> None:
-    """Give vectors an operator, lane by lane. A float32 beside a float vector stands for 16 of them."""
+    """Give vectors an operator, lane by lane. A float32 operand of a float vector is broadcast to all lanes."""
 
     @type_callable(symbol)
     def result_of(context: Any) -> Any:
@@ -110,17 +110,17 @@ _arithmetic(operator.truediv, "div")
 
 
 def _lanes_of(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
-    """``value`` as ``kind`` has it: a scalar in all lanes of a vector; vectors, and what shall be a scalar, as is."""
+    """``value`` as an operand of type ``kind``: a scalar is broadcast if ``kind`` is a vector; else as it is."""
     if isinstance(kind, Vector) and not isinstance(value.type, ir.VectorType):
         return _splat(builder, value, LANES)
     return value
 
 
 def _widest(*arguments: Any) -> tuple[Any, list[Any], str]:
-    """What a function of float32s and vectors of them gives, what it takes, and LLVM's suffix for that.
+    """The result type, argument types and LLVM name suffix of a function of float32 scalars and vectors.
 
-    A scalar among vectors stands for 16 of them: one source then serves single numbers, of which LLVM makes vectors
-    itself, and kernels made of vectors.
+    A scalar among vectors is broadcast. So one source serves loops over scalars, which LLVM vectorises, and kernels
+    that are written with vectors.
     """
     kind = f32x16 if f32x16 in arguments else types.float32
     takes = [f32x16 if argument == f32x16 else types.float32 for argument in arguments]
@@ -128,7 +128,7 @@ def _widest(*arguments: Any) -> tuple[Any, list[Any], str]:
 
 
 def _called(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Signature and code of a call of LLVM's function ``name``."""
+    """Signature and code of a call of the LLVM intrinsic ``name``."""
     kind, takes, suffix = _widest(*arguments)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -140,25 +140,25 @@ def _called(name: str, arguments: tuple[Any, ...]) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once, of float32s or vectors."""
+    """a * b + c, rounded once, of float32 scalars or vectors."""
     return _called("fma", (a, b, c))
 
 
 @intrinsic
 def fmax(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of two float32s or vectors; the other one where one is NaN."""
+    """The maximum of two float32 scalars or vectors; the other one where one is NaN."""
     return _called("maxnum", (a, b))
 
 
 @intrinsic
 def larger_or_nan(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of two float32s or vectors; NaN where one is NaN."""
+    """The maximum of two float32 scalars or vectors; NaN where one is NaN."""
     return _called("maximum", (a, b))
 
 
 @intrinsic
 def greater(typingctx: Any, a: Any, b: Any) -> Any:
-    """a where it is greater than b, else b, also where one is NaN: one instruction of x86, where fmax takes three."""
+    """The maximum: a where a > b, else b (also where one is NaN). One instruction of x86, where fmax takes three."""
     kind, takes, _ = _widest(a, b)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -181,7 +181,7 @@ def splat(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def splat_at(typingctx: Any, array: Any, index: Any) -> Any:
-    """All lanes equal to the float32 array[index]: one broadcast load, without Python's wraparound of indices."""
+    """All lanes equal to the float32 array[index]: one broadcast load, without wraparound of negative indices."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1], types.float32)
@@ -347,7 +347,7 @@ def lanes_between(typingctx: Any, value: Any, first: Any, end: Any, other: Any) 
     return f32x16(f32x16, types.intp, types.intp, types.float32), codegen
 
 
-# --- 16-bit floats (NumPy has no bfloat16, Numba no float16: both travel as uint16) ---------------------------
+# --- 16-bit floats (NumPy has no bfloat16, Numba no float16: uint16 holds float16 bits, int16 bfloat16 bits) ----
 
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
@@ -384,7 +384,7 @@ def _read_i8(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen numbers as float32, by the array's type: float32, uint16 (IEEE half), int16 (bfloat16) or int8."""
+    """Sixteen elements as float32, from an array of float32, uint16 (IEEE half), int16 (bfloat16) or int8."""
     readers = {types.float32: _read_f32, types.uint16: _read_f16, types.int16: _read_bf16, types.int8: _read_i8}
     if array.dtype not in readers:
         raise TypingError(f"kernels take arrays of {', '.join(map(str, readers))}, found {array}")
@@ -416,7 +416,7 @@ def f32_to_f16(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def fmin(typingctx: Any, a: Any, b: Any) -> Any:
-    """The smaller of a and b lane by lane; the other one where one is NaN."""
+    """The minimum of a and b lane by lane; the other one where one is NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _call(builder, f"llvm.minnum.v{LANES}f32", f32x16.llvm, list(args))
@@ -441,7 +441,7 @@ def to_f32(typingctx: Any, v: Any) -> Any:
     return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], f32x16.llvm)
 
 
-# --- lane order: pairs that lie next to each other in memory ----------------------------------------------------
+# --- lane order: to interleave and separate pairs ---------------------------------------------------------------
 
 
 def _two_vector_shuffle(name: str, order: list[int], doc: str) -> Any:
@@ -465,7 +465,7 @@ low_halves = _two_vector_shuffle("low_halves", [i % 8 + i // 8 * 16 for i in ran
 
 
 def _prefetch(name: str, locality: int, doc: str) -> Any:
-    def ask(typingctx: Any, array: Any, index: Any) -> Any:
+    def hint(typingctx: Any, array: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), ir.IntType(8).as_pointer())
             arguments = [pointer, _I32(0), _I32(locality), _I32(1)]
@@ -474,23 +474,23 @@ def _prefetch(name: str, locality: int, doc: str) -> Any:
 
         return types.void(array, types.intp), codegen
 
-    ask.__name__, ask.__doc__ = name, doc
-    return intrinsic(ask)
+    hint.__name__, hint.__doc__ = name, doc
+    return intrinsic(hint)
 
 
-prefetch = _prefetch("prefetch", 3, "Ask for the cache line of an element to be read soon; any index is safe.")
-prefetch_l2 = _prefetch("prefetch_l2", 2, "prefetch into the second-level cache, which holds it longer.")
+prefetch = _prefetch("prefetch", 3, "Prefetch the cache line of an element into L1; any index is safe.")
+prefetch_l2 = _prefetch("prefetch_l2", 2, "Prefetch the cache line of an element into L2; any index is safe.")
 
 
 @intrinsic
 def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen IEEE halfs from byte ``index`` of a uint8 array on, as float32."""
+    """Sixteen IEEE halves from byte ``index`` of a uint8 array on, as float32."""
     return f32x16(array, types.intp), _read_f16
 
 
 @intrinsic
 def must_be_float32(typingctx: Any, array: Any) -> Any:
-    """Refuse to compile for an array of another dtype: for a plain loop that would give another result."""
+    """Refuse to compile for an array of another dtype, for which a plain loop would give another result."""
     if array.dtype != types.float32:
         raise TypingError(f"kernels take arrays of float32, found {array}")
 

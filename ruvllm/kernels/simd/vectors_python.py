@@ -1,4 +1,4 @@
-"""The vectors of vectors_llvm.py as NumPy arrays: what runs under NUMBA_DISABLE_JIT=1, and what says what each means.
+"""The vectors of vectors_llvm.py as NumPy arrays: they run under NUMBA_DISABLE_JIT=1, and define what each one means.
 
 Unlike the compiled ones these loads and stores raise IndexError outside the array.
 """
@@ -11,7 +11,7 @@ LANES = 16
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    # The product of two float32 is exact in float64: rounded once but for ties, as the instruction does.
+    # The product of two float32 is exact in float64, so this rounds like the instruction in all but rare cases.
     exact = np.multiply(a, b, dtype=np.float64) + c
     return exact.astype(np.float32) if isinstance(exact, np.ndarray) else np.float32(exact)
 
@@ -20,7 +20,7 @@ fmax, fmin, larger_or_nan = np.fmax, np.fmin, np.maximum
 
 
 def greater(a: Any, b: Any) -> Any:
-    return np.where(a > b, a, b)[()]  # of two numbers a number
+    return np.where(a > b, a, b)[()]  # of two scalars a scalar
 
 
 def splat(x: Any) -> Any:
@@ -271,7 +271,7 @@ def zip_rows(rows: Any) -> Any:
 
 
 def never_inline() -> None:
-    """Nothing is."""
+    """Nothing to do: Python inlines nothing."""
 
 
 def stack_f32(count: int) -> Any:
@@ -347,10 +347,10 @@ def store_panels(out: Any, index: int, step: int, at: Any, tile: Any) -> None:
         f32_store(out, index + row * step + panel * LANES, vector)
 
 
-# --- numbers of a KV cache ---------------------------------------------------------------------------------------
+# --- elements of a KV cache --------------------------------------------------------------------------------------
 
 
-def _as_numbers(cache: Any, vector: Any) -> Any:
+def _rounded_to(cache: Any, vector: Any) -> Any:
     if cache.dtype == np.uint16:
         return vector.astype(np.float16).view(np.uint16)
     if cache.dtype == np.int8:
@@ -359,12 +359,12 @@ def _as_numbers(cache: Any, vector: Any) -> Any:
 
 
 def store_numbers(cache: Any, index: int, vector: Any) -> None:
-    _elements(cache, index, LANES)[:] = _as_numbers(cache, vector)
+    _elements(cache, index, LANES)[:] = _rounded_to(cache, vector)
 
 
 def store_number(cache: Any, index: int, value: Any, inverse: Any) -> None:
     one = np.full(1, value * inverse if cache.dtype == np.int8 else value, np.float32)
-    _elements(cache, index, 1)[:] = _as_numbers(cache, one)
+    _elements(cache, index, 1)[:] = _rounded_to(cache, one)
 
 
 def store_number_rows(cache: Any, index: int, step: int, rows: Any) -> None:

@@ -1,7 +1,8 @@
-"""Operations of a tape: what one member of a team does of one row, by the bodies of the public kernels.
+"""Operations of a tape: what one member of a team does for one row of the tape, with the bodies of the public kernels.
 
-Each is ``body(m, *arguments)``: ``m`` is the ``Member``, an argument is a number or an operand (``kernels.tape``). By
-convention array arguments come first, then sizes. ``m.rows`` is the number of rows (tokens) of this pass.
+Each is ``body(m, *arguments)``: ``m`` is the ``Member``, an argument is an integer or an operand (``kernels.tape``). By
+convention array arguments come first, then sizes. ``m.rows`` is the number of rows (tokens) that it computes in this
+pass, all members together.
 """
 
 from ruvllm.kernels.operations.attention import append, append_each, attend, attend_each, attend_token, merge

@@ -1,8 +1,8 @@
 """Operations of a mixture of experts: route tokens, multiply each expert's rows by its weights, add the results up.
 
-How many rows an expert has is known only at replay: ``route`` leaves runs of rows (``kernels.experts``). A product
-takes the runs one after the other: members have ranges of panels in each, and one counter numbers the chunks of all
-runs together, so that members can steal them. Weights of experts without rows are not read.
+How many rows an expert has is known only at replay: ``route`` writes runs of rows (``kernels.experts``). A product
+takes the runs one after the other: each member has a range of panels in each run, and one counter numbers the chunks of
+all its runs, so that other members can steal them. Weights of experts without rows are not read.
 """
 
 from functools import cache
@@ -32,7 +32,7 @@ _block_bytes = inline_kernel(block_bytes)
 
 
 class Routed(NamedTuple):
-    """Routed rows x, k for each token; ``alike``: x is the one row of the only token."""
+    """Routed rows x, k for each token. ``alike``: there is one token, and x its one row, the same for all k experts."""
 
     x: Any
     routing: Any
@@ -41,13 +41,13 @@ class Routed(NamedTuple):
 
 
 def routing_bytes(k: int) -> int:
-    """Bytes of a routing, for one token: a token, a place, a run and a weight for each choice."""
+    """Bytes of a ``Routing`` for one token: k entries each of its tokens, places, runs and weights."""
     return (8 + 8 + 8 * RUN + 4) * k + 4 * (k % 2)  # padded to 8 bytes
 
 
 @view_kernel
 def _routing(m, operand, k):
-    """An operand as a ``Routing``, whose runs have room for an expert for each routed row."""
+    """An operand as a ``Routing``, with capacity for as many runs as routed rows."""
     tokens, capacity, start = m.header[TOKENS], m.header[CAPACITY] * k, address_of(m, operand)
     rows = tokens * k
     return Routing(
@@ -60,7 +60,7 @@ def _routing(m, operand, k):
 
 @operation
 def route(m, scores, routing, k, count, normalised):
-    """routing = the k best of ``count`` experts by scores (rows, count). Member 0 does it all, or each for itself."""
+    """routing = the k best of ``count`` experts by scores (rows, count): by member 0, or by each if replicated."""
     if m.rank == 0 or m.replicated:
         route_tokens(matrix(m, scores, m.rows, count), normalised, _routing(m, routing, k))
 
@@ -81,7 +81,7 @@ def gather(m, x, routing, out, columns, k):
 def quantize_runs(m, x, routing, out, columns, k, gathers):
     """out = the routed rows of x rounded to 8 bits, each run in blocks of its own.
 
-    gathers: x is (TOKENS, columns); else it is routed rows.
+    gathers: x is (TOKENS, columns), of which routed rows are taken; else x has routed rows.
     """
     lo, hi = row_range(m)
     found = _routing(m, routing, k)
@@ -98,13 +98,13 @@ def quantize_runs(m, x, routing, out, columns, k, gathers):
 
 @view_kernel
 def _weights_at(m, table, expert):
-    """The address of an expert's weights, of a table."""
+    """The address of an expert's weights, from a table of addresses."""
     return array_at(address_of(m, table) + 8 * expert, 1, np.int64)[0]
 
 
 @cache
 def grouped_integer_matmul(kind: int) -> Operation:
-    """out (rows, outputs) = each routed row times the weights of its expert, all of one kind (``quant_layout``).
+    """out (rows, outputs) = each routed row times the weights of its expert, all of one kind (quant/layout.py).
 
     weights: a table of addresses. Rows are rounded to 8 bits.
     """
@@ -165,7 +165,7 @@ def grouped_float_matmul(dtype: type) -> Operation:
 
 @operation
 def add_grouped_bias(m, routing, biases, out, outputs, k):
-    """Each routed row of out (rows, outputs) += its expert's bias, divided by panels as the product before it.
+    """Each routed row of out (rows, outputs) += its expert's bias, split by panels like the product before it.
 
     biases: a table of addresses.
     """

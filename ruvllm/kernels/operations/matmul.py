@@ -36,7 +36,7 @@ class Adapted(NamedTuple):
 
 
 class Stealing(NamedTuple):
-    """Whether members steal chunks of this operation; if so, ``counter`` is its chunk counter in this phase."""
+    """Whether members steal chunks of this operation; if so, ``counter`` is the number of its chunk counter."""
 
     counter: Any
     steal: Any
@@ -44,14 +44,14 @@ class Stealing(NamedTuple):
 
 @view_kernel
 def member_share(m, items, stealing, i):
-    """The share of ``items`` of the i-th member after this one."""
+    """The share of ``items`` of the i-th member after this one: this member's own for i = 0, others' to steal from."""
     sync, member = array_at(m.header[SYNC], m.header[SYNC_SIZE], np.int64), (m.rank + i) % m.size
     return share_of(items, sync, counter_of(sync, m.rank, member, stealing.counter), member, m.size)
 
 
 @cache
 def integer_matmul(kind: int) -> Operation:
-    """out (rows, outputs) = x W^T on weights of one kind (``quant_layout``); x (rows, columns) is rounded to 8 bits."""
+    """out (rows, outputs) = x W^T, W of one kind (quant/layout.py); x (rows, columns) is already rounded to 8 bits."""
     products = quant_matmul_part((kind,))
 
     @operation
@@ -88,7 +88,7 @@ def float_matmul(dtype: type) -> Operation:
 
 @operation
 def add_bias(m, bias, out, outputs):
-    """out (rows, outputs) += bias (outputs,), divided by panels as the product before it."""
+    """out (rows, outputs) += bias (outputs,), split by panels like the product before it."""
     lo, hi = part((outputs + LANES - 1) // LANES, m.rank, m.size)
     result, values = matrix(m, out, m.rows, outputs), array_at(address_of(m, bias), outputs, np.float32)
     for i in range(m.rows):
@@ -100,7 +100,7 @@ def add_bias(m, bias, out, outputs):
 def adapter_down(dtype: type) -> Operation:
     """out (rows, padded rank) = scales * (x A^T), A an adapter's down matrix in panels of this dtype.
 
-    With ``split_k``, for one row: PARTS partial sums over ranges of columns instead, which ``adapter_up`` adds up.
+    With ``split_k``, for one row: PARTS unscaled partial sums over ranges of columns, which ``adapter_up`` adds up.
     """
 
     @operation
@@ -120,7 +120,7 @@ def adapter_down(dtype: type) -> Operation:
 
 @cache
 def adapter_up(dtype: type) -> Operation:
-    """out (rows, outputs) += h B^T, h what ``adapter_down`` wrote, B (outputs, rank) in panels of this dtype.
+    """out (rows, outputs) += h B^T, h the result of ``adapter_down``, B (outputs, rank) in panels of this dtype.
 
     With ``split_k`` each member first adds up the partial sums, into its own ``joined`` (1, padded rank).
     """

@@ -39,7 +39,7 @@ QUANTIZED_ROW_BYTES = 4 * 2 * OUTLIERS  # outliers of one row
 
 @operation
 def broadcast(m, x, columns):
-    """Copy x (1, columns) from member 0: for members that start their replay here."""
+    """Copy x (1, columns) from member 0's copy to this member's: for members that start their replay here."""
     if m.rank:
         source = array_at(address_for(m, x, np.int64(0)), columns, np.float32)
         target = array_at(address_of(m, x), columns, np.float32)
@@ -113,7 +113,7 @@ def scale(m, x, factor, out, columns):
 
 @operation
 def softcap(m, x, cap, columns):
-    """x (rows, columns) = cap tanh(x / cap), divided by panels: logits are few rows, but long."""
+    """x (rows, columns) = cap tanh(x / cap), split over members by panels: logits have few, but long rows."""
     lo, hi = part((columns + LANES - 1) // LANES, m.rank, m.size)
     rows = matrix(m, x, m.rows, columns)
     for i in range(m.rows):
@@ -139,9 +139,9 @@ def quantized(m, operand, columns):
 
 @view_kernel
 def quantized_rows(m, operand, columns, capacity, place, lo, hi):
-    """Rows lo:hi of an operand in 8 bits, which have blocks of their own, ``place`` rows from the beginning.
+    """Rows lo:hi of an operand in 8 bits, in token blocks of their own, which begin ``place`` rows into the arrays.
 
-    The five arrays follow each other, each sized for ``capacity`` rows; that of outliers has no blocks.
+    The five arrays follow each other, each with capacity for ``capacity`` rows; that of outliers is by row.
     """
     groups = (columns + GROUP - 1) // GROUP
     blocks, side = _token_blocks(hi - lo)

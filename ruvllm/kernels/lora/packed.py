@@ -1,9 +1,9 @@
 """Adapters on packed layers: out += (s * (x down^T)) up^T, after the layer's own product in the same parallel region.
 
 down (R, K) and up (N, R) are panels like all weights (matmul/panels.py), float32 or int8; s has one scale for each
-rank: the product of both factors' scales for int8, 1 for float32. The adapter's scaling is part of ``up``. Several
-adapters are concatenated into one, whose rank is the sum of theirs. A token's result depends neither on its neighbours
-nor on the number of threads.
+rank: for int8 the product of the scales of both matrices, for float32 1. The adapter's scaling is part of ``up``.
+Several adapters are concatenated into one, whose rank is the sum of theirs. A token's result depends neither on its
+neighbours nor on the number of threads.
 """
 
 import numpy as np
@@ -15,12 +15,12 @@ from ruvllm.kernels.matmul.micro_kernels import LANES, put
 from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, fma, load, splat_at
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-PARTS = 4  # a token's product with ``down`` is the sum of so many parts, which threads can share
+PARTS = 4  # a token's product with ``down`` is summed in so many ranges of columns, which threads can share (split-K)
 
 
 @inline_kernel
 def _down_part(w, wi, xs, xi, columns, part):
-    """A panel's product with one of the PARTS parts of a row of x."""
+    """A panel's product with one of the PARTS ranges of a row of x."""
     s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     first, end = columns * part // PARTS, columns * (part + 1) // PARTS
     whole = end - (end - first) % 4
@@ -50,7 +50,7 @@ def low_rank_down(down, scales, x, h, lo, hi):
 
 @kernel(strict=True)
 def low_rank_down_parts(down, x, parts, lo, hi):
-    """The parts of low_rank_down for one token: part u % PARTS of panel u // PARTS, for the units u in lo:hi.
+    """The partial sums of low_rank_down for one token: part u % PARTS of panel u // PARTS, for the units u in lo:hi.
 
     x (1, K); parts (PARTS, 16 P).
     """

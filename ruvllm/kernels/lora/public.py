@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA): y = scaling (x A) B.
 
 A is (E_in, R) and B is (R, E_out), so a rank-1 or rank-2 adapter (MicroLoRA) is two or four vectors. Each body reads
-each matrix once per token; h = x A, R elements per token, is scratch that the caller provides.
+each matrix once per token; h = x A, R elements per token, is a scratch buffer that the caller provides.
 """
 
 from typing import Any
@@ -33,8 +33,8 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-ADAPTER_MACS = 3 * PARALLEL_MACS  # from so many on, threads pay off: half of the work waits for the other half
-_STREAMS = 8
+ADAPTER_MACS = 3 * PARALLEL_MACS  # multiply-adds from which threads pay off: h B waits at a barrier for h = x A
+_STREAMS = 8  # rows of B that are read side by side: hardware prefetchers follow no more streams
 _BLOCK = 128  # rows of A in one partial sum: long float32 sums lose digits
 _STRIP = 4 * LANES  # columns per pass: four independent accumulators
 
@@ -47,7 +47,7 @@ def first_of(x, index, count):
 
 @inline_kernel
 def down_rank_two(x, xi, a, n, h, hi):
-    """h[0:2] = x A for A (n, 2): its two interleaved columns are separated on the way."""
+    """h[0:2] = x A for A (n, 2), whose two interleaved columns are separated in registers."""
     even0, even1, odd0, odd1 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
     whole = n - n % (2 * LANES)
     for i in range(0, whole, 2 * LANES):
@@ -93,7 +93,7 @@ def down_rank_eight(x, xi, a, lo, end, h, hi, add):
 
 @inline_kernel
 def down_columns(x, xi, a, lo, end, h, hi, add):
-    """h[0:R] = x A over rows lo:end of A, or += with ``add``: 64 columns at a time, then 16 in four sums."""
+    """h[0:R] = x A over rows lo:end of A, or += with ``add``: 64 columns at a time, then 16 in four accumulators."""
     rank = a.shape[1]
     wide = rank - rank % _STRIP
     for r in range(0, wide, _STRIP):
@@ -153,7 +153,7 @@ def lora_up_columns(h, b, scaling, add, out, lo, hi):
     factor = np.float32(scaling)
     whole = lo + (hi - lo) // _STRIP * _STRIP
     for row in range(h.shape[0]):
-        for first in range(0, rank, _STREAMS):  # hardware prefetchers follow no more streams than these
+        for first in range(0, rank, _STREAMS):
             last, more = min(first + _STREAMS, rank), add or first > 0
             for j in range(lo, whole, _STRIP):
                 s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()

@@ -44,7 +44,7 @@ def argmax(x: Any) -> int:
 
 
 def vector(name: str, x: Any) -> np.ndarray:
-    """``x`` checked: float32, one-dimensional, not empty."""
+    """``x`` as a checked float32 vector that is not empty."""
     x = check.float32(name, x, ndim=1)
     if not x.size:
         raise ValueError(f"{name}: expected at least one element, found none")
@@ -52,7 +52,7 @@ def vector(name: str, x: Any) -> np.ndarray:
 
 
 def largest(x: np.ndarray, name: str) -> int:
-    """argmax of a checked vector. Raises ValueError, naming it, where it holds NaN."""
+    """The index of the largest element of a checked vector. Raises ValueError, with its name, if it holds NaN."""
     index = int(argmax_index(x))
     if index < 0:
         raise ValueError(f"{name}: holds NaN at index {int(np.flatnonzero(np.isnan(x))[0])}")
@@ -64,7 +64,7 @@ def largest(x: np.ndarray, name: str) -> int:
 
 @inline_kernel
 def sift_down(values, ids, root, size):
-    """Let the entry at ``root`` of the heap sink until no child is worse: smaller, or equal with the larger id."""
+    """Sink the entry at ``root`` of the heap until no child is worse, that is smaller, or equal with a larger id."""
     value, index = values[root], ids[root]
     while 2 * root + 1 < size:
         child = 2 * root + 1
@@ -84,7 +84,7 @@ def sift_down(values, ids, root, size):
 def select_largest(x, values, ids):
     """The k largest of x (n,), descending, of equal ones the first. values (k,) float32, ids (k,) int64; k <= n.
 
-    The best so far form a heap with the worst on top; blocks whose maximum does not beat it are skipped.
+    The k best so far are a heap with the worst at its root; blocks whose maximum does not exceed it are skipped.
     """
     n, k = x.size, values.size
     for i in range(k):

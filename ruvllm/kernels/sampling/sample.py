@@ -49,7 +49,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
         TypeError: ``logits`` is not a float32 array, or ids are not integers.
         ValueError: ``logits`` cannot be written, an id is out of range, or penalty is not > 0.
 
-    Source: Keskar et al. 2019, "CTRL"; multiplying negative logits is transformers' reading, and llama.cpp's.
+    Source: Keskar et al. 2019, "CTRL"; negative logits are multiplied as in transformers and llama.cpp.
     """
     logits = check.output("logits", logits, getattr(logits, "shape", ()))
     if logits.ndim != 1:
@@ -71,7 +71,7 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Any, penalty: float) -> np
 def draw_from_all(x, top, inverse_temperature, u):
     """The index i at which the running sum of exp((x - top) inverse_temperature) passes u times the total.
 
-    Exponentials are computed twice instead of stored, the second time only until the sum is reached.
+    Exponentials are computed twice instead of stored, the second time only until the running sum passes.
     """
     total = 0.0
     for first in range(0, x.size, _FEW):

@@ -10,7 +10,7 @@ from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_elements, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
-_MOST_STEPS = 1 << 53  # a float still counts them one by one
+_MOST_STEPS = 1 << 53  # float64 is exact up to here
 
 
 class AdamW(NamedTuple):
@@ -25,7 +25,11 @@ class AdamW(NamedTuple):
 
 @kernel(strict=True)
 def adamw_range(p, g, m, v, factors, lo, hi):
-    """Elements lo:hi of adamw. factors (6,) float32: beta1, beta2, eps, 1 - lr decay, step size, correction of v."""
+    """Elements lo:hi of adamw.
+
+    factors (6,) float32: beta1, beta2, eps, 1 - lr decay, and with bias correction the step size lr / (1 - beta1^step)
+    and the factor of sqrt(v), (1 - beta2^step)^-0.5.
+    """
     beta1, beta2, eps, keep, step, root = factors[0], factors[1], factors[2], factors[3], factors[4], factors[5]
     one = np.float32(1)
     # Slices, because LLVM does not vectorise a loop over lo:hi, whose indices might be negative.

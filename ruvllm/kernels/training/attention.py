@@ -1,4 +1,4 @@
-"""Gradients of causal attention (training). Scores are computed again, so that nothing of size T x T is kept.
+"""Gradients of causal attention (training). Scores are recomputed, so that nothing of size T x T is kept.
 
 For one query head, with S = scale q k^T masked and P = softmax(S):
 
@@ -30,7 +30,7 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @inline_kernel
-def _up(n, step):
+def _round_up(n, step):
     return (n + step - 1) // step * step
 
 
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of q, k and v go."""
+    """The output arrays for the gradients of q, k and v."""
 
     dq: Any
     dk: Any
@@ -81,11 +81,11 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
     heads, dim = q.shape[1], q.shape[2]
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    wide, tall = _up(dim, LANES), _up(dim, TILE)
+    wide, tall = _round_up(dim, LANES), _round_up(dim, TILE)  # D as columns and as rows of a tile
     for unit in range(lo, hi):
         a, b = starts[unit // kv_heads], starts[unit // kv_heads + 1]
         kv, n = unit % kv_heads, b - a
-        keys = _up(n, TILE)
+        keys = _round_up(n, TILE)
         # Offsets in the scratch: q and do transposed (D, 64) and by rows (64, wide); scores, then P, and dP, then dS,
         # (keys, 64); k, v, dk, dv by rows (keys, wide); k transposed (tall, keys); dq transposed (tall, 64); slopes of
         # the softcap (keys, 64).
@@ -122,7 +122,7 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
                         scratch[do_t + d * QUERIES + t] = g
                         scratch[do_r + t * wide + d] = g
                 begin = max(0, first - scoring.window + 1) // TILE * TILE
-                end = min(keys, _up(first + count, TILE))
+                end = min(keys, _round_up(first + count, TILE))
                 for s in range(begin, end, TILE):
                     for j in range(0, QUERIES, LANES):
                         at = s * QUERIES + j
@@ -245,7 +245,7 @@ def attention_backward(
 
 
 def attention_gradients(batch: Batch, scoring: Scoring) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """attention_backward of arrays that fit, with any ``Scoring``; none of its sinks."""
+    """attention_backward of checked arrays, with any ``Scoring``; there is no gradient for its sinks."""
     q, k, v = batch.q, batch.k, batch.v
     heads, dim = q.shape[1:]
     to = Gradients(np.empty_like(q), np.empty_like(k), np.empty_like(v))

@@ -17,7 +17,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 @kernel(independent=True)
 def rms_norm_backward_rows(x, weight, eps, dy, add, dx, lo, hi):
-    """Rows lo:hi of rms_norm_backward, or of dx += it with ``add``. x, dy, dx (rows, n); weight (n,)."""
+    """Rows lo:hi of rms_norm_backward; with ``add``, dx += the gradient. x, dy, dx (rows, n); weight (n,)."""
     n = x.shape[1]
     per_n = _ONE / np.float32(n)
     for row in range(lo, hi):
@@ -133,7 +133,7 @@ SPECS = [
             "x": rng.standard_normal((rows, n), np.float32),
             "weight": rng.standard_normal(n, np.float32),
             "dy": rng.standard_normal((rows, n), np.float32),
-            "eps": 0.1,  # large, for one number alone: its gradient vanishes with eps
+            "eps": 0.1,  # large, for rows of one element, whose gradient vanishes as eps does
         },
         flops=lambda rows, n: 10.0 * rows * n,
         bytes=lambda rows, n: 4.0 * (3 * rows * n + n),

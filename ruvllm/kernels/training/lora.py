@@ -168,7 +168,7 @@ def lora_accumulate_grad(
         x: (..., E_in) float32, the layer's input.
         dy: (..., E_out) float32, gradient of the loss with respect to its output; leading dimensions of x.
         a, b: (E_in, R) and (R, E_out) float32.
-        scaling: that of the forward pass.
+        scaling: as in the forward pass.
         grad_a, grad_b: float32 of the shapes of a and b, added to in place.
 
     Returns:

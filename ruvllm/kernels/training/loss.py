@@ -14,7 +14,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
 @kernel(independent=True)
 def cross_entropy_rows(logits, targets, scale, losses, grad, lo, hi):
-    """Rows lo:hi of cross_entropy. logits, grad (T, V), which may be one; targets (T,) int64; losses (T,)."""
+    """Rows lo:hi of cross_entropy. logits, grad (T, V), which may be one array; targets (T,) int64; losses (T,)."""
     n = logits.shape[1]
     for row in range(lo, hi):
         x, g, target = logits[row], grad[row], targets[row]
@@ -39,14 +39,14 @@ def cross_entropy(
     Args:
         logits: (T, V) float32.
         targets: (T,) integers from 0 to V - 1.
-        scale: of the gradient: 1 / T for that of the mean loss.
+        scale: factor of the gradient: 1 / T for the gradient of the mean loss.
         grad: (T, V) float32 to write the gradient into; may be ``logits`` itself.
 
     Returns:
         losses (T,) float32 in nats, and grad.
 
     Raises:
-        TypeError: logits are not float32, or targets no integers.
+        TypeError: logits are not float32, or targets are not integers.
         ValueError: shapes do not match, or a target is outside the vocabulary.
     """
     scale = check.number("scale", scale)

@@ -1,9 +1,9 @@
 """Packed weights transposed: dx = dy W, the gradient of a linear layer's input (training).
 
 Weights lie in panels of 16 rows of W, whatever their precision (matmul/panels.py, quant/layout.py): 16 rows of one
-column are a vector. So columns are dequantised to float32 as they lie, and dy is transposed: its tokens become the
+column are a vector. So columns are dequantised to float32 in that order, and dy is transposed: its tokens become the
 lanes, and dx^T = W^T dy^T is a tile of some columns of W against one or two panels of 16 tokens. The results are
-transposed back where they are added to dx. dy is not rounded.
+transposed back when they are added to dx. dy is not rounded.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, num_threads, thre
 _COLUMNS, _PAIRS = (8, True) if WIDE else (4, False)
 _ROWS = 512  # rows of W at a time
 _TOKENS = 128  # tokens at a time: their dy^T, 256 KB, stays in the L2 cache
-_STEP = _ROWS + LANES  # stride of the columns of W: they begin at different offsets in a page
+_STEP = _ROWS + LANES  # stride of the columns of W: they begin at different offsets in a page, so in other L1 sets
 # Offsets in the scratch: columns of W, panels of dy^T, and blocks to be transposed.
 _WEIGHTS = 0
 _PANELS = _WEIGHTS + GROUP * _STEP
@@ -71,7 +71,7 @@ def _transpose_dy(dy, rows, first, n, t, tokens, scratch, to):
 
 @inline_kernel
 def _columns_times_two(zeros, scratch, wi, at, other, n, to):
-    """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``; the second sums follow a group later."""
+    """Columns of W at ``wi`` times the panels of dy^T at ``at`` and ``other``: sums at ``to``, and GROUP vectors on."""
     left = right = zeros
     for r in range(n):
         left = fma_rows(load(scratch, at + r * LANES), scratch, wi + r, _STEP, left)
@@ -91,7 +91,7 @@ def _columns_times_one(zeros, scratch, wi, at, n, to):
 
 @inline_kernel
 def _put_transposed(scratch, at, dx, columns, column, t, tokens, add):
-    """dx[t : t + 16, column : column + 32] (+)= the group of sums at ``at``, as far as dx goes."""
+    """dx[t : t + 16, column : column + 32] (+)= the group of sums at ``at``, within the bounds of dx."""
     for half in range(0, GROUP, LANES):
         _transpose(scratch, at + half * LANES, at + half * LANES)
         count = columns - column - half
@@ -101,7 +101,7 @@ def _put_transposed(scratch, at, dx, columns, column, t, tokens, add):
 
 @inline_kernel
 def _multiply(scratch, n, dx, columns, g, start, tokens, add):
-    """dx[start : start + _TOKENS, 32 g :] (+)= the group of columns in the scratch times the panels there."""
+    """dx[start : start + _TOKENS, 32 g : 32 g + 32] (+)= the columns times the panels, both in the scratch buffer."""
     panels = (min(_TOKENS, tokens - start) + LANES - 1) // LANES
     paired = panels - panels % 2 if _PAIRS else 0
     for c in range(0, GROUP, _COLUMNS):

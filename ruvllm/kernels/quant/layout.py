@@ -6,22 +6,26 @@ dot-product instruction multiplies 16 rows by four broadcast activations.
 
     w = scale (code - zero)      symmetric        or      w = scale code + min
 
-A block holds one group of one panel: 16 scales and perhaps 16 mins as IEEE halfs, then lines of 64 bytes of codes.
+A block holds one group of one panel: 16 scales and perhaps 16 mins as IEEE halves, then lines of 64 bytes of codes.
 
-- ``INT4``: codes 0..15 in 4 lines; byte i of line j holds quad j in its low and quad j + 4 in its high bits.
-- ``INT5``: codes 0..31 in 5 lines; four as above, bit j of byte i of the fifth is that of quad j.
-- ``INT8``: signed codes in 8 lines, one quad a line.
+- ``INT4``: codes 0..15 in 4 lines; byte i of line j holds quad j in its low and quad j + 4 in its high four bits.
+- ``INT5``: codes 0..31 in 5 lines: four as above with the low four bits of each code, and a fifth, of whose byte i bit
+  j is the highest bit of quad j.
+- ``INT8``: signed codes in 8 lines, one quad in each.
 
 Weights are blocks (P, G, block_bytes), one sequential stream for each panel; the zero points are 8, 16, 0.
 
 Activations are stored in blocks of S = 12 tokens (or of all, if there are fewer), group by group, with the tokens of a
-group side by side: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, totals (B, G, S) = xs sum(xq), and offsets
+group contiguous: xq (B, G, S, 32) int8, xs (B, G, S) = max|x| / 127, totals (B, G, S) = xs sum(xq), and offsets
 (B, G, S, 4) int32 = sum(xq) times -8, -16, -128, 0. Integer sums start from an offset, so that subtracting the zero
-point costs nothing. A tile of tokens reads memory in order, with constant strides between tokens.
+point costs nothing: -8 for INT4, -16 for INT5, 0 for these with mins; -128 for INT8 where the instruction takes
+unsigned weights, so that 128 is added to them (simd/dot_llvm.py). A tile of tokens reads memory in order, with constant
+strides between tokens.
 
 A few features of a language model are outliers: far larger than the rest, they would set the scale of their group
-(LLM.int8(), Dettmers et al. 2022). So the four largest elements of a row, among its first 65536, are left out of xq and
-kept in outliers (T, 4, 2) float32, (column, x), by column: each adds one column of W times x in float32.
+(LLM.int8(), Dettmers et al. 2022). So the four largest elements of a row, among its first 65536 (whose groups' maxima
+fit on the stack), are left out of xq and stored in outliers (T, 4, 2) float32 as (column, x), in the order of columns:
+each adds one column of W times x in float32.
 """
 
 from typing import Any, NamedTuple
@@ -34,14 +38,14 @@ LINES = (4, 5, 8)  # lines of codes in one block, by kind
 LINE = 64  # bytes of one line: 16 rows x 4 columns
 HALFS = 32  # bytes of 16 scales or mins
 ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # zero points: the code of 0 in symmetric weights
-OFFSETS = 4  # of one group
-NO_ZERO = 3  # the offset that is always 0
-OUTLIERS = 4  # of a row
-SIDE = 12  # tokens side by side: two tiles of 6
+OFFSETS = 4  # offsets of one group of one token
+NO_ZERO = 3  # index of the offset that is always 0
+OUTLIERS = 4  # outliers of a row
+SIDE = 12  # tokens of a block of activations: two tiles of 6
 
 
 class Rounded(NamedTuple):
-    """Activations in 8 bits."""
+    """Activations rounded to 8 bits, and their outliers, as described above."""
 
     xq: Any
     xs: Any
@@ -56,6 +60,6 @@ def block_bytes(kind: int, has_mins: bool) -> int:
 
 
 def token_blocks(tokens: int) -> tuple[int, int]:
-    """Blocks of so many tokens, and tokens of a block; the last block may not be full."""
+    """How many blocks so many tokens take, and the tokens of a block; the last block may not be full."""
     side = max(1, min(tokens, SIDE))
     return (tokens + side - 1) // side, side

@@ -1,7 +1,8 @@
 """Linear layers on quantised weights: out = x W^T, with W in 4, 5 or 8 bits and x rounded to 8 bits.
 
-W is cut into groups of 32 columns. Each row of a group has integer codes, a scale and perhaps a min; the same columns
-of x have integer codes xq and a scale xs (both layouts: quant/layout.py). So the products are sums of integers:
+W is cut into quantisation groups of 32 columns. In a group each row of W has integer codes, a scale and perhaps a min,
+and each row of x integer codes xq and a scale xs (both layouts: quant/layout.py). So most of the work is integer dot
+products:
 
     out[t, r] = sum over groups  scale xs sum((code - zero) xq) + min xs sum(xq)
               + sum over outliers (k, x) of token t  W[r, k] x
@@ -9,13 +10,13 @@ of x have integer codes xq and a scale xs (both layouts: quant/layout.py). So th
 Integer sums are exact, and float sums are taken in one order: all instruction sets and any number of threads give the
 same bits, and a token's result does not depend on its neighbours.
 
-16 rows of W are a panel, the lanes of a vector. A thread has a share of the panels, cut into chunks that other threads
-may steal (``threads.team``). There are two loops over a share:
+16 rows of W are a panel, one row for each lane of a vector. A thread has a share of the panels, cut into chunks that
+other threads may steal (``threads.team``). There are two loops over a share:
 
-- One token (decoding) reads each weight once, and memory is the limit. ``_one_token`` streams four runs of panels at a
-  time and prefetches each of them.
-- Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens in
-  registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens.
+- One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
+  runs in turn, that is four streams, and prefetches each.
+- Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
+  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens.
 """
 
 from functools import cache
@@ -79,13 +80,14 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import Share, take_chunk
 
-_SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))  # accumulators of a tile
-_WIDTH = DOT_PANELS * LANES
-_AT_ONCE = 10 * SIDE  # tokens whose outlier columns are unpacked together
-_RAGGED = _AT_ONCE * _WIDTH  # floats
-_LISTED = _AT_ONCE * OUTLIERS
+# Accumulators of a tile of so many tokens.
+_SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))
+_WIDTH = DOT_PANELS * LANES  # outputs of a tile's panels
+_AT_ONCE = 10 * SIDE  # tokens of a chunk, whose outlier columns are unpacked together
+_RAGGED = _AT_ONCE * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
+_LISTED = _AT_ONCE * OUTLIERS  # outlier columns of a chunk at most
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
-# Prefetch distance of one token in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
+# Prefetch distance for one token, in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
 _NONE = np.float32(-1)  # sentinel: matches no column
 
@@ -100,7 +102,7 @@ class _Outputs(NamedTuple):
 
 @inline_kernel
 def _single_chunks(tokens, outputs, share):
-    """Chunks of ``_one_token``: STREAMS of the share's whole panels each."""
+    """How many chunks of a share are ``_one_token``'s: STREAMS whole panels each."""
     return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if tokens == 1 else 0
 
 
@@ -122,14 +124,14 @@ def _operands(has_mins, blocks, x, step):
 
 def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     """quant_matmul for one kind of weights, given its dot products, how to unpack a column, and its zero point."""
-    most = block_bytes(kind, True)  # a constant, so that the loop that prefetches a block is unrolled
+    most = block_bytes(kind, True)  # bytes of a block, at most: a constant, to unroll the loop that prefetches a block
 
     @part_kernel
     def _one_token(has_mins, blocks, x, out, chunks, chunk, share):
-        """One token times STREAMS runs of ``chunks`` panels, which are streamed side by side.
+        """One token times STREAMS runs of ``chunks`` consecutive panels, which are read in turn.
 
-        A chunk is one panel of each run; ``chunk`` is the first one claimed. Returns the first chunk number after
-        these: it belongs to the panels left.
+        A chunk is one panel of each run; ``chunk`` is the first one claimed. Returns the first claimed number that is
+        past these chunks: it is a chunk of the remaining panels, which are ``_tokens``'.
         """
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
@@ -151,7 +153,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 c = add_block(dots, p, (at,), here, g, c)
                 at += apart
                 d = add_block(dots, p, (at,), here, g, d)
-                while k // GROUP == g:  # now, while the blocks are in the cache: coming back would break the streams
+                while k // GROUP == g:  # now, while the blocks are in the cache: another pass would break the streams
                     v = splat_at(outliers, 2 * i + 1)
                     a_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 3 * apart, k), v, a_kept)
                     b_kept = fma(outlier_column(column, zero, p.has_mins, p.w, at - 2 * apart, k), v, b_kept)
@@ -178,8 +180,8 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
         xi: the index of their first group in the activations.
 
-        The first tile of a chunk prefetches the panels of the next chunk, ``ahead`` bytes later, a block with each
-        block that it multiplies: prefetching all at once would exceed the misses that a core can track. The prefetch
+        The first tile of a chunk prefetches the panels of the next chunk, ``ahead`` bytes later, one block for each
+        block that it multiplies: all at once would be more outstanding cache misses than a core can track. The prefetch
         comes before the products, so that AVX-512's accumulators stay in registers. This tile also unpacks the outlier
         columns, whose blocks are then in the cache. In the other tiles ``ahead`` is 0.
         """
@@ -198,8 +200,8 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
         """All tokens times the panels from lo to the end of the share, in tiles; ``chunk`` is the first one claimed.
 
-        A chunk is DOT_PANELS panels and _AT_ONCE tokens. The first ``before`` chunk numbers were _one_token's. Returns
-        the first chunk number after these.
+        A chunk is DOT_PANELS panels and _AT_ONCE tokens; its number is counted after the ``before`` chunks of
+        _one_token. Returns the first claimed number that is past all chunks of the share.
         """
         never_inline()
         tokens, rows = out.shape
@@ -223,9 +225,9 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             to = _Outputs(out, panel * LANES, rows) if whole else _Outputs(ragged, -first * _WIDTH, _WIDTH)
             t = first
             while t < end:
-                inner = t % p.side  # of its block of tokens
+                inner = t % p.side  # index in its block of tokens
                 left, xi = min(p.side - inner, end - t), (t - inner) * p.groups + inner
-                if left >= 6 and left != 9:  # 8 or 9 split better into fours
+                if left >= 6 and left != 9:  # 9 as 4 + 4 + 1
                     _tile(p, columns, at, ahead, t, xi, f32_zeros(_SIX), to)
                     t += 6
                 elif left >= 4:
@@ -251,10 +253,10 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
     @inline_kernel
     def _panels(has_mins, blocks, x, out, share, chunk):
-        """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that nobody has claimed."""
+        """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that no thread has claimed."""
         chunks = _single_chunks(out.shape[0], out.shape[1], share)
         if chunks > 0:
-            if has_mins:  # constants, to compile a version of each: one loop for both spills registers
+            if has_mins:  # a constant in each call, to compile two versions: one loop for both spills registers
                 chunk = _one_token(True, blocks, x, out, chunks, chunk, share)
             else:
                 chunk = _one_token(False, blocks, x, out, chunks, chunk, share)
@@ -277,7 +279,7 @@ _PANELS = {
 def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
     """quant_matmul of a ``Share`` as a part of larger kernels, for these kinds alone: each takes seconds to compile.
 
-    It takes ``chunk``, claims others until none is left, and returns the first chunk number after these.
+    It computes ``chunk``, then claims others until none is left, and returns the first claimed number past the last.
     """
     int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
@@ -308,7 +310,7 @@ def quant_matmul(w, x, out, lo, hi):
 
 @parallel_kernel
 def quant_matmul_parallel(w, x, out, threads):
-    """quant_matmul with the panels split over threads: each output is one thread's, so any split gives the same."""
+    """quant_matmul with the panels split over threads: one thread computes an output, so any split gives the same."""
     panels = w.blocks.shape[0]
     for t in prange(threads):
         quant_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)

@@ -1,4 +1,4 @@
-"""The tile of integer products: one or two panels of quantised weights times a few tokens, with all sums in registers.
+"""The micro-kernel of integer products: one or two panels of quantised weights times a few tokens, in registers.
 
 quant/layout.py describes weights and activations. A tile is a tuple of accumulators, one for each panel and token:
 those of all tokens for the first panel, then those for the second.
@@ -58,7 +58,7 @@ def dots_int4(p, at, offset, xi, tile):
     zero = offset_rows(p.offsets, xi * OFFSETS + (NO_ZERO if p.has_mins else 0), OFFSETS, at, tile)
     sums = start_rows(zero)
     q = xi * GROUP
-    for j in range(p.step // 8):  # = 4, like those below: LLVM unrolls only a known trip count
+    for j in range(p.step // 8):  # = 4; LLVM unrolls these loops only where p.step is a constant (see UNROLLS)
         lines = lines_of(p.w, at, offset + j * LINE)
         sums = dot_rows(sums, low_nibbles(lines), p.xq, q + 4 * j, p.step)
         sums = dot_rows(sums, high_nibbles(lines), p.xq, q + 4 * j + 16, p.step)
@@ -67,6 +67,7 @@ def dots_int4(p, at, offset, xi, tile):
 
 @inline_kernel
 def _two_of_int5(p, at, offset, fifth, j, q, sums):
+    """The sums plus the products of quads j and j + 4; ``fifth`` is the line of highest bits."""
     lines = lines_of(p.w, at, offset + j * LINE)
     sums = dot_rows(sums, with_fifth_bit(low_nibbles(lines), fifth, j), p.xq, q + 4 * j, p.step)
     return dot_rows(sums, with_fifth_bit(high_nibbles(lines), fifth, j + 4), p.xq, q + 4 * j + 16, p.step)
@@ -103,8 +104,8 @@ def dots_int8(p, at, offset, xi, tile):
 
 @inline_kernel
 def add_block(dots, p, at, offset, xi, tile):
-    """The tile plus its blocks at ``offset`` times the group of activations at index ``xi``."""
-    if p.has_mins:  # first, because memory is read fastest in order
+    """The tile plus its blocks of weights at ``offset`` times the group of activations at index ``xi``, in float32."""
+    if p.has_mins:  # before the codes, as in memory, which is read fastest in order
         tile = fma_panels(halfs_of(p.w, at, offset + HALFS), p.totals, xi, tile)
     codes = offset + (2 * HALFS if p.has_mins else HALFS)
     sums = dots(p, at, codes, xi, tile)

@@ -14,8 +14,8 @@ from ruvllm.kernels.quant.layout import token_blocks
 from ruvllm.kernels.simd.vectors import stack_i64
 
 MAX_EXPERTS = 512  # of one layer
-RUN = 4  # numbers of a run: its expert, first row, number of rows, and where the rows begin in 8 bits (``PADDED``)
-PADDED = 2  # rows in 8 bits lie in blocks of tokens, those of one expert in blocks of their own: twice the room at most
+RUN = 4  # fields of a run: its expert, first row, number of rows, and offset in rows of the rows in 8 bits (``PADDED``)
+PADDED = 2  # rows in 8 bits are in token blocks, those of each expert in blocks of its own: at most twice the memory
 
 _token_blocks = inline_kernel(token_blocks)
 
@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 
 
 def require_routing(k: int, experts: int) -> None:
-    """Raise ValueError unless k of so many experts can be chosen."""
+    """Raise ValueError unless k of ``experts`` experts can be chosen."""
     if not 1 <= k <= experts <= MAX_EXPERTS:
         raise ValueError(f"route: expected 1 <= k <= experts <= {MAX_EXPERTS}, found k = {k} of {experts} experts")
 

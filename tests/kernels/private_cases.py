@@ -1,4 +1,4 @@
-"""A few kernels and a small model, for processes that do not use private parts of numba (see test_private.py).
+"""A few kernels and a small model, for processes that do without internals of numba (see test_private.py).
 
 ``python -m tests.kernels.private_cases [model]`` checks the results of kernels, and of a model if asked. Prints which
 parts may be used, and how many functions came from the compile cache.

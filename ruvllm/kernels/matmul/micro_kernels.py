@@ -35,9 +35,8 @@ WIDE = "+avx512f" in target().features.split(",")  # 32 registers of a whole vec
 _DOTS = target_kind()
 DOT_PANELS = 2 if _DOTS == "vnni512" else 1
 UNROLLS = _DOTS != "neon"  # unrolled, integer products take more registers than NEON has
-STREAMS = (
-    4  # runs of memory that one token's product reads in turn: a core of a Zen 2 then reads 26 GB/s, from one run 18
-)
+# Streams: runs of memory that one token's product reads in turn. A core of a Zen 2 then reads 26 GB/s, with one 18.
+STREAMS = 4
 
 _AHEAD = 32  # prefetch distance, in columns
 

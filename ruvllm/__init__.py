@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ruvllm.llm import LLM
     from ruvllm.loading import load
     from ruvllm.model import KVCache, Llama, ModelConfig
+    from ruvllm.model.sampling.options import Dry, Mirostat, Sampling, Xtc
     from ruvllm.quantizing import quantize
     from ruvllm.streaming import Generation
 
@@ -43,6 +44,10 @@ _HOMES = {
     "KVCache": "ruvllm.model",
     "Llama": "ruvllm.model",
     "ModelConfig": "ruvllm.model",
+    "Sampling": "ruvllm.model.sampling.options",
+    "Dry": "ruvllm.model.sampling.options",
+    "Xtc": "ruvllm.model.sampling.options",
+    "Mirostat": "ruvllm.model.sampling.options",
     "RuvllmError": "ruvllm.errors",
     "ModelFormatError": "ruvllm.errors",
     "ContextFullError": "ruvllm.errors",
@@ -55,13 +60,17 @@ __all__ = [
     "LLM",
     "ContextFullError",
     "DownloadError",
+    "Dry",
     "Generation",
     "InsufficientMemoryError",
     "KVCache",
     "Llama",
+    "Mirostat",
     "ModelConfig",
     "ModelFormatError",
     "RuvllmError",
+    "Sampling",
+    "Xtc",
     "load",
     "pull",
     "quantize",

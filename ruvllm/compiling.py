@@ -30,11 +30,12 @@ from ruvllm.kernels.tape import replay
 from ruvllm.kernels.threads.pool import limited_to, num_threads
 from ruvllm.kernels.threads.regions import CFunction
 from ruvllm.model.config import SIZES, ModelConfig
-from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.generate import generate
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.replay import needed_operations
+from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
 from ruvllm.progress import tqdm
 

@@ -15,18 +15,19 @@ from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.edits import Change, Edit
-from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.generate import generate
 from ruvllm.model.hooks import editing, recording, waiting
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
+from ruvllm.model.sampling.sampler import Sampler
+from ruvllm.options import AnswerOptions, ChatOptions
 from ruvllm.progress import tqdm
 from ruvllm.streaming import Generation, Stream, Timings
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.reasoning import Separator
-    from ruvllm.checkpoint.tool_schema import Tool
     from ruvllm.model.training import Step, Trainer
     from ruvllm.model.training_data import Example
     from ruvllm.tracing.names import Names
@@ -38,6 +39,7 @@ Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
 _THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
 _SCORED_TOKENS = 512  # of one window, by default
+_NO_CHAT_OPTIONS = ChatOptions()
 _SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
 
@@ -170,20 +172,12 @@ class LLM:
         self,
         prompt: Prompt,
         max_tokens: int | None = DEFAULT_MAX_TOKENS,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = 0,
+        *,
         stop: str | Sequence[str] | None = (),
         logprobs: int = 0,
         cache: KVCache | None = None,
         kv: str = "f32",
-        template: str | None = None,
-        tools: Sequence[Tool] | None = None,
-        enable_thinking: bool | None = None,
-        template_args: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Stream:
         """Pieces of the continuation of ``prompt`` as they are generated; ``Stream.parts`` has the reasoning, too.
 
@@ -191,27 +185,31 @@ class LLM:
             prompt: text, token ids, or chat messages ({"role": ..., "content": ...}), which are formatted by
                 the model's template, or by ``template``.
             max_tokens: the most tokens; None: until the model ends or its context is full.
-            temperature: 0 takes the most likely token each time.
-            top_k, top_p, min_p, repetition_penalty, seed: see ``Sampling``.
             stop: strings that end the text; they are not part of it. The model's files may name more. They do not
                 apply to reasoning.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused if it begins with the same tokens, so that a conversation is not computed again each turn.
             kv: precision of the KV cache if none is given: "f32", "f16" or "int8".
-            template: a chat template (Jinja) for messages, in place of the model's, or the name of one that it has.
-            tools: functions that the model may call: Python functions with type hints and a docstring, or JSON schemas
-                as OpenAI has them. The model writes its calls into the text, in its own format; pass them on in the
-                messages, as {"role": "assistant", "tool_calls": [...]}, and their results with the role "tool".
-            enable_thinking: whether a model that can do both thinks before it answers; None: its template's default.
-            template_args: additional variables of the template, such as {"reasoning_effort": "low"}.
+            options: how tokens are chosen, the fields of ``Sampling``: temperature, top_k, top_p, min_p, typical_p,
+                repetition_penalty, presence_penalty, frequency_penalty, repeat_last_n, dry, xtc, mirostat,
+                logit_bias, logits_processors, seed; or ``sampling``, a Sampling that holds them. And of chats:
+
+                - template: a chat template (Jinja) in place of the model's, or the name of one that it has.
+                - tools: functions that the model may call: Python functions with type hints and a docstring, or JSON
+                  schemas as OpenAI has them. The model writes its calls into the text, in its own format; pass them on
+                  in the messages, as {"role": "assistant", "tool_calls": [...]}, and their results with the role
+                  "tool".
+                - enable_thinking: whether a model that can do both thinks before it answers; None: its template's
+                  default.
+                - template_args: additional variables of the template, such as {"reasoning_effort": "low"}.
 
         Raises:
-            TypeError: the prompt is neither text, integers nor messages.
+            TypeError: the prompt is neither text, integers nor messages, or an option is unknown.
             ValueError: an option outside its range, an empty prompt, a template that cannot be used, or an option of
                 chats with a prompt that is not a chat.
             ContextFullError: the prompt does not fit.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        given = AnswerOptions.of(options)
         stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable | None) else tuple(stop or ())
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop: expected non-empty strings, found {stop!r}")
@@ -220,7 +218,8 @@ class LLM:
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
-        ids = self._ids(prompt, template, tools, enable_thinking, template_args)
+        ids = self._ids(prompt, given.chat)
+        sampler = self.sampler(given)
         limit = self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
@@ -232,11 +231,18 @@ class LLM:
         held = cache.keep_common_prefix(ids, self.model.filling)
         cache.require_room(len(ids) - held)
         tokens = generate(
-            self.model, cache, ids[held:], sampling, cache.max_tokens if max_tokens is None else max_tokens, logprobs
+            self.model, cache, ids[held:], sampler, cache.max_tokens if max_tokens is None else max_tokens, logprobs
         )
         timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
-        thoughts = self._separator(ids, template, tools is not None) if _is_chat(prompt) else None
+        thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
         return Stream(self.tokenizer, timings, tokens, stop, thoughts)
+
+    def sampler(self, options: AnswerOptions) -> Sampler:
+        """What chooses the tokens of one sequence. Raises ValueError for a token id outside the vocabulary."""
+        for token in options.sampling.logit_bias:
+            if token >= self.config.vocab_size:
+                raise ValueError(f"logit_bias: expected token ids up to {self.config.vocab_size - 1}, found {token}")
+        return Sampler(options.sampling, self.tokenizer.token_bytes)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""
@@ -364,33 +370,31 @@ class LLM:
         ids = self.tokenizer.encode(text, add_special=False, parse_special=False)
         return np.array(ids, np.int64), bos, len(text.encode())
 
-    def _ids(
-        self, prompt: Prompt, template: str | None = None, tools: Sequence[Tool] | None = None,
-        enable_thinking: bool | None = None, template_args: Mapping[str, Any] | None = None,
-    ) -> np.ndarray:  # fmt: skip
+    def _ids(self, prompt: Prompt, chat: ChatOptions = _NO_CHAT_OPTIONS) -> np.ndarray:
         if _is_chat(prompt):
             from ruvllm.checkpoint.chat import encode_chat
 
-            if not isinstance(enable_thinking, bool | None):
-                raise ValueError(f"enable_thinking: expected True, False or None, found {enable_thinking!r}")
-            if not isinstance(template_args, Mapping | None):
-                raise ValueError(f"template_args: expected a dict, found {type(template_args).__name__}")
-            thinking = {} if enable_thinking is None else dict.fromkeys(_THINKING, enable_thinking)
-            messages, variables = cast("Sequence[Message]", prompt), {**thinking, **(template_args or {})}
-            ids: Any = encode_chat(self.tokenizer, messages, tools=tools, variables=variables, template=template)
+            if not isinstance(chat.enable_thinking, bool | None):
+                raise ValueError(f"enable_thinking: expected True, False or None, found {chat.enable_thinking!r}")
+            if not isinstance(chat.template_args, Mapping | None):
+                raise ValueError(f"template_args: expected a dict, found {type(chat.template_args).__name__}")
+            thinking = {} if chat.enable_thinking is None else dict.fromkeys(_THINKING, chat.enable_thinking)
+            messages, variables = cast("Sequence[Message]", prompt), {**thinking, **(chat.template_args or {})}
+            ids: Any = encode_chat(
+                self.tokenizer, messages, tools=chat.tools, variables=variables, template=chat.template
+            )
             return self.model.checked_ids(ids, "prompt")
-        given = {"template": template, "tools": tools, "enable_thinking": enable_thinking}
-        for name, value in {**given, "template_args": template_args}.items():
-            if value is not None:
-                raise ValueError(f"{name}: only for messages, found a prompt of type {type(prompt).__name__}")
+        for name in chat.given:
+            raise ValueError(f"{name}: only for messages, found a prompt of type {type(prompt).__name__}")
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         return self.model.checked_ids(ids, "prompt")
 
-    def _separator(self, ids: np.ndarray, template: str | None, with_tools: bool) -> Separator:
+    def _separator(self, ids: np.ndarray, chat: ChatOptions) -> Separator:
         from ruvllm.checkpoint.chat import chosen_template
         from ruvllm.checkpoint.reasoning import separator
 
-        return separator(self.tokenizer, chosen_template(self.tokenizer, template, with_tools)[0], ids.tolist())
+        template, _ = chosen_template(self.tokenizer, chat.template, chat.tools is not None)
+        return separator(self.tokenizer, template, ids.tolist())
 
     def __repr__(self) -> str:
         return f"LLM({printable(self.path.name)}: {self.model!r})"

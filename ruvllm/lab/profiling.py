@@ -17,12 +17,13 @@ from ruvllm.kernels import tape as t
 from ruvllm.lab.work import work_of
 from ruvllm.llm import LLM, Prompt
 from ruvllm.measure.peaks import Peaks, measured_peaks
-from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.generate import generate
 from ruvllm.model.kv_size import key_value_bytes
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.ops.tape import Tape
 from ruvllm.model.replay import Working
+from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.weights import INTEGER_LAYOUTS
 
 WAIT = "wait at barrier"

@@ -8,7 +8,8 @@ import pytest
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels import reference
 from ruvllm.model import Llama
-from ruvllm.model.generate import Sampling, Token, generate
+from ruvllm.model.generate import Token, generate
+from ruvllm.model.sampling.options import Sampling
 from tests.model.model_cases import small_model, text
 
 PROMPT = text(9, seed=5)

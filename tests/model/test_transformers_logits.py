@@ -12,7 +12,8 @@ import ruvllm
 from ruvllm.checkpoint.hf_config import config_from_directory
 from ruvllm.errors import ModelFormatError
 from ruvllm.llm import LLM
-from ruvllm.model.generate import Sampling, generate
+from ruvllm.model.generate import generate
+from ruvllm.model.sampling.options import Sampling
 from ruvllm.quantizing import quantize
 from tests.model import tiny_checkpoints, tiny_gguf
 from tests.model.model_cases import logits, run

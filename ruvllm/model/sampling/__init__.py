@@ -1,0 +1,1 @@
+"""Sampling: how the next token of a sequence is chosen from the logits."""

@@ -1,6 +1,7 @@
 """The command line: what it passes to the library, what it prints where, and its exit codes."""
 
 import io
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from ruvllm.cli import main, parser
 from ruvllm.errors import ContextFullError, DownloadError
 from ruvllm.model import llama
 from ruvllm.model.perplexity import Perplexity
+from ruvllm.model.sampling.options import Dry, Mirostat, Xtc
 from ruvllm.streaming import Generation, Timings
 
 DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "f32"}
@@ -203,6 +205,35 @@ def test_sampling_options_in_both_spellings(llm, argv):
         "cache": None,
         "kv": "f32",
     }
+
+
+def test_samplers_of_several_options(llm):
+    argv = "--presence-penalty -0.5 --frequency-penalty 0.25 --repeat-last-n 64 --typical 0.9 --dry-multiplier 0.8"
+    argv += " --dry-base 2 --dry-allowed-length 3 --xtc-probability 0.5 --xtc-threshold 0.2 -l 42-1.5 -l 7-inf"
+    assert main(["generate", "m", "x", *argv.split()]) == 0
+    assert llm.asked[0][1] == DEFAULTS | {
+        "presence_penalty": -0.5, "frequency_penalty": 0.25, "repeat_last_n": 64, "typical_p": 0.9,
+        "dry": Dry(0.8, 2.0, 3), "xtc": Xtc(0.5, 0.2), "logit_bias": {42: -1.5, 7: -math.inf},
+    }  # fmt: skip
+    assert main("generate m x --mirostat 1 --mirostat-ent 4 --mirostat-lr 0.2 --dry-multiplier 0".split()) == 0
+    assert llm.asked[1][1] == DEFAULTS | {"mirostat": Mirostat(1, 4.0, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--dry-base 2", "--dry-base: only with --dry-multiplier"),
+        ("--xtc-threshold 0.2 --xtc-probability 0", "--xtc-threshold: only with --xtc-probability"),
+        ("--mirostat-eta 0.2", "--mirostat-eta: only with --mirostat"),
+        ("-l 42", "--logit-bias: expected ID+X or ID-X, such as 42-1.5, found '42'"),
+        ("-l x+1", "--logit-bias: expected ID+X or ID-X"),
+        ("-l 42+inf", "--logit-bias: expected ID+X or ID-X"),
+    ],
+)
+def test_samplers_that_are_half_said(llm, capsys, argv, said):
+    assert main(["generate", "m", "x", *argv.split()]) == 2
+    assert f"ruvllm: error: {said}" in capsys.readouterr().err
+    assert llm.loaded is None
 
 
 def test_loading_options(llm):

@@ -32,6 +32,9 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 1.5, None, "x"), "top_p": (0, 1.1, None, math.nan), "min_p": (-1, 2, None, math.nan),
     "repetition_penalty": (0, -1, math.inf, None), "seed": (-1, 1.5, "x"), "stop": (5, [None], [""], [5], b"x"),
     "logprobs": (-1, 1.5, None, CONFIG.vocab_size + 1), "cache": (5, "x", CONFIG), "kv": ("f64", None, ["f32"]),
+    "presence_penalty": ("x", None, math.inf), "frequency_penalty": (math.nan, None), "repeat_last_n": (-2, 1.5, None),
+    "typical_p": (0, 1.1, None), "dry": (-1, "x", math.nan), "xtc": (2, "x", (1, 2, 3)), "mirostat": (3, "x", 1.5),
+    "logit_bias": ([1], {"a": 1}, {CONFIG.vocab_size: 1}, {1: None}), "logits_processors": (5, [5], "x", None),
 }  # fmt: skip
 
 

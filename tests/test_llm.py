@@ -117,6 +117,31 @@ def test_ids_beyond_the_tokenizer_have_no_text(tmp_path: Path) -> None:
     assert [stream.push(i) for i in (104, 260, 105)] == ["h", "", "i"]
 
 
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def test_options_of_sampling_reach_the_tokens(llm: LLM) -> None:
+    greedy = llm.generate("ab", max_tokens=12).ids
+    banned = llm.generate("ab", max_tokens=12, logit_bias=dict.fromkeys(greedy, -math.inf)).ids
+    assert len(greedy) > 3 and not set(greedy) & set(banned)
+    seen: list[list[int]] = []
+    llm.generate("ab", max_tokens=3, logits_processors=[lambda ids, logits: seen.append(ids.tolist())])
+    assert seen == [[97, 98, *greedy[:n]] for n in range(3)]
+    options: dict[str, Any] = {"temperature": 2.0, "dry": 2.0, "typical_p": 0.9, "presence_penalty": 0.3}
+    expected = llm.generate("ab", max_tokens=12, **options, seed=5).ids
+    assert llm.generate("ab", max_tokens=12, sampling=ruvllm.Sampling(**options), seed=5).ids == expected
+    assert llm.generate("ab", max_tokens=12, **options, seed=6).ids != expected
+
+
+def test_options_that_nobody_knows(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="^unexpected keyword argument 'temprature': did you mean 'temperature'\\?$"):
+        llm.stream("ab", temprature=1.0)
+    with pytest.raises(TypeError, match="^sampling: expected a Sampling, found dict$"):
+        llm.stream("ab", sampling={"temperature": 1.0})
+    with pytest.raises(ValueError, match="^logit_bias: expected token ids up to 259, found 260$"):
+        llm.stream("ab", logit_bias={260: 1.0})
+
+
 # --- logits ------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ from ruvllm.model.generate import Token
 from ruvllm.model.lora import LoraAdapter, LoraConfig
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.sampling.filters import candidates
-from ruvllm.model.sampling.options import Sampling
+from ruvllm.model.sampling.options import Mirostat, Sampling
 from ruvllm.model.training import TrainingConfig
 from ruvllm.model.training_data import make_batch
 from ruvllm.options import AnswerOptions
@@ -71,8 +71,8 @@ INSIDE = (
     "ruvllm.report.tables",
 )  # fmt: skip
 NEVER_MADE = {
-    "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator", "Whole",
-    "Table",
+    "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
+    "Whole", "Table",
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield from llm.stream("x" * 100, max_tokens=10).parts()
     yield Token(1, -0.5, answer.logprobs[0][1] if answer.logprobs else ())
     options = AnswerOptions.of({"dry": 0.8, "xtc": 0.5, "logit_bias": dict.fromkeys(range(100), 1.0)})
-    yield [options, llm.sampler(options), Sampling(mirostat=2), candidates(np.zeros(100, np.float32))]
+    yield [options, llm.sampler(options), Sampling(mirostat=2), Mirostat(), candidates(np.zeros(100, np.float32))]
     yield llm.new_cache(200)
     yield llm.tokenizer.stream_decoder()
     yield llm.tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _HOST = "ruvllm runs on the CPU only: leave it out"
-_SAMPLING = "ruvllm lacks this sampler; it has --temp, --top-k, --top-p, --min-p and --repeat-penalty"
+_SAMPLING = "leave it out; `--help` lists what there is"
 _FILE = "it is read from the model's file: leave it out"
 _CHOSEN = "ruvllm chooses it: leave it out"
 _DRAFT = "speculative decoding is not supported: leave it out"
@@ -51,11 +51,9 @@ _USE: dict[str, str] = {
         ("--log-disable --log-file --log-colors -v --verbose --log-verbose -lv --verbosity --log-verbosity", _LOG),
         ("--log-prefix --no-log-prefix --log-timestamps --no-log-timestamps --verbose-prompt --simple-io", _LOG),
         ("--display-prompt --no-display-prompt --show-timings --no-show-timings -co --color -sp --special", _LOG),
-        ("--samplers --sampler-seq --sampling-seq --top-nsigma --top-n-sigma --xtc-probability", _SAMPLING),
-        ("--xtc-threshold --typical --typical-p --repeat-last-n --presence-penalty --frequency-penalty", _SAMPLING),
-        ("--dry-multiplier --dry-base --dry-allowed-length --dry-penalty-last-n --dry-sequence-breaker", _SAMPLING),
-        ("--adaptive-target --adaptive-decay --dynatemp-range --dynatemp-exp --mirostat --mirostat-lr", _SAMPLING),
-        ("--mirostat-ent -l --logit-bias --ignore-eos", _SAMPLING),
+        ("--samplers --sampler-seq --sampling-seq --top-nsigma --top-n-sigma --dry-penalty-last-n", _SAMPLING),
+        ("--dry-sequence-breaker --adaptive-target --adaptive-decay --dynatemp-range --dynatemp-exp", _SAMPLING),
+        ("--ignore-eos", "forbid the model's end tokens with --logit-bias ID-inf"),
         ("--grammar --grammar-file -j --json-schema -jf --json-schema-file", _GRAMMAR),
         ("-r --reverse-prompt", "use --stop"),
         ("-cnv --conversation -no-cnv --no-conversation -st --single-turn -i --interactive -if", _CHAT),

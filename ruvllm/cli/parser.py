@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import NoReturn
 
@@ -339,6 +340,45 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
     group.add_argument(
         "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", metavar="R",
         type=number(0, above=True), help="above 1 makes tokens that already occurred less likely",
+    )  # fmt: skip
+    group.add_argument(
+        "--presence-penalty", type=number(-math.inf), metavar="X", help="taken off the logit of a token that occurred"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=number(-math.inf), metavar="X", help="taken off it once for each time"
+    )
+    group.add_argument(
+        "--repeat-last-n", type=integer(0, -1), metavar="N", help="these penalties look at N tokens (default: -1, all)"
+    )
+    group.add_argument(
+        "--typical-p", "--typical", dest="typical_p", type=number(0, 1, above=True), metavar="P",
+        help="choose among tokens of typical surprise that sum to P",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry-multiplier", type=number(0), metavar="X", help="penalty on repeated runs of tokens; 0.8 is usual"
+    )
+    group.add_argument("--dry-base", type=number(1), metavar="X", help="its growth with each token (default: 1.75)")
+    group.add_argument(
+        "--dry-allowed-length", type=integer(1), metavar="N", help="shorter runs go unpunished (default: 2)"
+    )
+    group.add_argument(
+        "--xtc-probability", type=number(0, 1), metavar="P", help="how often to drop all likely tokens but the least"
+    )
+    group.add_argument("--xtc-threshold", type=number(0, 1), metavar="P", help="which are likely (default: 0.1)")
+    group.add_argument(
+        "--mirostat", type=int, choices=(0, 1, 2), help="keep the surprise of the text even, in place of the filters"
+    )
+    group.add_argument(
+        "--mirostat-ent", "--mirostat-tau", dest="mirostat_tau", type=number(0), metavar="BITS",
+        help="the surprise of a token (default: 5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mirostat-lr", "--mirostat-eta", dest="mirostat_eta", type=number(0), metavar="X",
+        help="how fast it is corrected (default: 0.1)",
+    )  # fmt: skip
+    group.add_argument(
+        "-l", "--logit-bias", action="append", metavar="ID+X",
+        help="add X to the logit of a token: 42+1.5, 42-1, 42-inf forbids it; may be repeated",
     )  # fmt: skip
     group.add_argument(
         "-s", "--seed", type=integer(0, -1), metavar="N",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from ruvllm.model.kv_cache import KVCache
     from ruvllm.streaming import Generation, Stream
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "repeat_last_n", "stop",
+)  # fmt: skip
 _CHAT_HELP = """\
 /help   this list
 /reset  forget the conversation
@@ -180,6 +184,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     for text in given.get("stop", ()):
         checked(text, "--stop")
+    given |= _samplers(args)
     if args.template is not None:
         given["template"] = _template(args.template)
     if args.think is not None:
@@ -188,6 +193,36 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         given["template_args"] = _json_object(args.template_args)
     seed = None if args.seed == -1 else args.seed
     return given | {"seed": seed, "max_tokens": None if args.max_tokens < 0 else args.max_tokens}
+
+
+def _samplers(args: argparse.Namespace) -> dict[str, Any]:
+    """The samplers that have several options each."""
+    from ruvllm.model.sampling.options import Dry, Mirostat, Xtc
+
+    found: dict[str, Any] = {}
+    for name, kind, switch, others in (
+        ("dry", Dry, "dry_multiplier", {"base": "dry_base", "allowed_length": "dry_allowed_length"}),
+        ("xtc", Xtc, "xtc_probability", {"threshold": "xtc_threshold"}),
+        ("mirostat", Mirostat, "mirostat", {"tau": "mirostat_tau", "eta": "mirostat_eta"}),
+    ):
+        values = {field: value for field, option in others.items() if (value := getattr(args, option)) is not None}
+        first = getattr(args, switch)
+        if first:
+            found[name] = kind(first, **values)
+        elif values:
+            option = others[next(iter(values))]
+            raise ValueError(f"--{option.replace('_', '-')}: only with --{switch.replace('_', '-')}")
+    if args.logit_bias:
+        found["logit_bias"] = dict(map(_bias, args.logit_bias))
+    return found
+
+
+def _bias(given: str) -> tuple[int, float]:
+    """ID+X or ID-X: a token id and a number."""
+    found = re.fullmatch(r"(\d+)([+-](?:\d+\.?\d*|\.\d+|inf))", given)
+    if found is None or found[2] == "+inf":
+        raise ValueError(f"--logit-bias: expected ID+X or ID-X, such as 42-1.5, found {given!r}")
+    return int(found[1]), float(found[2])
 
 
 def _template(given: str) -> str:

@@ -50,7 +50,6 @@ def _unbroken(window: np.ndarray, most: int, breakers: list[bytes], spell: Calla
     for count, token in enumerate(window[len(window) - most :][::-1].tolist()):
         piece, rest = spell(token), b"".join(behind[::-1][:reach])[:reach]
         ends = [found + len(text) for text in breakers if (found := (piece + rest).rfind(text)) >= 0]
-        ends = [end for end in ends if end > 0]
         if ends:
             end, passed = max(ends) - len(piece), 0
             while end > 0:  # it ends in a later token

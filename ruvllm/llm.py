@@ -22,6 +22,10 @@ from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
 from ruvllm.model.sampling.sampler import Sampler
+from ruvllm.model.speculation.costs import PassCosts
+from ruvllm.model.speculation.draft_model import DraftModel
+from ruvllm.model.speculation.lookup import Lookup
+from ruvllm.model.speculation.speculate import Drafter, Speculation, speculate
 from ruvllm.options import AnswerOptions, ChatOptions
 from ruvllm.progress import tqdm
 from ruvllm.streaming import Generation, Stream, Timings
@@ -39,6 +43,7 @@ Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
 _THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
 _SCORED_TOKENS = 512  # of one window, by default
+_COMPARED_TOKENS = 1000  # of the vocabularies of a model and its draft model
 _NO_CHAT_OPTIONS = ChatOptions()
 _SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
 
@@ -71,6 +76,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.path = path
         self.lora = MicroLora(model)  # the adapters over the model
+        self.costs = PassCosts()  # seconds of passes of several tokens, for speculation
 
     def load_adapter(self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None) -> LoraAdapter:
         """Read a LoRA adapter and activate it, next to other active ones; ``llm.lora`` mixes, swaps and removes them.
@@ -177,6 +183,7 @@ class LLM:
         logprobs: int = 0,
         cache: KVCache | None = None,
         kv: str = "f32",
+        draft: str | LLM | None = None,
         **options: Any,
     ) -> Stream:
         """Pieces of the continuation of ``prompt`` as they are generated; ``Stream.parts`` has the reasoning, too.
@@ -190,6 +197,9 @@ class LLM:
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused if it begins with the same tokens, so that a conversation is not computed again each turn.
             kv: precision of the KV cache if none is given: "f32", "f16" or "int8".
+            draft: what guesses the next tokens, so that one pass of the model makes several where they are right; the
+                text stays the same. "lookup": the text so far, where it read alike; a smaller LLM of the same
+                vocabulary. Guesses are as many as pay, by the time that passes take; ``timings`` counts them.
             options: how tokens are chosen, the fields of ``Sampling``: temperature, top_k, top_p, min_p, typical_p,
                 repetition_penalty, presence_penalty, frequency_penalty, repeat_last_n, dry, xtc, mirostat,
                 logit_bias, logits_processors, seed; or ``sampling``, a Sampling that holds them. And of chats:
@@ -230,10 +240,13 @@ class LLM:
         cache.claim(self.model)
         held = cache.keep_common_prefix(ids, self.model.filling)
         cache.require_room(len(ids) - held)
-        tokens = generate(
-            self.model, cache, ids[held:], sampler, cache.max_tokens if max_tokens is None else max_tokens, logprobs
-        )
         timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
+        most = cache.max_tokens if max_tokens is None else max_tokens
+        if draft is None:
+            tokens = generate(self.model, cache, ids[held:], sampler, most, logprobs)
+        else:
+            guessing = Speculation(self._drafter(draft, cache.max_tokens), self.costs, timings)
+            tokens = speculate(self.model, cache, ids[held:], sampler, most, logprobs, guessing)
         thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
         return Stream(self.tokenizer, timings, tokens, stop, thoughts)
 
@@ -388,6 +401,19 @@ class LLM:
             raise ValueError(f"{name}: only for messages, found a prompt of type {type(prompt).__name__}")
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         return self.model.checked_ids(ids, "prompt")
+
+    def _drafter(self, draft: str | LLM, max_tokens: int) -> Drafter:
+        if isinstance(draft, str) and draft == "lookup":
+            return Lookup()
+        if not isinstance(draft, LLM):
+            raise ValueError(f"draft: expected 'lookup', an LLM or None, found {draft!r:.60}")
+        ours, theirs = self.tokenizer, draft.tokenizer
+        shared = min(ours.vocab_size, theirs.vocab_size)
+        sample = range(0, shared, max(1, shared // _COMPARED_TOKENS))
+        if any(ours.token_bytes(i) != theirs.token_bytes(i) for i in sample):
+            raise ValueError(f"draft: expected a model of the same vocabulary, found {draft!r}")
+        compile_cache(draft.model.layouts, "f32", config=draft.config)
+        return DraftModel(draft.model, self.config.vocab_size, max_tokens)
 
     def _separator(self, ids: np.ndarray, chat: ChatOptions) -> Separator:
         from ruvllm.checkpoint.chat import chosen_template

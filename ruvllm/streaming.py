@@ -25,6 +25,13 @@ class Timings:
     prompt_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0  # from the first token to the last
+    drafted: int = 0  # tokens that were guessed (speculative decoding)
+    accepted: int = 0  # of them, those that saved a pass
+
+    @property
+    def passes(self) -> int:
+        """Passes of the model that the tokens took."""
+        return self.tokens - self.accepted
 
     @property
     def tokens_per_second(self) -> float:

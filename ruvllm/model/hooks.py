@@ -58,6 +58,11 @@ class Hooks:
         self._plain: Tapes | None = None
         self._tapes: Tapes | None = None
 
+    @property
+    def records(self) -> bool:
+        """Whether anything reads arrays."""
+        return bool(self._recordings)
+
     def begin(self, cache: KVCache | None, ids: np.ndarray) -> None:
         """A pass of ids begins; None: of several sequences."""
         self._first = None if cache is None else cache.length

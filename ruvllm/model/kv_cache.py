@@ -143,6 +143,12 @@ class KVCache:
         self._reach = max(self._reach, self.length) if length else 0
         self.length = length
 
+    def restore(self, length: int) -> None:
+        """Take positions up to ``length`` back after ``truncate``; only if nothing was filled in since."""
+        if not self.length <= length <= min(self._reach, self.max_tokens):
+            raise ValueError(f"length: expected {self.length} to {self._reach}, found {length}")
+        self.length = length
+
     def rewind(self, length: int) -> int:
         """``truncate``, or clear where that is impossible; returns the remaining length."""
         self.truncate(length if length >= self.oldest else 0)

@@ -219,6 +219,14 @@ def test_samplers_of_several_options(llm):
     assert llm.asked[1][1] == DEFAULTS | {"mirostat": Mirostat(1, 4.0, 0.2)}
 
 
+def test_who_guesses(llm, capsys):
+    assert main(["generate", "m", "x", "--model-draft", "lookup"]) == 0
+    assert llm.asked[0][1] == DEFAULTS | {"draft": "lookup"}
+    assert main(["generate", "m", "x", "--model-draft", "small"]) == 0
+    assert llm.asked[1][1] == DEFAULTS | {"draft": llm}
+    assert llm.loaded[0] == "small"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

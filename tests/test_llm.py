@@ -142,6 +142,35 @@ def test_options_that_nobody_knows(llm: LLM) -> None:
         llm.stream("ab", logit_bias={260: 1.0})
 
 
+def test_guesses_change_no_text_and_are_counted(llm: LLM, tmp_path: Path) -> None:
+    for options in ({}, {"temperature": 0.7, "seed": 3}):
+        expected = llm.generate("abcabcabc", max_tokens=60, **options)
+        assert (expected.timings.drafted, expected.timings.passes) == (0, expected.timings.tokens)
+        for draft in ("lookup", llm, cases.byte_llm(tmp_path)):
+            cache = llm.new_cache(100)
+            found = llm.generate("abcabcabc", max_tokens=60, draft=draft, cache=cache, **options)
+            assert (found.ids, found.text) == (expected.ids, expected.text)
+            timings = found.timings
+            assert timings.tokens == 60 == timings.passes + timings.accepted and timings.accepted <= timings.drafted
+            again = llm.generate([*b"abcabcabc", *found.ids, 65], max_tokens=5, draft=draft, cache=cache)
+            assert again.timings.reused_tokens == 9 + 59
+    assert llm.generate("abcabcabc", max_tokens=60, draft=llm).timings.drafted > 0
+
+
+def test_what_cannot_guess(llm: LLM, tmp_path: Path) -> None:
+    for draft in ("look", 5, llm.model):
+        with pytest.raises(ValueError, match="^draft: expected 'lookup', an LLM or None, found "):
+            llm.stream("ab", draft=draft)  # type: ignore[arg-type]
+    other = ruvllm.load(cases.write_directory(tmp_path / "tiny"))
+    with pytest.raises(ValueError, match="^draft: expected a model of the same vocabulary, found LLM"):
+        llm.stream("ab", draft=other)
+    with llm.trace() as trace:
+        trace.keep("embed")
+        with pytest.raises(ValueError, match="^draft: rejected tokens would be recorded too"):
+            llm.generate("ab", draft="lookup")
+        llm.generate("ab", max_tokens=2)
+
+
 # --- logits ------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ _HOST = "ruvllm runs on the CPU only: leave it out"
 _SAMPLING = "leave it out; `--help` lists what there is"
 _FILE = "it is read from the model's file: leave it out"
 _CHOSEN = "ruvllm chooses it: leave it out"
-_DRAFT = "speculative decoding is not supported: leave it out"
+_DRAFT = "leave it out: how many tokens are guessed follows from what pays; --model-draft says by whom"
 _HUB = "give OWNER/NAME, OWNER/NAME:TYPE or OWNER/NAME/file.gguf as the model: it is fetched"
 _PICTURES = "only text models are supported"
 _LOG = "use --debug for more output, --quiet for the answer alone"
@@ -63,7 +63,8 @@ _USE: dict[str, str] = {
         ("--reasoning-effort", """use --template-args '{"reasoning_effort": "low"}'"""),
         ("--reasoning-format", "reasoning goes to stderr: leave it out"),
         ("-mm --mmproj -mmu --mmproj-url --no-mmproj --image --audio --video -mmdev", _PICTURES),
-        ("-md --model-draft -hfd -hfrd -td --threads-draft -tbd -Cd -Crd -Cbd -otd -cmoed -ncmoed -devd -ngld", _DRAFT),
+        ("-md", "use --model-draft"),
+        ("-hfd -hfrd -td --threads-draft -tbd -Cd -Crd -Cbd -otd -cmoed -ncmoed -devd -ngld", _DRAFT),
         ("-ctkd -ctvd --draft --draft-n --draft-max --draft-min --draft-n-min --spec-type --spec-default", _DRAFT),
     )
     for name in names.split()

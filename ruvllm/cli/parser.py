@@ -384,6 +384,11 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
         "-s", "--seed", type=integer(0, -1), metavar="N",
         help="same seed, same answer; -1: a new one each time (the default)",
     )  # fmt: skip
+    group.add_argument(
+        "--model-draft", "--draft-model", dest="draft", metavar="MODEL",
+        help="guess tokens (speculative decoding): a smaller model of the same vocabulary, or `lookup`: from the text "
+        "so far; the answer stays the same, and comes sooner where guesses are right",
+    )  # fmt: skip
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer at this text; may be repeated")
     return parser
 

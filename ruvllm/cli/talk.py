@@ -55,6 +55,7 @@ def generate(args: argparse.Namespace) -> None:
         request = [*_system(args), {"role": "user", "content": prompt}]
     # Without a limit of tokens the facade makes a cache as long as the prompt and the answer.
     cache = None if args.context is None and args.max_tokens >= 0 else _cache(llm, args)
+    options = _with_draft(args, options)
     _show_answer(llm.stream(request, cache=cache, kv=args.kv, **options), cache, args)
 
 
@@ -72,6 +73,7 @@ def chat(args: argparse.Namespace) -> None:
             or f"{model} has no chat template: set one with --chat-template, or continue a text with: "
             f"ruvllm generate {model} --raw"
         )
+    options = _with_draft(args, options)
     cache = _cache(llm, args)
     if interactive:
         _enable_line_editing()
@@ -148,6 +150,15 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
         path, weight = _adapter(given)
         llm.load_adapter(path, weight, name=f"{number}: {path}")
     return llm
+
+
+def _with_draft(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the draft model of --model-draft, loaded."""
+    if args.draft is None:
+        return options
+    import ruvllm
+
+    return {**options, "draft": args.draft if args.draft == "lookup" else ruvllm.load(args.draft, threads=args.threads)}
 
 
 def _adapter(given: str) -> tuple[str, float]:
@@ -286,6 +297,7 @@ def _summary(result: Generation, full: bool) -> str:
     limit = "the context is full: --context (-c) sets more" if full else "stopped at the token limit"
     ended = limit if result.finish_reason == "length" else "reached its end"
     made = f"{times.tokens} tokens, {times.tokens_per_second:.1f} tokens/s" if times.tokens > 1 else "1 token"
+    made += f", {times.accepted} of {times.drafted} guesses right" if times.drafted else ""
     prompt = f"{times.prompt_tokens} prompt tokens{reused}, first token after {times.prompt_seconds:.2f} s"
     return f"[{prompt}; {made}; {ended}]"
 

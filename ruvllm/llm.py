@@ -213,11 +213,15 @@ class LLM:
                   default.
                 - template_args: additional variables of the template, such as {"reasoning_effort": "low"}.
 
+                And of the form of the answer, one of these, which need ``pip install 'ruvllm[structured]'``; reasoning
+                is free: schema (a JSON schema or pydantic model), regex, grammar (Lark or GBNF), choices (strings).
+
         Raises:
             TypeError: the prompt is neither text, integers nor messages, or an option is unknown.
-            ValueError: an option outside its range, an empty prompt, a template that cannot be used, or an option of
-                chats with a prompt that is not a chat.
+            ValueError: an option outside its range, an empty prompt, a template that cannot be used, an option of chats
+                with a prompt that is not a chat, or a form that cannot be compiled or followed.
             ContextFullError: the prompt does not fit.
+            ImportError: a form is given, and llguidance is not installed.
         """
         given = AnswerOptions.of(options)
         stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable | None) else tuple(stop or ())
@@ -229,7 +233,7 @@ class LLM:
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
         ids = self._ids(prompt, given.chat)
-        sampler = self.sampler(given)
+        sampler = self.sampler(given, ids if _is_chat(prompt) else None)
         limit = self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
@@ -250,12 +254,26 @@ class LLM:
         thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
         return Stream(self.tokenizer, timings, tokens, stop, thoughts)
 
-    def sampler(self, options: AnswerOptions) -> Sampler:
-        """What chooses the tokens of one sequence. Raises ValueError for a token id outside the vocabulary."""
+    def sampler(self, options: AnswerOptions, chat: np.ndarray | None = None) -> Sampler:
+        """What chooses the tokens of one sequence.
+
+        chat: token ids of the prompt, if it is a chat: its answer may have to begin with reasoning.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, or a form that cannot be compiled or followed.
+            ImportError: a form is given, and llguidance is not installed.
+        """
         for token in options.sampling.logit_bias:
             if token >= self.config.vocab_size:
                 raise ValueError(f"logit_bias: expected token ids up to {self.config.vocab_size - 1}, found {token}")
-        return Sampler(options.sampling, self.tokenizer.token_bytes)
+        constraint = None
+        if options.form.name is not None:
+            from ruvllm.structured.constraint import constraint_of
+
+            thoughts = None if chat is None else self._separator(chat, options.chat)
+            end = None if thoughts is None else thoughts.end_of_reasoning
+            constraint = constraint_of(options.form, self.tokenizer, self.config.vocab_size, end)
+        return Sampler(options.sampling, self.tokenizer.token_bytes, constraint)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""

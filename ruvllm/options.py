@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.model.sampling.options import Sampling
+from ruvllm.structured.form import Form
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.tool_schema import Tool
@@ -41,6 +42,7 @@ class AnswerOptions:
 
     sampling: Sampling
     chat: ChatOptions
+    form: Form
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> AnswerOptions:
@@ -55,13 +57,13 @@ class AnswerOptions:
         if not isinstance(sampling, Sampling | None):
             raise TypeError(f"sampling: expected a Sampling, found {type(sampling).__name__}")
         changes = _taken(given, Sampling)
-        chat = ChatOptions(**_taken(given, ChatOptions))
+        chat, form = ChatOptions(**_taken(given, ChatOptions)), Form(**_taken(given, Form))
         if given:
-            known = [f.name for group in (Sampling, ChatOptions) for f in fields(group)]
+            known = [f.name for group in (Sampling, ChatOptions, Form) for f in fields(group)]
             name = next(iter(given))
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"unexpected keyword argument {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
-        return cls(Sampling(**changes) if sampling is None else replace(sampling, **changes), chat)
+        return cls(Sampling(**changes) if sampling is None else replace(sampling, **changes), chat, form)
 
 
 def _taken(given: dict[str, Any], group: type) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LAYERS = [
     "ruvllm.llm",
     "ruvllm.tracing",
     "ruvllm.compiling ruvllm.quantizing",
-    "ruvllm.training_text",
+    "ruvllm.training_text ruvllm.structured",
     "ruvllm.checkpoint",
     "ruvllm.model",
     "ruvllm.kernels.operations",

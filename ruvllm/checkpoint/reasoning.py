@@ -28,6 +28,11 @@ class Piece(NamedTuple):
 class Separator(Protocol):
     """Takes each token with the text that it completed, and yields the pieces that are certain by then."""
 
+    @property
+    def end_of_reasoning(self) -> str | None:
+        """The text, control tokens spelt, after which the answer begins; None: with the first token."""
+        ...
+
     def push(self, token_id: int, text: str) -> Iterator[Piece]: ...
 
     def finish(self, text: str) -> Iterator[Piece]:
@@ -54,6 +59,8 @@ def _control(tokenizer: Tokenizer, text: str) -> int | None:
 class Whole:
     """No separation: everything is the answer."""
 
+    end_of_reasoning = None
+
     def push(self, token_id: int, text: str) -> Iterator[Piece]:
         yield Piece(text)
 
@@ -65,6 +72,7 @@ class _Tags:
     """Reasoning between two tags, before anything else. Line ends at its edges belong to neither."""
 
     def __init__(self, opened: bool) -> None:
+        self.end_of_reasoning = _CLOSE if opened else None
         self._step = self._thinking if opened else self._before
         self._held = ""
         self._begun = False  # whether there was text since the last tag
@@ -110,6 +118,8 @@ class _Tags:
 
 class _Channels:
     """Messages with headers. A message to a tool is part of the answer, with its header: it is for the caller."""
+
+    end_of_reasoning = f"{_CHANNEL}final{_MESSAGE}"
 
     def __init__(self, controls: dict[int, str]) -> None:
         self._controls = controls

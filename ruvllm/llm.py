@@ -206,9 +206,9 @@ class LLM:
 
                 - template: a chat template (Jinja) in place of the model's, or the name of one that it has.
                 - tools: functions that the model may call: Python functions with type hints and a docstring, or JSON
-                  schemas as OpenAI has them. The model writes its calls into the text, in its own format; pass them on
-                  in the messages, as {"role": "assistant", "tool_calls": [...]}, and their results with the role
-                  "tool".
+                  schemas as OpenAI has them. The model writes its calls into the text, in its own format, of which
+                  ``Generation.tool_calls`` are read; pass them on in the messages, as {"role": "assistant",
+                  "tool_calls": [...]}, and their results with the role "tool".
                 - enable_thinking: whether a model that can do both thinks before it answers; None: its template's
                   default.
                 - template_args: additional variables of the template, such as {"reasoning_effort": "low"}.
@@ -252,7 +252,7 @@ class LLM:
             guessing = Speculation(self._drafter(draft, cache.max_tokens), self.costs, timings)
             tokens = speculate(self.model, cache, ids[held:], sampler, most, logprobs, guessing)
         thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
-        return Stream(self.tokenizer, timings, tokens, stop, thoughts)
+        return Stream(self.tokenizer, timings, tokens, stop, thoughts, given.chat.tools is not None)
 
     def sampler(self, options: AnswerOptions, chat: np.ndarray | None = None) -> Sampler:
         """What chooses the tokens of one sequence.

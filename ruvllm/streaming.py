@@ -9,6 +9,7 @@ from typing import Any
 
 from ruvllm.brief import brief
 from ruvllm.checkpoint.reasoning import Piece, Separator, Whole, may_begin
+from ruvllm.checkpoint.tool_calls import ToolCall, tool_calls
 from ruvllm.errors import ContextFullError
 from ruvllm.model.generate import Token
 
@@ -46,6 +47,7 @@ class Generation:
     text: without the ``reasoning`` before it ("" for a model that does not reason, and for prompts that are not a
     chat). ids: of both, with the tokens that mark them.
     finish_reason: "stop" (end-of-text token or a stop string) or "length" (max_tokens or context full).
+    tool_calls: what the answer calls of the ``tools`` that were given, as messages take them; the text has them, too.
     logprobs: one entry per id, if requested: (log-probability, the most likely alternatives as (id, logprob)).
     """
 
@@ -55,6 +57,7 @@ class Generation:
     timings: Timings = field(default_factory=Timings)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] | None = None
     reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     __repr__ = brief
 
@@ -71,11 +74,12 @@ class Stream:
 
     def __init__(
         self, tokenizer: Any, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...],
-        separator: Separator | None = None,
+        separator: Separator | None = None, with_tools: bool = False,
     ) -> None:  # fmt: skip
         self.result = Generation(timings=timings)
         # A SentencePiece text loses its leading space; an answer should, a continuation should not.
         decoder = tokenizer.stream_decoder(continuation=separator is None)
+        self._with_tools = with_tools
         self._parts = self._run(tokens, set(tokenizer.eos_ids), decoder, separator or Whole(), _Stops(stop))
         self._pieces = (part.text for part in self._parts if not part.reasoning)
 
@@ -123,6 +127,8 @@ class Stream:
         elif rest := stops.held:
             result.text += rest
             yield Piece(rest)
+        if self._with_tools:
+            result.tool_calls = tool_calls(result.text)
 
     def _shown(self, pieces: Iterator[Piece], stops: _Stops) -> Iterator[Piece]:
         for text, reasoning in pieces:

@@ -219,6 +219,16 @@ def test_samplers_of_several_options(llm):
     assert llm.asked[1][1] == DEFAULTS | {"mirostat": Mirostat(1, 4.0, 0.2)}
 
 
+def test_forms_of_answers(llm, tmp_path):
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    for option in ("-j", "--json-schema", "--json-schema-file"):
+        for given in ('{"type": "object"}', str(tmp_path / "schema.json")):
+            assert main(["generate", "m", "x", option, given]) == 0
+    assert all(options == DEFAULTS | {"schema": '{"type": "object"}'} for _, options in llm.asked)
+    assert main(["generate", "m", "x", "--grammar", 'root ::= "a"', "--regex", "a+"]) == 0
+    assert llm.asked[-1][1] == DEFAULTS | {"grammar": 'root ::= "a"', "regex": "a+"}
+
+
 def test_who_guesses(llm, capsys):
     assert main(["generate", "m", "x", "--model-draft", "lookup"]) == 0
     assert llm.asked[0][1] == DEFAULTS | {"draft": "lookup"}

@@ -171,6 +171,23 @@ def test_what_cannot_guess(llm: LLM, tmp_path: Path) -> None:
         llm.generate("ab", max_tokens=2)
 
 
+def test_calls_of_tools_are_read_where_tools_are_given(saying: Any) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+    def f(x: int) -> int:
+        """A function.
+
+        Args:
+            x: a number.
+        """
+        return x
+
+    answer = saying(text).chat(USER, tools=[f])
+    assert (answer.text, answer.tool_calls) == (text, calls)
+    assert saying(text).chat(USER).tool_calls == []
+
+
 # --- logits ------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ _DRAFT = "leave it out: how many tokens are guessed follows from what pays; --mo
 _HUB = "give OWNER/NAME, OWNER/NAME:TYPE or OWNER/NAME/file.gguf as the model: it is fetched"
 _PICTURES = "only text models are supported"
 _LOG = "use --debug for more output, --quiet for the answer alone"
-_GRAMMAR = "grammars are not supported: describe the format in the prompt"
 _CHAT = "use `ruvllm chat` for a conversation, `ruvllm generate` for one answer, --raw for no chat at all"
 _MAPPED = "weights are mapped from the file unless --no-mmap is given"
 
@@ -54,7 +53,7 @@ _USE: dict[str, str] = {
         ("--samplers --sampler-seq --sampling-seq --top-nsigma --top-n-sigma --dry-penalty-last-n", _SAMPLING),
         ("--dry-sequence-breaker --adaptive-target --adaptive-decay --dynatemp-range --dynatemp-exp", _SAMPLING),
         ("--ignore-eos", "forbid the model's end tokens with --logit-bias ID-inf"),
-        ("--grammar --grammar-file -j --json-schema -jf --json-schema-file", _GRAMMAR),
+        ("-jf", "use --json-schema FILE"),
         ("-r --reverse-prompt", "use --stop"),
         ("-cnv --conversation -no-cnv --no-conversation -st --single-turn -i --interactive -if", _CHAT),
         ("--interactive-first -mli --multiline-input", _CHAT),

@@ -389,6 +389,15 @@ def _sampling(max_tokens: int, temperature: float) -> Parser:
         help="guess tokens (speculative decoding): a smaller model of the same vocabulary, or `lookup`: from the text "
         "so far; the answer stays the same, and comes sooner where guesses are right",
     )  # fmt: skip
+    group.add_argument(
+        "-j", "--json-schema", "--json-schema-file", dest="schema", metavar="SCHEMA",
+        help="the answer is JSON that follows this schema: its text, or a file; {} allows any JSON",
+    )  # fmt: skip
+    group.add_argument(
+        "--grammar", "--grammar-file", dest="grammar", metavar="GRAMMAR",
+        help="the answer follows this grammar: its text (GBNF or Lark), or a file",
+    )  # fmt: skip
+    group.add_argument("--regex", metavar="PATTERN", help="the answer matches this regular expression")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer at this text; may be repeated")
     return parser
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "repeat_last_n", "stop",
+    "frequency_penalty", "repeat_last_n", "regex", "stop",
 )  # fmt: skip
 _CHAT_HELP = """\
 /help   this list
@@ -196,6 +196,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     for text in given.get("stop", ()):
         checked(text, "--stop")
     given |= _samplers(args)
+    for name, option in (("schema", "JSON schema"), ("grammar", "grammar")):
+        if (text := getattr(args, name)) is not None:
+            given[name] = read_text(None, text, option) if Path(text).is_file() else text
     if args.template is not None:
         given["template"] = _template(args.template)
     if args.think is not None:

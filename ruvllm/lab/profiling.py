@@ -202,7 +202,7 @@ class _Timed:
         times = np.zeros((header[t.END], header[t.THREADS], 3), np.int64)
         header[t.TIMES] = times.ctypes.data
         start = time.perf_counter()
-        t.replay.run(header, int(header[t.THREADS]))
+        t.replay.run(working.address, int(header[t.THREADS]))
         stop = time.perf_counter()
         header[t.TIMES] = 0
         positions = working.positions[: header[t.TOKENS]].copy()

@@ -55,7 +55,7 @@ class Parallel:
 
     def run(self, tape: Tape, working: Working) -> None:
         """See ``Runner``."""
-        t.replay.run(working.header, int(working.header[t.THREADS]))
+        t.replay.run(working.address, int(working.header[t.THREADS]))
 
 
 class Replayed(Protocol):
@@ -120,6 +120,8 @@ class Working:
         self.partial = aligned_empty((heads, chunks, partial_width(D)))
         self.scratch = aligned_empty((threads, scratch))
         self.header = h = np.zeros(t.HEADER_SIZE, np.int64)
+        self.address = h.ctypes.data  # asked for once: NumPy makes an object for each such question
+        self._rows: dict[Value, np.ndarray] = {}  # those last asked for
         h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
         h[t.LAYERS], h[t.CACHES] = len(cache.table), cache.table.ctypes.data
         h[t.KEY_ROWS], h[t.VALUE_WIDTH] = cache.keys[0].shape[2], cache.values[0].shape[2]
@@ -173,6 +175,12 @@ class Working:
         count = int(self.header[value.count])
         if value.space == t.LOGITS:
             return np.empty((0, value.width), np.float32) if self.logits is None else self.logits
+        rows = self._rows.get(value)
+        if rows is None or len(rows) != count:
+            rows = self._rows[value] = self._found_rows(value, count)
+        return rows
+
+    def _found_rows(self, value: Value, count: int) -> np.ndarray:
         memory, scale = (self.local, 1) if value.space == t.LOCAL else (self.shared, self.capacity)
         rows = memory[value.offset * scale :][: count * value.row_bytes]
         return rows.view(np.float32).reshape(count, value.width)
@@ -182,6 +190,7 @@ class Working:
         if tape is self.tape:
             return
         before, self.tape = self.tape, tape
+        self._rows.clear()
         self.header[t.ROWS_ADDRESS] = tape.rows.ctypes.data
         if before is None or (before.shared, before.local) != (tape.shared, tape.local):
             stride = tape.local + _BETWEEN_MEMBERS if tape.local else 0

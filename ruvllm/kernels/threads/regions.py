@@ -60,9 +60,9 @@ class CFunction:
 class Region(CFunction):
     """``function(table)``, to be entered by several threads at once; it may use barriers (``threads.team``). Strict."""
 
-    def run(self, table: np.ndarray, threads: int) -> None:
-        """Let ``threads`` threads enter; returns when the last has left. table: int64, kept alive by the caller."""
+    def run(self, table: int, threads: int) -> None:
+        """Let ``threads`` threads enter; returns when the last has left. table: the address of an int64 table."""
         if DISABLE_JIT:
-            self.function(table.ctypes.data)
+            self.function(table)
         else:
-            launch(enter, self.address, table.ctypes.data, threads)
+            launch(enter, self.address, table, threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,7 @@ from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.edits import Change, Edit
+from ruvllm.model.edits import Change, Edit, steering_edits
 from ruvllm.model.generate import generate
 from ruvllm.model.hooks import editing, recording, waiting
 from ruvllm.model.kv_cache import KVCache
@@ -350,6 +350,30 @@ class LLM:
                 dtype, or with NaN, with the array's name.
         """
         with editing(self.model, Edit(self.model.points, name, change, scale, positions)):
+            yield
+
+    @contextmanager
+    def steer(
+        self, by: str | os.PathLike[str] | Mapping[int, Any], scale: float = 1.0, layers: Iterable[int] | None = None
+    ) -> Iterator[None]:
+        """Inside the block, add ``scale`` times a direction to the residual stream after each layer.
+
+        Args:
+            by: what ``lab.steering`` found; a control vector of llama.cpp (a GGUF file); or directions (E,) by layer.
+            scale: a factor; negative ones lead the other way.
+            layers: those to steer; None: all that have a direction. Often a few in the middle serve best.
+
+        Raises:
+            FileNotFoundError, ModelFormatError: the file is not there, unsound, or was made for another model.
+            ValueError: a layer without a direction, or a direction of another size.
+        """
+        if isinstance(by, str | os.PathLike):
+            from ruvllm.checkpoint.control_vector import load_control_vector
+
+            by = load_control_vector(by, self.config)
+        with ExitStack() as stack:
+            for edit in steering_edits(self.model.points, self.config, by, scale, layers):
+                stack.enter_context(editing(self.model, edit))
             yield
 
     def perplexity(

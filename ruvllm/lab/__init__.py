@@ -10,6 +10,7 @@ from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
 from ruvllm.lab.patching import Patching, patch
 from ruvllm.lab.profiling import Profile, profile
 from ruvllm.lab.rooflines import Roofline, roofline
+from ruvllm.lab.steering import Steering, steering
 from ruvllm.lab.swapping import Swap, swap
 from ruvllm.measure.peaks import Peaks, measure_peaks
 
@@ -23,6 +24,7 @@ __all__ = [
     "Profile",
     "QuantisationError",
     "Roofline",
+    "Steering",
     "Swap",
     "cost",
     "drift",
@@ -33,5 +35,6 @@ __all__ = [
     "profile",
     "quantisation_error",
     "roofline",
+    "steering",
     "swap",
 ]

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ruvllm.model.checks import is_integer
+from ruvllm.model.config import ModelConfig
 from ruvllm.model.names import Points, matching
 
 Change = Callable[[np.ndarray], Any] | np.ndarray | float
+
+
+def after_layer(config: ModelConfig, layer: int) -> str:
+    """The name of the residual stream after a layer."""
+    return f"layers.{layer + 1}.residual" if layer + 1 < config.num_hidden_layers else "final.residual"
+
+
+def steering_edits(
+    points: Points, config: ModelConfig, directions: Mapping[int, Any], scale: float, layers: Iterable[int] | None
+) -> list[Edit]:
+    """Edits that add ``scale`` times the direction (E,) of each layer to the residual stream after it.
+
+    Raises:
+        ValueError: no layers, one that has no direction, or a direction that is not (E,) finite numbers.
+    """
+    chosen = sorted(directions) if layers is None else list(layers)
+    if not chosen:
+        raise ValueError("layers: expected at least one")
+    edits = []
+    for layer in chosen:
+        if layer not in directions or not 0 <= layer < config.num_hidden_layers:
+            known = ", ".join(map(str, sorted(directions)))
+            raise ValueError(f"layers: expected some of {known}, which have a direction, found {layer!r}")
+        added = np.float32(scale) * np.asarray(directions[layer], np.float32)
+        if added.shape != (config.hidden_size,) or not np.isfinite(added).all():
+            raise ValueError(
+                f"direction of layer {layer}: expected {config.hidden_size} finite numbers, found the shape "
+                f"{added.shape}{'' if np.isfinite(added).all() else ' with others'}"
+            )
+        edits.append(Edit(points, after_layer(config, layer), partial(np.add, added)))
+    return edits
 
 
 class Edit:

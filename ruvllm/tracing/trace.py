@@ -19,7 +19,7 @@ from ruvllm.tracing.attribution import Attribution, direct_attribution
 from ruvllm.tracing.lens import LogitLens, logit_lens
 from ruvllm.tracing.patterns import AttentionPattern
 
-_READS_KEYS = "heads"  # the end of the name of what is computed from keys
+_READ_KEYS = ".heads"  # the end of the name of what is computed from keys
 _KEYS = "attention.keys"  # what a layer's cache holds, read with what its heads have read
 
 
@@ -154,7 +154,7 @@ class Trace:
         """Keep the rows of this pass."""
         if self._keeps(point.name):
             self._store(point.name, x)
-        if point.name.endswith(_READS_KEYS) and self._keeps_keys(point) and self._cache is not None and point.layer is not None:
+        if self._cache is not None and point.layer is not None and self._keeps_keys(point):
             keys, _ = self._cache.layer(point.layer, len(self._cache) + len(x))
             self._store(_keys_of(point), keys[len(keys) - len(x) :])
 
@@ -174,9 +174,9 @@ class Trace:
 
     def _keeps_keys(self, point: Point) -> bool:
         """Whether patterns will be computed: of all layers, or those asked for."""
-        at, _, end = point.name.rpartition(".")
-        if end != _READS_KEYS:
+        if not point.name.endswith(_READ_KEYS):
             return False
+        at = point.name.removesuffix(_READ_KEYS)
         asked = any(self._keeps(f"{at}.{name}") for name in ("pattern", "scores"))
         return asked or (not self._globs and self._keeps(f"{at}.rotated_q"))
 

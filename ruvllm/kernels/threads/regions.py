@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from numba import prange, types
 
 from ruvllm.kernels.jit.cache import KernelCache

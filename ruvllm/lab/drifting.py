@@ -13,7 +13,6 @@ from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.display import Table, axis
 from ruvllm.llm import LLM, Prompt
-from ruvllm.model.ops.eager import Eager
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
 from ruvllm.progress import tqdm
@@ -68,7 +67,8 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
     """Error of each layer of a model against float64, on the weights that its file holds.
 
     The error includes all rounding: weights converted at load, activations in 8 bits, and swapped kernels if called
-    inside ``swap``. The reference has no adapters: detach them first.
+    inside ``swap``. The model runs as it always does, in its parallel region; with ``model.fused = False`` operation by
+    operation. The reference has no adapters: detach them first.
 
     Args:
         llm: a loaded model; its file must still be there.
@@ -80,23 +80,10 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
         FileNotFoundError: the model's file is gone.
         ValueError: an empty prompt.
     """
-    ids = llm._ids(prompt)
-    passes: list[list[np.ndarray]] = []  # the residual stream between layers, for each pass of a long prompt
-
-    class Watched(Eager):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            passes.append([])
-
-        def boundary(self, x: np.ndarray) -> np.ndarray:
-            passes[-1].append(x)
-            return x
-
-        def last_rows(self, x: np.ndarray) -> np.ndarray:
-            passes[-1].append(x)
-            return super().last_rows(x)
-
-    logits = llm.model.forward(ids, llm.new_cache(len(ids)), ops=Watched)
+    states = [f"layers.{i}.residual" for i in range(llm.config.num_hidden_layers)] + ["final.residual"]
+    with llm.trace(prompt) as trace:
+        trace.keep(*states, "logits")
+    ids, logits = trace.ids, trace["logits"]
     errors, largest = [], []
     with open_checkpoint(llm.path) as checkpoint:
         quiet = None if progress is None else not progress
@@ -110,8 +97,8 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
                     return super().boundary(x)
 
             *references, expected = reference_states(checkpoint, ids, ops_type=Shown)
-    for states, reference in zip(zip(*passes, strict=True), references, strict=True):
-        difference = np.concatenate(states) - reference
+    for state, reference in zip(states, references, strict=True):
+        difference = trace[state] - reference
         errors.append(float(np.linalg.norm(difference) / np.linalg.norm(reference)))
         largest.append(float(np.abs(difference).max()))
     p, q = _log_softmax(expected), _log_softmax(logits.astype(np.float64))

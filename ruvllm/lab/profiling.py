@@ -1,10 +1,10 @@
-"""profile(llm, prompt): the time of a generation by operation and by layer, against the machine's limits."""
+"""profile(llm, prompt): the time of a generation by operation, layer and thread, against the machine's limits."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,20 +33,44 @@ WAIT = "wait at barrier"
 class Operation:
     """One row of the tape in one pass: what, in which layer (-1: before or after all), for how many tokens, its work.
 
-    start, end: when thread 0 ran it. seconds: mean of all threads. limit: the least seconds by the
-    machine's limits, on all threads. ``wait at barrier`` is an operation too: there threads wait for the slowest.
+    starts, ends: when each thread ran it; NaN for one that joined later. limit: the least seconds by the machine's
+    limits, on all threads. ``wait at barrier`` is an operation too: there threads wait for the slowest.
     """
 
     name: str
     layer: int
     tokens: int
     step: int
-    start: float
-    end: float
-    seconds: float
+    starts: tuple[float, ...]
+    ends: tuple[float, ...]
     flops: float
     nbytes: float
     limit: float
+
+    @property
+    def start(self) -> float:
+        """When thread 0 began."""
+        return self.starts[0]
+
+    @property
+    def end(self) -> float:
+        """When thread 0 was done."""
+        return self.ends[0]
+
+    @property
+    def each(self) -> list[float]:
+        """Seconds of each thread that took part."""
+        return [b - a for a, b in zip(self.starts, self.ends, strict=True) if a == a]
+
+    @property
+    def seconds(self) -> float:
+        """Mean of these threads."""
+        return sum(self.each) / len(self.each)
+
+    @property
+    def excess(self) -> float:
+        """Seconds that the slowest of them takes longer than the mean."""
+        return max(self.each) - self.seconds
 
 
 @dataclass(frozen=True)
@@ -76,7 +100,8 @@ class Profile:
     def table(self, decode: bool = True, by: str = "name") -> list[tuple[str, ...]]:
         """Time and rates of each operation (``by="name"``) or layer (``by="layer"``); the first row has the headings.
 
-        decode: passes of one token; False: passes of several.
+        decode: passes of one token; False: passes of several. Times are means of the threads; imbalance: by how much
+        the slowest thread of each call takes longer than that.
         """
         groups: dict[Any, list[Operation]] = defaultdict(list)
         for operation in self.operations:
@@ -84,7 +109,7 @@ class Profile:
                 groups[getattr(operation, by)].append(operation)
         passes = sum(end - start for start, end, tokens in self.steps if (tokens == 1) == decode)  # seconds
         order = sorted(groups) if by == "layer" else sorted(groups, key=lambda n: -_seconds(groups[n]))
-        found: list[tuple[str, ...]] = [(by, "calls", "ms", "share", "GB/s", "GFLOP/s", "of limit")]
+        found: list[tuple[str, ...]] = [(by, "calls", "ms", "share", "imbalance", "GB/s", "GFLOP/s", "of limit")]
         for key in order:
             x = groups[key]
             seconds = max(_seconds(x), 1e-12)
@@ -92,13 +117,30 @@ class Profile:
             found.append(
                 (
                     label, str(len(x)), f"{seconds * 1e3:.2f}", f"{seconds / passes:.1%}",
+                    "-" if key == WAIT else f"{sum(o.excess for o in x) / seconds:.0%}",
                     f"{sum(o.nbytes for o in x) / seconds / 1e9:.1f}", f"{sum(o.flops for o in x) / seconds / 1e9:.1f}",
                     f"{sum(o.limit for o in x) / seconds:.0%}",
                 )
             )  # fmt: skip
         if passes:
             rest = passes - sum(_seconds(x) for x in groups.values())
-            found.append(("between operations", "", f"{rest * 1e3:.2f}", f"{rest / passes:.1%}", "-", "-", "-"))
+            found.append(("between operations", "", f"{rest * 1e3:.2f}", f"{rest / passes:.1%}", "-", "-", "-", "-"))
+        return found
+
+    def by_thread(self, decode: bool = True) -> list[tuple[str, ...]]:
+        """What each thread does with its time: it computes, waits at barriers, or is outside of operations."""
+        chosen = [x for x in self.operations if (x.tokens == 1) == decode]
+        passes = sum(end - start for start, end, tokens in self.steps if (tokens == 1) == decode)
+        found: list[tuple[str, ...]] = [("thread", "computes, ms", "waits, ms", "waits", "else, ms")]
+        for thread in range(self.threads if passes else 0):
+            spent = {False: 0.0, True: 0.0}
+            for x in chosen:
+                if x.starts[thread] == x.starts[thread]:
+                    spent[x.name == WAIT] += x.ends[thread] - x.starts[thread]
+            computes, waits = spent[False], spent[True]
+            cells = (f"{s * 1e3:.2f}" for s in (computes, waits, passes - computes - waits))
+            first, second, rest = cells
+            found.append((f"thread {thread}", first, second, f"{waits / passes:.1%}", rest))
         return found
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -111,20 +153,38 @@ class Profile:
     def _repr_html_(self) -> str:
         return as_html(self.heading(), ()) + "".join(as_html(title, rows) for title, rows in self._tables())
 
-    def plot(self, ax: Any = None, step: int = -1) -> Any:
-        """The timeline of one forward pass (-1: the last token): a lane for each operation. Returns the axis."""
+    def plot(self, ax: Any = None, step: int = -1, layer: int | None = None) -> Any:
+        """The timeline of a forward pass: a lane for each operation, in it a line for each thread. Returns the axis.
+
+        step: of ``steps``; -1: the last token. layer: this one alone; None: the whole pass.
+        """
         ax = axis(ax)
         step = step % len(self.steps)
         start, end, tokens = self.steps[step]
-        chosen = [x for x in self.operations if x.step == step]
-        lanes = [name for name, _ in Counter({x.name: 1 for x in chosen}).items()]
-        for lane, name in enumerate(lanes):
-            bars = [((x.start - start) * 1e3, (x.end - x.start) * 1e3) for x in chosen if x.name == name]
-            ax.broken_barh(bars, (lane - 0.4, 0.8), facecolors=f"C{lane % 10}")
-        ax.set_yticks(range(len(lanes)), lanes)
+        chosen = [x for x in self.operations if x.step == step and layer in (None, x.layer)]
+        if not chosen:
+            raise ValueError(f"layer: expected one of the model's, found {layer!r}")
+        lanes = {name: lane for lane, name in enumerate(dict.fromkeys(x.name for x in chosen))}
+        height = 0.8 / self.threads
+        for thread in range(self.threads):
+            bars: dict[int, list[tuple[float, float]]] = defaultdict(list)
+            for x in chosen:
+                if x.starts[thread] == x.starts[thread]:
+                    begin, seconds = x.starts[thread] - start, x.ends[thread] - x.starts[thread]
+                    bars[lanes[x.name]].append((begin * 1e3, seconds * 1e3))
+            for lane, spans in bars.items():
+                label = f"thread {thread}" if lane == min(bars) else None
+                ax.broken_barh(spans, (lane - 0.4 + thread * height, height), facecolors=f"C{thread % 10}", label=label)
+        ax.set_yticks(range(len(lanes)), list(lanes))
         ax.invert_yaxis()
-        ax.set_xlim(0, (end - start) * 1e3)
-        ax.set_xlabel(f"ms of the pass of {tokens} token{'s' * (tokens > 1)}")
+        if layer is None:
+            ax.set_xlim(0, (end - start) * 1e3)
+        else:
+            ax.margins(x=0.01)
+        where = "" if layer is None else f", layer {layer}"
+        ax.set_xlabel(f"ms of the pass of {tokens} token{'s' * (tokens > 1)}{where}")
+        if self.threads > 1:
+            ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8)
         return ax
 
     def _tables(self) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -133,6 +193,7 @@ class Profile:
             rows = self.table(decode)
             if len(rows) > 1:
                 found.append((f"{title}, by operation", rows))
+                found.append((f"{title}, by thread", self.by_thread(decode)))
         found.append(("decoding, by layer", self.table(by="layer")))
         return found
 
@@ -140,10 +201,10 @@ class Profile:
 def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None = None) -> Profile:
     """Generate greedily and time each operation inside the parallel region, on each thread.
 
-    The parallel region of every generation takes time stamps before and after each row of its tape: the same path,
-    without patches, and without cost when there is no profile. Products of integers are compared with the integer peak,
-    others with the float32 peak, reads with the bandwidth of memory, or of the smallest cache that holds what an
-    operation touches.
+    The parallel region of every generation can read the processor's time stamp counter before and after each row of
+    its tape: the same compiled code, which otherwise skips three reads a row. Products of integers are compared with
+    the integer peak, others with the float32 peak, reads with the bandwidth of memory, or of the smallest cache that
+    holds what an operation touches.
 
     Args:
         llm: a loaded model.
@@ -234,7 +295,7 @@ class _Reader:
             times = run.times[run.first :]
             seconds = (times - times[0, 0, 0]) / rate
             for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
-                before, begin, end = seconds[i, times[i, :, 2] > 0].T  # late threads have no stamps before they joined
+                before, begin, end = np.where(times[i, :, 2] > 0, seconds[i].T, np.nan)  # late threads have none yet
                 if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
                     self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
                 rows = int(run.header[step.count])
@@ -258,7 +319,7 @@ class _Reader:
     ) -> None:  # fmt: skip
         flops, nbytes = work
         limit = max(flops / peak, nbytes / self.peaks.bandwidth(held or nbytes))
-        times = origin + float(begin[0]), origin + float(end[0]), float((end - begin).mean())
+        times = tuple((origin + begin).tolist()), tuple((origin + end).tolist())
         self.operations.append(Operation(name, step.layer, tokens, len(self.passes) - 1, *times, flops, nbytes, limit))
 
 

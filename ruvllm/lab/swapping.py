@@ -16,11 +16,9 @@ from ruvllm.brief import brief
 from ruvllm.display import Table, axis
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.measure.replacing import replaced
-from ruvllm.model.llama import Llama
+from ruvllm.model.ops.swapped import SWAPPED
 
 _changing = threading.Lock()
-_in_place: set[str] = set()  # kernels swapped now, by any thread
-_walks = [0]  # blocks in which models run layer by layer in Python
 
 
 @dataclass
@@ -83,9 +81,10 @@ class Swap(Table):
 def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Iterator[Swap]:
     """Use other functions in place of kernels inside the block, everywhere in the library and in all threads.
 
-    Each is first called on its kernel's example inputs and compared with the float64 reference. Models then run
-    layer by layer in Python (``model.fused`` reads False); the kernels that they call by name are ``rms_norm``,
-    ``apply_rope_tables`` and ``silu_mul``.
+    Each is first called on its kernel's example inputs and compared with the float64 reference. Models call it on both
+    paths: the parallel region is left for it, with ``model.fused = False`` it is one of the calls from Python. The
+    kernels that layers are made of are ``rms_norm``, ``apply_rope_tables``, ``silu_mul``, and in some models
+    ``gelu_mul``, ``clamped_swiglu``, ``scale`` and ``softcap``; others are swapped where Python calls them.
 
     Args:
         tolerance: the largest normalised mean squared error sum((y - r)^2) / sum(r^2); None: that of each kernel.
@@ -118,7 +117,6 @@ def swap(tolerance: float | None = None, **functions: Callable[..., Any]) -> Ite
     with ExitStack() as stack:
         stack.enter_context(_only_here(swapped))
         stack.enter_context(replaced(lambda kernel: callers[id(kernel)], lambda value: id(value) in callers))
-        stack.enter_context(readable_path())
         yield Swap(swapped)
 
 
@@ -127,38 +125,14 @@ def _only_here(names: Iterable[str]) -> Iterator[None]:
     """Inside the block nobody else can swap these kernels."""
     with _changing:
         for name in names:
-            if name in _in_place:
+            if name in SWAPPED:
                 raise ValueError(f"{name}: swapped already; leave that block first")
-        _in_place.update(names)
+        SWAPPED.update(names)
     try:
         yield
     finally:
         with _changing:
-            _in_place.difference_update(names)
-
-
-@contextmanager
-def readable_path() -> Iterator[None]:
-    """Inside the block all models run layer by layer in Python; ``fused`` set there takes effect after it."""
-
-    class Never:
-        def __get__(self, model: Any, owner: Any = None) -> bool:
-            return False
-
-        def __set__(self, model: Any, value: bool) -> None:
-            model.__dict__["fused"] = value
-
-    with _changing:
-        _walks[0] += 1
-        if _walks[0] == 1:
-            setattr(Llama, "fused", Never())  # noqa: B010  a class has it only here: an instance's own would come first
-    try:
-        yield
-    finally:
-        with _changing:
-            _walks[0] -= 1
-            if not _walks[0]:
-                delattr(Llama, "fused")
+            SWAPPED.difference_update(names)
 
 
 def _as_kernel(spec: KernelSpec, function: Callable[..., Any], record: Swapped) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ from ruvllm.model.ops.placement import place
 from ruvllm.model.ops.protocol import Hooks
 from ruvllm.model.ops.recorder import Pass, Recorder
 from ruvllm.model.ops.schedule import Value
+from ruvllm.model.ops.swapped import swapped_now
 from ruvllm.model.ops.tape import Tape
 
 if TYPE_CHECKING:
@@ -78,24 +79,25 @@ class Tapes:
 
     def __init__(self, model: Replayed, hooks: Hooks | None = None) -> None:
         self.model, self.hooks = model, hooks
-        self._recorded: WeakKeyDictionary[Any, dict[tuple[Pass, str], Tape]] = WeakKeyDictionary()  # by adapter set
+        self._recorded: WeakKeyDictionary[Any, dict[tuple[Any, ...], Tape]] = WeakKeyDictionary()  # by adapter set
         self._by_shape: dict[Any, Tape] = {}  # of adapters
 
     def tape(self, kind: Pass, kv: str) -> Tape:
         """The tape for passes of one kind, with the adapters that are active now."""
         active = self.model.adapters  # read once: another thread may swap them meanwhile
         recorded = self._recorded.setdefault(self if active is None else active, {})
-        found = recorded.get((kind, kv))
+        key = kind, kv, swapped_now()
+        found = recorded.get(key)
         if found is None:
-            found = recorded[kind, kv] = self._record(kind, kv, {} if active is None else active.matrices)
+            found = recorded[key] = self._record(*key, {} if active is None else active.matrices)
         return found
 
-    def _record(self, kind: Pass, kv: str, adapters: Mapping[str, LowRank]) -> Tape:
+    def _record(self, kind: Pass, kv: str, swapped: frozenset[str], adapters: Mapping[str, LowRank]) -> Tape:
         """Record a tape, or reuse one that was recorded for adapters of the same shape."""
-        shape = kind, kv, tuple((name, x.rank, x.down.dtype) for name, x in adapters.items())
+        shape = kind, kv, swapped, tuple((name, x.rank, x.down.dtype) for name, x in adapters.items())
         if shape in self._by_shape:
             return self._by_shape[shape].with_adapters(adapters)
-        recorder = Recorder(kind, DTYPES[kv], adapters, self.hooks)
+        recorder = Recorder(kind, DTYPES[kv], adapters, self.hooks, swapped)
         self.model.decoder(recorder, recorder.source_of(self.model.config.hidden_size))
         recorder.require_cache_of(self.model.config)
         tape = recorder.finish()
@@ -112,6 +114,7 @@ class Working:
         self.model, self.cache, self.tokens, self.threads = model, cache, tokens, threads
         self.tape: Tape | None = None
         self.logits: np.ndarray | None = None
+        self._angles: dict[int, np.ndarray] = {}  # cos and sin of the pass
         self.capacity = token_capacity(tokens)
         chunks = chunk_count(cache.max_tokens)
         scratch = max(prompt_scratch_size(D), token_scratch_size(D, heads // config.num_key_value_heads))
@@ -151,7 +154,7 @@ class Working:
         t.set_space(h, t.SIN, sin.ctypes.data, sin.strides[0])
         t.set_space(h, t.LOGITS, 0 if logits is None else logits.ctypes.data)
         h[t.LOGIT_ROWS] = 0 if logits is None else len(logits)
-        self.logits = logits
+        self.logits, self._angles = logits, {t.COS: cos, t.SIN: sin}
         h[t.THREADS] = min(num_threads(), self.threads)
         per_call = max(1, MACS_PER_CALL // (T * self.model.layer_weights))  # segments
         self._call(tape, -1)
@@ -165,10 +168,16 @@ class Working:
 
     def _call(self, tape: Tape, segment: int) -> None:
         """The Python functions that follow a segment; -1: those before the first."""
-        for value, function in tape.calls.get(segment, ()):
-            rows = self.rows_of(value)
-            if len(rows):
-                function(rows.reshape(len(rows), -1, value.dim) if value.dim else rows)
+        for values, function in tape.calls.get(segment, ()):
+            if self.header[values[0].count]:
+                function(*map(self._array, values))
+
+    def _array(self, value: Value) -> np.ndarray:
+        """The rows of a value, with its heads apart, or the angles of this pass."""
+        if value.space in self._angles:
+            return self._angles[value.space][value.offset]
+        rows = self.rows_of(value)
+        return rows.reshape(len(rows), -1, value.dim) if value.dim else rows
 
     def rows_of(self, value: Value) -> np.ndarray:
         """The rows of a value in this pass, (rows, width); of one token, member 0's copy."""

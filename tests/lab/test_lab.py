@@ -1,5 +1,6 @@
 """swap, drift, quantisation_error, profile, roofline, cost: on tiny models, and against figures worked out by hand."""
 
+import inspect
 import math
 from collections.abc import Hashable
 from pathlib import Path
@@ -13,7 +14,7 @@ import ruvllm.kernels as K
 from ruvllm import lab
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import KERNELS
-from ruvllm.lab.profiling import WAIT
+from ruvllm.lab.profiling import WAIT, Operation, Profile
 from ruvllm.lab.work import counted, work_of
 from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Level, Peaks
@@ -21,6 +22,7 @@ from ruvllm.model import Llama, ModelConfig
 from ruvllm.model.config import ExpertsConfig
 from ruvllm.model.low_rank import AdapterSet
 from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.ops.swapped import SWAPPED
 from ruvllm.model.reference import reference_logits, reference_states
 from tests.model import tiny
 from tests.model.architectures import ARCHITECTURES, CONFIG, build
@@ -72,20 +74,68 @@ def compiled_rms_norm(x, weight, eps):
 # --- swap ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_swapped_kernel_is_what_a_model_uses() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_swapped_kernel_is_what_a_model_uses(fused: bool) -> None:
     llm = loaded("llama2_mha")
+    llm.model.fused = fused
     before = llm.logits(IDS)
     with lab.swap(rms_norm=numpy_rms_norm) as swapped:
-        assert not llm.model.fused and K.rms_norm is not KERNELS["rms_norm"].function
+        assert K.rms_norm is not KERNELS["rms_norm"].function
         during = llm.logits(IDS)
         assert swapped["rms_norm"].calls == 2 * llm.config.num_hidden_layers + 1
     np.testing.assert_allclose(during, before, atol=1e-4)
-    assert llm.model.fused and K.rms_norm is KERNELS["rms_norm"].function
-    assert "fused" not in vars(Llama)
+    assert np.any(during != before)
+    np.testing.assert_array_equal(llm.logits(IDS), before)
+    assert K.rms_norm is KERNELS["rms_norm"].function
     assert all(error < 1e-12 for error in swapped["rms_norm"].errors)
     for text in (str(swapped), swapped._repr_html_()):
         assert "rows 1, n 768" in text
     assert len(swapped.plot().patches) == 2 * len(KERNELS["rms_norm"].sizes)
+
+
+def off_by(factor: float, name: str):
+    """The kernel itself, whose result is then a little larger."""
+
+    def larger(**arguments):
+        return np.float32(factor) * np.asarray(getattr(K, name)(**arguments))
+
+    spec = KERNELS[name]
+    parameters = [p for p in inspect.signature(spec.function).parameters.values() if p.name != "out"]
+
+    def call(*given, **named):
+        return larger(**dict(zip((p.name for p in parameters), given, strict=False)), **named)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("llama", ("rms_norm", "silu_mul", "apply_rope_tables")),
+        ("gemma", ("rms_norm", "gelu_mul")),
+        ("bounded", ("clamped_swiglu", "scale", "softcap")),
+        ("mixture", ("silu_mul",)),
+    ],
+)
+def test_both_paths_call_what_is_swapped(variant: str, names: tuple[str, ...]) -> None:
+    """With the same bits and as often; for a prompt, for one token, and with a hook beside it."""
+    model = build(variant, "int8")
+    llm = LLM(model, _NoText(), Path())
+    plain = llm.logits(IDS)
+    for name in names:
+        found, calls = [], []
+        for model.fused in (True, False):
+            with lab.swap(tolerance=1e-3, **{name: off_by(1.01, name)}) as swapped:
+                cache = llm.new_cache(20)
+                with llm.edit("final.residual", scale=0.5):
+                    rows = [llm.logits(IDS, cache), llm.logits([3], cache)]
+                found.append(np.concatenate([*rows, llm.logits(IDS)]))
+                calls.append(swapped[name].calls)
+        np.testing.assert_array_equal(found[0], found[1], err_msg=name)
+        assert calls[0] == calls[1] > 0 and np.abs(found[0][-len(IDS) :] - plain).max() > 1e-5, name
+    model.fused = True
+    np.testing.assert_array_equal(llm.logits(IDS), plain)
 
 
 def test_a_wrong_function_never_goes_live() -> None:
@@ -139,10 +189,10 @@ def test_a_kernel_is_swapped_once_at_a_time_and_others_beside_it() -> None:
         assert outer["rms_norm"].calls == 1
         inner = lab.swap(silu_mul=lambda gate, up: gate / (1 + np.exp(-gate)) * up)
         inner.__enter__()
-    assert not loaded("llama2_mha").model.fused  # the other block, begun later, goes on
+    assert SWAPPED == {"silu_mul"}  # the other block, begun later, goes on
     assert K.rms_norm is KERNELS["rms_norm"].function and K.silu_mul is not KERNELS["silu_mul"].function
     inner.__exit__(None, None, None)
-    assert "fused" not in vars(Llama) and K.silu_mul is KERNELS["silu_mul"].function
+    assert not SWAPPED and K.silu_mul is KERNELS["silu_mul"].function
 
 
 def test_a_compiled_function_can_be_swapped_in() -> None:
@@ -156,7 +206,7 @@ def test_a_compiled_function_can_be_swapped_in() -> None:
 def test_an_error_inside_puts_the_kernel_back() -> None:
     with pytest.raises(ZeroDivisionError), lab.swap(silu_mul=lambda gate, up: gate / (1 + np.exp(-gate)) * up):
         raise ZeroDivisionError
-    assert K.silu_mul is KERNELS["silu_mul"].function and "fused" not in vars(Llama)
+    assert K.silu_mul is KERNELS["silu_mul"].function and not SWAPPED
 
 
 def test_tolerance_lets_an_approximation_in() -> None:
@@ -169,6 +219,13 @@ def test_tolerance_lets_an_approximation_in() -> None:
 
 
 # --- drift, quantisation ------------------------------------------------------------------------------------------
+
+
+def test_drift_is_the_same_on_both_paths() -> None:
+    llm = loaded("llama2_mha", "int8")
+    replayed = lab.drift(llm, IDS, progress=False)
+    llm.model.fused = False
+    assert lab.drift(llm, IDS, progress=False) == replayed
 
 
 def test_drift_of_each_layer_against_float64() -> None:
@@ -264,15 +321,48 @@ def test_times_of_a_profile_lie_within_their_pass() -> None:
 def test_profile_is_shown() -> None:
     found = lab.profile(loaded("llama2_mha"), IDS, max_tokens=3, peaks=LIMITS)
     for text in (str(found), found._repr_html_()):
-        for wanted in ("prompt, by op", "decoding, by op", "decoding, by layer", "layer 0", WAIT, "time stamps"):
+        for wanted in (
+            "prompt, by op", "prompt, by thread", "decoding, by op", "decoding, by thread", "decoding, by layer",
+            "layer 0", WAIT, "time stamps", "imbalance",
+        ):  # fmt: skip
             assert wanted in text
     rows = found.table()
     shares = [float(row[3].rstrip("%")) for row in rows[1:]]
     assert sum(shares) == pytest.approx(100, abs=1)
     ax = found.plot()
     assert "attention" in [label.get_text() for label in ax.get_yticklabels()]
+    assert found.plot(layer=1).get_xlabel().endswith("layer 1")
+    with pytest.raises(ValueError, match="layer: expected one of the model's, found 9"):
+        found.plot(layer=9)
     with pytest.raises(ValueError, match="max_tokens: expected at least 2"):
         lab.profile(loaded("llama2_mha"), IDS, max_tokens=1, peaks=LIMITS)
+
+
+def test_threads_of_a_profile_by_hand() -> None:
+    """Two passes of two threads, of which the second joined after the first operation."""
+    nan = math.nan
+
+    def operation(name: str, starts: tuple[float, float], ends: tuple[float, float]) -> Operation:
+        return Operation(name, 0, 1, 0, starts, ends, 8e6, 4e6, 1e-3)
+
+    gate = operation("gate", (0.0, nan), (0.002, nan))
+    up = operation("up", (0.002, 0.003), (0.006, 0.004))
+    wait = operation(WAIT, (0.006, 0.004), (0.0065, 0.006))
+    found = Profile((gate, up, wait), ((0.0, 0.008, 1),), 2, 125.0, 125.0, LIMITS)
+    assert (gate.seconds, gate.excess) == (0.002, 0)
+    assert up.seconds == pytest.approx(0.0025) and up.excess == pytest.approx(0.0015)
+    rows = {row[0]: row[1:] for row in found.table()}
+    assert rows["up"] == ("1", "2.50", "31.2%", "60%", "1.6", "3.2", "40%")
+    assert rows[WAIT][3] == "-" and rows["between operations"][1] == "2.25"
+    assert found.by_thread() == [
+        ("thread", "computes, ms", "waits, ms", "waits", "else, ms"),
+        ("thread 0", "6.00", "0.50", "6.2%", "1.50"),
+        ("thread 1", "1.00", "2.00", "25.0%", "5.00"),
+    ]
+    assert len(found.by_thread(decode=False)) == 1
+    lanes = {round(b.get_paths()[0].vertices[0][1], 3) for b in found.plot().collections}
+    assert lanes == {-0.4, 0.6, 1.6, 1.0, 2.0}  # thread 1 has no bar in the first lane
+    assert [text.get_text() for text in found.plot().get_legend().get_texts()] == ["thread 0", "thread 1"]
 
 
 # --- roofline, cost -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+import ruvllm.kernels as K
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.prefill import NO_WINDOW
@@ -29,7 +30,7 @@ from ruvllm.kernels.tape import Operation
 from ruvllm.model.linear import require_group
 from ruvllm.model.ops.protocol import Hooks
 from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
-from ruvllm.model.ops.tape import Tape, assemble
+from ruvllm.model.ops.tape import Calls, Tape, assemble
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
 
 if TYPE_CHECKING:
@@ -55,15 +56,19 @@ class Recorder:
         kv: the NumPy scalar class of the KV cache.
         adapters: what is added to each matrix, by its name.
         hooks: what Python does at named arrays.
+        swapped: names of kernels that Python is to call in place of the operations.
     """
 
-    def __init__(self, kind: Pass, kv: type, adapters: Mapping[str, LowRank], hooks: Hooks | None = None) -> None:
-        self.kind, self.kv, self.adapters = kind, kv, adapters
+    def __init__(
+        self, kind: Pass, kv: type, adapters: Mapping[str, LowRank], hooks: Hooks | None = None,
+        swapped: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.kind, self.kv, self.adapters, self.swapped = kind, kv, adapters, swapped
         self.hooks: Hooks = hooks or {}
         self.single = kind is Pass.TOKEN
         self.schedule = Schedule()
         self.kept: list[object] = []  # owners of the memory whose addresses are on the tape
-        self.calls: dict[int, list[tuple[Value, Callable[[np.ndarray], None]]]] = {}  # by segment
+        self.calls: Calls = {}
         self.source = Value()
         self._layer = -1
         self._partial = Value(space=t.PARTIAL)
@@ -93,7 +98,8 @@ class Recorder:
             "x": x, "weight": self._array(weight), "eps": self._number(eps), "out": out, "columns": columns,
             "vectors": x.width // columns,
         }  # fmt: skip
-        return self._on_rows(o.rms_norm, [x], out, arguments)
+        self._on_rows(o.rms_norm, [x], out, arguments)
+        return self._swapped("rms_norm", lambda y, x: K.rms_norm(x, weight, eps, out=y), out, x)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
@@ -105,13 +111,15 @@ class Recorder:
         """silu(gate) * up."""
         _require_alike("silu_mul", gate, up)
         out = self._like(gate)
-        return self._on_rows(o.silu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+        self._on_rows(o.silu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+        return self._swapped("silu_mul", lambda y, gate, up: K.silu_mul(gate, up, out=y), out, gate, up)
 
     def gelu_mul(self, gate: Value, up: Value) -> Value:
         """gelu(gate) * up."""
         _require_alike("gelu_mul", gate, up)
         out = self._like(gate)
-        return self._on_rows(o.gelu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+        self._on_rows(o.gelu_mul, [gate, up], out, {"gate": gate, "up": up, "out": out, "columns": gate.width})
+        return self._swapped("gelu_mul", lambda y, gate, up: K.gelu_mul(gate, up, out=y), out, gate, up)
 
     def clamped_swiglu(self, gate: Value, up: Value, limit: float, alpha: float) -> Value:
         """(clamp(up) + 1) * g * sigmoid(alpha g), g = min(gate, limit)."""
@@ -121,13 +129,17 @@ class Recorder:
             "gate": gate, "up": up, "limit": self._number(limit), "alpha": self._number(alpha), "out": out,
             "columns": gate.width,
         }  # fmt: skip
-        return self._on_rows(o.clamped_swiglu, [gate, up], out, arguments)
+        self._on_rows(o.clamped_swiglu, [gate, up], out, arguments)
+        return self._swapped(
+            "clamped_swiglu", lambda y, gate, up: K.clamped_swiglu(gate, up, limit, alpha, out=y), out, gate, up
+        )
 
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
         out = self._like(x)
         arguments = {"x": x, "factor": self._number(factor), "out": out, "columns": x.width}
-        return self._on_rows(o.scale, [x], out, arguments)
+        self._on_rows(o.scale, [x], out, arguments)
+        return self._swapped("scale", lambda y, x: K.scale(x, factor, out=y), out, x)
 
     def heads(self, x: Value, dim: int) -> Value:
         """x (T, H D) as (T, H, D): the same memory."""
@@ -143,7 +155,11 @@ class Recorder:
             "x": x, "cos": t.operand(t.COS, index), "sin": t.operand(t.SIN, index), "out": out,
             "heads": x.width // x.dim, "dim": x.dim,
         }  # fmt: skip
-        return self._on_rows(o.rope, [x], out, arguments)
+        self._on_rows(o.rope, [x], out, arguments)
+        angles = (Value(x.count, space=space, offset=index) for space in (t.COS, t.SIN))
+        return self._swapped(
+            "apply_rope_tables", lambda y, x, cos, sin: K.apply_rope_tables(x, cos, sin, out=y), out, x, *angles
+        )
 
     def last_rows(self, x: Value) -> Value:
         """The rows whose logits are wanted, copied: their count differs from that of x, and so does their partition."""
@@ -162,7 +178,9 @@ class Recorder:
     def logits(self, x: Value, head: Linear, softcap: float | None = None) -> Value:
         """x W^T, into the caller's array; nothing may follow it."""
         out = self._linear(x, head, Value(x.count, head.rows, space=t.LOGITS, offset=0))
-        if softcap is not None:
+        if softcap is not None and "softcap" in self.swapped:  # it works in place: the operation is left out
+            self._swapped("softcap", lambda y: K.softcap(y, softcap, out=y), out)
+        elif softcap is not None:
             arguments = {"x": out, "cap": self._number(softcap), "columns": out.width}
             panels = [Access(out, by_panels(out.width))]
             self._record(o.softcap, out.count, panels, panels, arguments)
@@ -390,11 +408,21 @@ class Recorder:
         for rows in self._gathers:
             if rows is x or (rows.source is not None and rows.source[0] is x):
                 self._gathered(rows)
-        segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
-        self.calls.setdefault(segment, []).append((x, function))
-        self.schedule.end_segment(meet=True)
-        x.quantized = None  # the function may change x
+        self._call(function, x)
         return x
+
+    def _swapped(self, name: str, function: Callable[..., None], out: Value, *inputs: Value) -> Value:
+        """out, which a swapped kernel fills anew after the operation."""
+        if name in self.swapped:
+            self._call(function, out, *inputs)
+        return out
+
+    def _call(self, function: Callable[..., None], *values: Value) -> None:
+        """The replay returns here, and Python gets the values, of which it may change the first."""
+        segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
+        self.calls.setdefault(segment, []).append((values, function))
+        self.schedule.end_segment(meet=True)
+        values[0].quantized = None
 
     def name(self, x: Value, name: str) -> Value:
         """x, after its hook; without one nothing is recorded."""

@@ -16,7 +16,7 @@ from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Step, Value
 if TYPE_CHECKING:
     from ruvllm.model.low_rank import LowRank
 
-Calls = dict[int, list[tuple[Value, Callable[[np.ndarray], None]]]]
+Calls = dict[int, list[tuple[tuple[Value, ...], Callable[..., None]]]]
 
 
 @dataclass
@@ -24,8 +24,9 @@ class Tape:
     """Recorded operations.
 
     rows: (n, FIELDS) int64, see ``kernels.tape``. steps: the step behind each row. segments: (first, end) of the runs
-    of rows after which a replay may return to Python. calls: what Python does after a segment. shared, local: bytes of
-    memory for one token. source: the input of the first layer. kept: owners of the memory that rows point to.
+    of rows after which a replay may return to Python. calls: what Python does after a segment, with which values.
+    shared, local: bytes of memory for one token. source: the input of the first layer. kept: owners of the memory that
+    rows point to.
     """
 
     rows: np.ndarray
@@ -56,7 +57,7 @@ def assemble(
     """Place the values of scheduled steps in memory and write the rows."""
     steps = _with_broadcasts(steps, source)
     ends = {step.segment: i for i, step in enumerate(steps)}
-    held = {value: ends[i] for i, after in calls.items() if i >= 0 for value, _ in after}  # Python reads it then
+    held = {value: ends[i] for i, after in calls.items() if i >= 0 for value in _read(after)}
     sizes = place(steps, source, held)
     rows = np.zeros((len(steps), t.FIELDS), np.int64)
     segments: list[tuple[int, int]] = []
@@ -74,6 +75,11 @@ def assemble(
             start = i + 1
     tape = Tape(rows, steps, segments, calls, sizes[t.SHARED], sizes[t.LOCAL], source, kept, adapters)
     return tape.with_adapters(adapters)
+
+
+def _read(calls: list[tuple[tuple[Value, ...], Callable[..., None]]]) -> list[Value]:
+    """The values in working memory that Python reads."""
+    return [value for values, _ in calls for value in values if value.space in (t.SHARED, t.LOCAL)]
 
 
 def _write(step: Step, row: np.ndarray) -> None:

@@ -98,7 +98,8 @@ def patch(
     whole, none = (float(measure(logits)) for logits in before)
     if not np.isfinite(whole - none) or whole == none:
         raise ValueError(f"metric: expected two numbers that differ, found {whole} and {none}: no patch can restore it")
-    values = np.empty((len(names), len(ids)))
+    first = int(np.argmax(ids != source.ids))  # before it both runs have the same arrays
+    values = np.full((len(names), len(ids)), none)
     cache, quiet = llm.new_cache(len(ids)), None if progress is None else not progress
     for row, name in enumerate(tqdm(names, desc="patching", leave=False, disable=quiet)):
         cache.clear()
@@ -108,7 +109,7 @@ def patch(
         edit.positions = position
         with editing(llm.model, edit):  # one block for all positions: its tape is recorded once
             # From the last token to the first: the cache then holds what comes before, without patches.
-            for position[0] in range(len(ids) - 1, -1, -1):
+            for position[0] in range(len(ids) - 1, first - 1, -1):
                 held = cache.rewind(int(position[0]))
                 values[row, position[0]] = measure(llm.logits(ids[held:], cache, last_only=True))
     return Patching(names, target.tokens, values, whole, none)

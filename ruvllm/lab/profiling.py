@@ -184,7 +184,7 @@ class Profile:
         where = "" if layer is None else f", layer {layer}"
         ax.set_xlabel(f"ms of the pass of {tokens} token{'s' * (tokens > 1)}{where}")
         if self.threads > 1:
-            ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8)
+            ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
         return ax
 
     def _tables(self) -> list[tuple[str, list[tuple[str, ...]]]]:

@@ -13,6 +13,7 @@ from ruvllm.brief import brief
 from ruvllm.display import Table, axis
 from ruvllm.kernels import KERNELS
 from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.lab.labelling import label_points
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.measure.timing import Effort, median_seconds
 from ruvllm.model.activations import Activations
@@ -75,7 +76,9 @@ class Roofline(Table):
 
     def plot(self, ax: Any = None) -> Any:
         """Roofs of each level of memory and of arithmetic, kernels as points; returns the matplotlib axis."""
-        ax = axis(ax)
+        fresh, ax = ax is None, axis(ax)
+        if fresh:
+            ax.figure.set_size_inches(8 + 0.05 * len(self.points), 5 + 0.05 * len(self.points))
         low = min((x.intensity for x in self.points), default=0.1) / 2
         high = max([10 * self.peaks.int8_dot / self.peaks.memory, *(2 * x.intensity for x in self.points)])
         along = np.geomspace(low, high, 200)
@@ -88,15 +91,15 @@ class Roofline(Table):
             ax.axhline(value / 1e9, color="0.4", lw=1, ls="--")
             ax.annotate(f"{name}: {value / 1e9:.0f}", (high, value / 1e9), ha="right", va="bottom", fontsize=8)
         for x in self.points:
-            y = x.flops / x.seconds / 1e9
-            ax.plot(x.intensity, y, "s" if x.integer else "o", color="k", ms=4)
-            ax.annotate(x.name, (x.intensity, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
+            ax.plot(x.intensity, x.flops / x.seconds / 1e9, "s" if x.integer else "o", color="k", ms=4)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("operations per byte")
         ax.set_ylabel("Gop/s")
         ax.set_title(self.heading())
         ax.legend(frameon=False, fontsize=8, loc="lower right")
+        places = [(x.intensity, x.flops / x.seconds / 1e9) for x in self.points]
+        label_points(ax, places, [x.name for x in self.points])
         return ax
 
 

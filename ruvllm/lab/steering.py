@@ -75,7 +75,7 @@ class Steering(Table, Mapping[int, np.ndarray]):
         ax.plot(range(len(self)), self.separation, marker=".")
         ax.set_ylim(bottom=0)
         ax.set_xlabel("layer")
-        ax.set_ylabel("separation along the direction, in standard deviations")
+        ax.set_ylabel("separation, in standard deviations")
         return ax
 
 

@@ -62,8 +62,10 @@ class Swap(Table):
 
     def plot(self, ax: Any = None) -> Any:
         """Errors of each kernel at its example sizes, next to the library's; returns the matplotlib axis."""
-        ax = axis(ax)
+        fresh, ax = ax is None, axis(ax)
         labels = [f"{name} {at}" for name, at, *_ in self.rows()[1:]]
+        if fresh:
+            ax.figure.set_figheight(max(3.0, 1 + 0.22 * len(labels)))
         places = np.arange(len(labels))
         for shift, color, what in ((-0.2, "C1", "errors"), (0.2, "C0", "kernel_errors")):
             errors = [e for x in self.kernels.values() for e in getattr(x, what)]
@@ -71,6 +73,7 @@ class Swap(Table):
             ax.barh(places + shift, np.maximum(errors, 1e-20), 0.4, color=color, label=label)
         ax.set_yticks(places, labels)
         ax.set_xscale("log")
+        ax.tick_params(axis="x", which="minor", labelbottom=False)
         ax.invert_yaxis()
         ax.set_xlabel("normalised mean squared error against float64")
         ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

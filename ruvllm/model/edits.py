@@ -11,7 +11,7 @@ import numpy as np
 
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.names import Points, matching
+from ruvllm.model.names import Points, found_by, matching
 
 Change = Callable[[np.ndarray], Any] | np.ndarray | float
 
@@ -72,13 +72,11 @@ class Edit:
             raise ValueError(f"edit of {name}: expected either a function or value, or scale=")
         self.name, self.scale = name, None if scale is None else np.float32(scale)
         self.head: int | None = None
-        try:
-            self.names = set(matching(points, name))
-        except KeyError:
-            split = re.fullmatch(r"(.+)\.(\d+)", name)
-            if split is None:
-                raise
+        self.names, split = set(found_by(points, name)), re.fullmatch(r"(.+)\.(\d+)", name)
+        if not self.names and split is not None:
             self.names, self.head = set(matching(points, split[1])), int(split[2])
+        elif not self.names:
+            self.names = set(matching(points, name))  # raises, with the nearest names
         for found in sorted(self.names):
             point = points[found]
             if point.derived:

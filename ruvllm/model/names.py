@@ -145,12 +145,19 @@ def points_of(decoder: Decoder, config: ModelConfig) -> dict[str, Point]:
     return found
 
 
+def found_by(points: Points, pattern: str) -> list[str]:
+    """The names that a glob, a name or an alias means; none if there is none."""
+    if pattern in points:
+        return [pattern]
+    return [p.name for p in points.values() if any(fnmatchcase(name, pattern) for name in (p.name, *p.aliases))]
+
+
 def matching(points: Points, pattern: str) -> list[str]:
     """The names that a glob, a name or an alias means.
 
     Raises KeyError with the nearest names if there is none.
     """
-    found = [p.name for p in points.values() if any(fnmatchcase(name, pattern) for name in (p.name, *p.aliases))]
+    found = found_by(points, pattern)
     if not found:
         every = [name for p in points.values() for name in (p.name, *p.aliases)]
         near = difflib.get_close_matches(pattern, every, 3, 0.5)

@@ -18,14 +18,17 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re
 COMMANDS = re.findall(r"^ {4}(\S.*)$", README, flags=re.MULTILINE)
 
 
-def test_examples_run_in_order(smollm2_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run_in_order(
+    smollm2_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     printed = []
     for number, example in enumerate(EXAMPLES):
         exec(compile(example, f"README example {number}", "exec"), names)
         printed.append(capsys.readouterr().out)
         assert printed[-1].strip(), example
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13 and (tmp_path / "mood.gguf").exists()
     assert names["answer"].finish_reason in ("stop", "length") and "tokens/s" in printed[0]
     assert len(names["cache"]) == len(names["ids"]) + 1
     assert names["llm"].tokenizer.decode(names["ids"]) in printed[2].strip("'\n")

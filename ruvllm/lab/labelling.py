@@ -28,7 +28,8 @@ def label_points(ax: Any, places: Sequence[tuple[float, float]], texts: Sequence
     if legend is not None:
         taken.append(np.array(legend.get_window_extent().extents) * scale)
     for i in np.lexsort((points[:, 0], points[:, 1])):
-        extent = np.array([TextPath((0, 0), texts[i], size=size).get_extents().width, _HEIGHT * size])
+        width = TextPath((0, 0), texts[i], size=size).get_extents().width
+        extent = np.array([1.1 * width + 0.5 * size, _HEIGHT * size])
         offset = _free(points[i], extent, taken, frame, size)
         taken.append(_box(points[i] + offset, *extent))
         far = np.hypot(max(0.0, abs(offset[0]) - extent[0] / 2), offset[1]) > _FAR * size

@@ -98,10 +98,10 @@ class Cost(Table):
             ax.bar_label(bars, fmt="%.3g", padding=2)
         ax.set_xticks(range(len(self.layouts)), [x.name for x in self.layouts])
         ax.set_yscale("log")
-        ax.set_ylim(top=2 * max(max(x.decode, x.prefill) for x in self.layouts))  # room for the labels of the bars
+        ax.set_ylim(top=4 * max(max(x.decode, x.prefill) for x in self.layouts))  # room for labels and the legend
         ax.set_ylabel("tokens/s at most")
         ax.set_title(f"{self.name}, context {self.context:,}")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper left", ncols=2)
         return ax
 
 

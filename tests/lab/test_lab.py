@@ -9,12 +9,14 @@ import matplotlib
 import numba
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 import ruvllm.kernels as K
 from ruvllm import lab
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.kernels import KERNELS
 from ruvllm.lab.profiling import WAIT, Operation, Profile
+from ruvllm.lab.rooflines import Point, Roofline
 from ruvllm.lab.work import counted, work_of
 from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Level, Peaks
@@ -382,6 +384,19 @@ def test_roofline_places_kernels() -> None:
     assert len(found.plot().lines) == len(LIMITS.levels) + 2 + len(found.points)
     with pytest.raises(ValueError, match="no kernel 'gemw'"):
         lab.roofline("gemw", peaks=LIMITS)
+
+
+def test_labels_of_many_kernels_do_not_overlap() -> None:
+    rng = np.random.default_rng(0)
+    works = np.exp(rng.normal(0, 1.2, (40, 2)))
+    points = [Point(f"kernel_number_{i}", "", 1e6 * a, 1e6, a * 1e-4 * b, False) for i, (a, b) in enumerate(works)]
+    ax = Roofline(LIMITS, tuple(points)).plot()
+    ax.figure.canvas.draw()
+    texts = [text for text in ax.texts if text.get_text().startswith("kernel_number")]
+    # Of the letters alone, without lines to points; boxes of labels above each other may touch.
+    boxes = [Text.get_window_extent(text).shrunk(0.96, 0.8) for text in texts]
+    assert len(boxes) == 40
+    assert not [(i, j) for i in range(40) for j in range(i) if boxes[i].overlaps(boxes[j])]
 
 
 def test_cost_by_hand() -> None:

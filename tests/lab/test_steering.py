@@ -13,6 +13,10 @@ from ruvllm.checkpoint.control_vector import load_control_vector, save_control_v
 from ruvllm.errors import ModelFormatError
 from ruvllm.llm import LLM
 from tests.llm_cases import CONFIG, byte_llm
+from tests.model import tiny_checkpoints, tiny_gguf
+from tests.model.model_cases import load
+
+DATA = Path(__file__).parents[1] / "data"
 
 GOOD, BAD = ["I am glad", "What joy!", "Yes"], ["I am sad", "What woe!", "No"]
 RNG = np.random.default_rng(0)
@@ -176,3 +180,20 @@ def test_wrong_arguments(llm: LLM, tmp_path: Path) -> None:
         save_control_vector(tmp_path / "none.gguf", {0: np.ones(48)}, CONFIG)
 
 
+
+
+def test_llama_cpp_steers_the_same(tmp_path: Path) -> None:
+    """Logits that llama.cpp computed with a control vector: tests/data/make_control_vector.py."""
+    with np.load(DATA / "control_vector.npz") as file:
+        golden = dict(file)
+    model = load(tiny_gguf.write_gguf(tmp_path / "model.gguf", tiny_checkpoints.read("llama3")), "f32", threads=1)
+    llm = LLM(model, None, tmp_path)
+    layers = range(int(golden["first"]), int(golden["last"]) + 1)
+    assert len(golden["directions"]) == len(layers) == model.config.num_hidden_layers - 1 > 1
+    path = save_control_vector(
+        tmp_path / "vector.gguf", dict(zip(layers, golden["directions"], strict=True)), model.config
+    )
+    plain = llm.logits(golden["ids"])
+    with llm.steer(path):
+        np.testing.assert_allclose(llm.logits(golden["ids"]), golden["logits"], atol=1e-4)
+    assert np.abs(plain - golden["logits"]).max() > 0.1

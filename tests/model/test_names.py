@@ -80,6 +80,14 @@ def test_arrays_of_an_architecture(variant: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(read, eager[at + "heads"], atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", RUNNING)
+def test_a_trace_leaves_the_logits_of_rounded_weights(variant: str, tmp_path: Path) -> None:
+    ids = tiny_checkpoints.read(variant).ids
+    model = load(tiny_checkpoints.write_checkpoint(tmp_path, tiny_checkpoints.read(variant)), "int8", threads=2)
+    plain = logits(model, ids, "int8")
+    np.testing.assert_array_equal(traced(model, ids, kv="int8")["logits"], plain)
+
+
 @pytest.mark.parametrize("variant", ["llama3", "gemma2", "qwen3", "mixtral_window", "granite"])
 def test_edits_are_those_of_the_reference(variant: str, tmp_path: Path) -> None:
     ids = tiny_checkpoints.read(variant).ids

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ruvllm.checkpoint.groups import group_layout
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
+from ruvllm.checkpoint.packed_cache import VARIABLE, PackedModel, place_of
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_choices, compile_for
 from ruvllm.kernels.memory import require_memory
@@ -15,10 +17,11 @@ from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
 from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
 from ruvllm.model.replay import working_bytes
-from ruvllm.model.weights import INTEGER_LAYOUTS, matrix_bytes
+from ruvllm.model.weights import INTEGER_LAYOUTS, FloatWeights, IntegerWeights, matrix_bytes
 from ruvllm.progress import tqdm
 
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
+_WORTH_KEEPING = 1 << 25  # bytes of weights: fewer are packed in a tenth of a second
 
 
 def load(
@@ -58,14 +61,55 @@ def load(
         _require_memory(checkpoint, weights)
         tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
         layouts = choose_layouts(checkpoint.config, checkpoint, weights)
+        place = place_of(checkpoint, weights, layouts) if mmap else None
+        packed = place.find() if place is not None else None
         compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), progress)
         compile_choices(checkpoint.config, layouts.values(), progress)
-        with tqdm(
-            total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,
-            delay=_SLOW_LOAD_SECONDS, disable=quiet,
-        ) as bar:  # fmt: skip
-            model = Llama(checkpoint.config, checkpoint, weights, threads, progress=bar.update)
+        with _loading_bar(checkpoint, quiet) as bar:
+            source = checkpoint if packed is None else PackedModel(checkpoint, packed)
+            model = Llama(checkpoint.config, source, weights, threads, progress=bar.update)
+    if place is not None and packed is None and model.nbytes >= _WORTH_KEEPING:
+        place.keep_later(_matrices(model))
     return LLM(model, tokenizer, Path(where))
+
+
+def pack(path: str | os.PathLike[str], weights: str = "auto", progress: bool | None = None) -> Path:
+    """Keep the packed weights of a model in the cache, so that its first load is as fast as later ones.
+
+    Loading does so by itself, in the background, for weights of 32 MB or more.
+
+    Args:
+        path, weights, progress: as for ``load``.
+
+    Returns:
+        The file in the cache. It is as before if the cache holds this model as it is.
+
+    Raises:
+        OSError: the cache is off (RUVLLM_PACKED_CACHE=0) or cannot be written, the file would be larger than its limit,
+            or the disk would be short.
+        ModelFormatError, InsufficientMemoryError, DownloadError, ValueError: as for ``load``.
+    """
+    with open_checkpoint(resolve(path)) as checkpoint:
+        layouts = choose_layouts(checkpoint.config, checkpoint, weights)
+        place = place_of(checkpoint, weights, layouts)
+        if place is None:
+            raise OSError(f"packed weights cannot be kept: there is no private cache directory, or {VARIABLE} is 0")
+        if place.find() is None:
+            _require_memory(checkpoint, weights)
+            with _loading_bar(checkpoint, None if progress is None else not progress) as bar:
+                place.keep(_matrices(Llama(checkpoint.config, checkpoint, weights, progress=bar.update)))
+    return place.path
+
+
+def _matrices(model: Llama) -> dict[str, FloatWeights | IntegerWeights]:
+    return {name: linear.weights for name, linear in model.linears().items()}
+
+
+def _loading_bar(checkpoint: Checkpoint, quiet: bool | None) -> Any:
+    return tqdm(
+        total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,
+        delay=_SLOW_LOAD_SECONDS, disable=quiet,
+    )  # fmt: skip
 
 
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:

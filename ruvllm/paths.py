@@ -1,6 +1,7 @@
-"""Where ruvllm keeps files of its own: one cache directory per user."""
+"""Where ruvllm keeps files of its own: one cache directory per user, parts of which nobody else can write."""
 
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -42,3 +43,49 @@ def require_writable(option: str, directory: Path) -> None:
             pass
     except OSError as error:
         raise type(error)(f"{option}: nothing can be written into {directory} ({error.strerror})") from None
+
+
+def private_directory(*names: str) -> Path:
+    """A directory below the cache directory that only this user can write; made where there is none.
+
+    Raises:
+        OSError: it cannot be made, is a link, belongs to another user, or others can write it or put another in its
+            place.
+    """
+    root = cache_directory()
+    paths = [root, *(root.joinpath(*names[: i + 1]) for i in range(len(names)))]
+    for path in paths:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_steady(root)
+    for path in paths[1:]:
+        require_private(path)
+    return paths[-1]
+
+
+def require_private(path: Path) -> None:
+    """Raise PermissionError unless ``path`` is a real directory that only this user can write."""
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode):
+        raise PermissionError(f"{path} is a symbolic link or no directory")
+    require_own(path, info)
+
+
+def require_own(path: Path, info: os.stat_result) -> None:
+    """Raise PermissionError unless what ``info`` describes is this user's, and others cannot write it."""
+    if hasattr(os, "getuid"):
+        if info.st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to {os.getuid()}")
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode, wanted = stat.S_IMODE(info.st_mode), "700" if stat.S_ISDIR(info.st_mode) else "600"
+            raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod {wanted} it")
+
+
+def require_steady(path: Path) -> None:
+    """Raise PermissionError where another user could put a directory of their own in place of one in ``path``."""
+    info = os.stat(path)
+    if hasattr(os, "getuid"):
+        if info.st_uid not in (os.getuid(), 0):
+            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to {os.getuid()}")
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX:
+            mode = stat.S_IMODE(info.st_mode)
+            raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")

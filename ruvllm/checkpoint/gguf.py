@@ -29,6 +29,7 @@ class GGUFFile(Closing):
         metadata: key -> bool, int, float, str, list of str, or NumPy array of numbers.
         metadata_offsets: key -> position of its value in the file, for error messages.
         tensors: name -> TensorInfo, in the file's order.
+        identities: of the file.
 
     Args:
         path: the file.
@@ -42,6 +43,7 @@ class GGUFFile(Closing):
 
     def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
         self._source = Source(path, mmap=mmap)
+        self.identities = [self._source.identity]
         try:
             reader = HeaderReader(self._source)
             self.path = self._source.path

@@ -85,6 +85,7 @@ class SplitGGUFFile(Closing):
                 raise _error(first, "split.tensors.count", tensors, f"{found} {more}tensors, as the parts hold")
             self._opened = opened.pop_all()  # all is well: keep them open
         self._first = first
+        self.identities = [part.identities[0] for part in parts]
         self.tensors: dict[str, TensorInfo] = {name: part.tensors[name] for name, part in self._part_of.items()}
         self.metadata: dict[str, Any] = {k: v for k, v in first.metadata.items() if not k.startswith(_SPLIT)}
         self.metadata_offsets = first.metadata_offsets

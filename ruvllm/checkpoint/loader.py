@@ -32,8 +32,8 @@ from ruvllm.checkpoint.names import (
     HF_MODEL,
     half_split_rows,
 )
-from ruvllm.checkpoint.safetensors import PICKLES, open_safetensors
-from ruvllm.checkpoint.source import Closing
+from ruvllm.checkpoint.safetensors import INDEX_FILE, PICKLES, open_safetensors
+from ruvllm.checkpoint.source import Closing, Identity, identity_of
 from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.checkpoint.unpacked import UnpackedFiles
@@ -49,6 +49,7 @@ _HF_LEFTOVERS = re.compile(
     r"(?:.*\.)?rotary_emb\.\w+|(?:.*\.)?(?:masked_bias|causal_mask|position_ids)|.*\.self_attn\.bias"
     r"|(?!model\.|lm_head\.).+"
 )
+_SETTINGS = ("config.json", "quantize_config.json", "quant_config.json", INDEX_FILE)  # they say what tensors mean
 _COMPARED_ROWS = 1024  # of embedding and head at a time
 
 
@@ -61,6 +62,7 @@ class Checkpoint(Closing):
         config: the model's configuration.
         weight_dtypes: how many tensors there are of each storage type, most frequent first.
         tokenizer_source: what `load_tokenizer` takes: the open GGUF file, or the directory.
+        identities: of all files that decide what the tensors are.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Checkpoint(Closing):
         config: ModelConfig,
         tensors: dict[str, Tensor],
         files: AnyGGUF | UnpackedFiles,
+        identities: list[Identity],
     ) -> None:
         self.path = path
         self.format = format
         self.config = config
         self.weight_dtypes: dict[str, int] = dict(Counter(t.dtype for t in tensors.values()).most_common())
         self.tokenizer_source: AnyGGUF | Path = files if isinstance(files, AnyGGUF) else path
+        self.identities = identities
         self._tensors = tensors
         self._files = files
 
@@ -135,7 +139,7 @@ def _open_gguf(path: Path, mmap: bool) -> Checkpoint:
         tensors = _collect(path, config, family.gguf_places(config), file.tensor, file.tensors, tables)
         if family.interleaved:
             _deinterleave(config, tensors)
-        return Checkpoint(path, "gguf", config, tensors, file)
+        return Checkpoint(path, "gguf", config, tensors, file, file.identities)
     except BaseException:
         file.close()
         raise
@@ -147,6 +151,7 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         found = f"no config.json, but {others[0]}: open that" if others else "no config.json in this directory"
         expected = "the directory of a Hugging Face model, or the path of a .gguf file"
         raise ModelFormatError(path, field="model", found=found, expected=expected)
+    settings = [identity_of(file.stat()) for name in _SETTINGS if (file := path / name).is_file()]  # before it is read
     config = config_from_directory(path)
     try:
         opened = open_safetensors(path, mmap=mmap)
@@ -183,7 +188,7 @@ def _open_directory(path: Path, mmap: bool) -> Checkpoint:
         if others := [stored[name] for name in leftovers if not name.endswith("rotary_emb.inv_freq")]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             logger.warning("%s: no part of the model, left out: %s%s", path, printable(min(others)), more)
-        return Checkpoint(path, "huggingface", config, tensors, files)
+        return Checkpoint(path, "huggingface", config, tensors, files, settings + opened.identities)
     except BaseException:
         opened.close()
         raise

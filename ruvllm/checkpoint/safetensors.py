@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ruvllm.checkpoint.source import Closing, Source
+from ruvllm.checkpoint.source import Closing, Identity, Source
 from ruvllm.checkpoint.storage import SAFETENSORS_BITS
 from ruvllm.checkpoint.strict_json import parse_json_object, read_json_object
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
@@ -40,6 +40,7 @@ class SafetensorsFile(Closing):
         metadata: the header's ``__metadata__``, str -> str.
         tensors: name -> TensorInfo, in the header's order. ``TensorInfo.type`` may be a type that exists in the format
             but cannot be decoded ("I64", "F8_E4M3"): such a tensor is listed, and refused on access.
+        identities: of the file.
 
     Args:
         path: the file.
@@ -54,6 +55,7 @@ class SafetensorsFile(Closing):
     def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
         _refuse_pickle(Path(path))
         self._source = Source(path, mmap=mmap)
+        self.identities = [self._source.identity]
         try:
             self.path = self._source.path
             header, data_start = _read_header(self._source)
@@ -85,7 +87,7 @@ class SafetensorsFile(Closing):
 
 
 class SafetensorsIndex(Closing):
-    """The shards of one model as one file: ``tensors``, ``metadata``, ``tensor``, ``stored`` as in SafetensorsFile.
+    """The shards of one model as one file, with the attributes and methods of SafetensorsFile.
 
     Args:
         path: a ``model.safetensors.index.json``; the shards that it names must be in its directory and hold exactly
@@ -101,6 +103,7 @@ class SafetensorsIndex(Closing):
         self.path = os.fspath(path)
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self.identities: list[Identity] = []
         self._shard_of: dict[str, SafetensorsFile] = {}
         with ExitStack() as opened:
             for shard_name, names in shards_of(self.path).items():
@@ -113,6 +116,7 @@ class SafetensorsIndex(Closing):
                 _check_shard(self.path, shard_name, names, set(shard.tensors))
                 self.tensors.update(shard.tensors)
                 self.metadata.update(shard.metadata)
+                self.identities += shard.identities
                 self._shard_of.update(dict.fromkeys(shard.tensors, shard))
             self._opened = opened.pop_all()  # all is well: keep them open
 

@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -53,8 +53,23 @@ class Readable(Protocol):
         ...
 
 
+class Identity(NamedTuple):
+    """What tells one state of a file from every other: writing, replacing and renaming it change one of these."""
+
+    size: int
+    modified: int  # nanoseconds
+    changed: int  # nanoseconds; no program can set it
+    device: int
+    inode: int
+
+
+def identity_of(info: os.stat_result) -> Identity:
+    """The identity of the file that ``info`` describes."""
+    return Identity(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_dev, info.st_ino)
+
+
 class Source(Closing):
-    """Bytes ``[0, size)`` of one file, read-only.
+    """Bytes ``[0, size)`` of one file, read-only; ``identity`` is the file's when it was opened.
 
     With ``mmap=True`` arrays are views of the file's pages: nothing is copied, and a file that another process
     shortens while it is mapped ends this process with SIGBUS. With ``mmap=False`` every array is read on
@@ -70,7 +85,8 @@ class Source(Closing):
         self.mapped = mmap
         self._lock = threading.Lock()
         descriptor = _open_regular(self.path)
-        self.size = os.fstat(descriptor).st_size
+        self.identity = identity_of(os.fstat(descriptor))
+        self.size = self.identity.size
         self._map: _mmap.mmap | None = None
         self._descriptor: int | None = descriptor
         if mmap:

@@ -151,8 +151,33 @@ class IntegerWeights:
         return self.panels.blocks.ctypes.data, int(self.panels.has_mins)
 
 
+class PackedMatrix:
+    """A WeightTensor that is packed already; ``dtype`` is that of the tensor that it was packed from."""
+
+    def __init__(self, weights: FloatWeights | IntegerWeights, dtype: str) -> None:
+        self.weights = weights
+        self.shape = (weights.rows, weights.columns)
+        self.dtype = dtype
+
+    def float32(self, lo: int = 0, hi: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows lo:hi as float32."""
+        ids = np.arange(lo, self.shape[0] if hi is None else hi)
+        return self.weights.take(ids, np.empty((len(ids), self.shape[1]), np.float32) if out is None else out)
+
+    def quantized(self, layout: str) -> Panels:
+        """The panels. Raises ValueError for another layout."""
+        if not isinstance(self.weights, IntegerWeights) or self.weights.layout != layout:
+            raise ValueError(f"layout: expected {self.weights.layout}, as it is packed, found {layout!r}")
+        return self.weights.panels
+
+    def release(self) -> None:
+        """Its pages stay: they are the weights."""
+
+
 def load_weights(tensor: WeightTensor, layout: str) -> FloatWeights | IntegerWeights:
     """A tensor (N, K) in one of LAYOUTS."""
+    if isinstance(tensor, PackedMatrix) and tensor.weights.layout == layout:
+        return tensor.weights
     if layout in INTEGER_LAYOUTS:
         return IntegerWeights(tensor.quantized(layout), *tensor.shape)
     return FloatWeights.load(tensor, layout)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import ruvllm
+from ruvllm import paths
 from ruvllm.kernels import reference
 from ruvllm.kernels.jit import cache as compile_cache
 from ruvllm.kernels.jit.decorators import kernel
@@ -315,12 +316,12 @@ def test_foreign_owners_are_refused(spoilable: Setup, tmp_path: Path, monkeypatc
     if hasattr(os, "getuid") and os.getuid() == 0:  # only root can give directories away
         os.chown(spoilable.generation, 12345, -1)
         _refused(spoilable, "belongs to user 12345, not to 0", spoilable.entries())
-    for check in (compile_cache._require_private, compile_cache._require_steady):
+    for check in (paths.require_private, paths.require_steady):
         check(tmp_path)
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1, raising=False)
     with pytest.raises(PermissionError, match="belongs to user"):
-        compile_cache._require_private(tmp_path)
+        paths.require_private(tmp_path)
 
 
 def test_a_file_in_place_of_the_directory(empty: Setup) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import stat
 import sys
 import tempfile
 from functools import cache
@@ -28,7 +27,7 @@ from numba import config
 from ruvllm.kernels.jit.private.dispatch import from_bytes, make_ready, to_bytes
 from ruvllm.kernels.jit.private.parts import OTHER_CODE
 from ruvllm.kernels.jit.private.target import target
-from ruvllm.paths import cache_directory
+from ruvllm.paths import private_directory
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +50,21 @@ def _hash_sources() -> str:
 # Taken before any kernel is imported. Where the files have changed since, nobody knows which version runs here, and
 # this process neither reads the cache nor writes to it.
 _SOURCES = Path(__file__).parents[1]  # ruvllm/kernels
-_STAMP = _hash_sources()
+SOURCES_STAMP = _hash_sources()
 
 
 @cache
 def kernel_cache_directory() -> Path | None:
     """The private directory that holds this version's machine code, or None where there cannot be one."""
-    if _hash_sources() != _STAMP:
+    if _hash_sources() != SOURCES_STAMP:
         log.warning("kernels have changed on disk since they were imported: compiling without a cache")
         return None
     try:
-        root = cache_directory() / "kernels"
-        directory = root / _STAMP
-        for path in (root.parent, root, directory):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_steady(root.parent)
-        for path in (root, directory):
-            _require_private(path)
+        directory = private_directory("kernels", SOURCES_STAMP)
     except OSError as error:
         log.warning("compiled kernels are not cached, so each start compiles them again: %s", error)
         return None
-    _drop_old_generations(root, keep=directory)
+    _drop_old_generations(directory.parent, keep=directory)
     return directory
 
 
@@ -96,30 +89,6 @@ def mark_warm(what: str) -> None:
     if marker is not None:
         with contextlib.suppress(OSError):
             marker.touch()
-
-
-def _require_private(path: Path) -> None:
-    """Raise PermissionError unless ``path`` is a real directory that only this user can write."""
-    info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode):
-        raise PermissionError(f"{path} is a symbolic link or no directory")
-    if hasattr(os, "getuid"):
-        if info.st_uid != os.getuid():
-            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to {os.getuid()}")
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = stat.S_IMODE(info.st_mode)
-            raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")
-
-
-def _require_steady(path: Path) -> None:
-    """Raise PermissionError where another user could put a directory of their own in place of one in ``path``."""
-    info = os.stat(path)
-    if hasattr(os, "getuid"):
-        if info.st_uid not in (os.getuid(), 0):
-            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to {os.getuid()}")
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX:
-            mode = stat.S_IMODE(info.st_mode)
-            raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")
 
 
 def _drop_old_generations(root: Path, keep: Path) -> None:
@@ -182,7 +151,7 @@ class KernelCache:
 
     def save_overload(self, sig: Any, data: Any) -> None:
         path, key = self._entry(sig)
-        if path is None or _hash_sources() != _STAMP:
+        if path is None or _hash_sources() != SOURCES_STAMP:
             return
         try:
             written = to_bytes(data)

@@ -15,14 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
-from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.jit.private.dispatch import on_each_compilation
@@ -38,6 +37,9 @@ from ruvllm.model.replay import needed_operations
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
 from ruvllm.progress import tqdm
+
+if TYPE_CHECKING:
+    from ruvllm.kernels import KernelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ def warmup(progress: bool | None = True) -> None:
     """
     if DISABLE_JIT:
         return
+    from ruvllm.kernels import KERNELS
+
     kinds = [("F32", layout) for layout in LAYOUTS] + [(dtype, layout_for("auto", dtype)) for dtype in BLOCKS]
     steps: list[Callable[[], None]] = [partial(compile_for, [kind], progress) for kind in kinds]
     for layout in (*LAYOUTS, "int5"):

@@ -151,12 +151,13 @@ def open_packed(path: Path, key: str) -> dict[str, Matrix]:
         pages.madvise(mmap.MADV_WILLNEED)
     try:
         table = json.loads(header["__metadata__"]["matrices"])
-        return {name: _matrix(pages, start, header[name], *table[name]) for name in table}
+        return {name: _matrix(pages, start, header[name], table[name]) for name in table}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableError(f"its header makes no sense: {error}") from None
 
 
-def _matrix(pages: mmap.mmap, start: int, entry: dict[str, Any], layout: str, mins: bool, rows: int, columns: int) -> Matrix:
+def _matrix(pages: mmap.mmap, start: int, entry: dict[str, Any], described: list[Any]) -> Matrix:
+    layout, mins, rows, columns = described
     (lo, hi), shape = entry["data_offsets"], tuple(entry["shape"])
     dtype = np.dtype(FLOAT_LAYOUTS.get(layout, np.uint8))
     array = np.frombuffer(pages, dtype, (hi - lo) // dtype.itemsize, start + lo).reshape(shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.cli.parser import take_last
-from ruvllm.cli.tables import show
+from ruvllm.cli.show import show
 from ruvllm.paths import require_writable
 
 

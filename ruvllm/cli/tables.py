@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ruvllm.cli.show import show
 from ruvllm.machine import machine, size, threads, versions
 
 if TYPE_CHECKING:
     from ruvllm.model.config import ModelConfig
 
 KV_TOKENS = 1000
-
-
-def show(content: Any, stderr: bool = False, **options: Any) -> None:
-    """Print a table or text: colours only on a terminal (unless NO_COLOR is set), no wrapping in a pipe."""
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
-    # Captured first: rich itself would end the program when the reader of a pipe is gone.
-    with console.capture() as rendered:
-        console.print(content, **options)
-    print(rendered.get(), end="", file=stream, flush=True)
 
 
 def show_memory(names: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruvllm.cli.input import checked, read_line, read_text
 from ruvllm.cli.parser import DEFAULT_MODEL, take_last, take_model
-from ruvllm.cli.tables import show
+from ruvllm.cli.show import show
 from ruvllm.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -141,11 +140,7 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
     """The model of the command line, with its adapters."""
     import ruvllm
 
-    gc.disable()  # loading makes half a million objects and no garbage: collecting would take a tenth of the start
-    try:
-        llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
-    finally:
-        gc.enable()
+    llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
     for number, given in enumerate(args.lora or ()):
         path, weight = _adapter(given)
         llm.load_adapter(path, weight, name=f"{number}: {path}")

@@ -14,6 +14,8 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ruvllm"))
 
+os.environ.setdefault("RUVLLM_PACKED_CACHE", "0")  # of the user's cache; tests of it have one of their own
+
 gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: collecting takes a tenth of it
 
 # Files that take a minute or more. They start first, so that no worker still runs one when the others are done.

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.packed_file import Matrix, UnusableError, open_packed, read_facts, write_packed
+from ruvllm.checkpoint.source import identity_of
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.kernels.jit.cache import SOURCES_STAMP
 from ruvllm.model.weights import PackedMatrix
@@ -54,12 +55,11 @@ class Kept(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the packed weights of a model belong, and the key that they must have there."""
+    """Where the packed weights of a model belong, the key that they must have there, and what the file says of them."""
 
     path: Path
     key: str
-    model: str
-    weights: str
+    facts: dict[str, str]
 
     def find(self) -> dict[str, Matrix] | None:
         """The packed matrices, mapped; None if there are none that can be used."""
@@ -80,7 +80,7 @@ class Place(NamedTuple):
         self._write(matrices, threading.Event())
         return self.path
 
-    def keep_later(self, matrices: Mapping[str, Matrix]) -> None:
+    def keep_later(self, matrices: Mapping[str, Matrix]) -> threading.Thread:
         """``keep`` in another thread, for which Python waits when it ends, unless Ctrl-C is pressed then."""
         stop = threading.Event()
 
@@ -100,12 +100,12 @@ class Place(NamedTuple):
         thread = threading.Thread(target=run, name="ruvllm packed weights", daemon=True)
         atexit.register(wait)
         thread.start()
+        return thread
 
     def _write(self, matrices: Mapping[str, Matrix], stop: threading.Event) -> None:
         nbytes = sum(matrix.nbytes for matrix in matrices.values())
         _make_room(self.path, nbytes)
-        facts = {"key": self.key, "model": self.model, "weights": self.weights}
-        if write_packed(self.path, matrices, facts, lambda: not stop.is_set()):
+        if write_packed(self.path, matrices, {"key": self.key, **self.facts}, lambda: not stop.is_set()):
             logger.debug("kept packed weights: %s, %.0f MB", self.path, nbytes / 1e6)
 
 
@@ -130,12 +130,15 @@ def limit() -> int:
     Raises:
         ValueError: it says something else.
     """
-    said = os.environ.get(VARIABLE, "").strip().upper()
-    if not said:
-        return DEFAULT_LIMIT
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", said)
+    said = os.environ.get(VARIABLE, "").strip()
+    return parse_size(VARIABLE, said) if said else DEFAULT_LIMIT
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of a size such as "50GB" or "0". Raises ValueError, which begins with ``name``, for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
     if match is None:
-        raise ValueError(f"{VARIABLE}: expected 0, or a size such as 50GB, found {said!r}")
+        raise ValueError(f"{name}: expected 0, or a size such as 50GB, found {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -159,7 +162,8 @@ def place_of(checkpoint: Checkpoint, weights: str, layouts: Mapping[str, str]) -
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     name = hashlib.sha256(f"{model}\0{weights}".encode()).hexdigest()[:16]
     stem = re.sub(r"[^\w.-]", "_", checkpoint.path.stem)[:60]
-    return Place(directory / f"{stem}-{name}.safetensors", key, model, weights)
+    facts = {"model": model, "weights": weights, "sources": _stamp(), "files": json.dumps(checkpoint.identities)}
+    return Place(directory / f"{stem}-{name}.safetensors", key, facts)
 
 
 @cache
@@ -190,9 +194,19 @@ def _look_at(path: Path) -> Kept | None:
         return None
     except (OSError, UnusableError) as error:
         return Kept(path, "", "", info.st_size, info.st_atime, str(error))
-    model = facts["model"]
-    fault = "" if Path(model).exists() else "the model is gone"
-    return Kept(path, model, facts["weights"], info.st_size, info.st_atime, fault)
+    return Kept(path, facts["model"], facts["weights"], info.st_size, info.st_atime, _fault(facts))
+
+
+def _fault(facts: Mapping[str, str]) -> str:
+    """Why a sound file is of no use, as far as it is known without opening the model."""
+    model = Path(facts["model"])
+    if facts["sources"] != _stamp():
+        return "made by another version of ruvllm"
+    if not model.exists():
+        return "the model is gone"
+    if model.is_file() and list(identity_of(model.stat())) != json.loads(facts["files"])[0]:
+        return "the model has changed"
+    return ""
 
 
 def remove(files: Iterable[Kept]) -> int:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def read_facts(path: Path) -> dict[str, str]:
         UnusableError: it must not be used.
     """
     with open(path, "rb", opener=_no_link) as file:
-        facts: dict[str, str] = _checked_header(path, file.fileno())[0]["__metadata__"]
+        facts: dict[str, str] = _checked_header(path, file)[0]["__metadata__"]
         return facts
 
 
@@ -140,7 +140,7 @@ def open_packed(path: Path, key: str) -> dict[str, Matrix]:
         UnusableError: it has another key, or must not be used.
     """
     with open(path, "rb", opener=_no_link) as file:
-        header, start, size = _checked_header(path, file.fileno())
+        header, start, size = _checked_header(path, file)
         if header["__metadata__"]["key"] != key:
             raise UnusableError("made from another state of the model, or by another version")
         pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
@@ -167,20 +167,21 @@ def _matrix(pages: mmap.mmap, start: int, entry: dict[str, Any], described: list
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    # The time of access says when the weights were used, not when a header was looked at.
+    return os.open(path, flags | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOATIME")))
 
 
-def _checked_header(path: Path, descriptor: int) -> tuple[dict[str, Any], int, int]:
+def _checked_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     """The header of an open file, where its data begin, and its length. Raises UnusableError."""
-    info = os.fstat(descriptor)
+    info = os.fstat(file.fileno())
     try:
         require_own(path, info)
     except PermissionError as error:
         raise UnusableError(str(error)) from None
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    length = int.from_bytes(file.read(8), "little")
     if not _CHECKSUM_AT + 64 < length <= min(info.st_size - 8, _MAX_HEADER_BYTES):
         raise UnusableError("it has no sound header")
-    raw = os.pread(descriptor, length, 8)
+    raw = file.read(length)
     said = raw[_CHECKSUM_AT : _CHECKSUM_AT + 64]
     if _with_checksum(raw[:_CHECKSUM_AT] + _NO_CHECKSUM + raw[_CHECKSUM_AT + 64 :])[_CHECKSUM_AT:][:64] != said:
         raise UnusableError("its header is damaged")

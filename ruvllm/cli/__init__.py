@@ -102,6 +102,10 @@ def _pull(args: argparse.Namespace) -> None:
         show_known_models()
     for name in args.operands:
         print(pull(name, verify=args.verify))
+        if args.pack:
+            from ruvllm.loading import pack
+
+            print(pack(name))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -168,6 +172,12 @@ def _warmup(args: argparse.Namespace) -> None:
     print("nothing was cached: there is no private cache directory" if directory is None else directory)
 
 
+def _cache(args: argparse.Namespace) -> None:
+    from ruvllm.cli.cache import cache
+
+    cache(args)
+
+
 def _explain(args: argparse.Namespace) -> None:
     from ruvllm.lab import explain
 
@@ -194,6 +204,7 @@ _COMMANDS = {
     "memory": _memory,
     "quantize": _quantize,
     "warmup": _warmup,
+    "cache": _cache,
     "explain": _explain,
     "report": _report,
 }

@@ -126,6 +126,21 @@ _WARMUP = """\
 Compile all kernels into the cache, so that later starts are fast.
 """
 
+_CACHE = """\
+Packed weights: the matrices of models as kernels read them, kept after a first load so that later ones map them.
+  list   each of them (the default)
+  size   of these, of compiled kernels and of models
+  prune  remove those that cannot be used: of other versions, of models that are gone or have changed
+
+RUVLLM_PACKED_CACHE=0 keeps none; RUVLLM_PACKED_CACHE=50GB keeps so much, where 20 GB are usual. The least recently
+used go first. Everything in the cache can be removed at any time, and is made again when it is needed.
+
+examples:
+  ruvllm cache
+  ruvllm cache prune --to 10GB
+  ruvllm cache prune --all
+"""
+
 _REPORT = """\
 Measure kernels and layers on this machine against its limits, and against NumPy, PyTorch and llama.cpp where they are
 installed; write STEM.md, STEM.json and STEM.html. Leave the machine idle meanwhile: it takes some minutes.
@@ -199,6 +214,7 @@ def build_parser() -> Parser:
         return command
 
     pull = add("pull", "[NAME ...]", "fetch a model into the cache", _PULL)
+    pull.add_argument("--pack", action="store_true", help="also pack the weights, so that the first load is fast")
     pull.add_argument("--verify", action="store_true", help="compare every byte of a cached file with its checksum")
 
     loading, sampling = _loading(said="as much as the answer needs"), _sampling(max_tokens=256, temperature=0.0)
@@ -242,6 +258,10 @@ def build_parser() -> Parser:
     quantize.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
 
     add("warmup", "", "compile all kernels into the cache", _WARMUP)
+
+    cache = add("cache", "[list | size | prune]", "packed weights that are kept, and their size", _CACHE)
+    cache.add_argument("--to", metavar="SIZE", help="prune: also the least recently used, until the rest has this size")
+    cache.add_argument("--all", action="store_true", help="prune: all of them")
     return parser
 
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ruvllm.checkpoint.copied_blocks import COPIED, copy_blocks
 from ruvllm.checkpoint.dequant import half, scale_and_minimum
 from ruvllm.checkpoint.whole_numbers import whole_numbers
 from ruvllm.errors import ModelFormatError
@@ -70,7 +71,7 @@ class StoredRows(Protocol):
     rows: int
     columns: int
 
-    def raw(self, lo: int = 0, hi: int | None = None) -> np.ndarray: ...
+    def raw(self, lo: int = 0, hi: int | None = None, checked: bool = True) -> np.ndarray: ...
 
     def float32(self, lo: int = 0, hi: int | None = None) -> np.ndarray: ...
 
@@ -291,9 +292,14 @@ def load_panels(tensor: StoredRows, kind: str | None = None, symmetric: bool = T
     panels = empty_panels(KINDS[layout], rows, columns, with_mins)
     step = max(1, _ELEMENTS_AT_ONCE // (16 * max(columns, 1))) * 16
     starts = range(0, rows, step)
+    copied = tensor.dtype in COPIED and layout == _TYPES[tensor.dtype][0]
 
     def load(lo: int) -> None:
         hi = min(rows, lo + step)
+        if copied:
+            if not copy_blocks(tensor.dtype, tensor.raw(lo, hi, checked=False), panels.part(lo, hi)):
+                tensor.raw(lo, hi)  # raises the error that says which scale
+            return
         groups = tensor_groups(tensor, lo, hi, kind, symmetric)
         pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
 

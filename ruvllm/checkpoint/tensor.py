@@ -72,10 +72,11 @@ class Tensor:
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, shape={self.shape}, dtype={self.dtype!r})"
 
-    def raw(self, lo: int = 0, hi: int | None = None) -> npt.NDArray[np.uint8]:
+    def raw(self, lo: int = 0, hi: int | None = None, checked: bool = True) -> npt.NDArray[np.uint8]:
         """The stored bytes of rows lo:hi, uint8 (hi - lo, row_bytes), read-only; scales are checked to be finite.
 
-        A view of the file if it is mapped and the rows are in stored order; else a copy.
+        A view of the file if it is mapped and the rows are in stored order; else a copy. checked: False where the
+        caller looks at the scales.
 
         Raises:
             ModelFormatError: a block scale is NaN or infinite; names tensor, row and block.
@@ -92,7 +93,8 @@ class Tensor:
             first = int(wanted.min())
             rows = self._stored(first, int(wanted.max()) + 1)[wanted - first]
         rows.flags.writeable = False
-        self._check_scales(rows, lo)
+        if checked:
+            self._check_scales(rows, lo)
         return rows
 
     def float32(

@@ -32,6 +32,7 @@ from ruvllm.model.config import SIZES, ModelConfig
 from ruvllm.model.generate import generate
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.kv_size import chosen_kv
 from ruvllm.model.llama import Llama
 from ruvllm.model.replay import needed_operations
 from ruvllm.model.sampling.options import Sampling
@@ -56,13 +57,14 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     progress: show a bar; None: where stderr is a terminal or a notebook. Without a bar, the log reports it.
     """
     kinds = sorted(set(kinds))
-    if DISABLE_JIT or is_warm(str(kinds)):
+    kind = f"{kinds}, {chosen_kv('auto', (layout for _, layout in kinds))} cache"
+    if DISABLE_JIT or is_warm(kind):
         return
     with _compile_bar(progress), _helpers(kinds) as processes:
         _compile_share(kinds, 0, processes)
         _load_and_sample(kinds)
         _run_tiny_model(kinds)
-    mark_warm(str(kinds))
+    mark_warm(kind)
 
 
 def compile_cache(
@@ -73,8 +75,8 @@ def compile_cache(
     config: of a model that is not LLaMA.
     """
     layouts = sorted(set(layouts))
-    if not isinstance(kv, str) or kv not in KV_DTYPES or kv == "f32":
-        return  # the cache refuses an unknown dtype
+    if not isinstance(kv, str) or kv not in KV_DTYPES or kv == chosen_kv("auto", layouts):
+        return  # it was compiled with the model, or the cache refuses it
     kind = f"{kv} cache, {layouts}" + ("" if config is None else f", {_tiny_config(config)!r}")
     if DISABLE_JIT or is_warm(kind):
         return
@@ -85,11 +87,12 @@ def compile_cache(
 def compile_choices(config: ModelConfig, layouts: Iterable[str], progress: bool | None = None) -> None:
     """Compile the operations of a model that LLaMA lacks: norms by head, softcaps, experts ..."""
     layouts = sorted(set(layouts))
-    kind = f"operations, {layouts}, {_tiny_config(config)!r}"
+    kv = chosen_kv("auto", layouts)
+    kind = f"operations, {layouts}, {kv} cache, {_tiny_config(config)!r}"
     if DISABLE_JIT or is_warm(kind):
         return
-    common = operations_for(layouts, "f32")
-    extra = [operation for operation in operations_for(layouts, "f32", config) if operation not in common]
+    common = operations_for(layouts, kv)
+    extra = [operation for operation in operations_for(layouts, kv, config) if operation not in common]
     if extra:
         _compile_operations(extra, kind, progress)
     else:
@@ -180,7 +183,8 @@ def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
 
 def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -> None:
     """Compile every operation of such a model: this process's share, then the other shares backwards."""
-    needed = operations_for({layout for _, layout in kinds}, "f32")
+    layouts = {layout for _, layout in kinds}
+    needed = operations_for(layouts, chosen_kv("auto", layouts))
     for i in range(processes):
         for operation in needed[(first + i) % processes :: processes][:: 1 if i == 0 else -1]:
             _ = operation.address

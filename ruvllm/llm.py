@@ -154,10 +154,13 @@ class LLM:
         """Sizes and variants of the model."""
         return self.model.config
 
-    def new_cache(self, max_tokens: int | None = None, kv: str = "f32") -> KVCache:
-        """An empty KV cache for ``max_tokens`` (the model's context length if None)."""
+    def new_cache(self, max_tokens: int | None = None, kv: str = "auto") -> KVCache:
+        """An empty KV cache for ``max_tokens`` (the model's context length if None).
+
+        kv: its precision, "f32", "f16" or "int8"; "auto" is "f32" for a model with float32 weights alone, else "f16".
+        """
         cache = self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
-        compile_cache(self.model.layouts, kv, config=self.model.config)
+        compile_cache(self.model.layouts, cache.dtype, config=self.model.config)
         return cache
 
     def logits(
@@ -182,7 +185,7 @@ class LLM:
         stop: str | Sequence[str] | None = (),
         logprobs: int = 0,
         cache: KVCache | None = None,
-        kv: str = "f32",
+        kv: str = "auto",
         draft: str | LLM | None = None,
         **options: Any,
     ) -> Stream:
@@ -196,7 +199,7 @@ class LLM:
                 apply to reasoning.
             logprobs: how many alternatives to report at each token (0: no log-probabilities).
             cache: reused if it begins with the same tokens, so that a conversation is not computed again each turn.
-            kv: precision of the KV cache if none is given: "f32", "f16" or "int8".
+            kv: precision of the KV cache if none is given: "f32", "f16" or "int8"; "auto" as in ``new_cache``.
             draft: what guesses the next tokens, so that one pass of the model makes several where they are right; the
                 text stays the same. "lookup": the text so far, where it read alike; a smaller LLM of the same
                 vocabulary. Guesses are as many as pay, by the time that passes take; ``timings`` counts them.
@@ -300,7 +303,7 @@ class LLM:
         return Names(self.model.points)
 
     @contextmanager
-    def trace(self, prompt: Prompt | None = None, kv: str = "f32", limit: int | None = None) -> Iterator[Trace]:
+    def trace(self, prompt: Prompt | None = None, kv: str = "auto", limit: int | None = None) -> Iterator[Trace]:
         """Keep arrays of the model as it takes one text, by their names.
 
         With a prompt the model takes it when the block ends, or when the trace is first looked at; ``keep`` in the
@@ -378,7 +381,7 @@ class LLM:
 
     def perplexity(
         self, text: str | Sequence[int] | np.ndarray, context: int | None = None, progress: bool | None = None,
-        kv: str = "f32",
+        kv: str = "auto",
     ) -> Perplexity:  # fmt: skip
         """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol.
 
@@ -400,7 +403,7 @@ class LLM:
 
     def divergence(
         self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int | None = None,
-        progress: bool | None = None, kv: str = "f32",
+        progress: bool | None = None, kv: str = "auto",
     ) -> Divergence:  # fmt: skip
         """How far this model's predictions of a text are from another's: mean KL divergence, same top token.
 

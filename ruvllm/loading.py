@@ -15,14 +15,15 @@ from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.packed_cache import VARIABLE, PackedModel, place_of
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_choices, compile_for
-from ruvllm.kernels.memory import require_memory
+from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
-from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
+from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes, chosen_kv
 from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
 from ruvllm.model.replay import working_bytes
 from ruvllm.model.weights import INTEGER_LAYOUTS, FloatWeights, IntegerWeights, matrix_bytes
 from ruvllm.progress import tqdm
 
+_PLENTY = 1 << 30  # bytes of memory
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
 _WORTH_KEEPING = 1 << 25  # bytes of weights: fewer are packed in a tenth of a second
 
@@ -130,9 +131,14 @@ def _loading_bar(checkpoint: Checkpoint, quiet: bool | None) -> Any:
 def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
     """Refuse a model that does not fit with a cache for a short text, before anything is allocated."""
     tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
-    working = cache_bytes(checkpoint.config, tokens) + working_bytes(checkpoint.config, PREFILL_TOKENS)
+    layouts = choose_layouts(checkpoint.config, checkpoint, weights).values()
+    needed = weight_bytes(checkpoint, weights)
+    needed += cache_bytes(checkpoint.config, tokens, chosen_kv("auto", layouts))
+    free = free_memory()
+    if free is None or free > 2 * needed + _PLENTY:
+        return  # a pass needs far less than the rest, but to know how much the model has to be recorded
     what = f"{checkpoint.path}: weights={weights!r} and a KV cache of {tokens} tokens"
-    require_memory(weight_bytes(checkpoint, weights) + working, what)
+    require_memory(needed + working_bytes(checkpoint.config, PREFILL_TOKENS), what)
 
 
 def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> int:

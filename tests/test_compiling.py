@@ -43,12 +43,16 @@ def test_another_kind_of_cache_is_compiled_before_it_is_used(monkeypatch: pytest
     monkeypatch.setattr(compiling, "operations_for", needed)
     monkeypatch.setattr(compiling, "is_warm", lambda what: False)
     monkeypatch.setattr(compiling, "mark_warm", asked.append)
-    for kv in ("f32", "f16", "int8", "f64"):  # float32 is compiled with the model; what is none the cache refuses
+    for kv in ("f32", "f16", "int8", "f64", "auto"):  # 16 bits are compiled with the model; the cache refuses "f64"
         compiling.compile_cache(["int4", "int8", "int4"], kv, progress=False)
     assert asked == [
-        (["int4", "int8"], "f16"), "f16 cache, ['int4', 'int8']", (["int4", "int8"], "int8"),
+        (["int4", "int8"], "f32"), "f32 cache, ['int4', 'int8']", (["int4", "int8"], "int8"),
         "int8 cache, ['int4', 'int8']",
     ]  # fmt: skip
+    compiling.compile_cache(["f32"], "f32", progress=False)
+    assert len(asked) == 4
+    compiling.compile_cache(["f32"], "f16", progress=False)
+    assert asked[4:] == [(["f32"], "f16"), "f16 cache, ['f32']"]
 
 
 def test_every_process_compiles_every_operation_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,17 +194,17 @@ def _look_at(path: Path) -> Kept | None:
         return None
     except (OSError, UnusableError) as error:
         return Kept(path, "", "", info.st_size, info.st_atime, str(error))
-    return Kept(path, facts["model"], facts["weights"], info.st_size, info.st_atime, _fault(facts))
+    model, weights = facts.get("model", ""), facts.get("weights", "")
+    return Kept(path, model, weights, info.st_size, info.st_atime, _fault(model, facts))
 
 
-def _fault(facts: Mapping[str, str]) -> str:
+def _fault(model: str, facts: Mapping[str, str]) -> str:
     """Why a sound file is of no use, as far as it is known without opening the model."""
-    model = Path(facts["model"])
-    if facts["sources"] != _stamp():
+    if facts.get("sources") != _stamp():
         return "made by another version of ruvllm"
-    if not model.exists():
+    if not os.path.exists(model):
         return "the model is gone"
-    if model.is_file() and list(identity_of(model.stat())) != json.loads(facts["files"])[0]:
+    if os.path.isfile(model) and list(identity_of(os.stat(model))) != json.loads(facts["files"])[0]:
         return "the model has changed"
     return ""
 

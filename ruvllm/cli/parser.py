@@ -15,7 +15,7 @@ DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
 TARGETS = ("host", "apple-m4", "haswell", "znver4")  # as in lab.explanation
 TYPES = ("q8_0", "q4_0", "q4_1", "f16", "f32", "bf16")  # as in quantizing
-KV = ("f32", "f16", "int8")  # as in model.kv_cache
+KV = ("auto", "f32", "f16", "int8")  # as in model.kv_cache
 
 _EXAMPLES = """\
 examples:
@@ -289,7 +289,10 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="how weights are held in memory (default: %(default)s)"
     )
-    group.add_argument("--kv", choices=KV, default="f32", help="precision of the KV cache (default: %(default)s)")
+    group.add_argument(
+        "--kv", choices=KV, default="auto",
+        help="precision of the KV cache (default: auto, which is f32 where all weights are, else f16)",
+    )  # fmt: skip
     group.add_argument(
         "--lora", action="append", metavar="PATH[=WEIGHT]",
         help="an adapter: PEFT's directory, or GGUF; may be repeated, WEIGHT is 1 unless given",

@@ -114,7 +114,7 @@ def _model(name: str) -> dict[str, str]:
     rounded = [f"{ROUNDED[dtype]} ({dtype})" for dtype in checkpoint.weight_dtypes if dtype in ROUNDED]
     active = f" ({estimate.active:,} active for one token)" if estimate.active < estimate.parameters else ""
     lengths = sorted({min(KV_TOKENS, config.max_position_embeddings), config.max_position_embeddings})
-    caches = [[size(cache_bytes(config, tokens, kv)) for kv in ("f32", "int8")] for tokens in lengths]
+    caches = [[size(cache_bytes(config, tokens, kv)) for kv in ("f32", "f16", "int8")] for tokens in lengths]
     return {
         "name": config.name or Path(checkpoint.path).name,
         "file": f"{checkpoint.path} ({checkpoint.format})",
@@ -125,8 +125,8 @@ def _model(name: str) -> dict[str, str]:
         "rounded then": ", ".join(rounded) or "nothing",
         "if all were": f"FP16 {size(estimate.fp16)}, INT8 {size(estimate.int8)}, INT4 {size(estimate.int4)}",
         "KV cache": "; ".join(
-            f"{fp32} in FP32, {int8} in INT8 for {tokens:,} tokens"
-            for tokens, (fp32, int8) in zip(lengths, caches, strict=True)
+            f"{fp32} in FP32, {fp16} in FP16, {int8} in INT8 for {tokens:,} tokens"
+            for tokens, (fp32, fp16, int8) in zip(lengths, caches, strict=True)
         ),
     }
 

@@ -15,7 +15,7 @@ from ruvllm.machine import size
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES as KV_DTYPES
-from ruvllm.model.kv_size import cache_bytes
+from ruvllm.model.kv_size import cache_bytes, chosen_kv
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import recorded
@@ -109,7 +109,7 @@ def cost(
     config: ModelConfig | str,
     weights: str | Sequence[str] = LAYOUTS,
     context: int = 1024,
-    kv: str = "f32",
+    kv: str = "auto",
     peaks: Peaks | None = None,
 ) -> Cost:
     """Memory, bytes and arithmetic of a model per token, and the tokens/s that this machine's limits allow.
@@ -128,7 +128,7 @@ def cost(
         config: a configuration, or the name of a known one ("llama3-8b").
         weights: one or several of LAYOUTS.
         context: tokens that are in the cache.
-        kv: precision of the KV cache, see ``KVCache``.
+        kv: precision of the KV cache, see ``KVCache``; "auto": "f32" beside float32 weights, else "f16".
         peaks: limits; None measures those of this machine, once in a process (three seconds).
 
     Raises:
@@ -143,8 +143,8 @@ def cost(
         raise TypeError(f"config: expected a ModelConfig or a name, found {type(config).__name__}")
     if not isinstance(context, int):
         raise TypeError(f"context: expected an integer, found {context!r}")
-    if kv not in KV_DTYPES:
-        raise ValueError(f"kv: expected one of {', '.join(KV_DTYPES)}, found {kv!r}")
+    if kv not in ("auto", *KV_DTYPES):
+        raise ValueError(f"kv: expected one of {', '.join(('auto', *KV_DTYPES))}, found {kv!r}")
     if context < 1:
         raise ValueError(f"context: expected at least 1, found {context}")
     chosen = (weights,) if isinstance(weights, str) else tuple(weights)
@@ -159,6 +159,7 @@ def cost(
 
 
 def _layout(config: ModelConfig, steps: Sequence[Step], layout: str, context: int, kv: str, peaks: Peaks) -> Layout:
+    kv = chosen_kv(kv, [layout])
     token = pass_work(config, steps, layout, np.array([context - 1]), kv)
     prompt = pass_work(config, steps, layout, np.arange(context), kv)
     nbytes = token.weights + token.cached

@@ -81,7 +81,7 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
         ValueError: an empty prompt.
     """
     states = [f"layers.{i}.residual" for i in range(llm.config.num_hidden_layers)] + ["final.residual"]
-    with llm.trace(prompt) as trace:
+    with llm.trace(prompt, kv="f32") as trace:
         trace.keep(*states, "logits")
     ids, logits = trace.ids, trace["logits"]
     errors, largest = [], []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ruvllm.model.config import ModelConfig
 
 PREFILL_TOKENS = 126  # most tokens per forward pass, whole tiles of six
@@ -10,6 +12,13 @@ CHUNK = 256  # positions per step of attention: CHUNK of the kernels
 
 _NUMBER_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 _SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
+
+
+def chosen_kv(kv: str, layouts: Iterable[str]) -> str:
+    """The precision of a KV cache: "auto" is float32 where all matrices of the model are, else 16 bits."""
+    if kv != "auto":
+        return kv
+    return "f32" if all(layout == "f32" for layout in layouts) else "f16"
 
 
 def capacities(config: ModelConfig, max_tokens: int) -> list[int]:

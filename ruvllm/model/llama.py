@@ -21,7 +21,7 @@ from ruvllm.model.config import ModelConfig
 from ruvllm.model.experts import MixtureOfExperts
 from ruvllm.model.hooks import active
 from ruvllm.model.kv_cache import Filling, KVCache
-from ruvllm.model.kv_size import PREFILL_TOKENS
+from ruvllm.model.kv_size import PREFILL_TOKENS, chosen_kv
 from ruvllm.model.layer import Decoder, TransformerLayer, parts
 from ruvllm.model.linear import Linear
 from ruvllm.model.low_rank import AdapterSet
@@ -94,9 +94,9 @@ class Llama:
         """Tokens of one forward pass: PREFILL_TOKENS, but whole tiles of six fewer where a layer is very large."""
         return max(6, min(PREFILL_TOKENS, LAYER_MACS // self.layer_weights // 6 * 6))
 
-    def new_cache(self, max_tokens: int, kv: str = "f32") -> KVCache:
-        """A KV cache for ``max_tokens`` positions."""
-        return KVCache(self.config, max_tokens, kv)
+    def new_cache(self, max_tokens: int, kv: str = "auto") -> KVCache:
+        """A KV cache for ``max_tokens`` positions. kv: "f32", "f16", "int8"; "auto": see ``chosen_kv``."""
+        return KVCache(self.config, max_tokens, chosen_kv(kv, self.layouts))
 
     def forward(
         self, ids: Iterable[int] | np.ndarray, cache: KVCache, last_only: bool = False,

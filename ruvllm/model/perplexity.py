@@ -78,7 +78,7 @@ def perplexity(
     bos: int | None = None,
     nbytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
-    kv: str = "f32",
+    kv: str = "auto",
 ) -> Perplexity:
     """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given the tokens before it.
 
@@ -108,7 +108,7 @@ def divergence(
     bos: int | None = None,
     nbytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
-    kv: str = "f32",
+    kv: str = "auto",
 ) -> Divergence:
     """How far ``model``, with a cache of precision ``kv``, is from ``baseline``, with a float32 cache.
 
@@ -121,7 +121,7 @@ def divergence(
         sizes = f"{model.config.vocab_size} and {baseline.config.vocab_size}"
         raise ValueError(f"baseline: expected a model of the same vocabulary, found sizes {sizes}")
     ids = _checked(model, ids, context)
-    caches = model.new_cache(context, kv), baseline.new_cache(context)
+    caches = model.new_cache(context, kv), baseline.new_cache(context, "f32")
     losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     divergences, same = [], []
     for window, targets in _windows(ids, context, bos):

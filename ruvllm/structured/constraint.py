@@ -72,7 +72,7 @@ class FormConstraint:
         _require_tokens(
             self._matcher, allowed, self._tokenizer.eos_ids, "no token of the vocabulary can follow in this form"
         )
-        logits[allowed == 0] = -np.inf
+        np.copyto(logits, -np.inf, where=allowed == 0)
 
     def advance(self, token_id: int) -> None:
         """Take the token that was chosen."""

@@ -7,50 +7,56 @@ from collections.abc import Sequence
 import numpy as np
 
 _FORGET = 0.97  # weight of a measurement after one more
-_USUAL_SLOPE = 0.2  # of a pass of one token, for each token more: until passes are measured
+_SHARE = 0.1  # of the last pass of one token in their mean
+_USUAL_LINE = np.array([1.0, 0.2])  # seconds of a pass of n tokens, in passes of one token, until some are measured
 _FEW = 4  # measurements after which one that takes far longer is no longer believed
 _FAR = 2.0
 _PRIOR_WEIGHT = 2.0  # guesses that the first expectation counts for
 _LEVELS = 12
 _LAST_GUESSES = 0.97  # weight of a guess after one more of its level
 _LAST_TOKENS = 0.998  # after one more pass
-_GAIN = 1.03  # expected tokens per second, over those without guesses, that make a guess worthwhile
+_GAIN = 1.05  # expected tokens per second, over those without guesses, that make a guess worthwhile
 
 
 class PassCosts:
-    """Seconds of a pass of n tokens, as a + b n: a fit to the passes that were measured, recent ones weighing more.
+    """Seconds of a pass: of one token, which has kernels of its own, and of n > 1, as a + b n.
 
-    It begins with an expectation of their ratio, which each measurement corrects. One model has one, over all answers.
+    Both follow the passes that are measured, recent ones weighing more. The line begins with an expectation of its
+    ratio to one token, which each measurement corrects. One model has one PassCosts, over all answers.
     """
 
     def __init__(self) -> None:
+        self._one = 1.0
+        self._ones = 0
+        self._several = 0
         self._normal = np.zeros((2, 2))  # sums of [1, n] [1, n]^T
         self._right = np.zeros(2)  # sums of [1, n] seconds
-        self._scale = 0.0  # seconds of one token, if the expected ratio were right
-        self._count = 0
-        self._fit = np.array([1 - _USUAL_SLOPE, _USUAL_SLOPE])
+        self._line = _USUAL_LINE.copy()
 
     def measured(self, n: int, seconds: float) -> None:
         """Take a pass of n tokens into account."""
-        if self._count >= _FEW:  # the system had something else to do
+        if (self._ones if n == 1 else self._several) >= _FEW:  # else the system may have had something else to do
             seconds = min(seconds, _FAR * self.of(n))
-        self._count += 1
-        row = np.array([1.0, n])
-        self._normal = _FORGET * self._normal + np.outer(row, row)
-        self._right = _FORGET * self._right + row * seconds
-        expected = np.array([1 - _USUAL_SLOPE, _USUAL_SLOPE])
-        share = max(1 / self._count, 1 - _FORGET)
-        self._scale += share * (seconds / float(row @ expected) - self._scale)
+        if n == 1:
+            self._ones += 1
+            self._one += max(1 / self._ones, _SHARE) * (seconds - self._one)
+        else:
+            self._several += 1
+            row = np.array([1.0, n])
+            self._normal = _FORGET * self._normal + np.outer(row, row)
+            self._right = _FORGET * self._right + row * seconds
+            if not self._ones:
+                self._one = seconds / float(row @ _USUAL_LINE)
         normal, right = self._normal.copy(), self._right.copy()
-        for n_expected in (1, 9):  # two passes as expected
-            at = np.array([1.0, n_expected])
-            normal += np.outer(at, at)
-            right += at * self._scale * float(at @ expected)
-        self._fit = np.maximum(np.linalg.solve(normal, right), 0.0)
+        for expected in (2, 10):  # two passes as expected
+            row = np.array([1.0, expected])
+            normal += np.outer(row, row)
+            right += row * self._one * float(row @ _USUAL_LINE)
+        self._line = np.maximum(np.linalg.solve(normal, right), 0.0)
 
     def of(self, n: int) -> float:
         """Seconds of a pass of n tokens; before any was measured, in passes of one token."""
-        return float(self._fit[0] + self._fit[1] * n)
+        return self._one if n == 1 else float(self._line[0] + self._line[1] * n)
 
 
 class Acceptance:

@@ -33,5 +33,5 @@ def region_that_tells(value: int) -> Region:
 if __name__ == "__main__":
     table = np.zeros(1, np.int64)
     for value in map(int, sys.argv[1:]):
-        region_that_tells(value).run(table, 1)
+        region_that_tells(value).run(table.ctypes.data, 1)
         print(table[0])

@@ -123,7 +123,7 @@ class Task:
         return int(self.table[TEAM])
 
     def run(self) -> int:
-        REGION.run(self.table, int(self.table[WANTED]))
+        REGION.run(self.table.ctypes.data, int(self.table[WANTED]))
         return self.size()
 
 

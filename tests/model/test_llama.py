@@ -322,7 +322,7 @@ def test_layers_in_several_calls(kv: str, models: dict[str, Llama], monkeypatch:
     calls: list[int] = []
     original = Region.run
 
-    def counted(region: Region, table: np.ndarray, threads: int) -> None:
+    def counted(region: Region, table: int, threads: int) -> None:
         calls.append(1)
         if len(calls) == interrupt_at:
             raise KeyboardInterrupt

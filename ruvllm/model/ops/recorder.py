@@ -411,13 +411,13 @@ class Recorder:
         self._call(function, x)
         return x
 
-    def _swapped(self, name: str, function: Callable[..., None], out: Value, *inputs: Value) -> Value:
+    def _swapped(self, name: str, function: Callable[..., object], out: Value, *inputs: Value) -> Value:
         """out, which a swapped kernel fills anew after the operation."""
         if name in self.swapped:
             self._call(function, out, *inputs)
         return out
 
-    def _call(self, function: Callable[..., None], *values: Value) -> None:
+    def _call(self, function: Callable[..., object], *values: Value) -> None:
         """The replay returns here, and Python gets the values, of which it may change the first."""
         segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
         self.calls.setdefault(segment, []).append((values, function))

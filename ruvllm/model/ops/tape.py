@@ -16,7 +16,7 @@ from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Step, Value
 if TYPE_CHECKING:
     from ruvllm.model.low_rank import LowRank
 
-Calls = dict[int, list[tuple[tuple[Value, ...], Callable[..., None]]]]
+Calls = dict[int, list[tuple[tuple[Value, ...], Callable[..., object]]]]
 
 
 @dataclass
@@ -77,7 +77,7 @@ def assemble(
     return tape.with_adapters(adapters)
 
 
-def _read(calls: list[tuple[tuple[Value, ...], Callable[..., None]]]) -> list[Value]:
+def _read(calls: list[tuple[tuple[Value, ...], Callable[..., object]]]) -> list[Value]:
     """The values in working memory that Python reads."""
     return [value for values, _ in calls for value in values if value.space in (t.SHARED, t.LOCAL)]
 

@@ -27,8 +27,8 @@ from ruvllm.lab.cross import Body, Compiled, compile_bodies
 
 _FOREIGN = {
     "apple-m4": Target("arm64-apple-macosx14.0.0", "apple-m4", "+dotprod"),
-    "haswell": Target("x86_64-unknown-linux-gnu", "haswell", "+avx2"),
-    "znver4": Target("x86_64-unknown-linux-gnu", "znver4", "+avx512vnni"),
+    "haswell": Target("x86_64-unknown-linux-gnu", "haswell", "+avx2,+f16c,+fma"),
+    "znver4": Target("x86_64-unknown-linux-gnu", "znver4", "+avx2,+f16c,+fma,+avx512f,+avx512vnni"),
 }
 TARGETS = ("host", *_FOREIGN)
 _REMARK = re.compile(r"remark: (.*?):(\d+):\d+: loop not vectorized: (.*)")

@@ -27,6 +27,7 @@ LAYERS = [
     "ruvllm.tracing",
     "ruvllm.compiling ruvllm.quantizing",
     "ruvllm.training_text ruvllm.structured",
+    "ruvllm.torch",
     "ruvllm.checkpoint",
     "ruvllm.model",
     "ruvllm.kernels.operations",
@@ -39,6 +40,7 @@ LAYERS = [
     "ruvllm.kernels.simd",
     "ruvllm.kernels.jit",
     "ruvllm.kernels.spec ruvllm.kernels.check ruvllm.kernels.memory ruvllm.kernels.reference",
+    "ruvllm.kernels.halves",
     "ruvllm.errors ruvllm.paths ruvllm.brief ruvllm.progress ruvllm.display ruvllm.spinning ruvllm.container",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

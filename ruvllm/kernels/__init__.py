@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ruvllm.kernels.activation import gelu_mul, silu_mul, softmax
+    from ruvllm.kernels.attention.flash import flash_attention
     from ruvllm.kernels.attention.kv import kv_append
     from ruvllm.kernels.attention.public import (
-        flash_attention,
         grouped_query_attention,
         multi_query_attention,
         paged_attention,
         softmax_attention,
     )
+    from ruvllm.kernels.attention.ragged import ragged_attention
     from ruvllm.kernels.bandwidth import buffer_sum, read_bandwidth
     from ruvllm.kernels.bounded import clamped_swiglu, softcap
     from ruvllm.kernels.lora.public import lora_forward, lora_forward_add
+    from ruvllm.kernels.matmul.grouped import grouped_gemm
     from ruvllm.kernels.matmul.public import batched_gemm, gemm, gemm_nt, gemv
-    from ruvllm.kernels.norm import layer_norm, rms, rms_norm
+    from ruvllm.kernels.norm import add_rms_norm, layer_norm, rms, rms_norm
+    from ruvllm.kernels.quant.public import QuantMatrix, pack_quantized, quant_matmul, quantize_activations
+    from ruvllm.kernels.quant.weights import dequantize, quantize_int4, quantize_int8
     from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
     from ruvllm.kernels.rope.rotate import apply_rope, apply_rope_tables
     from ruvllm.kernels.sampling.ranking import argmax, log_softmax, top_k, top_logprobs
@@ -36,19 +40,23 @@ if TYPE_CHECKING:
 _MODULES = {
     "activation": ("gelu_mul", "silu_mul", "softmax"),
     "attention.public": (
-        "flash_attention",
         "grouped_query_attention",
         "multi_query_attention",
         "paged_attention",
         "softmax_attention",
     ),
+    "attention.flash": ("flash_attention",),
+    "attention.ragged": ("ragged_attention",),
     "bandwidth": ("buffer_sum", "read_bandwidth"),
     "bounded": ("clamped_swiglu", "softcap"),
     "attention.kv": ("kv_append",),
     "lora.public": ("lora_forward", "lora_forward_add"),
     "training.lora": ("lora_accumulate_grad",),
     "matmul.public": ("batched_gemm", "gemm", "gemm_nt", "gemv"),
-    "norm": ("layer_norm", "rms", "rms_norm"),
+    "matmul.grouped": ("grouped_gemm",),
+    "quant.public": ("QuantMatrix", "pack_quantized", "quant_matmul", "quantize_activations"),
+    "quant.weights": ("dequantize", "quantize_int4", "quantize_int8"),
+    "norm": ("add_rms_norm", "layer_norm", "rms", "rms_norm"),
     "sampling.ranking": ("argmax", "log_softmax", "top_k", "top_logprobs"),
     "rope.rotate": ("apply_rope", "apply_rope_tables"),
     "sampling.sample": ("apply_repetition_penalty", "sample"),
@@ -69,8 +77,10 @@ __all__ = [
     "KERNELS",
     "AdamW",
     "KernelSpec",
+    "QuantMatrix",
     "adamw",
     "add",
+    "add_rms_norm",
     "apply_repetition_penalty",
     "apply_rope",
     "apply_rope_tables",
@@ -80,12 +90,14 @@ __all__ = [
     "buffer_sum",
     "clamped_swiglu",
     "cross_entropy",
+    "dequantize",
     "dot",
     "flash_attention",
     "gelu_mul",
     "gemm",
     "gemm_nt",
     "gemv",
+    "grouped_gemm",
     "grouped_query_attention",
     "kv_append",
     "layer_norm",
@@ -94,7 +106,13 @@ __all__ = [
     "lora_forward",
     "lora_forward_add",
     "multi_query_attention",
+    "pack_quantized",
     "paged_attention",
+    "quant_matmul",
+    "quantize_activations",
+    "quantize_int4",
+    "quantize_int8",
+    "ragged_attention",
     "read_bandwidth",
     "rms",
     "rms_norm",

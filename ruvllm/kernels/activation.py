@@ -58,6 +58,8 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if softmax_small(x, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, softmax, x)
     x = check.float32("x", x, min_ndim=1)
     out = check.output("out", out, x.shape, x)
     if x.size:
@@ -148,6 +150,8 @@ def gated(
     body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None, numbers: tuple[float, ...] = ()
 ) -> np.ndarray:
     """A gated activation: checks, and the body(gate, up, *numbers, out) on one thread or on several."""
+    if check.is_half(out):
+        return check.rounded(out, gated, body, parallel, gate, up, None, numbers)
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)

@@ -45,6 +45,8 @@ def softcap(x: Any, cap: float, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Gemma Team 2024, "Gemma 2: Improving Open Language Models at a Practical Size".
     """
+    if check.is_half(out):
+        return check.rounded(out, softcap, x, cap)
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     cap = check.positive("cap", cap)

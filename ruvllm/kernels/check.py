@@ -1,10 +1,14 @@
 """Checks of the public functions' arguments: each error names the argument, what it was and what was expected."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+
+from ruvllm.kernels.halves import bfloat16_bits, widened
+from ruvllm.kernels.halves import is_half as is_half
 
 _FLOAT32 = np.dtype(np.float32)  # one object for every native float32 array, so that "is" is enough to know it
 _INT64 = np.dtype(np.int64)
@@ -21,10 +25,10 @@ def float32(
     """``array`` as a C-contiguous float32 NumPy array that compiled code may read.
 
     A float32 array is taken as it is; other strides or byte order, and tensors of other libraries that NumPy can
-    view (``__array__``, DLPack), are copied or viewed.
+    view (``__array__``, DLPack), are copied or viewed. float16 and bfloat16 are widened, which is exact.
 
     Raises:
-        TypeError: it is no array, or not of float32.
+        TypeError: it is no array, or not of float32, float16 or bfloat16.
         ValueError: wrong number of dimensions or wrong sizes.
     """
     if type(array) is not _ndarray or array.dtype is not _FLOAT32 or not array.flags.carray:
@@ -105,6 +109,47 @@ def integers(name: str, array: Any, ndim: int = 1) -> np.ndarray:
     return np.require(found, _INT64, ("C", "A", "W"))
 
 
+def bits(name: str, array: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """``array`` of uint16, C-contiguous. Raises TypeError for anything else, ValueError for another shape."""
+    if not isinstance(array, _ndarray) or array.dtype != np.uint16:
+        raise TypeError(f"{name}: expected a uint16 array, found {getattr(array, 'dtype', type(array).__name__)}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+    return np.require(array, None, ("C", "A", "W"))
+
+
+def codes(array: Any, scales: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (..., group G), int8 or uint8, and their scales (..., G), as compiled code takes them.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that do not match.
+    """
+    if not isinstance(array, _ndarray) or array.dtype not in (np.int8, np.uint8):
+        raise TypeError(f"codes: expected int8 or uint8, found {getattr(array, 'dtype', type(array).__name__)}")
+    scales = bits("scales", scales)
+    if not scales.ndim:
+        raise ValueError("scales: expected at least 1 dimension, found shape ()")
+    shape = *scales.shape[:-1], scales.shape[-1] * group
+    if array.shape != shape:
+        raise ValueError(f"codes: expected shape {shape}, found {array.shape}")
+    return np.require(array, None, ("C", "A", "W")), scales
+
+
+def columns(value: Any, groups: int, group: int) -> int:
+    """``value`` columns that so many groups hold, the last one in part; all if None.
+
+    Raises:
+        TypeError, ValueError: no integer, or too many or too few.
+    """
+    if value is None:
+        return groups * group
+    value = integer("columns", value)
+    if not (groups - 1) * group < value <= groups * group:
+        raise ValueError(f"columns: expected a number that {groups} groups of {group} hold, found {value}")
+    return value
+
+
 def float64(name: str, array: Any) -> np.ndarray:
     """Real numbers as a C-contiguous float64 array. Raises TypeError for anything else."""
     found = _from_sequence(name, array)
@@ -113,8 +158,17 @@ def float64(name: str, array: Any) -> np.ndarray:
     return np.ascontiguousarray(found, np.float64)
 
 
+def given(name: str, array: Any) -> Any:
+    """``array``, which is changed in place. Raises TypeError if it is None."""
+    if array is None:
+        raise TypeError(f"{name}: expected a float32 NumPy array, found None")
+    return array
+
+
 def output(name: str, out: Any, shape: tuple[int, ...], *inputs: np.ndarray) -> np.ndarray:
     """``out`` if it can take the result, or a new float32 array. It may be one of the inputs, but not a piece of one.
+
+    float16 and bfloat16 are for ``rounded``, which public functions try before.
 
     Raises:
         TypeError: not a float32 NumPy array.
@@ -134,6 +188,29 @@ def output(name: str, out: Any, shape: tuple[int, ...], *inputs: np.ndarray) -> 
             if array.nbytes != out.nbytes or _address(array) != _address(out):
                 raise ValueError(f"{name}: overlaps an input; it may be the input itself")
     return out
+
+
+def rounded(out: np.ndarray, function: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+    """``function(*arguments)`` rounded to the nearest elements of ``out``, an array of float16 or bfloat16.
+
+    Raises:
+        ValueError: ``out`` has another shape than the result, or is read-only.
+    """
+    result = function(*arguments)
+    if out.shape != result.shape:
+        raise ValueError(f"out: expected shape {result.shape}, found {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: must be writable")
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, as in other libraries
+        out[...] = result
+    return out
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool. Raises TypeError unless it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, found {value!r}")
+    return bool(value)
 
 
 def _address(array: np.ndarray) -> int:
@@ -166,11 +243,14 @@ class _Readable:
 
 
 def _converted(name: str, array: Any) -> np.ndarray:
-    """The same float32 numbers C-contiguous, aligned, native and writable; a view where they already are."""
+    """The same elements as float32, C-contiguous, aligned, native and writable; a view where they already are."""
     if type(array) is not _ndarray:
         array = _as_numpy(name, array)
+    if is_half(array):
+        array = widened(array)
     if array.dtype.type is not np.float32:
-        raise TypeError(f"{name}: expected float32, found {array.dtype}")
+        hint = f"; convert it: {name}.astype(np.float32)" if array.dtype == np.float64 else ""
+        raise TypeError(f"{name}: expected float32, found {array.dtype}{hint}")
     array = np.require(array, _FLOAT32, ("C", "A"))
     return array if array.flags.writeable else np.asarray(_Readable(array))
 
@@ -189,12 +269,30 @@ def _as_numpy(name: str, array: Any) -> np.ndarray:
     if isinstance(array, _ndarray):  # a memory map, or another subclass
         return np.asarray(array)
     if hasattr(array, "__dlpack__"):
-        return np.from_dlpack(array)
+        return _of_dlpack(name, array)
     if isinstance(array, list | tuple):
         return _from_sequence(name, array, _FLOAT32)
     if hasattr(array, "__array__"):
         return np.asarray(array)
     raise TypeError(f"{name}: expected an array, found {type(array).__name__}")
+
+
+def _of_dlpack(name: str, array: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        try:
+            bits = bfloat16_bits(array)  # which NumPy does not know
+        except Exception:
+            bits = None  # the first error says what is wrong
+        if bits is not None:
+            return widened(bits)
+        raise TypeError(f"{name}: expected an array that NumPy can view, found {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())
 
 
 def _from_sequence(name: str, sequence: Any, dtype: Any = None) -> np.ndarray:

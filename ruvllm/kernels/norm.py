@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.kernels import check, reference
-from ruvllm.kernels.jit.decorators import inline_kernel, kernel, sum_kernel
+from ruvllm.kernels.jit.decorators import as_part, inline_kernel, kernel, sum_kernel
 from ruvllm.kernels.jit.small_calls import may_write, room, rows_of, small_call
 from ruvllm.kernels.simd.sums import sum_of_few, sum_of_squares
 from ruvllm.kernels.spec import KernelSpec, grid
@@ -43,6 +43,7 @@ def rms_norm_rows(x, weight, eps, out, lo, hi):
 
 
 rms_norm_parallel = over_rows(rms_norm_rows)
+rms_norm_part = as_part(rms_norm_rows)
 
 
 @small_call((2, 1, float, 2), (1, 1, float, 1))
@@ -77,6 +78,8 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if rms_norm_small(x, weight, eps, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, rms_norm, x, weight, eps)
     x = check.float32("x", x, min_ndim=1)
     weight = check.float32("weight", weight, shape=x.shape[-1:])
     out = check.output("out", out, x.shape, x, weight)
@@ -87,6 +90,63 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
         threads = threads_for(x.size, PARALLEL_STREAM, count)
         run_rows(rms_norm_rows, rms_norm_parallel, threads, count, rows, weight, eps, to)
     return out
+
+
+# --- addition and RMSNorm -----------------------------------------------------------------------------------------
+
+
+@inline_kernel(independent=True)
+def add_to(y, x):
+    """y += x."""
+    for i in range(y.size):
+        y[i] += x[i]
+
+
+@kernel(strict=True)
+def add_rms_norm_rows(x, residual, weight, eps, out, lo, hi):
+    """Rows lo:hi of add_rms_norm. x, residual, out (rows, n); weight (n,)."""
+    for row in range(lo, hi):
+        add_to(residual[row], x[row])
+        rms_norm_part(residual, weight, eps, out, row, row + 1)
+
+
+add_rms_norm_parallel = over_rows(add_rms_norm_rows)
+
+
+def add_rms_norm(
+    x: Any, residual: np.ndarray, weight: Any, eps: float = 1e-5, out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """residual += x; y = residual / sqrt(mean(residual^2) + eps) * weight, over the last axis, in one pass.
+
+    This is what stands between two blocks of a transformer: the sum goes on as the residual stream, and its norm is
+    the next block's input. A row is normalised while it is in the L1 cache.
+
+    Args:
+        x: (..., n) float32, the output of a block.
+        residual: (..., n) float32, C-contiguous; the sum is written into it.
+        weight: (n,) float32.
+        eps: added to the mean square, >= 0; > 0 keeps a zero row finite.
+        out: (..., n) float32 to write y into; may be ``x`` itself.
+
+    Returns:
+        y (..., n) float32, and ``residual``. Both have the bits of ``add`` and ``rms_norm``.
+
+    Raises:
+        TypeError: an argument is not a float32 array.
+        ValueError: shapes do not match, eps is negative, or ``out`` shares memory with ``residual``.
+
+    Source: the fusion is that of vLLM and FlashInfer.
+    """
+    x = check.float32("x", x, min_ndim=1)
+    weight = check.float32("weight", weight, shape=x.shape[-1:])
+    residual = check.apart("residual", check.output("residual", check.given("residual", residual), x.shape), x, weight)
+    out = check.apart("out", check.output("out", out, x.shape, x, weight), residual)
+    eps = check.not_negative("eps", eps)
+    if x.size:
+        rows, stream, to = check.rows(x), check.rows(residual), check.rows(out)
+        threads = threads_for(x.size, PARALLEL_STREAM, len(rows))
+        run_rows(add_rms_norm_rows, add_rms_norm_parallel, threads, len(rows), rows, stream, weight, eps, to)
+    return out, residual
 
 
 # --- root mean square ---------------------------------------------------------------------------------------------
@@ -113,6 +173,8 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``x`` has no last axis or an empty one, or ``out`` does not match.
     """
+    if check.is_half(out):
+        return check.rounded(out, rms, x)
     x = check.float32("x", x, min_ndim=1)
     if not x.shape[-1]:
         raise ValueError(f"x: the mean over an empty last axis is undefined, found shape {x.shape}")
@@ -209,6 +271,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, layer_norm, x, weight, bias, eps)
     x = check.float32("x", x, min_ndim=1)
     shape = x.shape
     last = shape[-1:]
@@ -241,6 +305,22 @@ SPECS = [
         },
         flops=lambda rows, n: 4.0 * rows * n,
         bytes=lambda rows, n: 4.0 * (2 * rows * n + n),
+        sizes=_SIZES,
+    ),
+    KernelSpec(
+        name="add_rms_norm",
+        function=add_rms_norm,
+        compiled=(add_rms_norm_rows, add_rms_norm_parallel),
+        reference=reference.add_rms_norm,
+        formula="s = residual + x; s / sqrt(mean(s^2) + eps) * weight",
+        example=lambda rng, rows, n: {
+            "x": rng.standard_normal((rows, n), np.float32),
+            "residual": rng.standard_normal((rows, n), np.float32),
+            "weight": rng.standard_normal(n, np.float32),
+            "eps": 1e-5,
+        },
+        flops=lambda rows, n: 5.0 * rows * n,
+        bytes=lambda rows, n: 4.0 * (4 * rows * n + n),
         sizes=_SIZES,
     ),
     KernelSpec(

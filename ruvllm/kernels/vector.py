@@ -50,6 +50,8 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if dot_small(a, b, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, dot, a, b)
     a = check.float32("a", a, min_ndim=1)
     b = check.float32("b", b, shape=a.shape)
     out = check.output("out", out, a.shape[:-1], a, b)
@@ -98,6 +100,8 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if scale_small(x, factor, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, scale, x, factor)
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     factor = check.number("factor", factor)
@@ -144,6 +148,8 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
     y: Any = room(a.shape) if out is None and type(a) is np.ndarray else out
     if add_small(a, b, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, add, a, b)
     a = check.float32("a", a)
     b = check.float32("b", b, shape=a.shape)
     out = check.output("out", out, a.shape, a, b)

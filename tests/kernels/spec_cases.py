@@ -24,11 +24,13 @@ FEW = (1, 2, 15, 16, 17, 33)  # for runs without a compiler
 # The other axes while one of them takes every length.
 SMALL = {
     "rows": 3, "n": 21, "m": 5, "k": 19, "batch": 2, "tokens": 3, "heads": 4, "kv_heads": 2, "dim": 18, "length": 20,
-    "rank": 3, "block_size": 4,
+    "rank": 3, "block_size": 4, "bits": 4, "experts": 3,
 }  # fmt: skip
 # Axes that are counts, not lengths of vectors: a few values are enough.
 COUNTS = {
     "block_size": (1, 3, 16, 40),
+    "bits": (4, 8),
+    "experts": (1, 5),
     "rows": (1, 2, 7),
     "batch": (1, 3),
     "heads": (2, 6),
@@ -38,7 +40,7 @@ COUNTS = {
 EVEN = {"apply_rope", "apply_rope_tables"}  # head_dim is a number of pairs, times two
 IN_PLACE = {
     "kv_append": ("keys", "values"), "lora_accumulate_grad": ("grad_a", "grad_b"), "lora_forward_add": ("out",),
-    "adamw": ("parameters", "m", "v"), "apply_repetition_penalty": ("logits",),
+    "adamw": ("parameters", "m", "v"), "add_rms_norm": ("residual",), "apply_repetition_penalty": ("logits",),
 }  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def arrays(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def takes_out(spec: KernelSpec) -> bool:
     """Whether the kernel has ``out`` and overwrites it."""
-    return "out" in inspect.signature(spec.function).parameters and "out" not in IN_PLACE.get(spec.name, ())
+    return "out" in inspect.signature(spec.function).parameters and spec.name not in IN_PLACE
 
 
 def assert_close(spec: KernelSpec, arguments: dict[str, Any], got: tuple[np.ndarray, ...], sizes: Any) -> None:

@@ -95,8 +95,8 @@ def test_read_only_arrays_and_memory_maps_are_viewed_not_copied(tmp_path) -> Non
 @pytest.mark.parametrize(
     ("x", "found"),
     [
-        (np.ones(3), "expected float32, found float64"),
-        (np.ones(3, np.float16), "expected float32, found float16"),
+        (np.ones(3), "expected float32, found float64; convert it: weight.astype(np.float32)"),
+        (np.ones(3, np.longdouble), f"expected float32, found {np.dtype(np.longdouble)}"),
         (np.ones(3, np.int32), "expected float32, found int32"),
         (np.ones(3, np.complex64), "expected float32, found complex64"),
         (np.array(["a"]), "expected float32, found <U1"),

@@ -19,7 +19,6 @@ from ruvllm.kernels import KERNELS, KernelSpec, reference
 from ruvllm.kernels.activation import softmax_rows
 from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.norm import rms_norm_rows
-from ruvllm.kernels.quant import weights as quantize
 from ruvllm.kernels.quant.activations import quantize_activations
 from ruvllm.kernels.quant.layout import Rounded
 from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
@@ -41,8 +40,9 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "rope_tables": (K.rope_tables, {"positions": np.arange(4), "head_dim": 8, "theta": 1e4, "factors": np.ones(4)}),
     "read_bandwidth": (K.read_bandwidth, {"nbytes": 64, "repeats": 1, "threads": 1}),
-    "quantize_int8": (quantize.quantize_int8, {"x": np.ones((2, 64), np.float32)}),
-    "quantize_int4": (quantize.quantize_int4, {"x": np.ones((2, 64), np.float32)}),
+    "pack_quantized": (
+        K.pack_quantized, {"codes": np.ones((2, 64), np.int8), "scales": np.ones((2, 2), np.uint16), "columns": 50},
+    ),
 }  # fmt: skip
 
 

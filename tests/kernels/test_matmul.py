@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ruvllm.kernels import batched_gemm, dot, gemm, gemm_nt, gemv
+from ruvllm.kernels import batched_gemm, dot, gemm, gemm_nt, gemv, grouped_gemm, reference
 from ruvllm.kernels.matmul.panels import halve, linear_panels, pack, panel_count, panels_matmul, take_rows
 
 
@@ -175,3 +175,16 @@ def test_gemv_of_stacked_rows() -> None:
     y = gemv(a, x, out=np.empty((2, 3, 5), np.float32))
     np.testing.assert_array_equal(y, np.array([[gemv(part, x) for part in parts] for parts in a]))
     np.testing.assert_allclose(y, a.astype(np.float64) @ x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_of_rows_have_matrices_of_their_own(transposed: bool) -> None:
+    a, b, sizes = normal(23, 19), normal(4, *((33, 19) if transposed else (19, 33))), [5, 0, 17, 1]
+    out = np.full((23, 33), np.nan, np.float32)
+    assert grouped_gemm(a, b, sizes, transposed, out) is out
+    np.testing.assert_allclose(out, reference.grouped_gemm(a, b, sizes, transposed), rtol=1e-4, atol=1e-4)
+    one = (gemm_nt if transposed else gemm)(a[5:22], b[2], backend="numba")
+    np.testing.assert_array_equal(out[5:22], one)
+    for wrong in ([5, 0, 17], [5, 0, 17, 2], [-1, 6, 17, 1]):
+        with pytest.raises(ValueError, match="^sizes: expected 4, each >= 0, that add up to 23, found"):
+            grouped_gemm(a, b, wrong, transposed)

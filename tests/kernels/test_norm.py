@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ruvllm.kernels import layer_norm, reference, rms, rms_norm
+from ruvllm.kernels import add_rms_norm, layer_norm, reference, rms, rms_norm
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -95,3 +95,23 @@ def test_an_eps_that_is_none_is_refused(eps: float) -> None:
     for call in (rms_norm, layer_norm):
         with pytest.raises(ValueError, match=r"eps: expected a finite number >= 0"):
             call(x, x, eps=eps)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_add_and_norm_in_one_pass_have_the_bits_of_two(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    x, residual = rng.standard_normal((2, rows, 577), np.float32)
+    weight = rng.standard_normal(577, np.float32)
+    stream = residual.copy()
+    y, summed = add_rms_norm(x, stream, weight, 1e-6)
+    assert summed is stream
+    np.testing.assert_array_equal(stream, residual + x)
+    np.testing.assert_array_equal(y, rms_norm(residual + x, weight, 1e-6))
+    assert add_rms_norm(x, residual, weight, 1e-6, out=x)[0] is x  # the block's output is not needed any more
+    np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="^out: shares memory"):
+        add_rms_norm(x, residual, weight, out=residual)
+    with pytest.raises(ValueError, match="^residual: shares memory"):
+        add_rms_norm(x, x, weight)
+    with pytest.raises(TypeError, match="^residual: expected a float32 NumPy array, found None"):
+        add_rms_norm(x, None, weight)  # type: ignore[arg-type]

@@ -197,7 +197,7 @@ def test_shapes_that_do_not_fit() -> None:
         apply_rope(x, np.arange(4))
     with pytest.raises(TypeError, match="positions: expected integers, found float64"):
         apply_rope(x, np.arange(3.0))
-    with pytest.raises(ValueError, match=r"inv_freq: expected shape \(4,\), found \(8,\)"):
+    with pytest.raises(ValueError, match=r"inv_freq: expected at most 4, for heads of 8, found shape \(8,\)"):
         apply_rope(x, np.arange(3), np.ones(8))
 
 
@@ -221,6 +221,9 @@ def test_a_head_that_is_rotated_in_part(interleaved: bool) -> None:
     y = apply_rope_tables(x, cos, sin, interleaved)
     np.testing.assert_array_equal(y[..., 14:], x[..., 14:])
     np.testing.assert_array_equal(y[..., :14], apply_rope_tables(x[..., :14].copy(), cos, sin, interleaved))
+    by_angle = apply_rope(x, np.arange(5), rope_inv_freq(14), interleaved)
+    np.testing.assert_array_equal(by_angle[..., 14:], x[..., 14:])
+    np.testing.assert_allclose(by_angle, y, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="^cos: expected at most 11 pairs for heads of 22, found 12$"):
         apply_rope_tables(x, *rope_tables(np.arange(5), 24))
 

@@ -176,7 +176,7 @@ def test_layout_of_inputs_does_not_matter(spec: KernelSpec, changed) -> None:
 def test_wrong_dtype_is_refused_by_name(spec: KernelSpec) -> None:
     arguments = cases.example(spec, spec.sizes[0])
     for name, array in cases.arrays(arguments).items():
-        for dtype in (np.float64, np.float16, np.int32):
+        for dtype in (np.float64, np.int32):
             with pytest.raises(TypeError, match=f"^{name}: expected .*float32.*{np.dtype(dtype)}"):
                 spec.function(**{**arguments, name: array.astype(dtype)})
 

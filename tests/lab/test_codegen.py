@@ -13,7 +13,7 @@ from ruvllm.lab.calls import calls_of_models
 
 WIDTHS = {"haswell": 256, "apple-m4": 128}
 MODEL_BODIES = (
-    "quant_matmul", "quantize_activations", "panels_matmul", "attend_token", "merge_chunks",
+    "panels_matmul", "attend_token", "merge_chunks",
     "low_rank_down", "low_rank_up", "transposed_quant", "transposed_float",
 )  # fmt: skip
 MOVE_ONLY = {"kv_append"}  # nothing is computed

@@ -36,8 +36,8 @@ from ruvllm.kernels.attention.tile import (
     fold_weights,
     largest_score,
     normaliser,
-    query_at,
     query_factor,
+    query_index,
     scores,
     sum_weighted_values,
     to_weights,
@@ -101,6 +101,8 @@ _units = inline_kernel(prompt_units)
 @kernel(strict=True)
 def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
     """Attention of q (T, H, D) into out (T, H, D), for the units lo:hi of prompt_units(T, H, KV).
+
+    out may have two more columns, for m and for what the weighted sums were multiplied by (see ``with_lse``).
 
     A unit is one kv head and some tiles of rows. cache: a ``Cache``, to which positions (T,) are appended already;
     scoring: a ``Scoring``; scratch: (prompt_scratch_size(D),) float32, this thread's own.
@@ -167,10 +169,12 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
             # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
             at = states + row // ROWS * _STATE + row % ROWS
             top, head = scratch[at], kv * group + (first_row + row) % group
-            factor = splat(normaliser(scoring.sinks, head, top, scratch[at + LANES]) + (top - top))
-            oi = query_at(of, first_row + row)
+            factor = normaliser(scoring.sinks, head, top, scratch[at + LANES]) + (top - top)
+            oi = query_index(of, first_row + row) * out.shape[2]
             for d in range(0, dim, LANES):
-                put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * factor, dim - d, False)
+                put(out_flat, oi + d, f32_load(scratch, sums + row * wide + d) * splat(factor), dim - d, False)
+            if out.shape[2] > dim:
+                out_flat[oi + dim], out_flat[oi + dim + 1] = top, factor
 
 
 @inline_kernel
@@ -265,10 +269,11 @@ def attend_cache(
     """out (T, H, D) = softmax(scale q k^T) v over the positions that each query sees in the cache of one layer.
 
     For callers that own their buffers (``model.Attention``) and guarantee their sizes.
+    out: (T, H, D), or with two more columns, as ``attend_prompt`` writes it.
     scratch: (most threads, prompt_scratch_size(D)) float32.
     """
     tokens, heads, dim = q.shape
-    if tokens == 1:
+    if tokens == 1 and out.shape[2] == dim:
         _attend_token(q[0], cache, int(positions[0]), scoring, out[0], len(scratch))
         return out
     work = int(tokens * heads * dim * min(int(positions[-1]) + 1, scoring.window))

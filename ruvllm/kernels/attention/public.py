@@ -1,4 +1,4 @@
-"""Attention over plain arrays: one query over cached rows (decode), or many queries at once (prefill)."""
+"""Attention of one token over plain arrays: rows of keys and values, or blocks of a pool."""
 
 import math
 from typing import Any
@@ -7,17 +7,14 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.decode import chunk_count, merge_chunks, partial_width
-from ruvllm.kernels.attention.kv import append, kv_append_heads, padded
 from ruvllm.kernels.attention.paged import attend_paged, attend_paged_parallel, paged_scratch_size
-from ruvllm.kernels.attention.prefill import attend_cache, attend_prompt, prompt_scratch_size, scoring_of
-from ruvllm.kernels.attention.tile import Cache, Scoring
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
 from ruvllm.kernels.jit.views import address, array_at
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.memory import aligned_empty, scratch
+from ruvllm.kernels.memory import scratch
 from ruvllm.kernels.spec import KernelSpec, grid
-from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, num_threads, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
 _FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together: with fewer, one token takes one thread
@@ -54,6 +51,8 @@ def paged_attention(
 
     Source: Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
     """
+    if check.is_half(out):
+        return check.rounded(out, paged_attention, q, k_pool, v_pool, block_table, length, scale)
     q = check.float32("q", q, min_ndim=2)
     k = check.float32("k_pool", k_pool, ndim=4)
     v = check.float32("v_pool", v_pool, shape=k.shape)
@@ -170,6 +169,8 @@ def grouped_query_attention(
     y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
     if grouped_query_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, grouped_query_attention, q, k, v, scale)
     q = check.float32("q", q, min_ndim=2)
     if q.ndim > 2:
         k = check.float32("k", k, shape=(*q.shape[:-2], None, None, q.shape[-1]))
@@ -222,6 +223,8 @@ def softmax_attention(
     y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
     if softmax_attention_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, softmax_attention, q, k, v, scale)
     q = check.float32("q", q, min_ndim=1)
     out = check.output("out", out, q.shape)
     if q.ndim == 1:
@@ -233,72 +236,6 @@ def softmax_attention(
         return out
     multi_query_attention(q[..., None, :], k, v, scale, out[..., None, :])
     return out
-
-
-def flash_attention(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """softmax(scale q k^T + mask) v for many queries, without storing the (T, S) scores.
-
-    Args:
-        q: (..., T, H, D) float32.
-        k, v: (..., S, KV, D) float32 with the same leading dimensions, H a multiple of KV.
-        causal: query t stands at position S - T + t and sees no later one (needs S >= T); else every position.
-        window: with causal, a query sees only the ``window`` latest positions up to its own.
-        scale: 1 / sqrt(D) if None.
-        out: (..., T, H, D) float32 to write into; not one of the inputs.
-
-    Raises:
-        TypeError: not float32.
-        ValueError: shapes do not match, S < T with causal, a window < 1 or without causal.
-
-    Source: Dao et al. 2022, "FlashAttention"; the window is Mistral's (Jiang et al. 2023).
-    """
-    q = check.float32("q", q)
-    if q.ndim < 3:
-        raise ValueError(f"q: expected (..., T, H, D), found shape {q.shape}")
-    k = check.float32("k", k, shape=(*q.shape[:-3], None, None, q.shape[-1]))
-    v = check.float32("v", v, shape=k.shape)
-    out = check.apart("out", check.output("out", out, q.shape), q, k, v)
-    tokens, heads, dim = q.shape[-3:]
-    length, kv_heads = k.shape[-3:-1]
-    if not length:
-        raise ValueError(f"k: expected at least one position, found shape {k.shape}")
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"k: {length} positions of {kv_heads} kv heads do not fit {heads} query heads")
-    if causal and length < tokens:
-        raise ValueError(f"k: causal attention of {tokens} queries needs as many positions, found {length}")
-    if window is not None and (not causal or check.integer("window", window) < 1):
-        raise ValueError(f"window: expected a positive integer with causal=True, found {window!r}")
-    scoring = scoring_of(window and min(window, max(length, 1)), check.attention_scale(scale, dim))
-    if q.size:
-        sequences = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v, out))
-        for qs, ks, vs, outs in zip(*sequences, strict=True):
-            attend_sequence(qs, ks, vs, causal, scoring, outs)
-    return out
-
-
-def attend_sequence(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, scoring: Scoring, out: np.ndarray
-) -> np.ndarray:
-    """flash_attention of one sequence, of arrays that fit: q, out (T, H, D), k and v (S, KV, D)."""
-    tokens, _, dim = q.shape
-    length, kv_heads, _ = k.shape
-    blocks = -(-length // LANES)
-    keys = aligned_empty((kv_heads, blocks, dim, LANES))
-    values = aligned_empty((kv_heads, blocks * LANES, padded(dim)))
-    keys[:, -1] = 0  # lanes past the last position are read, and masked
-    values[:, :, dim:] = 0
-    own = aligned_empty((num_threads(), prompt_scratch_size(dim)))
-    positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
-    append(k, v, keys, values, np.arange(length))
-    return attend_cache(q, Cache(keys, values), positions, scoring, out, own)
 
 
 def _one_token(rng: Any, heads: int, kv_heads: int, length: int, dim: int) -> dict[str, Any]:
@@ -318,14 +255,6 @@ def _paged(rng: Any, heads: int, kv_heads: int, length: int, dim: int, block_siz
         "v_pool": rng.standard_normal(pool, np.float32),
         "block_table": rng.permutation(blocks + 2)[:blocks],
         "length": length,
-    }
-
-
-def _many_tokens(rng: Any, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
-    return {
-        "q": rng.standard_normal((tokens, heads, dim), np.float32),
-        "k": rng.standard_normal((tokens, kv_heads, dim), np.float32),
-        "v": rng.standard_normal((tokens, kv_heads, dim), np.float32),
     }
 
 
@@ -386,20 +315,6 @@ SPECS = [
         sizes=(
             *grid(heads=16, kv_heads=(4, 2), length=(128, 256, 512, 4096), dim=128),
             *grid(heads=32, kv_heads=(8, 4), length=(128, 512, 2048, 8192), dim=128),
-        ),
-    ),
-    KernelSpec(
-        name="flash_attention",
-        function=flash_attention,
-        compiled=(kv_append_heads, attend_prompt),
-        reference=reference.flash_attention,
-        formula="softmax(q k^T / sqrt(D), causal) v, many queries",
-        example=_many_tokens,
-        flops=lambda tokens, heads, kv_heads, dim: 2.0 * tokens * (tokens + 1) * heads * dim,
-        bytes=lambda tokens, heads, kv_heads, dim: 8.0 * tokens * (heads + kv_heads) * dim,
-        sizes=(
-            *grid(tokens=(128, 512, 2048, 4096), heads=32, kv_heads=8, dim=128),
-            {"tokens": 512, "heads": 9, "kv_heads": 3, "dim": 64},
         ),
     ),
 ]

@@ -153,9 +153,15 @@ def fold_sums(y, at, keep, chunk, start, add, count):
 
 
 @inline_kernel
+def query_index(heads, row):
+    """The index of a row among the heads of all tokens."""
+    return row // heads.group * heads.heads + heads.kv * heads.group + row % heads.group
+
+
+@inline_kernel
 def query_at(heads, row):
     """The offset in q of a row."""
-    return (row // heads.group * heads.heads + heads.kv * heads.group + row % heads.group) * heads.dim
+    return query_index(heads, row) * heads.dim
 
 
 @inline_kernel

@@ -110,6 +110,8 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if gemv_small(a, x, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, gemv, a, x)
     a = check.float32("a", a, min_ndim=2)
     x = check.float32("x", x, shape=a.shape[-1:])
     out = check.apart("out", check.output("out", out, a.shape[:-1]), a, x)
@@ -160,12 +162,14 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: s
     y: Any = room(a.shape[:-1] + b.shape[1:]) if out is None and plain else out
     if _try_small(a, b, False, y, backend):
         return y
+    if check.is_half(out):
+        return check.rounded(out, gemm, a, b, None, backend)
     a = _rows("a", a)
     b = check.float32("b", b)
     if b.ndim != 2 or len(b) != a.shape[-1]:
         raise ValueError(f"b: expected shape ({a.shape[-1]}, any), found {b.shape}")
     out = check.apart("out", check.output("out", out, (*a.shape[:-1], b.shape[1])), a, b)
-    _multiply(a, b, False, out, backend)
+    multiply(a, b, False, out, backend)
     return out
 
 
@@ -187,12 +191,14 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend
     y: Any = room(a.shape[:-1] + b.shape[:1]) if out is None and plain else out
     if _try_small(a, b, True, y, backend):
         return y
+    if check.is_half(out):
+        return check.rounded(out, gemm_nt, a, b, None, backend)
     a = _rows("a", a)
     b = check.float32("b", b)
     if b.ndim != 2 or b.shape[1] != a.shape[-1]:
         raise ValueError(f"b: expected shape (any, {a.shape[-1]}), found {b.shape}")
     out = check.apart("out", check.output("out", out, (*a.shape[:-1], b.shape[0])), a, b)
-    _multiply(a, b, True, out, backend)
+    multiply(a, b, True, out, backend)
     return out
 
 
@@ -208,6 +214,8 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
         TypeError: not float32.
         ValueError: shapes do not match.
     """
+    if check.is_half(out):
+        return check.rounded(out, batched_gemm, a, b)
     a = _rows("a", a)
     b = check.float32("b", b, shape=(*a.shape[:-2], a.shape[-1], None))
     out = check.apart("out", check.output("out", out, (*a.shape[:-1], b.shape[-1])), a, b)
@@ -219,7 +227,7 @@ def batched_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) ->
     threads = threads_for(out.size * a.shape[-1], PARALLEL_TILE_MACS, max(count, 2))
     if threads > count:
         for i in range(count):
-            _multiply(left[i], right[i], False, product[i])
+            multiply(left[i], right[i], False, product[i])
         return out
     groups = _groups(threads, a.shape[-1], panel_count(out.shape[-1]))
     if threads == 1:
@@ -236,7 +244,7 @@ def _rows(name: str, a: Any) -> np.ndarray:
     return a
 
 
-def _multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, backend: str = "numba") -> None:
+def multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, backend: str = "numba") -> None:
     """out = a b, or a b^T, where leading dimensions of a and out are stacked rows."""
     inner, columns = a.shape[-1], out.shape[-1]
     if a.ndim > 2:
@@ -269,7 +277,7 @@ def calibrate_blas() -> None:
 
 
 def _numba_gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    _multiply(a, b, False, out)
+    multiply(a, b, False, out)
 
 
 def _groups(threads: int, inner: int, panels: int) -> np.ndarray:

@@ -222,7 +222,7 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
 
     Source: the formats are those of ggml's Q4_0 and Q4_1.
     """
-    x = check.float32("x", x, min_ndim=1)
+    x, symmetric = check.float32("x", x, min_ndim=1), check.flag("symmetric", symmetric)
     lead, groups = x.shape[:-1], (x.shape[-1] + GROUP - 1) // GROUP
     codes, scales = np.empty((*lead, groups * GROUP), np.uint8), np.empty((*lead, groups), np.uint16)
     mins = np.empty((*lead, 0 if symmetric else groups), np.uint16)
@@ -231,7 +231,11 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
 
 
 def dequantize(
-    codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None = None, columns: int | None = None
+    codes: Any,
+    scales: Any,
+    mins: np.ndarray | None = None,
+    columns: int | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """scale code + min; without mins, scale code for int8 codes and scale (code - 8) for 4-bit codes, which are uint8.
 
@@ -239,6 +243,7 @@ def dequantize(
         codes: (..., 32 G) int8, or uint8 of 0..15.
         scales, mins: (..., G) uint16, bits of IEEE half floats.
         columns: K, at most 32 G: what is beyond is left out.
+        out: (..., K) float32 to write into.
 
     Returns:
         (..., K) float32.
@@ -247,31 +252,18 @@ def dequantize(
         TypeError: a wrong dtype.
         ValueError: shapes that do not match.
     """
-    if codes.dtype not in (np.int8, np.uint8):
-        raise TypeError(f"codes: expected int8 or uint8, found {codes.dtype}")
+    if check.is_half(out):
+        return check.rounded(out, dequantize, codes, scales, mins, columns)
+    codes, scales = check.codes(codes, scales, GROUP)
     *lead, groups = scales.shape
-    if codes.shape != (*lead, groups * GROUP):
-        raise ValueError(f"codes: expected shape {(*lead, groups * GROUP)}, found {codes.shape}")
-    columns = groups * GROUP if columns is None else columns
-    if not (groups - 1) * GROUP < columns <= groups * GROUP:
-        raise ValueError(f"columns: expected a number that {groups} groups of {GROUP} hold, found {columns}")
-    scales = _like("scales", scales, scales.shape, np.uint16)
-    mins = np.empty((*lead, 0), np.uint16) if mins is None else _like("mins", mins, scales.shape, np.uint16)
-    out = np.empty((*lead, columns), np.float32)
+    columns = check.columns(columns, groups, GROUP)
+    mins = np.empty((*lead, 0), np.uint16) if mins is None else check.bits("mins", mins, scales.shape)
+    out = check.output("out", out, (*lead, columns))
     if out.size:
-        rows = check.rows(_like("codes", codes, codes.shape, codes.dtype.type).view(np.uint8))
         kind = INT8 if codes.dtype == np.int8 else INT4
+        rows = check.rows(codes.view(np.uint8))
         dequantize_rows(kind, rows, check.rows(scales), mins.reshape(len(rows), -1), check.rows(out), 0, len(rows))
     return out
-
-
-def _like(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """``array`` as compiled code takes it. Raises TypeError or ValueError unless it has this dtype and shape."""
-    if array.dtype != dtype:
-        raise TypeError(f"{name}: expected {np.dtype(dtype)}, found {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
-    return np.require(array, None, ("C", "A", "W"))
 
 
 def _quantize(kind: int, x: np.ndarray, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> None:

@@ -103,6 +103,8 @@ def apply_rope_tables(
     y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
     if rope_small(x, cos, sin, interleaved, inverse, y):
         return y
+    if check.is_half(out):
+        return check.rounded(out, apply_rope_tables, x, cos, sin, interleaved, inverse)
     x = check.float32("x", x, min_ndim=3)
     tokens, heads, dim = x.shape[-3:]
     _require_pairs(dim)
@@ -134,7 +136,7 @@ def _require_pairs(dim: int) -> None:
 
 @kernel
 def rope_angles(positions, inv_freq, cos, sin, lo, hi):
-    """Rows lo:hi of rope_tables. positions (T,) int64; inv_freq (D/2,) float64; cos, sin (T, D/2) float32.
+    """Rows lo:hi of rope_tables. positions (T,) int64; inv_freq (R/2,) float64; cos, sin (T, R/2) float32.
 
     angle = n pi + r with |r| <= pi/2, so sin and cos are (-1)^n times those of r, whose Taylor series end below
     float32's rounding at degree 14: every step is plain float64 arithmetic that LLVM vectorises.
@@ -166,7 +168,7 @@ def rope_angles(positions, inv_freq, cos, sin, lo, hi):
 
 @kernel(strict=True)
 def rope_tokens(x, positions, inv_freq, interleaved, tables, out, lo, hi):
-    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, D/2) float32 of scratch, left holding cos and sin."""
+    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, R/2) float32 of scratch, left with cos and sin."""
     cos, sin = tables[0], tables[1]
     rope_angles(positions, inv_freq, cos, sin, lo, hi)
     if interleaved:
@@ -191,8 +193,9 @@ def apply_rope(
     Args:
         x: (..., T, H, D) float32, D even; leading dimensions are sequences at the same positions.
         positions: (T,) integers.
-        inv_freq: (D/2,) float64, from ``rope_inv_freq``; None for theta = 10000 without scaling.
-        interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
+        inv_freq: (R/2,) float64, from ``rope_inv_freq(R)``, R <= D: elements from R on are not rotated ("partial
+            rotary"); None for R = D and theta = 10000 without scaling.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2).
         inverse: rotate back.
         out: (..., T, H, D) float32 to write into; may be ``x`` itself.
 
@@ -205,6 +208,8 @@ def apply_rope(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
+    if check.is_half(out):
+        return check.rounded(out, apply_rope, x, positions, inv_freq, interleaved, inverse)
     x = check.float32("x", x, min_ndim=3)
     tokens, dim = x.shape[-3], x.shape[-1]
     _require_pairs(dim)
@@ -212,10 +217,10 @@ def apply_rope(
     if positions.shape != (tokens,):
         raise ValueError(f"positions: expected {tokens}, one per token, found {positions.size}")
     inv_freq = rope_inv_freq(dim) if inv_freq is None else check.float64("inv_freq", inv_freq)
-    if inv_freq.shape != (dim // 2,):
-        raise ValueError(f"inv_freq: expected shape ({dim // 2},), found {inv_freq.shape}")
+    if inv_freq.ndim != 1 or inv_freq.size > dim // 2:
+        raise ValueError(f"inv_freq: expected at most {dim // 2}, for heads of {dim}, found shape {inv_freq.shape}")
     out = check.output("out", out, x.shape, x)
-    tables = np.empty((2, tokens, dim // 2), np.float32)
+    tables = np.empty((2, tokens, inv_freq.size), np.float32)
     if x.ndim > 3:
         cos, sin = tables
         rope_angles(positions, inv_freq, cos, sin, 0, tokens)

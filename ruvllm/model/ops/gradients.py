@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import ruvllm.kernels as K
+from ruvllm.kernels.attention.flash import attend_sequence
 from ruvllm.kernels.attention.prefill import scoring_of
-from ruvllm.kernels.attention.public import attend_sequence
 from ruvllm.kernels.experts import Routing, combine_rows, route, sigmoid_scale_rows
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.training.attention import Batch, attention_gradients

@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from ruvllm.kernels.reference import quant
+
+dequantize, quantize_int4, quantize_int8 = quant.dequantize, quant.quantize_int4, quant.quantize_int8
+quantize_activations, quant_matmul = quant.quantize_activations, quant.quant_matmul
+
 
 def _f64(*arrays: Any) -> Any:
     """The arguments as float64 arrays."""
@@ -19,6 +24,12 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight."""
     x, weight = _f64(x, weight)
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
+    """rms_norm of s = residual + x, and s; the arguments stay as they are."""
+    s = add(residual, x)
+    return rms_norm(s, weight, eps), s
 
 
 def rms(x: Any) -> np.ndarray:
@@ -153,11 +164,26 @@ def batched_gemm(a: Any, b: Any) -> np.ndarray:
     return gemm(a, b)
 
 
+def grouped_gemm(a: Any, b: Any, sizes: Any, transposed: bool = False) -> np.ndarray:
+    """Each group of rows of A times its matrix."""
+    a, b = _f64(a, b)
+    b = np.swapaxes(b, 1, 2) if transposed else b
+    groups = np.split(a, np.cumsum(sizes)[:-1])
+    return np.concatenate([rows @ matrix for rows, matrix in zip(groups, b, strict=True)])
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
 def flash_attention(
-    q: Any, k: Any, v: Any, causal: bool = True, window: int | None = None, scale: float | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
 ) -> np.ndarray:
     """softmax(scale q k^T + mask) v: q (..., T, H, D), k and v (..., S, KV, D), query t at position S - T + t."""
     q, k, v = _f64(q, k, v)
@@ -166,6 +192,8 @@ def flash_attention(
     k, v = (np.repeat(a, heads // kv_heads, axis=-2) for a in (k, v))
     q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k, v))  # (..., H, T or S, D)
     scores = q @ np.swapaxes(k, -2, -1) * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     if causal:
         at = np.arange(length - tokens, length)[:, None]
         s = np.arange(length)
@@ -173,7 +201,23 @@ def flash_attention(
         if window is not None:
             seen &= s > at - window
         scores = np.where(seen, scores, -np.inf)
+    if sinks is not None:  # one more position, whose value is 0
+        sink = np.broadcast_to(_f64(sinks)[:, None, None], (*scores.shape[:-1], 1))
+        return np.swapaxes(softmax(np.concatenate((scores, sink), -1))[..., :-1] @ v, -3, -2)
     return np.swapaxes(softmax(scores) @ v, -3, -2)
+
+
+def ragged_attention(
+    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any = None, **options: Any
+) -> np.ndarray:
+    """flash_attention of each sequence: rows cu_seqlens[i] : cu_seqlens[i + 1] of q, and those of k and v."""
+    starts = np.asarray(cu_seqlens)
+    key_starts = starts if cu_seqlens_k is None else np.asarray(cu_seqlens_k)
+    out = np.zeros(np.shape(q))
+    for (lo, hi), (first, end) in zip(pairwise(starts), pairwise(key_starts), strict=True):
+        if hi > lo:
+            out[lo:hi] = flash_attention(q[lo:hi], k[first:end], v[first:end], **options)
+    return out
 
 
 def grouped_query_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> np.ndarray:
@@ -254,91 +298,7 @@ def lora_accumulate_grad(
     return _f64(grad_a) + scaling * x.T @ (dy @ b.T), _f64(grad_b) + scaling * (x @ a).T @ dy
 
 
-# --- quantisation in groups of 32 ---------------------------------------------------------------------------------
-
-
-def _in_groups(x: np.ndarray, repeat_first: bool = False) -> np.ndarray:
-    """x (..., K) as (..., G, 32), the last group filled up with zeros or with its first number."""
-    missing = -x.shape[-1] % 32
-    filling = np.zeros((*x.shape[:-1], missing))
-    if repeat_first and missing:
-        filling += x[..., -(x.shape[-1] % 32), None]
-    return np.concatenate((x, filling), axis=-1).reshape(*x.shape[:-1], -1, 32)
-
-
-def _from_half(bits: np.ndarray) -> np.ndarray:
-    return bits.view(np.float16).astype(np.float64)
-
-
-def _half_scale(wanted: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """Bits of the nearest half floats to ``wanted``, or of the next larger ones where these are below ``least``."""
-    bits = wanted.astype(np.float16).view(np.uint16)
-    return bits + (_from_half(bits) < least).astype(np.uint16)
-
-
-def _steps(x: np.ndarray, scale: np.ndarray, first: int, last: int) -> np.ndarray:
-    """round(x / scale) within first..last; 0 / 0 is 0."""
-    with np.errstate(invalid="ignore"):
-        return np.clip(np.nan_to_num(np.rint(x / scale[..., None])), first, last)
-
-
-def quantize_int8(x: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Codes round(x / scale) and the bits of scale = max|x| / 127, in groups of 32."""
-    x = _in_groups(_f64(x))
-    largest = np.abs(x).max(-1)
-    bits = _half_scale(largest / 127, largest / 127.5)
-    return _steps(x, _from_half(bits), -127, 127).reshape(*x.shape[:-2], -1), bits.astype(np.float64)
-
-
-def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes 0..15, bits of scales, and of mins or None: the best of the scales (and mins) that the kernel tries."""
-    x = _in_groups(_f64(x), repeat_first=not symmetric)
-    candidates = _symmetric_candidates(x) if symmetric else _min_candidates(x)
-    codes, scales, mins = np.zeros(x.shape), np.zeros(x.shape[:-1], np.uint16), np.zeros(x.shape[:-1], np.uint16)
-    best = np.full(x.shape[:-1], np.inf)
-    for scale_bits, low_bits, fits in candidates:
-        scale, low = _from_half(scale_bits), _from_half(low_bits)[..., None]
-        first, last = (-8, 7) if symmetric else (0, 15)
-        found = _steps(x - low, scale, first, last)
-        error = np.where(fits, np.sum((x - low - scale[..., None] * found) ** 2, -1), np.inf)
-        better = error < best
-        best = np.where(better, error, best)
-        codes = np.where(better[..., None], found - first, codes)
-        scales, mins = np.where(better, scale_bits, scales), np.where(better, low_bits, mins)
-    return codes.reshape(*x.shape[:-2], -1), _f64(scales), None if symmetric else _f64(mins)
-
-
-def _symmetric_candidates(x: np.ndarray) -> Any:
-    """(bits of a scale, of 0, whether it reaches all numbers) for the scales that quantize_int4 tries."""
-    low, high = np.maximum(-x.min(-1), 0), np.maximum(x.max(-1), 0)
-    upright, flipped = np.maximum(low / 8.5, high / 7.5), np.maximum(high / 8.5, low / 7.5)
-    smallest, sign = np.minimum(upright, flipped), np.where(flipped < upright, 0x8000, 0).astype(np.uint16)
-    for i in range(8):
-        wanted = np.maximum(np.maximum(low, high) / (8.5 - 0.25 * i), smallest)
-        yield _half_scale(wanted, smallest) | sign, np.zeros_like(sign), np.ones(sign.shape, bool)
-
-
-def _min_candidates(x: np.ndarray) -> Any:
-    """The same for the scales and mins that quantize_int4 tries when it is not symmetric."""
-    smallest, largest = x.min(-1), x.max(-1)
-    for i in range(3):
-        for j in range(3):
-            step = (largest - smallest) / (15 + 0.25 * (i + j))
-            wanted = smallest + 0.25 * i * step
-            low = wanted.astype(np.float16)
-            low = np.where(low > wanted, np.nextafter(low, np.float16(-np.inf)), low).view(np.uint16)
-            reach = (largest - _from_half(low)) / 15.5
-            scale = _half_scale(np.maximum(step, reach), reach)
-            yield scale, low, _from_half(low) - smallest <= 0.5 * _from_half(scale)
-
-
-def dequantize(codes: Any, scales: Any, mins: Any = None, columns: int | None = None) -> np.ndarray:
-    """scale code + min; without mins, scale code for int8 codes and scale (code - 8) for uint8 ones."""
-    codes, scale = np.asarray(codes), _from_half(np.asarray(scales))[..., None]
-    zero = 8 if codes.dtype == np.uint8 and mins is None else 0
-    y = (codes.reshape(*scale.shape[:-1], 32).astype(np.float64) - zero) * scale
-    y = y if mins is None else y + _from_half(np.asarray(mins))[..., None]
-    return y.reshape(codes.shape)[..., :columns]
+# --- training -----------------------------------------------------------------------------------------------------
 
 
 def rms_norm_backward(x: Any, weight: Any, dy: Any, eps: float = 1e-5, add: bool = False) -> np.ndarray:

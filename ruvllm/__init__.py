@@ -15,7 +15,7 @@ from ruvllm import container, spinning
 spinning.shorten()
 container.limit_pool()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.hub import pull

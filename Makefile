@@ -9,8 +9,9 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 ASV_ARGS ?=
 
 BIN := $(VENV)/bin
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help demo test test-lowest test-aarch64 check bench bench-history clean
+.PHONY: help demo test test-lowest test-aarch64 check docs dist bench bench-history clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,10 +32,18 @@ test-lowest: ## kernels and models with the lowest versions of what ruvllm depen
 test-aarch64: $(VENV)/.installed-test ## kernels and models on an emulated ARM processor (needs qemu-user-static)
 	$(BIN)/python -m tests.aarch64
 
-check: $(VENV)/.installed-test ## lint, type check, and whether asv understands the benchmarks
+check: $(VENV)/.installed-test $(VENV)/.installed-docs ## lint, types, documentation, and whether asv understands the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/asv check -E existing:$(BIN)/python
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.installed-docs ## build the documentation: site/index.html
+	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.installed-test ## build sdist and wheel into dist/, and check them
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(VENV)/.installed-bench ## asv: measure this commit
 	$(BIN)/asv run $(ASV_ARGS) HEAD^!
@@ -44,7 +53,7 @@ bench-history: $(VENV)/.installed-bench ## asv: measure the last five commits an
 	$(BIN)/asv publish
 
 clean: ## remove the environment and what the tools left behind (not the model cache)
-	rm -rf $(VENV) $(VENV)-lowest .venv-aarch64 .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)-lowest .venv-aarch64 .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 
 # Editable installs follow the sources; only changed metadata, or another Python, asks for a new one.
 $(VENV)/.installed: pyproject.toml $(BIN)/python
@@ -53,6 +62,10 @@ $(VENV)/.installed: pyproject.toml $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: pyproject.toml $(BIN)/python

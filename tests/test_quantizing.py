@@ -118,9 +118,9 @@ def byte_level_directory(directory: Path, split: pre_tokenizers.PreTokenizer) ->
     """A tokenizer that was trained on this repository's own words."""
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer, engine.decoder = split, decoders.ByteLevel()
-    words = (Path(__file__).parents[1] / "README.md").read_text() * 2 + " 11 22 222 3333 12345 it's we'll\n\n" * 50
+    words = (Path(__file__).parents[1] / "docs" / "measuring.md").read_text() * 2
     engine.train_from_iterator(
-        [words],
+        [words + " 11 22 222 3333 12345 it's we'll\n\n" * 50],
         trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     engine.add_special_tokens([AddedToken("<|end|>", normalized=False)])

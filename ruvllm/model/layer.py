@@ -2,7 +2,7 @@
 
 This is the only place that defines what a model computes. Generation, training, the float64 reference and profiling
 run this code with other ``ops``. The variants of ``ModelConfig`` are choices here; anything else is a subclass: see
-"Add a model" in the README.
+docs/contribute/model.md.
 
     q k v o gate up down    matrices (outputs, inputs); attn_norm mlp_norm norm    vectors (E,)
 """

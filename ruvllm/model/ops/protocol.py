@@ -13,7 +13,7 @@ Hooks = Mapping[str, Callable[[np.ndarray], None]]  # by the name of an array: f
 
 
 class Ops(Protocol):
-    """The operations of one pass of T tokens. Letters of axes are those of the README."""
+    """The operations of one pass of T tokens. Letters of axes are those of docs/contribute/layout.md."""
 
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis: x (T, E), or (T, H, D) per head."""

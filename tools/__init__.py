@@ -1,0 +1,1 @@
+"""Tools for work on the project itself; nothing of it is installed."""

@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 SHAPE: dict[str, Any] = {
@@ -54,7 +55,7 @@ def main() -> None:
         for turn in range(arguments.rounds + 1):  # the first one warms up
             for name, model in models.items():
                 worst[name] = float((model(ids).logits - exact).abs().max())
-                prompt = seconds(lambda model=model: model(ids))
+                prompt = seconds(partial(model, ids))
                 cache = model(ids).past_key_values
 
                 def decode(model: Any = model, cache: Any = cache) -> None:

@@ -235,7 +235,7 @@ def test_costs_of_passes_are_learned() -> None:
 
 
 def test_as_many_guesses_as_pay() -> None:
-    levels, sure, unsure = list(range(15)), Acceptance(1.0, 1.0), Acceptance(0.1, 0.1)
+    levels, sure, unsure = list(range(15)), Acceptance(1.0, 1.0), Acceptance(0.2, 0.2)
     cheap, dear = PassCosts(), PassCosts()
     for n in [1, 2, 16] * 50:
         cheap.measured(n, 1.0 + 0.01 * n)

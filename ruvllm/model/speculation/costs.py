@@ -1,14 +1,15 @@
-"""PassCosts and Acceptance: what a longer pass costs, what a guess is worth, and so how many tokens to guess."""
+"""PassCosts and Acceptance: what a longer pass costs, what a guess is worth, and so how many tokens to guess.
+
+They are asked and told something at every token, so they are plain numbers of Python.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 _FORGET = 0.97  # weight of a measurement after one more
 _SHARE = 0.1  # of the last pass of one token in their mean
-_USUAL_LINE = np.array([1.0, 0.2])  # seconds of a pass of n tokens, in passes of one token, until some are measured
+_USUAL_START, _USUAL_SLOPE = 1.0, 0.2  # of a pass of several tokens, in passes of one token, until some are measured
 _FEW = 4  # measurements after which one that takes far longer is no longer believed
 _FAR = 2.0
 _PRIOR_WEIGHT = 2.0  # guesses that the first expectation counts for
@@ -29,9 +30,8 @@ class PassCosts:
         self._one = 1.0
         self._ones = 0
         self._several = 0
-        self._normal = np.zeros((2, 2))  # sums of [1, n] [1, n]^T
-        self._right = np.zeros(2)  # sums of [1, n] seconds
-        self._line = _USUAL_LINE.copy()
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, n^2, seconds, n seconds, for n > 1
+        self._line: tuple[float, float] | None = (_USUAL_START, _USUAL_SLOPE)  # None: it must be fitted again
 
     def measured(self, n: int, seconds: float) -> None:
         """Take a pass of n tokens into account."""
@@ -42,51 +42,69 @@ class PassCosts:
             self._one += max(1 / self._ones, _SHARE) * (seconds - self._one)
         else:
             self._several += 1
-            row = np.array([1.0, n])
-            self._normal = _FORGET * self._normal + np.outer(row, row)
-            self._right = _FORGET * self._right + row * seconds
+            terms = (1.0, n, n * n, seconds, n * seconds)
+            self._sums = tuple(_FORGET * x + y for x, y in zip(self._sums, terms, strict=True))  # type: ignore[assignment]
             if not self._ones:
-                self._one = seconds / float(row @ _USUAL_LINE)
-        normal, right = self._normal.copy(), self._right.copy()
-        for expected in (2, 10):  # two passes as expected
-            row = np.array([1.0, expected])
-            normal += np.outer(row, row)
-            right += row * self._one * float(row @ _USUAL_LINE)
-        self._line = np.maximum(np.linalg.solve(normal, right), 0.0)
+                self._one = seconds / (_USUAL_START + _USUAL_SLOPE * n)
+        self._line = None
 
     def of(self, n: int) -> float:
         """Seconds of a pass of n tokens; before any was measured, in passes of one token."""
-        return self._one if n == 1 else float(self._line[0] + self._line[1] * n)
+        if n == 1:
+            return self._one
+        start, slope = self._line = self._line or self._fitted()
+        return start + slope * n
+
+    def _fitted(self) -> tuple[float, float]:
+        """The least-squares line through what was measured and two passes as expected."""
+        one, n1, n2, seconds, n_seconds = self._sums
+        for n in (2, 10):
+            expected = self._one * (_USUAL_START + _USUAL_SLOPE * n)
+            one, n1, n2, seconds, n_seconds = one + 1, n1 + n, n2 + n * n, seconds + expected, n_seconds + n * expected
+        slope = max((one * n_seconds - n1 * seconds) / (one * n2 - n1 * n1), 0.0)
+        return max((seconds - slope * n1) / one, 0.0), slope
 
 
 class Acceptance:
     """How often guesses are right, by level: what a drafter knows about a guess before it is tried.
 
     Old guesses weigh less than new ones, so that a text that changes its ways is followed.
+
+    Args:
+        first, last: the chances of the lowest and of the highest level, before any guess.
     """
 
     def __init__(self, first: float, last: float) -> None:
-        self._expected = np.linspace(first, last, _LEVELS)
-        self._right = np.zeros(_LEVELS)
-        self._tried = np.zeros(_LEVELS)
+        self._expected = [first + (last - first) * i / (_LEVELS - 1) for i in range(_LEVELS)]
+        self._right = [0.0] * _LEVELS
+        self._tried = [0.0] * _LEVELS
+        self._when = [0] * _LEVELS  # of the last change
+        self._passes = 0
 
     def of(self, level: int) -> float:
         """The chance that a guess of this level is right, if those before it are."""
-        at = min(level, _LEVELS - 1)
+        at = self._brought_up_to_date(level)
         right = self._right[at] + _PRIOR_WEIGHT * self._expected[at]
-        return float(right / (self._tried[at] + _PRIOR_WEIGHT))
+        return right / (self._tried[at] + _PRIOR_WEIGHT)
 
     def learn(self, levels: Sequence[int], right: int) -> None:
         """Of guesses of these levels the first ``right`` were right, and the one after them was not."""
         for i, level in enumerate(levels[: right + 1]):
-            at = min(level, _LEVELS - 1)
+            at = self._brought_up_to_date(level)
             self._right[at] = _LAST_GUESSES * self._right[at] + (i < right)
             self._tried[at] = _LAST_GUESSES * self._tried[at] + 1
 
     def fade(self) -> None:
-        """Forget a little: a level whose guesses were wrong is tried again after some hundred tokens."""
-        self._right *= _LAST_TOKENS
-        self._tried *= _LAST_TOKENS
+        """A pass is over. A level whose guesses were wrong is so tried again after some hundred tokens."""
+        self._passes += 1
+
+    def _brought_up_to_date(self, level: int) -> int:
+        at = min(level, _LEVELS - 1)
+        factor = _LAST_TOKENS ** (self._passes - self._when[at])
+        self._right[at] *= factor
+        self._tried[at] *= factor
+        self._when[at] = self._passes
+        return at
 
 
 def best_length(levels: Sequence[int], acceptance: Acceptance, costs: PassCosts, guess_seconds: float = 0.0) -> int:

@@ -51,6 +51,8 @@ class Speculation:
         """Guesses after ids (n,), as many as are worth it and at most ``most``, and their levels."""
         self.acceptance.fade()
         levels = self.drafter.levels(ids, most) if most > 0 else []
+        if not levels:
+            return [], []
         count = best_length(levels, self.acceptance, self.costs, self.drafter.guess_seconds)
         found = self.drafter.guesses(count) if count else []
         self.counts.drafted += len(found)

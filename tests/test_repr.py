@@ -37,12 +37,19 @@ from ruvllm.model.lora import LoraAdapter, LoraConfig
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.sampling.filters import candidates
 from ruvllm.model.sampling.options import Mirostat, Sampling
+from ruvllm.model.speculation.costs import Acceptance
+from ruvllm.model.speculation.draft_model import DraftModel
+from ruvllm.model.speculation.lookup import Lookup
+from ruvllm.model.speculation.speculate import Speculation
 from ruvllm.model.training import TrainingConfig
 from ruvllm.model.training_data import make_batch
 from ruvllm.options import AnswerOptions
 from ruvllm.report.comparison import compare
 from ruvllm.report.rows import SECTIONS
 from ruvllm.report.summary import standings, verdicts
+from ruvllm.streaming import Timings
+from ruvllm.structured.constraint import constraint_of
+from ruvllm.structured.form import Form
 from tests import llm_cases
 from tests.checkpoint.gguf_parts import write_parts
 from tests.model import tiny
@@ -72,7 +79,7 @@ INSIDE = (
 )  # fmt: skip
 NEVER_MADE = {
     "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
-    "Whole", "Table",
+    "Whole", "Table", "Drafter", "Counts",
 }  # fmt: skip
 
 
@@ -103,6 +110,9 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield Token(1, -0.5, answer.logprobs[0][1] if answer.logprobs else ())
     options = AnswerOptions.of({"dry": 0.8, "xtc": 0.5, "logit_bias": dict.fromkeys(range(100), 1.0)})
     yield [options, llm.sampler(options), Sampling(mirostat=2), Mirostat(), candidates(np.zeros(100, np.float32))]
+    drafters: list[Any] = [Lookup(), DraftModel(llm.model, llm.config.vocab_size, 100)]
+    yield [*drafters, Speculation(drafters[0], llm.costs, Timings()), Acceptance(0.5, 0.5), llm.costs]
+    yield [Form(choices=["a" * 1000]), constraint_of(Form(choices=["a"]), llm.tokenizer, llm.config.vocab_size)]
     yield llm.new_cache(200)
     yield llm.tokenizer.stream_decoder()
     yield llm.tokenizer

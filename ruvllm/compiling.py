@@ -221,6 +221,9 @@ class _Nothing:
         zeros.flags.writeable = False
         return zeros
 
+    def prefetch(self, offset: int, count: int) -> None:
+        """There is nothing to read."""
+
     def release(self, offset: int, count: int) -> None:
         """There is nothing to release."""
 

@@ -28,6 +28,9 @@ class _Computed:
             self._bytes.flags.writeable = False
         return self._bytes[offset : offset + count]
 
+    def prefetch(self, offset: int, count: int) -> None:
+        """It is computed when it is read."""
+
     def release(self, offset: int, count: int) -> None:
         """Free the array, and release the file's pages."""
         self._bytes = None

@@ -80,6 +80,11 @@ class PackedRows:
         """``count`` bytes from ``offset``, both multiples of a row's."""
         return self._rows(offset // self._row_bytes, (offset + count) // self._row_bytes).reshape(-1)
 
+    def prefetch(self, offset: int, count: int) -> None:
+        """The parts are needed now."""
+        for part in self._parts:
+            part.source.prefetch(part.info.offset, part.info.nbytes)
+
     def release(self, offset: int, count: int) -> None:
         """The parts may leave this process's memory."""
         for part in self._parts:

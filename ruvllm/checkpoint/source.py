@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap as _mmap
 import os
 import stat
+import sys
 import threading
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -21,6 +23,7 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 
+_MADV_POPULATE_READ = 22  # of Linux, which Python's mmap does not name
 # Bytes: Linux maps up to a huge page around the byte that is read, if its page cache holds the file in such pages.
 _MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
 
@@ -46,6 +49,10 @@ class Readable(Protocol):
 
     def read(self, offset: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """``count`` bytes from ``offset``."""
+        ...
+
+    def prefetch(self, offset: int, count: int) -> None:
+        """All of them are needed now."""
         ...
 
     def release(self, offset: int, count: int) -> None:
@@ -139,6 +146,14 @@ class Source(Closing):
                 buffer[: len(piece)] = piece
                 buffer = buffer[len(piece) :]
                 offset += len(piece)
+
+    def prefetch(self, offset: int, count: int) -> None:
+        """Read these mapped pages in one go, where the system can: else each few of them cost a fault."""
+        if self._map is None or sys.platform != "linux":
+            return
+        start = offset // _mmap.PAGESIZE * _mmap.PAGESIZE
+        with suppress(OSError):  # Linux before 5.14, or a file that has become shorter
+            self._map.madvise(_MADV_POPULATE_READ, start, offset + count - start)
 
     def release(self, offset: int, count: int) -> None:
         """Tell the system that these mapped pages are not needed for now; reading them again still works."""

@@ -167,6 +167,7 @@ class Tensor:
 
     def quantized(self, layout: str) -> Panels:
         """The whole matrix as "int4" or "int8" panels: the file's own codes where it has such, else rounded."""
+        self._source.prefetch(self.info.offset, self.info.nbytes)
         return load_panels(self, layout, symmetric=False)
 
     def release(self) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
+from ruvllm.kernels import operations as o
 from ruvllm.kernels.jit.cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
 from ruvllm.kernels.jit.private.dispatch import on_each_compilation
@@ -84,6 +85,15 @@ def compile_cache(
     _compile_operations(needed, kind, progress)
 
 
+def compile_many(kv: str, progress: bool | None = None) -> None:
+    """Compile what passes over several sequences also need, for keys and values of ``kv``."""
+    kind = f"many sequences, {kv}"
+    if DISABLE_JIT or is_warm(kind):
+        return
+    dtype = KV_DTYPES[kv]
+    _compile_operations([o.attend_runs(dtype), o.append_blocks(dtype), o.chosen_rows], kind, progress)
+
+
 def compile_choices(config: ModelConfig, layouts: Iterable[str], progress: bool | None = None) -> None:
     """Compile the operations of a model that LLaMA lacks: norms by head, softcaps, experts ..."""
     layouts = sorted(set(layouts))
@@ -131,6 +141,7 @@ def warmup(progress: bool | None = True) -> None:
     steps: list[Callable[[], None]] = [partial(compile_for, [kind], progress) for kind in kinds]
     for layout in (*LAYOUTS, "int5"):
         steps += [partial(compile_cache, [layout], kv, progress) for kv in KV_DTYPES]
+    steps += [partial(compile_many, kv, progress) for kv in KV_DTYPES]
     steps += [partial(compile_training, [layout], progress) for layout in LAYOUTS]
     steps += [partial(_run_kernel, spec) for spec in KERNELS.values()]
     hidden = None if progress is None else not progress

@@ -12,6 +12,7 @@ space begins, and is filled in for each pass. So a tape is recorded once, and re
 - LOCAL (one copy per member): stride is the size of a member's copy.
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
 - CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
+- PLACES, RUNS, TABLES, CHOSEN: of passes over several sequences, see ``model.many``.
 
 An operation is a C function of its own, compiled and cached by itself, for the models that use it. The region below
 serves every model.
@@ -45,9 +46,11 @@ from ruvllm.kernels.threads.team import (
 (
     THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
     LAYERS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
-    CALLS, ROPE_PAIRS,
-) = range(20)  # fmt: skip
-SPACES = ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS = range(10)
+    CALLS, ROPE_PAIRS, RUN_COUNT,
+) = range(21)  # fmt: skip
+(
+    ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, PLACES, RUNS, TABLES, CHOSEN,
+) = SPACES = tuple(range(14))  # fmt: skip
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
 EACH = _STRIDE + (1 << _SPACE_BITS)  # EACH + k: how many rows there are where each token has k of them

@@ -12,10 +12,11 @@ from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.display import Table, axis
-from ruvllm.llm import LLM, Prompt
+from ruvllm.llm import LLM
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
 from ruvllm.progress import tqdm
+from ruvllm.prompt import Prompt
 
 _ROWS = 512  # of a tensor, evenly spread, that its quantisation error is measured on
 

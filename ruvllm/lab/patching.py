@@ -10,10 +10,11 @@ import numpy as np
 
 from ruvllm.brief import brief
 from ruvllm.display import Table, axis
-from ruvllm.llm import LLM, Prompt
+from ruvllm.llm import LLM
 from ruvllm.model.edits import Edit
 from ruvllm.model.hooks import editing
 from ruvllm.progress import tqdm
+from ruvllm.prompt import Prompt
 from ruvllm.tracing.attribution import token_of
 from ruvllm.tracing.labels import label_ticks, shown
 

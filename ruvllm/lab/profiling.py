@@ -15,7 +15,7 @@ from ruvllm.brief import brief
 from ruvllm.display import as_html, as_text, axis
 from ruvllm.kernels import tape as t
 from ruvllm.lab.work import work_of
-from ruvllm.llm import LLM, Prompt
+from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.generate import generate
 from ruvllm.model.kv_size import key_value_bytes
@@ -25,6 +25,7 @@ from ruvllm.model.ops.tape import Tape
 from ruvllm.model.replay import Working
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.weights import INTEGER_LAYOUTS
+from ruvllm.prompt import Prompt
 
 WAIT = "wait at barrier"
 

@@ -21,6 +21,12 @@ Filling = tuple[object, ...]  # weak references: what decides a token's keys and
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 
 
+def require_kv(kv: object) -> None:
+    """Raise ValueError unless this is a precision of keys and values."""
+    if not isinstance(kv, str) or kv not in DTYPES:
+        raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
+
+
 def _zeros(shapes: list[tuple[int, ...]], dtype: type) -> Any:
     """Arrays of zeros for all layers: one array where the layers are alike, else a list."""
     if len(set(shapes)) == 1:
@@ -42,8 +48,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
-        if not isinstance(kv, str) or kv not in DTYPES:
-            raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
+        require_kv(kv)
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
         require_memory(cache_bytes(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")

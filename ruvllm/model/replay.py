@@ -24,6 +24,7 @@ from ruvllm.kernels.threads.pool import num_threads
 from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_cache import DTYPES, KVCache
+from ruvllm.model.kv_pool import KVPool
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.placement import place
 from ruvllm.model.ops.protocol import Hooks
@@ -108,10 +109,11 @@ class Tapes:
 class Working:
     """The working memory of passes of up to ``tokens`` tokens; it belongs to a KV cache and is allocated once."""
 
-    def __init__(self, model: Replayed, cache: KVCache, tokens: int, threads: int) -> None:
+    def __init__(self, model: Replayed, cache: KVCache | KVPool, tokens: int, threads: int) -> None:
         config = model.config
         D, heads = config.head_dim, config.num_attention_heads
-        self.model, self.cache, self.tokens, self.threads = model, cache, tokens, threads
+        self.model, self.tokens, self.threads = model, tokens, threads
+        self.cache: Any = cache  # ``run`` needs a KVCache
         self.tape: Tape | None = None
         self.logits: np.ndarray | None = None
         self._angles: dict[int, np.ndarray] = {}  # cos and sin of the pass

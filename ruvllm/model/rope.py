@@ -18,14 +18,16 @@ class RopeTables:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self._ropes = config.ropes
-        self._vary = any(rope.for_context(1 << 30) is not rope for rope in self._ropes)  # with the capacity
+        self.vary = any(rope.for_context(1 << 30) is not rope for rope in self._ropes)  # whether with the capacity
         self._made: dict[tuple[RopeConfig, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def kinds(self, capacity: int) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings for a KV cache of ``capacity`` positions: tokens of the same ones are comparable."""
+        return tuple([rope.for_context(capacity) for rope in self._ropes]) if self.vary else self._ropes
 
     def upto(self, length: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         """Tables of at least ``length`` positions for a KV cache of ``capacity`` positions."""
-        ropes = self._ropes
-        if self._vary:
-            ropes = tuple([rope.for_context(capacity) for rope in ropes])
+        ropes = self.kinds(capacity)
         cos, sin = self._made.get(ropes, (np.empty((1, 0, 1), np.float32),) * 2)
         if cos.shape[1] < length:
             positions = np.arange(max(length, _FIRST, 2 * cos.shape[1]))

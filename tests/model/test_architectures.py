@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from ruvllm.model import Llama, LoraAdapter, LoraConfig, MicroLora
-from ruvllm.model.batch import Batch
 from ruvllm.model.layer import Decoder, MixtureOfExperts, TransformerLayer
 from ruvllm.model.ops import Ops
 from ruvllm.model.reference import reference_logits
@@ -54,36 +52,6 @@ def test_other_caches_have_the_same_bits_on_both_paths(kv: str) -> None:
     fused = logits(model, kv)
     model.fused = False
     np.testing.assert_array_equal(logits(model, kv), fused)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma", "mixture", "shared"])
-@pytest.mark.parametrize("kv", ["f32", "int8"])
-def test_a_batch_has_the_bits_of_each_sequence_alone(name: str, kv: str) -> None:
-    model = build(name, "int4", threads=2)
-    prompts = [IDS[:n] for n in (1, 33, 7, 20)]
-    alone = []
-    for prompt in prompts:
-        cache = model.new_cache(64, kv)
-        model.forward(prompt, cache)
-        alone.append(np.stack([model.forward([token], cache, last_only=True) for token in (5, 6, 7)]))
-    caches = [model.new_cache(50 + i, kv) for i in range(len(prompts))]
-    for prompt, cache in zip(prompts, caches, strict=True):
-        model.forward(prompt, cache)
-    batch = Batch(model, caches)
-    together = np.stack([batch.forward([token] * len(caches)) for token in (5, 6, 7)], axis=1)
-    np.testing.assert_array_equal(together, alone)
-    assert [len(cache) for cache in caches] == [len(prompt) + 3 for prompt in prompts]
-
-
-def test_what_a_batch_refuses() -> None:
-    model = build("llama", "int4")
-    with pytest.raises(ValueError, match="caches: expected some of one dtype, found none"):
-        Batch(model, [])
-    with pytest.raises(ValueError, match="caches: expected some of one dtype, found f16, f32"):
-        Batch(model, [model.new_cache(4), model.new_cache(4, "f16")])
-    batch = Batch(model, [model.new_cache(4), model.new_cache(4)])
-    with pytest.raises(ValueError, match="ids: expected 2, one for each sequence, found 1"):
-        batch.forward([1])
 
 
 class TwoRoutings(MixtureOfExperts):
@@ -228,23 +196,3 @@ def test_a_cache_follows_weights_that_change() -> None:
             cache.truncate(len(cache) - 1)
         np.testing.assert_array_equal(found[0], found[1])
         model.fused = True
-
-
-def test_a_batch_is_owned_by_one_thread() -> None:
-    model = build("llama", "int4")
-    caches = [model.new_cache(8), model.new_cache(8)]
-    batch = Batch(model, caches)
-    with caches[1].in_use():
-        failed: list[BaseException] = []
-
-        def other() -> None:
-            try:
-                batch.forward([1, 2])
-            except RuntimeError as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert "in use by another thread" in str(failed[0]) and [len(cache) for cache in caches] == [0, 0]
-    assert batch.forward([1, 2]).shape == (2, 300)

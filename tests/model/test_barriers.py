@@ -226,7 +226,8 @@ def test_shuffled_needs_memory_for_its_members() -> None:
 
 def test_every_operation_is_covered() -> None:
     """Each operation stands on some tape that is checked above."""
-    seen = {"broadcast", "append_to_each", "attend_to_each"}  # a batch's are the same bodies, tested by their bits
+    # Those of many sequences are the same bodies, tested by their bits.
+    seen = {"broadcast", "append_to_blocks", "attend_each_run", "chosen_rows"}
     for name, layout, tokens in KINDS:
         runner = InOrder()
         run(model_of(name, layout), runner, tokens)
@@ -235,6 +236,6 @@ def test_every_operation_is_covered() -> None:
     everything = [o.integer_matmul(0), o.float_matmul(np.float32)]
     everything += [o.grouped_integer_matmul(0), o.grouped_float_matmul(np.float32)]
     everything += [o.adapter_down(np.int8), o.adapter_up(np.int8)]
-    everything += [make(np.float32) for make in (o.append, o.attend, o.attend_token, o.append_each, o.attend_each)]
+    everything += [make(np.float32) for make in (o.append, o.attend, o.attend_token, o.append_blocks, o.attend_runs)]
     everything += [x for name in o.__all__ if isinstance(x := getattr(o, name), Operation)]
     assert {operation.__name__ for operation in everything} <= seen

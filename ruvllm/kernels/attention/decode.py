@@ -32,6 +32,7 @@ from ruvllm.kernels.attention.tile import (
     normaliser,
     query_factor,
     scores,
+    stored_at,
     to_weights,
     transpose_4,
 )
@@ -107,7 +108,7 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
         span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        stored = base % values.shape[1] + span.start
+        stored = stored_at(cache, base) + span.start
         ki = (kv * keys.shape[1] + stored // LANES) * block
         vi = (kv * values.shape[1] + stored) * wide
         count = span.stop - span.start

@@ -39,6 +39,7 @@ from ruvllm.kernels.attention.tile import (
     query_factor,
     query_index,
     scores,
+    stored_at,
     sum_weighted_values,
     to_weights,
     transpose,
@@ -148,7 +149,7 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
                 if start >= stop:
                     continue
-                stored = chunk % values.shape[1] + start
+                stored = stored_at(cache, chunk) + start
                 ki = (kv * keys.shape[1] + stored // LANES) * block
                 vi = (kv * values.shape[1] + stored) * wide
                 tile_queries = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)

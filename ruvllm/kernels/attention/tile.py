@@ -45,14 +45,27 @@ _ONE, _TWO = np.float32(1), np.float32(2)
 
 
 class Cache(NamedTuple):
-    """The KV cache of one layer: its arrays as attention/kv.py lays them out.
+    """The KV cache of one layer: its arrays as attention/kv.py lays them out, and a block table.
 
-    It is a ring: position p is row p % S of the S positions that it has room for. Of a ring that is smaller than the
-    context S is a multiple of CHUNK, so that no chunk is broken.
+    Without a table, (0,), it is a ring: position p is row p % S of the S positions that it has room for. Of a ring that
+    is smaller than the context S is a multiple of CHUNK, so that no chunk is broken. With a table, the arrays are a
+    pool of blocks of CHUNK positions: position p is row p % CHUNK of block table[p // CHUNK].
     """
 
     keys: Any
     values: Any
+    table: Any
+
+
+NO_TABLE = np.empty(0, np.int64)
+
+
+@inline_kernel
+def stored_at(cache, chunk):
+    """The row of the position ``chunk``, the first of a chunk."""
+    if cache.table.size == 0:
+        return chunk % cache.values.shape[1]
+    return cache.table[chunk // CHUNK] * CHUNK
 
 
 class Scoring(NamedTuple):

@@ -5,7 +5,7 @@ convention array arguments come first, then sizes. ``m.rows`` is the number of r
 pass, all members together.
 """
 
-from ruvllm.kernels.operations.attention import append, append_each, attend, attend_each, attend_token, merge
+from ruvllm.kernels.operations.attention import append, append_blocks, attend, attend_runs, attend_token, merge
 from ruvllm.kernels.operations.experts import (
     add_grouped_bias,
     combine,
@@ -20,6 +20,7 @@ from ruvllm.kernels.operations.matmul import adapter_down, adapter_up, add_bias,
 from ruvllm.kernels.operations.rows import (
     add,
     broadcast,
+    chosen_rows,
     clamped_swiglu,
     gelu_mul,
     last_rows,
@@ -32,8 +33,8 @@ from ruvllm.kernels.operations.rows import (
 )
 
 __all__ = [
-    "adapter_down", "adapter_up", "add", "add_bias", "add_grouped_bias", "append", "append_each", "attend",
-    "attend_each", "attend_token", "broadcast", "clamped_swiglu", "combine", "float_matmul", "gather", "gelu_mul",
-    "grouped_float_matmul", "grouped_integer_matmul", "integer_matmul", "last_rows", "merge", "quantize",
+    "adapter_down", "adapter_up", "add", "add_bias", "add_grouped_bias", "append", "append_blocks", "attend",
+    "attend_runs", "attend_token", "broadcast", "chosen_rows", "clamped_swiglu", "combine", "float_matmul", "gather",
+    "gelu_mul", "grouped_float_matmul", "grouped_integer_matmul", "integer_matmul", "last_rows", "merge", "quantize",
     "quantize_runs", "rms_norm", "rope", "route", "scale", "sigmoid_scale", "silu_mul", "softcap",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Operations of attention over KV caches: many tokens of one sequence, one token, one token of each of several."""
+"""Operations of attention over KV caches: many tokens of one sequence, one token, tokens of several sequences."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels.attention import decode, kv
-from ruvllm.kernels.attention.prefill import attend_prompt_share, prompt_units
+from ruvllm.kernels.attention.prefill import attend_prompt, attend_prompt_share, prompt_units
 from ruvllm.kernels.attention.tile import CHUNK, Cache, Scoring
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at
@@ -18,9 +18,13 @@ from ruvllm.kernels.tape import (
     KEY_ROWS,
     LAYERS,
     PARTIAL,
+    PLACES,
     POSITIONS,
+    RUN_COUNT,
+    RUNS,
     SCRATCH,
     SCRATCH_SIZE,
+    TABLES,
     TOKENS,
     VALUE_WIDTH,
     Operation,
@@ -33,6 +37,7 @@ from ruvllm.kernels.threads.team import part, take_chunk
 
 kv_append_heads = as_part(kv.kv_append_heads)
 attend_token_part = as_part(decode.attend_token)
+attend_prompt_part = as_part(attend_prompt)
 merge_chunks = as_part(decode.merge_chunks)
 _units = inline_kernel(prompt_units)
 
@@ -66,13 +71,21 @@ def _scoring(m, scores, heads):
 
 
 @view_kernel
-def _cache(m, sequence, layer, kv_heads, dtype):
-    """One layer of the cache of a sequence; CACHES is a table (sequences, LAYERS) of (keys, values, blocks)."""
-    layers = m.header[LAYERS]
-    table = array_at(m.header[CACHES], (sequence + 1, layers, np.int64(3)), np.int64)
-    keys, values, blocks = table[sequence, layer, 0], table[sequence, layer, 1], table[sequence, layer, 2]
+def _cache(m, layer, kv_heads, dtype):
+    """One layer of the cache; CACHES is a table (LAYERS, 3) of keys, values, blocks of 16 positions."""
+    table = array_at(m.header[CACHES], (m.header[LAYERS], np.int64(3)), np.int64)
+    keys, values, blocks = table[layer, 0], table[layer, 1], table[layer, 2]
     k = array_at(keys, (kv_heads, blocks, m.header[KEY_ROWS], np.int64(LANES)), dtype)
-    return Cache(k, array_at(values, (kv_heads, blocks * LANES, m.header[VALUE_WIDTH]), dtype))
+    v = array_at(values, (kv_heads, blocks * LANES, m.header[VALUE_WIDTH]), dtype)
+    return Cache(k, v, array_at(m.header[CACHES], np.int64(0), np.int64))
+
+
+@view_kernel
+def _blocks(m, layer, kv_heads, dtype, start, position):
+    """One layer of a pool as one sequence sees it, up to ``position``; its block table begins at TABLES[start]."""
+    pool = _cache(m, layer, kv_heads, dtype)
+    table = array_at(address_of(m, np.int64(TABLES)) + 8 * start, position // CHUNK + 1, np.int64)
+    return Cache(pool.keys, pool.values, table)
 
 
 @view_kernel
@@ -98,10 +111,10 @@ def _chunks(position, window):
 
 
 @view_kernel
-def _partial(m, sequences, heads, dim):
-    """Partial results (sequences, heads, chunks, width): for each chunk a weighted sum, its maximum and its total."""
+def _partial(m, heads, dim):
+    """Partial results (heads, chunks, width): for each chunk a weighted sum, its maximum and its total."""
     width = (dim + LANES - 1) // LANES * LANES + LANES
-    return array_at(address_of(m, np.int64(PARTIAL)), (sequences, heads, m.header[CHUNKS], width), np.float32)
+    return array_at(address_of(m, np.int64(PARTIAL)), (heads, m.header[CHUNKS], width), np.float32)
 
 
 @cache
@@ -111,9 +124,9 @@ def append(dtype: type) -> Operation:
     @operation
     def append_rows(m, k, v, layer, kv_heads, dim):
         lo, hi = row_range(m)
-        keys, values = _cache(m, np.int64(0), layer, kv_heads, dtype)
+        cached = _cache(m, layer, kv_heads, dtype)
         new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
-        kv_append_heads(new_keys, new_values, keys, values, _positions(m)[lo:hi], np.int64(0), kv_heads)
+        kv_append_heads(new_keys, new_values, cached.keys, cached.values, _positions(m)[lo:hi], np.int64(0), kv_heads)
 
     return append_rows
 
@@ -125,7 +138,7 @@ def attend(dtype: type) -> Operation:
     @operation
     def attend_rows(m, q, layer, out, sizes: Sizes, scores: Scores, stealing: Stealing):
         _, units = _units(m.rows, sizes.heads, sizes.kv_heads)
-        cached, rule = _cache(m, np.int64(0), layer, sizes.kv_heads, dtype), _scoring(m, scores, sizes.heads)
+        cached, rule = _cache(m, layer, sizes.kv_heads, dtype), _scoring(m, scores, sizes.heads)
         queries, result = _heads(m, q, sizes.heads, sizes.dim), _heads(m, out, sizes.heads, sizes.dim)
         for i in range(m.size if stealing.steal else 1):
             share = member_share(m, units, stealing, i)
@@ -144,12 +157,12 @@ def attend_token(dtype: type) -> Operation:
     @operation
     def token(m, q, k, v, layer, sizes: Sizes, scores: Scores):
         heads, kv_heads, dim = sizes
-        cached, positions = _cache(m, np.int64(0), layer, kv_heads, dtype), _positions(m)
+        cached, positions = _cache(m, layer, kv_heads, dtype), _positions(m)
         chunks = _chunks(positions[0], scores.window)
         lo, hi = part(kv_heads * chunks, m.rank, m.size)
         new_keys, new_values = _heads(m, k, kv_heads, dim), _heads(m, v, kv_heads, dim)
         kv_append_heads(new_keys, new_values, cached.keys, cached.values, positions, lo // chunks, hi // chunks)
-        query, partial = _heads(m, q, heads, dim)[0], _partial(m, np.int64(1), heads, dim)[0]
+        query, partial = _heads(m, q, heads, dim)[0], _partial(m, heads, dim)
         attend_token_part(query, cached, positions[0], _scoring(m, scores, heads), partial, _scratch(m), lo, hi)
 
     return token
@@ -158,47 +171,70 @@ def attend_token(dtype: type) -> Operation:
 @operation
 def merge(m, out, heads, dim, window, sinks):
     """out (1, heads, dim) from the partial results of ``attend_token``."""
-    chunks, partial = _chunks(_positions(m)[0], window), _partial(m, np.int64(1), heads, dim)[0]
+    chunks, partial = _chunks(_positions(m)[0], window), _partial(m, heads, dim)
     merge_chunks(partial, chunks, _sinks(m, sinks, heads), _heads(m, out, heads, dim)[0], np.int64(0), heads)
 
 
 @cache
-def append_each(dtype: type) -> Operation:
-    """Write row i of k and v (rows, KV, dim) into the cache of sequence i."""
+def append_blocks(dtype: type) -> Operation:
+    """Write k and v (rows, KV, dim), rows of several sequences, into one layer of a pool, at PLACES."""
 
     @operation
-    def append_to_each(m, k, v, layer, kv_heads, dim):
+    def append_to_blocks(m, k, v, layer, kv_heads, dim):
         lo, hi = row_range(m)
-        new_keys, new_values, positions = _heads(m, k, kv_heads, dim), _heads(m, v, kv_heads, dim), _positions(m)
-        for i in range(lo, hi):
-            keys, values = _cache(m, i, layer, kv_heads, dtype)
-            one_key, one_value, position = new_keys[i : i + 1], new_values[i : i + 1], positions[i : i + 1]
-            kv_append_heads(one_key, one_value, keys, values, position, np.int64(0), kv_heads)
+        pool = _cache(m, layer, kv_heads, dtype)
+        new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
+        places = array_at(address_of(m, np.int64(PLACES)), m.rows, np.int64)[lo:hi]
+        kv_append_heads(new_keys, new_values, pool.keys, pool.values, places, np.int64(0), kv_heads)
 
-    return append_to_each
+    return append_to_blocks
+
+
+@inline_kernel
+def _run_units(rows, sizes):
+    """Units of work of one run: as those of ``attend_prompt``, but one for each kv head where it has one row."""
+    if rows == 1:
+        return sizes.kv_heads
+    _, units = _units(rows, sizes.heads, sizes.kv_heads)
+    return units
 
 
 @cache
-def attend_each(dtype: type) -> Operation:
-    """out (rows, heads, dim): row i of q attends to the cache of sequence i. A chunk is one kv head of one row."""
+def attend_runs(dtype: type) -> Operation:
+    """out (rows, heads, dim): each run of rows of q, new tokens of one sequence, attends to the blocks of its sequence.
+
+    RUNS (RUN_COUNT, 3) has for each run its first row, how many there are, and where its block table begins in TABLES.
+    """
 
     @operation
-    def attend_to_each(m, q, out, layer, sizes: Sizes, scores: Scores, stealing: Stealing):
+    def attend_each_run(m, q, out, layer, sizes: Sizes, scores: Scores, stealing: Stealing):
         heads, kv_heads, dim = sizes
         queries, result, positions = _heads(m, q, heads, dim), _heads(m, out, heads, dim), _positions(m)
-        partial, group, rule = _partial(m, m.rows, heads, dim), heads // kv_heads, _scoring(m, scores, heads)
+        rule, group = _scoring(m, scores, heads), heads // kv_heads
+        runs = array_at(address_of(m, np.int64(RUNS)), (m.header[RUN_COUNT], np.int64(3)), np.int64)
+        total = np.int64(0)
+        for i in range(len(runs)):
+            total += _run_units(runs[i, 1], sizes)
         for k in range(m.size if stealing.steal else 1):
-            share = member_share(m, m.rows * kv_heads, stealing, k)
-            unit = share.lo + take_chunk(share)
+            share = member_share(m, total, stealing, k)
+            unit, run, before = share.lo + take_chunk(share), np.int64(0), np.int64(0)
             while unit < share.hi:
-                i, head = unit // kv_heads, unit % kv_heads
-                cached, chunks = (
-                    _cache(m, i, layer, kv_heads, dtype),
-                    _chunks(positions[i], rule.window),
-                )
-                lo, hi = head * chunks, (head + 1) * chunks
-                attend_token_part(queries[i], cached, positions[i], rule, partial[i], _scratch(m), lo, hi)
-                merge_chunks(partial[i], chunks, rule.sinks, result[i], head * group, (head + 1) * group)
+                while before + _run_units(runs[run, 1], sizes) <= unit:
+                    before += _run_units(runs[run, 1], sizes)
+                    run += 1
+                lo, hi, first = runs[run, 0], runs[run, 0] + runs[run, 1], unit - before
+                blocks = _blocks(m, layer, kv_heads, dtype, runs[run, 2], positions[hi - 1])
+                if hi - lo == 1:
+                    chunks, partial = _chunks(positions[lo], rule.window), _partial(m, heads, dim)
+                    attend_token_part(
+                        queries[lo], blocks, positions[lo], rule, partial, _scratch(m), first * chunks,
+                        (first + 1) * chunks,
+                    )  # fmt: skip
+                    merge_chunks(partial, chunks, rule.sinks, result[lo], first * group, (first + 1) * group)
+                else:
+                    attend_prompt_part(
+                        queries[lo:hi], blocks, positions[lo:hi], rule, result[lo:hi], _scratch(m), first, first + 1
+                    )
                 unit = share.lo + take_chunk(share)
 
-    return attend_to_each
+    return attend_each_run

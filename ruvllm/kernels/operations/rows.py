@@ -11,6 +11,7 @@ from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, Rounded, token
 from ruvllm.kernels.rope import rotate as rotary
 from ruvllm.kernels.tape import (
     CAPACITY,
+    CHOSEN,
     ROPE_PAIRS,
     TOKENS,
     address_for,
@@ -56,6 +57,17 @@ def last_rows(m, x, out, columns):
     for i in range(lo, hi):
         for j in range(columns):
             target[i, j] = source[tokens - m.rows + i, j]
+
+
+@operation
+def chosen_rows(m, x, out, columns):
+    """out (rows, columns) = the rows of x (TOKENS, columns) that CHOSEN lists."""
+    source, target = matrix(m, x, m.header[TOKENS], columns), matrix(m, out, m.rows, columns)
+    chosen = array_at(address_of(m, np.int64(CHOSEN)), m.rows, np.int64)
+    lo, hi = row_range(m)
+    for i in range(lo, hi):
+        for j in range(columns):
+            target[i, j] = source[chosen[i], j]
 
 
 @operation

@@ -45,7 +45,7 @@ class Pass(Enum):
 
     TOKEN = "one token of one sequence"
     PROMPT = "several tokens of one sequence"
-    BATCH = "one token of each of several sequences"
+    MANY = "tokens of several sequences"
 
 
 class Recorder:
@@ -166,7 +166,8 @@ class Recorder:
         self._layer = -1
         out = self._floats(t.LOGIT_ROWS, x.width)
         arguments = {"x": x, "out": out, "columns": x.width}
-        self._record(o.last_rows, t.LOGIT_ROWS, [self._whole(x)], [Access(out, self._rows(out))], arguments)
+        operation = o.chosen_rows if self.kind is Pass.MANY else o.last_rows
+        self._record(operation, t.LOGIT_ROWS, [self._whole(x)], [Access(out, self._rows(out))], arguments)
         return out
 
     # Linear layers.
@@ -272,18 +273,16 @@ class Recorder:
             merged = {"out": out, **{name: query[name] for name in ("dim", "heads", "window", "sinks")}}
             self._record(o.merge, q.count, [Access(self._partial, ANY)], [Access(out, PRIVATE)], merged)
             return out
-        batch = self.kind is Pass.BATCH
-        append, attend = (o.append_each, o.attend_each) if batch else (o.append, o.attend)
+        many = self.kind is Pass.MANY
+        append, attend = (o.append_blocks, o.attend_runs) if many else (o.append, o.attend)
         rows = self._rows(k)
         new = {"k": k, "v": v, **cached}
         reads = [Access(k, rows), Access(v, rows)]
         self._record(append(self.kv), q.count, reads, [Access(cache, rows)], new, "append")
         out = self._floats(q.count, q.width)
         attended = {**query, "out": out, "steal": 1}
-        # A batch leaves partial results of each row in shared memory, and merges them in the same operation.
-        writes = [Access(out, ANY), *([Access(self._partial, ANY)] if batch else [])]
         reads = [self._whole(q), Access(cache, ANY)]
-        self._record(attend(self.kv), q.count, reads, writes, attended, "attention")
+        self._record(attend(self.kv), q.count, reads, [Access(out, ANY)], attended, "attention")
         return out
 
     # Mixtures of experts.

@@ -1,0 +1,214 @@
+"""Passes over several sequences: each gets the bits that it gets alone, whatever shares its pass, block or pool."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ruvllm.batching import Engine, Generated, Scored
+from ruvllm.errors import ContextFullError, InsufficientMemoryError
+from ruvllm.model import Llama, RopeConfig
+from ruvllm.model.generate import Sampler, Sampling, generate
+from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
+from ruvllm.model.many import Many, Run
+from tests.model.architectures import ARCHITECTURES, build
+from tests.model.model_cases import PLAIN, SMALL, WINDOWED, small_model, text
+
+LENGTHS = (1, 33, 300, 520, 70)
+
+
+def alone(model: Llama, ids: np.ndarray, kv: str) -> np.ndarray:
+    """Logits (T, V) of a text on its own: half of it as a prompt, the rest token by token."""
+    cache, half = model.new_cache(len(ids), kv), len(ids) // 2
+    rows = [model.forward(ids[:half], cache)] if half else []
+    return np.concatenate([*rows, *(model.forward([token], cache) for token in ids[half:])])
+
+
+def together(model: Llama, texts: list[np.ndarray], kv: str, seed: int = 0) -> list[np.ndarray]:
+    """Logits (T, V) of texts that share passes, pieces of them at random, in blocks of a pool in a random order."""
+    rng = np.random.default_rng(seed)
+    pool = KVPool(model.config, 12, kv)
+    many, free = Many(model, pool), rng.permutation(12).tolist()
+    done, tables = [0] * len(texts), [[] for _ in texts]
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    while any(n < len(ids) for n, ids in zip(done, texts, strict=True)):
+        runs, who, left = [], [], many.most_tokens
+        for i in rng.permutation(len(texts)):
+            count = int(min(left, len(texts[i]) - done[i], rng.choice([0, 1, 1, 2, 9, 60])))
+            if not count:
+                continue
+            while len(tables[i]) * BLOCK < done[i] + count:
+                tables[i].append(free.pop())
+            runs.append(Run(texts[i][done[i] : done[i] + count], done[i], tables[i], count, len(texts[i])))
+            who.append(i)
+            done[i], left = done[i] + count, left - count
+        if runs:
+            logits, row = many.forward(runs), 0
+            for i, run in zip(who, runs, strict=True):
+                found[i].append(logits[row : row + run.wanted].copy())
+                row += run.wanted
+    return [np.concatenate(parts) for parts in found]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kv", "config"), [("int4", "f32", PLAIN), ("f32", "f16", WINDOWED), ("int8", "int8", SMALL)]
+)
+def test_logits_are_those_of_each_text_alone(layout: str, kv: str, config: object) -> None:
+    model = small_model(layout, 2, config)  # type: ignore[arg-type]
+    texts = [text(n, seed=n) for n in LENGTHS]
+    for ids, found in zip(texts, together(model, texts, kv), strict=True):
+        np.testing.assert_array_equal(found, alone(model, ids, kv))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(name: str) -> None:
+    model = build(name, "int4", threads=2)
+    texts = [text(n, model.config.vocab_size, seed=n) for n in (1, 40, 11)]
+    for ids, found in zip(texts, together(model, texts, "f32"), strict=True):
+        np.testing.assert_array_equal(found, alone(model, ids, "f32"))
+
+
+def test_rotary_embeddings_that_depend_on_the_capacity() -> None:
+    rope = RopeConfig(theta=500.0, scaling="dynamic", factor=2.0, original_max_position=32)
+    model = small_model("f32", 1, replace(SMALL, rope=rope))
+    texts = [text(n, seed=n) for n in (20, 50, 90)]
+    for ids, found in zip(texts, together(model, texts, "f32"), strict=True):
+        np.testing.assert_array_equal(found, alone(model, ids, "f32"))
+
+
+# The engine.
+
+
+def prompts_of(rng: np.random.Generator, count: int, lengths: tuple[int, ...], shared: tuple[int, ...]) -> list:
+    """Prompts, of which half begin alike."""
+    beginning = text(300, seed=99)
+    found = [text(int(rng.choice(lengths)), seed=i) for i in range(count)]
+    return [
+        np.concatenate([beginning[: rng.choice(shared)], ids]) if rng.random() < 0.5 else ids for ids in found
+    ]  # fmt: skip
+
+
+def sampling(i: int) -> Sampling:
+    return Sampling(temperature=i % 3 * 0.5, top_k=20, repetition_penalty=1.1 if i % 2 else 1.0, seed=i)
+
+
+def engine_of(model: Llama, blocks: int, sequences: int = 6, kv: str = "f32") -> Engine:
+    return Engine(model, kv, memory=blocks * block_bytes(model.config, kv), sequences=sequences)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "cancelled", "lengths"), [(40, 0.0, (1, 5, 33, 280)), (5, 0.05, (5, 280)), (4, 0.0, (240, 250))]
+)
+def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]) -> None:
+    """Sequences come and go at random, in a pool that is large, small, or so small that some must give blocks back."""
+    rng = np.random.default_rng(blocks)
+    model = small_model("int4", 2)
+    prompts = prompts_of(rng, 10, lengths, (40, 256, 300))
+    most = [int(rng.integers(10, 30)) for _ in prompts]
+    engine = engine_of(model, blocks)
+    sequences = [
+        Generated(ids, Sampler(sampling(i)), n, len(ids) + n)
+        for i, (ids, n) in enumerate(zip(prompts, most, strict=True))
+    ]
+    came: dict[object, list[int]] = {sequence: [] for sequence in sequences}
+    left, gone = list(sequences), set()
+    while left or engine.busy:
+        while left and rng.random() < 0.6:
+            engine.submit(left.pop(0))
+        for sequence, token in engine.step():
+            assert token is not None
+            came[sequence].append(token.id)
+        for sequence in engine.running + engine.waiting:
+            if rng.random() < cancelled:
+                engine.cancel(sequence)
+                gone.add(sequence)
+    for i, sequence in enumerate(sequences):
+        cache = model.new_cache(len(prompts[i]) + most[i])
+        expected = [token.id for token in generate(model, cache, prompts[i], sampling(i), most[i])]
+        assert came[sequence] == (expected[: len(came[sequence])] if sequence in gone else expected)
+    assert bool(gone) == bool(cancelled)
+    assert engine.preemptions > 0 or blocks > 4
+    assert engine.prefixes.available == blocks  # nothing is lost
+    assert not any(node.users for node in engine.prefixes)
+
+
+def test_a_common_prefix_is_computed_once() -> None:
+    model = small_model("int4", 2)
+    prefix = text(300)
+    engine = engine_of(model, 40, sequences=8)
+    for i in range(12):
+        engine.submit(Generated(np.concatenate([prefix, text(7, seed=i)]), Sampler(Sampling()), 1, 400))
+    engine.finish()
+    assert engine.computed_tokens == len(prefix) + 12 * 7
+    again = Generated(np.concatenate([prefix, text(3, seed=50)]), Sampler(Sampling()), 1, 400)
+    engine.submit(again)
+    engine.finish()
+    assert again.reused_tokens == len(prefix)
+
+
+def test_scores_of_long_texts() -> None:
+    model = small_model("int4", 2)
+    ids = text(400)
+    expected = model.forward(ids, model.new_cache(400))
+    engine = engine_of(model, 4)
+    sequences = [Scored(ids, start) for start in (1, 100, 399)]
+    for sequence in sequences:
+        engine.submit(sequence)
+    engine.finish()
+    logits = expected.astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for sequence, start in zip(sequences, (1, 100, 399), strict=True):
+        targets = np.arange(start, 400)
+        np.testing.assert_allclose(sequence.logprobs, logits[targets - 1, ids[targets]], atol=1e-5)
+        assert sequence.greedy == bool((expected[targets - 1].argmax(axis=1) == ids[targets]).all())
+
+
+def test_new_weights_are_not_mixed_with_old_blocks() -> None:
+    """Tokens that were computed before serve only what has the same weights, adapters and edits."""
+    model = small_model("int4", 1)
+    engine, ids = engine_of(model, 8), text(100)
+    first = Generated(ids, Sampler(Sampling()), 9, 200)
+    engine.submit(first)
+    for _ in range(3):
+        engine.step()
+    model.weights_changed()
+    engine.finish()
+    second = Generated(ids, Sampler(Sampling()), 1, 200)
+    engine.submit(second)
+    engine.finish()
+    assert second.reused_tokens == 0
+    assert sum(node.count for node in engine.prefixes) <= 102 + 100
+
+
+def test_what_does_not_fit() -> None:
+    model = small_model("int4", 1)
+    engine = engine_of(model, 2)
+    with pytest.raises(ContextFullError, match="may have 600 tokens, memory is for 512 .2 blocks of 256.*lower max_tok"):
+        engine.submit(Generated(text(500), Sampler(Sampling()), 100, 600))
+    with pytest.raises(ContextFullError, match="the prompt has 1100 tokens, the model takes 1024"):
+        engine.submit(Generated(text(1100), Sampler(Sampling()), 1, 1024))
+    assert not engine.busy and engine.step() == []
+    with pytest.raises(InsufficientMemoryError, match="KV cache of .* blocks of 256 tokens"):
+        Engine(model, memory=1e16)
+
+
+def test_one_thread_at_a_time() -> None:
+    engine = engine_of(small_model("int4", 1), 2)
+    engine.submit(Generated(text(5), Sampler(Sampling()), 2, 9))
+    failed: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            engine.step()
+        except RuntimeError as error:
+            failed.append(error)
+
+    with engine._in_use():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "in use by another thread" in str(failed[0])
+    engine.finish()

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
+from ruvllm.batching.answering import Request
+from ruvllm.batching.facade import ManyTexts
 from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
 from ruvllm.model.checks import is_integer
@@ -28,7 +30,8 @@ from ruvllm.model.speculation.lookup import Lookup
 from ruvllm.model.speculation.speculate import Drafter, Speculation, speculate
 from ruvllm.options import AnswerOptions, ChatOptions
 from ruvllm.progress import tqdm
-from ruvllm.streaming import Generation, Stream, Timings
+from ruvllm.prompt import Message, Prompt
+from ruvllm.streaming import Answer, Generation, Stream, Timings
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.reasoning import Separator
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
     from ruvllm.tracing.trace import Trace
     from ruvllm.training_text import Record
 
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
 _THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
 _SCORED_TOKENS = 512  # of one window, by default
@@ -65,7 +66,7 @@ def _bar(what: str, progress: bool | None) -> Iterator[Callable[[int, int], None
         yield advance
 
 
-class LLM:
+class LLM(ManyTexts):
     """A model and its tokenizer, made by ``ruvllm.load``.
 
     Several threads may use one LLM at once; each generation has a KV cache of its own unless one is given.
@@ -226,6 +227,30 @@ class LLM:
             ContextFullError: the prompt does not fit.
             ImportError: a form is given, and llguidance is not installed.
         """
+        request = self.request(prompt, max_tokens, stop=stop, logprobs=logprobs, **options)
+        ids, limit = request.ids, self.config.max_position_embeddings
+        if cache is None:
+            cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)), kv)
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
+        cache.claim(self.model)
+        held = cache.keep_common_prefix(ids, self.model.filling)
+        cache.require_room(len(ids) - held)
+        timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
+        most = cache.max_tokens if max_tokens is None else max_tokens
+        if draft is None:
+            tokens = generate(self.model, cache, ids[held:], request.sampler, most, logprobs)
+        else:
+            guessing = Speculation(self._drafter(draft, cache.max_tokens), self.costs, timings)
+            tokens = speculate(self.model, cache, ids[held:], request.sampler, most, logprobs, guessing)
+        answer = Answer(self.tokenizer, timings, request.stop, request.separator, request.with_tools)
+        return Stream(answer, tokens)
+
+    def request(
+        self, prompt: Prompt, max_tokens: int | None = DEFAULT_MAX_TOKENS, *, stop: str | Sequence[str] | None = (),
+        logprobs: int = 0, **options: Any,
+    ) -> Request:  # fmt: skip
+        """A prompt with checked options, for ``Answering.submit``; see ``stream`` for the options and errors."""
         given = AnswerOptions.of(options)
         stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable | None) else tuple(stop or ())
         if any(not isinstance(s, str) or not s for s in stop):
@@ -240,22 +265,8 @@ class LLM:
         limit = self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
-        if cache is None:
-            cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)), kv)
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
-        cache.claim(self.model)
-        held = cache.keep_common_prefix(ids, self.model.filling)
-        cache.require_room(len(ids) - held)
-        timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
-        most = cache.max_tokens if max_tokens is None else max_tokens
-        if draft is None:
-            tokens = generate(self.model, cache, ids[held:], sampler, most, logprobs)
-        else:
-            guessing = Speculation(self._drafter(draft, cache.max_tokens), self.costs, timings)
-            tokens = speculate(self.model, cache, ids[held:], sampler, most, logprobs, guessing)
         thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
-        return Stream(self.tokenizer, timings, tokens, stop, thoughts, given.chat.tools is not None)
+        return Request(ids, sampler, max_tokens, logprobs, stop, thoughts, given.chat.tools is not None)
 
     def sampler(self, options: AnswerOptions, chat: np.ndarray | None = None) -> Sampler:
         """What chooses the tokens of one sequence.
@@ -278,8 +289,24 @@ class LLM:
             constraint = constraint_of(options.form, self.tokenizer, self.config.vocab_size, end)
         return Sampler(options.sampling, self.tokenizer.token_bytes, constraint)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """The whole continuation of ``prompt`` at once; the options are those of ``stream``."""
+    @overload
+    def generate(self, prompt: Prompt, *, n: int, **options: Any) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    def generate(self, prompt: Prompt, *, n: int | None = None, **options: Any) -> Generation | list[Generation]:
+        """The whole continuation of ``prompt`` at once; the options are those of ``stream``.
+
+        n: a list of so many continuations, computed together as ``generate_many`` does, and the prompt once. Their
+        seeds are ``seed``, ``seed + 1`` ...
+        """
+        if n is not None:
+            if not is_integer(n) or n < 1:
+                raise ValueError(f"n: expected a positive integer, found {n!r}")
+            seed = options.pop("seed", 0)
+            seeds = [None if seed is None else seed + i for i in range(n)]
+            return self.generate_many([prompt] * n, seed=seeds, **options)
         stream = self.stream(prompt, **options)
         for _ in stream:
             pass

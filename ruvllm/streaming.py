@@ -65,6 +65,66 @@ class Generation:
         return self.text
 
 
+class Answer:
+    """An answer that grows token by token; ``result`` is the Generation so far, ``done`` whether it has ended.
+
+    started: when its prompt was begun, for the timings.
+    """
+
+    def __init__(
+        self, tokenizer: Any, timings: Timings, stop: tuple[str, ...], separator: Separator | None = None,
+        with_tools: bool = False,
+    ) -> None:  # fmt: skip
+        self.result = Generation(timings=timings)
+        self.done, self._with_tools = False, with_tools
+        self.started = self._first = time.perf_counter()
+        # A SentencePiece text loses its leading space; an answer should, a continuation should not.
+        self._decoder = tokenizer.stream_decoder(continuation=separator is None)
+        self._ends, self._separator, self._stops = set(tokenizer.eos_ids), separator or Whole(), _Stops(stop)
+
+    def push(self, token: Token) -> Iterator[Piece]:
+        """The text that a new token completes."""
+        now, result, timings = time.perf_counter(), self.result, self.result.timings
+        if not timings.tokens:
+            timings.prompt_seconds, self._first = now - self.started, now
+        timings.tokens += 1
+        timings.seconds = now - self._first
+        if token.id in self._ends:
+            result.finish_reason, self.done = "stop", True
+            return
+        result.ids.append(token.id)
+        if token.logprob is not None:
+            result.logprobs = result.logprobs or []
+            result.logprobs.append((token.logprob, token.top_logprobs))
+        yield from self._shown(self._separator.push(token.id, self._decoder.push(token.id)))
+        self.done = self._stops.reached
+
+    def finish(self) -> Iterator[Piece]:
+        """No more tokens: what the decoder still holds, as ``decode`` shows it."""
+        self.done = True
+        self.result.finish_reason = self.result.finish_reason or "length"
+        if not self._stops.reached:
+            yield from self._shown(self._separator.finish(self._decoder.finish()))
+        if self._stops.reached:
+            self.result.finish_reason = "stop"
+        elif rest := self._stops.held:
+            self.result.text += rest
+            yield Piece(rest)
+        if self._with_tools:
+            self.result.tool_calls = tool_calls(self.result.text)
+
+    def _shown(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for text, reasoning in pieces:
+            if reasoning:
+                self.result.reasoning += text
+                yield Piece(text, reasoning)
+            elif ready := self._stops.push(text):
+                self.result.text += ready
+                yield Piece(ready)
+            if self._stops.reached:
+                return
+
+
 class Stream:
     """Iterate over pieces of the answer as they come; ``result`` is the Generation so far.
 
@@ -72,74 +132,33 @@ class Stream:
     ``text`` and whether it is ``reasoning``.
     """
 
-    def __init__(
-        self, tokenizer: Any, timings: Timings, tokens: Iterator[Token], stop: tuple[str, ...],
-        separator: Separator | None = None, with_tools: bool = False,
-    ) -> None:  # fmt: skip
-        self.result = Generation(timings=timings)
-        # A SentencePiece text loses its leading space; an answer should, a continuation should not.
-        decoder = tokenizer.stream_decoder(continuation=separator is None)
-        self._with_tools = with_tools
-        self._parts = self._run(tokens, set(tokenizer.eos_ids), decoder, separator or Whole(), _Stops(stop))
-        self._pieces = (part.text for part in self._parts if not part.reasoning)
+    def __init__(self, answer: Answer, tokens: Iterator[Token]) -> None:
+        self.result = answer.result
+        self._parts = _pieces(answer, tokens)
+        self._text = (part.text for part in self._parts if not part.reasoning)
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self._text
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return next(self._text)
 
     def parts(self) -> Iterator[Piece]:
         """The remaining pieces, including those of the reasoning."""
         return self._parts
 
-    def _run(
-        self, tokens: Iterator[Token], ends: set[int], decoder: Any, separator: Separator, stops: _Stops
-    ) -> Iterator[Piece]:
-        result, timings = self.result, self.result.timings
-        started = time.perf_counter()
-        first = started
-        result.finish_reason = "length"
-        try:
-            for token in tokens:
-                now = time.perf_counter()
-                if not timings.tokens:
-                    timings.prompt_seconds, first = now - started, now
-                timings.tokens += 1
-                timings.seconds = now - first
-                if token.id in ends:
-                    result.finish_reason = "stop"
-                    break
-                result.ids.append(token.id)
-                if token.logprob is not None:
-                    result.logprobs = result.logprobs or []
-                    result.logprobs.append((token.logprob, token.top_logprobs))
-                yield from self._shown(separator.push(token.id, decoder.push(token.id)), stops)
-                if stops.reached:
-                    break
-        except ContextFullError:
-            if not timings.tokens:
-                raise
-        if not stops.reached:  # no more tokens: show what the decoder still holds, as `decode` does
-            yield from self._shown(separator.finish(decoder.finish()), stops)
-        if stops.reached:
-            result.finish_reason = "stop"
-        elif rest := stops.held:
-            result.text += rest
-            yield Piece(rest)
-        if self._with_tools:
-            result.tool_calls = tool_calls(result.text)
 
-    def _shown(self, pieces: Iterator[Piece], stops: _Stops) -> Iterator[Piece]:
-        for text, reasoning in pieces:
-            if reasoning:
-                self.result.reasoning += text
-                yield Piece(text, reasoning)
-            elif ready := stops.push(text):
-                self.result.text += ready
-                yield Piece(ready)
-            if stops.reached:
-                return
+def _pieces(answer: Answer, tokens: Iterator[Token]) -> Iterator[Piece]:
+    answer.started = time.perf_counter()
+    try:
+        for token in tokens:
+            yield from answer.push(token)
+            if answer.done:
+                break
+    except ContextFullError:
+        if not answer.result.timings.tokens:
+            raise
+    yield from answer.finish()
 
 
 class _Stops:

@@ -25,6 +25,7 @@ LAYERS = [
     "ruvllm.loading",
     "ruvllm.llm",
     "ruvllm.tracing",
+    "ruvllm.batching",
     "ruvllm.compiling ruvllm.quantizing",
     "ruvllm.training_text ruvllm.structured",
     "ruvllm.torch",

@@ -14,7 +14,8 @@ import pytest
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.llm import LLM
 from ruvllm.model import LoraAdapter, LoraConfig
-from ruvllm.model.batch import Batch
+from ruvllm.model.kv_pool import KVPool
+from ruvllm.model.many import Many, Run
 from tests.llm_cases import byte_llm
 from tests.model.model_cases import KINDS
 
@@ -143,7 +144,7 @@ def test_a_trace_follows_one_sequence(llm: LLM) -> None:
             llm.logits(IDS)
             llm.logits(IDS)
     with pytest.raises(ValueError, match="expected one sequence, found a batch"), llm.trace():
-        Batch(llm.model, [llm.new_cache(4)]).forward([1])
+        llm.generate_many(["a"], max_tokens=1)
 
 
 # What is computed of it.
@@ -309,10 +310,9 @@ def test_a_cache_remembers_what_filled_it(llm: LLM) -> None:
 
 def test_edits_act_on_each_sequence_of_a_batch(llm: LLM) -> None:
     def batched() -> np.ndarray:
-        caches = [llm.new_cache(9), llm.new_cache(9)]
-        llm.logits(IDS[:3], caches[0])
-        llm.logits(IDS[:5], caches[1])
-        return Batch(llm.model, caches).forward([9, 8])
+        pool = KVPool(llm.config, 2)
+        runs = [Run(np.append(IDS[:n], last), 0, [block], 1, 9) for block, (n, last) in enumerate(((3, 9), (5, 8)))]
+        return Many(llm.model, pool).forward(runs)
 
     plain = batched()
     with llm.edit("layers.*.heads.2", scale=0):

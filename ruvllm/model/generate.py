@@ -15,23 +15,6 @@ from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.sampling.sampler import Sampler
 
 
-class Sampler:
-    """Chooses the tokens of one sequence; it holds the state of its random numbers."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
-
-    def choose(self, logits: np.ndarray, ids: np.ndarray) -> int:
-        """The token after ids (n,), of logits (V,), which are changed in place."""
-        s = self.sampling
-        if s.repetition_penalty != 1.0:
-            K.apply_repetition_penalty(logits, ids, s.repetition_penalty)
-        return K.sample(
-            logits, self._random.random(), temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p
-        )
-
-
 @dataclass(frozen=True)
 class Token:
     """One generated token: its id, its log-probability and the most likely alternatives, if requested."""

@@ -10,10 +10,12 @@ import pytest
 
 from ruvllm.batching import Engine, Generated, Scored
 from ruvllm.errors import ContextFullError, InsufficientMemoryError
-from ruvllm.model import Llama, RopeConfig
-from ruvllm.model.generate import Sampler, Sampling, generate
+from ruvllm.model import Llama, ModelConfig, RopeConfig
+from ruvllm.model.generate import generate
 from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
 from ruvllm.model.many import Many, Run
+from ruvllm.model.sampling.options import Sampling
+from ruvllm.model.sampling.sampler import Sampler
 from tests.model.architectures import ARCHITECTURES, build
 from tests.model.model_cases import PLAIN, SMALL, WINDOWED, small_model, text
 
@@ -32,7 +34,8 @@ def together(model: Llama, texts: list[np.ndarray], kv: str, seed: int = 0) -> l
     rng = np.random.default_rng(seed)
     pool = KVPool(model.config, 12, kv)
     many, free = Many(model, pool), rng.permutation(12).tolist()
-    done, tables = [0] * len(texts), [[] for _ in texts]
+    done = [0] * len(texts)
+    tables: list[list[int]] = [[] for _ in texts]
     found: list[list[np.ndarray]] = [[] for _ in texts]
     while any(n < len(ids) for n, ids in zip(done, texts, strict=True)):
         runs, who, left = [], [], many.most_tokens
@@ -56,8 +59,8 @@ def together(model: Llama, texts: list[np.ndarray], kv: str, seed: int = 0) -> l
 @pytest.mark.parametrize(
     ("layout", "kv", "config"), [("int4", "f32", PLAIN), ("f32", "f16", WINDOWED), ("int8", "int8", SMALL)]
 )
-def test_logits_are_those_of_each_text_alone(layout: str, kv: str, config: object) -> None:
-    model = small_model(layout, 2, config)  # type: ignore[arg-type]
+def test_logits_are_those_of_each_text_alone(layout: str, kv: str, config: ModelConfig) -> None:
+    model = small_model(layout, 2, config)
     texts = [text(n, seed=n) for n in LENGTHS]
     for ids, found in zip(texts, together(model, texts, kv), strict=True):
         np.testing.assert_array_equal(found, alone(model, ids, kv))
@@ -82,7 +85,9 @@ def test_rotary_embeddings_that_depend_on_the_capacity() -> None:
 # The engine.
 
 
-def prompts_of(rng: np.random.Generator, count: int, lengths: tuple[int, ...], shared: tuple[int, ...]) -> list:
+def prompts_of(
+    rng: np.random.Generator, count: int, lengths: tuple[int, ...], shared: tuple[int, ...]
+) -> list[np.ndarray]:
     """Prompts, of which half begin alike."""
     beginning = text(300, seed=99)
     found = [text(int(rng.choice(lengths)), seed=i) for i in range(count)]
@@ -186,7 +191,7 @@ def test_new_weights_are_not_mixed_with_old_blocks() -> None:
 def test_what_does_not_fit() -> None:
     model = small_model("int4", 1)
     engine = engine_of(model, 2)
-    with pytest.raises(ContextFullError, match="may have 600 tokens, memory is for 512 .2 blocks of 256.*lower max_tok"):
+    with pytest.raises(ContextFullError, match="may have 600 tokens, memory is for 512 .*, or lower max_tokens"):
         engine.submit(Generated(text(500), Sampler(Sampling()), 100, 600))
     with pytest.raises(ContextFullError, match="the prompt has 1100 tokens, the model takes 1024"):
         engine.submit(Generated(text(1100), Sampler(Sampling()), 1, 1024))

@@ -1,0 +1,156 @@
+"""ManyTexts: what an LLM does with many texts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ruvllm.batching import texts as work
+from ruvllm.batching.answering import Answering, Request
+from ruvllm.batching.engine import MOST_SEQUENCES, Engine
+from ruvllm.compiling import compile_many
+from ruvllm.model.llama import Llama
+from ruvllm.prompt import Prompt
+from ruvllm.streaming import Generation
+
+
+class ManyTexts:
+    """The methods of ``LLM`` for many texts, which are computed together."""
+
+    model: Llama
+    tokenizer: Any
+    request: Any  # LLM.request
+
+    def answering(
+        self, kv: str = "f32", memory: float | None = None, sequences: int = MOST_SEQUENCES
+    ) -> Answering:  # fmt: skip
+        """An engine that answers many requests together, which may come at any time: for servers, agents and samplers.
+
+        Prefixes that prompts share are computed once, also those of answers that have ended.
+
+        Args:
+            kv: precision of keys and values: "f32", "f16" or "int8".
+            memory: bytes for keys and values at the most; None: for all sequences at the model's context length, but at
+                most half of what is free.
+            sequences: the most that are computed together; others wait.
+
+        Raises:
+            ValueError: an unknown ``kv``, sequences < 1, or too little memory for 256 tokens.
+            InsufficientMemoryError: so much memory is not free.
+        """
+        return Answering(self._engine(kv, memory, sequences), self.tokenizer)
+
+    def generate_many(
+        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "f32",
+        memory: float | None = None, sequences: int = MOST_SEQUENCES, progress: bool | None = None, **options: Any,
+    ) -> list[Generation]:  # fmt: skip
+        """The continuations of many prompts, computed together, in their order.
+
+        Each is bit-identical to ``generate(prompt, ...)``. What prompts share at their beginning is computed once.
+
+        Args:
+            prompts: as ``stream`` takes them.
+            seed: of each, or one for each prompt.
+            kv, memory, sequences: see ``answering``.
+            progress: show a bar; None: where stderr is a terminal or a notebook.
+            options: those of ``stream``, for all prompts; not ``cache``.
+
+        Raises:
+            TypeError, ValueError: as ``stream`` does.
+            ContextFullError: a prompt, with ``max_tokens`` more, does not fit; nothing is computed then.
+        """
+        requests = _requests(self, prompts, seed, options)
+        return work.answers(self.answering(kv, memory, sequences), requests, progress)
+
+    def stream_many(
+        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "f32",
+        memory: float | None = None, sequences: int = MOST_SEQUENCES, **options: Any,
+    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+        """Pieces of the continuations of many prompts as they come: (number of the prompt, text).
+
+        The arguments and errors are those of ``generate_many``. If the iteration ends early, so does the work.
+        """
+        return work.stream(self.answering(kv, memory, sequences), _requests(self, prompts, seed, options))
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: str = "mean", memory: float | None = None,
+        progress: bool | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Embeddings (N, E) float32 of texts, (E,) of one: pooled hidden states after the model's last norm.
+
+        Args:
+            texts: one text, or several, which are computed together.
+            pooling: "mean" over all tokens of a text, or "last": its last token, which has seen all others.
+            memory: see ``answering``.
+            progress: show a bar; None: where stderr is a terminal or a notebook.
+
+        Raises:
+            TypeError: something else than text.
+            ValueError: an unknown pooling, or a text without tokens.
+            ContextFullError: a text does not fit into the model's context.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        for text in several:
+            if not isinstance(text, str):
+                raise TypeError(f"texts: expected strings, found {type(text).__name__}")
+        ids = [self.model.checked_ids(self.tokenizer.encode(text), "texts") for text in several]
+        found = work.embeddings(self._engine("f32", memory, MOST_SEQUENCES), ids, pooling, progress)
+        return found[0] if isinstance(texts, str) else found
+
+    def score(
+        self, prompt: Prompt, continuations: Sequence[str], kv: str = "f32", memory: float | None = None,
+        progress: bool | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Log-likelihoods (N,) float64 of continuations of a prompt, which is computed once: sum ln p(token | before).
+
+        Prompt and continuation are split into tokens together; of these, those after the prompt's are scored.
+
+        Args:
+            prompt: as ``stream`` takes it.
+            continuations: texts that may follow it.
+            kv, memory: see ``answering``.
+            progress: show a bar; None: where stderr is a terminal or a notebook.
+
+        Raises:
+            TypeError: a continuation that is no text.
+            ValueError: an empty prompt or continuation.
+            ContextFullError: the prompt with a continuation does not fit.
+        """
+        if isinstance(continuations, str) or not all(isinstance(text, str) for text in continuations):
+            raise TypeError(f"continuations: expected a list of strings, found {continuations!r:.60}")
+        pairs = [_continued(self, prompt, text) for text in continuations]
+        found = work.scores(self._engine(kv, memory, MOST_SEQUENCES), pairs, progress)
+        return np.array([sequence.logprobs.sum(dtype=np.float64) for sequence in found], np.float64)
+
+    def _engine(self, kv: str, memory: float | None, sequences: int) -> Engine:
+        engine = Engine(self.model, kv, memory, sequences)
+        compile_many(kv)
+        return engine
+
+
+def _continued(llm: ManyTexts, prompt: Prompt, text: str) -> tuple[np.ndarray, int]:
+    """Tokens of a prompt and its continuation, and where the continuation begins."""
+    ids = llm.request(prompt).ids
+    if isinstance(prompt, str):
+        whole = llm.model.checked_ids(llm.tokenizer.encode(prompt + text, parse_special=True), "continuations")
+    else:
+        more = llm.tokenizer.encode(text, add_special=False, parse_special=False)
+        whole = np.concatenate([ids, llm.model.checked_ids(more, "continuations")])
+    if not text:
+        raise ValueError("continuations: expected texts with at least one character, found an empty one")
+    return whole, min(len(ids), len(whole) - 1)
+
+
+def _requests(
+    llm: ManyTexts, prompts: Iterable[Prompt], seed: int | Sequence[int | None] | None, options: Mapping[str, Any]
+) -> list[Request]:
+    """A request for each prompt, with a seed of its own."""
+    if isinstance(prompts, str | Mapping):
+        raise TypeError(f"prompts: expected several prompts, found {type(prompts).__name__}")
+    prompts = list(prompts)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed: expected one, or {len(prompts)}, one for each prompt, found {len(seeds)}")
+    return [llm.request(prompt, seed=own, **options) for prompt, own in zip(prompts, seeds, strict=True)]

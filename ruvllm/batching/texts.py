@@ -1,0 +1,133 @@
+"""What an LLM does with many texts at once: answers, embeddings, scores; each over an engine of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+import ruvllm.kernels as K
+from ruvllm.batching.answering import Answering, Request
+from ruvllm.batching.engine import Engine
+from ruvllm.batching.sequence import Embedded, Scored
+from ruvllm.model.hooks import recording
+from ruvllm.model.llama import Llama
+from ruvllm.model.names import Point
+from ruvllm.progress import tqdm
+from ruvllm.streaming import Generation
+
+POOLINGS = ("mean", "last")
+_SLOW_SECONDS = 1.0  # a progress bar appears when something takes longer
+
+
+@contextmanager
+def bar(what: str, unit: str, total: int, progress: bool | None) -> Iterator[Any]:
+    """A progress bar; None: where stderr is a terminal or a notebook, if it takes longer than a second."""
+    hidden = None if progress is None else not progress
+    with tqdm(total=total, desc=what, unit=unit, leave=False, delay=_SLOW_SECONDS, disable=hidden) as shown:
+        yield shown
+
+
+def answers(answering: Answering, requests: list[Request], progress: bool | None) -> list[Generation]:
+    """The answers to all requests, in their order."""
+    results: list[Generation] = [Generation()] * len(requests)
+    with bar("answers", "answer", len(requests), progress) as shown:
+        tokens = 0
+        for i, job, _ in answering.run(requests):
+            results[i] = job.result
+            tokens += 1
+            if job.done:
+                seconds = max(shown.format_dict["elapsed"], 1e-9)
+                shown.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
+                shown.update()
+    return results
+
+
+def stream(answering: Answering, requests: list[Request]) -> Iterator[tuple[int, str]]:
+    """Pieces of all answers as they come: (number of the request, text without reasoning)."""
+    for i, _, pieces in answering.run(requests):
+        for piece in pieces:
+            if not piece.reasoning:
+                yield i, piece.text
+
+
+def scores(engine: Engine, texts: Sequence[tuple[np.ndarray, int]], progress: bool | None) -> list[Scored]:
+    """For each (ids, start) the log-probabilities of the tokens from ``start`` on; what begins alike is computed once.
+
+    Raises:
+        ContextFullError: a text does not fit; nothing is computed.
+        ValueError: the logits hold NaN.
+    """
+    sequences = [Scored(ids, start) for ids, start in texts]
+    _compute(engine, sequences, "scoring", progress)
+    return sequences
+
+
+def embeddings(engine: Engine, texts: Sequence[np.ndarray], pooling: str, progress: bool | None) -> np.ndarray:
+    """(N, E) float32: of each text the mean of the model's last hidden states (after its last norm), or the last one.
+
+    Raises:
+        ContextFullError: a text does not fit; nothing is computed.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, found {pooling!r}")
+    sequences = [Embedded(ids, len(ids)) for ids in texts]
+    pooled = _Pooled(engine, pooling)
+    with recording(engine.model, pooled):
+        _compute(engine, sequences, "embedding", progress)
+    rows = [pooled.sums[sequence] for sequence in sequences]
+    lengths = np.array([sequence.length if pooling == "mean" else 1 for sequence in sequences])
+    found = np.array(rows).reshape(len(rows), engine.model.config.hidden_size)
+    return (found / lengths[:, None]).astype(np.float32)
+
+
+def _compute(engine: Engine, sequences: Sequence[Any], what: str, progress: bool | None) -> None:
+    """Run sequences to their end."""
+    with bar(what, "text", len(sequences), progress) as shown:
+        try:
+            for sequence in sequences:
+                engine.submit(sequence)
+            while engine.busy:
+                for done in engine.step():
+                    if done.sequence.error is not None:
+                        raise done.sequence.error
+                    shown.update()
+        finally:
+            for sequence in sequences:
+                engine.cancel(sequence)
+
+
+class _Pooled:
+    """Adds up the hidden states of each sequence, or keeps its last one: a ``Recording`` of the residual stream."""
+
+    def __init__(self, engine: Engine, pooling: str) -> None:
+        self.edits: list[Any] = []
+        self.engine, self.pooling = engine, pooling
+        self.sums: dict[Any, np.ndarray] = {}  # float64 (E,)
+
+    def wants(self, point: Point) -> bool:
+        """The residual stream after the last layer, of all tokens."""
+        return point.name == "final.residual"
+
+    def begin(self, cache: object, ids: np.ndarray) -> None:
+        """Nothing: the engine knows whose tokens a pass has."""
+
+    def see(self, point: Point, x: np.ndarray) -> None:
+        """x (T, E) of one pass."""
+        states, row = last_norm(self.engine.model, x), 0
+        for sequence, tokens in self.engine.runs:
+            own = states[row : row + tokens]
+            if self.pooling == "last":
+                self.sums[sequence] = own[-1].astype(np.float64)
+            else:
+                # Row by row, so that the sum does not depend on how passes divide a text.
+                before = self.sums.get(sequence, np.zeros(own.shape[1]))
+                self.sums[sequence] = np.concatenate([before[None], own]).sum(axis=0)
+            row += tokens
+
+
+def last_norm(model: Llama, x: np.ndarray) -> np.ndarray:
+    """The model's last hidden states of a residual stream (T, E): after the norm before its head."""
+    return K.rms_norm(np.ascontiguousarray(x), model.decoder.norm, model.decoder.eps)

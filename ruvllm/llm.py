@@ -14,6 +14,7 @@ from ruvllm.batching.answering import Request
 from ruvllm.batching.facade import ManyTexts
 from ruvllm.compiling import compile_cache, compile_training
 from ruvllm.errors import ContextFullError, printable
+from ruvllm.model.cache_file import load_cache
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.edits import Change, Edit, steering_edits
@@ -161,6 +162,22 @@ class LLM(ManyTexts):
         kv: its precision, "f32", "f16" or "int8"; "auto" is "f32" for a model with float32 weights alone, else "f16".
         """
         cache = self.model.new_cache(self.config.max_position_embeddings if max_tokens is None else max_tokens, kv)
+        compile_cache(self.model.layouts, cache.dtype, config=self.model.config)
+        return cache
+
+    def load_cache(self, path: str | os.PathLike[str], max_tokens: int | None = None) -> KVCache:
+        """The KV cache that ``cache.save(path)`` wrote: a text that need not be computed again.
+
+        Args:
+            path: the file.
+            max_tokens: of the cache; None: as many as it had.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ModelFormatError: it is unsound or cut off, or was written by another model or with other adapters.
+            ValueError: max_tokens is too small for it, or would change the model's rotary embedding.
+        """
+        cache = load_cache(self.model, path, max_tokens)
         compile_cache(self.model.layouts, cache.dtype, config=self.model.config)
         return cache
 

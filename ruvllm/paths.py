@@ -89,3 +89,20 @@ def require_steady(path: Path) -> None:
         if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX:
             mode = stat.S_IMODE(info.st_mode)
             raise PermissionError(f"{path} can be written by others (mode {mode:o}): chmod 700 it")
+
+
+class replacing:
+    """A path next to ``path`` to write to; it replaces ``path`` when the block succeeds."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> Path:
+        return self._temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)

@@ -22,12 +22,13 @@ from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.names import HF_LAYER, half_split_rows, hf_name
 from ruvllm.checkpoint.safetensors import SafetensorsFile
-from ruvllm.checkpoint.safetensors_writer import replacing, write_safetensors
+from ruvllm.checkpoint.safetensors_writer import write_safetensors
 from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.lora_adapter import MAX_RANK, TARGETS, LoraAdapter, LoraConfig
+from ruvllm.paths import replacing
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+
+from ruvllm.paths import replacing
 
 _ALIGNMENT = 8  # of the data, as the format's own writer pads its header
 
@@ -32,20 +33,3 @@ def write_safetensors(
         file.write(len(raw).to_bytes(8, "little") + raw)
         for array in arrays.values():
             file.write(array.data)
-
-
-class replacing:
-    """A path next to ``path`` to write to; it replaces ``path`` when the block succeeds."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)

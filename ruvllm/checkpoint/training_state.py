@@ -9,10 +9,11 @@ from pathlib import Path
 from ruvllm.checkpoint.adapters import save_adapter
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.safetensors import SafetensorsFile
-from ruvllm.checkpoint.safetensors_writer import replacing, write_safetensors
+from ruvllm.checkpoint.safetensors_writer import write_safetensors
 from ruvllm.checkpoint.strict_json import read_json_object
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.training import Trainer
+from ruvllm.paths import replacing
 
 STATE_FILE = "trainer_state.json"
 _ARRAYS = "trainer_state-{step}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -130,9 +131,8 @@ class KVCache:
     @property
     def oldest(self) -> int:
         """The smallest length, except 0, that it can be truncated to: windowed layers drop older positions."""
-        self._reach = max(self._reach, self.length)
         windows = zip(map(self.config.window, range(len(self.capacities))), self.capacities, strict=True)
-        kept = [self._reach - size + window - 1 for window, size in windows if window and self._reach > size]
+        kept = [self.reach - size + window - 1 for window, size in windows if window and self.reach > size]
         return max(0, *kept) if kept else 0
 
     def truncate(self, length: int) -> None:
@@ -145,7 +145,7 @@ class KVCache:
                 "forgotten what older positions need"
             )
         self._fills = [fill for fill in self._fills if fill[0] < length]
-        self._reach = max(self._reach, self.length) if length else 0
+        self._reach = self.reach if length else 0
         self.length = length
 
     def restore(self, length: int) -> None:
@@ -179,6 +179,65 @@ class KVCache:
     def clear(self) -> None:
         """Drop all positions; the buffers stay."""
         self.truncate(0)
+
+    def filled_with(self, filling: Filling) -> bool:
+        """Whether all its tokens were computed with ``filling``."""
+        return all(found == filling for start, found in self._fills if start < self.length)
+
+    @property
+    def reach(self) -> int:
+        """Positions that were filled since it was last empty: rings have lost the first of them."""
+        self._reach = max(self._reach, self.length)
+        return self._reach
+
+    def held(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each layer keys (KV, b, K, 16) and values (KV, 16 b, DV), views of the b blocks that hold something."""
+        blocks = [min(size, -(-self.reach // LANES) * LANES) // LANES for size in self.capacities]
+        layers = zip(self.keys, self.values, blocks, strict=True)
+        return [(keys[:, :b], values[:, : b * LANES]) for keys, values, b in layers]
+
+    def expect(self, length: int, reach: int, max_tokens: int) -> None:
+        """Set the length of an empty cache whose arrays get what one for ``max_tokens`` held.
+
+        Raises ValueError where that was a ring of another size.
+        """
+        sizes = zip(self.capacities, capacities(self.config, max_tokens), strict=True)
+        if any(reach > min(size, before) and size != before for size, before in sizes):
+            expected = f"{max_tokens}, for which windowed layers had room"
+            raise ValueError(f"max_tokens: expected {expected}, found {self.max_tokens}")
+        self.length, self._reach = length, reach
+
+    def refill(self, filling: Filling) -> None:
+        """All its tokens were computed with ``filling``."""
+        self._fills = [(0, filling)]
+
+    def fork(self) -> KVCache:
+        """Another cache that holds the same tokens, and continues them apart: a copy of what is filled.
+
+        ``llm.generate(prompt, n=...)`` and the other calls for many texts share memory instead.
+        """
+        other = KVCache(self.config, self.max_tokens, self.dtype)
+        other.expect(self.length, self.reach, self.max_tokens)
+        other.ids[: self.length] = self.ids[: self.length]
+        for mine, theirs in zip(self.held(), other.held(), strict=True):
+            for source, target in zip(mine, theirs, strict=True):
+                target[...] = source
+        other._fills, other._model = list(self._fills), self._model
+        return other
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write its tokens, with their keys and values, to a file for ``LLM.load_cache``.
+
+        Raises:
+            ValueError: it is empty; or its model is gone, or has other weights or adapters now than its tokens had.
+            OSError: the file cannot be written; what was there before stays.
+        """
+        from ruvllm.model.cache_file import save_cache
+
+        model = self._model()
+        if model is None:
+            raise ValueError("cache: expected some tokens of a model that is still loaded, found none")
+        save_cache(model, self, path)
 
     def layer(self, i: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of layer i as float32 (T, KV, D), in the order of positions: a copy, for inspection.

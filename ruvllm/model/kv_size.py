@@ -11,6 +11,7 @@ BLOCK = 16  # positions whose keys are interleaved, elements to which a value is
 CHUNK = 256  # positions per step of attention: CHUNK of the kernels
 
 _NUMBER_BYTES = {"f32": 4, "f16": 2, "int8": 1}
+KV_TYPES = tuple(_NUMBER_BYTES)
 _SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
 
 

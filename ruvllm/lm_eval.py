@@ -42,7 +42,7 @@ class RuvllmLM(LM):
     """
 
     def __init__(
-        self, path: str, weights: str = "auto", threads: int | None = None, kv: str = "f32",
+        self, path: str, weights: str = "auto", threads: int | None = None, kv: str = "auto",
         memory_gb: float | None = None, batch_size: int | str = "auto", max_length: int | None = None,
         max_gen_toks: int = 256, max_batch_size: int | None = None, device: str | None = None,
     ) -> None:  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 
 import ruvllm
 from ruvllm import lab
+from ruvllm.batching import Embedded, Scored
 from ruvllm.brief import brief
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_split import open_gguf, split_name
@@ -63,6 +64,7 @@ INSIDE = (
     "ruvllm.checkpoint.gguf_writer", "ruvllm.checkpoint.groups", "ruvllm.checkpoint.packed",
     "ruvllm.checkpoint.safetensors_writer", "ruvllm.checkpoint.source", "ruvllm.checkpoint.template",
     "ruvllm.checkpoint.tokenizer.added_tokens", "ruvllm.checkpoint.tokenizer.spm", "ruvllm.checkpoint.unpacked",
+    "ruvllm.batching.prefixes", "ruvllm.batching.texts", "ruvllm.lm_eval", "ruvllm.model.many",
     "ruvllm.cli", "ruvllm.kernels.attention", "ruvllm.kernels.experts", "ruvllm.kernels.jit", "ruvllm.kernels.lora",
     "ruvllm.kernels.operations", "ruvllm.kernels.training", "ruvllm.kernels.matmul",
     "ruvllm.kernels.simd", "ruvllm.kernels.matmul.blas", "ruvllm.kernels.quant",
@@ -70,7 +72,7 @@ INSIDE = (
     "ruvllm.lab.work",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
-    "ruvllm.model.activations", "ruvllm.model.batch", "ruvllm.model.edits", "ruvllm.model.experts",
+    "ruvllm.model.activations", "ruvllm.model.edits", "ruvllm.model.experts",
     "ruvllm.model.feed_forward", "ruvllm.model.hooks", "ruvllm.model.layer", "ruvllm.model.rope",
     "ruvllm.model.low_rank", "ruvllm.model.ops",
     "ruvllm.model.random_weights", "ruvllm.model.reference", "ruvllm.model.replay", "ruvllm.model.weights",
@@ -79,7 +81,7 @@ INSIDE = (
 )  # fmt: skip
 NEVER_MADE = {
     "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
-    "Whole", "Table", "Drafter", "Counts",
+    "Whole", "Table", "Drafter", "Counts", "ManyTexts", "Sequence",
 }  # fmt: skip
 
 
@@ -114,6 +116,9 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield [*drafters, Speculation(drafters[0], llm.costs, Timings()), Acceptance(0.5, 0.5), llm.costs]
     yield [Form(choices=["a" * 1000]), constraint_of(Form(choices=["a"]), llm.tokenizer, llm.config.vocab_size)]
     yield llm.new_cache(200)
+    answering, request = llm.answering(sequences=2), llm.request("x" * 100)
+    yield [answering, request, answering.submit(request), *answering.engine.step()]
+    yield [Scored(np.arange(100), 50), Embedded(np.arange(100), 100)]
     yield llm.tokenizer.stream_decoder()
     yield llm.tokenizer
     yield llm.divergence(np.arange(250) % 200, llm, context=64)

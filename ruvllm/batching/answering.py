@@ -10,6 +10,7 @@ import numpy as np
 
 from ruvllm.batching.engine import Engine
 from ruvllm.batching.sequence import Generated, Sequence
+from ruvllm.brief import brief
 from ruvllm.checkpoint.reasoning import Piece, Separator
 from ruvllm.model.sampling.sampler import Sampler
 from ruvllm.streaming import Answer, Generation, Timings
@@ -30,6 +31,8 @@ class Request:
     stop: tuple[str, ...]
     separator: Separator | None
     with_tools: bool = False
+
+    __repr__ = brief
 
 
 class Job:

@@ -11,6 +11,7 @@ from ruvllm.batching import texts as work
 from ruvllm.batching.answering import Answering, Request
 from ruvllm.batching.engine import MOST_SEQUENCES, Engine
 from ruvllm.compiling import compile_many
+from ruvllm.model.kv_size import chosen_kv
 from ruvllm.model.llama import Llama
 from ruvllm.prompt import Prompt
 from ruvllm.streaming import Generation
@@ -24,14 +25,14 @@ class ManyTexts:
     request: Any  # LLM.request
 
     def answering(
-        self, kv: str = "f32", memory: float | None = None, sequences: int = MOST_SEQUENCES
+        self, kv: str = "auto", memory: float | None = None, sequences: int = MOST_SEQUENCES
     ) -> Answering:  # fmt: skip
         """An engine that answers many requests together, which may come at any time: for servers, agents and samplers.
 
         Prefixes that prompts share are computed once, also those of answers that have ended.
 
         Args:
-            kv: precision of keys and values: "f32", "f16" or "int8".
+            kv: precision of keys and values: "f32", "f16" or "int8"; "auto" as in ``new_cache``.
             memory: bytes for keys and values at the most; None: for all sequences at the model's context length, but at
                 most half of what is free.
             sequences: the most that are computed together; others wait.
@@ -43,7 +44,7 @@ class ManyTexts:
         return Answering(self._engine(kv, memory, sequences), self.tokenizer)
 
     def generate_many(
-        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "f32",
+        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "auto",
         memory: float | None = None, sequences: int = MOST_SEQUENCES, progress: bool | None = None, **options: Any,
     ) -> list[Generation]:  # fmt: skip
         """The continuations of many prompts, computed together, in their order.
@@ -65,7 +66,7 @@ class ManyTexts:
         return work.answers(self.answering(kv, memory, sequences), requests, progress)
 
     def stream_many(
-        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "f32",
+        self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "auto",
         memory: float | None = None, sequences: int = MOST_SEQUENCES, **options: Any,
     ) -> Iterator[tuple[int, str]]:  # fmt: skip
         """Pieces of the continuations of many prompts as they come: (number of the prompt, text).
@@ -96,11 +97,11 @@ class ManyTexts:
             if not isinstance(text, str):
                 raise TypeError(f"texts: expected strings, found {type(text).__name__}")
         ids = [self.model.checked_ids(self.tokenizer.encode(text), "texts") for text in several]
-        found = work.embeddings(self._engine("f32", memory, MOST_SEQUENCES), ids, pooling, progress)
+        found = work.embeddings(self._engine("auto", memory, MOST_SEQUENCES), ids, pooling, progress)
         return found[0] if isinstance(texts, str) else found
 
     def score(
-        self, prompt: Prompt, continuations: Sequence[str], kv: str = "f32", memory: float | None = None,
+        self, prompt: Prompt, continuations: Sequence[str], kv: str = "auto", memory: float | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Log-likelihoods (N,) float64 of continuations of a prompt, which is computed once: sum ln p(token | before).
@@ -125,6 +126,7 @@ class ManyTexts:
         return np.array([sequence.logprobs.sum(dtype=np.float64) for sequence in found], np.float64)
 
     def _engine(self, kv: str, memory: float | None, sequences: int) -> Engine:
+        kv = chosen_kv(kv, self.model.layouts)
         engine = Engine(self.model, kv, memory, sequences)
         compile_many(kv)
         return engine

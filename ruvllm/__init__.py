@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DownloadError,
         InsufficientMemoryError,
         ModelFormatError,
+        RankError,
         RuvllmError,
     )
     from ruvllm.llm import LLM
@@ -52,6 +53,7 @@ _HOMES = {
     "ModelFormatError": "ruvllm.errors",
     "ContextFullError": "ruvllm.errors",
     "DownloadError": "ruvllm.errors",
+    "RankError": "ruvllm.errors",
     "InsufficientMemoryError": "ruvllm.errors",
 }
 _PACKAGES = ("kernels", "model", "checkpoint")
@@ -68,6 +70,7 @@ __all__ = [
     "Mirostat",
     "ModelConfig",
     "ModelFormatError",
+    "RankError",
     "RuvllmError",
     "Sampling",
     "Xtc",

@@ -56,6 +56,10 @@ class ContextFullError(RuvllmError, ValueError):
     """More tokens than the KV cache can hold; nothing was written to it."""
 
 
+class RankError(RuvllmError, RuntimeError):
+    """Another of the processes that run a model together failed, or differs from this one."""
+
+
 class DownloadError(RuvllmError, OSError):
     """A model could not be fetched, or what was fetched is not what was published."""
 

@@ -154,7 +154,28 @@ class LLM(ManyTexts):
     @property
     def config(self) -> ModelConfig:
         """Sizes and variants of the model."""
-        return self.model.config
+        return self.model.whole_config
+
+    def follow(self) -> None:
+        """On every rank but 0 of a model that is split over ranks: compute this rank's share until rank 0 ends.
+
+        It returns when rank 0 calls ``close`` or its program ends. An error ends all ranks.
+
+        Raises:
+            RuntimeError: on rank 0, or where the model is not split.
+        """
+        from ruvllm.model.split import SplitLlama
+
+        if not isinstance(self.model, SplitLlama):
+            raise RuntimeError("follow: this model is not split over ranks; see the argument comm of ruvllm.load")
+        self.model.follow()
+
+    def close(self) -> None:
+        """On rank 0 of a model that is split over ranks: let the others return from ``follow``. Else nothing."""
+        from ruvllm.model.split import SplitLlama
+
+        if isinstance(self.model, SplitLlama):
+            self.model.end()
 
     def new_cache(self, max_tokens: int | None = None, kv: str = "auto") -> KVCache:
         """An empty KV cache for ``max_tokens`` (the model's context length if None).

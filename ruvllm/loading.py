@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ruvllm
+from ruvllm.checkpoint.fingerprint import fingerprint
 from ruvllm.checkpoint.groups import group_layout
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.checkpoint.packed_cache import VARIABLE, PackedModel, place_of
+from ruvllm.checkpoint.part import PartOfCheckpoint
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.compiling import compile_choices, compile_for
+from ruvllm.dividing import divide, threads_of, wanted_part
 from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes, chosen_kv
 from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
+from ruvllm.model.ranks import Ranks, host_cores
 from ruvllm.model.replay import working_bytes
+from ruvllm.model.share import Share
+from ruvllm.model.split import SplitLlama
 from ruvllm.model.weights import INTEGER_LAYOUTS, FloatWeights, IntegerWeights, matrix_bytes
 from ruvllm.progress import tqdm
 
@@ -34,6 +41,8 @@ def load(
     threads: int | None = None,
     mmap: bool = True,
     progress: bool | None = None,
+    comm: Any = None,
+    shares: Sequence[float] | str | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -46,6 +55,10 @@ def load(
         threads: None uses the physical cores.
         mmap: map the file; False reads it, which survives a file that shrinks while it is being read.
         progress: show progress bars; None: where stderr is a terminal or a notebook.
+        comm: an MPI communicator (mpi4py) whose ranks all call this: each loads its share, and they run the model
+            together. Rank 0 then uses the model as any other; on the others call ``llm.follow()``.
+        shares: how much of the model each rank takes, relative to the others: [3, 1]. None: equal shares; "auto": in
+            proportion to the memory bandwidth that each rank measures now.
 
     Returns:
         The model with its tokenizer, ready to generate; the file is no longer needed.
@@ -55,8 +68,11 @@ def load(
         ModelFormatError: not a model that this library can run.
         InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the free memory.
         DownloadError: a name that could not be fetched.
-        ValueError: unknown ``weights``, or threads < 1.
+        RankError: another rank failed to load, or has another version of ruvllm or another file.
+        ValueError: unknown ``weights``, or threads < 1; ranks among which the model cannot be divided.
     """
+    if comm is not None and comm.Get_size() > 1:
+        return _load_share(path, weights, threads, mmap, Ranks(comm), shares)
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     quiet = None if progress is None else not progress
@@ -128,24 +144,60 @@ def _loading_bar(checkpoint: Checkpoint, quiet: bool | None) -> Any:
     )  # fmt: skip
 
 
-def _require_memory(checkpoint: Checkpoint, weights: str) -> None:
-    """Refuse a model that does not fit with a cache for a short text, before anything is allocated."""
+def _load_share(
+    path: str | os.PathLike[str], weights: str, threads: int | None, mmap: bool, ranks: Ranks,
+    shares: Sequence[float] | str | None,
+) -> LLM:  # fmt: skip
+    """``load`` on each of several ranks. Whatever goes wrong on one raises an error on all of them."""
+    with ExitStack() as opened:
+        with _not_collecting(), ranks.together():
+            if weights not in WEIGHTS:
+                raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
+            where = resolve(path)
+            checkpoint = opened.enter_context(open_checkpoint(where, mmap=mmap))
+            layouts = choose_layouts(checkpoint.config, checkpoint, weights)
+            mine = {"same version": ruvllm.__version__, "same file": fingerprint(checkpoint.paths)}
+            mine |= {"same weights": weights, "part": wanted_part(shares, ranks), "host": host_cores()}
+        every = ranks.compare(mine)
+        with _not_collecting(), ranks.together():
+            found = divide(checkpoint.config, [facts["part"] for facts in every], layouts)
+            threads = threads_of(ranks.rank, [facts["host"] for facts in every]) if threads is None else threads
+            here = [share for share in found if every[share.rank]["host"][0] == mine["host"][0]]
+            _require_memory(checkpoint, weights, here)
+            tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
+            compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), False)
+            compile_choices(checkpoint.config, layouts.values(), False)
+            held = PartOfCheckpoint(checkpoint, found[ranks.rank])
+            model = SplitLlama(found, ranks, held, weights, threads)
+    return LLM(model, tokenizer, Path(where))
+
+
+def _require_memory(checkpoint: Checkpoint, weights: str, shares: Sequence[Share] = ()) -> None:
+    """Refuse a model that does not fit with a cache for a short text, before anything is allocated.
+
+    shares: those that this machine will hold; none: the whole model.
+    """
+    configs = [share.local for share in shares] or [checkpoint.config]
     tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
     layouts = choose_layouts(checkpoint.config, checkpoint, weights).values()
-    needed = weight_bytes(checkpoint, weights)
-    needed += cache_bytes(checkpoint.config, tokens, chosen_kv("auto", layouts))
+    needed = sum(weight_bytes(checkpoint, weights, share) for share in shares or [None])
+    needed += sum(cache_bytes(config, tokens, chosen_kv("auto", layouts)) for config in configs)
     free = free_memory()
     if free is None or free > 2 * needed + _PLENTY:
         return  # a pass needs far less than the rest, but to know how much the model has to be recorded
-    what = f"{checkpoint.path}: weights={weights!r} and a KV cache of {tokens} tokens"
-    require_memory(needed + working_bytes(checkpoint.config, PREFILL_TOKENS), what)
+    where = f"the {len(shares)} ranks of this machine: " if shares else ""
+    what = f"{checkpoint.path}: {where}weights={weights!r} and a KV cache of {tokens} tokens"
+    require_memory(needed + sum(working_bytes(config, PREFILL_TOKENS) for config in configs), what)
 
 
-def weight_bytes(checkpoint: Checkpoint, weights: str = "auto") -> int:
-    """Bytes of a model's weights when loaded as ``weights``; see ``load``."""
+def weight_bytes(checkpoint: Checkpoint, weights: str = "auto", share: Share | None = None) -> int:
+    """Bytes of a model's weights, or of a share of them, when loaded as ``weights``; see ``load``."""
     layouts = choose_layouts(checkpoint.config, checkpoint, weights)
     total = 0
-    for name, shape in checkpoint.config.tensor_shapes().items():
+    for name, whole in checkpoint.config.tensor_shapes().items():
+        shape = whole if share is None else share.shape(name, whole)
+        if shape is None:
+            continue
         if name not in layouts:
             total += 4 * shape[0]
             continue

@@ -26,7 +26,7 @@ LAYERS = [
     "ruvllm.llm",
     "ruvllm.tracing",
     "ruvllm.batching",
-    "ruvllm.compiling ruvllm.quantizing",
+    "ruvllm.compiling ruvllm.quantizing ruvllm.dividing",
     "ruvllm.training_text ruvllm.structured",
     "ruvllm.torch",
     "ruvllm.checkpoint",

@@ -87,6 +87,12 @@ class Groups(NamedTuple):
     scales: np.ndarray
     mins: np.ndarray | None
 
+    def taken(self, groups: slice) -> Groups:
+        """Some groups of each row."""
+        codes = np.ascontiguousarray(self.codes[:, groups.start * GROUP : groups.stop * GROUP])
+        mins = None if self.mins is None else np.ascontiguousarray(self.mins[:, groups])
+        return Groups(self.kind, codes, np.ascontiguousarray(self.scales[:, groups]), mins)
+
 
 @kernel(strict=True)
 def nibble_rows(
@@ -281,16 +287,23 @@ def decode_groups(dtype: str, raw: np.ndarray, columns: int) -> tuple[np.ndarray
     return codes, scales, mins
 
 
-def load_panels(tensor: StoredRows, kind: str | None = None, symmetric: bool = True) -> Panels:
+def load_panels(
+    tensor: StoredRows, kind: str | None = None, symmetric: bool = True, columns: range | None = None
+) -> Panels:
     """A whole matrix (N, K) as panels for ``quant_matmul``; arguments and errors as for ``tensor_groups``.
+
+    columns: only these of each row, which begin and end with a group of 32, or with the row.
 
     A few rows at a time go from the file into the panels, split over Python threads: the compiled bodies release
     the GIL, and page faults and NumPy's checks run in parallel too.
     """
-    rows, columns = tensor.rows, tensor.columns
+    rows, columns = tensor.rows, range(tensor.columns) if columns is None else columns
+    if columns.start % GROUP or (columns.stop % GROUP and columns.stop != tensor.columns):
+        raise ValueError(f"columns: expected whole groups of {GROUP}, found {columns.start}:{columns.stop}")
+    taken = slice(columns.start // GROUP, -(-columns.stop // GROUP))
     layout, with_mins = group_layout(tensor.dtype, kind, symmetric)
-    panels = empty_panels(KINDS[layout], rows, columns, with_mins)
-    step = max(1, _ELEMENTS_AT_ONCE // (16 * max(columns, 1))) * 16
+    panels = empty_panels(KINDS[layout], rows, len(columns), with_mins)
+    step = max(1, _ELEMENTS_AT_ONCE // (16 * max(tensor.columns, 1))) * 16
     starts = range(0, rows, step)
     copied = tensor.dtype in COPIED and layout == _TYPES[tensor.dtype][0]
 
@@ -301,9 +314,11 @@ def load_panels(tensor: StoredRows, kind: str | None = None, symmetric: bool = T
                 tensor.raw(lo, hi)  # raises the error that says which scale
             return
         groups = tensor_groups(tensor, lo, hi, kind, symmetric)
+        if len(columns) < tensor.columns:
+            groups = groups.taken(taken)
         pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
 
-    share_out(load, starts, threads_for(rows * columns, PARALLEL_ELEMENTS, len(starts)))
+    share_out(load, starts, threads_for(rows * tensor.columns, PARALLEL_ELEMENTS, len(starts)))
     return panels
 
 

@@ -94,6 +94,13 @@ class Checkpoint(Closing):
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that decide what the model computes."""
+        settings = [self.path / "config.json", self.path / "tokenizer.json"] if self.path.is_dir() else []
+        found = {Path(tensor.path) for tensor in self._tensors.values()}
+        return sorted(found) + [path for path in settings if path.is_file()]
+
     def close(self) -> None:
         """Close the files; arrays taken from mapped files stay valid."""
         self._files.close()

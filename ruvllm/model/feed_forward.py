@@ -9,10 +9,16 @@ import numpy as np
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.linear import Linear
 from ruvllm.model.ops import Ops
+from ruvllm.model.ranks import Ranks
 
 
 class Parameters(Protocol):
-    """The source of a model's matrices and vectors, by canonical name ("layers.3.q")."""
+    """The source of a model's matrices and vectors, by canonical name ("layers.3.q").
+
+    ranks: those that hold the other parts of the matrices; None: they are whole.
+    """
+
+    ranks: Ranks | None
 
     def linear(self, name: str) -> Linear:
         """A matrix, with its bias if it has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,13 +24,14 @@ from ruvllm.model.kv_cache import Filling, KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS, chosen_kv
 from ruvllm.model.layer import Decoder, TransformerLayer, parts
 from ruvllm.model.linear import Linear
-from ruvllm.model.low_rank import AdapterSet
+from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.names import Point, points_of
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.random_weights import RandomWeights
+from ruvllm.model.ranks import Ranks
 from ruvllm.model.replay import Parallel, Runner, Tapes, Working
 from ruvllm.model.rope import RopeTables
-from ruvllm.model.weights import LAYOUTS, WeightTensor, layout_for
+from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Llama:
         ValueError: unknown layout, or threads < 1.
     """
 
+    ranks: Ranks | None = None  # those that hold the other parts of the model: see ``model.split``
+
     def __init__(
         self,
         config: ModelConfig,
@@ -79,7 +82,7 @@ class Llama:
         self.threads = _checked_threads(threads)
         source: Weights = RandomWeights(config, seed) if weights is None else weights
         with limited_to(self.threads):
-            self.decoder = architecture(config, _Loader(source, layout, progress))
+            self.decoder = architecture(config, _Loader(source, layout, progress, self.ranks))
         # One parallel region replays the whole model; False runs each operation from Python, with the same results.
         # Without the JIT it is off, so that a debugger steps through the layers.
         self.fused = not DISABLE_JIT
@@ -88,6 +91,11 @@ class Llama:
         self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
         self._tapes = Tapes(self)
         self.rope = RopeTables(config)
+
+    @property
+    def whole_config(self) -> ModelConfig:
+        """The configuration of the whole model, of which this one may be a part."""
+        return self.config
 
     @property
     def prefill_tokens(self) -> int:
@@ -181,6 +189,11 @@ class Llama:
             self.decoder.unembed(Eager(self.new_cache(1), np.arange(0), none, none, none, logits), x)
         return logits
 
+    def pack_adapters(self, factors: Mapping[str, Factors]) -> AdapterSet:
+        """Adapters as ``set_adapters`` takes them, from the factors of each matrix."""
+        rounded = not any(linear.layout in FLOAT_LAYOUTS for linear in self.linears().values())
+        return AdapterSet(self.config.num_hidden_layers, factors, rounded)
+
     def set_adapters(self, adapters: AdapterSet | None) -> None:
         """Set the adapters from the next token on; see ``model.lora``, which makes such sets."""
         self.adapters = adapters
@@ -247,8 +260,10 @@ def choose_layouts(config: ModelConfig, weights: Weights, layout: str) -> dict[s
 class _Loader:
     """Reads a model's parameters from tensors, converting matrices to their layouts; the ``Parameters`` of a layer."""
 
-    def __init__(self, source: Weights, layout: str, progress: Callable[[int], None] | None) -> None:
-        self.source, self.layout, self.progress = source, layout, progress
+    def __init__(
+        self, source: Weights, layout: str, progress: Callable[[int], None] | None, ranks: Ranks | None
+    ) -> None:
+        self.source, self.layout, self.progress, self.ranks = source, layout, progress, ranks
 
     def linear(self, name: str) -> Linear:
         """The matrix, and its bias where the source has one."""

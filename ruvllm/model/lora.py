@@ -16,7 +16,7 @@ from ruvllm.errors import printable
 from ruvllm.model.checks import is_number, require
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter, LoraConfig
 from ruvllm.model.low_rank import AdapterSet, Factors
-from ruvllm.model.weights import FLOAT_LAYOUTS, FloatWeights
+from ruvllm.model.weights import FloatWeights
 
 if TYPE_CHECKING:
     from ruvllm.model.adaptation import Consolidation
@@ -67,7 +67,7 @@ class MicroLora:
         self._require_not_merged(name)
         if self.adapters.get(name, adapter) is not adapter:
             raise ValueError(f"name: there is an adapter {name!r} already; detach it first or choose another name")
-        adapter.require_fits(self.model.config)
+        adapter.require_fits(self.model.whole_config)
         adapter.require_finite()
         weight = _checked_weight(name, weight)
         known = name in self.adapters
@@ -284,9 +284,7 @@ class MicroLora:
         key = tuple(sorted(active.items()))
         found = self._sets.get(key)
         if found is None:
-            model = self.model
-            rounded = not any(linear.layout in FLOAT_LAYOUTS for linear in model.linears().values())
-            found = AdapterSet(model.config.num_hidden_layers, self.factors(active), rounded)
+            found = self.model.pack_adapters(self.factors(active))
             while len(self._sets) >= _SETS_KEPT:
                 self._sets.pop(next(iter(self._sets)))
             self._sets[key] = found

@@ -142,6 +142,8 @@ class Float64:
 class ExactParameters:
     """The tensors of a checkpoint (anything with `.config` and `.tensor(name)`), converted as they are used."""
 
+    ranks = None
+
     def __init__(self, checkpoint: Any) -> None:
         self.checkpoint = checkpoint
 

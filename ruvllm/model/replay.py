@@ -247,6 +247,8 @@ def needed_operations(
 class _Shapes:
     """Placeholder parameters: all that a recorder needs to know of a model. Layouts alternate."""
 
+    ranks = None
+
     def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
         self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)
         self.of_experts: dict[str, str] = {}  # layouts: those of a group are the same

@@ -49,6 +49,8 @@ class TrainingPass:
         self, model: Llama, adapter: LoraAdapter, fixed: Mapping[str, Factors] | None = None,
         checkpointing: bool = False,
     ) -> None:  # fmt: skip
+        if model.ranks is not None:
+            raise ValueError("training: expected a whole model on each rank, found one that is split over them")
         self.model, self.adapter, self.checkpointing = model, adapter, checkpointing
         self._fixed = {
             name: (np.ascontiguousarray(down.T), np.ascontiguousarray(up.T))

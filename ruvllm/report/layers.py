@@ -109,6 +109,8 @@ def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:
 class _HeldParameters:
     """``RepeatedWeights`` as a layout holds them, in float64."""
 
+    ranks = None
+
     def __init__(self, config: ModelConfig, layout: str) -> None:
         self.weights, self.layout = RepeatedWeights(config), layout
 

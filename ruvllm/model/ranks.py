@@ -1,0 +1,181 @@
+"""Ranks: the processes that run one model together, over MPI.
+
+Only the main thread calls MPI (``MPI_THREAD_FUNNELED`` is enough).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ruvllm.errors import RankError, printable
+
+FAILED = 2  # exit code of all ranks after an error
+_POLL_SECONDS = 0.0005  # between two looks for a command, once it has been quiet for a while
+_SPIN_SECONDS = 0.02
+
+
+class Ranks:
+    """A communicator of two ranks or more; collective methods are called by all of them.
+
+    Attributes:
+        rank, size: this process's number, and how many there are.
+        waited: seconds spent in sums since the start, this rank's waiting for others included.
+        sums: how many sums there were.
+        sent: bytes that this rank contributed to sums and to the gathering of logits.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm.Dup()  # messages of the caller's own program stay apart
+        self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
+        self.waited, self.sums, self.sent = 0.0, 0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    # Sums.
+
+    def add(self, x: np.ndarray) -> None:
+        """x becomes the sum of all ranks' x, with the same bits on each."""
+        from mpi4py import MPI
+
+        started = time.perf_counter()
+        self.comm.Allreduce(MPI.IN_PLACE, x)
+        self.waited += time.perf_counter() - started
+        self.sums += 1
+        self.sent += x.nbytes
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> None:
+        """x (T, ...) / sqrt(mean(x^2) + eps) * weight, in place; the mean is over the rows of all ranks together."""
+        rows = x.reshape(len(x), -1)
+        squares = np.append(np.einsum("ij,ij->i", rows, rows, dtype=np.float64), rows.shape[1])
+        self.add(squares)
+        rows *= (1 / np.sqrt(squares[:-1] / squares[-1] + eps)).astype(np.float32)[:, None]
+        rows *= weight
+
+    def gather_columns(self, part: np.ndarray, columns: Sequence[range], out: np.ndarray | None) -> None:
+        """Rank 0's out (rows, V) gets all ranks' part (rows, their columns), side by side."""
+        rows = len(part)
+        counts = [rows * len(each) for each in columns]
+        self.sent += part.nbytes * (self.rank != 0)
+        if self.rank:
+            self.comm.Gatherv(part, None)
+            return
+        assert out is not None
+        flat = out.reshape(-1) if rows == 1 else np.empty(sum(counts), np.float32)
+        self.comm.Gatherv(part, (flat, counts))
+        if rows > 1:
+            at = 0
+            for count, each in zip(counts, columns, strict=True):
+                out[:, each.start : each.stop] = flat[at : at + count].reshape(rows, -1)
+                at += count
+
+    # Commands of rank 0 to the others.
+
+    def announce(self, command: np.ndarray) -> None:
+        """Rank 0: give every other rank a command."""
+        self.require_main_thread()
+        self.comm.Ibcast(command).Wait()
+
+    def listen(self, command: np.ndarray) -> None:
+        """Another rank: wait for the next command. A rank that waits long sleeps in between: its core is free."""
+        request, quiet_since = self.comm.Ibcast(command), time.monotonic()
+        while not request.Test():
+            if time.monotonic() - quiet_since > _SPIN_SECONDS:
+                time.sleep(_POLL_SECONDS)
+
+    def share_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self.comm.bcast(value)
+
+    def require_main_thread(self) -> None:
+        """Raise RuntimeError in a thread that may not call MPI."""
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
+            raise RuntimeError("a model over several ranks is run by the thread that initialised MPI")
+
+    # Errors.
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside the block ranks work alone; at its end all raise if one did: its own error, the others RankError.
+
+        The block must not use this communicator.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as found:
+            error = found
+        said = self.comm.allgather(None if error is None else _one_line(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RankError(f"rank {rank}: {text}")
+
+    def compare(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """The facts of all ranks. Raises RankError, on every rank, unless those that begin with "same " are equal."""
+        every: list[dict[str, Any]] = self.comm.allgather(facts)
+        for name in (name for name in every[0] if name.startswith("same ")):
+            for rank, other in enumerate(every):
+                if other.get(name) != every[0][name]:
+                    found = f"found {printable(other.get(name))}, rank 0 has {printable(every[0][name])}"
+                    raise RankError(f"rank {rank}: expected the {name.removeprefix('same ')} of rank 0, {found}")
+        return every
+
+    def abort(self, error: BaseException) -> None:
+        """End all ranks, with this rank's error on stderr."""
+        sys.stderr.write(f"ruvllm: error: rank {self.rank}: {_one_line(error)}\n")
+        sys.stderr.flush()
+        self.comm.Abort(FAILED)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside the block takes effect after it: ranks must not leave a sum that others are in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Inside the block this process ignores Ctrl-C: rank 0 decides what it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def host_cores() -> tuple[str, tuple[int, ...]]:
+    """The name of this machine, and the cores that this process may run on (none where the system does not say)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return socket.gethostname(), () if affinity is None else tuple(sorted(affinity(0)))
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return printable(text.replace("\n", " "), 4096)

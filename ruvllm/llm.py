@@ -24,6 +24,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import LoraAdapter, MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
+from ruvllm.model.ranks import Ranks
 from ruvllm.model.sampling.sampler import Sampler
 from ruvllm.model.speculation.costs import PassCosts
 from ruvllm.model.speculation.draft_model import DraftModel
@@ -446,7 +447,7 @@ class LLM(ManyTexts):
 
     def perplexity(
         self, text: str | Sequence[int] | np.ndarray, context: int | None = None, progress: bool | None = None,
-        kv: str = "auto",
+        kv: str = "auto", comm: Any = None,
     ) -> Perplexity:  # fmt: skip
         """Perplexity of a text: e^(mean negative log-likelihood); see ``model.perplexity`` for the protocol.
 
@@ -456,6 +457,8 @@ class LLM(ManyTexts):
                 if it is shorter.
             progress: show a bar; None: where stderr is a terminal or a notebook.
             kv: precision of the KV cache.
+            comm: an MPI communicator (mpi4py) whose ranks have all loaded the whole model and call this with the same
+                text: each scores some of the windows, and all get the same result.
 
         Raises:
             TypeError: ids that are no integers.
@@ -463,8 +466,9 @@ class LLM(ManyTexts):
         """
         ids, bos, nbytes = self._scored(text, kv)
         context = min(_SCORED_TOKENS, self.config.max_position_embeddings) if context is None else context
+        ranks = None if comm is None or comm.Get_size() == 1 else Ranks(comm)
         with _bar("perplexity", progress) as advance:
-            return perplexity(self.model, ids, context, bos, nbytes, advance, kv)
+            return perplexity(self.model, ids, context, bos, nbytes, advance, kv, ranks)
 
     def divergence(
         self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int | None = None,

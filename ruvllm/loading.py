@@ -156,7 +156,7 @@ def _load_share(
             where = resolve(path)
             checkpoint = opened.enter_context(open_checkpoint(where, mmap=mmap))
             layouts = choose_layouts(checkpoint.config, checkpoint, weights)
-            mine = {"same version": ruvllm.__version__, "same file": fingerprint(checkpoint.paths)}
+            mine: dict[str, Any] = {"same version": ruvllm.__version__, "same file": fingerprint(checkpoint.paths)}
             mine |= {"same weights": weights, "part": wanted_part(shares, ranks), "host": host_cores()}
         every = ranks.compare(mine)
         with _not_collecting(), ranks.together():

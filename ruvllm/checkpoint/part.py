@@ -9,6 +9,7 @@ from ruvllm.checkpoint.loader import Checkpoint
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.kernels.quant.panels import Panels
 from ruvllm.model.share import Share
+from ruvllm.model.weights import WeightTensor
 
 
 class PartOfCheckpoint:
@@ -17,7 +18,7 @@ class PartOfCheckpoint:
     def __init__(self, checkpoint: Checkpoint, share: Share) -> None:
         self._checkpoint, self._share = checkpoint, share
 
-    def tensor(self, name: str) -> Tensor | ColumnsOfTensor:
+    def tensor(self, name: str) -> WeightTensor:
         """The part of a tensor, by canonical name. Raises KeyError if this rank has none of it."""
         tensor, part = self._checkpoint.tensor(name), self._share.part(name)
         if part is None:
@@ -37,7 +38,7 @@ class ColumnsOfTensor:
 
     def __init__(self, tensor: Tensor, columns: range) -> None:
         self.tensor, self.columns = tensor, columns
-        self.shape = (tensor.shape[0], len(columns))
+        self.shape: tuple[int, ...] = (tensor.shape[0], len(columns))
         self.dtype = tensor.dtype
 
     def float32(self, lo: int = 0, hi: int | None = None, out: np.ndarray | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 
+from ruvllm.cli import ranks
 from ruvllm.cli.parser import parse, take_last
 
 
@@ -17,27 +18,39 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 after an error, 130 after Ctrl-C, 141 into a closed pipe.
 
     An error is one line on stderr; `--debug` shows its trace. Only what argparse answers itself (help, version, a
-    command line it cannot read) raises SystemExit.
+    command line it cannot read) raises SystemExit. Under mpiexec an error on one rank ends all with its code.
     """
     _print_what_can_be()
+    rank, size = ranks.place()
+    if rank:
+        ranks.silence()
     args = parse(argv)
-    debug = getattr(args, "debug", False)
-    _show_log(debug, quiet=getattr(args, "quiet", False))
+    args.comm = None
+    line = ""
     try:
-        _COMMANDS[args.command](args)
+        _show_log(getattr(args, "debug", False), quiet=getattr(args, "quiet", False))
+        if size > 1 and args.command in ranks.COMMANDS:
+            args.comm = ranks.connect()
+        if rank and args.comm is not None and ranks.splits_model(args):
+            ranks.follow(args)
+        else:
+            _COMMANDS[args.command](args)
         sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
+        line, code = "ruvllm: error: interrupted", 130
         print("\nruvllm: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         _drop_stdout()
-        return 141
+        code = 141
     except Exception as error:
-        if debug:
+        if getattr(args, "debug", False):
             traceback.print_exc()
-        print(f"ruvllm: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+        line, code = f"ruvllm: error: {_one_line(error)}", 2
+        print(line, file=sys.stderr)
+    if args.comm is not None:
+        ranks.end_all(args.comm, line, code)
+    return code
 
 
 def _print_what_can_be() -> None:
@@ -140,7 +153,7 @@ def _info(args: argparse.Namespace) -> None:
         from ruvllm.kernels.matmul.public import calibrate_blas
 
         calibrate_blas()
-    show_info(model)
+    show_info(model, args.comm, args.shares)
 
 
 def _memory(args: argparse.Namespace) -> None:

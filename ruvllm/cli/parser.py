@@ -10,6 +10,7 @@ from typing import NoReturn
 import ruvllm
 from ruvllm.cli.foreign import is_no_option, what_to_use
 from ruvllm.cli.numbers import integer, number
+from ruvllm.cli.ranks import parse_shares
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
@@ -23,6 +24,7 @@ examples:
   ruvllm generate smollm2-135m "Why is the sky blue?"
   ruvllm chat model.gguf --system "Answer in one sentence."
   ruvllm memory llama3-8b
+  mpiexec -n 2 ruvllm generate model.gguf "Why is the sky blue?"
 
 MODEL is a .gguf file, a Hugging Face directory, or a name that `ruvllm pull` takes, such as OWNER/NAME:Q4_K_M.
 Models and compiled kernels are kept in the user's cache directory (`ruvllm info` shows it); RUVLLM_CACHE sets another.
@@ -77,12 +79,13 @@ examples:
 
 _INFO = """\
 This machine as ruvllm sees it: versions, CPU features, threads, threading layer, memory, cache directories;
-with MODEL also what the model is and the memory that it takes.
+with MODEL also what the model is and the memory that it takes. Under mpiexec also each rank's machine and share.
 
 examples:
   ruvllm info
   ruvllm info smollm2-135m
   ruvllm info --calibrate
+  mpiexec -n 2 ruvllm info smollm2-135m --shares 2,1
 """
 
 _MEMORY = """\
@@ -230,12 +233,16 @@ def build_parser() -> Parser:
     info.add_argument(
         "--calibrate", action="store_true", help="measure again where NumPy's BLAS multiplies faster than our kernels"
     )
+    _add_shares(info)
 
-    _add_training(add("train", "[MODEL]", "train an adapter on a file", _TRAIN, _loading(context=512)))
+    train = add("train", "[MODEL]", "train an adapter on a file", _TRAIN, _loading(context=512))
+    _add_training(train)
+    _add_split(train, "data")
 
     loading = _loading(context=512)
     perplexity = add("perplexity", "[MODEL] FILE", "how well a model predicts a text", _PERPLEXITY, loading)
     perplexity.add_argument("-f", "--file", metavar="FILE", help="the text; - is stdin")
+    _add_split(perplexity, "model")
     perplexity.add_argument("--kl", action="store_true", help="compare with the same model in float32: KL divergence")
 
     add("memory", "[CONFIG | MODEL ...]", "memory that a model needs, at several precisions", _MEMORY)
@@ -298,7 +305,24 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
         help="an adapter: PEFT's directory, or GGUF; may be repeated, WEIGHT is 1 unless given",
     )  # fmt: skip
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
+    _add_shares(group)
     return parser
+
+
+def _add_shares(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--shares", type=parse_shares, metavar="N,N",
+        help="under mpiexec: how much of the model each rank holds, relative to the others; auto: measure memory "
+        "bandwidth (default: equal shares)",
+    )  # fmt: skip
+
+
+def _add_split(parser: Parser, default: str) -> None:
+    parser.add_argument(
+        "--split", choices=("model", "data"), default=default,
+        help="under mpiexec: each rank holds a share of the model, or the whole and takes a share of the text "
+        "(default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_training(parser: Parser) -> None:

@@ -59,13 +59,57 @@ def _config_of(name: str) -> ModelConfig:
     return open_checkpoint(resolve(name)).config
 
 
-def show_info(model: str | None) -> None:
-    """Print this machine as the library sees it, and the model if one is named."""
+def show_info(model: str | None, comm: Any = None, shares: Any = None) -> None:
+    """Print this machine as the library sees it, and the model if one is named; of several ranks also what each has."""
+    about_ranks = {} if comm is None else _ranks(model, comm, shares)
     sections = {"versions": versions(), "machine": machine(), "threads": threads(), "files": _files()}
     if model is not None:
         sections = {"model": _model(model)} | sections
+    if about_ranks:
+        sections = {"ranks": about_ranks} | sections
     for title, rows in sections.items():
         show(_pairs(title, rows))
+
+
+def _ranks(model: str | None, comm: Any, shares: Any) -> dict[str, str]:
+    """Each rank's machine and threads, and its share of the model if one is named."""
+    from ruvllm.dividing import threads_of, wanted_part
+    from ruvllm.kernels.memory import free_memory
+    from ruvllm.model.ranks import Ranks, host_cores
+
+    ranks = Ranks(comm)
+    with ranks.together():
+        mine = {"host": host_cores(), "part": wanted_part(shares, ranks), "free": free_memory() or 0}
+    every = ranks.compare(mine)
+    hosts = [facts["host"] for facts in every]
+    threads = ranks.comm.allgather(threads_of(ranks.rank, hosts))
+    found = [
+        f"{facts['host'][0]}, {count} threads, {size(facts['free'])} free"
+        for facts, count in zip(every, threads, strict=True)
+    ]
+    if model is not None:
+        with ranks.together():
+            held = _held(model, [facts["part"] for facts in every])
+        found = [f"{about}; {share}" for about, share in zip(found, held, strict=True)]
+    return {f"rank {rank}": about for rank, about in enumerate(found)}
+
+
+def _held(name: str, parts: list[float]) -> list[str]:
+    """Heads, columns and bytes of each rank's share."""
+    from ruvllm.checkpoint.hub import resolve
+    from ruvllm.checkpoint.loader import open_checkpoint
+    from ruvllm.dividing import divide
+    from ruvllm.loading import weight_bytes
+    from ruvllm.model.kv_size import cache_bytes
+    from ruvllm.model.llama import choose_layouts
+
+    with open_checkpoint(resolve(name)) as checkpoint:
+        shares = divide(checkpoint.config, parts, choose_layouts(checkpoint.config, checkpoint, "auto"))
+        return [
+            f"{share}; weights {size(weight_bytes(checkpoint, 'auto', share))}, KV cache "
+            f"{size(cache_bytes(share.local, KV_TOKENS))} for {KV_TOKENS:,} tokens"
+            for share in shares
+        ]
 
 
 def _pairs(title: str, rows: dict[str, str]) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruvllm.cli.input import checked, read_line, read_text
 from ruvllm.cli.parser import DEFAULT_MODEL, take_last, take_model
+from ruvllm.cli.ranks import splits_model
 from ruvllm.cli.show import show
 from ruvllm.errors import ContextFullError
 
@@ -129,9 +130,12 @@ def perplexity(args: argparse.Namespace) -> None:
     text = read_text(None, file, "text")
     llm = load_model(args, model)
     context = context_of(llm, args)
+    together = None if splits_model(args) else args.comm
     if not args.kl:
-        print(llm.perplexity(text, context=context, kv=args.kv))
+        print(llm.perplexity(text, context=context, kv=args.kv, comm=together))
         return
+    if args.comm is not None:
+        raise ValueError("--kl: compares two models on one rank; run it without mpiexec")
     exact = argparse.Namespace(**{**vars(args), "weights": "f32"})
     print(llm.divergence(text, load_model(exact, model), context=context, kv=args.kv))
 
@@ -140,7 +144,10 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
     """The model of the command line, with its adapters."""
     import ruvllm
 
-    llm = ruvllm.load(model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap)
+    llm = ruvllm.load(
+        model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap,
+        comm=args.comm if splits_model(args) else None, shares=args.shares,
+    )  # fmt: skip
     for number, given in enumerate(args.lora or ()):
         path, weight = _adapter(given)
         llm.load_adapter(path, weight, name=f"{number}: {path}")

@@ -31,18 +31,15 @@ def train(args: argparse.Namespace) -> None:
     if args.data is None:
         raise ValueError(f"which data? for example: ruvllm train {model} --data FILE.jsonl")
     out = Path(args.out)
-    if not args.resume and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: --resume continues the run there, or choose another --out")
-    try:  # before training what could not be saved
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"--out: nothing can be written into {out} ({error.strerror})") from None
-    require_writable("--out", out)
+    writes = args.comm is None or args.comm.Get_rank() == 0
+    if writes:
+        _require_out(out, args.resume)
     llm = load_model(args, model)
 
     from ruvllm.checkpoint.training_state import resume_training, save_training
     from ruvllm.compiling import compile_training
     from ruvllm.model.lora import LoraConfig
+    from ruvllm.model.ranks import Ranks
     from ruvllm.model.training import TrainingConfig
     from ruvllm.training_text import read_examples
 
@@ -55,9 +52,13 @@ def train(args: argparse.Namespace) -> None:
     lora = LoraConfig(targets=tuple(args.targets.split(",")), **{name: getattr(args, name) for name in _LORA})
     training = TrainingConfig(**{name: getattr(args, name) for name in _TRAINING})
     compile_training(llm.model.layouts)
-    trainer = llm.lora.trainer(examples, _NAME, lora, training)
+    ranks = None if args.comm is None else Ranks(args.comm)
+    trainer = llm.lora.trainer(examples, _NAME, lora, training, ranks=ranks)
     if args.resume:
-        resume_training(trainer, out)
+        if writes:
+            resume_training(trainer, out)
+        if ranks is not None:
+            trainer.restore(*ranks.share_object(trainer.state()))
         print(f"resumed after step {trainer.done} of {trainer.total}")
     counted = f"{len(examples)} examples, {sum(e.target_count for e in examples):,} tokens to learn"
     print(f"{counted}, {len(held_out)} held out; {trainer.adapter!r}", flush=True)
@@ -65,7 +66,8 @@ def train(args: argparse.Namespace) -> None:
         print(f"before: {trainer.evaluate(held_out)}", flush=True)
 
     def save() -> None:
-        save_training(trainer, out, str(llm.config.name or model))
+        if writes:
+            save_training(trainer, out, str(llm.config.name or model))
 
     try:
         _run(trainer, args.save_every, save)
@@ -77,6 +79,17 @@ def train(args: argparse.Namespace) -> None:
     if held_out:
         print(f"after:  {trainer.evaluate(held_out)}")
     print(f"written to {out}; use it: ruvllm generate {model} --lora {out} PROMPT")
+
+
+def _require_out(out: Path, resume: bool) -> None:
+    """Refuse, before training, a directory that holds something else or cannot be written to."""
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: --resume continues the run there, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"--out: nothing can be written into {out} ({error.strerror})") from None
+    require_writable("--out", out)
 
 
 def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -21,6 +21,7 @@ from ruvllm.model.weights import FloatWeights
 if TYPE_CHECKING:
     from ruvllm.model.adaptation import Consolidation
     from ruvllm.model.llama import Llama
+    from ruvllm.model.ranks import Ranks
     from ruvllm.model.training import Penalty, Step, Trainer, TrainingConfig
     from ruvllm.model.training_data import Example
 
@@ -145,7 +146,7 @@ class MicroLora:
     def fit(
         self, examples: Sequence[Example], name: str = "default", config: LoraConfig | None = None,
         training: TrainingConfig | None = None, penalty: Penalty | None = None,
-        on_step: Callable[[Step, int], object] | None = None,
+        on_step: Callable[[Step, int], object] | None = None, ranks: Ranks | None = None,
     ) -> Trainer:  # fmt: skip
         """Train the adapter ``name``, a new one of ``config`` if there is none, and activate it.
 
@@ -158,6 +159,7 @@ class MicroLora:
             training: the settings of training.
             penalty: added to the loss, for example ``adaptation.consolidate``.
             on_step: called after each step with its report and the number of all steps.
+            ranks: those that train together, see ``Trainer``.
 
         Returns:
             The Trainer, with ``history`` and ``evaluate``.
@@ -168,7 +170,7 @@ class MicroLora:
             FloatingPointError: the loss is no longer a finite number.
         """
         known = name in self.adapters
-        trainer = self.trainer(examples, name, config, training, penalty)
+        trainer = self.trainer(examples, name, config, training, penalty, ranks)
         try:
             for step in trainer.run():
                 if on_step:
@@ -187,7 +189,7 @@ class MicroLora:
 
     def trainer(
         self, examples: Sequence[Example], name: str = "default", config: LoraConfig | None = None,
-        training: TrainingConfig | None = None, penalty: Penalty | None = None,
+        training: TrainingConfig | None = None, penalty: Penalty | None = None, ranks: Ranks | None = None,
     ) -> Trainer:  # fmt: skip
         """The Trainer of ``fit``, to step by hand; afterwards ``refresh(name)`` activates the result."""
         from ruvllm.model.training import Trainer, TrainingConfig
@@ -198,9 +200,9 @@ class MicroLora:
             raise ValueError(f"config: adapter {name!r} exists with other settings: {self.adapters[name]!r}")
         fixed = self.factors({other: weight for other, weight in self.active.items() if other != name})
         if name in self.adapters:
-            return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty)
+            return Trainer(self.model, self.adapters[name], examples, training, fixed, penalty, ranks)
         adapter = LoraAdapter(self.model.config, config, training.seed)
-        trainer = Trainer(self.model, adapter, examples, training, fixed, penalty)
+        trainer = Trainer(self.model, adapter, examples, training, fixed, penalty, ranks)
         self.attach(adapter, name)
         return trainer
 

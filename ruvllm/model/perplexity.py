@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from ruvllm.kernels.check import integers
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
+from ruvllm.model.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -79,24 +82,31 @@ def perplexity(
     nbytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
     kv: str = "auto",
+    ranks: Ranks | None = None,
 ) -> Perplexity:
     """Cut ``ids`` into windows of ``context`` tokens and score the second half of each, given the tokens before it.
 
     Each window starts afresh; with ``bos`` its first token is replaced by that one. Tokens after the last whole
     window are not scored. Position j >= context/2 predicts token j + 1, as in llama.cpp's perplexity tool.
-    ``progress(done, windows)`` is called after each window; ``kv`` is the precision of the KV cache.
+    ``progress(done, windows)`` is called after each window; ``kv`` is the precision of the KV cache. With ``ranks``,
+    each of which calls this with a whole model, each scores some of the windows, and all return the same.
 
     Raises:
         TypeError: ids are no integers.
         ValueError: context < 4 or above the model's, fewer ids than one window, or an unknown ``kv``.
+        RankError: another rank failed.
     """
     ids = _checked(model, ids, context)
     cache = model.new_cache(context, kv)
-    losses = []
-    for window, targets in _windows(ids, context, bos):
-        losses.append(_losses(_log_probabilities(model, cache, window), targets))
-        if progress:
-            progress(len(losses), len(ids) // context)
+    losses: list[np.ndarray] = []
+    first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    with nullcontext() if ranks is None else ranks.together():
+        for window, targets in islice(_windows(ids, context, bos), first, None, step):
+            losses.append(_losses(_log_probabilities(model, cache, window), targets))
+            if progress:
+                progress(min(len(losses) * step, len(ids) // context), len(ids) // context)
+    if ranks is not None:
+        losses = ranks.interleaved(losses)
     return _perplexity(losses, context, len(ids), nbytes)
 
 

@@ -54,6 +54,10 @@ class Ranks:
         self.sums += 1
         self.sent += x.nbytes
 
+    def total(self, x: float) -> float:
+        """The sum of a number over all ranks."""
+        return float(self.comm.allreduce(x))
+
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> None:
         """x (T, ...) / sqrt(mean(x^2) + eps) * weight, in place; the mean is over the rows of all ranks together."""
         rows = x.reshape(len(x), -1)
@@ -97,6 +101,12 @@ class Ranks:
         """Rank 0's value, on every rank."""
         return self.comm.bcast(value)
 
+    def interleaved(self, mine: Sequence[Any]) -> list[Any]:
+        """All ranks' items in the order in which they were dealt: rank r has items r, r + size, ..."""
+        every: list[Sequence[Any]] = self.comm.allgather(mine)
+        count = sum(map(len, every))
+        return [every[i % self.size][i // self.size] for i in range(count)]
+
     def require_main_thread(self) -> None:
         """Raise RuntimeError in a thread that may not call MPI."""
         from mpi4py import MPI
@@ -138,7 +148,13 @@ class Ranks:
         """End all ranks, with this rank's error on stderr."""
         sys.stderr.write(f"ruvllm: error: rank {self.rank}: {_one_line(error)}\n")
         sys.stderr.flush()
-        self.comm.Abort(FAILED)
+        end_all(self.comm, FAILED)
+
+
+def end_all(comm: Any, code: int) -> None:
+    """End all ranks with an exit code; the error has been printed, and MPI adds nothing to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    comm.Abort(code)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ruvllm.model.config import ModelConfig, RopeConfig
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.protocol import Hooks
+from ruvllm.model.ranks import Ranks
 from ruvllm.model.rope_config import YARN
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Float64:
 class ExactParameters:
     """The tensors of a checkpoint (anything with `.config` and `.tensor(name)`), converted as they are used."""
 
-    ranks = None
+    ranks: Ranks | None = None
 
     def __init__(self, checkpoint: Any) -> None:
         self.checkpoint = checkpoint

@@ -32,6 +32,7 @@ from ruvllm.model.ops.recorder import Pass, Recorder
 from ruvllm.model.ops.schedule import Value
 from ruvllm.model.ops.swapped import swapped_now
 from ruvllm.model.ops.tape import Tape
+from ruvllm.model.ranks import Ranks
 
 if TYPE_CHECKING:
     from ruvllm.model.low_rank import AdapterSet, LowRank
@@ -247,7 +248,7 @@ def needed_operations(
 class _Shapes:
     """Placeholder parameters: all that a recorder needs to know of a model. Layouts alternate."""
 
-    ranks = None
+    ranks: Ranks | None = None
 
     def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
         self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)

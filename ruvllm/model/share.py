@@ -57,8 +57,10 @@ class Share:
         """The configuration of the share as a model of its own. Its vocabulary is the whole one."""
         experts = self.config.experts
         if experts is not None:
-            sizes = {"intermediate_size": len(self.expert_columns)}
-            experts = replace(experts, **sizes, shared_intermediate_size=len(self.shared_columns))
+            experts = replace(
+                experts, intermediate_size=len(self.expert_columns),
+                shared_intermediate_size=len(self.shared_columns),
+            )  # fmt: skip
         return replace(
             self.config, num_attention_heads=len(self.heads), num_key_value_heads=len(self.kv_heads),
             intermediate_size=len(self.columns), experts=experts,

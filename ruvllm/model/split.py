@@ -81,7 +81,7 @@ class SplitLlama(Llama):
         return self.share.config
 
     @property
-    def points(self) -> dict[str, Point]:  # type: ignore[override]
+    def points(self) -> dict[str, Point]:
         """Raises ValueError: no rank has whole arrays."""
         raise ValueError("trace, edit, names: not for a model that is split over ranks; load it on one")
 

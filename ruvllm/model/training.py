@@ -16,6 +16,7 @@ from ruvllm.brief import brief
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import LoraAdapter
 from ruvllm.model.low_rank import Factors
+from ruvllm.model.ranks import Ranks
 from ruvllm.model.training_data import Example, make_batch, require_examples, step_batches, steps_per_epoch
 from ruvllm.model.training_pass import TrainingPass
 
@@ -138,6 +139,8 @@ class Trainer:
         config: the settings.
         fixed: other adapters that are active, see ``MicroLora.factors``.
         penalty: added to the loss.
+        ranks: those that train together: each has the whole model and all of this, learns from some of the sequences
+            of each batch, and gets the same adapter.
 
     Raises:
         ValueError: no examples, or token ids that the model does not know.
@@ -149,6 +152,7 @@ class Trainer:
     config: TrainingConfig = field(default_factory=TrainingConfig)
     fixed: Mapping[str, Factors] | None = None
     penalty: Penalty | None = None
+    ranks: Ranks | None = None
 
     __repr__ = brief
 
@@ -175,11 +179,20 @@ class Trainer:
         started, c = time.perf_counter(), self.config
         batches = list(step_batches(self.examples, self.done, c.batch_size, c.accumulation, c.seed))
         targets = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        tokens = sum(len(batch.ids) for batch in batches)
         self._gradient[:] = 0
         total = 0.0
         for number, batch in enumerate(batches):
-            seed = (c.seed, self.done, number)
+            seed: tuple[int, ...] = (c.seed, self.done, number)
+            if self.ranks is not None:
+                part, seed = batch.sequences(self.ranks.rank, self.ranks.size), (*seed, self.ranks.rank)
+                if part is None:
+                    continue
+                batch = part
             total += float(self._pass.gradients(batch, self._gradient, 1 / targets, seed).sum(dtype=np.float64))
+        if self.ranks is not None:
+            self.ranks.add(self._gradient)
+            total = self.ranks.total(total)
         if self.penalty is not None:
             self.penalty.add_gradient(self.adapter.parameters, self._gradient)
         norm = clip(self._gradient, c.max_grad_norm)
@@ -193,7 +206,6 @@ class Trainer:
             self.adapter.parameters[:] = before
             raise FloatingPointError(f"step {number}: the adapter is no longer finite; lower lr")
         self.done = number
-        tokens = sum(len(batch.ids) for batch in batches)
         report = Step(number, total / targets, norm, rate, tokens, time.perf_counter() - started)
         self.history.append(report)
         return report

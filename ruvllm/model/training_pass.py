@@ -33,6 +33,14 @@ class Batch:
 
     __repr__ = brief
 
+    def sequences(self, first: int, step: int) -> Batch | None:
+        """Sequences first, first + step, ... as a batch; None if there are none."""
+        spans = list(pairwise(self.starts.tolist()))[first::step]
+        if not spans:
+            return None
+        ids, targets = (np.concatenate([x[lo:hi] for lo, hi in spans]) for x in (self.ids, self.targets))
+        return Batch(ids, targets, np.cumsum([0, *(hi - lo for lo, hi in spans)]))
+
 
 class TrainingPass:
     """The loss of an adapter on a model, and its gradient; the ``Learner`` of ``ops.gradients``.

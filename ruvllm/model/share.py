@@ -159,6 +159,9 @@ def _cut_heads(config: ModelConfig, parts: Sequence[float], group: int) -> list[
     unit = _unit(config.head_dim, group)
     if kv > len(parts):
         raise ValueError(_too_few(f"key/value heads in groups of {group} columns", kv // unit, len(parts)))
+    most = kv * -(-each // unit)
+    if len(parts) > most:
+        raise ValueError(_too_few("query heads" + f" in groups of {unit}" * (unit > 1), most, len(parts)))
     for head, ranks in enumerate(_cut(len(parts), [1.0] * kv, 1, "ranks")):
         cut = _cut(each, [parts[rank] for rank in ranks], unit, "query heads of a key/value head")
         found += [(range(head * each + q.start, head * each + q.stop), range(head, head + 1)) for q in cut]

@@ -1,0 +1,227 @@
+"""What several ranks do together; rank 0 prints JSON: ``mpiexec -n N python -m tests.ranks.rank_cases CASE ...``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mpi4py
+import numpy as np
+
+mpi4py.rc.thread_level = "funneled"
+
+from mpi4py import MPI  # noqa: E402
+
+import ruvllm  # noqa: E402
+from ruvllm.checkpoint.loader import open_checkpoint  # noqa: E402
+from ruvllm.checkpoint.part import PartOfCheckpoint  # noqa: E402
+from ruvllm.dividing import divide  # noqa: E402
+from ruvllm.model.llama import Llama, choose_layouts  # noqa: E402
+from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig  # noqa: E402
+from ruvllm.model.ranks import Ranks  # noqa: E402
+from ruvllm.model.split import SplitLlama  # noqa: E402
+from ruvllm.model.training import Trainer, TrainingConfig  # noqa: E402
+from ruvllm.model.training_data import Example  # noqa: E402
+
+COMM = MPI.COMM_WORLD
+IDS = np.random.default_rng(0).integers(3, 60, 24)
+
+
+def split(path: str, layout: str, parts: list[float] | None = None) -> SplitLlama:
+    """This rank's share of a checkpoint, without a tokenizer."""
+    ranks = Ranks(COMM)
+    with open_checkpoint(path) as checkpoint:
+        layouts = choose_layouts(checkpoint.config, checkpoint, layout)
+        shares = divide(checkpoint.config, parts or [1.0] * ranks.size, layouts)
+        return SplitLlama(shares, ranks, PartOfCheckpoint(checkpoint, shares[ranks.rank]), layout, threads=1)
+
+
+def whole(path: str, layout: str) -> Llama:
+    with open_checkpoint(path) as checkpoint:
+        return Llama(checkpoint.config, checkpoint, layout, threads=1)
+
+
+def adapter_of(model: Llama) -> LoraAdapter:
+    """An adapter on every matrix that changes the logits."""
+    targets = ("q", "k", "v", "o") + (() if model.whole_config.experts else ("gate", "up", "down"))
+    adapter = LoraAdapter(model.whole_config, LoraConfig(rank=3, alpha=6.0, targets=targets), seed=1)
+    adapter.parameters[:] = np.random.default_rng(2).normal(0, 0.05, adapter.parameters.size)
+    return adapter
+
+
+def distances(model: SplitLlama, path: str, layout: str, with_adapter: bool) -> dict[str, float]:
+    """The largest differences of logits from one rank's, over ways to run them."""
+    from ruvllm.model.lora import MicroLora
+
+    alone = whole(path, layout)
+    found = {}
+    ids = IDS % model.config.vocab_size
+    for kv in ("f32", "f16", "int8"):
+        cache, other = model.new_cache(64, kv), alone.new_cache(64, kv)
+        a, b = model.forward(ids, cache), alone.forward(ids, other)
+        found[f"prompt, {kv}"] = float(np.abs(a - b).max())
+        a, b = (m.forward(ids[:1], c, last_only=True) for m, c in ((model, cache), (alone, other)))
+        found[f"token, {kv}"] = float(np.abs(a - b).max())
+        cache.truncate(10)
+        other.truncate(10)
+        a, b = model.forward(ids[:5], cache), alone.forward(ids[:5], other)
+        found[f"after truncation, {kv}"] = float(np.abs(a - b).max())
+    if with_adapter:
+        adapter = adapter_of(alone)
+        MicroLora(model).attach(adapter)
+        plain = b
+        MicroLora(alone).attach(adapter)
+        a, b = (m.forward(ids, m.new_cache(64)) for m in (model, alone))
+        found["adapter"] = float(np.abs(a - b).max())
+        found["changed by it"] = float(np.abs(b[: len(plain)] - plain).max())
+        MicroLora(model).use()
+        MicroLora(alone).use()
+    model.fused = False  # rank 0 in Python, the others replay their tape
+    found["eager"] = float(
+        np.abs(model.forward(ids, model.new_cache(64)) - alone.forward(ids, alone.new_cache(64))).max()
+    )
+    return found
+
+
+def logits(parts: list[float], with_adapter: bool, paths: dict[str, str]) -> None:
+    """Of several checkpoints, PATH -> layout."""
+    found: dict[str, Any] = {}
+    for path, layout in paths.items():
+        try:
+            model = split(path, layout, parts)
+        except ValueError as error:  # on every rank
+            found[path] = str(error)
+            continue
+        if COMM.rank:
+            model.follow()
+        else:
+            found[path] = distances(model, path, layout, with_adapter)
+            model.end()
+    say(found)
+
+
+def facade(path: str) -> None:
+    """An answer, the command's way: tokens equal to one rank's, a second thread refused, caches freed."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+        llm.follow()
+        return
+    alone = ruvllm.load(path, threads=1)
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
+    answers = [model.generate("ab ba", **options).ids for model in (llm, alone)]
+    caches = [llm.new_cache(20) for _ in range(3)]
+    for cache in caches:
+        llm.logits([1, 2], cache)
+    del caches, cache
+    text = [3, 4, 5, 6] * 20
+    perplexities = [float(model.perplexity(text, context=16)) for model in (llm, alone)]
+    try:
+        llm.names()
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    say({"answers": answers, "perplexities": perplexities, "refused": refused, "whole": llm.config == alone.config})
+    llm.close()
+
+
+def data(path: str) -> None:
+    """Perplexity and training with the whole model on every rank."""
+    llm = ruvllm.load(path, weights="f32", threads=1)
+    text = np.random.default_rng(4).integers(3, 60, 16 * 7)
+    scored = float(llm.perplexity(text, context=16, comm=COMM))
+    generator = np.random.default_rng(5)
+    examples = []
+    for _ in range(9):
+        ids = generator.integers(3, 60, 12)
+        examples.append(Example(ids, np.ones(12, bool)))
+    config = TrainingConfig(steps=20, batch_size=3, accumulation=2)
+
+    def losses(ranks: Ranks | None) -> list[float]:
+        adapter = LoraAdapter(llm.config, LoraConfig(rank=2), seed=0)
+        return [step.loss for step in Trainer(llm.model, adapter, examples, config, ranks=ranks).run()]
+
+    together = losses(Ranks(COMM))
+    say({
+        "perplexities": [scored, float(llm.perplexity(text, context=16))],
+        "losses": [together, losses(None) if COMM.rank == 0 else []],
+        "equal on all ranks": len({tuple(found) for found in COMM.allgather(together)}) == 1,
+    })  # fmt: skip
+
+
+def killed(path: str) -> None:
+    """Rank 1 is killed in the middle of an answer."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        llm.follow()
+    while True:
+        llm.generate("ab", max_tokens=20)
+
+
+def out_of_memory(path: str) -> None:
+    """Rank 1 runs out of memory when rank 0 asks for a cache."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+
+        def no_cache(*_: Any) -> Any:
+            raise ruvllm.InsufficientMemoryError("KV cache: 9.0 GB needed, 1.0 GB free")
+
+        llm.model.new_cache = no_cache  # type: ignore[method-assign]
+        llm.follow()
+    llm.generate("ab", max_tokens=20)
+    time.sleep(60)
+
+
+def versions(path: str) -> None:
+    """Rank 1 has another version."""
+    if COMM.rank:
+        ruvllm.__version__ = "0.0.9"
+    try:
+        ruvllm.load(path, comm=COMM, threads=1)
+    except ruvllm.RankError as error:
+        say({"error": str(error)})
+
+
+def files(path: str) -> None:
+    """Each rank has a file of its own; PATH holds a "%" for its number."""
+    try:
+        ruvllm.load(path.replace("%", str(COMM.rank)), comm=COMM, threads=1)
+    except (ruvllm.RankError, OSError) as error:
+        say({"error": str(error), "type": type(error).__name__})
+
+
+def interrupted(path: str) -> None:
+    """Ctrl-C on all ranks while rank 0 generates, after the line "ready": its answer ends, and the model goes on."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+        llm.follow()
+        return
+    before = llm.generate("ab ba", max_tokens=20).ids
+    try:
+        print("ready", flush=True)
+        while True:
+            llm.generate("ab", max_tokens=20)
+    except KeyboardInterrupt:
+        pass
+    say({"answers": [before, llm.generate("ab ba", max_tokens=20).ids]})
+    llm.close()
+
+
+def say(found: dict[str, Any]) -> None:
+    if COMM.rank == 0:
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    case, *arguments = sys.argv[1:]
+    if case == "logits":
+        logits(json.loads(arguments[0]), json.loads(arguments[1]), json.loads(Path(arguments[2]).read_text()))
+    else:
+        cases = (facade, data, killed, out_of_memory, versions, files, interrupted)
+        {each.__name__: each for each in cases}[case](*arguments)

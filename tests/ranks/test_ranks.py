@@ -1,0 +1,165 @@
+"""One model over several ranks: the same logits, answers and training as on one; and what happens when a rank fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.model import tiny, tiny_checkpoints
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed: it is in the extra ruvllm[mpi]")
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+if not MPIEXEC.exists():
+    found = shutil.which("mpiexec")
+    if found is None:
+        pytest.skip("there is no mpiexec: install mpich or openmpi, as ruvllm[mpi] does", allow_module_level=True)
+    MPIEXEC = Path(found)
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60  # on a busy machine; each takes a few
+
+
+def start(ranks: int, *command: str, **options: Any) -> subprocess.Popen[str]:
+    launch = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        launch, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def run(ranks: int, *command: str, stdin: str | None = None) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    process = start(ranks, *command)
+    try:
+        out, err = process.communicate(stdin, timeout=SECONDS)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def case(ranks: int, name: str, *arguments: str) -> dict[str, Any]:
+    code, out, err = run(ranks, "tests.ranks.rank_cases", name, *arguments)
+    assert code == 0, err
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two kv heads with a tokenizer; its rows are whole blocks of 32."""
+    return tiny.write_gguf("llama3_scaled_gqa", tmp_path_factory.mktemp("model") / "model.gguf", "Q8_0")
+
+
+# Biases, norms of heads and of rows, windows, sinks, experts with and without a shared one, one kv head, tied heads.
+VARIANTS = ("gemma2", "gemma3", "gpt_oss_mxfp4", "granite_biased", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe")
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(2, [2, 1]), (3, [1, 1, 1])])
+def test_logits_are_those_of_one_rank(ranks: int, parts: list[float], tmp_path: Path) -> None:
+    paths = {}
+    for variant in VARIANTS if ranks == 2 else ("qwen3", "qwen2_moe"):
+        directory = tiny_checkpoints.write_checkpoint(tmp_path / variant, tiny_checkpoints.read(variant))
+        paths[str(directory)] = "f32"
+    (tmp_path / "paths.json").write_text(json.dumps(paths))
+    found = case(ranks, "logits", json.dumps(parts), "true", str(tmp_path / "paths.json"))
+    for path, differences in found.items():
+        assert isinstance(differences, dict), (path, differences)
+        assert differences.pop("changed by it") > 0.01
+        for what, difference in differences.items():
+            assert difference <= (0.05 if "int8" in what else 1e-3), (path, what)
+
+
+def test_an_answer_is_that_of_one_rank(model: Path) -> None:
+    found = case(2, "facade", str(model))
+    together, alone = found["answers"]
+    assert together == alone and len(alone) > 4
+    assert found["perplexities"][0] == pytest.approx(found["perplexities"][1], rel=1e-4)
+    assert "not for a model that is split over ranks" in found["refused"]
+    assert found["whole"]
+
+
+def test_perplexity_and_training_over_data(model: Path) -> None:
+    found = case(2, "data", str(model))
+    assert found["perplexities"][0] == found["perplexities"][1]
+    together, alone = found["losses"]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert found["equal on all ranks"]
+
+
+def test_the_command_line(model: Path) -> None:
+    """Rank 0 alone talks, and says what the command says without mpiexec."""
+    options = ["-n", "12", "--raw", "--threads", "1", "--quiet"]
+    code, out, err = run(2, "ruvllm", "generate", str(model), *options, stdin="ab ba")
+    alone = subprocess.run(
+        [sys.executable, "-m", "ruvllm", "generate", str(model), *options], input="ab ba", text=True, cwd=ROOT,
+        capture_output=True, timeout=SECONDS, check=True,
+    )  # fmt: skip
+    assert (code, out, err) == (0, alone.stdout, "")
+    code, out, err = run(2, "ruvllm", "info", str(model), "--shares", "1,1")
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("  rank ")] == ["0", "1"]
+    assert "heads 0-1 (key/value 0)" in out and "heads 2-3 (key/value 1)" in out
+
+
+def test_errors_are_one_line_of_rank_0(tmp_path: Path, model: Path) -> None:
+    missing = tmp_path / "missing.gguf"
+    code, out, err = run(2, "ruvllm", "generate", str(missing), "hi")
+    assert (code, out) == (2, "")
+    assert err.startswith("ruvllm: error: ") and str(missing) in err and err.count("\n") == 1
+    code, out, err = run(2, "ruvllm", "generate", str(model), "hi", "--shares", "1,1,1")
+    assert (code, out) == (2, "")
+    assert err == "ruvllm: error: shares: expected 'auto' or 2 numbers, one for each rank, found [1.0, 1.0, 1.0]\n"
+    code, out, err = run(3, "ruvllm", "train", str(model), "--split", "model", "--data", "x.jsonl")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "--split model" in err
+
+
+def test_ranks_must_have_the_same_version_and_file(model: Path, tmp_path: Path) -> None:
+    found = case(2, "versions", str(model))
+    assert "rank 1: expected the version of rank 0, found 0.0.9" in found["error"]
+    content = bytearray(model.read_bytes())
+    (tmp_path / "0.gguf").write_bytes(content)
+    content[-7] ^= 1  # a weight
+    (tmp_path / "1.gguf").write_bytes(content)
+    found = case(2, "files", str(tmp_path / "%.gguf"))
+    assert "rank 1: expected the file of rank 0" in found["error"]
+    (tmp_path / "1.gguf").unlink()
+    found = case(2, "files", str(tmp_path / "%.gguf"))
+    assert found["type"] == "RankError" and "rank 1: " in found["error"] and "1.gguf" in found["error"]
+
+
+def test_a_rank_that_is_killed_ends_all(model: Path) -> None:
+    process = start(2, "tests.ranks.rank_cases", "killed", str(model))
+    try:
+        assert process.wait(SECONDS) != 0
+    finally:
+        process.kill()
+
+
+def test_a_rank_without_memory_ends_all(model: Path) -> None:
+    code, _, err = run(2, "tests.ranks.rank_cases", "out_of_memory", str(model))
+    assert code == 2
+    assert err == "ruvllm: error: rank 1: KV cache: 9.0 GB needed, 1.0 GB free\n"
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_model(model: Path) -> None:
+    process = start(2, "tests.ranks.rank_cases", "interrupted", str(model))
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    before, after = json.loads(out.splitlines()[-1])["answers"]
+    assert before == after

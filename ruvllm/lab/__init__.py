@@ -10,20 +10,24 @@ from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
 from ruvllm.lab.patching import Patching, patch
 from ruvllm.lab.profiling import Profile, profile
 from ruvllm.lab.rooflines import Roofline, roofline
+from ruvllm.lab.scaling import NETWORKS, Network, Scaling, scale
 from ruvllm.lab.steering import Steering, steering
 from ruvllm.lab.swapping import Swap, swap
 from ruvllm.measure.peaks import Peaks, measure_peaks
 
 __all__ = [
+    "NETWORKS",
     "TARGETS",
     "Cost",
     "Drift",
     "Explanation",
+    "Network",
     "Patching",
     "Peaks",
     "Profile",
     "QuantisationError",
     "Roofline",
+    "Scaling",
     "Steering",
     "Swap",
     "cost",
@@ -35,6 +39,7 @@ __all__ = [
     "profile",
     "quantisation_error",
     "roofline",
+    "scale",
     "steering",
     "swap",
 ]

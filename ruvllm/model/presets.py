@@ -18,6 +18,17 @@ PRESETS: dict[str, ModelConfig] = {
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
         rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0), bos_token_id=128000, eos_token_ids=(128001,),
     ),
+    "llama3-70b": ModelConfig(
+        name="LLaMA3-70B", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0), bos_token_id=128000, eos_token_ids=(128001,),
+    ),
+    "llama3-405b": ModelConfig(
+        name="LLaMA3.1-405B", vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126,
+        num_attention_heads=128, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0), bos_token_id=128000,
+        eos_token_ids=(128001,),
+    ),
     "mistral-7b": ModelConfig(
         name="Mistral-7B", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,

@@ -25,7 +25,7 @@ if not MPIEXEC.exists():
     MPIEXEC = Path(found)
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # on a busy machine; each takes a few
+SECONDS = 150  # in which a hanging rank is noticed; on an idle machine each run takes a few
 
 
 def start(ranks: int, *command: str, **options: Any) -> subprocess.Popen[str]:

@@ -1,0 +1,209 @@
+"""scale(config): tokens/s of a model over several machines, by the bandwidth of each and the network between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log2
+from typing import Any
+
+import numpy as np
+
+from ruvllm.brief import brief
+from ruvllm.display import Table, panels
+from ruvllm.lab.work import pass_work
+from ruvllm.machine import size
+from ruvllm.measure.peaks import Peaks, measured_peaks
+from ruvllm.model.config import ModelConfig
+from ruvllm.model.presets import PRESETS
+from ruvllm.model.replay import recorded
+from ruvllm.model.share import Share, shares_of
+from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, matrix_bytes
+
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
+CALL_SECONDS = 10e-6  # of leaving the compiled region for a sum and entering it again: 6 to 11 us were measured
+_WORTHWHILE = 1.05  # times the speed of the number of ranks before
+
+
+@dataclass(frozen=True)
+class Network:
+    """latency: seconds from one rank to another; bandwidth: bytes/s of each rank, in and out."""
+
+    name: str
+    latency: float
+    bandwidth: float
+
+
+# Usual figures of MPI over each: TCP on the first two Ethernets, RDMA on the last.
+NETWORKS = (
+    Network("shared memory", 1e-6, 8e9),
+    Network("1 Gbit/s", 40e-6, 0.117e9),
+    Network("10 Gbit/s", 20e-6, 1.17e9),
+    Network("100 Gbit/s", 3e-6, 11.7e9),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on so many ranks: bytes of the largest share, seconds of a token, and of them those of the network."""
+
+    model: str
+    network: Network
+    ranks: int
+    nbytes: int
+    seconds: float
+    waiting: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s."""
+        return 1 / self.seconds
+
+
+@dataclass(frozen=True)
+class Scaling(Table):
+    """Decoding speeds by model, network and number of ranks, each a machine with the limits of ``peaks``."""
+
+    weights: str
+    context: int
+    peaks: Peaks
+    points: tuple[Point, ...]
+
+    __repr__ = brief
+
+    def heading(self) -> str:
+        """One line: what a rank is."""
+        return (
+            f"decoding at {self.context:,} tokens, {self.weights} weights; each rank reads "
+            f"{self.peaks.memory / 1e9:.0f} GB/s"
+        )
+
+    def curve(self, model: str, network: str) -> list[Point]:
+        """The points of one model over one network, by number of ranks."""
+        return [x for x in self.points if (x.model, x.network.name) == (model, network)]
+
+    def pays_until(self, model: str, network: str) -> int:
+        """The number of ranks after which the next larger one is less than 5 % faster."""
+        curve = self.curve(model, network)
+        for before, after in zip(curve, curve[1:], strict=False):
+            if after.speed < _WORTHWHILE * before.speed:
+                return before.ranks
+        return curve[-1].ranks
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A row for each model and network; the first has the headings."""
+        counts = sorted({x.ranks for x in self.points})
+        found: list[tuple[str, ...]] = [
+            (
+                "model",
+                "network",
+                *(f"{n} rank{'s' * (n > 1)}" for n in counts),
+                "pays until",
+                "waiting then",
+                "share then",
+            )
+        ]
+        for model, network in dict.fromkeys((x.model, x.network.name) for x in self.points):
+            curve = {x.ranks: x for x in self.curve(model, network)}
+            last = curve[self.pays_until(model, network)]
+            speeds = (f"{curve[n].speed:.2f}" if n in curve else "-" for n in counts)
+            waiting = f"{last.waiting / last.seconds:.0%}"
+            found.append((model, network, *speeds, f"{last.ranks}", waiting, size(last.nbytes)))
+        return found
+
+    def plot(self, axes: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Tokens/s against ranks, a panel for each model; a ring where adding a machine stops paying."""
+        models = list(dict.fromkeys(x.model for x in self.points))
+        axes = panels(len(models), min(len(models), 3), 4.0) if axes is None else axes
+        for ax, model in zip(axes, models, strict=True):
+            for name in dict.fromkeys(x.network.name for x in self.points):
+                curve = self.curve(model, name)
+                (line,) = ax.plot([x.ranks for x in curve], [x.speed for x in curve], "o-", ms=3, label=name)
+                last = next(x for x in curve if x.ranks == self.pays_until(model, name))
+                ax.plot([last.ranks], [last.speed], "o", ms=9, mfc="none", color=line.get_color())
+            ax.set(xscale="log", yscale="log", xlabel="ranks", title=model)
+        axes[0].set_ylabel("tokens/s")
+        axes[0].legend(frameon=False)
+        return axes
+
+
+def scale(
+    config: ModelConfig | str | Sequence[ModelConfig | str] = ("llama3-8b", "llama3-70b", "llama3-405b"),
+    networks: Sequence[Network] = NETWORKS,
+    ranks: Sequence[int] = RANKS,
+    weights: str = "int4",
+    context: int = 1024,
+    peaks: Peaks | None = None,
+    call_seconds: float = CALL_SECONDS,
+) -> Scaling:
+    """Tokens/s of models that are split over ranks, and how many ranks pay.
+
+    seconds of a token = max(bytes / read bandwidth, arithmetic / peak) of the rank with the largest share
+    + (2 L + 1) sums of E float32 + the logits of the other ranks on their way to rank 0 + a message to all; where
+
+    - a sum takes the shorter of log2 n (latency + bytes / bandwidth) and
+      2 (n - 1) (latency + bytes / n / bandwidth), as MPI chooses, + ``call_seconds``;
+    - shares are those of ``model.share``: whole heads and whole groups of columns, so they may be unequal.
+
+    Numbers of ranks over which a model cannot be split are left out.
+
+    Args:
+        config: one or several configurations, or names of known ones.
+        networks: between the ranks.
+        ranks: how many.
+        weights: one of LAYOUTS.
+        context: tokens that are in the cache.
+        peaks: limits of each rank; None measures those of this machine.
+        call_seconds: what a sum costs apart from the network.
+
+    Raises:
+        ValueError: an unknown name or layout, or a number of ranks or a context below 1.
+    """
+    if weights not in LAYOUTS:
+        raise ValueError(f"weights: expected one of {', '.join(LAYOUTS)}, found {weights!r}")
+    if context < 1 or not ranks or min(ranks) < 1:
+        raise ValueError(f"context, ranks: expected numbers of at least 1, found {context} and {tuple(ranks)}")
+    peaks = peaks or measured_peaks()
+    points = []
+    for each in (config,) if isinstance(config, ModelConfig | str) else config:
+        model = _config(each)
+        for n in sorted(set(ranks)):
+            try:
+                shares = shares_of(model, [1.0] * n, weights in INTEGER_LAYOUTS, weights in INTEGER_LAYOUTS)
+            except ValueError:
+                continue
+            nbytes, computing = max(_of_share(share, weights, context, peaks) for share in shares)
+            for network in networks:
+                waiting = _waiting(model, n, network, call_seconds)
+                points.append(Point(model.name or "model", network, n, nbytes, computing + waiting, waiting))
+    return Scaling(weights, context, peaks, tuple(points))
+
+
+def _config(given: ModelConfig | str) -> ModelConfig:
+    if isinstance(given, ModelConfig):
+        return given
+    if given.lower() not in PRESETS:
+        raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, found {given!r}")
+    return PRESETS[given.lower()]
+
+
+def _of_share(share: Share, weights: str, context: int, peaks: Peaks) -> tuple[int, float]:
+    """Bytes of a share's weights, and the least seconds of its part of a token."""
+    local = replace(share.local, vocab_size=len(share.tokens), bos_token_id=None, eos_token_ids=())
+    work = pass_work(local, recorded(local, ["f32"]).schedule.steps, weights, np.array([context - 1]), "f32")
+    nbytes = sum(matrix_bytes(shape, weights) for shape in local.tensor_shapes().values() if len(shape) == 2)
+    read = work.weights + work.cached
+    arithmetic = work.products / (peaks.int8_dot if weights in INTEGER_LAYOUTS else peaks.fma)
+    return nbytes, max(read / peaks.bandwidth(read), arithmetic + work.attention / peaks.fma)
+
+
+def _waiting(config: ModelConfig, ranks: int, network: Network, call_seconds: float) -> float:
+    """Seconds of a token's messages."""
+    if ranks == 1:
+        return 0.0
+    nbytes, turns = 4 * config.hidden_size, ceil(log2(ranks))
+    doubling = turns * (network.latency + nbytes / network.bandwidth)
+    ring = 2 * (ranks - 1) * (network.latency + nbytes / ranks / network.bandwidth)
+    sums = (2 * config.num_hidden_layers + 1) * (min(doubling, ring) + call_seconds)
+    logits = turns * network.latency + 4 * config.vocab_size * (ranks - 1) / ranks / network.bandwidth
+    return sums + logits + turns * network.latency

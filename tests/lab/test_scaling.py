@@ -1,0 +1,56 @@
+"""scale(): the sum of its parts, by hand; more ranks pay only as long as the network allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ruvllm import lab
+from ruvllm.measure.peaks import Level, Peaks
+from ruvllm.model.config import ModelConfig
+
+PEAKS = Peaks(threads=8, fma=1e15, int8_dot=1e15, levels=(Level("memory", 0, 40e9),))
+CONFIG = ModelConfig(
+    name="small", vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=3,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+)  # fmt: skip
+NETWORK = lab.Network("slow", 1e-3, 1e6)
+
+
+def test_a_token_takes_the_sum_of_its_parts() -> None:
+    found = lab.scale(CONFIG, [NETWORK], [1, 2], "f32", context=16, peaks=PEAKS, call_seconds=1e-5)
+    one, two = found.points
+    layer = 4 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024)
+    read = 3 * layer + 4 * 1024 * 512 + 4 * 512 + 3 * 16 * 4 * 2 * 64 * 4 + 4 * 512 * 7  # head, row, cache, norms
+    assert one.seconds == pytest.approx(read / 40e9, rel=1e-3)
+    assert one.waiting == 0
+    sums = 7 * (1e-3 + 4 * 512 / 1e6 + 1e-5)
+    assert two.waiting == pytest.approx(sums + 1e-3 + 4 * 512 / 1e6 + 1e-3)
+    assert two.seconds - two.waiting == pytest.approx(one.seconds / 2, rel=0.01)
+    assert found.pays_until("small", "slow") == 1
+
+
+def test_a_fast_network_pays_longer() -> None:
+    found = lab.scale("llama3-8b", ranks=(1, 2, 4, 8, 16), peaks=PEAKS)
+    pays = [found.pays_until("LLaMA3-8B", name) for name in ("1 Gbit/s", "10 Gbit/s", "100 Gbit/s")]
+    assert pays == sorted(pays) and pays[0] < pays[-1]
+    assert "LLaMA3-8B" in str(found)
+    speeds = [x.speed for x in found.curve("LLaMA3-8B", "100 Gbit/s")]
+    assert np.all(np.diff(speeds[:3]) > 0)
+
+
+def test_ranks_that_a_model_lacks_heads_for_are_left_out() -> None:
+    found = lab.scale(CONFIG, [NETWORK], [1, 8, 9], "f32", peaks=PEAKS)
+    assert [x.ranks for x in found.points] == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "llama9"}, "config: expected"), ({"weights": "int3"}, "weights: expected"),
+        ({"ranks": [0]}, "ranks: expected"), ({"context": 0}, "context"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lab.scale(**{"config": CONFIG, "peaks": PEAKS, **arguments})  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, log2
 from typing import Any
 
@@ -85,7 +86,7 @@ class Scaling(Table):
     def pays_until(self, model: str, network: str) -> int:
         """The number of ranks after which the next larger one is less than 5 % faster."""
         curve = self.curve(model, network)
-        for before, after in zip(curve, curve[1:], strict=False):
+        for before, after in pairwise(curve):
             if after.speed < _WORTHWHILE * before.speed:
                 return before.ranks
         return curve[-1].ranks
@@ -93,15 +94,9 @@ class Scaling(Table):
     def rows(self) -> list[tuple[str, ...]]:
         """A row for each model and network; the first has the headings."""
         counts = sorted({x.ranks for x in self.points})
+        headings = (f"{n} rank{'s' * (n > 1)}" for n in counts)
         found: list[tuple[str, ...]] = [
-            (
-                "model",
-                "network",
-                *(f"{n} rank{'s' * (n > 1)}" for n in counts),
-                "pays until",
-                "waiting then",
-                "share then",
-            )
+            ("model", "network", *headings, "pays until", "waiting then", "share then"),
         ]
         for model, network in dict.fromkeys((x.model, x.network.name) for x in self.points):
             curve = {x.ranks: x for x in self.curve(model, network)}

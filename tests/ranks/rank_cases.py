@@ -112,8 +112,8 @@ def facade(path: str) -> None:
         llm.follow()
         return
     alone = ruvllm.load(path, threads=1)
-    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
-    answers = [model.generate("ab ba", **options).ids for model in (llm, alone)]
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0}
+    answers = [[model.generate("ab ba", **options, seed=seed).ids for seed in range(5)] for model in (llm, alone)]
     caches = [llm.new_cache(20) for _ in range(3)]
     for cache in caches:
         llm.logits([1, 2], cache)

@@ -57,11 +57,11 @@ def case(ranks: int, name: str, *arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two kv heads with a tokenizer; its rows are whole blocks of 32."""
-    return tiny.write_gguf("llama3_scaled_gqa", tmp_path_factory.mktemp("model") / "model.gguf", "Q8_0")
+    return tiny.write_gguf("llama3_scaled_gqa", tmp_path_factory.mktemp("model") / "model.gguf")
 
 
-# Biases, norms of heads and of rows, windows, sinks, experts with and without a shared one, one kv head, tied heads.
-VARIANTS = ("gemma2", "gemma3", "gpt_oss_mxfp4", "granite_biased", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe")
+# Biases, norms of heads and of rows, windows, sinks, experts with biases and with a shared one, one kv head, tied heads.
+VARIANTS = ("gemma3", "gpt_oss_mxfp4", "olmo2", "qwen2", "qwen2_moe")
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(2, [2, 1]), (3, [1, 1, 1])])
@@ -76,13 +76,15 @@ def test_logits_are_those_of_one_rank(ranks: int, parts: list[float], tmp_path: 
         assert isinstance(differences, dict), (path, differences)
         assert differences.pop("changed by it") > 0.01
         for what, difference in differences.items():
-            assert difference <= (0.05 if "int8" in what else 1e-3), (path, what)
+            # A key that a sum in another order rounds the other way differs by a step of the cache's numbers.
+            limit = 0.05 if "int8" in what else 0.01 if "f16" in what else 1e-4
+            assert difference <= limit, (path, what)
 
 
 def test_an_answer_is_that_of_one_rank(model: Path) -> None:
     found = case(2, "facade", str(model))
     together, alone = found["answers"]
-    assert together == alone and len(alone) > 4
+    assert together == alone and sum(map(len, alone)) > 20
     assert found["perplexities"][0] == pytest.approx(found["perplexities"][1], rel=1e-4)
     assert "not for a model that is split over ranks" in found["refused"]
     assert found["whole"]

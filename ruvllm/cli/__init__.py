@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         _show_log(getattr(args, "debug", False), quiet=getattr(args, "quiet", False))
         if size > 1 and args.command in ranks.COMMANDS:
             args.comm = ranks.connect()
-        if rank and args.comm is not None and ranks.splits_model(args):
+        if args.comm is not None and ranks.splits_model(args) and rank:
             ranks.follow(args)
         else:
             _COMMANDS[args.command](args)

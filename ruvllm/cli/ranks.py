@@ -14,7 +14,7 @@ _VARIABLES = (  # rank and number of ranks, as launchers tell them: MPICH, Intel
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
-_GRACE_SECONDS = 3.0  # in which rank 0 reports an error that all ranks met
+_GRACE_SECONDS = 5.0  # in which rank 0 reports an error that all ranks met
 
 
 def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -172,7 +172,7 @@ def out_of_memory(path: str) -> None:
         def no_cache(*_: Any) -> Any:
             raise ruvllm.InsufficientMemoryError("KV cache: 9.0 GB needed, 1.0 GB free")
 
-        llm.model.new_cache = no_cache  # type: ignore[method-assign]
+        llm.model.new_cache = no_cache  # type: ignore[assignment]
         llm.follow()
     llm.generate("ab", max_tokens=20)
     time.sleep(60)

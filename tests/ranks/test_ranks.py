@@ -60,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_gguf("llama3_scaled_gqa", tmp_path_factory.mktemp("model") / "model.gguf")
 
 
-# Biases, norms of heads and of rows, windows, sinks, experts with biases and with a shared one, one kv head, tied heads.
+# Biases, norms of heads and of rows, windows, sinks, experts with biases or with a shared one, one kv head, tied heads.
 VARIANTS = ("gemma3", "gpt_oss_mxfp4", "olmo2", "qwen2", "qwen2_moe")
 
 

@@ -180,7 +180,8 @@ def _require_memory(checkpoint: Checkpoint, weights: str, shares: Sequence[Share
     configs = [share.local for share in shares] or [checkpoint.config]
     tokens = min(DEFAULT_MAX_TOKENS, checkpoint.config.max_position_embeddings)
     layouts = choose_layouts(checkpoint.config, checkpoint, weights).values()
-    needed = sum(weight_bytes(checkpoint, weights, share) for share in shares or [None])
+    held: list[Share | None] = [*shares] or [None]
+    needed = sum(weight_bytes(checkpoint, weights, share) for share in held)
     needed += sum(cache_bytes(config, tokens, chosen_kv("auto", layouts)) for config in configs)
     free = free_memory()
     if free is None or free > 2 * needed + _PLENTY:

@@ -22,7 +22,7 @@ from ruvllm.dividing import divide, threads_of, wanted_part
 from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes, chosen_kv
-from ruvllm.model.llama import WEIGHTS, Llama, choose_layouts
+from ruvllm.model.llama import WEIGHTS, Llama, Weights, choose_layouts
 from ruvllm.model.ranks import Ranks, host_cores
 from ruvllm.model.replay import working_bytes
 from ruvllm.model.share import Share
@@ -86,7 +86,7 @@ def load(
         compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), progress)
         compile_choices(checkpoint.config, layouts.values(), progress)
         with _loading_bar(checkpoint, quiet) as bar:
-            source = checkpoint if packed is None else PackedModel(checkpoint, packed)
+            source: Weights = checkpoint if packed is None else PackedModel(checkpoint, packed)
             model = Llama(checkpoint.config, source, weights, threads, progress=bar.update)
     if place is not None and packed is None and model.nbytes >= _WORTH_KEEPING:
         place.keep_later(_matrices(model))

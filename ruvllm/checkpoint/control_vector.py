@@ -17,9 +17,9 @@ from ruvllm.checkpoint.families import BY_TYPE
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.gguf_writer import Described, encoded, pad, write_header
-from ruvllm.checkpoint.safetensors_writer import replacing
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
+from ruvllm.paths import replacing
 
 _ARCHITECTURE = "controlvector"
 _NAME = re.compile(r"direction\.(0|[1-9]\d{0,5})")

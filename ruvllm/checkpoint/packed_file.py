@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,7 +67,7 @@ def write_packed(
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "xb", opener=_for_me) as file:
-            for piece in (header, *_pieces(arrays)):
+            for piece in chain([memoryview(header)], _pieces(arrays)):
                 if not go_on():
                     return False
                 file.write(piece)
@@ -84,7 +85,7 @@ def _for_me(path: str, flags: int) -> int:
 
 def _pieces(arrays: list[np.ndarray]) -> Iterator[memoryview]:
     for array in arrays:
-        flat = memoryview(array.reshape(-1).view(np.uint8))
+        flat = memoryview(array.reshape(-1).view(np.uint8).data)
         for at in range(0, len(flat), _PIECE):
             yield flat[at : at + _PIECE]
 

@@ -13,10 +13,11 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.checkpoint.control_vector import save_control_vector
 from ruvllm.display import Table, axis
-from ruvllm.llm import LLM, Prompt
+from ruvllm.llm import LLM
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.edits import after_layer
 from ruvllm.progress import tqdm
+from ruvllm.prompt import Prompt
 
 METHODS = ("mean", "pca")
 

@@ -156,7 +156,7 @@ class PackedMatrix:
 
     def __init__(self, weights: FloatWeights | IntegerWeights, dtype: str) -> None:
         self.weights = weights
-        self.shape = (weights.rows, weights.columns)
+        self.shape: tuple[int, ...] = (weights.rows, weights.columns)
         self.dtype = dtype
 
     def float32(self, lo: int = 0, hi: int | None = None, out: np.ndarray | None = None) -> np.ndarray:

@@ -19,6 +19,7 @@ from ruvllm.checkpoint import packed_cache, packed_file
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.checkpoint.packed_cache import PackedModel, Place, kept, limit, place_of
 from ruvllm.cli import main
+from ruvllm.kernels.quant.panels import Panels
 from ruvllm.model.llama import Llama, choose_layouts
 from tests.model import tiny
 
@@ -129,8 +130,10 @@ def test_writing_to_mapped_weights_changes_no_file(model: Path) -> None:
     before = path.read_bytes()
     matrices = place(model).find()
     assert matrices is not None
-    matrices["layers.0.up"].panels.blocks[:] = 0
-    del matrices
+    panels = matrices["layers.0.up"].panels
+    assert isinstance(panels, Panels)
+    panels.blocks[:] = 0
+    del panels, matrices
     assert path.read_bytes() == before
 
 
@@ -150,6 +153,11 @@ def _keep_time(change: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def _cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 64)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
 
 
 def _lengthen(path: Path) -> None:
@@ -184,7 +192,7 @@ SPOILT = {
     "writable by all": lambda path: path.chmod(0o602),
     "a link": _link,
     "a directory that others can write": lambda path: path.parent.chmod(0o770),
-    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path, 0o600))[0],
+    "a FIFO": _fifo,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -12,17 +12,16 @@ import numpy as np
 
 from ruvllm.batching.answering import Request
 from ruvllm.batching.facade import ManyTexts
-from ruvllm.compiling import compile_cache, compile_training
+from ruvllm.compiling import compile_cache
 from ruvllm.errors import ContextFullError, printable
+from ruvllm.learning import Learning
 from ruvllm.model.cache_file import load_cache
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.edits import Change, Edit, steering_edits
 from ruvllm.model.generate import generate
-from ruvllm.model.hooks import editing, recording, waiting
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
-from ruvllm.model.lora import LoraAdapter, MicroLora
+from ruvllm.model.lora import MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
 from ruvllm.model.ranks import Ranks
 from ruvllm.model.sampling.sampler import Sampler
@@ -34,14 +33,10 @@ from ruvllm.options import AnswerOptions, ChatOptions
 from ruvllm.progress import tqdm
 from ruvllm.prompt import Message, Prompt
 from ruvllm.streaming import Answer, Generation, Stream, Timings
+from ruvllm.tracing.facade import Inspection
 
 if TYPE_CHECKING:
     from ruvllm.checkpoint.reasoning import Separator
-    from ruvllm.model.training import Step, Trainer
-    from ruvllm.model.training_data import Example
-    from ruvllm.tracing.names import Names
-    from ruvllm.tracing.trace import Trace
-    from ruvllm.training_text import Record
 
 DEFAULT_MAX_TOKENS = 256
 _THINKING = ("enable_thinking", "thinking")  # names that templates have for it: Qwen3's and SmolLM3's, Granite's
@@ -68,7 +63,7 @@ def _bar(what: str, progress: bool | None) -> Iterator[Callable[[int, int], None
         yield advance
 
 
-class LLM(ManyTexts):
+class LLM(ManyTexts, Inspection, Learning):
     """A model and its tokenizer, made by ``ruvllm.load``.
 
     Several threads may use one LLM at once; each generation has a KV cache of its own unless one is given.
@@ -80,77 +75,6 @@ class LLM(ManyTexts):
         self.path = path
         self.lora = MicroLora(model)  # the adapters over the model
         self.costs = PassCosts()  # seconds of passes of several tokens, for speculation
-
-    def load_adapter(self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None) -> LoraAdapter:
-        """Read a LoRA adapter and activate it, next to other active ones; ``llm.lora`` mixes, swaps and removes them.
-
-        Args:
-            path: a directory that PEFT wrote, or a GGUF file of llama.cpp.
-            weight: its factor.
-            name: its name in ``llm.lora``; that of the file or directory if None.
-
-        Raises:
-            FileNotFoundError: there is nothing at ``path``.
-            ModelFormatError: it is unsound, of a kind that is not supported, or was made for another model.
-            ValueError: the name is taken, or the weight is no finite number.
-        """
-        from ruvllm.checkpoint.adapters import load_adapter
-
-        adapter = load_adapter(path, self.config)
-        return self.lora.attach(adapter, Path(path).resolve().stem if name is None else name, weight)
-
-    def fit(
-        self, data: str | os.PathLike[str] | Iterable[Record], name: str = "trained", context: int = 512, **options: Any
-    ) -> Trainer:
-        """Train an adapter and activate it. The base weights stay frozen; they may have 4 bits.
-
-        Args:
-            data: a .jsonl or text file, or records; see ``training_text.to_example`` for their forms.
-            name: of the adapter in ``llm.lora``: a new one, or one to train further.
-            context: longer examples are cut to this many tokens.
-            options: ``config`` (LoraConfig), ``training`` (TrainingConfig), ``penalty``, ``on_step``: see
-                ``MicroLora.fit``. Without ``on_step`` a bar shows the loss.
-
-        Raises:
-            TrainingDataError: the data holds nothing to learn, or a line is unsound.
-            FloatingPointError: the loss is no longer a finite number.
-        """
-        examples = self.examples(data, context)
-        compile_training(self.model.layouts)
-        if "on_step" in options:
-            return self.lora.fit(examples, name, **options)
-        with tqdm(desc="training", unit="step", disable=None) as bar:
-
-            def advance(step: Step, total: int) -> None:
-                bar.total = total
-                bar.set_postfix(loss=f"{step.loss:.3f}")
-                bar.update()
-
-            return self.lora.fit(examples, name, on_step=advance, **options)
-
-    def examples(self, data: str | os.PathLike[str] | Iterable[Record], context: int = 512) -> list[Example]:
-        """The tokens of data for training or evaluation; see ``fit``."""
-        from ruvllm.training_text import read_examples, to_examples
-
-        if isinstance(context, bool) or not isinstance(context, int) or context < 2:
-            raise ValueError(f"context: expected an integer >= 2, found {context!r}")
-        context = min(context, self.config.max_position_embeddings)
-        if isinstance(data, str | os.PathLike):
-            return read_examples(data, self.tokenizer, context)
-        return to_examples(data, self.tokenizer, context)
-
-    def adapt(self, feedback: Record, **options: Any) -> float:
-        """One gradient step on a piece of feedback; see ``MicroLora.adapt`` for the options.
-
-        Args:
-            feedback: a record as ``fit`` takes them: {"prompt": ..., "completion": the right answer}.
-
-        Returns:
-            The mean loss of the feedback before the step.
-        """
-        example = self.examples([feedback], self.config.max_position_embeddings)[0]
-        compile_training(self.model.layouts)
-        return self.lora.adapt(example, **options)
 
     @property
     def config(self) -> ModelConfig:
@@ -362,89 +286,6 @@ class LLM(ManyTexts):
             raise TypeError(f"messages: expected [{{'role': 'user', 'content': '...'}}, ...], found {messages!r:.60}")
         return self.generate(list(messages), **options)
 
-    def names(self) -> Names:
-        """The named arrays of the model, with shapes and meanings: what ``trace`` keeps and ``edit`` changes."""
-        from ruvllm.tracing.names import Names
-
-        return Names(self.model.points)
-
-    @contextmanager
-    def trace(self, prompt: Prompt | None = None, kv: str = "auto", limit: int | None = None) -> Iterator[Trace]:
-        """Keep arrays of the model as it takes one text, by their names.
-
-        With a prompt the model takes it when the block ends, or when the trace is first looked at; ``keep`` in the
-        block says what is kept, all if it is left out. Edits that begin in the block are part of it. Without a prompt
-        it keeps of what this thread computes in the block, of one sequence: ``llm.generate(...)``, one row a token.
-        Logits are bit-identical to those without a trace.
-
-        Args:
-            prompt: text, token ids or chat messages.
-            kv: precision of the KV cache.
-            limit: bytes that may be kept; None: as many as are free.
-
-        Raises:
-            KeyError: no array has a name that is asked for.
-            InsufficientMemoryError: what is to be kept has more bytes; nothing was computed then.
-            ValueError: an empty prompt, or several sequences in one block.
-        """
-        from ruvllm.tracing.trace import Trace
-
-        ids = None if prompt is None else self._ids(prompt)
-        trace = Trace(self.model, self.tokenizer, ids, lambda tokens: self.new_cache(tokens, kv), limit)
-        if ids is None:
-            with recording(self.model, trace):
-                yield trace
-        else:
-            with waiting(self.model, trace):
-                yield trace
-                trace.run()
-
-    @contextmanager
-    def edit(
-        self, name: str, change: Change | None = None, *, scale: float | None = None,
-        positions: int | Iterable[int] | None = None,
-    ) -> Iterator[None]:  # fmt: skip
-        """Inside the block, change a named array of all that this thread computes; blocks nest.
-
-        Args:
-            name: of ``names()``, an alias or a glob; of one head the name and its number: "layers.3.heads.4".
-            change: a function of the array, which returns another or changes it in place and returns None; or what
-                the array becomes, broadcast.
-            scale: a factor, in place of ``change``; 0 removes what the array carries.
-            positions: of the sequence, whose rows are changed; None: all.
-
-        Raises:
-            KeyError: no array has this name.
-            ValueError, TypeError: an edit that cannot be; while the model computes, a result of another shape or
-                dtype, or with NaN, with the array's name.
-        """
-        with editing(self.model, Edit(self.model.points, name, change, scale, positions)):
-            yield
-
-    @contextmanager
-    def steer(
-        self, by: str | os.PathLike[str] | Mapping[int, Any], scale: float = 1.0, layers: Iterable[int] | None = None
-    ) -> Iterator[None]:
-        """Inside the block, add ``scale`` times a direction to the residual stream after each layer.
-
-        Args:
-            by: what ``lab.steering`` found; a control vector of llama.cpp (a GGUF file); or directions (E,) by layer.
-            scale: a factor; negative ones lead the other way.
-            layers: those to steer; None: all that have a direction. Often a few in the middle serve best.
-
-        Raises:
-            FileNotFoundError, ModelFormatError: the file is not there, unsound, or was made for another model.
-            ValueError: a layer without a direction, or a direction of another size.
-        """
-        if isinstance(by, str | os.PathLike):
-            from ruvllm.checkpoint.control_vector import load_control_vector
-
-            by = load_control_vector(by, self.config)
-        with ExitStack() as stack:
-            for edit in steering_edits(self.model.points, self.config, by, scale, layers):
-                stack.enter_context(editing(self.model, edit))
-            yield
-
     def perplexity(
         self, text: str | Sequence[int] | np.ndarray, context: int | None = None, progress: bool | None = None,
         kv: str = "auto", comm: Any = None,
@@ -526,7 +367,6 @@ class LLM(ManyTexts):
         sample = range(0, shared, max(1, shared // _COMPARED_TOKENS))
         if any(ours.token_bytes(i) != theirs.token_bytes(i) for i in sample):
             raise ValueError(f"draft: expected a model of the same vocabulary, found {draft!r}")
-        compile_cache(draft.model.layouts, "f32", config=draft.config)
         return DraftModel(draft.model, self.config.vocab_size, max_tokens)
 
     def _separator(self, ids: np.ndarray, chat: ChatOptions) -> Separator:

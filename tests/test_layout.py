@@ -25,7 +25,7 @@ LAYERS = [
     "ruvllm.loading",
     "ruvllm.llm",
     "ruvllm.tracing",
-    "ruvllm.batching",
+    "ruvllm.batching ruvllm.learning",
     "ruvllm.compiling ruvllm.quantizing ruvllm.dividing",
     "ruvllm.training_text ruvllm.structured",
     "ruvllm.torch",

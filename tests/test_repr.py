@@ -81,7 +81,7 @@ INSIDE = (
 )  # fmt: skip
 NEVER_MADE = {
     "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
-    "Whole", "Table", "Drafter", "Counts", "ManyTexts", "Sequence",
+    "Whole", "Table", "Drafter", "Counts", "ManyTexts", "Sequence", "Inspection", "Learning",
 }  # fmt: skip
 
 

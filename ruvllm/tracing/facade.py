@@ -1,0 +1,110 @@
+"""Inspection: what an LLM shows of its inside, and how that is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ruvllm.model.edits import Change, Edit, steering_edits
+from ruvllm.model.hooks import editing, recording, waiting
+from ruvllm.model.llama import Llama
+from ruvllm.prompt import Prompt
+
+if TYPE_CHECKING:
+    from ruvllm.tracing.names import Names
+    from ruvllm.tracing.trace import Trace
+
+
+class Inspection:
+    """The methods of ``LLM`` that look inside: arrays by name."""
+
+    model: Llama
+    tokenizer: Any
+    config: Any  # LLM.config
+    new_cache: Any  # LLM.new_cache
+    _ids: Any  # LLM._ids
+
+    def names(self) -> Names:
+        """The named arrays of the model, with shapes and meanings: what ``trace`` keeps and ``edit`` changes."""
+        from ruvllm.tracing.names import Names
+
+        return Names(self.model.points)
+
+    @contextmanager
+    def trace(self, prompt: Prompt | None = None, kv: str = "auto", limit: int | None = None) -> Iterator[Trace]:
+        """Keep arrays of the model as it takes one text, by their names.
+
+        With a prompt the model takes it when the block ends, or when the trace is first looked at; ``keep`` in the
+        block says what is kept, all if it is left out. Edits that begin in the block are part of it. Without a prompt
+        it keeps of what this thread computes in the block, of one sequence: ``llm.generate(...)``, one row a token.
+        Logits are bit-identical to those without a trace.
+
+        Args:
+            prompt: text, token ids or chat messages.
+            kv: precision of the KV cache.
+            limit: bytes that may be kept; None: as many as are free.
+
+        Raises:
+            KeyError: no array has a name that is asked for.
+            InsufficientMemoryError: what is to be kept has more bytes; nothing was computed then.
+            ValueError: an empty prompt, or several sequences in one block.
+        """
+        from ruvllm.tracing.trace import Trace
+
+        ids = None if prompt is None else self._ids(prompt)
+        trace = Trace(self.model, self.tokenizer, ids, lambda tokens: self.new_cache(tokens, kv), limit)
+        if ids is None:
+            with recording(self.model, trace):
+                yield trace
+        else:
+            with waiting(self.model, trace):
+                yield trace
+                trace.run()
+
+    @contextmanager
+    def edit(
+        self, name: str, change: Change | None = None, *, scale: float | None = None,
+        positions: int | Iterable[int] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        """Inside the block, change a named array of all that this thread computes; blocks nest.
+
+        Args:
+            name: of ``names()``, an alias or a glob; of one head the name and its number: "layers.3.heads.4".
+            change: a function of the array, which returns another or changes it in place and returns None; or what
+                the array becomes, broadcast.
+            scale: a factor, in place of ``change``; 0 removes what the array carries.
+            positions: of the sequence, whose rows are changed; None: all.
+
+        Raises:
+            KeyError: no array has this name.
+            ValueError, TypeError: an edit that cannot be; while the model computes, a result of another shape or
+                dtype, or with NaN, with the array's name.
+        """
+        with editing(self.model, Edit(self.model.points, name, change, scale, positions)):
+            yield
+
+    @contextmanager
+    def steer(
+        self, by: str | os.PathLike[str] | Mapping[int, Any], scale: float = 1.0, layers: Iterable[int] | None = None
+    ) -> Iterator[None]:
+        """Inside the block, add ``scale`` times a direction to the residual stream after each layer.
+
+        Args:
+            by: what ``lab.steering`` found; a control vector of llama.cpp (a GGUF file); or directions (E,) by layer.
+            scale: a factor; negative ones lead the other way.
+            layers: those to steer; None: all that have a direction. Often a few in the middle serve best.
+
+        Raises:
+            FileNotFoundError, ModelFormatError: the file is not there, unsound, or was made for another model.
+            ValueError: a layer without a direction, or a direction of another size.
+        """
+        if isinstance(by, str | os.PathLike):
+            from ruvllm.checkpoint.control_vector import load_control_vector
+
+            by = load_control_vector(by, self.config)
+        with ExitStack() as stack:
+            for edit in steering_edits(self.model.points, self.config, by, scale, layers):
+                stack.enter_context(editing(self.model, edit))
+            yield

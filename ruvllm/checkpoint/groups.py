@@ -305,7 +305,8 @@ def load_panels(
     panels = empty_panels(KINDS[layout], rows, len(columns), with_mins)
     step = max(1, _ELEMENTS_AT_ONCE // (16 * max(tensor.columns, 1))) * 16
     starts = range(0, rows, step)
-    copied = tensor.dtype in COPIED and layout == _TYPES[tensor.dtype][0]
+    whole = len(columns) == tensor.columns
+    copied = whole and tensor.dtype in COPIED and layout == _TYPES[tensor.dtype][0]
 
     def load(lo: int) -> None:
         hi = min(rows, lo + step)
@@ -314,7 +315,7 @@ def load_panels(
                 tensor.raw(lo, hi)  # raises the error that says which scale
             return
         groups = tensor_groups(tensor, lo, hi, kind, symmetric)
-        if len(columns) < tensor.columns:
+        if not whole:
             groups = groups.taken(taken)
         pack_groups(groups.codes, groups.scales, groups.mins, panels.part(lo, hi))
 

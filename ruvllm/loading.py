@@ -6,10 +6,10 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import ruvllm
 from ruvllm.checkpoint.fingerprint import fingerprint
 from ruvllm.checkpoint.groups import group_layout
 from ruvllm.checkpoint.hub import resolve
@@ -156,7 +156,8 @@ def _load_share(
             where = resolve(path)
             checkpoint = opened.enter_context(open_checkpoint(where, mmap=mmap))
             layouts = choose_layouts(checkpoint.config, checkpoint, weights)
-            mine: dict[str, Any] = {"same version": ruvllm.__version__, "same file": fingerprint(checkpoint.paths)}
+            version = import_module("ruvllm").__version__
+            mine: dict[str, Any] = {"same version": version, "same file": fingerprint(checkpoint.paths)}
             mine |= {"same weights": weights, "part": wanted_part(shares, ranks), "host": host_cores()}
         every = ranks.compare(mine)
         with _not_collecting(), ranks.together():

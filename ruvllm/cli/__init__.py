@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if size > 1 and args.command in ranks.COMMANDS:
             args.comm = ranks.connect()
         if args.comm is not None and ranks.splits_model(args) and rank:
-            ranks.follow(args)
+            _follow(args)
         else:
             _COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -131,6 +131,12 @@ def _chat(args: argparse.Namespace) -> None:
     from ruvllm.cli.talk import chat
 
     chat(args)
+
+
+def _follow(args: argparse.Namespace) -> None:
+    from ruvllm.cli.talk import follow
+
+    follow(args)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -34,3 +34,16 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
 
     read.__name__ = "number"
     return read
+
+
+def shares(text: str) -> list[float] | str:
+    """--shares: "auto", or numbers "3,1"."""
+    if text == "auto":
+        return text
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < part < float("inf") for part in found):
+        raise argparse.ArgumentTypeError(f"expected auto, or a number above 0 for each rank (3,1), found {text!r}")
+    return found

@@ -9,8 +9,7 @@ from typing import NoReturn
 
 import ruvllm
 from ruvllm.cli.foreign import is_no_option, what_to_use
-from ruvllm.cli.numbers import integer, number
-from ruvllm.cli.ranks import parse_shares
+from ruvllm.cli.numbers import integer, number, shares
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
@@ -311,7 +310,7 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
 
 def _add_shares(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--shares", type=parse_shares, metavar="N,N",
+        "--shares", type=shares, metavar="N,N",
         help="under mpiexec: how much of the model each rank holds, relative to the others; auto: measure memory "
         "bandwidth (default: equal shares)",
     )  # fmt: skip

@@ -54,17 +54,6 @@ def connect() -> Any:
     return MPI.COMM_WORLD
 
 
-def follow(args: argparse.Namespace) -> None:
-    """What ranks other than 0 do in commands that run a model split over ranks."""
-    from ruvllm.cli.parser import DEFAULT_MODEL, take_model
-    from ruvllm.cli.talk import load_model
-
-    if args.command == "perplexity" and args.file is None and args.operands:
-        args.operands.pop()  # the text
-    args.lora = None  # rank 0 reads adapters, and sends each rank its share
-    load_model(args, take_model(args, DEFAULT_MODEL)).follow()
-
-
 def splits_model(args: argparse.Namespace) -> bool:
     """Whether ranks share one model; else each has the whole and ranks share the work."""
     if args.command == "train":
@@ -85,16 +74,3 @@ def end_all(comm: Any, line: str, code: int) -> None:
     from ruvllm.model.ranks import end_all as end
 
     end(comm, code)
-
-
-def parse_shares(text: str) -> list[float] | str:
-    """--shares: "auto", or numbers "3,1"."""
-    if text == "auto":
-        return text
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < part < float("inf") for part in found):
-        raise argparse.ArgumentTypeError(f"expected auto, or a number above 0 for each rank (3,1), found {text!r}")
-    return found

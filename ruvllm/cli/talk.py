@@ -140,6 +140,14 @@ def perplexity(args: argparse.Namespace) -> None:
     print(llm.divergence(text, load_model(exact, model), context=context, kv=args.kv))
 
 
+def follow(args: argparse.Namespace) -> None:
+    """What ranks other than 0 do in commands that run a model split over ranks."""
+    if args.command == "perplexity" and args.file is None and args.operands:
+        args.operands.pop()  # the text
+    args.lora = None  # rank 0 reads adapters, and sends each rank its share
+    load_model(args, take_model(args, DEFAULT_MODEL)).follow()
+
+
 def load_model(args: argparse.Namespace, model: str) -> LLM:
     """The model of the command line, with its adapters."""
     import ruvllm

@@ -26,7 +26,6 @@ from ruvllm.kernels.attention.tile import (
     Span,
     cap_scores,
     copy_queries,
-    fold_sums,
     fold_weights,
     largest_score,
     normaliser,
@@ -44,6 +43,7 @@ from ruvllm.kernels.simd.vectors import (
     f32_store,
     f32_zero,
     f32_zeros,
+    fma,
     fma_rows,
     hsum,
     load,
@@ -191,9 +191,16 @@ def merge_chunks(partial, chunks, sinks, out, lo, hi):
         y[:] = total
         for c in range(chunks):
             top, total, keep, add = fold_weights(top, total, parts[c, state], parts[c, state + 1])
-            fold_sums(y, 0, keep, parts[c], 0, add, dim)
+            fold_sums(y, keep, parts[c, :dim], add)
         # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
         multiply(y, normaliser(sinks, head, top, total) + (top - top))
+
+
+@inline_kernel(independent=True)
+def fold_sums(y, keep, chunk, add):
+    """y = keep y + add chunk."""
+    for i in range(y.size):
+        y[i] = fma(y[i], keep, chunk[i] * add)
 
 
 @inline_kernel(independent=True)

@@ -32,7 +32,6 @@ from ruvllm.kernels.attention.tile import (
     Span,
     cap_scores,
     copy_queries,
-    fold_sums,
     fold_weights,
     largest_score,
     normaliser,
@@ -47,7 +46,7 @@ from ruvllm.kernels.attention.tile import (
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE, put
-from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros, hsum, splat
+from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros, fma, hsum, splat
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, share_of, take_chunk
 
@@ -164,8 +163,10 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 )  # fmt: skip
                 for r in range(tile_rows.count):
                     at = state.row + r
-                    keep, add = scratch[at + 2 * LANES], scratch[at + 3 * LANES]
-                    fold_sums(scratch, state.sums + r * wide, keep, scratch, chunk_sums + r * wide, add, wide)
+                    keep, add = splat(scratch[at + 2 * LANES]), splat(scratch[at + 3 * LANES])
+                    for d in range(r * wide, (r + 1) * wide, LANES):
+                        added = f32_load(scratch, chunk_sums + d) * add
+                        f32_store(scratch, state.sums + d, fma(f32_load(scratch, state.sums + d), keep, added))
         for row in range(rows):
             # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
             at = states + row // ROWS * _STATE + row % ROWS

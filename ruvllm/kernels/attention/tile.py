@@ -158,13 +158,6 @@ def fold_weights(top, total, chunk_top, chunk_total):
     return new_top, fma(total, keep, chunk_total * add), keep, add
 
 
-@inline_kernel(independent=True)
-def fold_sums(y, at, keep, chunk, start, add, count):
-    """y[at + i] = keep y[at + i] + add chunk[start + i] for i < count: the weighted sums of values of one row."""
-    for i in range(count):
-        y[at + i] = fma(y[at + i], keep, chunk[start + i] * add)
-
-
 @inline_kernel
 def query_index(heads, row):
     """The index of a row among the heads of all tokens."""

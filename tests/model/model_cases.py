@@ -50,7 +50,7 @@ def load(path: Path, layout: str = "auto", threads: int | None = None) -> Llama:
         return Llama(checkpoint.config, checkpoint, layout, threads)
 
 
-def logits(model: Llama, ids: np.ndarray, kv: str = "f32") -> np.ndarray:
+def logits(model: Llama, ids: np.ndarray, kv: str = "auto") -> np.ndarray:
     """Logits (T, V) of a text on its own."""
     return model.forward(ids, model.new_cache(len(ids), kv))
 

@@ -104,7 +104,7 @@ def test_sixteen_bit_files(dtype: str, layout: str, tmp_path: Path) -> None:
     model = load(path, layout)
     assert model.decoder.head.layout == ("f32" if layout == "f32" else dtype.lower())
     with open_checkpoint(path) as checkpoint:
-        assert np.abs(logits(model, ids) - reference_logits(checkpoint, ids)).max() <= 2e-4
+        assert np.abs(logits(model, ids, "f32") - reference_logits(checkpoint, ids)).max() <= 2e-4
 
 
 @pytest.mark.parametrize("layout", ["f16", "bf16", "int8", "int4"])

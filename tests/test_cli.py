@@ -20,7 +20,7 @@ from ruvllm.model.perplexity import Perplexity
 from ruvllm.model.sampling.options import Dry, Mirostat, Xtc
 from ruvllm.streaming import Generation, Timings
 
-DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "f32"}
+DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "auto"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -160,7 +160,7 @@ def test_generate_prints_the_answer_alone_on_stdout(llm, capsys):
     out, err = capsys.readouterr()
     assert out == "Hello world é\n"
     assert "7 prompt tokens, first token after 0.25 s; 26 tokens, 12.5 tokens/s; reached its end" in err
-    assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True})
+    assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True, "comm": None, "shares": None})
     assert llm.asked == [(user("Hi there"), DEFAULTS)]
 
 
@@ -203,7 +203,7 @@ def test_sampling_options_in_both_spellings(llm, argv):
         "seed": 4,
         "stop": ["A", "B"],
         "cache": None,
-        "kv": "f32",
+        "kv": "auto",
     }
 
 
@@ -256,7 +256,7 @@ def test_samplers_that_are_half_said(llm, capsys, argv, said):
 
 def test_loading_options(llm):
     assert main(["generate", "m", "x", "-t", "1", "--weights", "f16", "--no-mmap"]) == 0
-    assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False}
+    assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False, "comm": None, "shares": None}
 
 
 def test_weights_on_offer_are_those_of_the_models():
@@ -268,9 +268,9 @@ def test_context_and_unlimited_answers_get_a_cache(llm, capsys):
     main(["generate", "m", "x", "-n", "-1"])
     main(["generate", "m", "x", "-n", "-2", "-c", "0"])
     assert [options["cache"] for _, options in llm.asked] == [
-        "a cache of 64 tokens in f32",
-        "a cache of 8192 tokens in f32",
-        "a cache of 10000 tokens in f32",
+        "a cache of 64 tokens in auto",
+        "a cache of 8192 tokens in auto",
+        "a cache of 10000 tokens in auto",
     ]
     assert [options["max_tokens"] for _, options in llm.asked] == [256, None, None]
     capsys.readouterr()
@@ -319,7 +319,7 @@ def test_a_full_context_is_no_limit_of_tokens(llm, capsys, monkeypatch):
     monkeypatch.setattr(FakeStream, "__init__", lambda self, *_: vars(self).update(vars(llm.answers[0])))
     main(["generate", "m", "x"])
     assert capsys.readouterr().err.endswith("; stopped at the token limit]\n")
-    monkeypatch.setattr(FakeCache, "max_tokens", len("a cache of 64 tokens in f32"))
+    monkeypatch.setattr(FakeCache, "max_tokens", len("a cache of 64 tokens in auto"))
     main(["generate", "m", "x", "-c", "64"])
     assert capsys.readouterr().err.endswith("; the context is full: --context (-c) sets more]\n")
 
@@ -429,7 +429,7 @@ def test_no_option_of_llama_cpp_is_read_as_another(llm, capsys, option):
 def test_numbers_may_stand_at_their_options(llm):
     assert main(["generate", "m", "x", "-n5", "-s=7", "-c64"]) == 0
     _, options = llm.asked[0]
-    assert (options["max_tokens"], options["seed"], options["cache"]) == (5, 7, "a cache of 64 tokens in f32")
+    assert (options["max_tokens"], options["seed"], options["cache"]) == (5, 7, "a cache of 64 tokens in auto")
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_chat_keeps_the_conversation_and_resets_it(llm, typed, capsys):
     second = [*system, *user("first"), {"role": "assistant", "content": "one"}, *user("second")]
     assert [prompt for prompt, _ in llm.asked] == [[*system, *user("first")], second, [*system, *user("third")]]
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
-    assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens in f32"}
+    assert {options["cache"] for _, options in llm.asked} == {"a cache of 8192 tokens in auto"}
 
 
 def test_what_is_thought_goes_to_stderr_and_on_to_the_template(llm, typed, capsys):

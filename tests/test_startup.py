@@ -45,7 +45,8 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
         ("import ruvllm; ruvllm.__version__, dir(ruvllm)", set()),
         ("from ruvllm import ModelFormatError, RuvllmError", set()),
         ("import ruvllm.model, ruvllm.checkpoint, ruvllm.cli", set()),
-        ("import ruvllm.kernels", {"numpy", "numba", "llvmlite"}),
+        ("import ruvllm.kernels", set()),
+        ("from ruvllm.kernels import rms_norm", {"numpy", "numba", "llvmlite"}),
         ("from ruvllm import Llama", {"numpy", "numba", "llvmlite"}),
     ],
 )

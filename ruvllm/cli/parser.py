@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ruvllm
 from ruvllm.cli.foreign import is_no_option, what_to_use
@@ -308,7 +308,7 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
     return parser
 
 
-def _add_shares(group: argparse._ActionsContainer) -> None:
+def _add_shares(group: Any) -> None:
     group.add_argument(
         "--shares", type=shares, metavar="N,N",
         help="under mpiexec: how much of the model each rank holds, relative to the others; auto: measure memory "

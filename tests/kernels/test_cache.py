@@ -174,7 +174,7 @@ def test_a_changed_setting_of_numba_is_compiled_anew(spoilable: Setup, setting: 
 
 
 EDIT_MATH = """
-import pathlib, ruvllm.kernels
+import pathlib, ruvllm.kernels.activation
 path = pathlib.Path(ruvllm.kernels.__file__).parent / "simd" / "math.py"
 path.write_text(path.read_text() + "# edited")
 """

@@ -190,9 +190,9 @@ def test_arguments_are_checked() -> None:
     for arguments, error, says in (
         ((codes.astype(np.int16), scales), TypeError, "codes: expected int8 or uint8"),
         ((codes[:, :32], scales), ValueError, "codes: expected shape"),
-        ((codes, scales.view(np.float16)), TypeError, "scales: expected uint16"),
+        ((codes, scales.view(np.float16)), TypeError, "scales: expected a uint16 array"),
         ((codes, scales, scales[:, :1]), ValueError, "mins: expected shape"),
-        ((codes, scales, scales.view(np.int16)), TypeError, "mins: expected uint16"),
+        ((codes, scales, scales.view(np.int16)), TypeError, "mins: expected a uint16 array"),
         ((codes, scales, None, 32), ValueError, "columns: expected"),
         ((codes, scales, None, 65), ValueError, "columns: expected"),
     ):

@@ -242,7 +242,7 @@ def test_drift_of_each_layer_against_float64() -> None:
         states = list(reference_states(checkpoint, IDS))
     assert len(states) == layers + 2 and np.array_equal(states[-1], expected)
     llm = loaded("llama2_mha", "int8")
-    assert found["int8"].logits == pytest.approx(np.abs(llm.logits(IDS) - expected).max(), rel=1e-6)
+    assert found["int8"].logits == pytest.approx(np.abs(llm.logits(IDS, llm.new_cache(len(IDS), "f32")) - expected).max(), rel=1e-6)
     ax = found["f32"].plot()
     assert found["int8"].plot(ax) is ax and len(ax.lines) == 2
     assert "layer 0" in str(found["int8"]) and "KL divergence" in found["int8"]._repr_html_()
@@ -479,7 +479,7 @@ def test_cost_of_gemma3_270m_beside_the_real_model() -> None:
         num_key_value_heads=1, head_dim=256, tie_word_embeddings=True, norms="both", qk_norm="head",
         sliding_window=512, layer_types=(*("sliding_attention",) * 5, "full_attention") * 3,
     )  # fmt: skip
-    found = lab.cost(config, "int8", context=4096, peaks=LIMITS)
+    found = lab.cost(config, "int8", context=4096, kv="f32", peaks=LIMITS)
     matrices = 262144 * 640 + 18 * (2 * 1024 * 640 + 2 * 256 * 640 + 3 * 2048 * 640)
     vectors = 4 * (18 * (4 * 640 + 2 * 256) + 640)
     assert found.parameters == found.active == matrices + vectors // 4 == 268_098_176
@@ -521,7 +521,7 @@ def test_cost_of_known_models_and_wrong_arguments() -> None:
         ({"config": "gpt-5"}, "config: expected a ModelConfig or one of"),
         ({"config": "llama3-8b", "weights": "int3"}, "weights: expected some of"),
         ({"config": "llama3-8b", "context": 0}, "context: expected at least 1"),
-        ({"config": "llama3-8b", "kv": "f64"}, "kv: expected one of f32, f16, int8, found 'f64'"),
+        ({"config": "llama3-8b", "kv": "f64"}, "kv: expected one of auto, f32, f16, int8, found 'f64'"),
     ):
         with pytest.raises(ValueError, match=message):
             lab.cost(**arguments, peaks=LIMITS)

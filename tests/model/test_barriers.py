@@ -205,15 +205,14 @@ def test_any_order_of_members_gives_the_same_bits(name: str, layout: str) -> Non
 def test_shuffling_finds_a_missing_barrier() -> None:
     """The debug mode is worth something: without one barrier, some seed gives other bits."""
     model = model_of("llama", "int4")
-    cache = model.new_cache(64)
-    expected = model.forward(IDS[:29], cache)
+    expected = model.forward(IDS[:29], model.new_cache(64, "f32"))
     tape = model.tapes.tape(Pass.PROMPT, "f32")
     row = next(i for i, step in enumerate(tape.steps) if step.label.endswith(".o"))
     tape.rows[row, t.FLAGS] = 0
     found = []
     for seed in range(20):
         model.runner = Shuffled(members=3, seed=seed)
-        found.append(model.forward(IDS[:29], model.new_cache(64)))
+        found.append(model.forward(IDS[:29], model.new_cache(64, "f32")))
     assert not all(np.array_equal(x, expected) for x in found)
 
 

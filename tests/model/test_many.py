@@ -131,7 +131,7 @@ def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]
                 engine.cancel(sequence)
                 gone.add(sequence)
     for i, sequence in enumerate(sequences):
-        cache = model.new_cache(len(prompts[i]) + most[i])
+        cache = model.new_cache(len(prompts[i]) + most[i], "f32")
         expected = [token.id for token in generate(model, cache, prompts[i], sampling(i), most[i])]
         assert came[sequence] == (expected[: len(came[sequence])] if sequence in gone else expected)
     assert bool(gone) == bool(cancelled)
@@ -157,7 +157,7 @@ def test_a_common_prefix_is_computed_once() -> None:
 def test_scores_of_long_texts() -> None:
     model = small_model("int4", 2)
     ids = text(400)
-    expected = model.forward(ids, model.new_cache(400))
+    expected = model.forward(ids, model.new_cache(400, "f32"))
     engine = engine_of(model, 4)
     sequences = [Scored(ids, start) for start in (1, 100, 399)]
     for sequence in sequences:

@@ -71,7 +71,7 @@ def flash_attention(
         raise ValueError(f"q: expected (..., T, H, D), found shape {q.shape}")
     k = check.float32("k", k, shape=(*q.shape[:-3], None, None, q.shape[-1]))
     v = check.float32("v", v, shape=k.shape)
-    out = check.apart("out", check.output("out", out, q.shape, q), q, k, v)
+    out = check.apart("out", check.output("out", out, q.shape), q, k, v)
     require_heads(q.shape[-2], k)
     require_positions(q.shape[-3], k, causal)
     scoring = scoring_for(q, causal, window, scale, options)

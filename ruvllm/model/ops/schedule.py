@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ruvllm.brief import brief
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.tape import Operation
 from ruvllm.kernels.threads.team import COUNTERS
@@ -98,6 +99,8 @@ class Step:
     layer: int = -1
     phase: int = 0
     segment: int = 0
+
+    __repr__ = brief
 
     @property
     def accesses(self) -> list[Access]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ruvllm.brief import brief
 from ruvllm.kernels import operations as o
 from ruvllm.kernels import tape as t
 from ruvllm.model.ops.placement import place
@@ -38,6 +39,8 @@ class Tape:
     source: Value
     kept: list[object]
     adapters: Mapping[str, LowRank]
+
+    __repr__ = brief
 
     def with_adapters(self, adapters: Mapping[str, LowRank]) -> Tape:
         """The same tape for adapters of the same matrices, ranks and dtypes."""

@@ -22,9 +22,7 @@ class Drawing:
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "label") -> None:
         """One line of words."""
-        self._parts.append(
-            f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
+        self._parts.append(f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def arrow(self, x1: float, y1: float, x2: float, y2: float, kind: str = "arrow") -> None:
         """A line with a head at its end."""
@@ -47,16 +45,17 @@ def packing() -> str:
     d.text(20, 20, "W, row by row")
     for row in range(8):
         d.box(20, 32 + 14 * row, 160, 12, "first" if row < 4 else "second")
-    d.text(20, 160, "16 rows")
     d.text(100, 160, "K columns", "middle")
-    d.arrow(195, 85, 245, 85)
-    d.text(260, 20, "float32: panels of 16 rows; a vector is one column of them")
     for panel in range(2):
-        for column in range(20):
-            kind = ("first", "second")[panel]
-            d.box(260 + 22 * column, 32 + 64 * panel, 20, 52, kind)
-    d.text(260, 160, "k = 0")
-    d.text(326, 160, "1  2  ...")
+        d.text(188, 64 + 56 * panel, "16 rows")
+    d.arrow(244, 89, 288, 89)
+    d.text(304, 20, "float32: panels of 16 rows; a vector is one column of them")
+    for panel in range(2):
+        for column in range(18):
+            d.box(304 + 22 * column, 32 + 64 * panel, 20, 52, ("first", "second")[panel])
+    d.text(300, 164, "k =", "end")
+    for column, name in enumerate(("0", "1", "2", "…")):
+        d.text(314 + 22 * column, 164, name, "middle")
     d.arrow(100, 175, 100, 215)
     d.text(20, 235, "4 bits: one block for each group of 32 columns of a panel, 288 bytes")
     d.box(20, 250, 90, 40, "third", "16 scales")

@@ -66,7 +66,20 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return markdown.replace("<!-- commands -->", commands.text()) if "<!-- commands -->" in markdown else markdown
 
 
+# The theme labels the pages of a section that has a page of its own by an element without text.
+_UNNAMED = re.compile(r'id="(__nav_\d+_label)"[^>]*>\s*<span class="md-nav__icon md-icon"></span>\s*</label>')
+
+
 def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """The theme loads a script from elsewhere that lets pages opened as files search: take the copy of this site."""
+    """Mend the theme's HTML: a script from elsewhere, and parts without a name for screen readers.
+
+    The script lets pages opened as files search; this site has its own copy.
+    """
     up = "../" * page.file.dest_uri.count("/")
-    return output.replace("https://unpkg.com/iframe-worker/shim", f"{up}assets/iframe-worker.js")
+    output = output.replace("https://unpkg.com/iframe-worker/shim", f"{up}assets/iframe-worker.js")
+    output = output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+    for label in _UNNAMED.findall(output):  # only the kernels have one
+        output = output.replace(f'aria-labelledby="{label}"', 'aria-label="Pages of kernels"')
+    return output

@@ -31,15 +31,14 @@ def draw(machine: dict[str, Any], named: tuple[str, ...]) -> str:
         parts.append(_line(10.0**power, _LOW_Y, 10.0**power, _HIGH_Y, "grid"))
         parts.append(_text(_x(10.0**power), _HEIGHT - _BOTTOM + 18, f"{10.0**power:g}", "middle"))
     peak = machine["peaks"]["fma"]
-    for level, bandwidth in machine["peaks"]["read"].items():
-        corner = peak / bandwidth
-        parts.append(_line(_LOW_X, _LOW_X * bandwidth, corner, peak, "roof"))
-        parts.append(_text(_x(0.025), _y(0.025 * bandwidth) - 5, f"{level}: {bandwidth:.0f} GB/s", "start"))
+    for bandwidth in machine["peaks"]["read"].values():
+        parts.append(_line(_LOW_X, _LOW_X * bandwidth, peak / bandwidth, peak, "roof"))
     parts.append(_line(peak / max(machine["peaks"]["read"].values()), peak, _HIGH_X, peak, "roof"))
     parts.append(_text(_WIDTH - _RIGHT, _y(peak) - 6, f"multiply-add: {peak:.0f} Gop/s", "end"))
     for point in machine["points"]:
         if point["name"] not in named:
             parts.append(f'<circle class="other" cx="{_x(point["intensity"])}" cy="{_y(point["gflops"])}" r="3"/>')
+    parts += [_along(level, bandwidth) for level, bandwidth in machine["peaks"]["read"].items()]
     for point in machine["points"]:
         if point["name"] in named:
             x, y = _x(point["intensity"]), _y(point["gflops"])
@@ -53,6 +52,14 @@ def draw(machine: dict[str, Any], named: tuple[str, ...]) -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{_x(x1)}" y1="{_y(y1)}" x2="{_x(x2)}" y2="{_y(y2)}"/>'
+
+
+def _along(level: str, bandwidth: float) -> str:
+    """The name of a memory limit, along its line: memory's below it, as the line of L3 is close above."""
+    x, y = _x(0.025), _y(0.025 * bandwidth)
+    slope = math.degrees(math.atan2(_y(10 * bandwidth) - _y(bandwidth), _x(10.0) - _x(1.0)))
+    text = _text(0, 15 if level == "memory" else -5, f"{level}: {bandwidth:.0f} GB/s", "start", "over")
+    return f'<g transform="translate({x} {y}) rotate({slope:.1f})">{text}</g>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:

@@ -66,8 +66,11 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return markdown.replace("<!-- commands -->", commands.text()) if "<!-- commands -->" in markdown else markdown
 
 
-# The theme labels the pages of a section that has a page of its own by an element without text.
-_UNNAMED = re.compile(r'id="(__nav_\d+_label)"[^>]*>\s*<span class="md-nav__icon md-icon"></span>\s*</label>')
+# The list of pages of a section: the theme names it by a label, which is empty if the section has a page of its own.
+_SECTION = re.compile(
+    r'aria-labelledby="__nav_\d+_label"([^>]*>\s*<label class="md-nav__title"[^>]*>\s*<span [^>]*></span>\s*)'
+    r"([^<]*[^<\s])(?=\s*</label>)"
+)
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
@@ -80,6 +83,4 @@ def on_post_page(output: str, page: Page, **_: Any) -> str:
     output = output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
-    for label in _UNNAMED.findall(output):  # only the kernels have one
-        output = output.replace(f'aria-labelledby="{label}"', 'aria-label="Pages of kernels"')
-    return output
+    return _SECTION.sub(r'aria-label="\2"\1\2', output)

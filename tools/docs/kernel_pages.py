@@ -101,8 +101,11 @@ def _page(spec: KernelSpec) -> str:
 
     function = f"{spec.function.__module__}.{spec.function.__name__}"
     reference = inspect.getsource(spec.reference)
+    beginning = any(name.startswith(spec.name) for name in KERNELS if name != spec.name)
     return "\n".join(
         [
+            # Searched for by its name, rms_norm comes before rms_norm_backward.
+            "---", "search:", f"  boost: {2 if beginning else 1}", "---", "",
             f"# {spec.name}", "",
             f'<div class="formula">{convert(formulas()[spec.name], display="block")}</div>', "",
             f"In plain text: `{spec.formula}`", "",

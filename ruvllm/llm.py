@@ -268,7 +268,7 @@ class LLM(ManyTexts, Inspection, Learning):
             if not is_integer(n) or n < 1:
                 raise ValueError(f"n: expected a positive integer, found {n!r}")
             seed = options.pop("seed", 0)
-            seeds = [None if seed is None else seed + i for i in range(n)]
+            seeds = [seed + i if is_integer(seed) else seed for i in range(n)]
             return self.generate_many([prompt] * n, seed=seeds, **options)
         stream = self.stream(prompt, **options)
         for _ in stream:
@@ -354,8 +354,13 @@ class LLM(ManyTexts, Inspection, Learning):
             return self.model.checked_ids(ids, "prompt")
         for name in chat.given:
             raise ValueError(f"{name}: only for messages, found a prompt of type {type(prompt).__name__}")
-        ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
-        return self.model.checked_ids(ids, "prompt")
+        if isinstance(prompt, str):
+            return self.model.checked_ids(self.tokenizer.encode(prompt, parse_special=True), "prompt")
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], str):
+            raise TypeError(f"prompt: expected one text, found several, {prompt!r:.60}: see generate_many")
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise TypeError(f"prompt: expected text, token ids or messages, found {prompt!r:.60}")
+        return self.model.checked_ids(prompt, "prompt")
 
     def _drafter(self, draft: str | LLM, max_tokens: int) -> Drafter:
         if isinstance(draft, str) and draft == "lookup":

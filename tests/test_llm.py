@@ -607,8 +607,9 @@ def test_options_are_refused_by_name(llm: LLM, options: dict[str, Any], message:
         ([-1], ValueError, "prompt: expected token ids from 0 to 259, found -1"),
         ([1.5, 2.0], TypeError, "prompt: expected integers, found float64"),
         (np.ones((2, 2), np.int64), ValueError, "prompt: expected 1 dimensions"),
-        (b"bytes", TypeError, "prompt: expected integers"),
-        (None, TypeError, "prompt: expected integers"),
+        (b"bytes", TypeError, "prompt: expected text, token ids or messages, found b'bytes'"),
+        (None, TypeError, "prompt: expected text, token ids or messages, found None"),
+        (["one", "two"], TypeError, "prompt: expected one text, found several"),
         ("\ud800", ValueError, "text: found the lone surrogate"),
     ],
 )

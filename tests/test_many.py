@@ -104,6 +104,8 @@ def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
 
 
 def test_what_is_refused(llm: LLM) -> None:
+    wrong: Any
+    call: Any
     with pytest.raises(TypeError, match="prompts: expected several prompts, found str"):
         llm.generate_many("one prompt")
     with pytest.raises(ValueError, match="seed: expected one, or 2, one for each prompt, found 3"):
@@ -114,6 +116,21 @@ def test_what_is_refused(llm: LLM) -> None:
         llm.generate_many(["a"], memory=1000)
     with pytest.raises(ValueError, match="sequences: expected a positive integer, found 0"):
         llm.generate_many(["a"], sequences=0)
+    for wrong in ("2", 1.5):
+        with pytest.raises(ValueError, match=f"sequences: expected a positive integer, found {wrong!r}"):
+            llm.generate_many(["a"], sequences=wrong)
+    for wrong in ("2GB", float("inf")):
+        with pytest.raises(ValueError, match=f"memory: expected at least [0-9]+ bytes, .*, found {wrong!r}"):
+            llm.generate_many(["a"], memory=wrong)
+    with pytest.raises(TypeError, match="draft: only for one text"):
+        llm.generate("a", n=2, draft="lookup")
+    with pytest.raises(TypeError, match="cache: only for one text"):
+        llm.generate_many(["a"], cache=llm.new_cache(8))
+    with pytest.raises(ValueError, match="seed: expected an integer"):
+        llm.generate("a", n=2, seed="x")
+    for call, name in ((llm.generate_many, "prompts"), (llm.embed, "texts"), (lambda x: llm.score("a", x), "continuations")):
+        with pytest.raises(TypeError, match=f"^{name}: expected .* found None"):
+            call(None)
     with pytest.raises(ContextFullError, match="the prompt has 300 tokens, the model takes 256"):
         llm.generate_many(["a", "b" * 300])
 

@@ -12,6 +12,7 @@ not change: a sequence's tokens are those that it would get alone.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ruvllm.batching.prefixes import Match, Prefixes, common_prefix
 from ruvllm.batching.sequence import Sequence
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.memory import free_memory
+from ruvllm.model.checks import is_integer, is_number
 from ruvllm.model.generate import Token
 from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes, blocks_for
 from ruvllm.model.llama import Llama
@@ -55,8 +57,8 @@ class Engine:
     def __init__(
         self, model: Llama, kv: str = "f32", memory: float | None = None, sequences: int = MOST_SEQUENCES
     ) -> None:
-        if sequences < 1:
-            raise ValueError(f"sequences: expected a positive integer, found {sequences}")
+        if not is_integer(sequences) or sequences < 1:
+            raise ValueError(f"sequences: expected a positive integer, found {sequences!r}")
         pool = KVPool(model.config, _blocks(model, kv, memory, sequences), kv)
         self.model, self.pool, self.prefixes = model, pool, Prefixes(pool)
         self.many = Many(model, pool)
@@ -254,6 +256,6 @@ def _blocks(model: Llama, kv: str, memory: float | None, sequences: int) -> int:
     if memory is None:
         most, free = sequences * blocks_for(model.config.max_position_embeddings), free_memory()
         return most if free is None else max(1, min(most, free // (2 * size)))
-    if not memory >= size:
-        raise ValueError(f"memory: expected at least {size} bytes, which {BLOCK} tokens need, found {memory}")
+    if not is_number(memory) or not size <= memory < math.inf:
+        raise ValueError(f"memory: expected at least {size} bytes, which {BLOCK} tokens need, found {memory!r}")
     return int(memory // size)

@@ -92,6 +92,8 @@ class ManyTexts:
             ValueError: an unknown pooling, or a text without tokens.
             ContextFullError: a text does not fit into the model's context.
         """
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"texts: expected strings, found {type(texts).__name__}")
         several = [texts] if isinstance(texts, str) else list(texts)
         for text in several:
             if not isinstance(text, str):
@@ -119,7 +121,8 @@ class ManyTexts:
             ValueError: an empty prompt or continuation.
             ContextFullError: the prompt with a continuation does not fit.
         """
-        if isinstance(continuations, str) or not all(isinstance(text, str) for text in continuations):
+        single = isinstance(continuations, str) or not isinstance(continuations, Iterable)
+        if single or not all(isinstance(text, str) for text in continuations):
             raise TypeError(f"continuations: expected a list of strings, found {continuations!r:.60}")
         pairs = [_continued(self, prompt, text) for text in continuations]
         found = work.scores(self._engine(kv, memory, MOST_SEQUENCES), pairs, progress)
@@ -149,10 +152,13 @@ def _requests(
     llm: ManyTexts, prompts: Iterable[Prompt], seed: int | Sequence[int | None] | None, options: Mapping[str, Any]
 ) -> list[Request]:
     """A request for each prompt, with a seed of its own."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts: expected several prompts, found {type(prompts).__name__}")
-    prompts = list(prompts)
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    prompts, options = list(prompts), dict(options)
+    for name in ("cache", "draft"):
+        if options.pop(name, None) is not None:
+            raise TypeError(f"{name}: only for one text, not for several that are computed together")
+    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * len(prompts)
     if len(seeds) != len(prompts):
         raise ValueError(f"seed: expected one, or {len(prompts)}, one for each prompt, found {len(seeds)}")
     return [llm.request(prompt, seed=own, **options) for prompt, own in zip(prompts, seeds, strict=True)]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ruvllm.checkpoint.tool_schema import Tool
 
 
+_OTHERS = ("sampling", "max_tokens", "stop", "logprobs", "cache", "kv", "draft")  # that ``LLM.stream`` takes
+
+
 @dataclass(frozen=True)
 class ChatOptions:
     """How messages become a prompt.
@@ -59,7 +62,7 @@ class AnswerOptions:
         changes = _taken(given, Sampling)
         chat, form = ChatOptions(**_taken(given, ChatOptions)), Form(**_taken(given, Form))
         if given:
-            known = [f.name for group in (Sampling, ChatOptions, Form) for f in fields(group)]
+            known = [*_OTHERS, *(f.name for group in (Sampling, ChatOptions, Form) for f in fields(group))]
             name = next(iter(given))
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"unexpected keyword argument {name!r}{f': did you mean {near[0]!r}?' if near else ''}")

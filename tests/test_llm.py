@@ -136,6 +136,8 @@ def test_options_of_sampling_reach_the_tokens(llm: LLM) -> None:
 def test_options_that_nobody_knows(llm: LLM) -> None:
     with pytest.raises(TypeError, match="^unexpected keyword argument 'temprature': did you mean 'temperature'\\?$"):
         llm.stream("ab", temprature=1.0)
+    with pytest.raises(TypeError, match="^unexpected keyword argument 'max_new_tokens': did you mean 'max_tokens'\\?$"):
+        llm.stream("ab", max_new_tokens=3)
     with pytest.raises(TypeError, match="^sampling: expected a Sampling, found dict$"):
         llm.stream("ab", sampling={"temperature": 1.0})
     with pytest.raises(ValueError, match="^logit_bias: expected token ids up to 259, found 260$"):

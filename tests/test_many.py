@@ -128,7 +128,11 @@ def test_what_is_refused(llm: LLM) -> None:
         llm.generate_many(["a"], cache=llm.new_cache(8))
     with pytest.raises(ValueError, match="seed: expected an integer"):
         llm.generate("a", n=2, seed="x")
-    for call, name in ((llm.generate_many, "prompts"), (llm.embed, "texts"), (lambda x: llm.score("a", x), "continuations")):
+    for call, name in (
+        (llm.generate_many, "prompts"),
+        (llm.embed, "texts"),
+        (lambda x: llm.score("a", x), "continuations"),
+    ):
         with pytest.raises(TypeError, match=f"^{name}: expected .* found None"):
             call(None)
     with pytest.raises(ContextFullError, match="the prompt has 300 tokens, the model takes 256"):

@@ -46,7 +46,8 @@ class Generation:
 
     text: without the ``reasoning`` before it ("" for a model that does not reason, and for prompts that are not a
     chat). ids: of both, with the tokens that mark them.
-    finish_reason: "stop" (end-of-text token or a stop string) or "length" (max_tokens or context full).
+    finish_reason: "stop" (end-of-text token or a stop string), "length" (max_tokens or context full), or "cancelled"
+        (``Answering.cancel``).
     tool_calls: what the answer calls of the ``tools`` that were given, as messages take them; the text has them, too.
     logprobs: one entry per id, if requested: (log-probability, the most likely alternatives as (id, logprob)).
     """

@@ -173,7 +173,12 @@ def test_an_engine_takes_requests_at_any_time(llm: LLM) -> None:
         steps += 1
         if steps == 3:
             answering.cancel(gone)
-    assert gone.done and 0 < len(gone.sequence.ids) < 51
+    assert gone.done and 0 < len(gone.sequence.ids) < 51 and gone.result.finish_reason == "cancelled"
+    answering.cancel(late)  # has ended: it stays as it is
+    assert late.result.finish_reason == "length"
+    assert repr(late) == "Job(6 tokens, ended: length)" and repr(answering).startswith("Answering(Engine(")
+    with pytest.raises(TypeError, match=r"request: expected what llm\.request\(\.\.\.\) returns, found str"):
+        answering.submit("a text")  # type: ignore[arg-type]
     assert texts[first] == first.result.text == llm.generate(LONG, max_tokens=20).text
     assert late.result.ids == llm.generate(LONG + "And", max_tokens=6).ids
     assert late.result.timings.reused_tokens == len(LONG)

@@ -56,6 +56,10 @@ class Job:
         """What ended it before its time: an error of its own sampler or processors."""
         return self.sequence.error
 
+    def __repr__(self) -> str:
+        state = f"ended: {self.result.finish_reason}" if self.done else "running"
+        return f"Job({self.result.timings.tokens} tokens, {state})"
+
 
 class Answering:
     """Answers many requests together: submit them at any time, step, and read the pieces of text that came.
@@ -83,7 +87,10 @@ class Answering:
 
         Raises:
             ContextFullError: the prompt, with ``max_tokens`` more, does not fit; nothing is changed.
+            TypeError: something else than what ``LLM.request`` makes.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request: expected what llm.request(...) returns, found {type(request).__name__}")
         limit = self.engine.model.config.max_position_embeddings
         if request.max_tokens is None:
             capacity = most = self.engine.max_tokens
@@ -111,9 +118,13 @@ class Answering:
         return came
 
     def cancel(self, job: Job) -> None:
-        """Give an answer up: it keeps the text that it has, and its blocks are free for others."""
+        """Give an answer up: it keeps the text that it has, and its blocks are free for others.
+
+        Its ``finish_reason`` is "cancelled". One that has ended already stays as it is.
+        """
         self.engine.cancel(job.sequence)
         if self._jobs.pop(job.sequence, None) is not None:
+            job.result.finish_reason = "cancelled"
             for _ in job.answer.finish():
                 pass
 
@@ -137,3 +148,6 @@ class Answering:
             for job in numbers:
                 if not job.done:
                     self.cancel(job)
+
+    def __repr__(self) -> str:
+        return f"Answering({self.engine!r})"

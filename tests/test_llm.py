@@ -81,7 +81,8 @@ def test_how_weights_are_kept(tmp_path: Path) -> None:
     for weights, layout, tolerance in (("auto", "f16", 1e-9), ("f32", "f32", 1e-9), ("int8", "int8", 1e-2)):
         llm = ruvllm.load(path, weights=weights, threads=1)
         assert {linear.layout for linear in llm.model.linears().values()} == {layout}
-        assert np.square(llm.logits(ids, llm.new_cache(len(ids), "f32")) - expected).sum() <= tolerance * np.square(expected).sum()
+        got = llm.logits(ids, llm.new_cache(len(ids), "f32"))
+        assert np.square(got - expected).sum() <= tolerance * np.square(expected).sum()
         assert llm.model.threads == 1
 
 

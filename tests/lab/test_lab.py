@@ -242,7 +242,8 @@ def test_drift_of_each_layer_against_float64() -> None:
         states = list(reference_states(checkpoint, IDS))
     assert len(states) == layers + 2 and np.array_equal(states[-1], expected)
     llm = loaded("llama2_mha", "int8")
-    assert found["int8"].logits == pytest.approx(np.abs(llm.logits(IDS, llm.new_cache(len(IDS), "f32")) - expected).max(), rel=1e-6)
+    got = llm.logits(IDS, llm.new_cache(len(IDS), "f32"))
+    assert found["int8"].logits == pytest.approx(np.abs(got - expected).max(), rel=1e-6)
     ax = found["f32"].plot()
     assert found["int8"].plot(ax) is ax and len(ax.lines) == 2
     assert "layer 0" in str(found["int8"]) and "KL divergence" in found["int8"]._repr_html_()

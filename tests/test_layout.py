@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # From the top down. A name covers the module or package of that name; those on one line do not import each other.
 LAYERS = [
     "ruvllm.cli ruvllm.lm_eval",
-    "ruvllm.report",
+    "ruvllm.report ruvllm.serving",
     "ruvllm.lab",
     "ruvllm.measure",
     "ruvllm.machine",

@@ -139,6 +139,12 @@ def _follow(args: argparse.Namespace) -> None:
     follow(args)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from ruvllm.cli.serve import serve
+
+    serve(args)
+
+
 def _train(args: argparse.Namespace) -> None:
     from ruvllm.cli.train import train
 
@@ -217,6 +223,7 @@ _COMMANDS = {
     "pull": _pull,
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "perplexity": _perplexity,
     "train": _train,
     "info": _info,

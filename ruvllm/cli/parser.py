@@ -51,6 +51,20 @@ examples:
   ruvllm chat Qwen/Qwen3-0.6B --no-think
 """
 
+_SERVE = """\
+Answer HTTP requests as OpenAI's service does, for its clients and for a browser (default model: smollm2-135m).
+It needs pip install 'ruvllm[serve]'. Paths: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models,
+/health, /metrics (Prometheus), and / for a page to talk to the model. Requests are computed together.
+
+Only this machine can connect unless --host says otherwise. RUVLLM_API_KEY sets the key, too, and is seen by fewer.
+SIGTERM or Ctrl-C lets running answers end, for up to 30 seconds.
+
+examples:
+  ruvllm serve
+  ruvllm serve model.gguf --port 8000 --sequences 16 --memory 4GB
+  RUVLLM_API_KEY=secret ruvllm serve model.gguf --host 0.0.0.0
+"""
+
 _PERPLEXITY = """\
 Perplexity of a text: exp of the mean negative log-likelihood of its tokens, in windows of --context tokens.
 With --kl also what quantisation costs: the mean KL divergence of the predictions from those of the same file computed
@@ -228,6 +242,9 @@ def build_parser() -> Parser:
     sampling = _sampling(max_tokens=1024, temperature=0.7)
     add("chat", "[MODEL]", "talk with a model", _CHAT, _loading(), sampling, _answering())
 
+    serve = add("serve", "[MODEL]", "answer HTTP requests as OpenAI's service does", _SERVE, _loading())
+    _add_serving(serve)
+
     info = add("info", "[MODEL]", "versions, CPU, threads, memory, caches; a model", _INFO)
     info.add_argument(
         "--calibrate", action="store_true", help="measure again where NumPy's BLAS multiplies faster than our kernels"
@@ -321,6 +338,34 @@ def _add_split(parser: Parser, default: str) -> None:
         "--split", choices=("model", "data"), default=default,
         help="under mpiexec: each rank holds a share of the model, or the whole and takes a share of the text "
         "(default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_serving(parser: Parser) -> None:
+    """Options of the address, and of what clients may ask."""
+    address = parser.add_argument_group("address")
+    address.add_argument("--host", default="127.0.0.1", metavar="HOST", help="0.0.0.0: all (default: %(default)s)")
+    address.add_argument(
+        "--port", type=integer(0), default=8080, metavar="N", help="0: a free one (default: %(default)s)"
+    )
+    address.add_argument("--api-key", metavar="KEY", help="what clients must send as a bearer token")
+    address.add_argument("-a", "--alias", metavar="NAME", help="name of the model for clients (default: as given)")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--sequences", "--parallel", dest="sequences", type=integer(1), default=8, metavar="N",
+        help="answers that are computed together (default: %(default)s)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--queue", type=integer(0), default=64, metavar="N",
+        help="answers that may wait; more are refused with 429 (default: %(default)s)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--memory", metavar="SIZE", help="for keys and values, such as 4GB (default: what the sequences need, at most "
+        "half of what is free)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--timeout", type=number(0, above=True), default=600.0, metavar="SECONDS",
+        help="of a request (default: %(default)g)",
     )  # fmt: skip
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ruvllm.brief import brief
+from dataclasses import dataclass, field
 
 MOST_BODY_BYTES = 8 * 1024 * 1024
 
@@ -31,11 +29,9 @@ class Settings:
     sequences: int = 8
     queue: int = 64
     timeout: float = 600.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     local_only: bool = True
     body_bytes: int = MOST_BODY_BYTES
-
-    __repr__ = brief  # without the key: see below
 
     def __post_init__(self) -> None:
         if self.sequences < 1:

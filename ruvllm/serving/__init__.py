@@ -1,1 +1,1 @@
-"""Serving: OpenAI's HTTP interface over one model. ``ruvllm serve`` runs it; it needs ``pip install 'ruvllm[serve]'``."""
+"""Serving: OpenAI's HTTP interface over one model, which ``ruvllm serve`` runs; extra ``ruvllm[serve]``."""

@@ -60,9 +60,7 @@ def failed(error: Exception) -> ApiError:
 
 def out_of_time(seconds: float) -> ApiError:
     """A request that took longer than the server allows."""
-    return ApiError(
-        f"the request took longer than {seconds:g} seconds", 504, code="timeout", headers=NO_RETRY
-    )
+    return ApiError(f"the request took longer than {seconds:g} seconds", 504, code="timeout", headers=NO_RETRY)
 
 
 def overloaded() -> ApiError:

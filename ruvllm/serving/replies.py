@@ -186,7 +186,8 @@ class CompletionReply(Reply):
         most = self.call.top_logprobs or 0
         top = [{self._text_of(i): _finite(value) for i, value in likeliest[:most]} for _, _, likeliest in tokens]
         values = [_finite(logprob) for _, logprob, _ in tokens]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": top if most else None, "text_offset": offsets}
+        shown = top if most else None
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": shown, "text_offset": offsets}
 
 
 def _reason(result: Generation) -> str:

@@ -57,7 +57,7 @@ def serve(
     llm: LLM, settings: Settings, host: str = "127.0.0.1", port: int = 8080,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:  # fmt: skip
-    """Answer requests until SIGTERM or Ctrl-C. Answers that run may end, for up to 30 seconds; a second Ctrl-C ends all.
+    """Answer requests until SIGTERM or Ctrl-C. Running answers may end, for 30 seconds; a second Ctrl-C ends all.
 
     ready: called with the URL before the first request.
 

@@ -281,7 +281,7 @@ def test_a_client_that_goes_away_frees_its_sequence(
         body = json.dumps({"messages": CHAT, "stream": stream}).encode()
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as gone:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             wait_for(lambda: metric(server, "running_sequences") == 1)
         wait_for(lambda: metric(server, "running_sequences") == 0, 3)  # its text would take four seconds

@@ -1,10 +1,9 @@
-"""The application: routes, and the life of a request from its body to its last event."""
+"""The application: routes and endpoints."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,25 +18,21 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from ruvllm.batching.answering import Request as Asked
-from ruvllm.errors import ContextFullError, RuvllmError, printable
+from ruvllm.errors import RuvllmError, printable
 from ruvllm.serving import requests
-from ruvllm.serving.errors import ApiError, failed, of_request, out_of_time, overloaded
+from ruvllm.serving.answers import Answers, EventStream, Service
+from ruvllm.serving.errors import ApiError, failed, of_request, out_of_time
 from ruvllm.serving.fields import parse_body
 from ruvllm.serving.guard import Guard, answer, first_of, read_body, until_gone
-from ruvllm.serving.metrics import CONTENT_TYPE, Metrics
+from ruvllm.serving.metrics import CONTENT_TYPE
 from ruvllm.serving.replies import ChatReply, CompletionReply, Reply, model_card
 from ruvllm.serving.requests import Call
 from ruvllm.serving.settings import Settings
-from ruvllm.serving.worker import Event, Ticket, Worker
-from ruvllm.streaming import Generation
 
 if TYPE_CHECKING:
     from ruvllm.llm import LLM
 
-_SLOW_READER_SECONDS = 5.0  # after the time limit, in which a client may still read what was sent
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -72,10 +67,10 @@ class _Server:
     """The endpoints. All of this runs in one event loop; the worker computes in its own thread."""
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.service = Service(llm, settings)
         self.llm, self.settings = llm, settings
-        self.worker, self.metrics = Worker(llm, settings), Metrics()
+        self.worker, self.metrics = self.service.worker, self.service.metrics
         self.started = int(time.time())
-        self.open = 0  # answers that are computed or wait
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -139,11 +134,11 @@ class _Server:
         body = parse_body(await read_body(request, self.settings.body_bytes))
         call = parse(body, self.settings.most_answers)
         self._check_model(call.model)
-        answers = _Answers(self, call, kind)
+        answers = Answers(self.service, call, kind)
         try:
             await answers.begin()
             if call.stream:
-                return _EventStream(answers, deadline)
+                return EventStream(answers, deadline)
             whole = asyncio.create_task(answers.whole())
             gone = asyncio.create_task(until_gone(request.receive))
             await first_of(whole, gone, timeout=self.settings.timeout)
@@ -158,7 +153,7 @@ class _Server:
     async def _embedded(self, request: Request) -> Response:
         asked = requests.embedding(body := parse_body(await read_body(request, self.settings.body_bytes)))
         self._check_model(asked.model)
-        self.reserve(1)
+        self.service.reserve(1)
         try:
             ids = await run_in_threadpool(self._ids, asked.texts)
             reading = asyncio.create_task(self.worker.embed(ids, asked.pooling))
@@ -171,7 +166,7 @@ class _Server:
         except (TypeError, ValueError, RuvllmError) as error:
             raise of_request(error, body) from None
         finally:
-            self.open -= 1
+            self.service.open -= 1
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(row, asked.as_base64)}
@@ -187,164 +182,14 @@ class _Server:
         for text in texts:
             ids = self.llm.tokenizer.encode(text) if isinstance(text, str) else text
             found.append(self.llm.model.checked_ids(ids, "input"))
-            self.room(len(ids))
+            self.service.room(len(ids))
         return found
-
-    def room(self, tokens: int) -> int:
-        """How many tokens can follow so many. Raises ContextFullError where they are too many already."""
-        limit = self.worker.context
-        if tokens > limit:
-            raise ContextFullError(f"context full: the prompt has {tokens} tokens, the server takes {limit}")
-        # The last token of an answer need not be computed: it may be one more than the model's context.
-        return limit - tokens + (limit == self.llm.config.max_position_embeddings)
-
-    def reserve(self, answers: int) -> None:
-        """Count answers as open. Raises ApiError (429) where the queue has no room for them."""
-        if self.open + answers > self.settings.most_answers:
-            raise overloaded()
-        self.open += answers
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.name:
             shown = printable(name, limit=80)
             message = f"the model {shown} does not exist: this server has {self.settings.name}"
             raise ApiError(message, 404, param="model", code="model_not_found")
-
-
-class _Answers:
-    """The answers to one call: its tickets, from the reservation to the last event."""
-
-    def __init__(self, server: _Server, call: Call, kind: type[Reply]) -> None:
-        self.server, self.call, self.kind = server, call, kind
-        self.begun = False
-        self._reserved = 0
-        self._tickets: list[Ticket] = []
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._reply: Reply | None = None
-
-    @property
-    def reply(self) -> Reply:
-        """What writes the answers."""
-        assert self._reply is not None
-        return self._reply
-
-    async def begin(self) -> None:
-        """Let the worker begin. Raises ApiError where a request cannot be taken."""
-        call, server = self.call, self.server
-        number = len(call.prompts) * call.n
-        server.reserve(number)
-        self._reserved = number
-        try:
-            asked = await run_in_threadpool(self._requests)
-            self._tickets = [Ticket(i, one, self._events, call.stream) for i, one in enumerate(asked)]
-            await server.worker.submit(self._tickets)
-        except (TypeError, ValueError, RuvllmError, ImportError) as error:
-            raise of_request(error, call.body) from None
-        prompts = [len(one.ids) for one in asked[:: call.n]]
-        self._reply = self.kind(call, server.settings.name, server.llm.tokenizer, prompts)
-        self.begun = True
-
-    def _requests(self) -> list[Asked]:
-        """A request for each answer; samples of one prompt have seeds one after the other, as ``LLM.generate``."""
-        call, server = self.call, self.server
-        seed = call.options["seed"]
-        logprobs = 0 if call.top_logprobs is None else max(1, call.top_logprobs)
-        found = []
-        for prompt in call.prompts:
-            for i in range(call.n):
-                own = seed + i if isinstance(seed, int) else seed
-                request = server.llm.request(prompt, logprobs=logprobs, **{**call.options, "seed": own})
-                room = server.room(len(request.ids))
-                request.max_tokens = room if call.max_tokens is None else min(call.max_tokens, room)
-                if not request.max_tokens:
-                    raise ContextFullError(f"context full: the prompt has all {len(request.ids)} tokens of the server")
-                found.append(request)
-        return found
-
-    async def whole(self) -> dict[str, Any]:
-        """The answers, when all have ended."""
-        results: list[Generation | None] = [None] * len(self._tickets)
-        while None in results:
-            number, event = await self._events.get()
-            if event.error is not None:
-                raise failed(event.error)
-            results[number] = event.result
-        return self.reply.whole(self._counted(results))
-
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answers in pieces, and their usage if it was asked for."""
-        reply = self.reply
-        for ticket in self._tickets:
-            for choice in reply.first(ticket.number):
-                yield reply.chunk([choice])
-        results: list[Generation | None] = [None] * len(self._tickets)
-        while None in results:
-            number, event = await self._events.get()
-            if event.error is not None:
-                raise failed(event.error)
-            for choice in reply.deltas(number, event):
-                yield reply.chunk([choice])
-            results[number] = event.result
-        usage = reply.usage(self._counted(results))
-        if self.call.usage_in_stream:
-            yield reply.chunk([], usage)
-
-    def _counted(self, results: Sequence[Generation | None]) -> list[Generation]:
-        done = [result for result in results if result is not None]
-        for result in done:
-            self.server.metrics.answered(result)
-        return done
-
-    def close(self) -> None:
-        """Give up what has not ended, and make room for others."""
-        self.server.worker.cancel(self._tickets)
-        self.server.open -= self._reserved
-        self._reserved = 0
-
-
-class _EventStream(Response):
-    """Server-sent events of answers, until they end, the client goes away or the time is over."""
-
-    def __init__(self, answers: _Answers, deadline: float) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        del self.headers["content-length"]
-        self.answers, self.deadline = answers, deadline
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events."""
-        left = self.deadline - time.monotonic()
-        talk = asyncio.create_task(self._talk(send, left))
-        gone = asyncio.create_task(until_gone(receive))
-        try:
-            await first_of(talk, gone, timeout=left + _SLOW_READER_SECONDS)
-            if talk.cancelled():
-                self.answers.server.metrics.disconnects += 1
-            else:
-                talk.result()
-        except OSError:  # the connection broke
-            self.answers.server.metrics.disconnects += 1
-        finally:
-            self.answers.close()
-
-    async def _talk(self, send: Send, seconds: float) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in self.answers.chunks():
-                    await send(_event(chunk))
-                last = b"data: [DONE]\n\n"
-        except TimeoutError:
-            last = _event(out_of_time(self.answers.server.settings.timeout).body)["body"]
-        except ApiError as error:
-            last = _event(error.body)["body"]
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def _event(data: dict[str, Any]) -> dict[str, Any]:
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
 
 
 def _encoded(row: np.ndarray, as_base64: bool) -> str | list[float]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +20,9 @@ import openai
 import pytest
 
 from ruvllm.llm import LLM
-from tests.llm_cases import byte_llm
+from ruvllm.serving.server import listen
+from ruvllm.serving.settings import Settings
+from tests.llm_cases import byte_llm, write_directory
 from tests.serving_cases import Running, Scripted, running, wait_for
 
 CHAT: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -229,9 +236,11 @@ def test_other_methods_paths_and_kinds(server: Running) -> None:
 
 def test_the_key_is_needed(llm: LLM) -> None:
     with running(llm, api_key="secret", sequences=1) as server:
-        for wrong in ("secre", "secret2", "geheimé".encode().decode("latin-1")):
+        for wrong in ("secre", "secret2"):
             with pytest.raises(openai.AuthenticationError):
                 server.client(api_key=wrong).models.list()
+        for header in ("Bearer é".encode(), b"Basic secret", b"secret", b"Bearer"):
+            assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": header}).status_code == 401
         assert httpx.get(f"{server.url}/v1/models").status_code == httpx.get(f"{server.url}/metrics").status_code == 401
         assert server.client(api_key="secret").models.list().data[0].id == "bytes"
         assert httpx.get(server.url).status_code == httpx.get(f"{server.url}/health").status_code == 200
@@ -245,7 +254,7 @@ def test_limits_of_size_number_and_time(llm: LLM, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(openai.APIStatusError, match="more than 2000 bytes") as refused:
             client.chat.completions.create(model="bytes", messages=[{"role": "user", "content": "a" * 2000}])
         assert refused.value.status_code == 413
-        pieces = (b" " * 500 for _ in range(20))  # of unknown length
+        pieces = (b" " * 500 for _ in range(6))  # of unknown length
         kind = {"Content-Type": "application/json"}
         assert httpx.post(f"{server.url}/v1/completions", content=pieces, headers=kind).status_code == 413
         with pytest.raises(openai.BadRequestError, match="the server takes 100"):
@@ -338,3 +347,34 @@ def test_the_end_waits_for_answers_and_no_longer_than_said(llm: LLM, monkeypatch
                     list(stream)
             server.thread.join(10)
             assert not server.thread.is_alive()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize("ends_by", [signal.SIGTERM, signal.SIGINT])
+def test_the_command(tmp_path: Path, ends_by: signal.Signals) -> None:
+    model = write_directory(tmp_path / "tiny")
+    command = [sys.executable, "-m", "ruvllm", "serve", str(model), "--port", "0", "--sequences", "2", "--alias", "t"]
+    environment = {**os.environ, "RUVLLM_API_KEY": "secret"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        url = next(found[1] for line in lines if (found := re.search(r"t answers at (http://127.0.0.1:\d+/v1)", line)))
+        client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
+        assert client.completions.create(model="t", prompt="a", max_tokens=3).choices[0].finish_reason
+        with pytest.raises(openai.BadRequestError, match="chat template"):
+            client.chat.completions.create(model="t", messages=CHAT)
+        process.send_signal(ends_by)
+        rest = process.stderr.read()
+        assert (process.wait(20), "Traceback" in rest) == (0, False), rest
+
+
+def test_settings_and_addresses_that_cannot_be(llm: LLM) -> None:
+    for wrong, message in (({"sequences": 0}, "sequences"), ({"queue": -1}, "queue"), ({"timeout": 0}, "timeout")):
+        with pytest.raises(ValueError, match=message):
+            Settings("a", **wrong)  # type: ignore[arg-type]
+    for key in ("", " a", "é"):
+        with pytest.raises(ValueError, match="api_key: expected ASCII"):
+            Settings("a", api_key=key)
+    assert "secret" not in repr(Settings("a", api_key="secret"))
+    with listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="cannot listen on 127.0.0.1, port"):
+        listen("127.0.0.1", taken.getsockname()[1])

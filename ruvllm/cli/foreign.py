@@ -32,7 +32,7 @@ _USE: dict[str, str] = {
         ("-tb --threads-batch", "use --threads (-t), for prompt and answer"),
         ("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch", "use taskset"),
         ("--cpu-strict-batch", "use taskset"),
-        ("-np --parallel -cb --cont-batching", "there is one sequence at a time: leave it out"),
+        ("-np --parallel -cb --cont-batching", "use `ruvllm serve --sequences N`; other commands have one sequence"),
         ("--keep --context-shift --no-context-shift", "a full context ends the answer; set a larger one with -c"),
         ("--predict", "use --n-predict (-n)"),
         ("-bf --binary-file", "use --file (-f), which reads UTF-8"),

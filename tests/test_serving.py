@@ -140,7 +140,8 @@ def test_calls_of_tools(llm: LLM, client: openai.OpenAI, monkeypatch: pytest.Mon
     (made,) = choice.message.tool_calls or []
     assert (choice.finish_reason, choice.message.content, made.type) == ("tool_calls", "Wait.", "function")
     assert made.function.name == "weather" and json.loads(made.function.arguments) == {"city": "Köln"}
-    text, calls, reason = "", [], None
+    calls: list[Any] = []
+    text, reason = "", None
     for chunk in client.chat.completions.create(**asked, stream=True):
         delta = chunk.choices[0].delta
         text, calls = text + (delta.content or ""), calls + (delta.tool_calls or [])
@@ -240,7 +241,7 @@ def test_the_key_is_needed(llm: LLM) -> None:
             with pytest.raises(openai.AuthenticationError):
                 server.client(api_key=wrong).models.list()
         for header in ("Bearer é".encode(), b"Basic secret", b"secret", b"Bearer"):
-            assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": header}).status_code == 401
+            assert httpx.get(f"{server.url}/v1/models", headers={b"Authorization": header}).status_code == 401
         assert httpx.get(f"{server.url}/v1/models").status_code == httpx.get(f"{server.url}/metrics").status_code == 401
         assert server.client(api_key="secret").models.list().data[0].id == "bytes"
         assert httpx.get(server.url).status_code == httpx.get(f"{server.url}/health").status_code == 200

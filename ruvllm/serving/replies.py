@@ -79,13 +79,13 @@ class Reply:
         return str(self.tokenizer.token_bytes(token).decode("utf-8", "replace"))
 
 
+@dataclass
 class ChatReply(Reply):
     """Answers to /v1/chat/completions."""
 
-    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    _shown: dict[int, Shown] = field(default_factory=dict)  # by number of the answer
 
-    def __post_init__(self) -> None:
-        self._shown: dict[int, Shown] = {}
+    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self, number: int) -> list[JSON]:
         """Whose answer it is."""
@@ -145,13 +145,13 @@ class ChatReply(Reply):
         }  # fmt: skip
 
 
+@dataclass
 class CompletionReply(Reply):
     """Answers to /v1/completions."""
 
-    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    _lengths: dict[int, int] = field(default_factory=dict)  # characters of tokens that are out, by number of the answer
 
-    def __post_init__(self) -> None:
-        self._lengths: dict[int, int] = {}  # characters of tokens that are out, by number of the answer
+    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def first(self, number: int) -> list[JSON]:
         """The prompt, if it is to be part of the answer."""

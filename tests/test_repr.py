@@ -77,7 +77,8 @@ INSIDE = (
     "ruvllm.model.low_rank", "ruvllm.model.ops",
     "ruvllm.model.random_weights", "ruvllm.model.reference", "ruvllm.model.replay", "ruvllm.model.weights",
     "ruvllm.report.bench", "ruvllm.report.layer_peers", "ruvllm.report.layers", "ruvllm.report.rust_report",
-    "ruvllm.report.tables", "ruvllm.torch",
+    "ruvllm.report.tables", "ruvllm.torch", "ruvllm.serving", "ruvllm.checkpoint.part",
+    "ruvllm.checkpoint.packed_cache", "ruvllm.model.ranks", "ruvllm.model.share", "ruvllm.model.split", "ruvllm.paths",
 )  # fmt: skip
 NEVER_MADE = {
     "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
@@ -139,8 +140,8 @@ def _roots(directory: Path) -> Iterable[Any]:
         yield checkpoint.tensor("embed")
     loaded = ruvllm.load(path, progress=False)
     peaks = Peaks(2, 1e11, 4e11, (Level("L1", 32 << 10, 4e11), Level("memory", math.inf, 2e10)))
-    yield lab.cost("llama3-8b", peaks=peaks)
-    yield lab.drift(loaded, [3, 4, 5], progress=False)
+    yield [lab.cost("llama3-8b", peaks=peaks), lab.scale("llama3-8b", peaks=peaks)]
+    yield [lab.drift(loaded, [3, 4, 5], progress=False), lab.steering(loaded, ["ab", "abc"], ["ba", "bca"])]
     yield lab.quantisation_error(path, progress=False)
     yield lab.explain("rms_norm")
     yield lab.profile(loaded, [3, 4, 5], max_tokens=3, peaks=peaks)
@@ -165,7 +166,7 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float = 1e-5) -> np.ndarra
 
 def _walk(value: Any, seen: dict[type, Any]) -> None:
     """All of the library's objects in public attributes of ``value``, and in theirs; the longest of each class."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not type(value).__module__.startswith("ruvllm."):
         value = list(value.values())
     if type(value) in (list, tuple):  # and no named tuple
         for item in value[:200]:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ruvllm import kernels
+
 _WATCHERS = ("ruvllm.lab", "ruvllm.measure")  # these keep the originals
 
 
 @contextmanager
 def replaced(make: Callable[[Any], Any], wanted: Callable[[Any], bool]) -> Iterator[None]:
     """Inside the block, every module of the library has ``make(object)`` in place of each ``wanted`` object."""
+    for name in dir(kernels):  # fetched now: a name that is first used inside the block would keep what is there
+        getattr(kernels, name)
     before: list[tuple[Any, str, Any]] = []
     made: dict[int, Any] = {}
     try:

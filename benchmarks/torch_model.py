@@ -1,7 +1,7 @@
 """A transformers model on PyTorch's own operators and on ours: ``python -m benchmarks.torch_model``.
 
 A LLaMA of SmolLM2-135M's shape with random float32 weights; ``ruvllm.torch.patch`` with weights in 32, 8 and 4 bits.
-The models take turns; figures are medians. Needs PyTorch and transformers (``pip install 'ruvllm[torch]'``).
+Rounds are interleaved; figures are medians. Needs PyTorch and transformers (``pip install 'ruvllm[torch]'``).
 """
 
 import argparse

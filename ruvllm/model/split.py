@@ -63,7 +63,7 @@ class SplitLlama(Llama):
         super().__init__(self.share.local, weights, layout, threads, progress=progress)
         embed = self.decoder.embed
         self.decoder.embed = _Embedding(embed, self.share.tokens, ranks)
-        self._lock = RLock()  # two threads of rank 0 take turns
+        self._lock = RLock()  # one pass at a time: threads of rank 0 share the communicator
         self._running = False
         self._command = np.zeros(len(_FIELDS) + _MOST_GONE + PREFILL_TOKENS, np.int64)
         self._logits: dict[int, np.ndarray] = {}

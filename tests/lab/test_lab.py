@@ -121,7 +121,7 @@ def off_by(factor: float, name: str):
     ],
 )
 def test_both_paths_call_what_is_swapped(variant: str, names: tuple[str, ...]) -> None:
-    """With the same bits and as often; for a prompt, for one token, and with a hook beside it."""
+    """With the same bits and as often; for a prompt, for one token, and together with a hook."""
     model = build(variant, "int8")
     llm = LLM(model, _NoText(), Path())
     plain = llm.logits(IDS)

@@ -26,7 +26,8 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
 
-_SEARCHED = 2048  # groups of a row at a time, on the stack; outliers are sought among the first of them
+_SEARCHED = 2048  # groups at a time, on the stack; outliers are sought among the first of a row
+_ROWS = 8  # at a time: each outlier is a long chain of dependent instructions, which chains of other rows overlap
 _STEPS = np.float32(127)
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
@@ -54,14 +55,14 @@ def _find(a, b, magnitude):
 
 
 @inline_kernel
-def _largest(magnitudes, groups):
-    """The largest of a row's magnitudes, one for each group, and the first group that has it; 0 if all are 0.
+def _largest(magnitudes, at, groups):
+    """The largest of a row's magnitudes, from index ``at`` on one for each group, and its first group; 0 if all are 0.
 
     32 groups in a row of which one is NaN are skipped.
     """
     largest, found = np.float32(0), 0
     for g in range(0, groups, GROUP):
-        a, b = _load_group(magnitudes, g, groups - g)
+        a, b = _load_group(magnitudes, at + g, groups - g)
         here = largest_magnitude(a, b)  # NaN, for which no comparison holds, if there is one
         if here > largest:
             largest, found = here, g + _find(a, b, here)
@@ -78,23 +79,22 @@ def _in_order(outliers, t, at):
 
 
 @inline_kernel
-def _find_outliers(x, row, columns, largest, groups, outliers, t):
-    """Take the largest element out of its group, four times. largest (G,): the magnitudes that are left."""
-    for i in range(OUTLIERS):
-        magnitude, g = _largest(largest, groups)
-        column, value = 0, np.float32(0)
-        if magnitude > _SMALLEST:
-            first = g * GROUP
-            a, b = _load_group(x, row + first, columns - first)
-            for j in range(i):  # one group may have several
-                a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
-            k = _find(a, b, magnitude)
-            column, value = first + k, x[row + first + k]
-            a, b = _without(a, b, k)
-            largest[g] = largest_magnitude(a, b)
-        outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
-        for at in range(i, 0, -1):
-            _in_order(outliers, t, at)
+def _take_outlier(x, row, columns, largest, at, groups, outliers, t, i):
+    """Take the largest element that is left out of its group. largest (G,) from ``at`` on: what is left of groups."""
+    magnitude, g = _largest(largest, at, groups)
+    column, value = 0, np.float32(0)
+    if magnitude > _SMALLEST:
+        first = g * GROUP
+        a, b = _load_group(x, row + first, columns - first)
+        for j in range(i):  # one group may have several
+            a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
+        k = _find(a, b, magnitude)
+        column, value = first + k, x[row + first + k]
+        a, b = _without(a, b, k)
+        largest[at + g] = largest_magnitude(a, b)
+    outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
+    for j in range(i, 0, -1):
+        _in_order(outliers, t, j)
 
 
 @kernel(strict=True)
@@ -111,37 +111,47 @@ def quantize_activations(x, to, shift, lo, hi):
     groups, side = to.xs.shape[1], to.xs.shape[2]
     outliers = to.outliers
     largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group
+    stride = min((groups + LANES - 1) // LANES * LANES, _SEARCHED)  # of a row's groups in these
+    most = min(_SEARCHED // stride, _ROWS)
     xf, lines = flat(x), Rounded(flat(to.xq), flat(to.xs), flat(to.offsets), flat(to.totals), flat(outliers))
-    for source in range(lo, hi):
-        row, t = source * columns, source + shift
-        first_group = t // side * groups * side + t % side
-        taken = 0  # outliers already passed
+    for start in range(lo, hi, most):
+        end = min(start + most, hi)
         for base in range(0, groups, _SEARCHED):
             count = min(groups - base, _SEARCHED)
-            if count % LANES:
-                f32_store(largest, count - count % LANES, f32_zero())  # to the end of the last vector
-            for g in range(count):
-                first = (base + g) * GROUP
-                a, b = _load_group(xf, row + first, columns - first)
-                magnitude = largest_magnitude(a, b)
-                largest[g] = magnitude + (magnitude - magnitude)  # NaN for infinity too
+            for source in range(start, end):
+                row, at = source * columns, (source - start) * stride
+                f32_store(largest, at + stride - LANES, f32_zero())  # to the end of the last vector
+                for g in range(count):
+                    first = (base + g) * GROUP
+                    a, b = _load_group(xf, row + first, columns - first)
+                    magnitude = largest_magnitude(a, b)
+                    largest[at + g] = magnitude + (magnitude - magnitude)  # NaN for infinity too
             if base == 0:
-                _find_outliers(xf, row, columns, largest, count, outliers, t)
-            for g in range(0, count, LANES):
-                magnitudes = f32_load(largest, g)
+                for i in range(OUTLIERS):
+                    for source in range(start, end):
+                        at = (source - start) * stride
+                        _take_outlier(xf, source * columns, columns, largest, at, count, outliers, source + shift, i)
+            for at in range(0, (end - start) * stride, LANES):
+                magnitudes = f32_load(largest, at)
                 inverses = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
-                f32_store(inverse, g, zero_below(magnitudes, _SMALLEST, inverses))
-                f32_store(largest, g, magnitudes / splat(_STEPS))  # from here on, the scales
-            for g in range(count):
-                first = (base + g) * GROUP
-                a, b = _load_group(xf, row + first, columns - first)
-                while taken < OUTLIERS and np.int64(outliers[t, taken, 0]) // GROUP == base + g:
-                    if outliers[t, taken, 1] != np.float32(0):
-                        a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
-                    taken += 1
-                _round_group(a, b, inverse[g], largest[g], lines, first_group + (base + g) * side)
-        for i in range(OUTLIERS):
-            lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+                f32_store(inverse, at, zero_below(magnitudes, _SMALLEST, inverses))
+                f32_store(largest, at, magnitudes / splat(_STEPS))  # from here on, the scales
+            for source in range(start, end):
+                row, at, t = source * columns, (source - start) * stride, source + shift
+                first_group = t // side * groups * side + t % side
+                taken = 0  # outliers already passed
+                for g in range(count):
+                    first = (base + g) * GROUP
+                    a, b = _load_group(xf, row + first, columns - first)
+                    while taken < OUTLIERS and np.int64(outliers[t, taken, 0]) // GROUP == base + g:
+                        if outliers[t, taken, 1] != np.float32(0):
+                            a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
+                        taken += 1
+                    _round_group(a, b, inverse[at + g], largest[at + g], lines, first_group + (base + g) * side)
+        for t in range(start + shift, end + shift):
+            first_group = t // side * groups * side + t % side
+            for i in range(OUTLIERS):
+                lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
 
 
 @inline_kernel

@@ -9,7 +9,7 @@ space begins, and is filled in for each pass. So a tape is recorded once, and re
 
 - ABSOLUTE (weights, constants): base 0, scale 1; the offset is the address.
 - SHARED (one copy for the team, tokens stacked): scale is the token capacity, offsets are bytes per token.
-- LOCAL (one copy per member): stride is the size of a member's copy.
+- LOCAL (the same, one copy per member): stride is the size of a member's copy.
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
 - CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
 - PLACES, RUNS, TABLES, CHOSEN: of passes over several sequences, see ``model.many``.

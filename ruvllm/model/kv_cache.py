@@ -16,7 +16,7 @@ from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_zeros, require_memory
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_size import cache_bytes, capacities
+from ruvllm.model.kv_size import FEW_TOKENS, cache_bytes, capacities
 
 Filling = tuple[object, ...]  # weak references: what decides a token's keys and values
 DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
@@ -60,7 +60,7 @@ class KVCache:
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
         self.dtype = kv
         self._owner: dict[str, int] = {}  # the thread that is filling it
-        self._buffers: dict[tuple[str, bool], Any] = {}
+        self._buffers: dict[tuple[str, int], Any] = {}
         self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
         self.capacities = capacities(config, int(max_tokens))
         self.keys = _zeros([(heads, size // LANES, key_rows(dim, dtype), LANES) for size in self.capacities], dtype)
@@ -121,11 +121,11 @@ class KVCache:
         self._model = weakref.ref(model)
 
     def buffers_for(self, path: str, tokens: int, make: Callable[[int], Any]) -> Any:
-        """The working memory of the model that fills this cache: for one token, or for as many as the largest pass."""
-        key = (path, tokens == 1)
-        held = self._buffers.get(key)
+        """The working memory of the model that fills this cache: for one token, a few, or the most of any pass yet."""
+        most = next((few for few in (1, FEW_TOKENS) if tokens <= few), 0)
+        held = self._buffers.get((path, most))
         if held is None or held.tokens < tokens:
-            held = self._buffers[key] = make(tokens)
+            held = self._buffers[path, most] = make(most or tokens)
         return held
 
     @property

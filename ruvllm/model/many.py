@@ -18,6 +18,7 @@ from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.hooks import active
 from ruvllm.model.kv_pool import BLOCK, KVPool
+from ruvllm.model.kv_size import FEW_TOKENS
 from ruvllm.model.llama import Llama
 from ruvllm.model.ops.recorder import Pass
 from ruvllm.model.replay import Working
@@ -44,16 +45,16 @@ class Many:
     def __init__(self, model: Llama, pool: KVPool) -> None:
         self.model, self.pool = model, pool
         self.most_tokens = model.prefill_tokens  # of one pass
-        tokens = max(2, self.most_tokens)
-        self.working = Working(model, pool, tokens, model.threads)
+        tokens = max(FEW_TOKENS, self.most_tokens)
+        self._workings = {n: Working(model, pool, n, model.threads) for n in (FEW_TOKENS, tokens)}
         self._places = np.zeros(tokens, np.int64)
         self._runs = np.zeros((tokens, 3), np.int64)
         self._chosen = np.zeros(tokens, np.int64)
         self._logits = aligned_empty((0, model.config.vocab_size))
         self._partial = aligned_empty((0, 0, 0, 0))
-        header = self.working.header
-        for space, array in ((t.PLACES, self._places), (t.RUNS, self._runs), (t.CHOSEN, self._chosen)):
-            t.set_space(header, space, array.ctypes.data)
+        for working in self._workings.values():
+            for space, array in ((t.PLACES, self._places), (t.RUNS, self._runs), (t.CHOSEN, self._chosen)):
+                t.set_space(working.header, space, array.ctypes.data)
 
     def forward(self, runs: Sequence[Run]) -> np.ndarray:
         """Compute the tokens of runs, at most ``most_tokens``, and write their keys and values into the pool.
@@ -63,7 +64,8 @@ class Many:
         """
         positions = np.concatenate([np.arange(run.start, run.start + len(run.ids)) for run in runs])
         ids = np.concatenate([run.ids for run in runs])
-        tokens, header, row, chosen, start = len(ids), self.working.header, 0, 0, 0
+        working = next(working for most, working in self._workings.items() if len(ids) <= most)
+        row, chosen, start = 0, 0, 0
         tables = np.concatenate([np.asarray(run.table, np.int64) for run in runs])
         for i, run in enumerate(runs):
             count = len(run.ids)
@@ -72,9 +74,9 @@ class Many:
             at = positions[row : row + count]
             self._places[row : row + count] = tables[start + at // BLOCK] * BLOCK + at % BLOCK
             row, chosen, start = row + count, chosen + run.wanted, start + len(run.table)
-        self.working.positions[:tokens] = positions
-        header[t.RUN_COUNT] = len(runs)
-        t.set_space(header, t.TABLES, tables.ctypes.data)
+        working.positions[: len(ids)] = positions
+        working.header[t.RUN_COUNT] = len(runs)
+        t.set_space(working.header, t.TABLES, tables.ctypes.data)
         self._reach(int(positions.max()) + 1)
         cos, sin = self._angles(runs, positions)
         if len(self._logits) < chosen:
@@ -82,9 +84,9 @@ class Many:
         hooks = active(self.model)
         if hooks is not None:
             hooks.begin(None, ids)
-        tape = self.model.tapes.tape(Pass.MANY, self.pool.dtype)
+        tape = self.model.tapes.tape(Pass.of(len(ids), many=True), self.pool.dtype)
         with limited_to(self.model.threads):
-            self.working.replay(tape, ids, cos, sin, self._logits[:chosen])
+            working.replay(tape, ids, cos, sin, self._logits[:chosen])
         return self._logits[:chosen]
 
     def _reach(self, positions: int) -> None:
@@ -95,8 +97,9 @@ class Many:
         chunks = min(2 * chunks, chunk_count(max(config.max_position_embeddings, positions)))
         shape = self.model.threads, config.num_attention_heads, chunks, partial_width(config.head_dim)
         self._partial = aligned_empty(shape)
-        self.working.header[t.CHUNKS] = chunks
-        t.set_space(self.working.header, t.PARTIAL, self._partial.ctypes.data, 1, self._partial[0].nbytes)
+        for working in self._workings.values():
+            working.header[t.CHUNKS] = chunks
+            t.set_space(working.header, t.PARTIAL, self._partial.ctypes.data, 1, self._partial[0].nbytes)
 
     def _angles(self, runs: Sequence[Run], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (n, T, R/2) of the tokens."""

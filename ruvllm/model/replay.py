@@ -142,7 +142,7 @@ class Working:
         """Run the model on ids, appending to the cache; write logits (rows, V) of the last 1 or all of them."""
         length, T = self.cache.length, len(ids)
         self.positions[:T] = np.arange(length, length + T) if T > 1 else length
-        tape = self.model.tapes.tape(Pass.TOKEN if T == 1 else Pass.PROMPT, self.cache.dtype)
+        tape = self.model.tapes.tape(Pass.of(T), self.cache.dtype)
         self.replay(tape, ids, cos, sin, logits)
 
     def replay(self, tape: Tape, ids: np.ndarray, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray | None) -> None:
@@ -183,7 +183,7 @@ class Working:
         return rows.reshape(len(rows), -1, value.dim) if value.dim else rows
 
     def rows_of(self, value: Value) -> np.ndarray:
-        """The rows of a value in this pass, (rows, width); of one token, member 0's copy."""
+        """The rows of a value in this pass, (rows, width); of values that each member has, member 0's copy."""
         count = int(self.header[value.count])
         if value.space == t.LOGITS:
             return np.empty((0, value.width), np.float32) if self.logits is None else self.logits
@@ -193,8 +193,8 @@ class Working:
         return rows
 
     def _found_rows(self, value: Value, count: int) -> np.ndarray:
-        memory, scale = (self.local, 1) if value.space == t.LOCAL else (self.shared, self.capacity)
-        rows = memory[value.offset * scale :][: count * value.row_bytes]
+        memory = self.local if value.space == t.LOCAL else self.shared
+        rows = memory[value.offset * self.capacity :][: count * value.row_bytes]
         return rows.view(np.float32).reshape(count, value.width)
 
     def _use(self, tape: Tape) -> None:
@@ -205,11 +205,11 @@ class Working:
         self._rows.clear()
         self.header[t.ROWS_ADDRESS] = tape.rows.ctypes.data
         if before is None or (before.shared, before.local) != (tape.shared, tape.local):
-            stride = tape.local + _BETWEEN_MEMBERS if tape.local else 0
+            stride = tape.local * self.capacity + _BETWEEN_MEMBERS if tape.local else 0
             self.shared = aligned_zeros(tape.shared * self.capacity, np.uint8)
             self.local = aligned_zeros(stride * self.threads, np.uint8)
             t.set_space(self.header, t.SHARED, self.shared.ctypes.data, self.capacity)
-            t.set_space(self.header, t.LOCAL, self.local.ctypes.data, 1, stride)
+            t.set_space(self.header, t.LOCAL, self.local.ctypes.data, self.capacity, stride)
 
 
 def token_capacity(tokens: int) -> int:

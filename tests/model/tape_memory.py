@@ -46,21 +46,22 @@ class Memory:
             self._mark_cache(masks, value, partition, member, size)
         elif value.space == t.PARTIAL:
             masks["partial"][:] = True
-        elif value.space == t.LOCAL:
-            copy = 0 if partition == ANY else member
-            start = value.offset + copy * int(header[t._STRIDE + t.LOCAL])
-            masks["local"][start : start + value.token_bytes] = True
         elif value.space == t.LOGITS:
             self._mark_rows(masks["logits"], int(header[value.count]), 4 * value.width, partition, member, size)
         else:
-            capacity = self.working.capacity
-            mask = masks["shared"][value.offset * capacity :][: value.token_bytes * capacity]
-            if value.layout == "quantized" and partition != ANY:
-                self._mark_quantized(mask, value.width, int(header[value.count]), capacity, member, size)
-            elif value.layout != "floats" and partition == ANY:
+            name, capacity, rows = "shared", self.working.capacity, int(header[value.count])
+            start = value.offset * capacity
+            if value.space == t.LOCAL:
+                name = "local"
+                start += (0 if partition == ANY else member) * int(header[t._STRIDE + t.LOCAL])
+            mask = masks[name][start:][: value.token_bytes * capacity]
+            if value.layout == "quantized" and (value.space == t.LOCAL or partition != ANY):
+                lo, hi = (0, rows) if value.space == t.LOCAL else part(rows, member, size)
+                self._mark_quantized(mask, value.width, rows, capacity, lo, hi)
+            elif value.layout != "floats" and (value.space == t.LOCAL or partition == ANY):
                 mask[:] = True
             else:
-                self._mark_rows(mask, int(header[value.count]), value.row_bytes, partition, member, size)
+                self._mark_rows(mask, rows, value.row_bytes, partition, member, size)
 
     def _mark_rows(
         self, mask: np.ndarray, rows: int, row_bytes: int, partition: Partition, member: int, size: int
@@ -75,10 +76,9 @@ class Memory:
         else:
             view[:] = True
 
-    def _mark_quantized(self, mask: np.ndarray, width: int, rows: int, capacity: int, member: int, size: int) -> None:
-        """Rows rounded to 8 bits: five arrays of consecutive blocks of tokens."""
+    def _mark_quantized(self, mask: np.ndarray, width: int, rows: int, capacity: int, lo: int, hi: int) -> None:
+        """Rows lo:hi of ``rows`` rounded to 8 bits: five arrays of consecutive blocks of tokens."""
         groups, (blocks, side) = -(-width // GROUP), token_blocks(rows)
-        lo, hi = part(rows, member, size)
         start = 0
         for nbytes in (GROUP, 4 * OFFSETS, 4, 4):  # codes, offsets, scales, totals of a group
             view = mask[start : start + blocks * groups * side * nbytes].reshape(blocks, groups, side, nbytes)
@@ -95,11 +95,13 @@ class Memory:
         if partition == ANY:
             keys[:], values[:] = True, True
             return
-        tokens = int(self.working.header[t.TOKENS])
+        tokens, heads = int(self.working.header[t.TOKENS]), slice(None)
         lo, hi = part(tokens, member, size)
+        if partition.kind == "heads":
+            (lo, hi), heads = (0, tokens), slice(*part(len(keys), member, size))
         for position in self.working.positions[lo:hi]:
-            keys[:, position // 16, :, position % 16] = True
-            values[:, position] = True
+            keys[heads, position // 16, :, position % 16] = True
+            values[heads, position] = True
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

@@ -31,9 +31,9 @@ from tests.model.tape_memory import Memory, run_step
 
 IDS = np.random.default_rng(1).integers(0, 300, 80)
 SIZE = 3  # members
-KINDS = [(name, "int4", tokens) for name in ARCHITECTURES for tokens in (1, 29)]
-KINDS += [("llama", layout, tokens) for layout in ("f32", "adapted") for tokens in (1, 29)]
-KINDS += [("mixture", "f32", tokens) for tokens in (1, 29)]
+KINDS = [(name, "int4", tokens) for name in ARCHITECTURES for tokens in (1, 5, 29)]
+KINDS += [("llama", layout, tokens) for layout in ("f32", "adapted") for tokens in (1, 5, 29)]
+KINDS += [("mixture", "f32", tokens) for tokens in (1, 5, 29)]
 
 
 class InOrder:

@@ -119,14 +119,15 @@ def _partial(m, heads, dim):
 
 @cache
 def append(dtype: type) -> Operation:
-    """Write k and v (rows, KV, dim) into one layer's cache of this dtype."""
+    """Write k and v (rows, KV, dim) into one layer's cache of this dtype; members divide them by rows or by heads."""
 
     @operation
-    def append_rows(m, k, v, layer, kv_heads, dim):
-        lo, hi = row_range(m)
+    def append_rows(m, k, v, layer, kv_heads, dim, by_heads):
+        lo, hi = (np.int64(0), m.rows) if by_heads else row_range(m)
+        first, end = part(kv_heads, m.rank, m.size) if by_heads else (np.int64(0), kv_heads)
         cached = _cache(m, layer, kv_heads, dtype)
         new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
-        kv_append_heads(new_keys, new_values, cached.keys, cached.values, _positions(m)[lo:hi], np.int64(0), kv_heads)
+        kv_append_heads(new_keys, new_values, cached.keys, cached.values, _positions(m)[lo:hi], first, end)
 
     return append_rows
 

@@ -40,11 +40,12 @@ QUANTIZED_ROW_BYTES = 4 * 2 * OUTLIERS  # outliers of one row
 
 @operation
 def broadcast(m, x, columns):
-    """Copy x (1, columns) from member 0's copy to this member's: for members that start their replay here."""
+    """Copy x (rows, columns) from member 0's copy to this member's: for members that start their replay here."""
     if m.rank:
-        source = array_at(address_for(m, x, np.int64(0)), columns, np.float32)
-        target = array_at(address_of(m, x), columns, np.float32)
-        for i in range(columns):
+        size = m.rows * columns
+        source = array_at(address_for(m, x, np.int64(0)), size, np.float32)
+        target = array_at(address_of(m, x), size, np.float32)
+        for i in range(size):
             target[i] = source[i]
 
 

@@ -3,8 +3,8 @@
 Its arrays are ``Value``s. Each function records the operations behind it, with the partition of every array that they
 read and write; from these follow the barriers (``schedule``) and which values can share memory (``placement``).
 
-For one token there are no rows to divide, and meeting at a barrier costs more than a norm: operations on rows are then
-replicated: every member computes them into its own memory.
+Of a few tokens, operations on rows are replicated: every member computes all rows, into its own memory. That costs less
+than a barrier, and than fetching rows, and the halves of cache lines that rows share, from another core.
 """
 
 from __future__ import annotations
@@ -27,9 +27,21 @@ from ruvllm.kernels.operations.experts import routing_bytes
 from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_BYTES
 from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.tape import Operation
+from ruvllm.model.kv_size import FEW_TOKENS
 from ruvllm.model.linear import require_group
 from ruvllm.model.ops.protocol import Hooks
-from ruvllm.model.ops.schedule import ANY, PRIVATE, Access, Partition, Schedule, Step, Value, by_panels, by_rows
+from ruvllm.model.ops.schedule import (
+    ANY,
+    BY_HEADS,
+    PRIVATE,
+    Access,
+    Partition,
+    Schedule,
+    Step,
+    Value,
+    by_panels,
+    by_rows,
+)  # fmt: skip
 from ruvllm.model.ops.tape import Calls, Tape, assemble
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
 
@@ -44,8 +56,27 @@ class Pass(Enum):
     """The tokens that one replay of a tape runs."""
 
     TOKEN = "one token of one sequence"
-    PROMPT = "several tokens of one sequence"
-    MANY = "tokens of several sequences"
+    FEW = "at most FEW_TOKENS tokens of one sequence"
+    PROMPT = "more tokens of one sequence"
+    FEW_OF_MANY = "at most FEW_TOKENS tokens of several sequences"
+    MANY = "more tokens of several sequences"
+
+    @property
+    def many(self) -> bool:
+        """Whether the tokens are of several sequences, in a pool."""
+        return self in (Pass.FEW_OF_MANY, Pass.MANY)
+
+    @property
+    def few(self) -> bool:
+        """Whether operations on rows are replicated."""
+        return self in (Pass.TOKEN, Pass.FEW, Pass.FEW_OF_MANY)
+
+    @staticmethod
+    def of(tokens: int, many: bool = False) -> Pass:
+        """The kind of pass for so many tokens, of one or of several sequences."""
+        if many:
+            return Pass.FEW_OF_MANY if tokens <= FEW_TOKENS else Pass.MANY
+        return Pass.TOKEN if tokens == 1 else Pass.FEW if tokens <= FEW_TOKENS else Pass.PROMPT
 
 
 class Recorder:
@@ -74,6 +105,7 @@ class Recorder:
         self._partial = Value(space=t.PARTIAL)
         self._ended = False
         self._gathers: list[Value] = []  # gathered rows
+        self._rounded: list[Value] = []  # those with rows in 8 bits
         self._cached: set[tuple[int, int, int]] = set()  # layer, kv heads and head size of each attention
         self._caches: dict[int, Value] = {}
 
@@ -166,7 +198,7 @@ class Recorder:
         self._layer = -1
         out = self._floats(t.LOGIT_ROWS, x.width)
         arguments = {"x": x, "out": out, "columns": x.width}
-        operation = o.chosen_rows if self.kind is Pass.MANY else o.last_rows
+        operation = o.chosen_rows if self.kind.many else o.last_rows
         self._record(operation, t.LOGIT_ROWS, [self._whole(x)], [Access(out, self._rows(out))], arguments)
         return out
 
@@ -222,6 +254,7 @@ class Recorder:
         if x.quantized is None:
             row_bytes = -(-x.width // GROUP) * QUANTIZED_GROUP_BYTES + QUANTIZED_ROW_BYTES
             x.quantized = out = Value(x.count, x.width, row_bytes, self._row_space, layout="quantized")
+            self._rounded.append(x)
             self._on_rows(o.quantize, [x], out, {"x": x, "out": out, "columns": x.width}, in_place=False)
         return x.quantized
 
@@ -273,13 +306,15 @@ class Recorder:
             merged = {"out": out, **{name: query[name] for name in ("dim", "heads", "window", "sinks")}}
             self._record(o.merge, q.count, [Access(self._partial, ANY)], [Access(out, PRIVATE)], merged)
             return out
-        many = self.kind is Pass.MANY
-        append, attend = (o.append_blocks, o.attend_runs) if many else (o.append, o.attend)
-        rows = self._rows(k)
-        new = {"k": k, "v": v, **cached}
-        reads = [Access(k, rows), Access(v, rows)]
-        self._record(append(self.kv), q.count, reads, [Access(cache, rows)], new, "append")
-        out = self._floats(q.count, q.width)
+        new: dict[str, object] = {"k": k, "v": v, **cached}
+        if self.kind.many:
+            append, attend, partition = o.append_blocks, o.attend_runs, by_rows(q.count)
+        else:  # a cache line holds a key's element at several positions: a few tokens are divided by heads
+            append, attend, partition = o.append, o.attend, BY_HEADS if self.kind.few else by_rows(q.count)
+            new["by_heads"] = int(self.kind.few)
+        reads = [self._whole(x) if self.kind.few else Access(x, partition) for x in (k, v)]
+        self._record(append(self.kv), q.count, reads, [Access(cache, partition)], new, "append")
+        out = Value(q.count, q.width, 4 * q.width)
         attended = {**query, "out": out, "steal": 1}
         reads = [self._whole(q), Access(cache, ANY)]
         self._record(attend(self.kv), q.count, reads, [Access(out, ANY)], attended, "attention")
@@ -291,7 +326,8 @@ class Recorder:
         """The k best experts of each token."""
         require_routing(k, scores.width)
         self._require_rows("route", scores, t.TOKENS)
-        out = Value(t.TOKENS, k, routing_bytes(k), self._row_space, layout="routing", dim=scores.width)
+        space = t.LOCAL if self.single else t.SHARED
+        out = Value(t.TOKENS, k, routing_bytes(k), space, layout="routing", dim=scores.width)
         arguments = {"scores": scores, "routing": out, "k": k, "count": scores.width, "normalised": int(normalised)}
         self._record(o.route, t.TOKENS, [self._whole(scores)], [self._whole(out)], arguments)
         return out
@@ -350,7 +386,9 @@ class Recorder:
         if x.quantized is None:
             groups = -(-x.width // GROUP)
             row_bytes = PADDED * (groups * QUANTIZED_GROUP_BYTES + QUANTIZED_ROW_BYTES)
-            x.quantized = out = Value(x.count, x.width, row_bytes, self._row_space, layout="runs")
+            space = t.LOCAL if self.single else t.SHARED
+            x.quantized = out = Value(x.count, x.width, row_bytes, space, layout="runs")
+            self._rounded.append(x)
             gathers = x.source is not None
             source = x if x.source is None else x.source[0]
             arguments = {
@@ -421,7 +459,9 @@ class Recorder:
         segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
         self.calls.setdefault(segment, []).append((values, function))
         self.schedule.end_segment(meet=True)
-        values[0].quantized = None
+        for x in self._rounded:  # rounded anew: the first value may have changed, and members may join who have no copy
+            x.quantized = None
+        self._rounded.clear()
 
     def name(self, x: Value, name: str) -> Value:
         """x, after its hook; without one nothing is recorded."""
@@ -441,10 +481,10 @@ class Recorder:
 
     @property
     def _row_space(self) -> int:
-        return t.LOCAL if self.single else t.SHARED
+        return t.LOCAL if self.kind.few else t.SHARED
 
     def _floats(self, count: int, width: int, dim: int = 0) -> Value:
-        """A new float32 array; for one token each member has a copy."""
+        """A new float32 array; of a few tokens each member has a copy."""
         return Value(count, width, 4 * width, self._row_space, dim=dim)
 
     def _like(self, x: Value) -> Value:
@@ -454,7 +494,7 @@ class Recorder:
         """How an operation on rows divides x."""
         if x.space == t.LOCAL:
             return PRIVATE
-        return ANY if self.single else by_rows(x.count)
+        return ANY if self.kind.few else by_rows(x.count)
 
     def _whole(self, x: Value) -> Access:
         """x read as a whole by every member."""

@@ -5,6 +5,7 @@ declares for each array that it reads or writes how the members divide it, its *
 
 - rows: member m has rows ``part(count, m, size)``;
 - panels: member m has those panels of 16 columns of every row;
+- heads: member m has kv heads ``part(heads, m, size)``;
 - PRIVATE: each member has a copy of its own;
 - ANY: any member may touch any element.
 
@@ -34,6 +35,7 @@ class Partition(NamedTuple):
 
 ANY = Partition("any")
 PRIVATE = Partition("private")
+BY_HEADS = Partition("heads")
 
 
 def by_rows(count: int) -> Partition:

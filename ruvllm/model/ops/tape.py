@@ -26,8 +26,8 @@ class Tape:
 
     rows: (n, FIELDS) int64, see ``kernels.tape``. steps: the step behind each row. segments: (first, end) of the runs
     of rows after which a replay may return to Python. calls: what Python does after a segment, with which values.
-    shared, local: bytes of memory for one token. source: the input of the first layer. kept: owners of the memory that
-    rows point to.
+    shared, local: bytes of memory for one token, of the team and of each member. source: the input of the first layer.
+    kept: owners of the memory that rows point to.
     """
 
     rows: np.ndarray
@@ -123,8 +123,8 @@ def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
             for value, (first, last) in lives.items():
                 if first < step.segment <= last:
                     copied = Step(
-                        o.broadcast, t.ONE, [Access(value, ANY)], [Access(value, PRIVATE)],
-                        {"x": value, "columns": value.token_bytes // 4}, label="broadcast", layer=step.layer,
+                        o.broadcast, value.count, [Access(value, ANY)], [Access(value, PRIVATE)],
+                        {"x": value, "columns": value.row_bytes // 4}, label="broadcast", layer=step.layer,
                         phase=step.phase, segment=step.segment,
                     )  # fmt: skip
                     result.append(copied)

@@ -28,6 +28,7 @@ import numpy as np
 from ruvllm.kernels.experts import MAX_EXPERTS
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, view_kernel
 from ruvllm.kernels.jit.views import array_at, integer_loader
+from ruvllm.kernels.quant.layout import SIDE
 from ruvllm.kernels.simd.vectors import prefetch_l2
 from ruvllm.kernels.threads.regions import CFunction, Region
 from ruvllm.kernels.threads.team import (
@@ -114,10 +115,11 @@ def number(m, operand):
 
 @view_kernel
 def row_range(m):
-    """The rows lo:hi that this member computes."""
+    """The rows lo:hi that this member computes: all, or whole token blocks, whose rows share cache lines in 8 bits."""
     if m.replicated:
         return np.int64(0), m.rows
-    return part(m.rows, m.rank, m.size)
+    lo, hi = part((m.rows + SIDE - 1) // SIDE, m.rank, m.size)
+    return min(lo * SIDE, m.rows), min(hi * SIDE, m.rows)
 
 
 class Operation(CFunction):

@@ -15,6 +15,12 @@ def part(count: int, member: int, size: int) -> tuple[int, int]:
     return count * member // size, count * (member + 1) // size
 
 
+def row_part(rows: int, member: int, size: int) -> tuple[int, int]:
+    """The rows of a member: whole blocks of 12 tokens."""
+    lo, hi = part(-(-rows // 12), member, size)
+    return min(12 * lo, rows), min(12 * hi, rows)
+
+
 class Memory:
     """All buffers that a tape writes to, of one pass; ``mask`` has the same shapes."""
 
@@ -56,7 +62,7 @@ class Memory:
                 start += (0 if partition == ANY else member) * int(header[t._STRIDE + t.LOCAL])
             mask = masks[name][start:][: value.token_bytes * capacity]
             if value.layout == "quantized" and (value.space == t.LOCAL or partition != ANY):
-                lo, hi = (0, rows) if value.space == t.LOCAL else part(rows, member, size)
+                lo, hi = (0, rows) if value.space == t.LOCAL else row_part(rows, member, size)
                 self._mark_quantized(mask, value.width, rows, capacity, lo, hi)
             elif value.layout != "floats" and (value.space == t.LOCAL or partition == ANY):
                 mask[:] = True
@@ -68,7 +74,7 @@ class Memory:
     ) -> None:
         view = mask[: rows * row_bytes].reshape(rows, row_bytes)
         if partition.kind == "rows":
-            lo, hi = part(rows, member, size)
+            lo, hi = row_part(rows, member, size)
             view[lo:hi] = True
         elif partition.kind == "panels":
             lo, hi = part(-(-partition.extent // 16), member, size)
@@ -96,7 +102,7 @@ class Memory:
             keys[:], values[:] = True, True
             return
         tokens, heads = int(self.working.header[t.TOKENS]), slice(None)
-        lo, hi = part(tokens, member, size)
+        lo, hi = row_part(tokens, member, size)
         if partition.kind == "heads":
             (lo, hi), heads = (0, tokens), slice(*part(len(keys), member, size))
         for position in self.working.positions[lo:hi]:

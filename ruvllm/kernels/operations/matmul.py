@@ -18,7 +18,7 @@ from ruvllm.kernels.matmul.panels import panels_matmul_part, panels_matmul_share
 from ruvllm.kernels.operations.rows import quantized
 from ruvllm.kernels.quant.layout import GROUP, block_bytes
 from ruvllm.kernels.quant.matmul import quant_matmul_part
-from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation
+from ruvllm.kernels.tape import SYNC, SYNC_SIZE, Operation, address_of, matrix, operation, row_range
 from ruvllm.kernels.threads.team import counter_of, part, share_of, take_chunk
 
 low_rank_down = as_part(low_rank.low_rank_down)
@@ -111,7 +111,7 @@ def adapter_down(dtype: type) -> Operation:
             lo, hi = part(panels * PARTS, m.rank, m.size)
             low_rank_down_parts(w, source, matrix(m, out, np.int64(PARTS), padded), lo, hi)
         else:
-            lo, hi = part(m.rows, m.rank, m.size)
+            lo, hi = row_range(m)
             factors = array_at(address_of(m, scales), padded, np.float32)
             low_rank_down(w, factors, source, matrix(m, out, m.rows, padded), lo, hi)
 

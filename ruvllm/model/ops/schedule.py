@@ -3,7 +3,7 @@
 The members of a team run the operations between two barriers, one *phase*, without waiting for each other. An operation
 declares for each array that it reads or writes how the members divide it, its *partition*:
 
-- rows: member m has rows ``part(count, m, size)``;
+- rows: member m has the rows of token blocks ``part(blocks, m, size)`` (``kernels.tape.row_range``);
 - panels: member m has those panels of 16 columns of every row;
 - heads: member m has kv heads ``part(heads, m, size)``;
 - PRIVATE: each member has a copy of its own;

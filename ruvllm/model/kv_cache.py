@@ -1,4 +1,4 @@
-"""KVCache: keys and values of one sequence, in buffers of a fixed size."""
+"""KVCache: keys and values of one sequence, up to a fixed number of positions."""
 
 from __future__ import annotations
 
@@ -12,36 +12,21 @@ from typing import Any
 import numpy as np
 
 from ruvllm.errors import ContextFullError
-from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
+from ruvllm.kernels.attention.kv import SCALE_ROWS
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.memory import aligned_zeros, require_memory
+from ruvllm.kernels.memory import require_memory
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_size import FEW_TOKENS, cache_bytes, capacities
+from ruvllm.model.kv_arrays import KVArrays
+from ruvllm.model.kv_size import CHUNK, FEW_TOKENS, cache_bytes, capacities
 
 Filling = tuple[object, ...]  # weak references: what decides a token's keys and values
-DTYPES: dict[str, type] = {"f32": np.float32, "f16": np.uint16, "int8": np.int8}
 
-
-def require_kv(kv: object) -> None:
-    """Raise ValueError unless this is a precision of keys and values."""
-    if not isinstance(kv, str) or kv not in DTYPES:
-        raise ValueError(f"kv: expected one of {', '.join(DTYPES)}, found {kv!r}")
-
-
-def _zeros(shapes: list[tuple[int, ...]], dtype: type) -> Any:
-    """Arrays of zeros for all layers: one array where the layers are alike, else a list."""
-    if len(set(shapes)) == 1:
-        return aligned_zeros((len(shapes), *shapes[0]), dtype)
-    return [aligned_zeros(shape, dtype) for shape in shapes]
-
-
-class KVCache:
+class KVCache(KVArrays):
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
-    Of each layer keys (KV, B, K, 16) and values (KV, 16 B, DV): the layout of ``kernels.attention.kv``. The cache of a
-    windowed layer is a ring: a new position takes the place of one that no later token sees. Memory that was never
-    written is never touched, so a large cache costs nothing until it fills. A cache has one owner: two threads may use
-    two caches of one model, but not one cache.
+    The cache of a windowed layer is a ring: a new position takes the place of one that no later token sees. Memory
+    grows with the text, so a large cache costs nothing until it fills. A cache has one owner: two threads may use two
+    caches of one model, but not one cache.
 
     Raises:
         ValueError: max_tokens < 1, or an unknown ``kv``.
@@ -49,26 +34,20 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
-        require_kv(kv)
+        super().__init__(config, kv)
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
         require_memory(cache_bytes(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
-        heads, dim, dtype = config.num_key_value_heads, config.head_dim, DTYPES[kv]
-        self.config = config
         self.max_tokens = int(max_tokens)
         self.length = 0
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
-        self.dtype = kv
         self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, int], Any] = {}
         self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
         self.capacities = capacities(config, int(max_tokens))
-        self.keys = _zeros([(heads, size // LANES, key_rows(dim, dtype), LANES) for size in self.capacities], dtype)
-        self.values = _zeros([(heads, size, padded(dim)) for size in self.capacities], dtype)
-        addresses = [(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in zip(self.keys, self.values, strict=True)]
-        self.table = np.array(addresses, np.int64)  # (L, 3), for a tape
         self._fills: list[tuple[int, Filling]] = []  # from which position on it was filled with what
         self._reach = 0  # positions that were ever filled since it was cleared
+        self._reserved = 0  # positions that there is memory for
 
     def __len__(self) -> int:
         return self.length
@@ -80,8 +59,15 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, whether filled or not."""
-        return sum(array.nbytes for array in (*self.keys, *self.values))
+        """Bytes of its keys and values when it is full."""
+        return cache_bytes(self.config, self.max_tokens, self.dtype)
+
+    def reserve(self, positions: int) -> None:
+        """Have memory for so many positions: at least twice as much as before, if it is not enough."""
+        if positions > self._reserved:
+            size = -(-max(positions, 2 * self._reserved) // CHUNK) * CHUNK
+            self.grow([min(capacity, size) for capacity in self.capacities])
+            self._reserved = size
 
     def require_room(self, tokens: int) -> None:
         """Raise ContextFullError unless ``tokens`` more fit; nothing is changed."""
@@ -177,7 +163,7 @@ class KVCache:
         return self.rewind(int(different[0]) if len(different) else max(n, 0))
 
     def clear(self) -> None:
-        """Drop all positions; the buffers stay."""
+        """Drop all positions; the memory stays."""
         self.truncate(0)
 
     def filled_with(self, filling: Filling) -> bool:
@@ -205,6 +191,7 @@ class KVCache:
         if any(reach > min(size, before) and size != before for size, before in sizes):
             expected = f"{max_tokens}, for which windowed layers had room"
             raise ValueError(f"max_tokens: expected {expected}, found {self.max_tokens}")
+        self.reserve(reach)
         self.length, self._reach = length, reach
 
     def refill(self, filling: Filling) -> None:

@@ -166,6 +166,7 @@ class Llama:
         if hooks is not None:
             hooks.begin(cache, ids)
         cache.fill(self.filling)
+        cache.reserve(end)
         if ops is None:
             working = cache.buffers_for("fused", len(ids), lambda n: Working(self, cache, n, self.threads))
             working.run(ids, cos, sin, logits)

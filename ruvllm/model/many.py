@@ -77,6 +77,7 @@ class Many:
         working.positions[: len(ids)] = positions
         working.header[t.RUN_COUNT] = len(runs)
         t.set_space(working.header, t.TABLES, tables.ctypes.data)
+        self.pool.reserve(int(tables.max()) + 1)
         self._reach(int(positions.max()) + 1)
         cos, sin = self._angles(runs, positions)
         if len(self._logits) < chosen:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ruvllm.kernels import tape as t
 from ruvllm.kernels.attention.decode import chunk_count, partial_width, token_scratch_size
+from ruvllm.kernels.attention.kv import key_rows, padded
 from ruvllm.kernels.attention.prefill import prompt_scratch_size
 from ruvllm.kernels.memory import aligned_empty, aligned_zeros
 from ruvllm.kernels.operations import broadcast
@@ -23,7 +24,8 @@ from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.pool import num_threads
 from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_cache import DTYPES, KVCache
+from ruvllm.model.kv_arrays import DTYPES
+from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_pool import KVPool
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.placement import place
@@ -130,7 +132,7 @@ class Working:
         self._rows: dict[Value, np.ndarray] = {}  # those last asked for
         h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
         h[t.LAYERS], h[t.CACHES] = len(cache.table), cache.table.ctypes.data
-        h[t.KEY_ROWS], h[t.VALUE_WIDTH] = cache.keys[0].shape[2], cache.values[0].shape[2]
+        h[t.KEY_ROWS], h[t.VALUE_WIDTH] = key_rows(D, DTYPES[cache.dtype]), padded(D)
         h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
         h[t.CALLS] = scheduler_calls().ctypes.data
         t.set_space(h, t.ABSOLUTE, 0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ruvllm.errors import ContextFullError
-from ruvllm.model import KVCache
+from ruvllm.model import KVCache, ModelConfig
 from ruvllm.model.kv_size import cache_bytes
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.reference import rms_norm, rope_angles, rotate
@@ -132,11 +132,31 @@ WINDOWED = dataclasses.replace(
 
 def test_the_cache_of_a_windowed_layer_is_a_ring() -> None:
     """A window of 20 and a pass of 126 tokens fit into 256 positions, however long the context."""
-    cache = KVCache(WINDOWED, 2000)
+    cache, small = KVCache(WINDOWED, 2000), KVCache(WINDOWED, 100)
     plain = KVCache(dataclasses.replace(WINDOWED, sliding_window=None, layer_types=()), 2000)
+    for full in (cache, small, plain):
+        full.reserve(full.max_tokens)
+        assert sum(array.nbytes for array in (*full.keys, *full.values)) == full.nbytes
     assert [keys.shape[1] * 16 for keys in cache.keys] == [256, 2000, 256]
     assert cache.nbytes == cache_bytes(WINDOWED, 2000) == plain.nbytes * (256 + 2000 + 256) // 6000
-    assert [keys.shape[1] * 16 for keys in KVCache(WINDOWED, 100).keys] == [112] * 3  # never more than the context
+    assert [keys.shape[1] * 16 for keys in small.keys] == [112] * 3  # never more than the context
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("config", [SMALL, WINDOWED], ids=["plain", "windowed"])
+def test_memory_grows_with_the_text(config: ModelConfig, kv: str) -> None:
+    """In steps, whatever was there stays: the bits are those of a cache that had all its memory at once."""
+    model, ids, parts = small_model("f32", config=config), text(620), [1, 255, 1, 100, 3, 126, 134]
+    at_once = model.new_cache(700, kv)
+    at_once.reserve(700)
+    expected = run(model, at_once, ids, parts)
+    cache, sizes, position = model.new_cache(700, kv), [], 0
+    for part in parts:
+        found = model.forward(ids[position : position + part], cache)
+        np.testing.assert_array_equal(found, expected[position : position + part])
+        position += part
+        sizes.append(cache.keys[1].shape[1] * 16)
+    assert sizes == [256, 256, 512, 512, 512, 512, 704]
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
@@ -149,6 +169,7 @@ def test_a_ring_gives_the_bits_of_a_whole_cache(kv: str, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr("ruvllm.model.kv_size.PREFILL_TOKENS", 10_000)
         whole = model.new_cache(700, kv)
+        whole.reserve(700)
         assert whole.keys[0].shape == whole.keys[1].shape
         np.testing.assert_array_equal(run(model, whole, ids, parts), ring)
     assert k.shape == v.shape == (256, WINDOWED.num_key_value_heads, WINDOWED.head_dim)

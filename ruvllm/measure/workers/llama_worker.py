@@ -69,6 +69,40 @@ class Worker:
             self._decode(part)
         return time.perf_counter() - start
 
+    def load_many(self, path: str, threads: int, context: int, sequences: int) -> None:
+        """Replace the model by one for several sequences, each of up to ``context`` positions."""
+        self.unload()
+        api = self.api
+        model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max = context * sequences, sequences
+        parameters.n_batch, parameters.n_ubatch = BATCH, UBATCH
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.flash_attn_type, parameters.no_perf = 1, True
+        self.llm = _Sequences(api, model, api.llama_init_from_model(model, parameters))
+
+    def decode_many(self, ids: list[list[int]]) -> float:
+        """Seconds to append tokens to empty sequences, one to each at a time, with the logits after each.
+
+        ids: for each step the token of each sequence.
+        """
+        api, count = self.api, len(ids[0])
+        api.llama_memory_clear(api.llama_get_memory(self.llm.ctx), True)
+        batch = api.llama_batch_init(count, 0, 1)
+        batch.n_tokens = count
+        start = time.perf_counter()
+        for position, tokens in enumerate(ids):
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, True
+                batch.seq_id[i][0] = i
+            status = api.llama_decode(self.llm.ctx, batch)
+            if status:
+                raise RuntimeError(f"llama_decode returned {status}")
+            api.llama_get_logits_ith(self.llm.ctx, count - 1)
+        seconds = time.perf_counter() - start
+        api.llama_batch_free(batch)
+        return seconds
+
     def _decode(self, tokens: Any) -> None:
         status = self.api.llama_decode(self.llm.ctx, self.api.llama_batch_get_one(tokens, len(tokens)))
         if status:
@@ -103,6 +137,18 @@ class Worker:
             found.append((total - logits[np.arange(len(total)), window[first + 1 :]]).tolist())
         self.unload()
         return found
+
+
+class _Sequences:
+    """A model whose context holds several sequences: what the binding's own class does not offer."""
+
+    def __init__(self, api: Any, model: Any, ctx: Any) -> None:
+        self.api, self.model, self.ctx = api, model, ctx
+
+    def close(self) -> None:
+        """Free both."""
+        self.api.llama_free(self.ctx)
+        self.api.llama_model_free(self.model)
 
 
 def _cut(ids: list[int], size: int) -> list[list[int]]:

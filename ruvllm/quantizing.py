@@ -38,7 +38,7 @@ _ARITHMETIC = (
     "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logits_scaling", "experts",
     "swiglu_limit", "swiglu_alpha", "tie_word_embeddings",
 )  # fmt: skip
-_ELEMENTS_AT_ONCE = 1 << 22
+_CHUNK_ELEMENTS = 1 << 22
 
 
 def quantize(
@@ -196,7 +196,7 @@ def _interleaved(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: str, bar: Any) -> None:
-    step = max(1, _ELEMENTS_AT_ONCE // tensor.columns)
+    step = max(1, _CHUNK_ELEMENTS // tensor.columns)
     for lo in range(0, tensor.rows, step):
         hi = min(lo + step, tensor.rows)
         if tensor.dtype == dtype:

@@ -127,8 +127,8 @@ def test_no_module_is_private() -> None:
     assert not [name for name in MODULES if re.search(r"\._(?!_main__)", name)]
 
 
-# The innermost tiles, whose arguments would be vectors in registers and their places alone: up to 12.
-TILES = {"fma_places", "fma_three"}
+# The innermost tiles, whose arguments are vectors in registers, and their offsets in memory: up to 12.
+TILES = {"fma_columns", "fma_three"}
 DECORATORS = {
     "inline_kernel", "kernel", "operation", "parallel_kernel", "part_kernel", "small_call", "sum_kernel", "view_kernel",
 }  # fmt: skip

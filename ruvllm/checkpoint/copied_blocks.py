@@ -14,7 +14,7 @@ from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.quant.panels import Panels
 
-# Storage type -> 16-bit numbers before its codes. Their panels are int4, int4 with mins, and int8.
+# Storage type -> 16-bit floats before its codes. Their panels are int4, int4 with mins, and int8.
 _HEADS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}
 COPIED = frozenset(_HEADS)
 
@@ -23,10 +23,10 @@ _INFINITE_BITS = np.uint16(0x7C00)
 
 
 @kernel(strict=True)
-def copy_block_rows(raw: Any, size: Any, head: Any, words: Any, halfs: Any, lo: Any, hi: Any) -> Any:
+def copy_block_rows(raw: Any, size: Any, head: Any, words: Any, halves: Any, lo: Any, hi: Any) -> Any:
     """Panels lo:hi of rows of blocks, raw (n, size G) uint16, of which the first ``head`` are scale and min.
 
-    words, halfs: the panels (P, G, ...) as uint32 and as uint16. Rows past n become zeros. Returns whether all scales
+    words, halves: the panels (P, G, ...) as uint32 and as uint16. Rows past n become zeros. Returns whether all scales
     and mins are finite.
     """
     count, groups = raw.shape[0], words.shape[1]
@@ -37,13 +37,13 @@ def copy_block_rows(raw: Any, size: Any, head: Any, words: Any, halfs: Any, lo: 
         first = p * LANES
         rows = min(LANES, count - first)
         for g in range(groups):
-            to, numbers = words[p, g, start:], halfs[p, g]
+            to, scaling = words[p, g, start:], halves[p, g]
             for r in range(rows):
                 x = raw[first + r, g * size : g * size + size]
-                numbers[r] = x[0]
+                scaling[r] = x[0]
                 infinite |= (x[0] & _INFINITE_BITS) == _INFINITE_BITS
                 if head == 2:
-                    numbers[LANES + r] = x[1]
+                    scaling[LANES + r] = x[1]
                     infinite |= (x[1] & _INFINITE_BITS) == _INFINITE_BITS
                 for q in range(quads):  # in slices of known length: Numba then asks for no negative index
                     codes, lines = x[head + 8 * q : head + 8 * q + 8], to[64 * q + r : 64 * q + r + 49]
@@ -53,7 +53,7 @@ def copy_block_rows(raw: Any, size: Any, head: Any, words: Any, halfs: Any, lo: 
                     lines[48] = np.uint32(codes[6]) | (np.uint32(codes[7]) << _HALF)
             for r in range(rows, LANES):
                 for i in range(head):
-                    numbers[i * LANES + r] = 0
+                    scaling[i * LANES + r] = 0
                 for j in range(4 * quads):
                     to[j * LANES + r] = 0
     return not infinite
@@ -64,7 +64,7 @@ def copy_blocks(dtype: str, raw: np.ndarray, to: Panels) -> bool:
 
     Returns whether all scales and mins are finite.
     """
-    halfs, blocks = raw.view(np.uint16), to.blocks
-    words, numbers = blocks.view(np.uint32), blocks.view(np.uint16)
-    size = halfs.shape[1] // blocks.shape[1]
-    return bool(copy_block_rows(halfs, size, _HEADS[dtype], words, numbers, 0, len(blocks)))
+    stored, blocks = raw.view(np.uint16), to.blocks
+    words, halves = blocks.view(np.uint32), blocks.view(np.uint16)
+    size = stored.shape[1] // blocks.shape[1]
+    return bool(copy_block_rows(stored, size, _HEADS[dtype], words, halves, 0, len(blocks)))

@@ -44,7 +44,7 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, share_out, threads_fo
 KINDS = {"int4": INT4, "int5": INT5, "int8": INT8}
 ZEROS = {"int4": 8, "int5": 16, "int8": 0}  # codes of 0 where weights have no min
 
-_ELEMENTS_AT_ONCE = 1 << 18  # between file and panels, for each thread: they stay in the L2 cache
+_CHUNK_ELEMENTS = 1 << 18  # between file and panels, for each thread: they stay in the L2 cache
 
 _ZERO, _QUARTER, _ONE = np.float32(0), np.float32(0.25), np.float32(1)
 _LARGEST, _LOWEST, _REACH = np.float32(127), np.float32(-128), np.float32(127.5)
@@ -303,7 +303,7 @@ def load_panels(
     taken = slice(columns.start // GROUP, -(-columns.stop // GROUP))
     layout, with_mins = group_layout(tensor.dtype, kind, symmetric)
     panels = empty_panels(KINDS[layout], rows, len(columns), with_mins)
-    step = max(1, _ELEMENTS_AT_ONCE // (16 * max(tensor.columns, 1))) * 16
+    step = max(1, _CHUNK_ELEMENTS // (16 * max(tensor.columns, 1))) * 16
     starts = range(0, rows, step)
     whole = len(columns) == tensor.columns
     copied = whole and tensor.dtype in COPIED and layout == _TYPES[tensor.dtype][0]

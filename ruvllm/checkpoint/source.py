@@ -25,7 +25,7 @@ _KINDS = (
 
 _MADV_POPULATE_READ = 22  # of Linux, which Python's mmap does not name
 # Bytes: Linux maps up to a huge page around the byte that is read, if its page cache holds the file in such pages.
-_MAPPED_AT_ONCE = max(2 << 20, _mmap.PAGESIZE)
+_MAP_UNIT = max(2 << 20, _mmap.PAGESIZE)
 
 
 class Closing(ABC):
@@ -159,8 +159,8 @@ class Source(Closing):
         """Tell the system that these mapped pages are not needed for now; reading them again still works."""
         if self._map is None or not hasattr(_mmap, "MADV_DONTNEED"):
             return
-        start = offset // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE  # neighbours were mapped too
-        end = min(-(-(offset + count) // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE, self.size)
+        start = offset // _MAP_UNIT * _MAP_UNIT  # neighbours were mapped too
+        end = min(-(-(offset + count) // _MAP_UNIT) * _MAP_UNIT, self.size)
         if end > start:
             self._map.madvise(_mmap.MADV_DONTNEED, start, end - start)
 

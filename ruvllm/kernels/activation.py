@@ -6,13 +6,13 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import kernel
-from ruvllm.kernels.jit.small_calls import alike, may_write, room, rows_of, small_call
+from ruvllm.kernels.jit.small_calls import alike, may_write, new_output, rows_of, small_call
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.math import gelu, silu
 from ruvllm.kernels.simd.sums import exp_and_sum, maximum
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 
 @kernel(independent=True)
@@ -55,7 +55,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     Source: subtracting the maximum is Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp
     and softmax functions".
     """
-    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    y: Any = new_output(x.shape) if out is None and type(x) is np.ndarray else out
     if softmax_small(x, y):
         return y
     if check.is_half(out):
@@ -63,10 +63,8 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
     x = check.float32("x", x, min_ndim=1)
     out = check.output("out", out, x.shape, x)
     if x.size:
-        rows, to = check.rows(x), check.rows(out)
-        count = rows.shape[0]
-        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-        run_rows(softmax_rows, softmax_parallel, threads, count, rows, to)
+        rows = check.rows(x)
+        run_rows(softmax_rows, softmax_parallel, x.size, PARALLEL_ELEMENTS, len(rows), rows, check.rows(out))
     return out
 
 
@@ -107,7 +105,7 @@ def silu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    y: Any = room(gate.shape) if out is None and type(gate) is np.ndarray else out
+    y: Any = new_output(gate.shape) if out is None and type(gate) is np.ndarray else out
     if silu_mul_small(gate, up, y):
         return y
     return gated(silu_mul_range, silu_mul_parallel, gate, up, out)
@@ -155,8 +153,8 @@ def gated(
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)
-    threads = threads_for(gate.size, PARALLEL_ELEMENTS, gate.size)
-    run_rows(body, parallel, threads, gate.size, gate.ravel(), up.ravel(), *numbers, out.ravel())
+    arguments = gate.ravel(), up.ravel(), *numbers, out.ravel()
+    run_rows(body, parallel, gate.size, PARALLEL_ELEMENTS, gate.size, *arguments)
     return out
 
 

@@ -12,7 +12,7 @@ from ruvllm.kernels.memory import aligned_empty, require_memory
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_zero, hsum
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, limited_to, num_threads, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, limited_to, num_threads
 
 _STEP = 2 * STREAMS * LANES  # eight accumulators, so that additions are never the limit
 _PIECES = 64  # fixed, so that the result does not depend on the number of threads
@@ -70,16 +70,16 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
     sums = np.empty(_PIECES, np.float32)
     best = np.inf
     with limited_to(threads):
-        _sum(x, sums, threads)  # compiles, and starts the threads
+        _sum(x, sums, 0)  # compiles, and starts the threads
         for _ in range(repeats):
             start = time.perf_counter()
-            _sum(x, sums, threads)
+            _sum(x, sums, 0)
             best = min(best, time.perf_counter() - start)
     return x.nbytes / best
 
 
-def _sum(x: np.ndarray, sums: np.ndarray, threads: int) -> None:
-    run_rows(sum_pieces, sum_parallel, threads, sums.size, x, sums)
+def _sum(x: np.ndarray, sums: np.ndarray, threshold: int) -> None:
+    run_rows(sum_pieces, sum_parallel, x.size, threshold, sums.size, x, sums)
 
 
 def buffer_sum(x: Any) -> float:
@@ -91,7 +91,7 @@ def buffer_sum(x: Any) -> float:
     """
     x = check.float32("x", x, ndim=1)
     sums = np.empty(_PIECES, np.float32)
-    _sum(x, sums, threads_for(x.size, PARALLEL_ELEMENTS, _PIECES))
+    _sum(x, sums, PARALLEL_ELEMENTS)
     return float(sums.sum(dtype=np.float64))
 
 

@@ -8,10 +8,10 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.activation import gated
 from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.simd.math import sigmoid, tanh
-from ruvllm.kernels.simd.vectors import at_most, greater
+from ruvllm.kernels.simd.vectors import at_most, max_or_second
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_elements, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _ONE = np.float32(1)
 
@@ -50,8 +50,7 @@ def softcap(x: Any, cap: float, out: np.ndarray | None = None) -> np.ndarray:
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     cap = check.positive("cap", cap)
-    threads = threads_for(x.size, PARALLEL_ELEMENTS, x.size)
-    run_rows(softcap_range, softcap_parallel, threads, x.size, x.ravel(), cap, out.ravel())
+    run_rows(softcap_range, softcap_parallel, x.size, PARALLEL_ELEMENTS, x.size, x.ravel(), cap, out.ravel())
     return out
 
 
@@ -62,7 +61,7 @@ def clamped_swiglu_range(gate, up, limit, alpha, out, lo, hi):
     gate, up, out = gate[lo:hi], up[lo:hi], out[lo:hi]
     for i in range(out.size):
         g = at_most(gate[i], most)
-        out[i] = (greater(-most, at_most(up[i], most)) + _ONE) * (g * sigmoid(slope * g))
+        out[i] = (max_or_second(-most, at_most(up[i], most)) + _ONE) * (g * sigmoid(slope * g))
 
 
 clamped_swiglu_parallel = over_elements(clamped_swiglu_range)

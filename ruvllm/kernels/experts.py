@@ -21,13 +21,13 @@ _token_blocks = inline_kernel(token_blocks)
 
 
 class Routing(NamedTuple):
-    """tokens (T k,): the token of each routed row; places (T, k): the routed row of each choice, and its weight.
+    """tokens (T k,): the token of each routed row; slots (T, k): the routed row of each choice, and its weight.
 
     runs (n, RUN): for each expert that has rows.
     """
 
     tokens: np.ndarray
-    places: np.ndarray
+    slots: np.ndarray
     weights: np.ndarray
     runs: np.ndarray
 
@@ -52,38 +52,38 @@ def route_tokens(scores, normalised, routing):
         normalised: weights are the softmax over the k chosen scores; else over all.
         routing: written, see ``Routing``; of runs, as many as make T k rows.
     """
-    tokens, places, weights, runs = routing
-    count, k = scores.shape[1], places.shape[1]
+    tokens, slots, weights, runs = routing
+    count, k = scores.shape[1], slots.shape[1]
     counts = stack_i64(MAX_EXPERTS)
     for x in range(count):
         counts[x] = 0
     for t in range(scores.shape[0]):
         for x in range(count):
             at = min(x, k)
-            while at > 0 and scores[t, x] > scores[t, places[t, at - 1]]:
+            while at > 0 and scores[t, x] > scores[t, slots[t, at - 1]]:
                 if at < k:
-                    places[t, at] = places[t, at - 1]
+                    slots[t, at] = slots[t, at - 1]
                 at -= 1
             if at < k:
-                places[t, at] = x  # the expert, until the runs are known
-        top, total = np.float64(scores[t, places[t, 0]]), 0.0
+                slots[t, at] = x  # the expert, until the runs are known
+        top, total = np.float64(scores[t, slots[t, 0]]), 0.0
         for x in range(k if normalised else count):
-            total += math.exp(scores[t, places[t, x] if normalised else x] - top)
+            total += math.exp(scores[t, slots[t, x] if normalised else x] - top)
         for j in range(k):
-            counts[places[t, j]] += 1
-            weights[t, j] = np.float32(math.exp(scores[t, places[t, j]] - top) / total)
-    run, first, place = 0, 0, 0
+            counts[slots[t, j]] += 1
+            weights[t, j] = np.float32(math.exp(scores[t, slots[t, j]] - top) / total)
+    run, first, padded = 0, 0, 0
     for x in range(count):
         rows = counts[x]
         counts[x] = first  # from here on, the expert's next row
         if rows > 0:
-            runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3] = x, first, rows, place
-            blocks, side = _token_blocks(rows)
-            run, first, place = run + 1, first + rows, place + blocks * side
+            runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3] = x, first, rows, padded
+            blocks, block_tokens = _token_blocks(rows)
+            run, first, padded = run + 1, first + rows, padded + blocks * block_tokens
     for t in range(scores.shape[0]):
         for j in range(k):
-            x = places[t, j]
-            places[t, j] = counts[x]
+            x = slots[t, j]
+            slots[t, j] = counts[x]
             tokens[counts[x]] = t
             counts[x] += 1
 
@@ -92,8 +92,8 @@ def route(scores: np.ndarray, k: int, normalised: bool) -> Routing:
     """The routing of scores (T, X) float32; see ``route_tokens``. Raises ValueError for an impossible k."""
     T, count = scores.shape
     require_routing(k, count)
-    runs, places = np.empty((min(T * k, count), RUN), np.int64), np.empty((T, k), np.int64)
-    routing = Routing(np.empty(T * k, np.int64), places, np.empty((T, k), np.float32), runs)
+    runs, slots = np.empty((min(T * k, count), RUN), np.int64), np.empty((T, k), np.int64)
+    routing = Routing(np.empty(T * k, np.int64), slots, np.empty((T, k), np.float32), runs)
     route_tokens(scores, normalised, routing)
     ends = np.flatnonzero(runs[:, 1] + runs[:, 2] == T * k)
     return routing._replace(runs=runs[: ends[0] + 1])
@@ -112,15 +112,15 @@ def _add_row(x, weight, out):
 
 
 @kernel(strict=True)
-def combine_rows(y, places, weights, out, lo, hi):
-    """out[t] = sum over j of weights[t, j] y[places[t, j]], in the order of j, for tokens lo:hi.
+def combine_rows(y, slots, weights, out, lo, hi):
+    """out[t] = sum over j of weights[t, j] y[slots[t, j]], in the order of j, for tokens lo:hi.
 
-    y (T k, N); places, weights (T, k); out (T, N).
+    y (T k, N); slots, weights (T, k); out (T, N).
     """
     for t in range(lo, hi):
-        _scale_row(y[places[t, 0]], weights[t, 0], out[t])
-        for j in range(1, places.shape[1]):
-            _add_row(y[places[t, j]], weights[t, j], out[t])
+        _scale_row(y[slots[t, 0]], weights[t, 0], out[t])
+        for j in range(1, slots.shape[1]):
+            _add_row(y[slots[t, j]], weights[t, j], out[t])
 
 
 @kernel(strict=True)

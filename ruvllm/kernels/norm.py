@@ -19,11 +19,11 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, kernel, sum_kernel
-from ruvllm.kernels.jit.small_calls import may_write, room, rows_of, small_call
+from ruvllm.kernels.jit.small_calls import may_write, new_output, rows_of, small_call
 from ruvllm.kernels.simd.sums import sum_of_few, sum_of_squares
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -75,7 +75,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    y: Any = new_output(x.shape) if out is None and type(x) is np.ndarray else out
     if rms_norm_small(x, weight, eps, y):
         return y
     if check.is_half(out):
@@ -86,9 +86,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-5, out: np.ndarray | None = No
     eps = check.not_negative("eps", eps)
     if x.size:
         rows, to = check.rows(x), check.rows(out)
-        count = rows.shape[0]
-        threads = threads_for(x.size, PARALLEL_STREAM, count)
-        run_rows(rms_norm_rows, rms_norm_parallel, threads, count, rows, weight, eps, to)
+        run_rows(rms_norm_rows, rms_norm_parallel, x.size, PARALLEL_STREAM, rows.shape[0], rows, weight, eps, to)
     return out
 
 
@@ -143,9 +141,9 @@ def add_rms_norm(
     out = check.apart("out", check.output("out", out, x.shape, x, weight), residual)
     eps = check.not_negative("eps", eps)
     if x.size:
-        rows, stream, to = check.rows(x), check.rows(residual), check.rows(out)
-        threads = threads_for(x.size, PARALLEL_STREAM, len(rows))
-        run_rows(add_rms_norm_rows, add_rms_norm_parallel, threads, len(rows), rows, stream, weight, eps, to)
+        rows = check.rows(x)
+        arguments = rows, check.rows(residual), weight, eps, check.rows(out)
+        run_rows(add_rms_norm_rows, add_rms_norm_parallel, x.size, PARALLEL_STREAM, len(rows), *arguments)
     return out, residual
 
 
@@ -268,7 +266,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization"; the two passes are Chan, Golub & LeVeque 1983,
     "Algorithms for Computing the Sample Variance".
     """
-    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    y: Any = new_output(x.shape) if out is None and type(x) is np.ndarray else out
     if layer_norm_small(x, weight, weight if bias is None else bias, bias is not None, eps, y):
         return y
     if check.is_half(out):
@@ -282,10 +280,9 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5, out: np
     out = check.output("out", out, shape, x, weight, bias)
     eps = check.not_negative("eps", eps)
     if x.size:
-        rows, to = check.rows(x), check.rows(out)
-        count = rows.shape[0]
-        threads = threads_for(x.size, PARALLEL_STREAM, count)
-        run_rows(layer_norm_rows, layer_norm_parallel, threads, count, rows, weight, bias, with_bias, eps, to)
+        rows = check.rows(x)
+        arguments = rows, weight, bias, with_bias, eps, check.rows(out)
+        run_rows(layer_norm_rows, layer_norm_parallel, x.size, PARALLEL_STREAM, len(rows), *arguments)
     return out
 
 

@@ -12,7 +12,7 @@ space begins, and is filled in for each pass. So a tape is recorded once, and re
 - LOCAL (the same, one copy per member): stride is the size of a member's copy.
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
 - CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
-- PLACES, RUNS, TABLES, CHOSEN: of passes over several sequences, see ``model.many``.
+- SLOTS, RUNS, TABLES, CHOSEN: of passes over several sequences, see ``model.many``.
 
 An operation is a C function of its own, compiled and cached by itself, for the models that use it. The region below
 serves every model.
@@ -28,7 +28,7 @@ import numpy as np
 from ruvllm.kernels.experts import MAX_EXPERTS
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, view_kernel
 from ruvllm.kernels.jit.views import array_at, integer_loader
-from ruvllm.kernels.quant.layout import SIDE
+from ruvllm.kernels.quant.layout import BLOCK_TOKENS
 from ruvllm.kernels.simd.vectors import prefetch_l2
 from ruvllm.kernels.threads.regions import CFunction, Region
 from ruvllm.kernels.threads.team import (
@@ -50,7 +50,7 @@ from ruvllm.kernels.threads.team import (
     CALLS, ROPE_PAIRS, RUN_COUNT,
 ) = range(21)  # fmt: skip
 (
-    ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, PLACES, RUNS, TABLES, CHOSEN,
+    ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, SLOTS, RUNS, TABLES, CHOSEN,
 ) = SPACES = tuple(range(14))  # fmt: skip
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
@@ -118,8 +118,8 @@ def row_range(m):
     """The rows lo:hi that this member computes: all, or whole token blocks, whose rows share cache lines in 8 bits."""
     if m.replicated:
         return np.int64(0), m.rows
-    lo, hi = part((m.rows + SIDE - 1) // SIDE, m.rank, m.size)
-    return min(lo * SIDE, m.rows), min(hi * SIDE, m.rows)
+    lo, hi = part((m.rows + BLOCK_TOKENS - 1) // BLOCK_TOKENS, m.rank, m.size)
+    return min(lo * BLOCK_TOKENS, m.rows), min(hi * BLOCK_TOKENS, m.rows)
 
 
 class Operation(CFunction):

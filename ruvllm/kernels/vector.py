@@ -6,12 +6,12 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import kernel
-from ruvllm.kernels.jit.small_calls import alike, apart, may_write, room, rows_of, small_call
+from ruvllm.kernels.jit.small_calls import alike, apart, may_write, new_output, rows_of, small_call
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.simd.sums import sum_of_products
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_elements, run_elements, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_STREAM, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_STREAM
 
 
 @kernel(strict=True)
@@ -47,7 +47,7 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match, or ``a`` has no dimension.
     """
-    y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
+    y: Any = new_output(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if dot_small(a, b, y):
         return y
     if check.is_half(out):
@@ -97,7 +97,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: ``out`` does not match.
     """
-    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    y: Any = new_output(x.shape) if out is None and type(x) is np.ndarray else out
     if scale_small(x, factor, y):
         return y
     if check.is_half(out):
@@ -105,8 +105,7 @@ def scale(x: Any, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     x = check.float32("x", x)
     out = check.output("out", out, x.shape, x)
     factor = check.number("factor", factor)
-    threads = threads_for(x.size, PARALLEL_STREAM, x.size)
-    run_rows(scale_range, scale_parallel, threads, x.size, x.ravel(), factor, out.ravel())
+    run_rows(scale_range, scale_parallel, x.size, PARALLEL_STREAM, x.size, x.ravel(), factor, out.ravel())
     return out
 
 
@@ -145,7 +144,7 @@ def add(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         TypeError: an argument is not a float32 array.
         ValueError: shapes do not match.
     """
-    y: Any = room(a.shape) if out is None and type(a) is np.ndarray else out
+    y: Any = new_output(a.shape) if out is None and type(a) is np.ndarray else out
     if add_small(a, b, y):
         return y
     if check.is_half(out):

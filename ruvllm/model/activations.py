@@ -6,14 +6,14 @@ import numpy as np
 
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.quant.activations import round_activations
-from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, SIDE, Rounded, token_blocks
+from ruvllm.kernels.quant.layout import BLOCK_TOKENS, GROUP, OFFSETS, OUTLIERS, Rounded, token_blocks
 
 
 class Activations:
     """Inputs of up to ``tokens`` x ``columns``; buffers are allocated once and refilled by ``of``."""
 
     def __init__(self, tokens: int, columns: int) -> None:
-        n = -(-columns // GROUP) * (tokens + SIDE)  # groups of all tokens; the last block of tokens may not be full
+        n = -(-columns // GROUP) * (tokens + BLOCK_TOKENS)  # groups; the last block may not be full
         self._codes = aligned_empty(n * GROUP, np.int8)
         self._scales, self._totals = aligned_empty(n), aligned_empty(n)
         self._offsets = aligned_empty(n * OFFSETS, np.int32)

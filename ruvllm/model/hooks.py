@@ -53,7 +53,7 @@ class Hooks:
                 if point.router:
                     self.functions.setdefault(point.router, partial(self._at, points[point.router]))
                     self._choices[point.router] = point.axes[0]
-        self._places: dict[str, np.ndarray] = {}  # (T, k), by router: where the row of each choice is, in this pass
+        self._slots: dict[str, np.ndarray] = {}  # (T, k), by router: where the row of each choice is, in this pass
         self._first: int | None = None
         self._plain: Tapes | None = None
         self._tapes: Tapes | None = None
@@ -84,14 +84,14 @@ class Hooks:
         edits, readers = self._acting.get(point.name, ((), ()))
         if not len(x):  # logits that nobody wants
             return
-        rows, places = x, self._places.get(point.router or "")
-        x = x.reshape(len(x), *point.axes) if places is None else rows[places]
+        rows, slots = x, self._slots.get(point.router or "")
+        x = x.reshape(len(x), *point.axes) if slots is None else rows[slots]
         for edit in edits:
             edit.apply(point.name, x, self._first)
-        if places is not None and edits:
-            rows[places] = x
+        if slots is not None and edits:
+            rows[slots] = x
         if point.name in self._choices:
-            self._places[point.name] = route(x, self._choices[point.name], True).places
+            self._slots[point.name] = route(x, self._choices[point.name], True).slots
         for reader in readers:
             reader.see(point, x)
 

@@ -47,13 +47,13 @@ class Many:
         self.most_tokens = model.prefill_tokens  # of one pass
         tokens = max(FEW_TOKENS, self.most_tokens)
         self._workings = {n: Working(model, pool, n, model.threads) for n in (FEW_TOKENS, tokens)}
-        self._places = np.zeros(tokens, np.int64)
+        self._slots = np.zeros(tokens, np.int64)
         self._runs = np.zeros((tokens, 3), np.int64)
         self._chosen = np.zeros(tokens, np.int64)
         self._logits = aligned_empty((0, model.config.vocab_size))
         self._partial = aligned_empty((0, 0, 0, 0))
         for working in self._workings.values():
-            for space, array in ((t.PLACES, self._places), (t.RUNS, self._runs), (t.CHOSEN, self._chosen)):
+            for space, array in ((t.SLOTS, self._slots), (t.RUNS, self._runs), (t.CHOSEN, self._chosen)):
                 t.set_space(working.header, space, array.ctypes.data)
 
     def forward(self, runs: Sequence[Run]) -> np.ndarray:
@@ -72,7 +72,7 @@ class Many:
             self._runs[i] = row, count, start
             self._chosen[chosen : chosen + run.wanted] = np.arange(row + count - run.wanted, row + count)
             at = positions[row : row + count]
-            self._places[row : row + count] = tables[start + at // BLOCK] * BLOCK + at % BLOCK
+            self._slots[row : row + count] = tables[start + at // BLOCK] * BLOCK + at % BLOCK
             row, chosen, start = row + count, chosen + run.wanted, start + len(run.table)
         working.positions[: len(ids)] = positions
         working.header[t.RUN_COUNT] = len(runs)

@@ -18,7 +18,7 @@ from ruvllm.kernels.attention.kv import key_rows, padded
 from ruvllm.kernels.attention.prefill import prompt_scratch_size
 from ruvllm.kernels.memory import aligned_empty, aligned_zeros
 from ruvllm.kernels.operations import broadcast
-from ruvllm.kernels.quant.layout import SIDE
+from ruvllm.kernels.quant.layout import BLOCK_TOKENS
 from ruvllm.kernels.tape import Operation
 from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.pool import num_threads
@@ -215,8 +215,8 @@ class Working:
 
 
 def token_capacity(tokens: int) -> int:
-    """Rows of working memory for passes of up to ``tokens``: rows rounded to 8 bits are stored in blocks of SIDE."""
-    return tokens if tokens < SIDE else -(-tokens // SIDE) * SIDE
+    """Rows of working memory for passes of up to ``tokens``: rows in 8 bits are stored in blocks of BLOCK_TOKENS."""
+    return tokens if tokens < BLOCK_TOKENS else -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def working_bytes(config: ModelConfig, tokens: int, architecture: type[Decoder] = Decoder) -> int:

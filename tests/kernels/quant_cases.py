@@ -16,7 +16,7 @@ from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, Rounded, tok
 from ruvllm.kernels.quant.matmul import quant_matmul
 from ruvllm.kernels.quant.panels import Panels, empty_panels, pack_groups
 from ruvllm.kernels.quant.weights import quantize_int4, quantize_int8
-from ruvllm.kernels.simd.vectors import f16_to_f32, f32_store, f32_to_f16, load, store_number
+from ruvllm.kernels.simd.vectors import f16_to_f32, f32_store, f32_to_f16, load, store_element
 
 TOKENS = (*range(1, 14), 17, 64, 125)
 SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (48, 256), (129, 577))  # N, K
@@ -227,7 +227,7 @@ def convert_halves(halves: Any, one: Any, sixteen: Any) -> None:
 def convert_numbers(numbers: Any, one: Any, stored: Any) -> None:
     for i in range(numbers.shape[0]):
         one[i] = f32_to_f16(numbers[i])
-        store_number(stored, i, numbers[i], numbers[i])
+        store_element(stored, i, numbers[i], numbers[i])
 
 
 def check_halves(step: int = 1) -> None:

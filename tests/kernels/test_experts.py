@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels.experts import MAX_EXPERTS, PADDED, combine_rows, require_routing, route, sigmoid_scale_rows
-from ruvllm.kernels.quant.layout import SIDE
+from ruvllm.kernels.quant.layout import BLOCK_TOKENS
 
 SIZES = [
     (1, 1, 1), (1, 8, 2), (2, 3, 3), (7, 5, 1), (40, 4, 4), (40, 60, 7), (3, MAX_EXPERTS, 8),
@@ -28,7 +28,7 @@ def test_route(T: int, X: int, k: int, normalised: bool) -> None:
     rows = sorted((int(experts[t, j]), t, j) for t in range(T) for j in range(k))  # by expert, then by token
     assert found.tokens.tolist() == [t for _, t, _ in rows]
     for row, (_, t, j) in enumerate(rows):
-        assert found.places[t, j] == row
+        assert found.slots[t, j] == row
     exact = scores.astype(np.float64)
     shares = np.take_along_axis(softmax(exact), experts, 1)
     np.testing.assert_allclose(found.weights, shares / (shares.sum(1, keepdims=True) if normalised else 1), rtol=1e-6)
@@ -38,7 +38,7 @@ def test_route(T: int, X: int, k: int, normalised: bool) -> None:
     place = 0  # of rows in 8 bits: an expert's fill up its blocks
     for run, n in zip(found.runs, counts, strict=True):
         assert run[3] == place
-        place += n if n <= SIDE else -(-n // SIDE) * SIDE
+        place += n if n <= BLOCK_TOKENS else -(-n // BLOCK_TOKENS) * BLOCK_TOKENS
     assert place <= PADDED * T * k
 
 
@@ -52,7 +52,7 @@ def test_numbers_that_are_none_are_not_lost(bad: float) -> None:
         broken[1] = bad
         broken[1, column] = 1
         found = route(broken, 2, True)
-        experts = np.repeat(found.runs[:, 0], found.runs[:, 2])[found.places]
+        experts = np.repeat(found.runs[:, 0], found.runs[:, 2])[found.slots]
         assert experts.min() >= 0 and experts.max() < 6 and (experts[:, 0] != experts[:, 1]).all()
         assert np.isfinite(found.weights[1]).all() == (bad == -np.inf)
         np.testing.assert_array_equal(found.weights[[0, 2]], expected.weights[[0, 2]])
@@ -72,9 +72,9 @@ def test_combine(T: int, X: int, k: int) -> None:
         y = rng.standard_normal((T * k, columns)).astype(np.float32)
         out = np.full((T, columns), np.nan, np.float32)
         for t in range(T):
-            combine_rows(y, routing.places, routing.weights, out, t, t + 1)
+            combine_rows(y, routing.slots, routing.weights, out, t, t + 1)
             assert np.isnan(out[t + 1 :]).all()
-        exact = np.einsum("tj,tje->te", routing.weights.astype(np.float64), y.astype(np.float64)[routing.places])
+        exact = np.einsum("tj,tje->te", routing.weights.astype(np.float64), y.astype(np.float64)[routing.slots])
         np.testing.assert_allclose(out, exact, atol=1e-6)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ruvllm.kernels.jit.decorators import kernel
-from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.over_rows import over_rows
+from ruvllm.kernels.threads.pool import launch
 
 
 def _double(x: Any, out: Any) -> None:
@@ -42,7 +43,7 @@ def test_every_row_is_in_one_share(step: int) -> None:
     for count in (1, 2, 15, 16, 17, 100):
         for threads in (1, 2, 3, 7):
             rows, starts = np.zeros(count, np.int64), np.zeros(count + 1, np.int64)
-            run_rows(body, parallel, threads, count, rows, starts)
+            launch(parallel, threads, count, rows, starts)
             assert (rows == step).all(), (count, threads)
             assert not (np.flatnonzero(starts[:count]) % step).any()
             assert starts.sum() == threads

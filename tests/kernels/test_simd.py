@@ -69,7 +69,7 @@ def test_arithmetic(sign: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fmax", "fmin", "larger_or_nan", "greater", "evens", "odds", "zip_low", "zip_high", "low_halves"]
+    "name", ["fmax", "fmin", "max_or_nan", "max_or_second", "evens", "odds", "zip_low", "zip_high", "low_halves"]
 )
 def test_two_vectors(name: str) -> None:
     run, out = _binary(getattr(simd, name)), np.empty(LANES, np.float32)
@@ -153,7 +153,7 @@ def test_constants() -> None:
 
 
 def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
-    fma, greater, load, store = simd.fma, simd.greater, simd.f32_load, simd.f32_store
+    fma, max_or_second, load, store = simd.fma, simd.max_or_second, simd.f32_load, simd.f32_store
 
     @njit
     def run(a, x, out):
@@ -161,7 +161,7 @@ def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
         store(out, 0, v + x)
         store(out, 16, x - v)
         store(out, 32, fma(x, v, x))
-        store(out, 48, greater(x, v))
+        store(out, 48, max_or_second(x, v))
 
     out, x = np.empty(64, np.float32), np.float32(1.5)
     with np.errstate(all="ignore"):
@@ -171,7 +171,7 @@ def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
             np.testing.assert_array_equal(out, np.concatenate(expected))
 
 
-@pytest.mark.parametrize("name", ["fmax", "larger_or_nan", "greater", "at_most"])
+@pytest.mark.parametrize("name", ["fmax", "max_or_nan", "max_or_second", "at_most"])
 def test_two_numbers(name: str) -> None:
     function = getattr(simd, name)
 
@@ -300,7 +300,7 @@ def test_load_past_the_end_reads_nothing() -> None:
 
 def test_every_half_float_is_widened_and_rounded_exactly() -> None:
     load, store, widen, narrow = simd.load, simd.f32_store, simd.f16_to_f32, simd.f32_to_f16
-    store_number = simd.store_number
+    store_element = simd.store_element
 
     @njit
     def widen_all(bits, out):
@@ -312,8 +312,8 @@ def test_every_half_float_is_widened_and_rounded_exactly() -> None:
         for i in range(bits.size):
             values[i] = widen(bits[i])
             back[i] = narrow(values[i])
-            store_number(stored, i, values[i], values[i])
-            store_number(copied, i, values[i], values[i])
+            store_element(stored, i, values[i], values[i])
+            store_element(copied, i, values[i], values[i])
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     expected = bits.view(np.float16).astype(np.float32)

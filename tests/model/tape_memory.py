@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ruvllm.kernels import tape as t
@@ -84,12 +86,13 @@ class Memory:
 
     def _mark_quantized(self, mask: np.ndarray, width: int, rows: int, capacity: int, lo: int, hi: int) -> None:
         """Rows lo:hi of ``rows`` rounded to 8 bits: five arrays of consecutive blocks of tokens."""
-        groups, (blocks, side) = -(-width // GROUP), token_blocks(rows)
+        groups, (blocks, block_tokens) = -(-width // GROUP), token_blocks(rows)
         start = 0
         for nbytes in (GROUP, 4 * OFFSETS, 4, 4):  # codes, offsets, scales, totals of a group
-            view = mask[start : start + blocks * groups * side * nbytes].reshape(blocks, groups, side, nbytes)
+            shape = blocks, groups, block_tokens, nbytes
+            view = mask[start : start + math.prod(shape)].reshape(shape)
             for row in range(lo, hi):
-                view[row // side, :, row % side] = True
+                view[row // block_tokens, :, row % block_tokens] = True
             start += capacity * groups * nbytes
         mask[start:].reshape(-1)[lo * 8 * OUTLIERS : hi * 8 * OUTLIERS] = True
 

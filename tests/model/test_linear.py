@@ -102,7 +102,7 @@ def test_rounding_is_to_nearest_even_and_keeps_what_is_no_number(layout: str) ->
 def test_reading_in_pieces_gives_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = RandomTensor("w", (300, 40), seed=5)
     whole = Linear.load(tensor, layout).weights
-    monkeypatch.setattr(weights, "_ROWS_AT_ONCE_BYTES", 4 * 40 * 48)  # three panels at a time
+    monkeypatch.setattr(weights, "_PACK_BYTES", 4 * 40 * 48)  # three panels at a time
     pieces = Linear.load(tensor, layout).weights
     np.testing.assert_array_equal(pieces.panels, whole.panels)
 

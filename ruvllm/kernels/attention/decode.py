@@ -24,16 +24,16 @@ from ruvllm.kernels.attention.tile import (
     Keys,
     Queries,
     Span,
+    cache_row,
     cap_scores,
     copy_queries,
-    fold_weights,
     largest_score,
     normaliser,
     query_factor,
     scores,
-    stored_at,
     to_weights,
     transpose_4,
+    update_softmax,
 )
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.views import flat
@@ -71,7 +71,7 @@ def chunk_count(positions: int) -> int:
     return (positions + CHUNK - 1) // CHUNK
 
 
-class Rows(NamedTuple):
+class ValueRows(NamedTuple):
     """Rows of values, flat: row s begins at elements[start + s stride]."""
 
     elements: Any
@@ -108,7 +108,7 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
         span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        stored = stored_at(cache, base) + span.start
+        stored = cache_row(cache, base) + span.start
         ki = (kv * keys.shape[1] + stored // LANES) * block
         vi = (kv * values.shape[1] + stored) * wide
         count = span.stop - span.start
@@ -132,7 +132,7 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
                 parts[at + 1] = hsum(total)
             for i in range(sums, sums + HEAD_TILE * wide, LANES):
                 f32_store(scratch, i, f32_zero())
-            rows, weights, ahead = Rows(values_flat, vi, wide, count), r * CHUNK + span.start, vi + count * wide
+            rows, weights, ahead = ValueRows(values_flat, vi, wide, count), r * CHUNK + span.start, vi + count * wide
             if group == 1:
                 add_weighted_rows(f32_zeros(1), rows, ahead, wide, scratch, weights, sums)
             else:
@@ -190,7 +190,7 @@ def merge_chunks(partial, chunks, sinks, out, lo, hi):
         top, total = NEGATIVE_INFINITY, np.float32(0)
         y[:] = total
         for c in range(chunks):
-            top, total, keep, add = fold_weights(top, total, parts[c, state], parts[c, state + 1])
+            top, total, keep, add = update_softmax(top, total, parts[c, state], parts[c, state + 1])
             fold_sums(y, keep, parts[c, :dim], add)
         # If every score is -inf, so is the largest, and the softmax is undefined: top - top makes the result NaN.
         multiply(y, normaliser(sinks, head, top, total) + (top - top))

@@ -20,23 +20,23 @@ from ruvllm.kernels.simd.vectors import (
     f32_load_first,
     f32_zero,
     fma,
-    greater,
     hmax,
     hsum,
     load_rows,
+    max_or_second,
     read_scales,
     scaled,
     scaled_rows,
     splat,
-    store_number,
-    store_number_rows,
-    store_numbers,
+    store_element,
+    store_element_rows,
+    store_elements,
     store_scale,
     zip_rows,
 )
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 SCALE_ROWS = 8  # of 16 bytes, in a block of int8 keys
 _LARGEST, _ONE = np.float32(127), np.float32(1)
@@ -76,16 +76,16 @@ def kv_append_heads(k, v, keys, values, positions, lo, hi):
                 store_scale(keys_flat, ki + dim * LANES + 4 * j, k_scale)
                 store_scale(keys_flat, ki + (dim + 4) * LANES + 4 * j, v_scale)
                 for d in range(transposed, dim):
-                    store_number(keys_flat, ki + d * LANES + j, k_flat[at + d], _ONE / k_scale)
+                    store_element(keys_flat, ki + d * LANES + j, k_flat[at + d], _ONE / k_scale)
                 for d in range(0, whole, LANES):
                     numbers = scaled(values, f32_load(v_flat, at + d), splat(_ONE / v_scale))
-                    store_numbers(values_flat, vi + i * wide + d, numbers)
+                    store_elements(values_flat, vi + i * wide + d, numbers)
                 for d in range(whole, dim):
-                    store_number(values_flat, vi + i * wide + d, v_flat[at + d], _ONE / v_scale)
+                    store_element(values_flat, vi + i * wide + d, v_flat[at + d], _ONE / v_scale)
             for d in range(0, transposed, LANES):  # 16 x 16 elements: positions become lanes
                 lines = zip_rows(zip_rows(zip_rows(zip_rows(load_rows(k_flat, xi + d, row, LANES)))))
                 lines = scaled_rows(keys, lines, splat(_ONE) / read_scales(keys_flat, ki + dim * LANES))
-                store_number_rows(keys_flat, ki + d * LANES, LANES, lines)
+                store_element_rows(keys_flat, ki + d * LANES, LANES, lines)
             t += count
 
 
@@ -95,7 +95,7 @@ def _scale(x, xi, dim):
     top, not_finite = f32_zero(), f32_zero()
     for d in range(0, dim, LANES):
         v = f32_load(x, xi + d) if d + LANES <= dim else f32_load_first(x, xi + d, dim - d)
-        top = greater(greater(v, f32_zero() - v), top)
+        top = max_or_second(max_or_second(v, f32_zero() - v), top)
         not_finite = fma(v, f32_zero(), not_finite)
     return hmax(top) / _LARGEST + hsum(not_finite)
 
@@ -116,8 +116,8 @@ kv_append_parallel = over_rows(kv_append_heads)
 
 def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
     """kv_append for callers that own their buffers (``model.Attention``) and guarantee their sizes."""
-    threads = threads_for(k.size, PARALLEL_ELEMENTS, len(keys))
-    run_rows(kv_append_heads, kv_append_parallel, threads, len(keys), k, v, keys, values, positions)
+    arguments = k, v, keys, values, positions
+    run_rows(kv_append_heads, kv_append_parallel, k.size, PARALLEL_ELEMENTS, len(keys), *arguments)
 
 
 def kv_append(

@@ -19,7 +19,7 @@ from numba import prange
 
 from ruvllm.kernels.attention.decode import (
     HEAD_TILE,
-    Rows,
+    ValueRows,
     add_weighted_rows,
     chunk_count,
     merge_chunks,
@@ -156,7 +156,7 @@ def attend_paged_chunks(q, pool, scale, partial, memory, lo, hi):
         for s in range(0, count, LANES):
             for kv in range(first, end):
                 run = _run(v_flat, pool, base + s, kv, scratch)
-                values = Rows(run.elements, run.start, run.stride, min(count - s, LANES))
+                values = ValueRows(run.elements, run.start, run.stride, min(count - s, LANES))
                 weights, to = kv * tiled * CHUNK + s, scratch.sums + kv * tiled * wide
                 if group == 1:
                     add_weighted_rows(f32_zeros(1), values, run.ahead, wide, memory, weights, to)

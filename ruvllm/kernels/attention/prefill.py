@@ -30,18 +30,18 @@ from ruvllm.kernels.attention.tile import (
     Queries,
     Scoring,
     Span,
+    cache_row,
     cap_scores,
     copy_queries,
-    fold_weights,
     largest_score,
     normaliser,
     query_factor,
     query_index,
     scores,
-    stored_at,
     sum_weighted_values,
     to_weights,
     transpose,
+    update_softmax,
 )
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, kernel, parallel_kernel, part_kernel
 from ruvllm.kernels.jit.views import flat
@@ -50,9 +50,9 @@ from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, share_of, take_chunk
 
-_UNITS = 4  # of a chunk of work
-MOST_TILES = 4 if WIDE else 6  # that read a chunk of keys and values while it is in the L2 cache
-_STATE = 4 * LANES  # floats that ``Softmax`` keeps for the rows of a tile, beside their sums
+_CLAIMED_UNITS = 4  # of work, at a time
+MAX_TILES = 4 if WIDE else 6  # of a unit: they share each chunk of keys and values while it is in the L2 cache
+_STATE = 4 * LANES  # floats of ``Softmax`` for the rows of a tile, without their sums
 NO_WINDOW = 1 << 62
 _NO_SINKS = np.empty(0, np.float32)
 
@@ -61,11 +61,11 @@ def prompt_scratch_size(head_dim: int) -> int:
     """Floats of scratch per thread: scores, queries and sums of a tile's chunk; queries, sums, m and l of all tiles."""
     wide = (head_dim + LANES - 1) // LANES * LANES
     tile = ROWS * CHUNK + Q_STEP * LANES + ROWS * wide
-    return tile + MOST_TILES * (Q_STEP * wide + ROWS * wide + _STATE)
+    return tile + MAX_TILES * (Q_STEP * wide + ROWS * wide + _STATE)
 
 
-class Rows(NamedTuple):
-    """``count`` rows from ``first`` on, numbered as in ``Heads``: ``group`` rows of each token. positions: (T,)."""
+class TileRows(NamedTuple):
+    """Rows first : first + count of a tile, numbered as in ``Heads``: ``group`` rows of each token. positions: (T,)."""
 
     positions: Any
     first: Any
@@ -74,9 +74,11 @@ class Rows(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A tile's online softmax in scratch. Of row r, at row + r: m; then, LANES apart: l, and the factors by which its
-    sums so far and those of the chunk are added. Weighted sums of values (rows, wide) are at sums and, of the chunk
-    alone, at chunk_sums."""
+    """Offsets in scratch of the state of a tile's online softmax.
+
+    row: four vectors, one lane for each row of the tile: m, l, and the factors of its sums so far and of the chunk's.
+    sums: weighted sums of values (rows, wide) so far; chunk_sums: those of the chunk alone.
+    """
 
     scratch: Any
     row: Any
@@ -88,10 +90,10 @@ class Softmax(NamedTuple):
 def prompt_units(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
     """How attend_prompt divides its work: (tiles of one unit, units).
 
-    As many tiles as can share what is read, but fewer where threads would have too few units.
+    Tiles of a unit share the keys and values that they read; there are fewer where threads would have too few units.
     """
     rows = tokens * (heads // kv_heads)
-    tiles = max(1, min(MOST_TILES, (rows + ROWS - 1) // ROWS * kv_heads // 16))
+    tiles = max(1, min(MAX_TILES, (rows + ROWS - 1) // ROWS * kv_heads // 16))
     return tiles, kv_heads * ((rows + tiles * ROWS - 1) // (tiles * ROWS))
 
 
@@ -120,8 +122,8 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
     panels = Keys(keys_flat, block, dim)
     stage = ROWS * CHUNK
     queries = stage + Q_STEP * LANES
-    sums = queries + MOST_TILES * Q_STEP * wide
-    chunk_sums = sums + MOST_TILES * ROWS * wide
+    sums = queries + MAX_TILES * Q_STEP * wide
+    chunk_sums = sums + MAX_TILES * ROWS * wide
     states = chunk_sums + ROWS * wide
     for i in range(0, sums, LANES):
         f32_store(scratch, i, f32_zero())
@@ -136,19 +138,19 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
             copy_queries(of, first_row + tile, min(ROWS, rows - tile), query_factor(scoring), to, stage, transpose)
         for i in range(sums, sums + rows * wide, LANES):
             f32_store(scratch, i, f32_zero())
-        for i in range(states, states + MOST_TILES * _STATE, _STATE):
+        for i in range(states, states + MAX_TILES * _STATE, _STATE):
             f32_store(scratch, i, splat(NEGATIVE_INFINITY))
             f32_store(scratch, i + LANES, f32_zero())
-        first, end = _seen(Rows(positions, first_row, rows, group), scoring.window)
+        first, end = _visible(TileRows(positions, first_row, rows, group), scoring.window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
             for tile in range(0, rows, ROWS):
-                tile_rows = Rows(positions, first_row + tile, min(ROWS, rows - tile), group)
-                tile_first, tile_end = _seen(tile_rows, scoring.window)
+                tile_rows = TileRows(positions, first_row + tile, min(ROWS, rows - tile), group)
+                tile_first, tile_end = _visible(tile_rows, scoring.window)
                 begin = max(tile_first, chunk) // LANES * LANES  # whole blocks of keys: the rest is masked below
                 start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
                 if start >= stop:
                     continue
-                stored = stored_at(cache, chunk) + start
+                stored = cache_row(cache, chunk) + start
                 ki = (kv * keys.shape[1] + stored // LANES) * block
                 vi = (kv * values.shape[1] + stored) * wide
                 tile_queries = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)
@@ -180,8 +182,8 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
 
 
 @inline_kernel
-def _seen(rows, window):
-    """First position and end of the positions that any of the rows sees."""
+def _visible(rows, window):
+    """The range of positions that any of the rows sees: first, end."""
     positions, group = rows.positions, rows.group
     t0, t1 = rows.first // group, (rows.first + rows.count - 1) // group
     first, end = positions[t0], positions[t0]
@@ -193,7 +195,7 @@ def _seen(rows, window):
 @inline_kernel
 def _row_span(rows, r, window, chunk, start, stop):
     """The span start:stop of a chunk, and what row r sees of it."""
-    first, end = _seen(Rows(rows.positions, rows.first + r, 1, rows.group), window)
+    first, end = _visible(TileRows(rows.positions, rows.first + r, 1, rows.group), window)
     return Span(start, stop, first - chunk, end - chunk)
 
 
@@ -212,7 +214,7 @@ def _weigh_chunk(state, rows, window, chunk, start, stop, keys, ki):
         span, scales = _row_span(rows, r, window, chunk, start, stop), ki + (keys.dim + 4) * LANES
         top = scratch[found + r]
         total = hsum(to_weights(scratch, r * CHUNK, span, top, keys.elements, scales, keys.block))
-        scratch[tops + r], scratch[totals + r], scratch[found + r], scratch[adds + r] = fold_weights(
+        scratch[tops + r], scratch[totals + r], scratch[found + r], scratch[adds + r] = update_softmax(
             scratch[tops + r], scratch[totals + r], top, total
         )
 
@@ -222,11 +224,11 @@ attend_prompt_part = as_part(attend_prompt)
 
 @part_kernel
 def attend_prompt_share(q, cache, positions, scoring, out, scratch, share):
-    """attend_prompt of the chunks of a share of the units that nobody has claimed (``threads.team``)."""
-    lo = share.lo + take_chunk(share) * _UNITS
+    """attend_prompt of the units of a share that no thread has claimed (``threads.team``)."""
+    lo = share.lo + take_chunk(share) * _CLAIMED_UNITS
     while lo < share.hi:
-        attend_prompt_part(q, cache, positions, scoring, out, scratch, lo, min(lo + _UNITS, share.hi))
-        lo = share.lo + take_chunk(share) * _UNITS
+        attend_prompt_part(q, cache, positions, scoring, out, scratch, lo, min(lo + _CLAIMED_UNITS, share.hi))
+        lo = share.lo + take_chunk(share) * _CLAIMED_UNITS
 
 
 @parallel_kernel
@@ -291,7 +293,7 @@ def attend_cache(
 def _attend_token(
     q: np.ndarray, cache: Cache, position: int, scoring: Scoring, out: np.ndarray, most_threads: int
 ) -> None:
-    """One token, by the bodies that the decode region uses."""
+    """One token, with the kernels that decoding uses."""
     heads, dim = q.shape
     kv_heads = len(cache.keys)
     chunks = position // CHUNK + 1 - max(0, position - scoring.window + 1) // CHUNK

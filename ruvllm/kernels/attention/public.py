@@ -9,7 +9,7 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.decode import chunk_count, merge_chunks, partial_width
 from ruvllm.kernels.attention.paged import attend_paged, attend_paged_parallel, paged_scratch_size
 from ruvllm.kernels.jit.decorators import inline_kernel
-from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
+from ruvllm.kernels.jit.small_calls import SCRATCH, apart, new_output, small_call
 from ruvllm.kernels.jit.views import address, array_at
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import scratch
@@ -166,7 +166,7 @@ def grouped_query_attention(
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
     """
-    y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
+    y: Any = new_output(q.shape) if out is None and type(q) is np.ndarray else out
     if grouped_query_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
     if check.is_half(out):
@@ -220,7 +220,7 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need".
     """
-    y: Any = room(q.shape) if out is None and type(q) is np.ndarray else out
+    y: Any = new_output(q.shape) if out is None and type(q) is np.ndarray else out
     if softmax_attention_small(q, k, v, 0.0 if scale is None else scale, scale is not None, scratch(SCRATCH), y):
         return y
     if check.is_half(out):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE
-from ruvllm.kernels.simd.math import exp, exp2_of_negative
+from ruvllm.kernels.simd.math import exp2_of_negative, tanh_by_exp
 from ruvllm.kernels.simd.vectors import (
     f32_load,
     f32_load_first,
@@ -19,11 +19,11 @@ from ruvllm.kernels.simd.vectors import (
     fma,
     fma_rows,
     fma_two,
-    greater,
     hmax,
     lanes_between,
     load,
     load_rows,
+    max_or_second,
     prefetch_l2,
     read_scales,
     scaled,
@@ -41,15 +41,15 @@ Q_STEP = 16 if WIDE else 8  # stride of a tile's transposed queries: at least RO
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
 LOG2_E = np.float32(1.4426950408889634)
 NEGATIVE_INFINITY = np.float32(-np.inf)
-_ONE, _TWO = np.float32(1), np.float32(2)
+_ONE = np.float32(1)
 
 
 class Cache(NamedTuple):
     """The KV cache of one layer: its arrays as attention/kv.py lays them out, and a block table.
 
-    Without a table, (0,), it is a ring: position p is row p % S of the S positions that it has room for. Of a ring that
-    is smaller than the context S is a multiple of CHUNK, so that no chunk is broken. With a table, the arrays are a
-    pool of blocks of CHUNK positions: position p is row p % CHUNK of block table[p // CHUNK].
+    Without a table, (0,), it is a ring of S rows: position p is row p % S. In a ring smaller than the context, S is a
+    multiple of CHUNK, so that no chunk wraps around. With a table, the arrays are a pool of blocks of CHUNK positions:
+    position p is row p % CHUNK of block table[p // CHUNK].
     """
 
     keys: Any
@@ -61,8 +61,8 @@ NO_TABLE = np.empty(0, np.int64)
 
 
 @inline_kernel
-def stored_at(cache, chunk):
-    """The row of the position ``chunk``, the first of a chunk."""
+def cache_row(cache, chunk):
+    """The row of the cache at which the chunk that begins at position ``chunk`` is stored."""
     if cache.table.size == 0:
         return chunk % cache.values.shape[1]
     return cache.table[chunk // CHUNK] * CHUNK
@@ -121,7 +121,7 @@ class Span(NamedTuple):
 
 @inline_kernel
 def query_factor(scoring):
-    """What queries are multiplied by. Scores come out times log2(e), unless a softcap follows, which does that."""
+    """The factor of queries: ``scale``, times log2(e) for a softmax in base 2, which ``cap_scores`` applies itself."""
     return scoring.scale * LOG2_E if scoring.softcap == 0 else scoring.scale
 
 
@@ -130,13 +130,12 @@ def cap_scores(scratch, base, start, stop, softcap):
     """A row's scores start:stop become log2(e) softcap tanh(score / softcap)."""
     inverse, factor = splat(np.float32(1) / softcap), splat(softcap * LOG2_E)
     for i in range(start, stop, LANES):
-        u = f32_load(scratch, base + i) * inverse
-        f32_store(scratch, base + i, (splat(_ONE) - splat(_TWO) / (exp(u + u) + splat(_ONE))) * factor)
+        f32_store(scratch, base + i, tanh_by_exp(f32_load(scratch, base + i) * inverse) * factor)
 
 
 @inline_kernel
 def normaliser(sinks, head, top, total):
-    """What a head's weighted sum of values is multiplied by: 1 / (total + 2^(sink - top)), 1 / total without sinks."""
+    """The factor of a head's weighted sum of values: 1 / (total + 2^(sink - top)), or 1 / total without sinks."""
     if sinks.size == 0:
         return _ONE / total
     sink = sinks[head] * LOG2_E
@@ -146,10 +145,10 @@ def normaliser(sinks, head, top, total):
 
 
 @inline_kernel
-def fold_weights(top, total, chunk_top, chunk_total):
+def update_softmax(top, total, chunk_top, chunk_total):
     """Add a chunk to a softmax: (the new m, the new l, the factor of the sums so far, that of the chunk's sums).
 
-    With m the largest score so far and l the sum of 2^(score - m). Chunks are always added one by one, from the first
+    m is the largest score so far, l the sum of 2^(score - m). Chunks are always added one by one, from the first
     position on, so that a token's result does not depend on how many tokens share a call.
     """
     new_top = max(top, chunk_top)
@@ -243,7 +242,7 @@ def largest_score(scratch, base, span):
         found = f32_load(scratch, base + i)
         if i < span.first or i + LANES > span.end:
             found = lanes_between(found, span.first - i, span.end - i, NEGATIVE_INFINITY)
-        top = greater(found, top)
+        top = max_or_second(found, top)
     return hmax(top)
 
 

@@ -19,7 +19,7 @@ from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, kernel, vi
 from ruvllm.kernels.jit.private.dispatch import answer_for_missing_code
 from ruvllm.kernels.jit.views import address, array_at
 
-ROOM = 65536  # elements of the largest result that is allocated for a small call
+LARGEST_OUTPUT = 65536  # elements of the largest result that is allocated for a small call
 SCRATCH = 1 << 17  # float32 elements of the scratch buffer that some small calls are given
 FEW = 1024  # float32 elements of scratch that a small call may take from the stack instead
 
@@ -72,9 +72,9 @@ def small_call(*forms: tuple[Any, ...]) -> Callable[[Callable[..., bool]], Any]:
     return decorate
 
 
-def room(shape: tuple[int, ...]) -> np.ndarray | None:
-    """A new array for the result of a small call; None if it would be too large for one."""
-    return np.empty(shape, np.float32) if math.prod(shape) <= ROOM else None
+def new_output(shape: tuple[int, ...]) -> np.ndarray | None:
+    """A new array for the output of a small call; None if that would be too large."""
+    return np.empty(shape, np.float32) if math.prod(shape) <= LARGEST_OUTPUT else None
 
 
 def _declined(*arguments: Any) -> bool:

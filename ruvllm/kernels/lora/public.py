@@ -11,7 +11,7 @@ from numba import prange
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
-from ruvllm.kernels.jit.small_calls import FEW, apart, room, rows_of, small_call
+from ruvllm.kernels.jit.small_calls import FEW, apart, new_output, rows_of, small_call
 from ruvllm.kernels.jit.views import address, array_at, flat
 from ruvllm.kernels.matmul.micro_kernels import put
 from ruvllm.kernels.simd.sums import sum_of_products
@@ -232,7 +232,7 @@ def lora_forward(x: Any, a: Any, b: Any, scaling: float = 1.0, out: np.ndarray |
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     plain = type(x) is np.ndarray and type(b) is np.ndarray
-    y: Any = room(x.shape[:-1] + b.shape[-1:]) if out is None and plain else out
+    y: Any = new_output(x.shape[:-1] + b.shape[-1:]) if out is None and plain else out
     if lora_small(x, a, b, scaling, False, y):
         return y
     x, a, b = checked_adapter(x, a, b)

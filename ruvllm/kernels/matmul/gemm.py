@@ -13,7 +13,7 @@ from ruvllm.kernels.matmul.tile import PANEL_GROUP, Panels, chunk_size, group_ti
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, Share, part, take_chunk
 
-_AT_ONCE = 16  # rows of B, packed panel by panel: writes are sequential, and lines that were read are reused
+_PACK_ROWS = 16  # of B at a time, panel by panel: writes are sequential, and lines that were read are reused
 
 
 def gemm_scratch_size(inner: int, panels: int) -> int:
@@ -25,8 +25,8 @@ def gemm_scratch_size(inner: int, panels: int) -> int:
 def pack_columns(b, columns, inner, column, panels, step, group):
     """group[p step + 16 k + j] = b[k, column + 16 p + j], b (inner, columns); 0 beyond the last column."""
     whole = min(panels, (columns - column) // LANES)
-    for k_lo in range(0, inner, _AT_ONCE):
-        k_hi = min(k_lo + _AT_ONCE, inner)
+    for k_lo in range(0, inner, _PACK_ROWS):
+        k_hi = min(k_lo + _PACK_ROWS, inner)
         for p in range(whole):
             at, to = column + p * LANES, p * step
             for k in range(k_lo, k_hi):

@@ -7,7 +7,7 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
-from ruvllm.kernels.jit.small_calls import SCRATCH, apart, room, small_call
+from ruvllm.kernels.jit.small_calls import SCRATCH, apart, new_output, small_call
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.blas import blas_gemm, measure, takes_blas
 from ruvllm.kernels.matmul.gemm import gemm_batch, gemm_batch_parallel, gemm_parallel, gemm_part, gemm_scratch_size
@@ -107,7 +107,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
         TypeError: not float32.
         ValueError: shapes do not match.
     """
-    y: Any = room(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
+    y: Any = new_output(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if gemv_small(a, x, y):
         return y
     if check.is_half(out):
@@ -116,8 +116,7 @@ def gemv(a: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     x = check.float32("x", x, shape=a.shape[-1:])
     out = check.apart("out", check.output("out", out, a.shape[:-1]), a, x)
     rows, y = (a, out) if a.ndim == 2 else (check.rows(a), out.reshape(-1))
-    threads = threads_for(a.size, PARALLEL_MACS, y.size)
-    run_rows(gemv_rows, gemv_parallel, threads, y.size, rows, x, y)
+    run_rows(gemv_rows, gemv_parallel, a.size, PARALLEL_MACS, y.size, rows, x, y)
     return out
 
 
@@ -159,7 +158,7 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend: s
         ValueError: shapes do not match, or the backend is unknown.
     """
     plain = type(a) is np.ndarray and type(b) is np.ndarray
-    y: Any = room(a.shape[:-1] + b.shape[1:]) if out is None and plain else out
+    y: Any = new_output(a.shape[:-1] + b.shape[1:]) if out is None and plain else out
     if _try_small(a, b, False, y, backend):
         return y
     if check.is_half(out):
@@ -188,7 +187,7 @@ def gemm_nt(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None, backend
         ValueError: shapes do not match, or the backend is unknown.
     """
     plain = type(a) is np.ndarray and type(b) is np.ndarray
-    y: Any = room(a.shape[:-1] + b.shape[:1]) if out is None and plain else out
+    y: Any = new_output(a.shape[:-1] + b.shape[:1]) if out is None and plain else out
     if _try_small(a, b, True, y, backend):
         return y
     if check.is_half(out):

@@ -55,7 +55,7 @@ _SUMS_ROW = 3 * LANES
 _SUMS_SIZE = _ROWS * _SUMS_ROW
 _AHEAD = 128 * LANES  # prefetch distance: memory answers while so many columns are computed
 _NEXT_BLOCK = K_BLOCK * LANES
-_EACH = LANES  # the pace of few rows: one line with each column, more than with any 16 columns of many rows
+_EVERY_COLUMN = LANES  # the pace of few rows: one line with each column, more than with any 16 columns of many rows
 
 
 class Panels(NamedTuple):
@@ -173,7 +173,7 @@ def two_panels(zeros, panels, ahead, rows, count, out, add):
     w, wi, wj = panels.elements, panels.start, panels.start + panels.step
     left = right = zeros
     for k in range(count):
-        if ahead.pace == _EACH:
+        if ahead.pace == _EVERY_COLUMN:
             prefetch_panels(w, ahead.start + k * LANES, panels.step, 2, 1)
         left = fma_rows(load(w, wi + k * LANES), rows.elements, rows.start + k, rows.step, left)
         right = fma_rows(load(w, wj + k * LANES), rows.elements, rows.start + k, rows.step, right)
@@ -190,9 +190,9 @@ def one_panel(zeros, panels, ahead, rows, count, out, add):
     """two_panels for one; where that is the widest tile, three_panels for one."""
     w, wi, soon = panels.elements, panels.start, ahead.start
     left = zeros
-    if ahead.pace == _EACH or _PANELS > 1:
+    if ahead.pace == _EVERY_COLUMN or _PANELS > 1:
         for k in range(count):
-            if ahead.pace == _EACH:
+            if ahead.pace == _EVERY_COLUMN:
                 prefetch_l2(w, soon + k * LANES)
             left = fma_rows(load(w, wi + k * LANES), rows.elements, rows.start + k, rows.step, left)
     else:
@@ -256,7 +256,7 @@ def panels_times_block(panels, block, out, columns, coming, buffers):
         else:
             target = Rows(buffers.sums, 0, _SUMS_ROW)
         if coming.few:
-            soon, pace = panels.start + (_AHEAD if t == block.lo else _NEXT_BLOCK), _EACH
+            soon, pace = panels.start + (_AHEAD if t == block.lo else _NEXT_BLOCK), _EVERY_COLUMN
         else:
             for r in range(coming.lo, coming.hi):
                 row = coming.rows + (t - block.lo + r) * inner

@@ -18,12 +18,12 @@ from ruvllm.kernels.tape import (
     KEY_ROWS,
     LAYERS,
     PARTIAL,
-    PLACES,
     POSITIONS,
     RUN_COUNT,
     RUNS,
     SCRATCH,
     SCRATCH_SIZE,
+    SLOTS,
     TABLES,
     TOKENS,
     VALUE_WIDTH,
@@ -178,15 +178,15 @@ def merge(m, out, heads, dim, window, sinks):
 
 @cache
 def append_blocks(dtype: type) -> Operation:
-    """Write k and v (rows, KV, dim), rows of several sequences, into one layer of a pool, at PLACES."""
+    """Write k and v (rows, KV, dim), rows of several sequences, into one layer of a pool, at SLOTS."""
 
     @operation
     def append_to_blocks(m, k, v, layer, kv_heads, dim):
         lo, hi = row_range(m)
         pool = _cache(m, layer, kv_heads, dtype)
         new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
-        places = array_at(address_of(m, np.int64(PLACES)), m.rows, np.int64)[lo:hi]
-        kv_append_heads(new_keys, new_values, pool.keys, pool.values, places, np.int64(0), kv_heads)
+        slots = array_at(address_of(m, np.int64(SLOTS)), m.rows, np.int64)[lo:hi]
+        kv_append_heads(new_keys, new_values, pool.keys, pool.values, slots, np.int64(0), kv_heads)
 
     return append_to_blocks
 

@@ -41,7 +41,7 @@ class Routed(NamedTuple):
 
 
 def routing_bytes(k: int) -> int:
-    """Bytes of a ``Routing`` for one token: k entries each of its tokens, places, runs and weights."""
+    """Bytes of a ``Routing`` for one token: k entries each of its tokens, slots, runs and weights."""
     return (8 + 8 + 8 * RUN + 4) * k + 4 * (k % 2)  # padded to 8 bytes
 
 
@@ -186,7 +186,7 @@ def combine(m, y, routing, out, columns, k):
     lo, hi = row_range(m)
     found = _routing(m, routing, k)
     source, target = matrix(m, y, m.rows * k, columns), matrix(m, out, m.rows, columns)
-    combine_rows(source, found.places, found.weights, target, lo, hi)
+    combine_rows(source, found.slots, found.weights, target, lo, hi)
 
 
 @operation

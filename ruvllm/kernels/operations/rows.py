@@ -157,7 +157,7 @@ def quantized_rows(m, operand, columns, capacity, place, lo, hi):
     The five arrays follow each other, each with capacity for ``capacity`` rows; that of outliers is by row.
     """
     groups = (columns + GROUP - 1) // GROUP
-    blocks, side = _token_blocks(hi - lo)
+    blocks, block_tokens = _token_blocks(hi - lo)
     first, all_groups = place * groups, capacity * groups
     codes = address_of(m, operand)
     offsets = codes + all_groups * GROUP
@@ -165,10 +165,10 @@ def quantized_rows(m, operand, columns, capacity, place, lo, hi):
     totals = scales + all_groups * 4
     outliers = totals + all_groups * 4
     return Rounded(
-        array_at(codes + first * GROUP, (blocks, groups, side, GROUP), np.int8),
-        array_at(scales + first * 4, (blocks, groups, side), np.float32),
-        array_at(offsets + first * 4 * OFFSETS, (blocks, groups, side, OFFSETS), np.int32),
-        array_at(totals + first * 4, (blocks, groups, side), np.float32),
+        array_at(codes + first * GROUP, (blocks, groups, block_tokens, GROUP), np.int8),
+        array_at(scales + first * 4, (blocks, groups, block_tokens), np.float32),
+        array_at(offsets + first * 4 * OFFSETS, (blocks, groups, block_tokens, OFFSETS), np.int32),
+        array_at(totals + first * 4, (blocks, groups, block_tokens), np.float32),
         array_at(outliers + lo * 4 * 2 * OUTLIERS, (hi - lo, OUTLIERS, 2), np.float32),
     )
 

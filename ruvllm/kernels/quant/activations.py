@@ -13,10 +13,10 @@ from ruvllm.kernels.simd.vectors import (
     f32_store,
     f32_zero,
     find_magnitude,
-    greater,
     i8_store,
     i32_hsum,
     largest_magnitude,
+    max_or_second,
     round_to_i32,
     splat,
     stack_f32,
@@ -24,7 +24,7 @@ from ruvllm.kernels.simd.vectors import (
     zero_below,
 )
 from ruvllm.kernels.threads.over_rows import run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _SEARCHED = 2048  # groups at a time, on the stack; outliers are sought among the first of a row
 _ROWS = 8  # at a time: each outlier is a long chain of dependent instructions, which chains of other rows overlap
@@ -108,7 +108,7 @@ def quantize_activations(x, to, shift, lo, hi):
     the result. Groups of elements below 2^-120 become zeros. Columns beyond 65536 have no outliers.
     """
     columns = x.shape[1]
-    groups, side = to.xs.shape[1], to.xs.shape[2]
+    groups, block_tokens = to.xs.shape[1], to.xs.shape[2]
     outliers = to.outliers
     largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group
     stride = min((groups + LANES - 1) // LANES * LANES, _SEARCHED)  # of a row's groups in these
@@ -133,12 +133,12 @@ def quantize_activations(x, to, shift, lo, hi):
                         _take_outlier(xf, source * columns, columns, largest, at, count, outliers, source + shift, i)
             for at in range(0, (end - start) * stride, LANES):
                 magnitudes = f32_load(largest, at)
-                inverses = splat(_STEPS) / greater(splat(_SMALLEST), magnitudes)
+                inverses = splat(_STEPS) / max_or_second(splat(_SMALLEST), magnitudes)
                 f32_store(inverse, at, zero_below(magnitudes, _SMALLEST, inverses))
                 f32_store(largest, at, magnitudes / splat(_STEPS))  # from here on, the scales
             for source in range(start, end):
                 row, at, t = source * columns, (source - start) * stride, source + shift
-                first_group = t // side * groups * side + t % side
+                first_group = t // block_tokens * groups * block_tokens + t % block_tokens
                 taken = 0  # outliers already passed
                 for g in range(count):
                     first = (base + g) * GROUP
@@ -147,11 +147,11 @@ def quantize_activations(x, to, shift, lo, hi):
                         if outliers[t, taken, 1] != np.float32(0):
                             a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
                         taken += 1
-                    _round_group(a, b, inverse[at + g], largest[at + g], lines, first_group + (base + g) * side)
+                    _round_group(a, b, inverse[at + g], largest[at + g], lines, first_group + (base + g) * block_tokens)
         for t in range(start + shift, end + shift):
-            first_group = t // side * groups * side + t % side
+            first_group = t // block_tokens * groups * block_tokens + t % block_tokens
             for i in range(OUTLIERS):
-                lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * side] += outliers[t, i, 1]
+                lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * block_tokens] += outliers[t, i, 1]
 
 
 @inline_kernel
@@ -176,5 +176,4 @@ def quantize_activations_parallel(threads, rows, x, to, shift):
 
 def round_activations(x: np.ndarray, to: Rounded) -> None:
     """quantize_activations for callers that own their buffers (``model.Activations``) and guarantee their sizes."""
-    threads = threads_for(x.size, PARALLEL_ELEMENTS, len(x))
-    run_rows(quantize_activations, quantize_activations_parallel, threads, len(x), x, to, 0)
+    run_rows(quantize_activations, quantize_activations_parallel, x.size, PARALLEL_ELEMENTS, len(x), x, to, 0)

@@ -36,12 +36,12 @@ GROUP = 32
 INT4, INT5, INT8 = 0, 1, 2
 LINES = (4, 5, 8)  # lines of codes in one block, by kind
 LINE = 64  # bytes of one line: 16 rows x 4 columns
-HALFS = 32  # bytes of 16 scales or mins
+SCALE_BYTES = 32  # of the 16 scales of a block, or of its 16 mins
 ZERO4, ZERO5, ZERO8 = np.float32(8), np.float32(16), np.float32(0)  # zero points: the code of 0 in symmetric weights
 OFFSETS = 4  # offsets of one group of one token
 NO_ZERO = 3  # index of the offset that is always 0
 OUTLIERS = 4  # outliers of a row
-SIDE = 12  # tokens of a block of activations: two tiles of 6
+BLOCK_TOKENS = 12  # tokens of a block of activations: two tiles of 6
 
 
 class Rounded(NamedTuple):
@@ -56,10 +56,10 @@ class Rounded(NamedTuple):
 
 def block_bytes(kind: int, has_mins: bool) -> int:
     """Bytes of one group of 16 rows."""
-    return LINES[kind] * LINE + (2 if has_mins else 1) * HALFS
+    return LINES[kind] * LINE + (2 if has_mins else 1) * SCALE_BYTES
 
 
 def token_blocks(tokens: int) -> tuple[int, int]:
     """How many blocks so many tokens take, and the tokens of a block; the last block may not be full."""
-    side = max(1, min(tokens, SIDE))
-    return (tokens + side - 1) // side, side
+    block_tokens = max(1, min(tokens, BLOCK_TOKENS))
+    return (tokens + block_tokens - 1) // block_tokens, block_tokens

@@ -29,13 +29,13 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS, LANES, STREAMS, TILE, UNROLLS
 from ruvllm.kernels.quant.layout import (
+    BLOCK_TOKENS,
     GROUP,
     INT4,
     INT5,
     INT8,
     LINE,
     OUTLIERS,
-    SIDE,
     ZERO4,
     ZERO5,
     ZERO8,
@@ -83,9 +83,9 @@ from ruvllm.kernels.threads.team import Share, take_chunk
 # Accumulators of a tile of so many tokens.
 _SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))
 _WIDTH = DOT_PANELS * LANES  # outputs of a tile's panels
-_AT_ONCE = 10 * SIDE  # tokens of a chunk, whose outlier columns are unpacked together
-_RAGGED = _AT_ONCE * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
-_LISTED = _AT_ONCE * OUTLIERS  # outlier columns of a chunk at most
+_CHUNK_TOKENS = 10 * BLOCK_TOKENS  # whose outlier columns are unpacked together
+_RAGGED = _CHUNK_TOKENS * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
+_LISTED = _CHUNK_TOKENS * OUTLIERS  # outlier columns of a chunk at most
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
 # Prefetch distance for one token, in bytes. Hardware prefetchers stop at the end of a page; 2048 was slower than 512.
 _AHEAD = 512
@@ -111,7 +111,7 @@ def chunks_of(tokens, outputs, share):
     """How many chunks a share of the panels is cut into."""
     single = _single_chunks(tokens, outputs, share)
     wide = (share.hi - share.lo - STREAMS * single + DOT_PANELS - 1) // DOT_PANELS
-    return single + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
+    return single + (tokens + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS * wide
 
 
 @inline_kernel
@@ -190,7 +190,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             prefetch_block(p, at, offset + ahead, most)
             tile = add_block(dots, p, at, offset, xi, tile)
             offset += p.size
-            xi += p.side
+            xi += p.block_tokens
         if ahead:
             _unpack(p, at, columns)
         tile = add_outliers(columns, t, at, zeros, tile)
@@ -200,7 +200,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
         """All tokens times the panels from lo to the end of the share, in tiles; ``chunk`` is the first one claimed.
 
-        A chunk is DOT_PANELS panels and _AT_ONCE tokens; its number is counted after the ``before`` chunks of
+        A chunk is DOT_PANELS panels and _CHUNK_TOKENS tokens; its number is counted after the ``before`` chunks of
         _one_token. Returns the first claimed number that is past all chunks of the share.
         """
         never_inline()
@@ -208,25 +208,25 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         step = np.int64(GROUP) if UNROLLS else x.xq.shape[3]  # the same value, hidden from LLVM to prevent unrolling
         p = _operands(has_mins, blocks, x, step)
         outliers, out = flat(x.outliers), flat(out)
-        found, places, unpacked = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
+        found, offsets, unpacked = stack_f32(_LISTED), stack_i32(_LISTED), stack_f32(_UNPACKED)
         ragged = stack_f32(_RAGGED)
         wide = (share.hi - lo + DOT_PANELS - 1) // DOT_PANELS
-        last = before + (tokens + _AT_ONCE - 1) // _AT_ONCE * wide
+        last = before + (tokens + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS * wide
         listed, count = -1, 0
         while chunk < last:
-            first, panel = (chunk - before) // wide * _AT_ONCE, lo + (chunk - before) % wide * DOT_PANELS
-            end = min(first + _AT_ONCE, tokens)
+            first, panel = (chunk - before) // wide * _CHUNK_TOKENS, lo + (chunk - before) % wide * DOT_PANELS
+            end = min(first + _CHUNK_TOKENS, tokens)
             if first != listed:
-                listed, count = first, list_columns(outliers, first, end, found, places)
-            columns = Columns(outliers, first, found, count, places, unpacked)
+                listed, count = first, list_columns(outliers, first, end, found, offsets)
+            columns = Columns(outliers, first, found, count, offsets, unpacked)
             at, ahead = panels_at(panel, share.hi, p.groups * p.size), DOT_PANELS * p.groups * p.size
             width = min(share.hi * LANES, rows) - panel * LANES
             whole = width >= _WIDTH
             to = _Outputs(out, panel * LANES, rows) if whole else _Outputs(ragged, -first * _WIDTH, _WIDTH)
             t = first
             while t < end:
-                inner = t % p.side  # index in its block of tokens
-                left, xi = min(p.side - inner, end - t), (t - inner) * p.groups + inner
+                inner = t % p.block_tokens  # index in its block of tokens
+                left, xi = min(p.block_tokens - inner, end - t), (t - inner) * p.groups + inner
                 if left >= 6 and left != 9:  # 9 as 4 + 4 + 1
                     _tile(p, columns, at, ahead, t, xi, f32_zeros(_SIX), to)
                     t += 6

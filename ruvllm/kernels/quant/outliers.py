@@ -6,16 +6,16 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES
-from ruvllm.kernels.quant.layout import GROUP, HALFS, LINE, OUTLIERS, ZERO8
+from ruvllm.kernels.quant.layout import GROUP, LINE, OUTLIERS, SCALE_BYTES, ZERO8
 from ruvllm.kernels.simd.vectors import (
     bits_at,
     bytes_to_f32,
+    f16_load,
     f32_load,
     f32_store,
     find_magnitude,
     fma,
-    fma_places,
-    halfs_load,
+    fma_columns,
     splat,
     sum_rows,
     to_f32,
@@ -28,14 +28,14 @@ _NO_COLUMN = np.float32(np.inf)  # pads a list of columns
 class Columns(NamedTuple):
     """The columns of W that are outliers of the tokens from ``first`` on: ``count`` of them, numbered in ``found``.
 
-    places: for each outlier, where its column is in ``unpacked``.
+    offsets: for each outlier, that of its column in ``unpacked``.
     """
 
     outliers: Any
     first: Any
     found: Any
     count: Any
-    places: Any
+    offsets: Any
     unpacked: Any
 
 
@@ -60,8 +60,8 @@ def column_int8(w, at, k):
 
 
 @inline_kernel
-def list_columns(outliers, lo, hi, found, places):
-    """List the distinct outlier columns of tokens lo:hi in ``found``, and the offset of each outlier's in ``places``.
+def list_columns(outliers, lo, hi, found, offsets):
+    """List the distinct outlier columns of tokens lo:hi in ``found``, and each outlier's offset in ``offsets``.
 
     Many tokens share their outlier columns, so few are unpacked. Returns how many there are.
     """
@@ -73,12 +73,12 @@ def list_columns(outliers, lo, hi, found, places):
             at = find_magnitude(f32_load(found, block), k)
             block += LANES
         if at < LANES:
-            places[i] = (block - LANES + at) * LANES
+            offsets[i] = (block - LANES + at) * LANES
         else:
             if count % LANES == 0:
                 f32_store(found, count, splat(_NO_COLUMN))
             found[count] = k
-            places[i] = count * LANES
+            offsets[i] = count * LANES
             count += 1
     return count
 
@@ -86,8 +86,8 @@ def list_columns(outliers, lo, hi, found, places):
 @inline_kernel
 def outlier_column(column, zero, has_mins, w, at, k):
     """Column k of W, dequantised, from the block at byte ``at``; mins are multiplied in the totals."""
-    codes = column(w, at + (2 * HALFS if has_mins else HALFS), k % GROUP)
-    return (codes - splat(ZERO8 if has_mins else zero)) * halfs_load(w, at)
+    codes = column(w, at + (2 * SCALE_BYTES if has_mins else SCALE_BYTES), k % GROUP)
+    return (codes - splat(ZERO8 if has_mins else zero)) * f16_load(w, at)
 
 
 @inline_kernel
@@ -103,8 +103,8 @@ def unpack_columns(column, zero, p, at, columns):
 @inline_kernel
 def add_outliers(columns, t, at, zeros, tile):
     """The tile plus, for the tokens from t on, the sum of their outliers times their columns of W."""
-    kept = zeros
-    place, x = (t - columns.first) * OUTLIERS, 2 * OUTLIERS * t + 1
+    kept, outliers = zeros, columns.outliers
+    index, x = (t - columns.first) * OUTLIERS, 2 * OUTLIERS * t + 1
     for i in range(OUTLIERS):
-        kept = fma_places(columns.unpacked, columns.places, place + i, columns.outliers, x + 2 * i, OUTLIERS, at, kept)
+        kept = fma_columns(columns.unpacked, columns.offsets, index + i, outliers, x + 2 * i, OUTLIERS, at, kept)
     return sum_rows(tile, kept)

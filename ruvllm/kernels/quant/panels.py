@@ -63,8 +63,8 @@ def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
 
 
 @kernel
-def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
-    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halfs: blocks in those units.
+def pack_quant_rows(kind, quads, scales, mins, words, halves, lo, hi):
+    """Panels lo:hi of pack_groups, four codes at a time: quads (n, 8 G) uint32; words, halves: blocks in those units.
 
     The quads of a row are a line apart: the 16 rows of a panel complete the lines while they are in the L1 cache.
     """
@@ -75,7 +75,7 @@ def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
         first = p * LANES
         rows = min(LANES, count - first)
         for g in range(groups):
-            to, halves = words[p, g, head:], halfs[p, g]
+            to, scaling = words[p, g, head:], halves[p, g]
             for r in range(rows):
                 at = quads[first + r, _QUADS * g : _QUADS * g + _QUADS]
                 if kind == INT8:
@@ -89,14 +89,14 @@ def pack_quant_rows(kind, quads, scales, mins, words, halfs, lo, hi):
                     for j in range(8):
                         fifth |= ((at[j] >> _NIBBLE) & _ONES) << np.uint32(j)
                     to[4 * LANES + r] = fifth
-                halves[r] = scales[first + r, g]
+                scaling[r] = scales[first + r, g]
                 if mins.shape[1] > 0:
-                    halves[LANES + r] = mins[first + r, g]
+                    scaling[LANES + r] = mins[first + r, g]
             for r in range(rows, LANES):
                 for j in range(lines):
                     to[j * LANES + r] = 0
                 for j in range(0, 2 * head, LANES):
-                    halves[j + r] = 0
+                    scaling[j + r] = 0
 
 
 def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, to: Panels) -> None:
@@ -147,8 +147,8 @@ def _quad(kind, lines, j, r):
 
 
 @kernel(strict=True)
-def unpack_quant_rows(kind, zero, words, halfs, ids, out):
-    """out[i] (K,) float32 = row ids[i] of blocks, given in words and in halfs.
+def unpack_quant_rows(kind, zero, words, halves, ids, out):
+    """out[i] (K,) float32 = row ids[i] of blocks, given in words and in halves.
 
     zero: the zero point; -1 where there are mins.
     """
@@ -158,8 +158,8 @@ def unpack_quant_rows(kind, zero, words, halfs, ids, out):
         p, r = ids[i] // LANES, ids[i] % LANES
         for g in range(groups):
             lines = words[p, g, head:]
-            scale = f16_to_f32(halfs[p, g, r])
-            low = np.float32(0) if symmetric else f16_to_f32(halfs[p, g, LANES + r])
+            scale = f16_to_f32(halves[p, g, r])
+            low = np.float32(0) if symmetric else f16_to_f32(halves[p, g, LANES + r])
             for j in range(_QUADS):
                 codes = _quad(kind, lines, j, r)
                 first = g * GROUP + 4 * j

@@ -90,8 +90,8 @@ def pack_quantized(
 def _rounded(x: np.ndarray) -> Rounded:
     """x (T, K) in 8 bits, laid out for the product."""
     tokens, groups = len(x), -(-x.shape[1] // GROUP)
-    blocks, side = token_blocks(tokens)
-    shape = blocks, groups, side
+    blocks, block_tokens = token_blocks(tokens)
+    shape = blocks, groups, block_tokens
     to = Rounded(
         aligned_empty((*shape, GROUP), np.int8), aligned_empty(shape), aligned_empty((*shape, OFFSETS), np.int32),
         aligned_empty(shape), aligned_empty((tokens, OUTLIERS, 2)),

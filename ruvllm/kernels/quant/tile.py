@@ -10,12 +10,12 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS
-from ruvllm.kernels.quant.layout import GROUP, HALFS, LINE, NO_ZERO, OFFSETS
+from ruvllm.kernels.quant.layout import GROUP, LINE, NO_ZERO, OFFSETS, SCALE_BYTES
 from ruvllm.kernels.simd.vectors import (
     dot_rows,
     end_rows,
+    f16_of,
     fma_panels,
-    halfs_of,
     high_nibbles,
     lines_of,
     low_nibbles,
@@ -32,8 +32,8 @@ from ruvllm.kernels.simd.vectors import (
 class Operands(NamedTuple):
     """Weights and activations of a product, flat.
 
-    A panel is ``groups`` blocks of ``size`` bytes. A block of activations holds ``side`` tokens, whose codes of a group
-    are ``step`` = GROUP apart.
+    A panel is ``groups`` blocks of ``size`` bytes. A block of activations holds ``block_tokens`` tokens, whose codes of
+    a group are ``step`` = GROUP apart.
     """
 
     has_mins: Any
@@ -45,11 +45,11 @@ class Operands(NamedTuple):
     xs: Any
     offsets: Any
     totals: Any
-    side: Any
+    block_tokens: Any
 
 
 # These compute sum((code - zero) xq) for the blocks ``offset`` bytes after those in the tuple ``at``, one for each
-# panel, and for the tokens whose codes of the group lie side by side from index ``xi`` on, as many as ``tile`` has.
+# panel, and for the tokens whose codes of the group are contiguous from index ``xi`` on, as many as ``tile`` has.
 
 
 @inline_kernel
@@ -106,10 +106,10 @@ def dots_int8(p, at, offset, xi, tile):
 def add_block(dots, p, at, offset, xi, tile):
     """The tile plus its blocks of weights at ``offset`` times the group of activations at index ``xi``, in float32."""
     if p.has_mins:  # before the codes, as in memory, which is read fastest in order
-        tile = fma_panels(halfs_of(p.w, at, offset + HALFS), p.totals, xi, tile)
-    codes = offset + (2 * HALFS if p.has_mins else HALFS)
+        tile = fma_panels(f16_of(p.w, at, offset + SCALE_BYTES), p.totals, xi, tile)
+    codes = offset + (2 * SCALE_BYTES if p.has_mins else SCALE_BYTES)
     sums = dots(p, at, codes, xi, tile)
-    return scale_rows(tile, sums, halfs_of(p.w, at, offset), p.xs, xi)
+    return scale_rows(tile, sums, f16_of(p.w, at, offset), p.xs, xi)
 
 
 @inline_kernel

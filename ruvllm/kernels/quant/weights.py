@@ -35,7 +35,7 @@ from ruvllm.kernels.simd.vectors import (
 )
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _INFINITY = np.float32(np.inf)
@@ -272,8 +272,7 @@ def _quantize(kind: int, x: np.ndarray, codes: np.ndarray, scales: np.ndarray, m
         return
     rows, count = check.rows(x), x.size // x.shape[-1]
     arguments = (kind, rows, check.rows(codes), check.rows(scales), mins.reshape(count, -1))
-    threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-    run_rows(quantize_rows, quantize_parallel, threads, count, *arguments)
+    run_rows(quantize_rows, quantize_parallel, x.size, PARALLEL_ELEMENTS, count, *arguments)
     bad = scales & _INFINITE_BITS == _INFINITE_BITS
     if mins.size:
         bad |= mins & _INFINITE_BITS == _INFINITE_BITS

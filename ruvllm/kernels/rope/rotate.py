@@ -10,12 +10,12 @@ import numpy as np
 
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
-from ruvllm.kernels.jit.small_calls import may_write, room, small_call
+from ruvllm.kernels.jit.small_calls import may_write, new_output, small_call
 from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
 from ruvllm.kernels.simd.vectors import fma
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _FORWARD, _BACKWARD = np.float32(1), np.float32(-1)
 _PI = np.pi
@@ -100,7 +100,7 @@ def apply_rope_tables(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
-    y: Any = room(x.shape) if out is None and type(x) is np.ndarray else out
+    y: Any = new_output(x.shape) if out is None and type(x) is np.ndarray else out
     if rope_small(x, cos, sin, interleaved, inverse, y):
         return y
     if check.is_half(out):
@@ -117,12 +117,8 @@ def apply_rope_tables(
         sequences = x if x.ndim == 3 else x.reshape(-1, heads, dim)
         to = out if x.ndim == 3 else out.reshape(-1, heads, dim)
         sign = _BACKWARD if inverse else _FORWARD
-        count = x.size // dim
-        threads = threads_for(x.size, PARALLEL_ELEMENTS, count)
-        if interleaved:
-            run_rows(rope_rows_interleaved, rope_interleaved_parallel, threads, count, sequences, cos, sin, sign, to)
-        else:
-            run_rows(rope_rows, rope_parallel, threads, count, sequences, cos, sin, sign, to)
+        both = (rope_rows_interleaved, rope_interleaved_parallel) if interleaved else (rope_rows, rope_parallel)
+        run_rows(*both, x.size, PARALLEL_ELEMENTS, x.size // dim, sequences, cos, sin, sign, to)
     return out
 
 
@@ -227,8 +223,8 @@ def apply_rope(
         return apply_rope_tables(x, cos, sin, interleaved, inverse, out)
     if inverse:
         inv_freq = -inv_freq
-    threads = threads_for(x.size, PARALLEL_ELEMENTS, tokens)
-    run_rows(rope_tokens, rope_tokens_parallel, threads, tokens, x, positions, inv_freq, interleaved, tables, out)
+    arguments = x, positions, inv_freq, interleaved, tables, out
+    run_rows(rope_tokens, rope_tokens_parallel, x.size, PARALLEL_ELEMENTS, tokens, *arguments)
     return out
 
 

@@ -291,7 +291,7 @@ def add_unsigned(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, q
 
 
 def add_signed(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, quad: ir.Value) -> ir.Value:
-    """One step with signed weights, plus 128 where the instruction takes unsigned ones (``raises_signed``)."""
+    """One step with signed weights, plus 128 where the instruction takes unsigned ones (``adds_128``)."""
     x = builder.bitcast(quad, _BYTES)
     if kind == "neon":
         return _sdot(builder, acc, w, x)
@@ -308,7 +308,7 @@ def add_signed(builder: ir.IRBuilder, kind: str, acc: ir.Value, w: ir.Value, qua
     return _vnni(builder, kind, acc, builder.xor(w, _all_bytes(-128)), x)
 
 
-def raises_signed(kind: str) -> bool:
+def adds_128(kind: str) -> bool:
     """Whether ``add_signed`` adds 128 to each weight: the caller then subtracts 128 times the activations' sum."""
     return kind.startswith("vnni")
 

@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd import dot_llvm
-from ruvllm.kernels.simd.dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, raises_signed, u8x64
+from ruvllm.kernels.simd.dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, adds_128, u8x64
 from ruvllm.kernels.simd.rows_llvm import _at, _fma
 from ruvllm.kernels.simd.vectors_llvm import (
     LANES,
@@ -26,12 +26,22 @@ from ruvllm.kernels.simd.vectors_llvm import (
 )
 
 __all__ = [
-    "dot_rows", "end_rows", "fma_panels", "fma_places", "halfs_of", "lines_of", "offset_rows", "scale_rows",
-    "sdot_rows", "signed_offset_rows", "start_rows", "store_panels",
+    "dot_rows",
+    "end_rows",
+    "f16_of",
+    "fma_columns",
+    "fma_panels",
+    "lines_of",
+    "offset_rows",
+    "scale_rows",
+    "sdot_rows",
+    "signed_offset_rows",
+    "start_rows",
+    "store_panels",
 ]  # fmt: skip
 
 _PAIRS = ir.VectorType(_I16, 32)
-_RAISED = 2  # index of a group's offset for weights with 128 added (quant/layout.py)
+_OFFSET_128 = 2  # index of a group's offset for weights with 128 added (quant/layout.py)
 
 
 def _sums(rows: Any) -> types.UniTuple:
@@ -67,7 +77,7 @@ def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def halfs_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
+def f16_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
     """Sixteen IEEE halves at byte at[i] + offset of w for each panel i, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -107,8 +117,8 @@ def signed_offset_rows(typingctx: Any, offsets: Any, index: Any, step: Any, at: 
     """Initial sums for signed weights: where ``sdot_rows`` adds 128 to them, these subtract it again; else zeros."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if raises_signed(dot_llvm.target_kind()):
-            return _offsets(context, builder, sig, args, _RAISED)
+        if adds_128(dot_llvm.target_kind()):
+            return _offsets(context, builder, sig, args, _OFFSET_128)
         return context.make_tuple(builder, sig.return_type, [_constant(i32x16, 0)] * sig.return_type.count)
 
     return _sums(tile)(offsets, types.intp, types.intp, at, tile), codegen
@@ -156,8 +166,8 @@ def _step(add: Any) -> Any:
                 quad = builder.load(builder.bitcast(pointer, ir.IntType(32).as_pointer()))
                 quad.align = 1
                 quads = _splat(builder, quad, LANES)
-                for place in range(row, len(sums), rows):
-                    found[place] = add(builder, kind, sums[place], lines[place // rows], quads)
+                for i in range(row, len(sums), rows):
+                    found[i] = add(builder, kind, sums[i], lines[i // rows], quads)
             if rows > 1 and kind == "vnni512":
                 _keep_order(builder)
             return context.make_tuple(builder, sig.return_type, found)
@@ -205,23 +215,23 @@ def scale_rows(typingctx: Any, tile: Any, sums: Any, scales: Any, xs: Any, index
 
 
 @intrinsic
-def fma_places(
-    typingctx: Any, columns: Any, places: Any, index: Any, x: Any, x_index: Any, step: Any, at: Any, tile: Any
+def fma_columns(
+    typingctx: Any, columns: Any, offsets: Any, index: Any, x: Any, x_index: Any, step: Any, at: Any, tile: Any
 ) -> Any:
     """The tile + v x[x_index + 2 row step], v the panel's 16 rows of the column that is unpacked in ``columns``.
 
-    places[index + row step]: the offset of the column if there were one panel. For several panels (those of ``at``),
+    offsets[index + row step]: the offset of the column if there were one panel. For several panels (those of ``at``),
     their vectors are stored one after the other, and offsets are that many times as large.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        columns, places, index, x, x_index, step, _, tile = args
+        columns, offsets, index, x, x_index, step, _, tile = args
         tile, panels = unpack(builder, tile), sig.args[6].count
         rows = len(tile) // panels
         splats = _splats(context, builder, x, sig.args[3], x_index, builder.mul(step, step.type(2)), rows)
         found = list(tile)
         for row in range(rows):
-            pointer = _pointer(context, builder, sig.args[1], places, _at(builder, index, step, row), types.int32)
+            pointer = _pointer(context, builder, sig.args[1], offsets, _at(builder, index, step, row), types.int32)
             first = builder.mul(builder.zext(builder.load(pointer), index.type), index.type(panels))
             for panel in range(panels):
                 here = builder.add(first, index.type(panel * LANES))
@@ -232,7 +242,7 @@ def fma_places(
                 found[i] = _fma(builder, vector, splats[row], tile[i])
         return context.make_tuple(builder, sig.return_type, found)
 
-    return tile(columns, places, types.intp, x, types.intp, types.intp, at, tile), codegen
+    return tile(columns, offsets, types.intp, x, types.intp, types.intp, at, tile), codegen
 
 
 @intrinsic
@@ -244,8 +254,8 @@ def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile:
         vectors = unpack(builder, tile)
         rows = len(vectors) // sig.args[3].count
         for i, vector in enumerate(vectors):
-            place = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))
-            pointer = _target(context, builder, sig.args[0], out, place, types.float32)
+            target_index = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))
+            pointer = _target(context, builder, sig.args[0], out, target_index, types.float32)
             builder.store(vector, builder.bitcast(pointer, f32x16.llvm.as_pointer())).align = 4
         return context.get_dummy_value()
 

@@ -14,7 +14,7 @@ from ruvllm.kernels.simd.half_llvm import narrow
 from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _pointer, _target, f32x16
 
 __all__ = [
-    "read_scales", "scaled", "scaled_rows", "store_number", "store_number_rows", "store_numbers", "store_scale",
+    "read_scales", "scaled", "scaled_rows", "store_element", "store_element_rows", "store_elements", "store_scale",
 ]  # fmt: skip
 
 _I8 = ir.IntType(8)
@@ -38,7 +38,7 @@ def _store(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, index: ir
 
 
 @intrinsic
-def store_numbers(typingctx: Any, cache: Any, index: Any, vector: Any) -> Any:
+def store_elements(typingctx: Any, cache: Any, index: Any, vector: Any) -> Any:
     """cache[index : index + 16] = vector, rounded to the cache's dtype; int8 saturates."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -49,8 +49,8 @@ def store_numbers(typingctx: Any, cache: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def store_number_rows(typingctx: Any, cache: Any, index: Any, step: Any, rows: Any) -> Any:
-    """store_numbers of each vector of a tuple: at index, at index + step, ..."""
+def store_element_rows(typingctx: Any, cache: Any, index: Any, step: Any, rows: Any) -> Any:
+    """store_elements of each vector of a tuple: at index, at index + step, ..."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         cache, index, step, rows = args
@@ -63,7 +63,7 @@ def store_number_rows(typingctx: Any, cache: Any, index: Any, step: Any, rows: A
 
 
 @intrinsic
-def store_number(typingctx: Any, cache: Any, index: Any, value: Any, inverse: Any) -> Any:
+def store_element(typingctx: Any, cache: Any, index: Any, value: Any, inverse: Any) -> Any:
     """cache[index] = value, rounded; in an int8 cache value * inverse, rounded."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

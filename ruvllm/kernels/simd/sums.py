@@ -6,7 +6,7 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import sum_kernel
 from ruvllm.kernels.simd.math import exp
-from ruvllm.kernels.simd.vectors import larger_or_nan
+from ruvllm.kernels.simd.vectors import max_or_nan
 
 _STRIP = 512  # elements that are summed in float32: sums of thousands lose digits
 
@@ -37,7 +37,7 @@ def maximum(x: Any) -> Any:
     """max(x), NaN where an element is NaN, -inf where there is none."""
     top = _MINUS_INFINITY
     for i in range(x.size):
-        top = larger_or_nan(top, x[i])
+        top = max_or_nan(top, x[i])
     return top
 
 

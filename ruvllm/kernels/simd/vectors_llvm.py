@@ -151,14 +151,14 @@ def fmax(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def larger_or_nan(typingctx: Any, a: Any, b: Any) -> Any:
+def max_or_nan(typingctx: Any, a: Any, b: Any) -> Any:
     """The maximum of two float32 scalars or vectors; NaN where one is NaN."""
     return _called("maximum", (a, b))
 
 
 @intrinsic
-def greater(typingctx: Any, a: Any, b: Any) -> Any:
-    """The maximum: a where a > b, else b (also where one is NaN). One instruction of x86, where fmax takes three."""
+def max_or_second(typingctx: Any, a: Any, b: Any) -> Any:
+    """The maximum: a where a > b, else b, also where one is NaN. One instruction of x86, where fmax takes three."""
     kind, takes, _ = _widest(a, b)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -483,7 +483,7 @@ prefetch_l2 = _prefetch("prefetch_l2", 2, "Prefetch the cache line of an element
 
 
 @intrinsic
-def halfs_load(typingctx: Any, array: Any, index: Any) -> Any:
+def f16_load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen IEEE halves from byte ``index`` of a uint8 array on, as float32."""
     return f32x16(array, types.intp), _read_f16
 

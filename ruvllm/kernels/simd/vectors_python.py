@@ -16,10 +16,10 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return exact.astype(np.float32) if isinstance(exact, np.ndarray) else np.float32(exact)
 
 
-fmax, fmin, larger_or_nan = np.fmax, np.fmin, np.maximum
+fmax, fmin, max_or_nan = np.fmax, np.fmin, np.maximum
 
 
-def greater(a: Any, b: Any) -> Any:
+def max_or_second(a: Any, b: Any) -> Any:
     return np.where(a > b, a, b)[()]  # of two scalars a scalar
 
 
@@ -89,7 +89,7 @@ def load(array: Any, index: int) -> Any:
     return v.astype(np.float32)
 
 
-def halfs_load(array: Any, index: int) -> Any:
+def f16_load(array: Any, index: int) -> Any:
     return _elements(array, index, 2 * LANES).copy().view(np.float16).astype(np.float32)
 
 
@@ -287,11 +287,11 @@ def stack_i64(count: int) -> Any:
 
 
 def lines_of(w: Any, at: Any, offset: int) -> Any:
-    return tuple(u8_load(w, place + offset) for place in at)
+    return tuple(u8_load(w, start + offset) for start in at)
 
 
-def halfs_of(w: Any, at: Any, offset: int) -> Any:
-    return tuple(halfs_load(w, place + offset) for place in at)
+def f16_of(w: Any, at: Any, offset: int) -> Any:
+    return tuple(f16_load(w, start + offset) for start in at)
 
 
 def offset_rows(offsets: Any, index: int, step: int, at: Any, tile: Any) -> Any:
@@ -311,14 +311,14 @@ def end_rows(sums: Any, offsets: Any) -> Any:
     return sums
 
 
-def _places(tile: Any, panels: Any) -> Any:
+def _panels_and_rows(tile: Any, panels: Any) -> Any:
     """Panel and token of each vector of a tile."""
     rows = len(tile) // len(panels)
     return [(vector, panels[i // rows], i % rows) for i, vector in enumerate(tile)]
 
 
 def dot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
-    return tuple(dot_add(acc, w, quad_at(xq, index + row * step)) for acc, w, row in _places(sums, lines))
+    return tuple(dot_add(acc, w, quad_at(xq, index + row * step)) for acc, w, row in _panels_and_rows(sums, lines))
 
 
 def sdot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
@@ -326,24 +326,24 @@ def sdot_rows(sums: Any, lines: Any, xq: Any, index: int, step: int) -> Any:
 
 
 def fma_panels(w: Any, x: Any, index: int, tile: Any) -> Any:
-    return tuple(fma(v, splat_at(x, index + row), total) for total, v, row in _places(tile, w))
+    return tuple(fma(v, splat_at(x, index + row), total) for total, v, row in _panels_and_rows(tile, w))
 
 
 def scale_rows(tile: Any, sums: Any, scales: Any, xs: Any, index: int) -> Any:
-    factors = (scale * splat_at(xs, index + row) for _, scale, row in _places(tile, scales))
+    factors = (scale * splat_at(xs, index + row) for _, scale, row in _panels_and_rows(tile, scales))
     return tuple(fma(to_f32(s), factor, total) for total, s, factor in zip(tile, sums, factors, strict=True))
 
 
-def fma_places(columns: Any, places: Any, index: int, x: Any, x_index: int, step: int, at: Any, tile: Any) -> Any:
+def fma_columns(columns: Any, offsets: Any, index: int, x: Any, x_index: int, step: int, at: Any, tile: Any) -> Any:
     def vector(panel: int, row: int) -> Any:
-        return f32_load(columns, places[index + row * step] * len(at) + panel * LANES)
+        return f32_load(columns, offsets[index + row * step] * len(at) + panel * LANES)
 
-    found = _places(tile, range(len(at)))
+    found = _panels_and_rows(tile, range(len(at)))
     return tuple(fma(vector(p, row), splat_at(x, x_index + 2 * row * step), total) for total, p, row in found)
 
 
 def store_panels(out: Any, index: int, step: int, at: Any, tile: Any) -> None:
-    for vector, panel, row in _places(tile, range(len(at))):
+    for vector, panel, row in _panels_and_rows(tile, range(len(at))):
         f32_store(out, index + row * step + panel * LANES, vector)
 
 
@@ -358,18 +358,18 @@ def _rounded_to(cache: Any, vector: Any) -> Any:
     return vector
 
 
-def store_numbers(cache: Any, index: int, vector: Any) -> None:
+def store_elements(cache: Any, index: int, vector: Any) -> None:
     _elements(cache, index, LANES)[:] = _rounded_to(cache, vector)
 
 
-def store_number(cache: Any, index: int, value: Any, inverse: Any) -> None:
+def store_element(cache: Any, index: int, value: Any, inverse: Any) -> None:
     one = np.full(1, value * inverse if cache.dtype == np.int8 else value, np.float32)
     _elements(cache, index, 1)[:] = _rounded_to(cache, one)
 
 
-def store_number_rows(cache: Any, index: int, step: int, rows: Any) -> None:
+def store_element_rows(cache: Any, index: int, step: int, rows: Any) -> None:
     for row, vector in enumerate(rows):
-        store_numbers(cache, index + row * step, vector)
+        store_elements(cache, index + row * step, vector)
 
 
 def store_scale(cache: Any, index: int, scale: Any) -> None:

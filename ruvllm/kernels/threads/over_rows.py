@@ -26,8 +26,9 @@ def over_elements(body: Any) -> Any:
     return over_rows(body, 16)
 
 
-def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any) -> None:
-    """Compute all rows: with the body alone on one thread, or with its parallel kernel on several."""
+def run_rows(body: Any, parallel: Any, work: int, threshold: int, rows: int, *arguments: Any) -> None:
+    """Compute all rows: with the body alone below ``threshold`` units of work, else with its parallel kernel."""
+    threads = threads_for(work, threshold, rows)
     if threads == 1:
         body(*arguments, 0, rows)
     else:
@@ -35,10 +36,6 @@ def run_rows(body: Any, parallel: Any, threads: int, rows: int, *arguments: Any)
 
 
 def run_elements(body: Any, parallel: Any, threshold: int, *arrays: np.ndarray) -> None:
-    """run_rows over the elements of C-contiguous arrays of one shape; on one thread below ``threshold`` elements."""
+    """run_rows over the elements of C-contiguous arrays of one shape."""
     count = arrays[0].size
-    threads = threads_for(count, threshold, count)
-    if threads == 1:
-        body(*[array.ravel() for array in arrays], 0, count)
-    else:
-        launch(parallel, threads, count, *[array.ravel() for array in arrays])
+    run_rows(body, parallel, count, threshold, count, *[array.ravel() for array in arrays])

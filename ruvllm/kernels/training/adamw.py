@@ -8,7 +8,7 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_elements, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _MOST_STEPS = 1 << 53  # float64 is exact up to here
 
@@ -79,8 +79,8 @@ def adamw(
     lr, beta1, beta2, eps, decay = map(check.number, AdamW._fields, settings)
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     factors = np.array([beta1, beta2, eps, 1 - lr * decay, size, root], np.float32)
-    threads = threads_for(grad.size, PARALLEL_ELEMENTS, grad.size)
-    run_rows(adamw_range, adamw_parallel, threads, grad.size, parameters, grad, m, v, factors)
+    count = grad.size
+    run_rows(adamw_range, adamw_parallel, count, PARALLEL_ELEMENTS, count, parameters, grad, m, v, factors)
     return parameters, m, v
 
 

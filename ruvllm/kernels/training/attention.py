@@ -4,7 +4,7 @@ For one query head, with S = scale q k^T masked and P = softmax(S):
 
     dv = P^T do;   dP = do v^T;   dS = P (dP - sum(P dP));   dq = scale dS k;   dk = scale dS^T q
 
-64 queries at a time lie in the lanes of vectors: scores are stored key by key, and the softmax of a query runs down
+Blocks of 64 queries fill the lanes of four vectors: scores are stored key by key, and the softmax of a query runs down
 the rows. Each of the five products is the tile of matmul/micro_kernels.py.
 """
 
@@ -19,14 +19,14 @@ from ruvllm.kernels.attention.tile import Scoring
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES, TILE, Rows, tile_times_panel
 from ruvllm.kernels.memory import aligned_empty
-from ruvllm.kernels.simd.math import exp
+from ruvllm.kernels.simd.math import exp, tanh_by_exp
 from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, fma, fmax, lanes_between, splat
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-QUERIES = 64  # at a time
+QUERIES = 64  # of a block: the lanes of four vectors
 _MINUS_INFINITY = np.float32(-np.inf)
-_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @inline_kernel
@@ -130,7 +130,7 @@ def attention_backward_units(batch, scoring, to, scratch, lo, hi):
                         _product(scratch, (do_t + j, QUERIES), (v_r + s * wide, wide), dim, (ds + at, QUERIES), False)
                 for j in range(0, QUERIES, LANES):
                     lanes = Lanes(first + j, n, head, slopes + j, scoring)
-                    _softmax_and_back(scratch, p + j, ds + j, begin, end, lanes)
+                    _softmax_backward(scratch, p + j, ds + j, begin, end, lanes)
                 for s in range(begin, end, TILE):
                     weights, scores = (p + s * QUERIES, QUERIES), (ds + s * QUERIES, QUERIES)
                     for d in range(0, wide, LANES):
@@ -159,7 +159,7 @@ def _product(scratch, panel, rows, count, out, add):
 
 
 @inline_kernel
-def _softmax_and_back(x, p, ds, begin, end, lanes):
+def _softmax_backward(x, p, ds, begin, end, lanes):
     """Scores at p (row s, 16 queries first ..) become P; dP at ds becomes scale P (dP - sum(P dP))."""
     first, window, cap, sinks = lanes.first, lanes.scoring.window, lanes.scoring.softcap, lanes.scoring.sinks
     scale, queries = splat(lanes.scoring.scale), min(lanes.count - first, LANES)
@@ -167,8 +167,7 @@ def _softmax_and_back(x, p, ds, begin, end, lanes):
     if cap > 0:
         for s in range(begin, end):
             at = s * QUERIES
-            u = f32_load(x, p + at) * splat(lanes.scoring.scale / cap)
-            tanh = splat(_ONE) - splat(_TWO) / (exp(u + u) + splat(_ONE))
+            tanh = tanh_by_exp(f32_load(x, p + at) * splat(lanes.scoring.scale / cap))
             f32_store(x, p + at, tanh * splat(cap))
             f32_store(x, lanes.slopes + at, scale - scale * tanh * tanh)
     top = splat(_MINUS_INFINITY if sinks.size == 0 else sinks[lanes.head])

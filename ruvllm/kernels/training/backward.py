@@ -10,7 +10,7 @@ from ruvllm.kernels.simd.math import sigmoid
 from ruvllm.kernels.simd.vectors import fma
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_elements, over_rows, run_elements, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -73,10 +73,10 @@ def rms_norm_backward(
         raise TypeError("out: expected a float32 NumPy array to add to, found None")
     out = check.output("out", out, x.shape, x, weight, dy)
     if x.size:
-        rows, dys, to = check.rows(x), check.rows(dy), check.rows(out)
-        threads = threads_for(x.size, PARALLEL_ELEMENTS, len(rows))
+        rows = check.rows(x)
+        arguments = rows, weight, eps, check.rows(dy), add, check.rows(out)
         run_rows(
-            rms_norm_backward_rows, rms_norm_backward_parallel, threads, len(rows), rows, weight, eps, dys, add, to
+            rms_norm_backward_rows, rms_norm_backward_parallel, x.size, PARALLEL_ELEMENTS, len(rows), *arguments
         )
     return out
 

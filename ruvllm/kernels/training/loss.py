@@ -9,7 +9,7 @@ from ruvllm.kernels.jit.decorators import kernel
 from ruvllm.kernels.simd.sums import exp_and_sum, maximum
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
-from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS, threads_for
+from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 
 @kernel(independent=True)
@@ -59,8 +59,8 @@ def cross_entropy(
         raise ValueError(f"targets: expected 0 to {n - 1}, found {targets.min()} to {targets.max()}")
     grad = check.output("grad", grad, logits.shape, logits)
     losses = np.empty(rows, np.float32)
-    threads = threads_for(logits.size, PARALLEL_ELEMENTS, rows)
-    run_rows(cross_entropy_rows, cross_entropy_parallel, threads, rows, logits, targets, scale, losses, grad)
+    arguments = logits, targets, scale, losses, grad
+    run_rows(cross_entropy_rows, cross_entropy_parallel, logits.size, PARALLEL_ELEMENTS, rows, *arguments)
     return losses, grad
 
 

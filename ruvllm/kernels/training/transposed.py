@@ -13,10 +13,11 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE, put
 from ruvllm.kernels.memory import scratch
-from ruvllm.kernels.quant.layout import GROUP, HALFS, INT4, INT5, INT8, LINE
+from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINE, SCALE_BYTES
 from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.simd.vectors import (
     bytes_to_f32,
+    f16_load,
     f32_load,
     f32_load_first,
     f32_store,
@@ -24,7 +25,6 @@ from ruvllm.kernels.simd.vectors import (
     f32_zeros,
     fma,
     fma_rows,
-    halfs_load,
     high_nibbles,
     load,
     load_rows,
@@ -138,14 +138,14 @@ def transposed_float(w, dy, add, dx, scratch, lo, hi):
 @inline_kernel
 def _unpack_group(kind, has_mins, blocks, at, scratch, to):
     """The block at byte ``at``, 32 columns of 16 rows: scratch[to + column _STEP + row]."""
-    scale = halfs_load(blocks, at)
+    scale = f16_load(blocks, at)
     if has_mins:
-        low = halfs_load(blocks, at + HALFS)
+        low = f16_load(blocks, at + SCALE_BYTES)
     elif kind == INT8:
         low = f32_zero()
     else:
         low = scale * splat(_ZERO4 if kind == INT4 else _ZERO5)
-    at += 2 * HALFS if has_mins else HALFS
+    at += 2 * SCALE_BYTES if has_mins else SCALE_BYTES
     for j in range(GROUP // 4):
         line = u8_load(blocks, at + (j if kind == INT8 else j % 4) * LINE)
         if kind != INT8:

@@ -111,8 +111,8 @@ class Eager:
 
     def combine(self, y: np.ndarray, routing: Routing) -> np.ndarray:
         """The weighted sum of each token's rows."""
-        out = np.empty((len(routing.places), y.shape[1]), np.float32)
-        combine_rows(y, routing.places, routing.weights, out, 0, len(out))
+        out = np.empty((len(routing.slots), y.shape[1]), np.float32)
+        combine_rows(y, routing.slots, routing.weights, out, 0, len(out))
         return out
 
     def sigmoid_scale(self, x: np.ndarray, gate: np.ndarray) -> np.ndarray:

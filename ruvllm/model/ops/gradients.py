@@ -277,7 +277,7 @@ class Gradients:
             experts = np.empty(len(routing.tokens), np.int64)
             for expert, rows in routing.parts:
                 experts[rows] = expert
-            experts = experts[routing.places]
+            experts = experts[routing.slots]
             total = np.sum(w * dw, axis=1, keepdims=True)
             dx = np.zeros(scores.shape, np.float32)
             if not normalised:  # every score has its share in the softmax
@@ -291,11 +291,11 @@ class Gradients:
 
     def gather(self, x: Node, routing: tuple[Routing, Node]) -> Node:
         """Each token's row once for each of its experts."""
-        tokens, places = routing[0].tokens, routing[0].places
+        tokens, slots = routing[0].tokens, routing[0].slots
         out = self._node(lambda: x.array[tokens], x)
 
         def back() -> None:
-            x.receive(out.take()[places].sum(axis=1))
+            x.receive(out.take()[slots].sum(axis=1))
 
         return self._noted(out, back)
 
@@ -317,11 +317,11 @@ class Gradients:
 
     def combine(self, y: Node, routing: tuple[Routing, Node]) -> Node:
         """The weighted sum of each token's rows."""
-        (tokens, places, weights, _), weights_node = routing
+        (tokens, slots, weights, _), weights_node = routing
 
         def forward() -> np.ndarray:
-            combined = aligned_empty((len(places), y.shape[1]))
-            combine_rows(y.array, places, weights, combined, 0, len(places))
+            combined = aligned_empty((len(slots), y.shape[1]))
+            combine_rows(y.array, slots, weights, combined, 0, len(slots))
             return combined
 
         out = self._node(forward, y, weights_node)
@@ -329,8 +329,8 @@ class Gradients:
         def back() -> None:
             dy = out.take()[tokens]
             of_rows = np.empty(len(tokens), np.float32)
-            of_rows[places] = weights
-            weights_node.receive(np.sum(y.array * dy, axis=1)[places])
+            of_rows[slots] = weights
+            weights_node.receive(np.sum(y.array * dy, axis=1)[slots])
             y.receive(of_rows[:, None] * dy)
 
         return self._noted(out, back, y)

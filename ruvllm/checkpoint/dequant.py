@@ -2,12 +2,10 @@
 
 A quantised row is a chain of blocks, each with its own 16-bit scale ``d`` (and minimum ``m``), n = 32 or 256 elements:
 
-    Q4_0  w = d (q - 8)       Q5_0  w = d (q - 16)      Q8_0  w = d q
-    Q4_1  w = d q + m         Q5_1  w = d q + m
     Q2_K  w = (d s) q - (dmin z)                                  s, z: 4-bit scale and minimum of each 16 elements
     Q4_K  w = (d s) q - (dmin z)    Q5_K  the same with 5 bits    s, z: 6-bit scale and minimum of each 32 elements
     Q6_K  w = (d s) (q - 32)                                      s: int8 scale of each 16 elements
-    Q3_K, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0, Q4_Z: see ``whole_numbers``
+    all others in blocks: see ``whole_numbers``
 
 Products and sums are rounded in that order and never fused, as in the reference. Source: ggml-quants.c of ggml.
 """
@@ -15,6 +13,7 @@ Products and sums are rounded in that order and never fused, as in the reference
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,79 +60,9 @@ def half(low: Any, high: Any) -> Any:
 
 
 @kernel(strict=True)
-def q4_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q4_0: 16-bit d; 16 bytes, low halves for elements 0-15, high halves for 16-31."""
-    for i in range(lo, hi):
-        for b in range(out.shape[1] // 32):
-            x = raw[i, b * 18 : b * 18 + 18]
-            y = out[i, b * 32 : b * 32 + 32]
-            d = half(x[0], x[1])
-            for j in range(16):
-                y[j] = d * np.float32(np.int32(x[2 + j] & 15) - np.int32(8))
-                y[16 + j] = d * np.float32(np.int32(x[2 + j] >> 4) - np.int32(8))
-
-
-@kernel(strict=True)
-def q4_1_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q4_1: 16-bit d and m, then as in Q4_0."""
-    for i in range(lo, hi):
-        for b in range(out.shape[1] // 32):
-            x = raw[i, b * 20 : b * 20 + 20]
-            y = out[i, b * 32 : b * 32 + 32]
-            d = half(x[0], x[1])
-            m = half(x[2], x[3])
-            for j in range(16):
-                y[j] = d * np.float32(x[4 + j] & 15) + m
-                y[16 + j] = d * np.float32(x[4 + j] >> 4) + m
-
-
-@kernel(strict=True)
-def q5_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q5_0: 16-bit d; 32 fifth bits; then as in Q4_0."""
-    for i in range(lo, hi):
-        for b in range(out.shape[1] // 32):
-            x = raw[i, b * 22 : b * 22 + 22]
-            y = out[i, b * 32 : b * 32 + 32]
-            d = half(x[0], x[1])
-            for j in range(16):
-                low = np.int32(x[6 + j] & 15) | (np.int32((x[2 + j // 8] >> (j % 8)) & 1) << 4)
-                high = np.int32(x[6 + j] >> 4) | (np.int32((x[4 + j // 8] >> (j % 8)) & 1) << 4)
-                y[j] = d * np.float32(np.int32(low - 16))
-                y[16 + j] = d * np.float32(np.int32(high - 16))
-
-
-@kernel(strict=True)
-def q5_1_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q5_1: 16-bit d and m; 32 fifth bits; then as in Q4_0."""
-    for i in range(lo, hi):
-        for b in range(out.shape[1] // 32):
-            x = raw[i, b * 24 : b * 24 + 24]
-            y = out[i, b * 32 : b * 32 + 32]
-            d = half(x[0], x[1])
-            m = half(x[2], x[3])
-            for j in range(16):
-                low = np.int32(x[8 + j] & 15) | (np.int32((x[4 + j // 8] >> (j % 8)) & 1) << 4)
-                high = np.int32(x[8 + j] >> 4) | (np.int32((x[6 + j // 8] >> (j % 8)) & 1) << 4)
-                y[j] = d * np.float32(np.int32(low)) + m
-                y[16 + j] = d * np.float32(np.int32(high)) + m
-
-
-@kernel(strict=True)
-def q8_0_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q8_0: 16-bit d; 32 signed bytes."""
-    for i in range(lo, hi):
-        for b in range(out.shape[1] // 32):
-            x = raw[i, b * 34 : b * 34 + 34]
-            y = out[i, b * 32 : b * 32 + 32]
-            d = half(x[0], x[1])
-            for j in range(32):
-                y[j] = d * np.float32(np.int8(x[2 + j]))
-
-
-@kernel(strict=True)
-def q2_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q2_K: 16 bytes of s and z; 2 x 32 bytes, two bits of all codes before the next two; d, dmin."""
-    for i in range(lo, hi):
+def q2_k_rows(raw: Any, out: Any) -> None:
+    """Rows of Q2_K: 16 bytes of s and z; 2 x 32 bytes, two bits of all codes before the next two; d, dmin."""
+    for i in range(raw.shape[0]):
         for b in range(out.shape[1] // 256):
             x = raw[i, b * 84 : b * 84 + 84]
             d = half(x[80], x[81])
@@ -161,9 +90,9 @@ def scale_and_minimum(packed: Any, j: Any) -> Any:
 
 
 @kernel(strict=True)
-def q4_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q4_K: 16-bit d, dmin; 12 bytes of scales; 4 x 32 bytes, low halves before high halves."""
-    for i in range(lo, hi):
+def q4_k_rows(raw: Any, out: Any) -> None:
+    """Rows of Q4_K: 16-bit d, dmin; 12 bytes of scales; 4 x 32 bytes, low halves before high halves."""
+    for i in range(raw.shape[0]):
         for b in range(out.shape[1] // 256):
             x = raw[i, b * 144 : b * 144 + 144]
             d = half(x[0], x[1])
@@ -180,9 +109,9 @@ def q4_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @kernel(strict=True)
-def q5_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q5_K: as Q4_K, with 32 bytes of fifth bits (bit g of byte j for element j of group g) before q."""
-    for i in range(lo, hi):
+def q5_k_rows(raw: Any, out: Any) -> None:
+    """Rows of Q5_K: as Q4_K, with 32 bytes of fifth bits (bit g of byte j for element j of group g) before q."""
+    for i in range(raw.shape[0]):
         for b in range(out.shape[1] // 256):
             x = raw[i, b * 176 : b * 176 + 176]
             d = half(x[0], x[1])
@@ -201,9 +130,9 @@ def q5_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @kernel(strict=True)
-def q6_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Rows lo:hi of Q6_K: two halves of 128 elements, low 4 bits in 64 bytes and high 2 in 32 each; int8 scales; d."""
-    for i in range(lo, hi):
+def q6_k_rows(raw: Any, out: Any) -> None:
+    """Rows of Q6_K: two halves of 128 elements, low 4 bits in 64 bytes and high 2 in 32 each; int8 scales; d."""
+    for i in range(raw.shape[0]):
         for b in range(out.shape[1] // 256):
             x = raw[i, b * 210 : b * 210 + 210]
             d = half(x[208], x[209])
@@ -220,47 +149,38 @@ def q6_k_rows(raw: Any, out: Any, lo: Any, hi: Any) -> None:
                         y[j] = ds * np.float32(np.int32(bits) - np.int32(32))
 
 
-def _f64_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+def _f64_rows(raw: Array, out: Array) -> None:
     with np.errstate(all="ignore"):  # beyond float32's range: infinity or zero; NaN stays NaN
-        out[lo:hi] = raw[lo:hi].view("<f8")
+        out[...] = raw.view("<f8")
 
 
-def _f32_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
-    out[lo:hi] = raw[lo:hi].view("<f4")
+def _f32_rows(raw: Array, out: Array) -> None:
+    out[...] = raw.view("<f4")
 
 
-def _f16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
+def _f16_rows(raw: Array, out: Array) -> None:
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        out[lo:hi] = raw[lo:hi].view("<f2")
+        out[...] = raw.view("<f2")
 
 
-def _bf16_rows(raw: Array, out: Array, lo: int, hi: int) -> None:
-    bits = out[lo:hi].view(np.uint32)
-    bits[...] = raw[lo:hi].view("<u2")  # a bfloat16 is the high half of a float32
+def _bf16_rows(raw: Array, out: Array) -> None:
+    bits = out.view(np.uint32)
+    bits[...] = raw.view("<u2")  # a bfloat16 is the high half of a float32
     bits <<= 16
 
 
-def _whole_rows(dtype: str) -> Callable[[Array, Array, int, int], None]:
-    return lambda raw, out, lo, hi: whole_rows(dtype, raw[lo:hi], out[lo:hi])
-
-
-# type -> decoder(raw, out, lo, hi); NumPy's own conversions are as fast where there are no blocks
-ROW_DECODERS: dict[str, Callable[[Array, Array, int, int], None]] = {
+# type -> decoder(raw, out); NumPy's own conversions are as fast where there are no blocks
+ROW_DECODERS: dict[str, Callable[[Array, Array], None]] = {
     "F64": _f64_rows,
     "F32": _f32_rows,
     "F16": _f16_rows,
     "BF16": _bf16_rows,
     "Q4_P": _f32_rows,
-    "Q4_0": q4_0_rows,
-    "Q4_1": q4_1_rows,
-    "Q5_0": q5_0_rows,
-    "Q5_1": q5_1_rows,
-    "Q8_0": q8_0_rows,
     "Q2_K": q2_k_rows,
     "Q4_K": q4_k_rows,
     "Q5_K": q5_k_rows,
     "Q6_K": q6_k_rows,
-    **{dtype: _whole_rows(dtype) for dtype in WHOLE_TYPES},
+    **{dtype: partial(whole_rows, dtype) for dtype in WHOLE_TYPES},
 }
 
 
@@ -295,7 +215,7 @@ def dequantize_rows(dtype: str, raw: Array, columns: int, out: Array) -> Array:
     if raw.flags.writeable:  # files are read-only arrays: one compiled version serves both
         raw = raw.view()
         raw.flags.writeable = False
-    ROW_DECODERS[dtype](raw, out, 0, raw.shape[0])
+    ROW_DECODERS[dtype](raw, out)
     return out
 
 

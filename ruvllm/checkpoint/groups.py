@@ -26,6 +26,7 @@ multiple of 2^-24 and stays exact; where it would exceed 65504 the tensor is ref
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -95,34 +96,12 @@ class Groups(NamedTuple):
 
 
 @kernel(strict=True)
-def nibble_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
-) -> None:
-    """Rows lo:hi of Q4_0, Q4_1, Q5_0, Q5_1: d, perhaps m, perhaps 32 fifth bits, then 16 bytes of two codes each."""
-    for row in range(lo, hi):
-        for g in range(scales.shape[1]):
-            x, y = raw[row, g * block : g * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
-            scales[row, g] = np.uint16(x[0]) | (np.uint16(x[1]) << np.uint16(8))
-            if mins.shape[1] > 0:
-                mins[row, g] = np.uint16(x[2]) | (np.uint16(x[3]) << np.uint16(8))
-            if fifth_at == 0:
-                for j in range(16):
-                    y[j] = x[codes_at + j] & 15
-                    y[16 + j] = x[codes_at + j] >> 4
-            else:
-                for j in range(16):
-                    fifth = (x[fifth_at + j // 8] >> np.uint8(j % 8)) & 1
-                    y[j] = (x[codes_at + j] & 15) | (fifth << 4)
-                    fifth = (x[fifth_at + 2 + j // 8] >> np.uint8(j % 8)) & 1
-                    y[16 + j] = (x[codes_at + j] >> 4) | (fifth << 4)
+def k_rows(raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any) -> None:
+    """Rows of Q4_K, Q5_K: d, dmin; 12 bytes of scales; perhaps 32 of fifth bits; 4 x 32 bytes of two codes.
 
-
-@kernel(strict=True)
-def k_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
-) -> None:
-    """Rows lo:hi of Q4_K, Q5_K: d, dmin; 12 bytes of scales; perhaps 32 of fifth bits; 4 x 32 bytes of two codes."""
-    for row in range(lo, hi):
+    A block has so many bytes; its fifth bits (0: there are none) and codes begin at these.
+    """
+    for row in range(raw.shape[0]):
         for g in range(scales.shape[1]):
             x, y = raw[row, g // 8 * block : g // 8 * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
             part = g % 8
@@ -139,18 +118,16 @@ def k_rows(
 
 
 @kernel(strict=True)
-def q6_k_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: Any, fifth_at: Any, codes_at: Any, lo: Any, hi: Any
-) -> None:
-    """Rows lo:hi of Q6_K, whose groups have two scales d s: w = d s (q - 32). One scale: a quarter of the larger d s.
+def q6_k_rows(raw: Any, codes: Any, scales: Any) -> None:
+    """Rows of Q6_K, whose groups have two scales d s: w = d s (q - 32). One scale: a quarter of the larger d s.
 
     The half with the larger scale keeps its codes, four times as large, with no error but the scale's rounding. In the
     other an error is at most |scale| / 2, an eighth of the larger |d s|; but |scale| where q is 0 and the two s are
     opposite.
     """
-    for row in range(lo, hi):
+    for row in range(raw.shape[0]):
         for g in range(scales.shape[1]):
-            x, y = raw[row, g // 8 * block : g // 8 * block + block], codes[row, g * GROUP : g * GROUP + GROUP]
+            x, y = raw[row, g // 8 * 210 : g // 8 * 210 + 210], codes[row, g * GROUP : g * GROUP + GROUP]
             part = g % 8
             d = half(x[208], x[209])
             first, second = np.float32(np.int8(x[192 + 2 * part])), np.float32(np.int8(x[193 + 2 * part]))
@@ -169,63 +146,54 @@ def q6_k_rows(
                 y[j] = np.uint8(np.int32(np.rint(min(max(steps, _LOWEST), _LARGEST))) & 255)
 
 
-def byte_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
-) -> None:
-    """Rows lo:hi of Q8_0: d, 32 signed bytes. Only copies, for which NumPy needs no compiled code."""
-    blocks = raw[lo:hi].reshape(hi - lo, scales.shape[1], block)
-    scales[lo:hi] = np.ascontiguousarray(blocks[:, :, :2]).view("<u2")[:, :, 0]
-    codes[lo:hi].reshape(hi - lo, scales.shape[1], GROUP)[:] = blocks[:, :, codes_at:]
-
-
-def zero_point_rows(
-    raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
-) -> None:
-    """Rows lo:hi of Q4_Z: as Q4_1, with a zero point z in place of m: m = -d z."""
-    nibble_rows(raw, codes, scales, mins, block, fifth_at, codes_at, lo, hi)
+def _zero_point_rows(raw: np.ndarray, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> None:
+    """Rows of Q4_Z: as Q4_1, with a zero point z in place of m: m = -d z."""
+    _whole_rows("Q4_1", raw, codes, scales, mins)
     with np.errstate(over="ignore"):  # refused by ``_check_half``
-        lowest = scales[lo:hi].view(np.float16).astype(np.float32) * -mins[lo:hi].astype(np.float32)
-        mins[lo:hi] = lowest.astype(np.float16).view(np.uint16)
+        zeros = raw.reshape(*scales.shape, 20)[:, :, 2].astype(np.float32)
+        lowest = scales.view(np.float16).astype(np.float32) * -zeros
+        mins[:] = lowest.astype(np.float16).view(np.uint16)
 
 
-def _whole_rows(dtype: str, zero: int) -> Any:
-    """The decoder of a type of ``whole_numbers`` into codes whose zero is ``zero``."""
-
-    def rows(
-        raw: Any, codes: Any, scales: Any, mins: Any, block: int, fifth_at: int, codes_at: int, lo: int, hi: int
-    ) -> None:
-        numbers = codes[lo:hi].view(np.int8)
-        exact = whole_numbers(dtype, raw[lo:hi], numbers)
-        tiny = (exact != 0) & (np.abs(exact) < _SMALLEST_HALF)  # of MXFP4: other scales are multiples of it
-        if tiny.any():
-            groups = numbers.reshape(*exact.shape, GROUP)
-            groups[tiny] = np.rint(groups[tiny] * (exact[tiny] / _SMALLEST_HALF)[:, None])
-            exact[tiny] = _SMALLEST_HALF
-        numbers += np.int8(zero)
-        with np.errstate(over="ignore"):  # refused by ``_check_half``
-            scales[lo:hi] = exact.astype(np.float16).view(np.uint16)
-
-    return rows
+def _whole_rows(dtype: str, raw: np.ndarray, codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> None:
+    """Rows of a type of ``whole_numbers``; without mins the code of 0 is that of ``ZEROS``."""
+    numbers = codes.view(np.int8)
+    exact, lowest = whole_numbers(dtype, raw, numbers)
+    tiny = (exact != 0) & (np.abs(exact) < _SMALLEST_HALF)  # of MXFP4: other scales are multiples of it
+    if tiny.any():
+        groups = numbers.reshape(*exact.shape, GROUP)
+        groups[tiny] = np.rint(groups[tiny] * (exact[tiny] / _SMALLEST_HALF)[:, None])
+        exact[tiny] = _SMALLEST_HALF
+    if not mins.size:
+        numbers += np.int8(ZEROS[_TYPES[dtype][0]])
+    with np.errstate(over="ignore"):  # refused by ``_check_half``
+        scales[:], mins[:] = (x.astype(np.float16).view(np.uint16) for x in (exact, lowest))
 
 
-# kind, has mins, decoder of rows; and the layout of a block: its bytes, the offset of the fifth bits (0: none) and of
-# the codes.
-_TYPES: dict[str, tuple[str, bool, Any, int, int, int]] = {
-    "Q4_0": ("int4", False, nibble_rows, 18, 0, 2),
-    "Q4_1": ("int4", True, nibble_rows, 20, 0, 4),
-    "Q5_0": ("int5", False, nibble_rows, 22, 2, 6),
-    "Q5_1": ("int5", True, nibble_rows, 24, 4, 8),
-    "Q8_0": ("int8", False, byte_rows, 34, 0, 2),
-    "Q4_K": ("int4", True, k_rows, 144, 0, 16),
-    "Q5_K": ("int5", True, k_rows, 176, 16, 48),
-    "Q6_K": ("int8", False, q6_k_rows, 210, 0, 0),
-    "Q3_K": ("int8", False, _whole_rows("Q3_K", ZEROS["int8"]), 110, 0, 0),
-    "IQ4_NL": ("int8", False, _whole_rows("IQ4_NL", ZEROS["int8"]), 18, 0, 0),
-    "IQ4_XS": ("int8", False, _whole_rows("IQ4_XS", ZEROS["int8"]), 136, 0, 0),
-    "MXFP4": ("int5", False, _whole_rows("MXFP4", ZEROS["int5"]), 17, 0, 0),
-    "TQ1_0": ("int4", False, _whole_rows("TQ1_0", ZEROS["int4"]), 54, 0, 0),
-    "TQ2_0": ("int4", False, _whole_rows("TQ2_0", ZEROS["int4"]), 66, 0, 0),
-    "Q4_Z": ("int4", True, zero_point_rows, 20, 0, 4),
+# kind, has mins
+_TYPES = {
+    "Q4_0": ("int4", False),
+    "Q4_1": ("int4", True),
+    "Q5_0": ("int5", False),
+    "Q5_1": ("int5", True),
+    "Q8_0": ("int8", False),
+    "Q4_K": ("int4", True),
+    "Q5_K": ("int5", True),
+    "Q6_K": ("int8", False),
+    "Q3_K": ("int8", False),
+    "IQ4_NL": ("int8", False),
+    "IQ4_XS": ("int8", False),
+    "MXFP4": ("int5", False),
+    "TQ1_0": ("int4", False),
+    "TQ2_0": ("int4", False),
+    "Q4_Z": ("int4", True),
+}
+# Decoders of what is not ``_whole_rows``, or not as these: rows, codes, scales, mins.
+_DECODERS: dict[str, Callable[..., None]] = {
+    "Q4_K": lambda *arrays: k_rows(*arrays, 144, 0, 16),
+    "Q5_K": lambda *arrays: k_rows(*arrays, 176, 16, 48),
+    "Q6_K": lambda raw, codes, scales, mins: q6_k_rows(raw, codes, scales),
+    "Q4_Z": _zero_point_rows,
 }
 
 
@@ -243,7 +211,7 @@ def group_layout(dtype: str, kind: str | None = None, symmetric: bool = True) ->
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    stored, mins = _TYPES[dtype][:2] if dtype in _TYPES else ("int8", False)
+    stored, mins = _TYPES[dtype] if dtype in _TYPES else ("int8", False)
     if kind is None or kind in (stored, "int8"):  # narrower codes fit into 8 bits
         return kind or stored, mins
     if kind == "int5":
@@ -279,11 +247,14 @@ def tensor_groups(
 
 def decode_groups(dtype: str, raw: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (n, K) uint8, scales (n, G) and mins (n, G or 0) uint16 of stored rows (n, row_bytes) of a block type."""
-    _, with_mins, decode, *where = _TYPES[dtype]
+    _, with_mins = _TYPES[dtype]
     n, groups = len(raw), columns // GROUP
     codes, scales = np.empty((n, groups * GROUP), np.uint8), np.empty((n, groups), np.uint16)
     mins = np.empty((n, groups if with_mins else 0), np.uint16)
-    decode(raw, codes, scales, mins, *where, 0, n)
+    if dtype in _DECODERS:
+        _DECODERS[dtype](raw, codes, scales, mins)
+    else:
+        _whole_rows(dtype, raw, codes, scales, mins)
     return codes, scales, mins
 
 

@@ -1,5 +1,10 @@
-"""Storage types whose weights are whole numbers times a scale of each 32: w = scale n, n an int8.
+"""Storage types of whole numbers times a scale of each 32, perhaps plus a min: w = scale n + min, n an int8.
 
+    Q4_0    n = q - 8, scale = d      q: 0..15; d of each 32
+    Q4_1    n = q, scale = d, min = m
+    Q5_0    n = q - 16, scale = d     q: 0..31; d of each 32
+    Q5_1    n = q, scale = d, min = m
+    Q8_0    n stored, scale = d of each 32
     Q3_K    n = -s q, scale = -d      s: 6-bit scale of each 16 elements, -32..31; q: -4..3; d of each 256
     IQ4_NL  n from a table of 16, -127..113, scale = d of each 32
     IQ4_XS  the same, scale = d s     s: 6-bit scale of each 32 elements, -32..31; d of each 256
@@ -9,8 +14,8 @@
     TQ2_0   n = -1, 0, 1, 2: four in a byte; scale = d of each 256
     Q4_Z    n = q - z, scale = d      q: 0..15; z: whole zero point; both d and z of each 32
 
-Every product is exact in float32. Q3_K is negated because s q reaches 128 = 32 4 and int8 only -128. Sources:
-ggml-quants.c of ggml; OCP Microscaling Formats Specification.
+Every product is exact in float32; adding a min rounds. Q3_K is negated because s q reaches 128 = 32 4, beyond int8.
+Sources: ggml-quants.c of ggml; OCP Microscaling Formats Specification.
 """
 
 from __future__ import annotations
@@ -28,6 +33,29 @@ Array = np.ndarray[Any, Any]
 _GROUP = 32
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+@kernel(strict=True)
+def nibble_rows(raw: Any, block: Any, fifth_at: Any, codes_at: Any, zero: Any, numbers: Any) -> None:
+    """Numbers n = q - zero of Q4_0, Q4_1, Q5_0, Q5_1: 16 bytes of codes, low halves before high halves.
+
+    A block has so many bytes. Fifth bits, 32 in four bytes, are ``fifth_at`` bytes into it; 0: there are none.
+    """
+    for i in range(raw.shape[0]):
+        for g in range(numbers.shape[1] // _GROUP):
+            x, y = raw[i, g * block : g * block + block], numbers[i, g * _GROUP : g * _GROUP + _GROUP]
+            for j in range(16):
+                low, high = np.int32(x[codes_at + j] & 15), np.int32(x[codes_at + j] >> 4)
+                if fifth_at > 0:
+                    low |= (np.int32(x[fifth_at + j // 8] >> np.uint8(j % 8)) & 1) << 4
+                    high |= (np.int32(x[fifth_at + 2 + j // 8] >> np.uint8(j % 8)) & 1) << 4
+                y[j], y[16 + j] = low - np.int32(zero), high - np.int32(zero)
+
+
+def byte_rows(raw: Array, numbers: Array) -> None:
+    """Numbers of Q8_0: 32 signed bytes, from the third byte of a block on."""
+    shape = len(raw), numbers.shape[1] // _GROUP
+    numbers.reshape(*shape, _GROUP)[...] = raw.reshape(*shape, 34)[:, :, 2:].view(np.int8)
 
 
 @kernel(strict=True)
@@ -128,13 +156,31 @@ def _powers(blocks: Array) -> Array:
 
 
 class _Type(NamedTuple):
-    """scales of blocks (n, B, bytes): float32 (n, B, 1 or groups of a block); numbers of rows, into int8 or float32."""
+    """scales of blocks (n, B, bytes): float32 (n, B, 1 or groups of a block); numbers of rows, into int8 or float32.
+
+    mins of blocks of 32: float32 (n, B, 1).
+    """
 
     scales: Callable[[Array], Array]
     numbers: Callable[[Array, Array], None]
+    mins: Callable[[Array], Array] | None = None
+
+
+def _nibbles(block: int, fifth_at: int, codes_at: int, zero: int) -> _Type:
+    """A type of ``nibble_rows``: its scale comes first, then, if there is no zero point, its min."""
+    return _Type(
+        lambda blocks: _halves(blocks, 0),
+        lambda raw, to: nibble_rows(raw, block, fifth_at, codes_at, zero, to),
+        None if zero else lambda blocks: _halves(blocks, 2),
+    )
 
 
 WHOLE_TYPES: dict[str, _Type] = {
+    "Q4_0": _nibbles(18, 0, 2, 8),
+    "Q4_1": _nibbles(20, 0, 4, 0),
+    "Q5_0": _nibbles(22, 2, 6, 16),
+    "Q5_1": _nibbles(24, 4, 8, 0),
+    "Q8_0": _Type(lambda blocks: _halves(blocks, 0), byte_rows),
     "Q3_K": _Type(lambda blocks: -_halves(blocks, 108), q3_k_rows),
     "IQ4_NL": _Type(lambda blocks: _halves(blocks, 0), lambda raw, to: table_rows(raw, _IQ4, 18, 2, to)),
     "IQ4_XS": _Type(_six_bit_scales, lambda raw, to: table_rows(raw, _IQ4, 136, 8, to)),
@@ -145,23 +191,42 @@ WHOLE_TYPES: dict[str, _Type] = {
 }
 
 
-def whole_numbers(dtype: str, raw: Array, numbers: Array) -> Array:
-    """The numbers of stored rows into ``numbers`` (n, K), int8 or float32; returns their scales (n, K / 32) float32.
+def whole_numbers(dtype: str, raw: Array, numbers: Array) -> tuple[Array, Array]:
+    """The numbers of stored rows into ``numbers`` (n, K), int8 or float32.
 
     Args:
         dtype: a key of WHOLE_TYPES.
         raw: (n, bytes per row) uint8, read-only, C-contiguous.
-        numbers: w = scale number, exactly; K a multiple of the type's block length.
+        numbers: w = scale number + min; K a multiple of the type's block length.
+
+    Returns:
+        Their scales (n, K / 32) and mins (n, K / 32 or 0), float32.
     """
     per_block, block_bytes = BLOCKS[dtype]
-    WHOLE_TYPES[dtype].numbers(raw, numbers)
+    of = WHOLE_TYPES[dtype]
+    of.numbers(raw, numbers)
     rows, groups = len(raw), numbers.shape[1] // _GROUP
-    scales = WHOLE_TYPES[dtype].scales(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
-    return np.repeat(scales, per_block // _GROUP // scales.shape[2], axis=2).reshape(rows, groups)
+    blocks = raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes)
+    scales = of.scales(blocks)
+    scales = np.repeat(scales, per_block // _GROUP // scales.shape[2], axis=2).reshape(rows, groups)
+    return scales, np.empty((rows, 0), np.float32) if of.mins is None else of.mins(blocks).reshape(rows, groups)
+
+
+@kernel(strict=True)
+def scale_groups(x: Any, scales: Any, mins: Any) -> None:
+    """x (n, K) = scale x + min, rounded twice, with scales (n, K / 32) and mins (n, K / 32 or 0)."""
+    for i in range(scales.shape[0]):
+        for g in range(scales.shape[1]):
+            y, scale = x[i, g * _GROUP : g * _GROUP + _GROUP], scales[i, g]
+            if mins.shape[1] > 0:
+                low = mins[i, g]
+                for j in range(_GROUP):
+                    y[j] = scale * y[j] + low
+            else:  # without + 0, which would make 0 of -0
+                for j in range(_GROUP):
+                    y[j] *= scale
 
 
 def whole_rows(dtype: str, raw: Array, out: Array) -> None:
     """out (n, K) float32 = the values of stored rows."""
-    scales = whole_numbers(dtype, raw, out)
-    with np.errstate(over="ignore", invalid="ignore"):  # scales that are not finite
-        out.reshape(*scales.shape, _GROUP)[...] *= scales[:, :, None]
+    scale_groups(out, *whole_numbers(dtype, raw, out))

@@ -288,7 +288,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("elements", [1, 1 << 13, 1 << 30])
 def test_panels_of_a_whole_tensor(kind: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of 16 rows, of some, and at once; over threads and not; permuted as attention weights are."""
-    monkeypatch.setattr(groups, "_ELEMENTS_AT_ONCE", elements)
+    monkeypatch.setattr(groups, "_CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(groups, "PARALLEL_ELEMENTS", 1 << 12)
     for rows, columns in ((1, 256), (130, 512), (75, 33)):
         if columns % BLOCKS[kind][0]:

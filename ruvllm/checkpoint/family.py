@@ -50,6 +50,24 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+def sizes_of(keys: Fields, names: Mapping[str, str]) -> Sizes:
+    """The sizes that a file states, under the names of ModelConfig's fields, or those that ``names`` has for them.
+
+    Without head_dim, heads divide the hidden size; without kv heads, there are as many as heads.
+    """
+    layers, size, count, kv_count, dim = (
+        names.get(field, field)
+        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    hidden, heads = keys.require(size, int), keys.require(count, int)
+    head_dim, kv_heads = keys.get(dim, int), keys.get(kv_count, int)
+    if head_dim is None:
+        if heads < 1 or hidden % heads:
+            raise keys.error(count, heads, f"a divisor of {keys.prefix}{size} = {hidden}, or {dim} given")
+        head_dim = hidden // heads
+    return Sizes(keys.require(layers, int), hidden, heads, heads if kv_heads is None else kv_heads, head_dim)
+
+
 Fused = Callable[[ModelConfig], dict[str, Place]]
 
 

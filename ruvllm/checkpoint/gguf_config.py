@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.checkpoint.families import BY_ARCHITECTURE
-from ruvllm.checkpoint.family import Family, Sizes
+from ruvllm.checkpoint.family import Family, sizes_of
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.gguf_rope import rope_of
 from ruvllm.checkpoint.gguf_split import AnyGGUF
@@ -60,7 +60,7 @@ def config_from_gguf(file: AnyGGUF) -> ModelConfig:
     meta = Fields(file.path, file.metadata, offsets=file.metadata_offsets)
     family = _family(meta)
     own = _own(meta, family)
-    sizes = _sizes(own)
+    sizes = sizes_of(own, _KEYS)
     end_ids = [meta.get(key, int) for key in _END_KEYS]
     try:
         choices: dict[str, Any] = {
@@ -111,17 +111,6 @@ def _own(meta: Fields, family: Family) -> Fields:
     values = {key.removeprefix(prefix): value for key, value in meta.values.items() if key.startswith(prefix)}
     offsets = {key.removeprefix(prefix): at for key, at in meta.offsets.items() if key.startswith(prefix)}
     return Fields(meta.path, values, prefix, offsets)
-
-
-def _sizes(own: Fields) -> Sizes:
-    hidden, heads = own.require("embedding_length", int), own.require("attention.head_count", int)
-    key_length = own.get("attention.key_length", int)
-    if key_length is None:
-        if heads < 1 or hidden % heads:
-            raise own.error("attention.head_count", heads, f"a divisor of {own.prefix}embedding_length = {hidden}")
-        key_length = hidden // heads
-    kv_heads = own.get("attention.head_count_kv", int)
-    return Sizes(own.require("block_count", int), hidden, heads, heads if kv_heads is None else kv_heads, key_length)
 
 
 def _check_neutral(own: Fields, config: ModelConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ruvllm.checkpoint.families import BY_CLASS, BY_TYPE
-from ruvllm.checkpoint.family import Family, Sizes
+from ruvllm.checkpoint.family import Family, sizes_of
 from ruvllm.checkpoint.fields import Fields
 from ruvllm.checkpoint.foreign_formats import refuse_settings
 from ruvllm.checkpoint.hf_files import MAX_CONFIG_BYTES, listed_ends, read_if_there
@@ -50,7 +50,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
     refuse_settings(outer)
     keys = _with_defaults(_text_keys(outer), family)
     _check_supported(keys, family)
-    sizes = _sizes(keys)
+    sizes = sizes_of(keys, _KEYS)
     says_ends = outer if "eos_token_id" in outer else _text_keys(outer)
     ends, ends_of = listed_ends(says_ends, read_if_there(directory / "generation_config.json", MAX_CONFIG_BYTES))
     default_end = family.defaults.get("eos_token_id", _DEFAULTS["eos_token_id"])
@@ -120,8 +120,8 @@ def _text_keys(keys: Fields) -> Fields:
     if model_type not in _NESTED:
         return keys
     name = _NESTED[model_type][0]
-    beside = {key: keys.values[key] for key in ("bos_token_id", "tie_word_embeddings") if key in keys}
-    return Fields(keys.path, beside | keys.require(name, dict), prefix=f"{name}.")
+    outer = {key: keys.values[key] for key in ("bos_token_id", "tie_word_embeddings") if key in keys}
+    return Fields(keys.path, outer | keys.require(name, dict), prefix=f"{name}.")
 
 
 def _with_defaults(keys: Fields, family: Family) -> Fields:
@@ -134,16 +134,3 @@ def _check_supported(keys: Fields, family: Family) -> None:
     activation = keys.default("hidden_act", str, "silu")
     if family.activations and activation not in family.activations:
         raise keys.error("hidden_act", activation, repr(family.activations[0]))
-
-
-def _sizes(keys: Fields) -> Sizes:
-    hidden, heads = keys.require("hidden_size", int), keys.require("num_attention_heads", int)
-    head_dim = keys.get("head_dim", int)
-    if head_dim is None:
-        if heads < 1 or hidden % heads:
-            raise keys.error("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim given")
-        head_dim = hidden // heads
-    kv_heads = keys.get("num_key_value_heads", int)
-    return Sizes(
-        keys.require("num_hidden_layers", int), hidden, heads, heads if kv_heads is None else kv_heads, head_dim
-    )

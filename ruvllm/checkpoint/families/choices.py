@@ -17,21 +17,17 @@ def windows(keys: Fields, sizes: Sizes, window: int | None, slides: Callable[[in
     types = keys.get("layer_types", list)
     if types is not None and len(types) != sizes.layers:
         raise keys.error("layer_types", f"{len(types)} types", f"one for each of {sizes.layers} layers")
-    for kind in types or ():
-        if kind not in (FULL, SLIDING):
-            raise keys.error("layer_types", kind, f"{FULL!r} or {SLIDING!r}")
     if types is None:
         types = [SLIDING if window is not None and slides(i) else FULL for i in range(sizes.layers)]
-    return window_choices(keys, window, types)
+    return window_choices(window, types)
 
 
-def window_choices(keys: Fields, window: int | None, types: list[str]) -> Choices:
-    """A window and the type of each layer, in their shortest form."""
-    if SLIDING not in types:
+def window_choices(window: int | None, types: list[str]) -> Choices:
+    """A window and the type of each layer, in their shortest form; ModelConfig checks them."""
+    if all(kind == FULL for kind in types):
         return {}
-    if window is None:
-        raise keys.error("sliding_window", None, "an integer: layer_types has windowed layers")
-    return {"sliding_window": window, "layer_types": tuple(types) if FULL in types else ()}
+    alike = window is not None and all(kind == SLIDING for kind in types)
+    return {"sliding_window": window, "layer_types": () if alike else tuple(types)}
 
 
 def gguf_windows(meta: Fields, sizes: Sizes, window: int | None, period: int) -> Choices:
@@ -47,7 +43,7 @@ def gguf_windows(meta: Fields, sizes: Sizes, window: int | None, period: int) ->
         period = meta.get(key, int) or period
         slides = [(i + 1) % period != 0 for i in range(sizes.layers)]
     types = [SLIDING if window is not None and slides[i] else FULL for i in range(sizes.layers)]
-    return window_choices(meta, window, types)
+    return window_choices(window, types)
 
 
 def gguf_window_values(config: ModelConfig, period: int) -> dict[str, Any]:

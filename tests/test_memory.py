@@ -24,7 +24,7 @@ from ruvllm.errors import InsufficientMemoryError
 from ruvllm.loading import weight_bytes
 from ruvllm.model import KVCache, Llama
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes
-from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import Working, working_bytes
 from tests import llm_cases

@@ -20,7 +20,7 @@ from ruvllm.model.hooks import active
 from ruvllm.model.kv_pool import BLOCK, KVPool
 from ruvllm.model.kv_size import FEW_TOKENS
 from ruvllm.model.llama import Llama
-from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.replay import Working
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from ruvllm.kernels import tape as t
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.layer import Decoder
-from ruvllm.model.ops.recorder import Pass, Recorder
+from ruvllm.model.ops.recorder import Recorder
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.schedule import Value
 
 # What a name means, by its end. Layer code may give others.

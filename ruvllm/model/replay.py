@@ -30,7 +30,8 @@ from ruvllm.model.kv_pool import KVPool
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.placement import place
 from ruvllm.model.ops.protocol import Hooks
-from ruvllm.model.ops.recorder import Pass, Recorder
+from ruvllm.model.ops.recorder import Recorder
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.schedule import Value
 from ruvllm.model.ops.swapped import swapped_now
 from ruvllm.model.ops.tape import Tape

@@ -14,7 +14,8 @@ from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
 from ruvllm.model.low_rank import Factors
-from ruvllm.model.ops.gradients import Gradients, Node
+from ruvllm.model.ops.gradients import Gradients
+from ruvllm.model.ops.node import Node
 
 NO_TARGET = -1
 

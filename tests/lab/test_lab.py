@@ -23,7 +23,7 @@ from ruvllm.measure.peaks import Level, Peaks
 from ruvllm.model import Llama, ModelConfig
 from ruvllm.model.config import ExpertsConfig
 from ruvllm.model.low_rank import AdapterSet
-from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.swapped import SWAPPED
 from ruvllm.model.reference import reference_logits, reference_states
 from tests.model import tiny

@@ -21,7 +21,7 @@ from ruvllm.kernels.threads.team import COUNTERS
 from ruvllm.model import Llama
 from ruvllm.model.lora import MicroLora
 from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig
-from ruvllm.model.ops.recorder import Pass
+from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.ops.shuffled import Shuffled
 from ruvllm.model.ops.tape import Tape

@@ -298,30 +298,30 @@ class _Reader:
             for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
                 before, begin, end = np.where(times[i, :, 2] > 0, seconds[i].T, np.nan)  # late threads have none yet
                 if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
-                    self._add(WAIT, step, tokens, run.start, before, begin, (0.0, 0.0), 1.0)
-                rows = int(run.header[step.count])
-                if rows:
-                    self._add_operation(step, rows, tokens, run, begin, end)
+                    self._add(WAIT, step, run, (before, begin))
+                if run.header[step.count]:
+                    self._add_operation(step, run, (begin, end))
 
-    def _add_operation(self, step: Step, rows: int, tokens: int, run: _Run, begin: np.ndarray, end: np.ndarray) -> None:
-        name, peak, held = step.label.rsplit(".", 1)[-1], self.peaks.fma, 0.0
+    def _add_operation(self, step: Step, run: _Run, times: tuple[np.ndarray, np.ndarray]) -> None:
+        work = work_of(step, int(run.header[step.count]), run.positions, self.matrices, self.key_value)
+        name, peak, source = step.label.rsplit(".", 1)[-1], self.peaks.fma, work.nbytes
         linear = self.linears.get(step.label)
         if linear is not None:
             # Between two uses of a matrix all others are read: it comes from the level that holds the whole model.
-            held = float(self.model_bytes)
+            source = float(self.model_bytes)
             peak = self.peaks.int8_dot if linear.layout in INTEGER_LAYOUTS else peak
             name = "head" if step.layer < 0 else name
-        work = work_of(step, rows, run.positions, self.matrices, self.key_value)
-        self._add(name, step, tokens, run.start, begin, end, (work.flops, work.nbytes), peak, held)
+        limit = max(work.flops / peak, work.nbytes / self.peaks.bandwidth(source))
+        self._add(name, step, run, times, (work.flops, work.nbytes, limit))
 
     def _add(
-        self, name: str, step: Step, tokens: int, origin: float, begin: np.ndarray, end: np.ndarray,
-        work: tuple[float, float], peak: float, held: float = 0.0,
+        self, name: str, step: Step, run: _Run, times: tuple[np.ndarray, np.ndarray],
+        costs: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> None:  # fmt: skip
-        flops, nbytes = work
-        limit = max(flops / peak, nbytes / self.peaks.bandwidth(held or nbytes))
-        times = tuple((origin + begin).tolist()), tuple((origin + end).tolist())
-        self.operations.append(Operation(name, step.layer, tokens, len(self.passes) - 1, *times, flops, nbytes, limit))
+        """An operation, or the wait before it. times: begins and ends by thread; costs: flops, bytes, least seconds."""
+        begin, end = (tuple((run.start + at).tolist()) for at in times)
+        tokens = int(run.header[t.TOKENS])
+        self.operations.append(Operation(name, step.layer, tokens, len(self.passes) - 1, begin, end, *costs))
 
 
 def _ticks_per_second(runs: list[_Run]) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ruvllm
 from ruvllm.serving.requests import Call
@@ -18,8 +19,8 @@ JSON = dict[str, Any]
 
 
 @dataclass
-class Reply:
-    """The answers to one request; chats and completions differ in ``_choice`` and ``_delta``.
+class Reply(ABC):
+    """The answers to one request; chats and completions differ in ``first``, ``deltas`` and ``_choice``.
 
     prompts: numbers of tokens of the prompts.
     """
@@ -31,9 +32,9 @@ class Reply:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    prefix = ""
-    whole_kind = ""
-    chunk_kind = ""
+    prefix: ClassVar[str]
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
     def whole(self, results: Sequence[Generation]) -> JSON:
         """The answer to a request that does not stream."""
@@ -55,16 +56,16 @@ class Reply:
         told = {"usage": usage} if self.call.usage_in_stream else {}
         return {**self._head(self.chunk_kind), "choices": choices, **told}
 
+    @abstractmethod
     def first(self, number: int) -> list[JSON]:
         """The chunks before the first token of an answer."""
-        return []
 
+    @abstractmethod
     def deltas(self, number: int, event: Event) -> list[JSON]:
         """The chunks that an event makes."""
-        raise NotImplementedError
 
-    def _choice(self, number: int, result: Generation) -> JSON:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, number: int, result: Generation) -> JSON: ...
 
     def _head(self, kind: str) -> JSON:
         return {

@@ -119,7 +119,7 @@ def with_lse(out: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def rounded_with_lse(out: np.ndarray, function: Callable[..., Any], *arguments: Any) -> Any:
-    """check.rounded for a function that may return lse beside its result."""
+    """check.rounded for a function that may return lse with its result."""
     kept: list[np.ndarray] = []
 
     def attend(*given: Any) -> np.ndarray:

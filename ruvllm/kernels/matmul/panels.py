@@ -64,7 +64,7 @@ def share_chunks(tokens, share):
 
 @part_kernel
 def panels_matmul_share(w, x, out, share, chunk):
-    """panels_matmul of ``chunk``, and of the chunks of a share of the panels after it that nobody has claimed.
+    """panels_matmul of ``chunk``, and of the chunks of a share of the panels after it that no thread has claimed.
 
     Returns the first chunk number after these (``threads.team``).
     """

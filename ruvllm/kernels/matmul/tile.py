@@ -16,7 +16,7 @@ The registers of the target processor decide the sizes of tiles and blocks:
   needs, a few lines at a time. Otherwise the first tile waits for all of them: a fifth of the time, where weights come
   from memory. A prefetch of a line that is in the cache costs two cycles, so most lines are prefetched once, and pairs
   of panels, which are a remainder, prefetch nothing.
-- With few rows, blocking gains nothing: two panels are streamed end to end, as memory likes it best.
+- With few rows, blocking gains nothing: two panels are streamed end to end, as memory is read fastest.
 
 Sums are taken in one order, block by block, whatever the tile: a row's result does not depend on its neighbours.
 """

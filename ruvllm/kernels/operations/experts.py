@@ -124,8 +124,8 @@ def grouped_integer_matmul(kind: int) -> Operation:
                 chunks = chunks_of(end - first, outputs, share)
                 if chunk < chunks:
                     w = array_at(_weights_at(m, weights, runs[run, 0]), shape, np.uint8)
-                    place, row = (np.int64(0), np.int64(0)) if rows.alike else (runs[run, 3], first)
-                    x = quantized_rows(m, rows.x, columns, capacity, place, row, row + end - first)
+                    offset, row = (np.int64(0), np.int64(0)) if rows.alike else (runs[run, 3], first)
+                    x = quantized_rows(m, rows.x, columns, capacity, offset, row, row + end - first)
                     left = share_after(share, before)
                     chunk = products(kind, has_mins, w, x, result[first:end], left, chunk)
                 chunk, before = chunk - chunks, before + chunks

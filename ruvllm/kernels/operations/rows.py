@@ -151,14 +151,14 @@ def quantized(m, operand, columns):
 
 
 @view_kernel
-def quantized_rows(m, operand, columns, capacity, place, lo, hi):
-    """Rows lo:hi of an operand in 8 bits, in token blocks of their own, which begin ``place`` rows into the arrays.
+def quantized_rows(m, operand, columns, capacity, offset, lo, hi):
+    """Rows lo:hi of an operand in 8 bits, in token blocks of their own, which begin ``offset`` rows into the arrays.
 
     The five arrays follow each other, each with capacity for ``capacity`` rows; that of outliers is by row.
     """
     groups = (columns + GROUP - 1) // GROUP
     blocks, block_tokens = _token_blocks(hi - lo)
-    first, all_groups = place * groups, capacity * groups
+    first, all_groups = offset * groups, capacity * groups
     codes = address_of(m, operand)
     offsets = codes + all_groups * GROUP
     scales = offsets + all_groups * 4 * OFFSETS

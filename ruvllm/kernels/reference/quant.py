@@ -100,7 +100,7 @@ def quantize_activations(x: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     outliers = np.zeros((len(rows), 4, 2))
     for row, found in zip(rows, outliers, strict=True):
         magnitudes = np.abs(row[:65536])
-        for first in range(0, len(magnitudes), 1024):  # beside NaN or infinity, none is sought
+        for first in range(0, len(magnitudes), 1024):  # next to NaN or infinity, none is sought
             if not np.isfinite(magnitudes[first : first + 1024]).all():
                 magnitudes[first : first + 1024] = 0
         largest = np.argsort(-magnitudes, kind="stable")[:4]

@@ -22,14 +22,13 @@ from numba.extending import intrinsic
 
 from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.jit.views import unpack
+from ruvllm.kernels.simd.memory_llvm import _load_as, _pointer, _target
 from ruvllm.kernels.simd.vectors_llvm import (
     Vector,
     _call,
     _constant,
-    _pointer,
     _reduce,
     _splat,
-    _target,
     f32x16,
     i32x16,
 )
@@ -157,9 +156,7 @@ def u8_load(typingctx: Any, array: Any, index: Any) -> Any:
     """64 bytes of a uint8 array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(builder.bitcast(_pointer(context, builder, sig.args[0], *args), _BYTES.as_pointer()))
-        value.align = 1
-        return value
+        return _load_as(builder, _BYTES, 1, _pointer(context, builder, sig.args[0], *args))
 
     return u8x64(array, types.intp), codegen
 
@@ -169,9 +166,7 @@ def quad_at(typingctx: Any, array: Any, index: Any) -> Any:
     """Four int8 activations from ``index`` on, a quad, broadcast to every lane."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(builder.bitcast(_pointer(context, builder, sig.args[0], *args), _I32.as_pointer()))
-        value.align = 1
-        return _splat(builder, value, 16)
+        return _splat(builder, _load_as(builder, _I32, 1, _pointer(context, builder, sig.args[0], *args)), 16)
 
     return i32x16(array, types.intp), codegen
 

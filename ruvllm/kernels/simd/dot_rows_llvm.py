@@ -13,14 +13,12 @@ from numba.extending import intrinsic
 from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd import dot_llvm
 from ruvllm.kernels.simd.dot_llvm import _BYTES, _I16, _add_pairs, add_signed, add_unsigned, adds_128, u8x64
+from ruvllm.kernels.simd.memory_llvm import _load_as, _pointer, _read_f16, _target
 from ruvllm.kernels.simd.rows_llvm import _at, _fma
 from ruvllm.kernels.simd.vectors_llvm import (
     LANES,
     _constant,
-    _pointer,
-    _read_f16,
     _splat,
-    _target,
     f32x16,
     i32x16,
 )
@@ -69,8 +67,7 @@ def lines_of(typingctx: Any, w: Any, at: Any, offset: Any) -> Any:
         found = []
         for start in unpack(builder, at):
             pointer = _pointer(context, builder, sig.args[0], w, builder.add(start, offset))
-            found.append(builder.load(builder.bitcast(pointer, _BYTES.as_pointer())))
-            found[-1].align = 1
+            found.append(_load_as(builder, _BYTES, 1, pointer))
         return context.make_tuple(builder, sig.return_type, found)
 
     return types.UniTuple(u8x64, at.count)(w, at, types.intp), codegen
@@ -163,9 +160,7 @@ def _step(add: Any) -> Any:
             found = list(sums)
             for row in range(rows):
                 pointer = _pointer(context, builder, sig.args[2], xq, _at(builder, index, step, row), types.int8)
-                quad = builder.load(builder.bitcast(pointer, ir.IntType(32).as_pointer()))
-                quad.align = 1
-                quads = _splat(builder, quad, LANES)
+                quads = _splat(builder, _load_as(builder, ir.IntType(32), 1, pointer), LANES)
                 for i in range(row, len(sums), rows):
                     found[i] = add(builder, kind, sums[i], lines[i // rows], quads)
             if rows > 1 and kind == "vnni512":
@@ -236,10 +231,8 @@ def fma_columns(
             for panel in range(panels):
                 here = builder.add(first, index.type(panel * LANES))
                 pointer = _pointer(context, builder, sig.args[0], columns, here, types.float32)
-                vector = builder.load(builder.bitcast(pointer, f32x16.llvm.as_pointer()))
-                vector.align = 4
                 i = panel * rows + row
-                found[i] = _fma(builder, vector, splats[row], tile[i])
+                found[i] = _fma(builder, _load_as(builder, f32x16.llvm, 4, pointer), splats[row], tile[i])
         return context.make_tuple(builder, sig.return_type, found)
 
     return tile(columns, offsets, types.intp, x, types.intp, types.intp, at, tile), codegen

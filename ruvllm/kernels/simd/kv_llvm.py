@@ -11,7 +11,8 @@ from numba.extending import intrinsic
 
 from ruvllm.kernels.jit.views import unpack
 from ruvllm.kernels.simd.half_llvm import narrow
-from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _pointer, _target, f32x16
+from ruvllm.kernels.simd.memory_llvm import _pointer, _target
+from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, f32x16
 
 __all__ = [
     "read_scales", "scaled", "scaled_rows", "store_element", "store_element_rows", "store_elements", "store_scale",

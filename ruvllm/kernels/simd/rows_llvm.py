@@ -7,7 +7,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from ruvllm.kernels.jit.views import _view, unpack
-from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _pointer, _splat, _target, f32x16
+from ruvllm.kernels.simd.memory_llvm import _pointer, _target
+from ruvllm.kernels.simd.vectors_llvm import LANES, _call, _constant, _splat, f32x16
 
 __all__ = [
     "add_rows", "f32_zeros", "fma_each", "fma_outer", "fma_rows", "fma_three", "fma_two", "load_rows",

@@ -23,5 +23,6 @@ else:
     from ruvllm.kernels.simd.dot_llvm import *  # noqa: F403
     from ruvllm.kernels.simd.dot_rows_llvm import *  # noqa: F403
     from ruvllm.kernels.simd.kv_llvm import *  # noqa: F403
+    from ruvllm.kernels.simd.memory_llvm import *  # noqa: F403
     from ruvllm.kernels.simd.rows_llvm import *  # noqa: F403
     from ruvllm.kernels.simd.vectors_llvm import *  # noqa: F403

@@ -7,7 +7,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from ruvllm.kernels.jit.private.target import target
-from ruvllm.kernels.simd.vectors_llvm import _call, _pointer
+from ruvllm.kernels.simd.memory_llvm import _pointer
+from ruvllm.kernels.simd.vectors_llvm import _call
 
 
 @intrinsic

@@ -3,7 +3,7 @@
     python -m benchmarks.guessing [MODEL] [--threads 1] [--rounds 5]
 
 Answers with and without are made by turns; the ratio is the median of those of the rounds. An editing task repeats most
-of its prompt, a free answer does not. The schema is beside the same answer without one, whose first tokens are
+of its prompt, a free answer does not. The schema is compared with the same answer without one, whose first tokens are
 prescribed, so that both say the same.
 """
 

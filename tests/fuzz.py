@@ -58,7 +58,7 @@ class Target:
     seeds: tuple[Seed, ...]
     file: str
     open: Callable[[Path, bool], None]
-    beside: Path | None = None  # a directory whose other files the mutated one needs
+    siblings: Path | None = None  # a directory whose other files the mutated one needs
 
 
 def mutate(random_: random.Random, seed: Seed) -> bytes:
@@ -116,16 +116,16 @@ def targets(directory: Path) -> list[Target]:
         Target("gguf", tuple(_gguf_seed(data, directory) for data in sound), "model.gguf", _open_gguf),
         Target("safetensors", tuple(map(_safetensors_seed, flat)), "model.safetensors", _open_safetensors),
         Target("model", (model,), "model.gguf", read_all),
-        Target("config", (_json_seed(config),), "config.json", _open_directory, beside=case),
+        Target("config", (_json_seed(config),), "config.json", _open_directory, siblings=case),
         Target(
             "index",
             (_json_seed(index),),
             "model.safetensors.index.json",
             _open_directory,
-            beside=tiny.directory("bf16_sharded_tied"),
+            siblings=tiny.directory("bf16_sharded_tied"),
         ),
-        Target("tokenizer", (tokenizer,), names[0], _open_tokenizer, beside=speaker),
-        Target("template", (template,), names[1], _open_tokenizer, beside=speaker),
+        Target("tokenizer", (tokenizer,), names[0], _open_tokenizer, siblings=speaker),
+        Target("template", (template,), names[1], _open_tokenizer, siblings=speaker),
         _packed(directory),
         *_adapters(directory),
     ]
@@ -133,16 +133,16 @@ def targets(directory: Path) -> list[Target]:
 
 def _packed(directory: Path) -> Target:
     """GPTQ weights and MXFP4 experts."""
-    beside = directory / "packed"
-    beside.mkdir(exist_ok=True)
+    siblings = directory / "packed"
+    siblings.mkdir(exist_ok=True)
     blocks, scales, _ = test_packed.experts()
     experts = {"experts_blocks": blocks, "experts_scales": scales}
     seeds = []
     for symmetric in (True, False):
         tensors = test_four_bits.Matrix(64, symmetric).gptq() | experts
-        test_four_bits.write(beside, tensors, test_four_bits.GPTQ | {"sym": symmetric})
-        seeds.append(_safetensors_seed((beside / "model.safetensors").read_bytes()))
-    return Target("packed", tuple(seeds), "model.safetensors", _open_packed, beside=beside)
+        test_four_bits.write(siblings, tensors, test_four_bits.GPTQ | {"sym": symmetric})
+        seeds.append(_safetensors_seed((siblings / "model.safetensors").read_bytes()))
+    return Target("packed", tuple(seeds), "model.safetensors", _open_packed, siblings=siblings)
 
 
 def _open_packed(path: Path, mmap: bool) -> None:
@@ -170,8 +170,8 @@ def _adapters(directory: Path) -> list[Target]:
 
     model = hostile_models.adapted_model()
     return [
-        Target("adapter config", (config,), CONFIG_FILE, open_directory, beside=peft),
-        Target("adapter", (weights,), WEIGHTS_FILE, open_directory, beside=peft),
+        Target("adapter config", (config,), CONFIG_FILE, open_directory, siblings=peft),
+        Target("adapter", (weights,), WEIGHTS_FILE, open_directory, siblings=peft),
         Target("adapter gguf", (one,), "adapter.gguf", open_file),
     ]
 
@@ -235,10 +235,10 @@ def run(target: Target, directory: Path, seed: int, count: int, keep: Path | Non
         AssertionError: one ended in anything else; names target, seed and number, and the file is copied to ``keep``.
     """
     place = directory / f"fuzz-{target.name}"
-    if target.beside is None:
+    if target.siblings is None:
         place.mkdir(exist_ok=True)
     else:
-        shutil.copytree(target.beside, place, dirs_exist_ok=True)
+        shutil.copytree(target.siblings, place, dirs_exist_ok=True)
     path = place / target.file
     outcomes: Counter[str] = Counter()
     for number, (random_, data) in enumerate(_mutants(target, seed, count)):

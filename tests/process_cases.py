@@ -55,7 +55,7 @@ def many_threads(llm: LLM, expected: list[list[int]]) -> None:
     assert found == {n: [expected[n]] * 3 for n in range(MANY)}
 
 
-def beside_numpy(llm: LLM, expected: list[list[int]]) -> None:
+def with_threads_of_numpy(llm: LLM, expected: list[list[int]]) -> None:
     """Another thread keeps the threads of NumPy's BLAS busy."""
     done = threading.Event()
 
@@ -168,7 +168,7 @@ def interrupted(llm: LLM, expected: list[list[int]]) -> None:
 
 SITUATIONS: dict[str, Callable[[LLM, list[list[int]]], None]] = {
     "many_threads": many_threads,
-    "beside_numpy": beside_numpy,
+    "with_threads_of_numpy": with_threads_of_numpy,
     "one_thread": one_thread,
     "users_loops": users_loops,
     "forked": forked,

@@ -96,7 +96,7 @@ def test_compiling_goes_on_without_other_processes(monkeypatch: pytest.MonkeyPat
 
 
 def test_other_processes_fill_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Beside a first load they compile operations, pack weights and sample, and are gone afterwards."""
+    """During a first load they compile operations, pack weights and sample, and are gone afterwards."""
     seen = []
 
     class Seen(subprocess.Popen):

@@ -48,8 +48,8 @@ class UnpackedFiles:
 
     def _unpack(self, stem: str, packing: Packing) -> None:
         stored = self._files.tensors
-        beside = [end for end in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{end}" in stored]
-        weight = four_bit_tensor(stem, {end: self._take(f"{stem}.{end}") for end in beside}, packing)
+        found = [end for end in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{end}" in stored]
+        weight = four_bit_tensor(stem, {end: self._take(f"{stem}.{end}") for end in found}, packing)
         self._packed[weight.name] = weight
         bias = f"{stem}.bias"
         if bias in stored and stored[bias].shape == weight.shape[:1] and not self._files.tensor(bias).float32().any():

@@ -128,7 +128,7 @@ def cost(
         config: a configuration, or the name of a known one ("llama3-8b").
         weights: one or several of LAYOUTS.
         context: tokens that are in the cache.
-        kv: precision of the KV cache, see ``KVCache``; "auto": "f32" beside float32 weights, else "f16".
+        kv: precision of the KV cache, see ``KVCache``; "auto": "f32" with float32 weights, else "f16".
         peaks: limits; None measures those of this machine, once in a process (three seconds).
 
     Raises:

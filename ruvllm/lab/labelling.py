@@ -1,4 +1,4 @@
-"""Labels of points in a plot, placed beside them so that none lies on another."""
+"""Labels of points in a plot, placed next to them so that none covers another."""
 
 from __future__ import annotations
 

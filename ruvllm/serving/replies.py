@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import ruvllm
 from ruvllm.serving.requests import Call
-from ruvllm.serving.tool_texts import Shown, content_beside, numbered
+from ruvllm.serving.tool_texts import Shown, content_without_calls, numbered
 from ruvllm.serving.worker import Event, Logprob
 from ruvllm.streaming import Generation
 
@@ -120,9 +120,8 @@ class ChatReply(Reply):
         return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _choice(self, number: int, result: Generation) -> JSON:
-        message: JSON = {
-            "role": "assistant", "content": content_beside(result.text, result.tool_calls), "refusal": None
-        }  # fmt: skip
+        content = content_without_calls(result.text, result.tool_calls)
+        message: JSON = {"role": "assistant", "content": content, "refusal": None}
         if result.reasoning:
             message["reasoning_content"] = result.reasoning
         if result.tool_calls:

@@ -41,8 +41,8 @@ class Shown:
         return "" if calls else rest
 
 
-def content_beside(text: str, calls: Sequence[ToolCall]) -> str | None:
-    """The text of a whole answer, without its calls."""
+def content_without_calls(text: str, calls: Sequence[ToolCall]) -> str | None:
+    """The text of a whole answer, without the calls in it; None if nothing is left."""
     if not calls:
         return text
     shown = Shown()

@@ -51,7 +51,7 @@ class Trace:
         self._done = False
 
     def keep(self, *globs: str) -> None:
-        """Keep the arrays of these names, aliases or globs, beside those of earlier calls.
+        """Keep the arrays of these names, aliases or globs, in addition to those of earlier calls.
 
         Raises:
             KeyError: no array has such a name.

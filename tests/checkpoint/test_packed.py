@@ -88,7 +88,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_says_it_is_mxfp4(tmp_path: Path) -> None:
-    """Of an architecture that is read: one of its matrices in blocks and scales, beside the same one in float32."""
+    """Of an architecture that is read: one of its matrices in blocks and scales, next to the same one in float32."""
     test_four_bits.model(tmp_path / "plain", tmp_path / "packed", {}, awq=False)
     path = tmp_path / "plain" / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)

@@ -113,7 +113,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, ours: Iterator[float], theirs: Ite
 
 
 def test_measured_by_turns(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each side at its best; as spread, the best of one beside the median of the other. A turn is two calls or more."""
+    """Each side at its best; as spread, the best of one over the median of the other. A turn is two calls or more."""
     ours = [time for turn in range(2, 11) for time in (turn + 0.5, turn)]  # best 2, median 6
     theirs = [time for turn in range(4, 13) for time in (turn, turn + 0.5)]  # best 4, median 8
     found, called = measured(monkeypatch, itertools.cycle(ours), itertools.cycle(theirs))

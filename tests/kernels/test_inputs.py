@@ -175,8 +175,8 @@ def test_an_output_that_shares_memory_with_an_input_is_refused(name: str) -> Non
         with pytest.raises(ValueError, match="^out: shares memory with an input$"):
             overlapping = buffer[array.size - 1 :][: expected.size].reshape(expected.shape)
             spec.function(**{**arguments, argument: inside}, out=overlapping)
-        beside = buffer[array.size :].reshape(expected.shape)
-        np.testing.assert_array_equal(spec.function(**{**arguments, argument: inside}, out=beside), expected)
+        after = buffer[array.size :].reshape(expected.shape)
+        np.testing.assert_array_equal(spec.function(**{**arguments, argument: inside}, out=after), expected)
         tried += 1
     assert tried >= 2
 

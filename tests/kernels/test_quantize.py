@@ -105,7 +105,7 @@ def test_numbers_that_are_codes_come_back_exactly(method: str) -> None:
     "method, kind, at_most", [("int8", "Q8_0", 1.001), ("int4", "Q4_0", 0.95), ("int4 with mins", "Q4_1", 0.9)]
 )
 def test_no_worse_than_ggmls_own(method: str, kind: str, at_most: float) -> None:
-    """Squared errors beside those of the gguf package's quantiser of the same format."""
+    """Squared errors against those of the gguf package's quantiser of the same format."""
     x = np.random.default_rng(2).standard_normal((64, 1024), np.float32)
     peer = gguf.GGMLQuantizationType[kind]
     theirs = gguf.quants.dequantize(gguf.quants.quantize(x, peer), peer)

@@ -114,7 +114,7 @@ def test_a_rotation_preserves_lengths_and_is_undone_by_its_inverse(interleaved: 
 
 def test_layouts_are_permutations_of_each_other() -> None:
     x = _normal(8, 3, 64)
-    to_interleaved = np.arange(64).reshape(2, 32).T.reshape(-1)  # i, i + 32 beside each other
+    to_interleaved = np.arange(64).reshape(2, 32).T.reshape(-1)  # i, i + 32 next to each other
     y = apply_rope(x, POSITIONS)
     turned = apply_rope(x[..., to_interleaved], POSITIONS, interleaved=True)
     np.testing.assert_array_equal(turned, y[..., to_interleaved])

@@ -106,7 +106,7 @@ def test_fma_rounds_once() -> None:
             np.testing.assert_array_equal(out, (a.astype(np.float64) * b + c).astype(np.float32))
 
 
-def test_scalar_maximum_takes_the_number_beside_nan() -> None:
+def test_scalar_maximum_takes_the_number_next_to_nan() -> None:
     fmax = simd.fmax
 
     @njit
@@ -152,7 +152,7 @@ def test_constants() -> None:
         np.testing.assert_array_equal(out, np.repeat(_f32([0, 2.5, i, -7]), 16))
 
 
-def test_a_number_beside_a_vector_stands_for_sixteen() -> None:
+def test_a_number_with_a_vector_stands_for_sixteen() -> None:
     fma, max_or_second, load, store = simd.fma, simd.max_or_second, simd.f32_load, simd.f32_store
 
     @njit

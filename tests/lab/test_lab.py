@@ -183,7 +183,7 @@ def test_a_function_of_another_kind_is_refused(wrong, message) -> None:
         raise AssertionError("unreachable")
 
 
-def test_a_kernel_is_swapped_once_at_a_time_and_others_beside_it() -> None:
+def test_a_kernel_is_swapped_once_at_a_time_and_others_with_it() -> None:
     with lab.swap(rms_norm=lambda x, weight, eps: K.rms_norm(x, weight, eps)) as outer:
         with pytest.raises(ValueError, match="^rms_norm: swapped already"), lab.swap(rms_norm=numpy_rms_norm):
             raise AssertionError("unreachable")
@@ -473,7 +473,7 @@ def test_cost_of_windows_tied_heads_and_biases_by_hand() -> None:
     assert found.prefill == pytest.approx(1000 * 1e11 / (products + 4 * pairs * 64))
 
 
-def test_cost_of_gemma3_270m_beside_the_real_model() -> None:
+def test_cost_of_gemma3_270m_against_the_real_model() -> None:
     """Each byte is read once for a token but what a file has in other types; the arithmetic is that of its matrices."""
     config = ModelConfig(
         vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,

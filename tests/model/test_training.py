@@ -122,7 +122,7 @@ def test_each_epoch_sees_each_example_once() -> None:
     assert seen[10:] != seen[: len(seen) - 10]
 
 
-def test_fit_beside_another_adapter() -> None:
+def test_fit_with_another_adapter_attached() -> None:
     model = small_model("f32", 1)
     lora = MicroLora(model)
     other = LoraAdapter(SMALL, LoraConfig(2), seed=4)
@@ -253,7 +253,7 @@ def test_a_save_that_is_killed_leaves_the_state_before(
     assert [path.name for path in tmp_path.glob("trainer_state-*")] == ["trainer_state-2.safetensors"]
 
 
-def test_a_run_on_other_weights_or_beside_other_adapters_is_another_run(tmp_path: Path) -> None:
+def test_a_run_on_other_weights_or_with_other_adapters_is_another_run(tmp_path: Path) -> None:
     config = TrainingConfig(steps=4, batch_size=3, lr=0.01)
     lora = MicroLora(small_model("f32", 1))
     run = lora.trainer(task(1), "a", LORA, config)
@@ -261,10 +261,10 @@ def test_a_run_on_other_weights_or_beside_other_adapters_is_another_run(tmp_path
     save_training(run, tmp_path)
     with pytest.raises(ModelFormatError, match="weights was .'f32'. there, and is .'int8'. here"):
         resume_training(MicroLora(small_model("int8", 1)).trainer(task(1), "a", LORA, config), tmp_path)
-    lora.attach(LoraAdapter(SMALL, LORA), "beside")
+    lora.attach(LoraAdapter(SMALL, LORA), "other")
     with pytest.raises(ModelFormatError, match="other adapters was None there"):
         resume_training(lora.trainer(task(1), "b", LORA, config), tmp_path)
-    for other in ("beside", "b"):
+    for other in ("other", "b"):
         lora.detach(other)
     run.m[0] = np.nan
     save_training(run, tmp_path)

@@ -103,7 +103,7 @@ def test_a_wrong_kernel_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.error == pytest.approx(1e-3, rel=0.01)
 
 
-def test_reads_from_memory_are_measured_beside_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_from_memory_are_measured_with_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_BUFFER_BYTES", 4096)
     monkeypatch.setattr(bench, "buffer_sum", lambda x: time.sleep(2e-3))
     timed = bench.Bench(SHORT, {1: PEAKS[1]})

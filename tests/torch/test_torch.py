@@ -1,4 +1,4 @@
-"""ruvllm.torch: operators beside PyTorch's own, fake shapes, and transformers models on them."""
+"""ruvllm.torch: operators against PyTorch's own, fake shapes, and transformers models on them."""
 
 from typing import Any
 

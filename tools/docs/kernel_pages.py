@@ -145,7 +145,7 @@ def _loops(name: str) -> list[str]:
     lines = [
         "## Compiled loops", "",
         "The innermost loops, as compiled for three processors. \"bits\" is the width of vector arithmetic, \"fma\" and"
-        ' "int dot" count instructions of one iteration. `lab.explain` shows the assembly beside the source.', "",
+        ' "int dot" count instructions of one iteration. `lab.explain` shows the assembly next to the source.', "",
     ]  # fmt: skip
     for target, table in found.items():
         heading, *rows = table["rows"]

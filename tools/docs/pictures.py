@@ -19,7 +19,7 @@ _ROW = re.compile(r"^\| ([^|]+) \| ([^|]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|",
 
 
 def rows() -> list[tuple[str, str, int, float, float]]:
-    """The table beside llama.cpp: model, case, threads, tokens/s of ruvllm and of llama.cpp."""
+    """The table of comparison with llama.cpp: model, case, threads, tokens/s of ruvllm and of llama.cpp."""
     text = (DOCS / "measuring.md").read_text(encoding="utf-8")
     return [(m[1].strip(), m[2].strip(), int(m[3]), float(m[4]), float(m[5])) for m in _ROW.finditer(text)]
 

@@ -1,6 +1,6 @@
 """Does decoding slow down when NumPy's BLAS (or PyTorch) has threads of its own in the same process?
 
-    python -m benchmarks.beside [--model smollm2-135m] [--tokens 48] [--rounds 7]
+    python -m benchmarks.other_threads [--model smollm2-135m] [--tokens 48] [--rounds 7]
 
 Rounds take turns: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all of its threads,
 which then wait, perhaps spinning, while ours run; and the same with PyTorch, if it is installed. Only the decoding is

@@ -111,23 +111,23 @@ def measure(engines: list[Engine], model: str, path: Path, names: list[str], thr
         vocabulary = checkpoint.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocabulary, context).tolist()  # the same for all
     others = columns(engines)
-    rows, held = [], 0
+    rows, cached = [], 0
     for name in names:
         case = CASES[name]
         row = Row(model, name, threads, case.tokens)
         for engine in engines:
-            if case.context > held:
-                engine.append(ids[held : case.context])
+            if case.context > cached:
+                engine.append(ids[cached : case.context])
             row.weight_bytes[engine.name] = engine.weight_bytes
-        held = case.context
-        timed = ids[held : held + case.tokens]
+        cached = case.context
+        timed = ids[cached : cached + case.tokens]
         for number in range(rounds + 1):  # the first warms up
             bandwidth = read_bandwidth(repeats=3, threads=threads)
             if number:
                 row.bandwidth.append(bandwidth)
             for engine in engines:
                 time.sleep(PAUSE_SECONDS)
-                seconds = engine.turn(case.kind, timed, held)
+                seconds = engine.seconds(case.kind, timed, cached)
                 if number:
                     row.seconds.setdefault(engine.name, []).append(seconds)
         print(_line(row, others), flush=True)

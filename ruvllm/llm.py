@@ -198,7 +198,7 @@ class LLM(ManyTexts, Inspection, Learning):
             raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
         cache.claim(self.model)
         held = cache.keep_common_prefix(ids, self.model.filling)
-        cache.require_room(len(ids) - held)
+        cache.require_free(len(ids) - held)
         timings = Timings(prompt_tokens=len(ids), reused_tokens=held)
         most = cache.max_tokens if max_tokens is None else max_tokens
         if draft is None:

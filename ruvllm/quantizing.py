@@ -147,7 +147,7 @@ def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | N
     described = [Described(name, shape, _dtype(name, shape, kind)) for name, (shape, _) in tensors.items()]
     factors = rope_factors(checkpoint)
     first = [Described(name, divisors.shape, "F32") for name, divisors in factors.items()]
-    _require_room(file, sum(tensor.nbytes for tensor in [*first, *described]))
+    _require_space(file, sum(tensor.nbytes for tensor in [*first, *described]))
     write_header(file, metadata, [*first, *described])
     for divisors in factors.values():
         file.write(encode_rows("F32", divisors[None]).tobytes())
@@ -214,7 +214,7 @@ def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: str, bar: Any) -> None:
         bar.update((hi - lo) * tensor.columns)
 
 
-def _require_room(file: BinaryIO, nbytes: int) -> None:
+def _require_space(file: BinaryIO, nbytes: int) -> None:
     free = shutil.disk_usage(Path(file.name).parent).free
     if nbytes > free:
         raise OSError(f"{Path(file.name).parent}: {nbytes / 1e9:.2f} GB needed on the disk, {free / 1e9:.2f} GB free")

@@ -62,7 +62,7 @@ def test_a_turn_leaves_the_cache_as_it_was(tiny: Path) -> None:
     engine.load(tiny, threads=1, context=40)
     engine.append(list(range(10)))
     for kind in ("prefill", "decode"):
-        assert engine.turn(kind, [1, 2, 3], held=10) > 0
+        assert engine.seconds(kind, [1, 2, 3], cached=10) > 0
         assert engine.cache.length == 10
 
 
@@ -135,7 +135,7 @@ def test_llama_bench_that_fails_is_named(tiny: Path, tmp_path: Path, text: str) 
     ik = IkLlamaCpp(llama_bench(tmp_path / "llama-bench", text))
     ik.load(tiny, 1, 40)
     with pytest.raises(RuntimeError, match=r"ik_llama.cpp: .*llama-bench: expected the JSON of one test"):
-        ik.turn("decode", [1, 2], 8)
+        ik.seconds("decode", [1, 2], 8)
 
 
 def test_the_environment_names_llama_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

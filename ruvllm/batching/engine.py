@@ -153,7 +153,7 @@ class Engine:
         preempted = self.preemptions
         for sequence in list(self.running):
             if sequence in self.running and plan[sequence]:
-                self._make_room(sequence, plan[sequence])
+                self._allocate(sequence, plan[sequence])
         if self.preemptions == preempted:
             self._admit(plan, left)
         return [(sequence, tokens) for sequence, tokens in plan.items() if tokens and sequence in self.running]
@@ -176,7 +176,7 @@ class Engine:
                 sequence.reused_tokens = sequence.computed
             self.running.append(sequence)
             plan[sequence] = min(sequence.pending, left)
-            self._make_room(sequence, plan[sequence])
+            self._allocate(sequence, plan[sequence])
             left -= plan[sequence]
 
     def _about_to_come(self, sequence: Sequence) -> int:
@@ -193,7 +193,7 @@ class Engine:
         needed = blocks_for(sequence.length) - len(match.nodes)
         return not self.running or needed + len(self.running) <= self.prefixes.available - idle
 
-    def _make_room(self, sequence: Sequence, tokens: int) -> None:
+    def _allocate(self, sequence: Sequence, tokens: int) -> None:
         """Blocks for its next tokens; if there are none, the sequences that came last give theirs back."""
         while len(sequence.path) < blocks_for(sequence.computed + tokens):
             parent = sequence.path[-1] if sequence.path else self.prefixes.root(sequence.key)

@@ -33,7 +33,7 @@ from ruvllm.kernels.jit.decorators import kernel
 _KEY = "quantization_config"  # of config.json
 _GROUP = 32  # elements of one block
 _WORD = 8  # codes of an int32
-_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # the position of each output in a word
+_AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # the position of each output in a word
 _SYMMETRIC_ZERO = 8
 _LARGEST = 1 << 20  # inputs or outputs: four times the largest vocabulary
 
@@ -167,7 +167,7 @@ def awq_rows(words: Any, skip: Any, out: Any) -> None:
             low, high = words[_GROUP * g + j], words[_GROUP * g + 16 + j]
             for i in range(out.shape[0]):
                 at = skip + i
-                shift = np.int32(4) * _AWQ_PLACES[at % 8]
+                shift = np.int32(4) * _AWQ_ORDER[at % 8]
                 out[i, g, j] = ((low[at // 8] >> shift) & 15) | (((high[at // 8] >> shift) & 15) << 4)
 
 
@@ -247,8 +247,8 @@ class _Matrix:
     def _zeros(self, lo: int, hi: int) -> Array:
         """Zero points (G, n) of rows lo:hi, int32; less one, 0 is stored as 15."""
         rows = np.arange(lo, hi)
-        places = _AWQ_PLACES if self.packing.awq else np.arange(_WORD, dtype=np.int32)
-        stored = self.qzeros.array()[:, rows // _WORD] >> (4 * places[rows % _WORD])
+        order = _AWQ_ORDER if self.packing.awq else np.arange(_WORD, dtype=np.int32)
+        stored = self.qzeros.array()[:, rows // _WORD] >> (4 * order[rows % _WORD])
         return (stored + self.packing.zero_offset) & 15
 
     def _scales(self, lo: int, hi: int) -> Array:

@@ -44,7 +44,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?::(?P<tag>[^/:\s]+)|/(?P<file>[^:]+))?", re.ASCII)
 _TYPE = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP\d\w*|BF16|F16|F32))$", re.IGNORECASE)
 _SHOWN = 40  # of the choices that an error lists
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def fetch(name: HubName, progress: bool = True, verify: bool = False) -> Path:
 
     Raises:
         DownloadError: no such repository or file, several that the name may mean (they are listed), a gated one, no
-            connection, or no room.
+            connection, or no space.
         ModelFormatError: its architecture is not supported; found before the weights are fetched.
     """
     with _one_line(name), _quiet(progress):
@@ -133,7 +133,7 @@ class _Repository:
         """Fetch files, unless they are in the cache, and return the directory that they are in."""
         from huggingface_hub import hf_hub_download
 
-        self._require_room(files)
+        self._require_space(files)
         folder = Path()
         for file in files:
             path = Path(hf_hub_download(self._name.repo, file, revision=self._commit))
@@ -146,7 +146,7 @@ class _Repository:
             self._commit = folder.name
         return folder
 
-    def _require_room(self, files: Sequence[str]) -> None:
+    def _require_space(self, files: Sequence[str]) -> None:
         from huggingface_hub import constants, try_to_load_from_cache
 
         sizes = [
@@ -160,7 +160,7 @@ class _Repository:
         if sum(sizes) > free:
             raise DownloadError(
                 f"{self._name.repo}: {_megabytes(sum(sizes))} needed in {place}, {_megabytes(free)} free; "
-                "free some room or choose another directory with HF_HOME"
+                "free some space or choose another directory with HF_HOME"
             )
 
 
@@ -344,8 +344,8 @@ def _reason(error: BaseException) -> str:
         if status == 401:
             return f"{constants.ENDPOINT} asks for a token, or does not accept the one that is set: {login}"
         return f"{constants.ENDPOINT} answers with status {status}; try again later"
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return f"no room left in {constants.HF_HUB_CACHE}; free some, or choose another directory with HF_HOME"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return f"no space left in {constants.HF_HUB_CACHE}; free some, or choose another directory with HF_HOME"
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         where = error.filename or constants.HF_HUB_CACHE
         return f"cannot write {where}: {error.strerror}; choose another directory with HF_HOME"

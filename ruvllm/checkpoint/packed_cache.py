@@ -104,7 +104,7 @@ class Place(NamedTuple):
 
     def _write(self, matrices: Mapping[str, Matrix], stop: threading.Event) -> None:
         nbytes = sum(matrix.nbytes for matrix in matrices.values())
-        _make_room(self.path, nbytes)
+        _evict(self.path, nbytes)
         if write_packed(self.path, matrices, {"key": self.key, **self.facts}, lambda: not stop.is_set()):
             logger.debug("kept packed weights: %s, %.0f MB", self.path, nbytes / 1e6)
 
@@ -232,7 +232,7 @@ def least_used(files: Iterable[Kept], most: int) -> list[Kept]:
     return chosen
 
 
-def _make_room(path: Path, nbytes: int) -> None:
+def _evict(path: Path, nbytes: int) -> None:
     """Remove what must go for a file of so many bytes. Raises OSError where it cannot be kept."""
     if nbytes > limit():
         raise OSError(f"{nbytes / 1e9:.1f} GB are more than the limit of {limit() / 1e9:.1f} GB ({VARIABLE})")

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ruvllm.kernels.jit.decorators import COMPILED
-from ruvllm.kernels.jit.private.cross import assembly_of, to_assembly, turn_to, with_line_numbers
+from ruvllm.kernels.jit.private.cross import assembly_of, retarget, to_assembly, with_line_numbers
 from ruvllm.kernels.jit.private.target import FOREIGN, Target
 from ruvllm.kernels.threads.pool import physical_cores
 
@@ -87,7 +87,7 @@ def answer() -> None:
     for body in bodies:
         if not body.pickled:
             import_module(body.module)
-    turn_to(target, to_assembly)
+    retarget(target, to_assembly)
     for kernel in COMPILED:
         with_line_numbers(kernel)
     with _remarks() as remarks:

@@ -43,8 +43,8 @@ def _free(point: np.ndarray, extent: np.ndarray, taken: list[np.ndarray], frame:
     """The offset of a label's middle from its point where it overlaps least; the nearest of equal ones."""
     best, least, others = np.zeros(2), np.inf, np.array(taken)
     for ring in range(_RINGS):
-        for turn in np.arange(_DIRECTIONS) * (2 * np.pi / _DIRECTIONS):
-            direction = np.array([np.cos(turn), np.sin(turn)])
+        for angle in np.arange(_DIRECTIONS) * (2 * np.pi / _DIRECTIONS):
+            direction = np.array([np.cos(angle), np.sin(angle)])
             offset = direction * (extent / 2 + 0.4 * size) + ring * 0.8 * size * direction
             box = _box(point + offset, *extent)
             outside = extent.prod() - _overlap(box, frame)

@@ -196,9 +196,9 @@ def _waiting(config: ModelConfig, ranks: int, network: Network, call_seconds: fl
     """Seconds of a token's messages."""
     if ranks == 1:
         return 0.0
-    nbytes, turns = 4 * config.hidden_size, ceil(log2(ranks))
-    doubling = turns * (network.latency + nbytes / network.bandwidth)
+    nbytes, steps = 4 * config.hidden_size, ceil(log2(ranks))
+    doubling = steps * (network.latency + nbytes / network.bandwidth)
     ring = 2 * (ranks - 1) * (network.latency + nbytes / ranks / network.bandwidth)
     sums = (2 * config.num_hidden_layers + 1) * (min(doubling, ring) + call_seconds)
-    logits = turns * network.latency + 4 * config.vocab_size * (ranks - 1) / ranks / network.bandwidth
-    return sums + logits + turns * network.latency
+    logits = steps * network.latency + 4 * config.vocab_size * (ranks - 1) / ranks / network.bandwidth
+    return sums + logits + steps * network.latency

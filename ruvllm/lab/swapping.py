@@ -66,12 +66,12 @@ class Swap(Table):
         labels = [f"{name} {at}" for name, at, *_ in self.rows()[1:]]
         if fresh:
             ax.figure.set_figheight(max(3.0, 1 + 0.22 * len(labels)))
-        places = np.arange(len(labels))
+        ticks = np.arange(len(labels))
         for shift, color, what in ((-0.2, "C1", "errors"), (0.2, "C0", "kernel_errors")):
             errors = [e for x in self.kernels.values() for e in getattr(x, what)]
             label = "swapped in" if what == "errors" else "the library's"
-            ax.barh(places + shift, np.maximum(errors, 1e-20), 0.4, color=color, label=label)
-        ax.set_yticks(places, labels)
+            ax.barh(ticks + shift, np.maximum(errors, 1e-20), 0.4, color=color, label=label)
+        ax.set_yticks(ticks, labels)
         ax.set_xscale("log")
         ax.tick_params(axis="x", which="minor", labelbottom=False)
         ax.invert_yaxis()

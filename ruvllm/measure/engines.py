@@ -36,8 +36,8 @@ class Engine(Protocol):
         """Append tokens to the KV cache, untimed."""
         ...
 
-    def turn(self, kind: str, ids: list[int], held: int) -> float:
-        """Seconds to append ids to the first ``held`` tokens, at once ("prefill") or one by one ("decode").
+    def seconds(self, kind: str, ids: list[int], cached: int) -> float:
+        """Seconds to append ids to the first ``cached`` tokens, at once ("prefill") or one by one ("decode").
 
         Ends with logits; leaves the KV cache as it was.
         """
@@ -76,12 +76,12 @@ class Ruvllm:
         """See Engine."""
         self._seconds([np.array(ids)])
 
-    def turn(self, kind: str, ids: list[int], held: int) -> float:
+    def seconds(self, kind: str, ids: list[int], cached: int) -> float:
         """See Engine."""
         self.append(ids[:1])  # wakes threads, and reloads what the last engine evicted from the caches
-        self.cache.truncate(held)
+        self.cache.truncate(cached)
         seconds = self._seconds([np.array(ids)] if kind == "prefill" else list(np.array(ids)[:, None]))
-        self.cache.truncate(held)
+        self.cache.truncate(cached)
         return seconds
 
     def _seconds(self, parts: list[np.ndarray]) -> float:
@@ -117,12 +117,12 @@ class LlamaCpp:
         """See Engine."""
         self.call("prefill", ids=ids)
 
-    def turn(self, kind: str, ids: list[int], held: int) -> float:
+    def seconds(self, kind: str, ids: list[int], cached: int) -> float:
         """See Engine."""
         self.append(ids[:1])  # as Ruvllm does
-        self.call("truncate", length=held)
+        self.call("truncate", length=cached)
         seconds = float(self.call(kind, ids=ids))
-        self.call("truncate", length=held)
+        self.call("truncate", length=cached)
         return seconds
 
 
@@ -155,11 +155,11 @@ class IkLlamaCpp:
     def append(self, ids: list[int]) -> None:
         """See Engine; the program fills its KV cache in each turn."""
 
-    def turn(self, kind: str, ids: list[int], held: int) -> float:
+    def seconds(self, kind: str, ids: list[int], cached: int) -> float:
         """See Engine."""
         count = str(len(ids))
         # -gp P,G: G tokens generated after a prompt of P, and only those are timed.
-        test = ["-p", count, "-n", "0"] if kind == "prefill" else ["-p", "0", "-n", "0", "-gp", f"{held},{count}"]
+        test = ["-p", count, "-n", "0"] if kind == "prefill" else ["-p", "0", "-n", "0", "-gp", f"{cached},{count}"]
         command = [self._program, *self._options, *test, "-r", "1", "-o", "json"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment_of_others(), check=False)
         try:

@@ -32,26 +32,26 @@ DOT_CHAINS = (4, 8, 12)  # dot products per iteration
 
 
 @kernel(strict=True)
-def fma_turns(turns: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
-    """``turns`` times 6 or 8 independent chains of multiply-adds on 16 lanes; out[lo:hi] gets the sums."""
+def fma_loop(repeats: Any, chains: Any, out: Any, lo: Any, hi: Any) -> None:
+    """``repeats`` times 6 or 8 independent chains of multiply-adds on 16 lanes; out[lo:hi] gets the sums."""
     half, one = splat(np.float32(0.5)), splat(np.float32(1))
     for i in range(lo, hi):
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         if chains == 6:
-            for _ in range(turns):
+            for _ in range(repeats):
                 s0, s1, s2 = fma(s0, half, one), fma(s1, half, one), fma(s2, half, one)
                 s3, s4, s5 = fma(s3, half, one), fma(s4, half, one), fma(s5, half, one)
         else:
-            for _ in range(turns):
+            for _ in range(repeats):
                 s0, s1, s2, s3 = fma(s0, half, one), fma(s1, half, one), fma(s2, half, one), fma(s3, half, one)
                 s4, s5, s6, s7 = fma(s4, half, one), fma(s5, half, one), fma(s6, half, one), fma(s7, half, one)
         out[i] = hsum(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)))
 
 
 @kernel(strict=True)
-def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
-    """``turns`` times 4, 8 or 12 integer dot products of 64 bytes; each two share a quad from the L1 cache.
+def dot_loop(repeats: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: Any, hi: Any) -> None:
+    """``repeats`` times 4, 8 or 12 integer dot products of 64 bytes; each two share a quad from the L1 cache.
 
     weights (128,) uint8: two vectors, so that no two products are alike; quads (1024,) int8. Sums of 16 bits (AVX2)
     wrap; nothing reads them.
@@ -61,8 +61,8 @@ def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: A
         s4, s5, s6, s7 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         s8, s9, s10, s11 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         v, w = u8_load(weights, 0), u8_load(weights, 64)
-        for turn in range(turns):
-            at = (turn & 31) * 32
+        for i in range(repeats):
+            at = (i & 31) * 32
             a, b = quad_at(quads, at), quad_at(quads, at + 4)
             s0, s1, s2, s3 = dot_add(s0, v, a), dot_add(s1, w, a), dot_add(s2, v, b), dot_add(s3, w, b)
             if chains > 4:
@@ -78,14 +78,14 @@ def dot_turns(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: A
 
 
 @kernel(strict=True)
-def read_turns(turns: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
-    """Sum each of the rows lo:hi of x (threads, n), n a multiple of 128, ``turns`` times over."""
+def read_loop(repeats: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
+    """Sum each of the rows lo:hi of x (threads, n), n a multiple of 128, ``repeats`` times over."""
     n = x.shape[1]
     xf = flat(x)
     for i in range(lo, hi):
         s0, s1, s2, s3 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
         s4, s5, s6, s7 = f32_zero(), f32_zero(), f32_zero(), f32_zero()
-        for _ in range(turns):
+        for _ in range(repeats):
             for at in range(i * n, (i + 1) * n, 8 * LANES):
                 s0 = s0 + f32_load(xf, at)
                 s1 = s1 + f32_load(xf, at + LANES)
@@ -99,21 +99,21 @@ def read_turns(turns: Any, x: Any, out: Any, lo: Any, hi: Any) -> None:
 
 
 @parallel_kernel
-def fma_parallel(turns: Any, chains: Any, out: Any, threads: Any) -> None:
-    """fma_turns on each thread."""
+def fma_parallel(repeats: Any, chains: Any, out: Any, threads: Any) -> None:
+    """fma_loop on each thread."""
     for t in prange(threads):
-        fma_turns(turns, chains, out, t, t + 1)
+        fma_loop(repeats, chains, out, t, t + 1)
 
 
 @parallel_kernel
-def dot_parallel(turns: Any, chains: Any, weights: Any, quads: Any, out: Any, threads: Any) -> None:
-    """dot_turns on each thread."""
+def dot_parallel(repeats: Any, chains: Any, weights: Any, quads: Any, out: Any, threads: Any) -> None:
+    """dot_loop on each thread."""
     for t in prange(threads):
-        dot_turns(turns, chains, weights, quads, out, t, t + 1)
+        dot_loop(repeats, chains, weights, quads, out, t, t + 1)
 
 
 @parallel_kernel
-def read_parallel(turns: Any, x: Any, out: Any, threads: Any) -> None:
-    """read_turns on each thread, each on its own row."""
+def read_parallel(repeats: Any, x: Any, out: Any, threads: Any) -> None:
+    """read_loop on each thread, each on its own row."""
     for t in prange(threads):
-        read_turns(turns, x, out, t, t + 1)
+        read_loop(repeats, x, out, t, t + 1)

@@ -115,7 +115,7 @@ def fma_peak(threads: int | None = None) -> float:
     threads = _checked(threads)
     out = np.empty(threads, np.float32)
     return max(
-        2 * LANES * chains * threads * _rate(threads, loops.fma_turns, loops.fma_parallel, chains, out)
+        2 * LANES * chains * threads * _rate(threads, loops.fma_loop, loops.fma_parallel, chains, out)
         for chains in loops.FMA_CHAINS
     )
 
@@ -129,7 +129,7 @@ def int8_dot_peak(threads: int | None = None) -> float:
     weights, quads, out = np.full(128, 7, np.uint8), np.ones(1024, np.int8), np.empty(threads, np.float32)
     return max(
         2 * 64 * chains * threads
-        * _rate(threads, loops.dot_turns, loops.dot_parallel, chains, weights, quads, out)
+        * _rate(threads, loops.dot_loop, loops.dot_parallel, chains, weights, quads, out)
         for chains in loops.DOT_CHAINS
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def cache_bandwidth(nbytes: int, threads: int | None = None) -> float:
         raise ValueError(f"nbytes: expected at least 512, found {nbytes}")
     x = aligned_empty((threads, nbytes // 512 * 128))
     x[:] = 1
-    return x.nbytes * _rate(threads, loops.read_turns, loops.read_parallel, x, np.empty(threads, np.float32))
+    return x.nbytes * _rate(threads, loops.read_loop, loops.read_parallel, x, np.empty(threads, np.float32))
 
 
 def read_levels(threads: int | None = None) -> tuple[Level, ...]:
@@ -190,22 +190,22 @@ def _checked(threads: int | None) -> int:
 def _rate(threads: int, body: Callable[..., None], parallel: Callable[..., None], *arguments: Any) -> float:
     """Iterations/s of a loop on each thread."""
 
-    def seconds(turns: int, threads: int) -> float:
+    def seconds(repeats: int, threads: int) -> float:
         start = time.perf_counter()
         if threads == 1:
-            body(turns, *arguments, 0, 1)
+            body(repeats, *arguments, 0, 1)
         else:
-            launch(parallel, turns, *arguments, threads)
+            launch(parallel, repeats, *arguments, threads)
         return time.perf_counter() - start
 
     with limited_to(threads):
         seconds(1, 1)  # compiles
         seconds(1, threads)  # starts the threads
-        turns = 16
+        repeats = 16
         # On one thread, and the minimum of three: threads still waiting for a core would make the count far too small.
-        while (spent := min(seconds(turns, 1) for _ in range(3))) < _SECONDS / 2:
-            turns *= 2 if spent > _SECONDS / 16 else 8
-        return turns / min(seconds(turns, threads) for _ in range(_REPEATS))
+        while (spent := min(seconds(repeats, 1) for _ in range(3))) < _SECONDS / 2:
+            repeats *= 2 if spent > _SECONDS / 16 else 8
+        return repeats / min(seconds(repeats, threads) for _ in range(_REPEATS))
 
 
 def _sized(level: Level) -> str:

@@ -49,7 +49,7 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike[str]) -> None:
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("header.json", json.dumps(header))
         archive.writestr("ids", cache.ids[: cache.length].tobytes())
-        for layer, (keys, values) in enumerate(cache.held()):
+        for layer, (keys, values) in enumerate(cache.filled()):
             for name, array in (("keys", keys), ("values", values)):
                 with archive.open(f"{name}/{layer}", "w", force_zip64=True) as file:
                     for head in array:
@@ -92,7 +92,7 @@ def _read(archive: zipfile.ZipFile, model: Any, path: Path, max_tokens: int | No
     cache.claim(model)
     cache.expect(length, reach, before)
     _fill(archive, "ids", path, [cache.ids[:length]])
-    for layer, (keys, values) in enumerate(cache.held()):
+    for layer, (keys, values) in enumerate(cache.filled()):
         _fill(archive, f"keys/{layer}", path, list(keys))
         _fill(archive, f"values/{layer}", path, list(values))
     if cache.ids[:length].min() < 0 or cache.ids[:length].max() >= model.config.vocab_size:

@@ -53,7 +53,7 @@ class KVCache(KVArrays):
         return self.length
 
     @property
-    def room(self) -> int:
+    def free_positions(self) -> int:
         """Positions that are still free."""
         return self.max_tokens - self.length
 
@@ -69,9 +69,9 @@ class KVCache(KVArrays):
             self.grow([min(capacity, size) for capacity in self.capacities])
             self._reserved = size
 
-    def require_room(self, tokens: int) -> None:
+    def require_free(self, tokens: int) -> None:
         """Raise ContextFullError unless ``tokens`` more fit; nothing is changed."""
-        if tokens > self.room:
+        if tokens > self.free_positions:
             raise ContextFullError(
                 f"context full: {tokens} more tokens do not fit, {self.length} of {self.max_tokens} are taken"
             )
@@ -176,7 +176,7 @@ class KVCache(KVArrays):
         self._reach = max(self._reach, self.length)
         return self._reach
 
-    def held(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def filled(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each layer keys (KV, b, K, 16) and values (KV, 16 b, DV), views of the b blocks that hold something."""
         blocks = [min(size, -(-self.reach // LANES) * LANES) // LANES for size in self.capacities]
         layers = zip(self.keys, self.values, blocks, strict=True)
@@ -189,7 +189,7 @@ class KVCache(KVArrays):
         """
         sizes = zip(self.capacities, capacities(self.config, max_tokens), strict=True)
         if any(reach > min(size, before) and size != before for size, before in sizes):
-            expected = f"{max_tokens}, for which windowed layers had room"
+            expected = f"{max_tokens}, for which windowed layers were sized"
             raise ValueError(f"max_tokens: expected {expected}, found {self.max_tokens}")
         self.reserve(reach)
         self.length, self._reach = length, reach
@@ -206,7 +206,7 @@ class KVCache(KVArrays):
         other = KVCache(self.config, self.max_tokens, self.dtype)
         other.expect(self.length, self.reach, self.max_tokens)
         other.ids[: self.length] = self.ids[: self.length]
-        for mine, theirs in zip(self.held(), other.held(), strict=True):
+        for mine, theirs in zip(self.filled(), other.filled(), strict=True):
             for source, target in zip(mine, theirs, strict=True):
                 target[...] = source
         other._fills, other._model = list(self._fills), self._model

@@ -140,7 +140,7 @@ class Llama:
         ops: Callable[..., Eager] | None,
     ) -> np.ndarray:  # fmt: skip
         """``forward`` in passes of ``prefill_tokens``."""
-        cache.require_room(len(ids))
+        cache.require_free(len(ids))
         V = self.config.vocab_size
         logits = K.check.output("out", out, (V,) if last_only else (len(ids), V))
         before = cache.length

@@ -265,9 +265,9 @@ def inverse_frequencies(rope: RopeConfig, D: int) -> Array:
     if rope.scaling == "factors":
         return base / np.array(rope.factors)
     # Rotations of a pair within the original context: few (stretched by the factor) to many (left alone).
-    turns = rope.original_max_position * base / (2 * np.pi)
+    rotations = rope.original_max_position * base / (2 * np.pi)
     if rope.scaling == "llama3":
-        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        kept = np.clip((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         return base * (kept + (1 - kept) / rope.factor)
     if rope.scaling in YARN:
         fast, slow = (

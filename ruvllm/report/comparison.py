@@ -56,14 +56,14 @@ def compare(old: Report, new: Report) -> Comparison:
     for id, result in after.items():
         was = before.get(id)
         for entry in result.entries:
-            held = was.at(entry.threads) if was else None
-            if held is None:
+            earlier = was.at(entry.threads) if was else None
+            if earlier is None:
                 only_new.append(f"{result.label} (threads: {entry.threads})")
             else:
-                changes.append(_change(id, result.label, entry.threads, held.call, entry.call))
-                if held.inside is not None and entry.inside is not None:
+                changes.append(_change(id, result.label, entry.threads, earlier.call, entry.call))
+                if earlier.inside is not None and entry.inside is not None:
                     label = f"{result.label}, kernel alone"
-                    changes.append(_change(id, label, entry.threads, held.inside, entry.inside))
+                    changes.append(_change(id, label, entry.threads, earlier.inside, entry.inside))
         if was is not None and was.right and result.right is False:
             less_right.append(result.label)
     for id, result in before.items():

@@ -37,7 +37,7 @@ class Service:
         self.worker, self.metrics = Worker(llm, settings), Metrics()
         self.open = 0  # answers that are computed or wait
 
-    def room(self, tokens: int) -> int:
+    def most_new_tokens(self, tokens: int) -> int:
         """How many tokens can follow so many. Raises ContextFullError where they are too many already."""
         limit = self.worker.context
         if tokens > limit:
@@ -95,8 +95,8 @@ class Answers:
             for i in range(call.n):
                 own = seed + i if isinstance(seed, int) else seed
                 request = service.llm.request(prompt, logprobs=logprobs, **{**call.options, "seed": own})
-                room = service.room(len(request.ids))
-                request.max_tokens = room if call.max_tokens is None else min(call.max_tokens, room)
+                most = service.most_new_tokens(len(request.ids))
+                request.max_tokens = most if call.max_tokens is None else min(call.max_tokens, most)
                 if not request.max_tokens:
                     raise ContextFullError(f"context full: the prompt has all {len(request.ids)} tokens of the server")
                 found.append(request)

@@ -182,7 +182,7 @@ class _Server:
         for text in texts:
             ids = self.llm.tokenizer.encode(text) if isinstance(text, str) else text
             found.append(self.llm.model.checked_ids(ids, "input"))
-            self.service.room(len(ids))
+            self.service.most_new_tokens(len(ids))
         return found
 
     def _check_model(self, name: str | None) -> None:

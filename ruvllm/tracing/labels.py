@@ -19,5 +19,5 @@ def shown(token: str, most: int = _CHARACTERS) -> str:
 def label_ticks(axis: Any, tokens: Sequence[str], characters: int = _CHARACTERS) -> None:
     """A tick for each token, or for evenly spread ones; dollars are no formulas."""
     step = -(-len(tokens) // MOST) or 1
-    places = range(0, len(tokens), step)
-    axis.set_ticks(list(places), [shown(tokens[i], characters).replace("$", r"\$") for i in places], fontsize=7)
+    ticks = range(0, len(tokens), step)
+    axis.set_ticks(list(ticks), [shown(tokens[i], characters).replace("$", r"\$") for i in ticks], fontsize=7)

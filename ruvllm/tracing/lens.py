@@ -41,10 +41,10 @@ class LogitLens(Table):
 
     def rows(self) -> list[tuple[str, ...]]:
         """The likeliest token after each layer at the last positions; the first row has the headings."""
-        places = range(max(0, len(self.tokens) - _COLUMNS), len(self.tokens))
-        found: list[tuple[str, ...]] = [("after", *(shown(self.tokens[p]) for p in places))]
+        positions = range(max(0, len(self.tokens) - _COLUMNS), len(self.tokens))
+        found: list[tuple[str, ...]] = [("after", *(shown(self.tokens[p]) for p in positions))]
         for stage, ids, shares in zip(self.stages(), self.ids, self.probabilities, strict=True):
-            found.append((stage, *(f"{shown(self.texts[int(ids[p, 0])])} {shares[p, 0]:.0%}" for p in places)))
+            found.append((stage, *(f"{shown(self.texts[int(ids[p, 0])])} {shares[p, 0]:.0%}" for p in positions)))
         return found
 
     def plot(self, ax: Any = None, last: int = 12) -> Any:

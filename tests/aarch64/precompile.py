@@ -15,7 +15,7 @@ def main(record: Path, first: int, step: int) -> None:
     from ruvllm.compiling import operations_for
     from ruvllm.kernels.jit.cache import KernelCache
     from ruvllm.kernels.jit.decorators import COMPILED
-    from ruvllm.kernels.jit.private.cross import to_object, turn_to
+    from ruvllm.kernels.jit.private.cross import retarget, to_object
     from ruvllm.kernels.jit.private.target import target
     from ruvllm.kernels.threads.regions import CFunction
     from ruvllm.model.kv_arrays import DTYPES
@@ -28,7 +28,7 @@ def main(record: Path, first: int, step: int) -> None:
     regions = {
         (x.function.__module__, x.function.__qualname__): x for x in gc.get_objects() if isinstance(x, CFunction)
     }
-    turn_to(target(), to_object)
+    retarget(target(), to_object)
     KernelCache.load_overload = lambda self, sig, context: None  # type: ignore[assignment,method-assign]
     compiled = unknown = 0
     for module, name, signature in read(record)[first::step]:

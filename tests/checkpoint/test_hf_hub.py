@@ -394,13 +394,13 @@ def test_a_disk_that_fills_up(user: User) -> None:
     with fake_hub(o__tiny=gguf_repository()) as hub:
         assert user.run("-c", script, "pull", "o/tiny:Q4_K_M", url=hub.url).path.read_bytes() == Q4
         said = user.run("-c", script, "pull", "o/tiny:Q8_0", url=hub.url).said
-    assert said.startswith("o/tiny: no room left in ") and "HF_HOME" in said
+    assert said.startswith("o/tiny: no space left in ") and "HF_HOME" in said
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no room left"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
         (OSError(errno.EACCES, "Permission denied", "/x"), "cannot write /x: Permission denied"),
         (ConnectionResetError(errno.ECONNRESET, "reset"), "the connection to"),
         (ValueError("line\n\nline"), "failed (ValueError: line); check"),

@@ -330,7 +330,7 @@ def test_disk_that_fills_up_under_pip(shelf, cache, monkeypatch):
     shelf.add("tiny-model")
     fails = [sys.executable, "-c", "import sys; sys.exit('ERROR: OSError: [Errno 28] No space left on device')"]
     monkeypatch.setattr(hub, "_fetch_command", lambda *_: (fails, False))
-    with pytest.raises(DownloadError, match="no room left in .*RUVLLM_CACHE"):
+    with pytest.raises(DownloadError, match="no space left in .*RUVLLM_CACHE"):
         hub.pull("tiny-model", progress=False)
     assert left_behind(cache) == []
 

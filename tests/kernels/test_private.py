@@ -126,6 +126,6 @@ def test_references_are_not_counted() -> None:
 
 
 def test_explain_says_why_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross, "can_turn", lambda: False)
+    monkeypatch.setattr(cross, "can_retarget", lambda: False)
     with pytest.raises(RuntimeError, match="this version of numba cannot compile for another processor"):
-        cross.turn_to(target.target(), cross.to_assembly)
+        cross.retarget(target.target(), cross.to_assembly)

@@ -24,28 +24,28 @@ def test_multiply_adds_are_those_that_are_counted() -> None:
     """s = s/2 + 1 in each of 16 lanes of each chain."""
     out = np.full(3, -1, np.float32)
     for chains in peak_loops.FMA_CHAINS:
-        for turns in (1, 2, 5):
-            peak_loops.fma_turns(turns, chains, out, 1, 2)
-            assert out.tolist() == [-1, 16 * chains * (2 - 2.0 ** (1 - turns)), -1]
+        for repeats in (1, 2, 5):
+            peak_loops.fma_loop(repeats, chains, out, 1, 2)
+            assert out.tolist() == [-1, 16 * chains * (2 - 2.0 ** (1 - repeats)), -1]
 
 
 def test_dot_products_are_those_that_are_counted() -> None:
-    """Each turn of each chain adds the four products of its quad, which two chains share, to each of 16 lanes."""
+    """Each repeat of each chain adds the four products of its quad, which two chains share, to each of 16 lanes."""
     random = np.random.default_rng(0)
     quads = random.integers(-127, 128, 1024).astype(np.int8)
     out = np.empty(1, np.float32)
     for chains in peak_loops.DOT_CHAINS:
-        for turns in (1, 8, 33):
+        for repeats in (1, 8, 33):
             weights = np.repeat(np.array([1, 3], np.uint8), 64)  # of even and of odd chains
-            peak_loops.dot_turns(turns, chains, weights, quads, out, 0, 1)
-            used = [quads[turn % 32 * 32 :][: 2 * chains].astype(int).sum() for turn in range(turns)]
+            peak_loops.dot_loop(repeats, chains, weights, quads, out, 0, 1)
+            used = [quads[i % 32 * 32 :][: 2 * chains].astype(int).sum() for i in range(repeats)]
             assert out[0] == 16 * (1 + 3) * sum(used)
 
 
 def test_reads_are_those_that_are_counted() -> None:
     x = np.random.default_rng(0).integers(0, 8, (3, 384)).astype(np.float32)
     out = np.full(3, -1, np.float32)
-    peak_loops.read_turns(5, x, out, 1, 3)
+    peak_loops.read_loop(5, x, out, 1, 3)
     assert out.tolist() == [-1, 5 * x[1].sum(), 5 * x[2].sum()]
 
 

@@ -32,7 +32,7 @@ def test_a_file_and_a_fork_go_on_as_the_cache_does(kv: str, config: ModelConfig,
     np.testing.assert_array_equal(cache.ids[: len(cache) - 3], text(tokens)[:-3])
     larger = load_cache(model, tmp_path / "a.kv", max_tokens=900)
     np.testing.assert_array_equal(model.forward([1, 2, 3], larger), expected)
-    assert larger.room == 900 - len(cache)
+    assert larger.free_positions == 900 - len(cache)
     with pytest.raises(ValueError, match=f"max_tokens: expected at least {tokens - 3}"):
         load_cache(model, tmp_path / "a.kv", max_tokens=10)
 

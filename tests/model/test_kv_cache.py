@@ -25,7 +25,7 @@ def test_holds_turned_keys_and_values_of_every_position(kv: str, tolerance: floa
     model.fused = fused
     cache = model.new_cache(50, kv)
     run(model, cache, ids, [20, 1, 1, 18])
-    assert len(cache) == 40 and cache.room == 10
+    assert len(cache) == 40 and cache.free_positions == 10
     np.testing.assert_array_equal(cache.ids[:40], ids)
 
     weights = RandomWeights(ONE_LAYER, seed=7)
@@ -78,17 +78,17 @@ def test_truncate_and_clear() -> None:
         with pytest.raises(ValueError, match=f"^length: expected 0 to 10, found {wrong}$"):
             cache.truncate(wrong)
     cache.truncate(4)
-    assert len(cache) == 4 and cache.room == 28
+    assert len(cache) == 4 and cache.free_positions == 28
     cache.clear()
-    assert len(cache) == 0 and cache.room == 32
+    assert len(cache) == 0 and cache.free_positions == 32
 
 
 def test_require_room() -> None:
     cache = filled(np.arange(30))
-    cache.require_room(0)
-    cache.require_room(2)
+    cache.require_free(0)
+    cache.require_free(2)
     with pytest.raises(ContextFullError, match="^context full: 3 more tokens do not fit, 30 of 32 are taken$"):
-        cache.require_room(3)
+        cache.require_free(3)
 
 
 @given(held=st.lists(st.integers(0, 2), max_size=12), wanted=st.lists(st.integers(0, 2), min_size=1, max_size=12))

@@ -75,7 +75,7 @@ def flash_attention(
     require_heads(q.shape[-2], k)
     require_positions(q.shape[-3], k, causal)
     scoring = scoring_for(q, causal, window, scale, options)
-    wide = room_for_lse(out, options)
+    wide = output_with_lse(out, options)
     if q.size:
         sequences = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v, wide))
         for qs, ks, vs, outs in zip(*sequences, strict=True):
@@ -105,7 +105,7 @@ def scoring_for(q: np.ndarray, causal: bool, window: int | None, scale: float | 
     )  # fmt: skip
 
 
-def room_for_lse(out: np.ndarray, options: Options) -> np.ndarray:
+def output_with_lse(out: np.ndarray, options: Options) -> np.ndarray:
     """``out`` (..., H, D) itself; for return_lse, an array with the two more columns that ``with_lse`` takes."""
     if not check.flag("return_lse", options.get("return_lse", False)):
         return out

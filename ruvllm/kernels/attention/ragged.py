@@ -9,9 +9,9 @@ from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.flash import (
     Options,
     attend_sequence,
+    output_with_lse,
     require_heads,
     require_positions,
-    room_for_lse,
     rounded_with_lse,
     scoring_for,
     with_lse,
@@ -84,7 +84,7 @@ def ragged_attention(
     causal, window, scale = more.pop("causal", True), more.pop("window", None), more.pop("scale", None)
     causal = check.flag("causal", causal)
     scoring = scoring_for(q, causal, window, scale, more)  # type: ignore[arg-type]
-    wide = room_for_lse(out, options)
+    wide = output_with_lse(out, options)
     queries, keys = (list(zip(x[:-1].tolist(), x[1:].tolist(), strict=True)) for x in (starts, key_starts))
     for (lo, hi), (first, end) in zip(queries, keys, strict=True):
         if hi > lo:

@@ -32,9 +32,10 @@ def rope_inv_freq(
       w < L / high_freq_factor; inv_freq / factor where w > L / low_freq_factor; between them
       ((1 - s) / factor + s) inv_freq with s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
     - ``"factors"``: inv_freq / factors, one divisor per pair (the tensor ``rope_freqs`` of GGUF files).
-    - ``"yarn"``: a pair that turns r times within L = original_max_position keeps inv_freq where r > high_freq_factor
-      and gets inv_freq / factor where r < low_freq_factor ("beta_fast" and "beta_slow", usually 32 and 1); between the
-      two indices i that belong to these, rounded outwards to integers, the two are mixed in proportion to i.
+    - ``"yarn"``: a pair that makes r rotations within L = original_max_position keeps inv_freq where r is above
+      high_freq_factor and gets inv_freq / factor where r is below low_freq_factor ("beta_fast" and "beta_slow", usually
+      32 and 1); between the two indices i that belong to these, rounded outwards to integers, both are mixed in
+      proportion to i.
     - ``"yarn_unrounded"``: the same with indices that are not rounded.
 
     Args:
@@ -70,8 +71,8 @@ def rope_inv_freq(
         length = check.positive("original_max_position", original_max_position)
         if high <= low:
             raise ValueError(f"high_freq_factor: expected more than low_freq_factor {low}, found {high}")
-        turns = length * inv_freq / (2 * np.pi)  # L / wavelength
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        rotations = length * inv_freq / (2 * np.pi)  # L / wavelength
+        smooth = np.clip((rotations - low) / (high - low), 0, 1)
         return ((1 - smooth) / factor + smooth) * inv_freq
     if scaling == "factors":
         divisors = check.float64("factors", factors if factors is not None else ())
@@ -81,8 +82,8 @@ def rope_inv_freq(
     if scaling in ("yarn", "yarn_unrounded"):
         length = check.positive("original_max_position", original_max_position)
         first, last = (
-            head_dim * np.log(length / (check.positive(name, turns) * 2 * np.pi)) / (2 * np.log(theta))
-            for name, turns in (("high_freq_factor", high_freq_factor), ("low_freq_factor", low_freq_factor))
+            head_dim * np.log(length / (check.positive(name, rotations) * 2 * np.pi)) / (2 * np.log(theta))
+            for name, rotations in (("high_freq_factor", high_freq_factor), ("low_freq_factor", low_freq_factor))
         )
         if scaling == "yarn":
             first, last = np.floor(first), np.ceil(last)

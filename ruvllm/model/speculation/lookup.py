@@ -1,4 +1,4 @@
-"""Lookup: guesses that the text goes on as it did after an earlier place that reads alike."""
+"""Lookup: guesses that the text continues as it did after an earlier occurrence of the same tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 _SHORTEST = 2  # tokens that must be alike
 _LONGEST = 13  # tokens compared at the most
-_PLACES = 16  # places compared at the most, the latest first
+_CANDIDATES = 16  # occurrences compared at the most, the latest first
 
 
 class Lookup:
     """Finds where the last tokens occurred before, and guesses that the same tokens follow.
 
-    The level of a guess is the number of tokens before it that are alike at both places, less two.
+    The level of a guess is the number of tokens before it that are alike in both, less two.
     """
 
     guess_seconds = 0.0
@@ -25,7 +25,7 @@ class Lookup:
     def levels(self, ids: np.ndarray, most: int) -> list[int]:
         """The levels of up to ``most`` guesses after ids (n,), which continue those of the last call."""
         self._take(ids)
-        self._at, alike = self._place()
+        self._at, alike = self._occurrence()
         return [alike - _SHORTEST + i for i in range(most)] if alike else []
 
     def guesses(self, count: int) -> list[int]:
@@ -40,12 +40,12 @@ class Lookup:
         for end in range(max(known, _SHORTEST), len(self._ids)):
             self._ends.setdefault(tuple(self._ids[end - _SHORTEST : end]), []).append(end)
 
-    def _place(self) -> tuple[int, int]:
-        """The place after the tokens that are most like the last ones, and how many they are; (0, 0): none."""
+    def _occurrence(self) -> tuple[int, int]:
+        """The index after the tokens that are most like the last ones, and how many they are; (0, 0): none."""
         text = self._ids
         n = len(text)
         best, longest = 0, 0
-        for end in self._ends.get(tuple(text[n - _SHORTEST :]), ())[: -_PLACES - 1 : -1]:
+        for end in self._ends.get(tuple(text[n - _SHORTEST :]), ())[: -_CANDIDATES - 1 : -1]:
             alike = _SHORTEST
             while alike < min(_LONGEST, end) and text[end - 1 - alike] == text[n - 1 - alike]:
                 alike += 1

@@ -102,5 +102,5 @@ def speculate(
             if not right:
                 break
         text = np.append(cache.ids[: cache.length], token.id)
-        guesses, levels = speculation.guesses(text, min(MOST, max_tokens - made - 1, cache.room - 1))
+        guesses, levels = speculation.guesses(text, min(MOST, max_tokens - made - 1, cache.free_positions - 1))
         pending = np.array([token.id, *guesses])

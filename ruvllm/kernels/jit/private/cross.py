@@ -20,8 +20,8 @@ from ruvllm.kernels.jit.private.target import Target
 
 
 @part("cross", "explain() does not work")
-def can_turn() -> bool:
-    """Whether numba has the attributes that ``turn_to`` replaces."""
+def can_retarget() -> bool:
+    """Whether numba has the attributes that ``retarget`` replaces."""
     codegen = cpu_target.target_context.codegen()
     there = [
         *(hasattr(codegen, name) for name in ("_tm", "_data_layout", "_create_empty_module")),
@@ -31,13 +31,13 @@ def can_turn() -> bool:
     return all(there)
 
 
-def turn_to(target: Target, finish: Callable[[Any, Any], None]) -> None:
+def retarget(target: Target, finish: Callable[[Any, Any], None]) -> None:
     """Have numba compile for a target; ``finish(library, target machine)`` emits what is wanted of each library.
 
     Raises:
         RuntimeError: this version of numba cannot compile for another target.
     """
-    if not can_turn():
+    if not can_retarget():
         raise RuntimeError("this version of numba cannot compile for another processor")
     has_libraries()  # its test runs code, which is impossible from now on
     llvm.initialize_all_targets()
@@ -87,7 +87,7 @@ def to_object(library: Any, machine: Any) -> None:
 
 
 def assembly_of(dispatcher: Any, signature: tuple[Any, ...]) -> str:
-    """The assembly of a function and of all that is not inlined into it, after ``turn_to(target, to_assembly)``."""
+    """The assembly of a function and of all that is not inlined into it, after ``retarget(target, to_assembly)``."""
     dispatcher.compile(signature)
     library = dispatcher.overloads[signature].library
     with global_compiler_lock:

@@ -139,21 +139,18 @@ DECORATORS = {
 KERNEL_MODULES = [name for name in MODULES if name.startswith("ruvllm.kernels")]
 
 
-def functions(name: str) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.FunctionDef):
-            yield node
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def named_functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """All functions of a file; methods with the name of their class."""
+def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, Function]]:
+    """All functions of a file by name; methods with that of their class."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, Function):
             yield within + node.name, node
-        yield from named_functions(node, f"{node.name}." if isinstance(node, ast.ClassDef) else "")
+        yield from functions(node, f"{node.name}." if isinstance(node, ast.ClassDef) else "")
 
 
-def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+def arguments(function: Function) -> list[ast.arg]:
     found = function.args
     several = [argument for argument in (found.vararg, found.kwarg) if argument]
     return [*found.posonlyargs, *found.args, *found.kwonlyargs, *several]
@@ -162,7 +159,7 @@ def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]
 def test_functions_have_few_arguments() -> None:
     many: dict[str, int] = {}
     for name, path in MODULES.items():
-        for function, node in named_functions(ast.parse(path.read_text())):
+        for function, node in functions(ast.parse(path.read_text())):
             count = sum(argument.arg not in ("self", "cls", "typingctx") for argument in arguments(node))
             if count > MOST_ARGUMENTS:
                 many[function] = count
@@ -173,7 +170,7 @@ def test_functions_have_few_arguments() -> None:
 @pytest.mark.parametrize("name", KERNEL_MODULES)
 def test_functions_that_python_calls_are_annotated(name: str) -> None:
     """Compiled ones are not: numba finds their types."""
-    for function in functions(name):
+    for _, function in functions(ast.parse(MODULES[name].read_text())):
         decorators = {ast.unparse(d).split("(")[0] for d in function.decorator_list}
         bare = [a.arg for a in arguments(function) if a.annotation is None and a.arg not in ("self", "cls")]
         assert not bare or decorators & DECORATORS, f"{function.name}: {', '.join(bare)}"

@@ -90,42 +90,28 @@ def scale_and_minimum(packed: Any, j: Any) -> Any:
 
 
 @kernel(strict=True)
-def q4_k_rows(raw: Any, out: Any) -> None:
-    """Rows of Q4_K: 16-bit d, dmin; 12 bytes of scales; 4 x 32 bytes, low halves before high halves."""
+def k_rows(raw: Any, out: Any, block: Any, fifth_at: Any, codes_at: Any) -> None:
+    """Rows of Q4_K, Q5_K: 16-bit d, dmin; 12 bytes of scales; 4 x 32 bytes of codes, low halves before high halves.
+
+    Of Q5_K also 32 bytes of fifth bits, bit g of byte j for element j of group g, ``fifth_at`` bytes into a block.
+    """
     for i in range(raw.shape[0]):
         for b in range(out.shape[1] // 256):
-            x = raw[i, b * 144 : b * 144 + 144]
+            x = raw[i, b * block : b * block + block]
             d = half(x[0], x[1])
             dmin = half(x[2], x[3])
+            fifth = x[fifth_at : fifth_at + 32]
             for g in range(8):
                 s, z = scale_and_minimum(x[4:16], g)
                 ds = d * s
                 dz = dmin * z
-                q = x[16 + g // 2 * 32 : 48 + g // 2 * 32]
+                q = x[codes_at + g // 2 * 32 : codes_at + 32 + g // 2 * 32]
                 y = out[i, b * 256 + g * 32 : b * 256 + g * 32 + 32]
                 shift = np.uint32(4 * (g % 2))
                 for j in range(32):
-                    y[j] = ds * np.float32(np.int32((np.uint32(q[j]) >> shift) & 15)) - dz
-
-
-@kernel(strict=True)
-def q5_k_rows(raw: Any, out: Any) -> None:
-    """Rows of Q5_K: as Q4_K, with 32 bytes of fifth bits (bit g of byte j for element j of group g) before q."""
-    for i in range(raw.shape[0]):
-        for b in range(out.shape[1] // 256):
-            x = raw[i, b * 176 : b * 176 + 176]
-            d = half(x[0], x[1])
-            dmin = half(x[2], x[3])
-            fifth = x[16:48]
-            for g in range(8):
-                s, z = scale_and_minimum(x[4:16], g)
-                ds = d * s
-                dz = dmin * z
-                q = x[48 + g // 2 * 32 : 80 + g // 2 * 32]
-                y = out[i, b * 256 + g * 32 : b * 256 + g * 32 + 32]
-                shift = np.uint32(4 * (g % 2))
-                for j in range(32):
-                    bits = (np.uint32(q[j]) >> shift) & 15 | ((np.uint32(fifth[j]) >> np.uint32(g)) & 1) << 4
+                    bits = (np.uint32(q[j]) >> shift) & 15
+                    if fifth_at > 0:
+                        bits |= ((np.uint32(fifth[j]) >> np.uint32(g)) & 1) << 4
                     y[j] = ds * np.float32(np.int32(bits)) - dz
 
 
@@ -177,8 +163,8 @@ ROW_DECODERS: dict[str, Callable[[Array, Array], None]] = {
     "BF16": _bf16_rows,
     "Q4_P": _f32_rows,
     "Q2_K": q2_k_rows,
-    "Q4_K": q4_k_rows,
-    "Q5_K": q5_k_rows,
+    "Q4_K": lambda raw, out: k_rows(raw, out, 144, 0, 16),
+    "Q5_K": lambda raw, out: k_rows(raw, out, 176, 16, 48),
     "Q6_K": q6_k_rows,
     **{dtype: partial(whole_rows, dtype) for dtype in WHOLE_TYPES},
 }

@@ -61,8 +61,8 @@ def dot_loop(repeats: Any, chains: Any, weights: Any, quads: Any, out: Any, lo: 
         s4, s5, s6, s7 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         s8, s9, s10, s11 = dot_begin(), dot_begin(), dot_begin(), dot_begin()
         v, w = u8_load(weights, 0), u8_load(weights, 64)
-        for i in range(repeats):
-            at = (i & 31) * 32
+        for repeat in range(repeats):
+            at = (repeat & 31) * 32
             a, b = quad_at(quads, at), quad_at(quads, at + 4)
             s0, s1, s2, s3 = dot_add(s0, v, a), dot_add(s1, w, a), dot_add(s2, v, b), dot_add(s3, w, b)
             if chains > 4:

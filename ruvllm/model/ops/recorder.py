@@ -27,7 +27,7 @@ from ruvllm.kernels.operations.rows import QUANTIZED_GROUP_BYTES, QUANTIZED_ROW_
 from ruvllm.kernels.quant.layout import GROUP
 from ruvllm.kernels.tape import Operation
 from ruvllm.model.linear import require_group
-from ruvllm.model.ops.recording import Pass, Recording
+from ruvllm.model.ops.recording import Recording
 from ruvllm.model.ops.schedule import ANY, BY_HEADS, PRIVATE, Access, Value, by_panels, by_rows
 from ruvllm.model.weights import FLOAT_LAYOUTS, INTEGER_LAYOUTS
 

@@ -37,6 +37,7 @@ def test_bits_of_kernels(tmp_path: Path) -> None:
 
 
 def test_bits_of_a_model(tmp_path: Path) -> None:
+    """Of the fused pass; layer by layer the bits are the same (tests/model/test_llama.py)."""
     cold, _ = _run(tmp_path, "model", "1", "2")
     warm, compiled = _run(tmp_path, "model", "1", "2")
     assert compiled == 0

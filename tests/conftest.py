@@ -19,6 +19,9 @@ os.environ.setdefault("RUVLLM_PACKED_CACHE", "0")  # of the user's cache; tests 
 # Workers share the cores: idle threads that spin, as OpenMP's do, would take them from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Hundreds of tests start a process of their own, in which every module would be compiled to bytecode again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: collecting takes a tenth of it
 
 # Files that take a minute or more. They start first, so that no worker still runs one when the others are done.

@@ -162,7 +162,7 @@ def _limited() -> list[int]:
 
 def _at_once() -> list[int]:
     sizes: list[int] = []
-    callers = [threading.Thread(target=lambda: sizes.extend(Task(2, 200).run() for _ in range(20))) for _ in range(3)]
+    callers = [threading.Thread(target=lambda: sizes.extend(Task(2, 20).run() for _ in range(20))) for _ in range(3)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -32,7 +32,7 @@ test-lowest: ## kernels and models with the lowest versions of what ruvllm depen
 test-aarch64: $(VENV)/.installed-test ## kernels and models on an emulated ARM processor (needs qemu-user-static)
 	$(BIN)/python -m tests.aarch64
 
-check: $(VENV)/.installed-test $(VENV)/.installed-docs ## lint, types, documentation, and whether asv understands the benchmarks
+check: $(VENV)/.installed-check ## lint, types, documentation, and whether asv understands the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/asv check -E existing:$(BIN)/python
@@ -67,6 +67,10 @@ $(VENV)/.installed-test: pyproject.toml $(BIN)/python
 $(VENV)/.installed-docs: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-check: pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[test,docs]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed
 
 $(VENV)/.installed-bench: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[bench]'

@@ -24,13 +24,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 gc.set_threshold(100_000, 50, 100)  # compiling makes millions of objects: collecting takes a tenth of it
 
-# Files that take a minute or more. They start first, so that no worker still runs one when the others are done.
-_LONGEST = ("test_notebooks.py", "test_codegen.py", "test_specs.py", "test_quant.py", "test_guarded.py")
+# The first files compile most kernels and models, each in one process, or use caches of their own meanwhile; notebooks,
+# processes of their own, then find nearly everything compiled. All take long: at the end a worker would wait for them.
+_FIRST = (
+    "test_specs.py", "test_private.py", "test_compiling.py", "test_quant.py", "test_guarded.py", "test_bits.py",
+    "test_codegen.py", "test_notebooks.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the order is otherwise pytest's."""
-    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+    """The order is pytest's, after the first files."""
+    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
 
 
 @pytest.fixture(scope="session")

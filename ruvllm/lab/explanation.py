@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,14 @@ def _explanation(name: str, target: str, bodies: tuple[str, ...], compiled: list
     return Explanation(name, _described(target), bodies, loops, calls, names, tuple(remarks), assembly)
 
 
+@cache
+def _file_name(path: str) -> str:
+    return Path(path).name
+
+
 def _within(remark: Remark, loop: Loop) -> bool:
     """Whether a remark is about this loop: it names one of its lines, and the file without its directory."""
-    lines = [x.line for x in loop.assembly if Path(x.file).name == Path(remark.file).name]
+    lines = [x.line for x in loop.assembly if _file_name(x.file) == _file_name(remark.file)]
     return bool(lines) and min(lines) <= remark.line <= max(lines)
 
 

@@ -1,5 +1,7 @@
 """Activations rounded to 8 bits in groups of 32, all but their outliers (see quant/layout.py)."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import prange
 
@@ -32,6 +34,14 @@ _STEPS = np.float32(127)
 _SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
 
 
+class _Row(NamedTuple):
+    """``size`` elements of a flat array, from ``start`` on."""
+
+    elements: Any
+    start: Any
+    size: Any
+
+
 @inline_kernel
 def _load_group(flat_x, at, left):
     """A group as two vectors; elements past the end of the row, ``left`` elements away, are 0."""
@@ -55,14 +65,14 @@ def _find(a, b, magnitude):
 
 
 @inline_kernel
-def _largest(magnitudes, at, groups):
-    """The largest of a row's magnitudes, from index ``at`` on one for each group, and its first group; 0 if all are 0.
+def _largest(magnitudes):
+    """The largest magnitude of a row, of one for each group, and the first group that has it; 0 if all are 0.
 
     32 groups in a row of which one is NaN are skipped.
     """
     largest, found = np.float32(0), 0
-    for g in range(0, groups, GROUP):
-        a, b = _load_group(magnitudes, at + g, groups - g)
+    for g in range(0, magnitudes.size, GROUP):
+        a, b = _load_group(magnitudes.elements, magnitudes.start + g, magnitudes.size - g)
         here = largest_magnitude(a, b)  # NaN, for which no comparison holds, if there is one
         if here > largest:
             largest, found = here, g + _find(a, b, here)
@@ -79,19 +89,19 @@ def _in_order(outliers, t, at):
 
 
 @inline_kernel
-def _take_outlier(x, row, columns, largest, at, groups, outliers, t, i):
-    """Take the largest element that is left out of its group. largest (G,) from ``at`` on: what is left of groups."""
-    magnitude, g = _largest(largest, at, groups)
+def _take_outlier(x, largest, outliers, t, i):
+    """Take the largest element that is left of row x out of its group. largest: what is left, one for each group."""
+    magnitude, g = _largest(largest)
     column, value = 0, np.float32(0)
     if magnitude > _SMALLEST:
         first = g * GROUP
-        a, b = _load_group(x, row + first, columns - first)
+        a, b = _load_group(x.elements, x.start + first, x.size - first)
         for j in range(i):  # one group may have several
             a, b = _without(a, b, np.int64(outliers[t, j, 0]) - first)
         k = _find(a, b, magnitude)
-        column, value = first + k, x[row + first + k]
+        column, value = first + k, x.elements[x.start + first + k]
         a, b = _without(a, b, k)
-        largest[at + g] = largest_magnitude(a, b)
+        largest.elements[largest.start + g] = largest_magnitude(a, b)
     outliers[t, i, 0], outliers[t, i, 1] = np.float32(column), value
     for j in range(i, 0, -1):
         _in_order(outliers, t, j)
@@ -129,8 +139,8 @@ def quantize_activations(x, to, shift, lo, hi):
             if base == 0:
                 for i in range(OUTLIERS):
                     for source in range(start, end):
-                        at = (source - start) * stride
-                        _take_outlier(xf, source * columns, columns, largest, at, count, outliers, source + shift, i)
+                        left = _Row(largest, (source - start) * stride, count)
+                        _take_outlier(_Row(xf, source * columns, columns), left, outliers, source + shift, i)
             for at in range(0, (end - start) * stride, LANES):
                 magnitudes = f32_load(largest, at)
                 inverses = splat(_STEPS) / max_or_second(splat(_SMALLEST), magnitudes)

@@ -180,14 +180,14 @@ def _replay(table: Any) -> None:
     entering = True
     rows = array_at(t[ROWS_ADDRESS], (t[END], np.int64(FIELDS)), np.int64)
     fields = array_at(t[ROWS_ADDRESS], t[END] * FIELDS, np.int64)
-    times = array_at(t[TIMES], (t[END], t[THREADS], np.int64(3)), np.int64)
+    times = array_at(t[TIMES], (t[THREADS], t[END], np.int64(3)), np.int64)
     for i in range(start, t[END]):
         # Between two matrix products, rows of the tape are evicted from L1 and L2: prefetch the next one.
         prefetch_l2(fields, (i + 1) * FIELDS)
         prefetch_l2(fields, (i + 1) * FIELDS + _LINE)
         flags = rows[i, FLAGS]
         if t[TIMES]:
-            times[i, rank, 0] = time_stamp()
+            times[rank, i, 0] = time_stamp()
         if i > start:  # earlier members have met here already
             if flags & OFFER:
                 offer(sync, rank)
@@ -202,11 +202,11 @@ def _replay(table: Any) -> None:
             close_gate(sync, rank)
         entering = entering and flags & ENTRY != 0
         if t[TIMES]:
-            times[i, rank, 1] = time_stamp()
+            times[rank, i, 1] = time_stamp()
         if t[rows[i, COUNT]] and (entering or not flags & ENTRY):
             call_operation(rows[i, FUNCTION], table, t[ROWS_ADDRESS] + i * _ROW_BYTES, rank, size)
         if t[TIMES]:
-            times[i, rank, 2] = time_stamp()
+            times[rank, i, 2] = time_stamp()
 
 
 replay = Region(_replay)

@@ -225,6 +225,8 @@ def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None 
     timed, runner = copy.copy(llm.model), _Timed()  # shares the weights
     timed.fused, timed.runner = True, runner
     timed.weights_changed()
+    _tokens_per_second(timed, ids, 2)  # records its tapes
+    runner.runs.clear()
     decode = _tokens_per_second(timed, ids, max_tokens)
     reader = _Reader(llm.model, peaks)
     reader.read(runner.runs)
@@ -241,7 +243,7 @@ def _tokens_per_second(model: Llama, ids: np.ndarray, max_tokens: int) -> float:
 
 @dataclass
 class _Run:
-    """One entry of the region: rows ``first`` to ``len(times)`` of a tape, and the time stamps of each thread."""
+    """One entry of the region: rows from ``first`` on of a tape, and the time stamps of each thread."""
 
     tape: Tape
     first: int
@@ -249,7 +251,7 @@ class _Run:
     stop: float
     header: np.ndarray
     positions: np.ndarray
-    times: np.ndarray  # (rows, threads, 3) ticks: before the barrier, after it, after the operation
+    times: np.ndarray  # (threads, rows, 3) ticks: before the barrier, after it, after the operation
 
 
 @dataclass
@@ -261,7 +263,7 @@ class _Timed:
     def run(self, tape: Tape, working: Working) -> None:
         """See ``replay.Runner``."""
         header = working.header
-        times = np.zeros((header[t.END], header[t.THREADS], 3), np.int64)
+        times = np.zeros((header[t.THREADS], header[t.END], 3), np.int64)  # no thread writes next to another
         header[t.TIMES] = times.ctypes.data
         start = time.perf_counter()
         t.replay.run(working.address, int(header[t.THREADS]))
@@ -293,10 +295,10 @@ class _Reader:
             if run.first == 0:
                 self.passes.append((run.start, run.stop, tokens))
             self.passes[-1] = (self.passes[-1][0], run.stop, tokens)
-            times = run.times[run.first :]
+            times = run.times[:, run.first :]
             seconds = (times - times[0, 0, 0]) / rate
-            for i, step in enumerate(run.tape.steps[run.first : len(run.times)]):
-                before, begin, end = np.where(times[i, :, 2] > 0, seconds[i].T, np.nan)  # late threads have none yet
+            for i, step in enumerate(run.tape.steps[run.first : run.times.shape[1]]):
+                before, begin, end = np.where(times[:, i, 2] > 0, seconds[:, i].T, np.nan)  # late threads have none yet
                 if run.tape.rows[run.first + i, t.FLAGS] & t.MEET:
                     self._add(WAIT, step, run, (before, begin))
                 if run.header[step.count]:
@@ -327,7 +329,7 @@ class _Reader:
 def _ticks_per_second(runs: list[_Run]) -> float:
     """Rate of the time stamps, from the first and the last run: each began a moment after its Python call."""
     (first, *_, last) = runs
-    ticks = int(last.times[last.first, 0, 0]) - int(first.times[first.first, 0, 0])
+    ticks = int(last.times[0, last.first, 0]) - int(first.times[0, first.first, 0])
     if ticks <= 0:
         raise RuntimeError("this processor has no time stamp counter that programs may read")
     return ticks / (last.start - first.start)

@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -101,8 +102,14 @@ class replacing:
     def __enter__(self) -> Path:
         return self._temporary
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        try:
+            if error is None:
+                os.replace(self._temporary, self.path)
+            elif isinstance(error, OSError) and error.filename in (self._temporary, str(self._temporary)):
+                raise error
+        except OSError as failed:  # names the path that was given
+            raise OSError(failed.errno, failed.strerror, str(self.path)) from None
+        finally:
+            with suppress(OSError):
+                self._temporary.unlink()

@@ -89,7 +89,10 @@ def _schema(given: Any) -> str:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"schema: expected JSON, found {given!r:.80} ({error})") from None
-    if not isinstance(given, Mapping | bool):
+    if given is False:
+        raise ValueError("schema: no answer follows the schema false")
+    given = {} if given is True else given
+    if not isinstance(given, Mapping):
         raise ValueError(f"schema: expected a dict, JSON or a pydantic model, found {type(given).__name__}")
     try:
         return json.dumps(given)

@@ -109,3 +109,15 @@ def test_files_of_another_model_or_adapter(saved: tuple[Llama, Path]) -> None:
         cache.save(path)
     with pytest.raises(ValueError, match="expected some tokens of a model that is still loaded, found none"):
         model.new_cache(4).save(path)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    model = small_model("f32", 1)
+    cache = model.new_cache(40)
+    model.forward(text(20), cache, last_only=True)
+    (tmp_path / "directory").mkdir()
+    for path, kind in ((tmp_path / "missing" / "a.kv", FileNotFoundError), (tmp_path / "directory", IsADirectoryError)):
+        with pytest.raises(kind) as failed:
+            cache.save(path)
+        assert failed.value.filename == str(path) and str(failed.value).endswith(f": {str(path)!r}")
+    assert [path.name for path in tmp_path.iterdir()] == ["directory"]

@@ -82,6 +82,7 @@ def test_json_follows_its_schema(tokenizer: Tokenizer, seed: int) -> None:
     for schema in (SCHEMA, json.dumps(SCHEMA)):
         found = json.loads(walk(constraint_of(Form(schema=schema), tokenizer, size), tokenizer, size, seed))
         assert found.keys() == {"a", "b"} and found["a"] in (1, None, "é") and isinstance(found["b"], bool)
+    assert Form(schema=True).compiled() == Form(schema={}).compiled()  # everything follows it
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -132,6 +133,8 @@ def test_answers_of_a_model(llm: LLM) -> None:
         ({"schema": {"type": "objec"}}, "schema: cannot be compiled: Invalid type: objec"),
         ({"schema": "{"}, "schema: expected JSON, found '{'"),
         ({"schema": 5}, "schema: expected a dict, JSON or a pydantic model, found int"),
+        ({"schema": False}, "schema: no answer follows the schema false"),
+        ({"schema": "false"}, "schema: no answer follows the schema false"),
         ({"schema": {"a": {1, 2}}}, "schema: cannot be written as JSON"),
         ({"regex": "a("}, r"regex: cannot be compiled: (?s:.)*unclosed group"),
         ({"regex": 5}, "regex: expected text, found int"),

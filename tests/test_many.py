@@ -84,6 +84,8 @@ def test_scores_are_sums_of_log_probabilities(llm: LLM) -> None:
             llm.score("a", wrong)
     with pytest.raises(ValueError, match="at least one character"):
         llm.score("a", [""])
+    with pytest.raises(ContextFullError, match="the prompt with its continuation, .* has 300 tokens, the model takes"):
+        llm.score("a", ["b" * 300])
 
 
 def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
@@ -101,6 +103,8 @@ def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
         llm.embed(texts, pooling="max")
     with pytest.raises(TypeError, match="texts: expected strings, found int"):
         llm.embed([3])  # type: ignore[list-item]
+    with pytest.raises(ContextFullError, match="the text has 300 tokens, the model takes 256"):
+        llm.embed(["a", "b" * 300])
 
 
 def test_what_is_refused(llm: LLM) -> None:

@@ -107,7 +107,9 @@ class Answering:
         """Compute one pass; returns each answer that got a token or ended, with its new pieces of text."""
         came = []
         for sequence, token in self.engine.step():
-            job = self._jobs[sequence]
+            job = self._jobs.get(sequence)
+            if job is None:  # a text that is embedded
+                continue
             pieces = [] if token is None else list(job.answer.push(token))
             job.result.timings.reused_tokens = sequence.reused_tokens
             if job.done or sequence.done:

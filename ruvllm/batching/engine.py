@@ -88,7 +88,8 @@ class Engine:
         """
         needed, limit = sequence.capacity, self.model.config.max_position_embeddings
         if sequence.length > limit:
-            raise ContextFullError(f"context full: the prompt has {sequence.length} tokens, the model takes {limit}")
+            found = f"{sequence.what} has {sequence.length} tokens"
+            raise ContextFullError(f"context full: {found}, the model takes {limit}")
         if needed > self.max_tokens:
             raise ContextFullError(
                 f"context full: the sequence may have {needed} tokens, memory is for {self.max_tokens} "
@@ -170,7 +171,7 @@ class Engine:
             if not self._fits(sequence, match):
                 return  # no later one goes before it
             self.waiting.remove(sequence)
-            sequence.path, sequence.shares = self.prefixes.take(match), True
+            sequence.path, sequence.shares = self.prefixes.take(match), sequence.kept
             sequence.computed = _held(sequence, match)
             if sequence.length == sequence.prompt_tokens:
                 sequence.reused_tokens = sequence.computed
@@ -182,9 +183,8 @@ class Engine:
     def _about_to_come(self, sequence: Sequence) -> int:
         """Tokens that the sequence could reuse once a prompt that is being computed is done."""
         ids = sequence.ids[: sequence.reusable]
-        shared = [
-            common_prefix(ids, other.ids) for other in self.running if other.pending > 1 and other.key == sequence.key
-        ]
+        coming = [other for other in self.running if other.pending > 1 and other.shares and other.key == sequence.key]
+        shared = [common_prefix(ids, other.ids) for other in coming]
         return max(shared, default=0)
 
     def _fits(self, sequence: Sequence, match: Match) -> bool:

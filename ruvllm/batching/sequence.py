@@ -20,6 +20,9 @@ class Sequence:
         capacity: the most tokens that it may have.
     """
 
+    kept = True  # whether what its blocks hold may serve others
+    what = "the prompt"  # in messages
+
     def __init__(self, ids: np.ndarray, capacity: int) -> None:
         self.capacity = max(capacity, len(ids))
         self.length = self.prompt_tokens = len(ids)
@@ -92,6 +95,8 @@ class Scored(Sequence):
     greedy: whether each of them is the most likely one.
     """
 
+    what = "the prompt with its continuation, without the last token,"
+
     def __init__(self, ids: np.ndarray, start: int) -> None:
         super().__init__(ids[:-1], len(ids) - 1)
         self._targets = np.asarray(ids, np.int64)[start:]
@@ -116,11 +121,33 @@ class Scored(Sequence):
 
 
 class Embedded(Sequence):
-    """A text that is only read: all its tokens are computed, for hooks to see."""
+    """A text whose hidden states are pooled: their mean, or the last one."""
+
+    kept = False  # texts seldom begin alike, and would displace the prefixes of prompts
+    what = "the text"
+
+    def __init__(self, ids: np.ndarray, pooling: str) -> None:
+        super().__init__(ids, len(ids))
+        self.pooling = pooling
+        self._sum = np.empty(0)  # float64 (E,)
+
+    def read(self, states: np.ndarray) -> None:
+        """The hidden states (n, E) of its next n tokens."""
+        if self.pooling == "last":
+            self._sum = states[-1].astype(np.float64)
+            return
+        # Row by row, so that the sum does not depend on how passes divide a text. It may be computed a second time.
+        before = self._sum if self.computed else np.zeros(states.shape[1])
+        self._sum = np.concatenate([before[None], states]).sum(axis=0)
+
+    @property
+    def pooled(self) -> np.ndarray:
+        """(E,) float32, once all is computed."""
+        return (self._sum / (self.length if self.pooling == "mean" else 1)).astype(np.float32)
 
     @property
     def reusable(self) -> int:
-        """None of its tokens: hooks see what is computed."""
+        """None of its tokens: all are to be read."""
         return 0
 
     def take(self, logits: np.ndarray) -> Token | None:

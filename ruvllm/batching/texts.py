@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,14 +73,16 @@ def embeddings(engine: Engine, texts: Sequence[np.ndarray], pooling: str, progre
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, found {pooling!r}")
-    sequences = [Embedded(ids, len(ids)) for ids in texts]
-    pooled = _Pooled(engine, pooling)
-    with recording(engine.model, pooled):
+    sequences = [Embedded(ids, pooling) for ids in texts]
+    with reading(engine):
         _compute(engine, sequences, "embedding", progress)
-    rows = [pooled.sums[sequence] for sequence in sequences]
-    lengths = np.array([sequence.length if pooling == "mean" else 1 for sequence in sequences])
-    found = np.array(rows).reshape(len(rows), engine.model.config.hidden_size)
-    return (found / lengths[:, None]).astype(np.float32)
+    found = np.array([sequence.pooled for sequence in sequences], np.float32)
+    return found.reshape(len(sequences), engine.model.config.hidden_size)
+
+
+def reading(engine: Engine) -> AbstractContextManager[None]:
+    """Inside the block ``Embedded`` sequences get their hidden states in this thread's passes."""
+    return recording(engine.model, _Reader(engine))
 
 
 def _compute(engine: Engine, sequences: Sequence[Any], what: str, progress: bool | None) -> None:
@@ -99,13 +101,12 @@ def _compute(engine: Engine, sequences: Sequence[Any], what: str, progress: bool
                 engine.cancel(sequence)
 
 
-class _Pooled:
-    """Adds up the hidden states of each sequence, or keeps its last one: a ``Recording`` of the residual stream."""
+class _Reader:
+    """Hands hidden states to the sequences that they are of: a ``Recording`` of the residual stream."""
 
-    def __init__(self, engine: Engine, pooling: str) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.edits: list[Any] = []
-        self.engine, self.pooling = engine, pooling
-        self.sums: dict[Any, np.ndarray] = {}  # float64 (E,)
+        self.engine = engine
 
     def wants(self, point: Point) -> bool:
         """The residual stream after the last layer, of all tokens."""
@@ -116,15 +117,10 @@ class _Pooled:
 
     def see(self, point: Point, x: np.ndarray) -> None:
         """x (T, E) of one pass."""
-        states, row = last_norm(self.engine.model, x), 0
+        row = 0
         for sequence, tokens in self.engine.runs:
-            own = states[row : row + tokens]
-            if self.pooling == "last":
-                self.sums[sequence] = own[-1].astype(np.float64)
-            else:
-                # Row by row, so that the sum does not depend on how passes divide a text.
-                before = self.sums.get(sequence, np.zeros(own.shape[1]))
-                self.sums[sequence] = np.concatenate([before[None], own]).sum(axis=0)
+            if isinstance(sequence, Embedded):
+                sequence.read(last_norm(self.engine.model, x[row : row + tokens]))
             row += tokens
 
 

@@ -7,13 +7,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ruvllm.batching.answering import Job, Request
-from ruvllm.batching.texts import embeddings
+from ruvllm.batching.sequence import Embedded
+from ruvllm.batching.texts import reading
 from ruvllm.checkpoint.reasoning import Piece
 from ruvllm.serving.settings import Settings
 from ruvllm.streaming import Generation
@@ -70,12 +71,11 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Reading:
-    """Texts to embed, one after the other."""
+    """Texts to embed. Only some are in the engine at a time, so that answers need not wait for all of them."""
 
-    ids: list[np.ndarray]
-    pooling: str
+    texts: list[Embedded]
     future: asyncio.Future[np.ndarray]
-    rows: list[np.ndarray] = field(default_factory=list)
+    begun: int = 0
 
 
 class Worker:
@@ -93,7 +93,6 @@ class Worker:
         self._asked: deque[Callable[[], None]] = deque()
         self._tickets: dict[Job, Ticket] = {}
         self._readings: deque[_Reading] = deque()
-        self._reader: Any = None  # the engine that embeds, made when it is needed
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="ruvllm engine", daemon=True)
@@ -152,14 +151,18 @@ class Worker:
         self._ask(end)
 
     async def embed(self, ids: list[np.ndarray], pooling: str) -> np.ndarray:
-        """Embeddings (N, E) float32, one text after the other, between the steps of answers.
+        """Embeddings (N, E) float32, computed together with answers.
 
         Raises:
             ContextFullError: a text does not fit.
         """
-        reading = _Reading(ids, pooling, self._future())
-        self._ask(lambda: self._readings.append(reading))
-        found: np.ndarray = await reading.future  # if it is cancelled, what is left is not read
+        asked = _Reading([Embedded(own, pooling) for own in ids], self._future())
+        self._ask(lambda: self._readings.append(asked))
+        try:
+            found: np.ndarray = await asked.future
+        except asyncio.CancelledError:
+            self._ask(lambda: self._give_up(asked))
+            raise
         return found
 
     def _future(self) -> asyncio.Future[Any]:
@@ -175,12 +178,20 @@ class Worker:
 
     def _run(self) -> None:
         while self._wait():
-            while self._asked:
-                self._asked.popleft()()
-            if self.answering.busy:
-                self._step()
+            self._listen()
             if self._readings:
-                self._read()
+                with reading(self.answering.engine):  # not for each step: what is recorded for hooks ends with them
+                    while self._readings and not self._closing:
+                        self._begin_texts()
+                        self._step()
+                        self._end_texts()
+                        self._listen()
+            elif self.answering.busy:
+                self._step()
+
+    def _listen(self) -> None:
+        while self._asked:
+            self._asked.popleft()()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do. Returns False at the end."""
@@ -198,6 +209,8 @@ class Worker:
                 self.answering.cancel(job)
                 self._send([(ticket, Event(error=error))])
             self._tickets.clear()
+            for asked in list(self._readings):
+                self._give_up(asked, error)
             return
         news = []
         for job, pieces in came:
@@ -209,21 +222,31 @@ class Worker:
         if news:
             self._send(news)
 
-    def _read(self) -> None:
-        """Embed one text."""
-        reading = self._readings[0]
-        try:
-            if not reading.future.cancelled():
-                if self._reader is None:
-                    self._reader = self.llm.answering(self.settings.kv, sequences=1).engine
-                ids = reading.ids[len(reading.rows)]
-                reading.rows.append(embeddings(self._reader, [ids], reading.pooling, False)[0])
-                if len(reading.rows) < len(reading.ids):
-                    return
-                self._tell(_set_result, reading.future, np.array(reading.rows))
-        except Exception as error:
-            self._tell(_set_error, reading.future, error)
-        self._readings.popleft()
+    def _begin_texts(self) -> None:
+        """Let texts join the answers: as many as there are sequences, and others when these have ended."""
+        room = self.settings.sequences
+        for asked in list(self._readings):
+            room -= sum(not text.done for text in asked.texts[: asked.begun])
+            try:
+                for text in asked.texts[asked.begun : asked.begun + max(0, room)]:
+                    self.answering.engine.submit(text)
+                    asked.begun, room = asked.begun + 1, room - 1
+            except Exception as error:
+                self._give_up(asked, error)
+
+    def _end_texts(self) -> None:
+        """Tell the requests whose texts are all read."""
+        for done in [one for one in self._readings if all(text.done for text in one.texts)]:
+            self._readings.remove(done)
+            self._tell(_set_result, done.future, np.array([text.pooled for text in done.texts]))
+
+    def _give_up(self, asked: _Reading, error: Exception | None = None) -> None:
+        for text in asked.texts:
+            self.answering.engine.cancel(text)
+        if asked in self._readings:
+            self._readings.remove(asked)
+        if error is not None:
+            self._tell(_set_error, asked.future, error)
 
     def _send(self, news: list[tuple[Ticket, Event]]) -> None:
         self._tell(_deliver, news)

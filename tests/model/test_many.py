@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from ruvllm.batching import Engine, Generated, Scored
+from ruvllm.batching.sequence import Embedded
+from ruvllm.batching.texts import embeddings, reading
 from ruvllm.errors import ContextFullError, InsufficientMemoryError
 from ruvllm.model import Llama, ModelConfig, RopeConfig
 from ruvllm.model.generate import generate
@@ -152,6 +154,24 @@ def test_a_common_prefix_is_computed_once() -> None:
     engine.submit(again)
     engine.finish()
     assert again.reused_tokens == len(prefix)
+
+
+def test_a_text_that_is_computed_again_has_the_same_embedding() -> None:
+    """An answer that grows takes the memory of a text of which most is read already."""
+    model = small_model("int4", 2)
+    ids = text(700)
+    for pooling in ("mean", "last"):
+        (expected,) = embeddings(engine_of(model, 8), [ids], pooling, False)
+        engine = engine_of(model, 5)
+        engine.many.most_tokens = 3
+        answer, embedded = Generated(text(200, seed=1), Sampler(Sampling()), 400, 600), Embedded(ids, pooling)
+        engine.submit(answer)
+        engine.submit(embedded)
+        with reading(engine):
+            engine.finish()
+        assert engine.preemptions == 1
+        np.testing.assert_array_equal(embedded.pooled, expected)
+        assert not any(len(node.ids) and (node.ids[:100] == ids[:100]).all() for node in engine.prefixes)
 
 
 def test_scores_of_long_texts() -> None:

@@ -119,7 +119,7 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield llm.new_cache(200)
     answering, request = llm.answering(sequences=2), llm.request("x" * 100)
     yield [answering, request, answering.submit(request), *answering.engine.step()]
-    yield [Scored(np.arange(100), 50), Embedded(np.arange(100), 100)]
+    yield [Scored(np.arange(100), 50), Embedded(np.arange(100), "mean")]
     yield llm.tokenizer.stream_decoder()
     yield llm.tokenizer
     yield llm.divergence(np.arange(250) % 200, llm, context=64)

@@ -85,6 +85,13 @@ def test_json_follows_its_schema(tokenizer: Tokenizer, seed: int) -> None:
     assert Form(schema=True).compiled() == Form(schema={}).compiled()  # everything follows it
 
 
+def test_masks_that_take_long_are_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = tokenizer.vocab_size
+    expected = walk(constraint_of(Form(schema=Person), tokenizer, size), tokenizer, size, 0)
+    monkeypatch.setattr("ruvllm.structured.constraint._LONG", 0.0)  # another thread computes them
+    assert walk(constraint_of(Form(schema=Person), tokenizer, size), tokenizer, size, 0) == expected
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_other_forms(tokenizer: Tokenizer, seed: int) -> None:
     size = tokenizer.vocab_size

@@ -12,6 +12,7 @@ from ruvllm.batching import Engine, Generated, Scored
 from ruvllm.batching.sequence import Embedded
 from ruvllm.batching.texts import embeddings, reading
 from ruvllm.errors import ContextFullError, InsufficientMemoryError
+from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.model import Llama, ModelConfig, RopeConfig
 from ruvllm.model.generate import generate
 from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
@@ -172,6 +173,21 @@ def test_a_text_that_is_computed_again_has_the_same_embedding() -> None:
         assert engine.preemptions == 1
         np.testing.assert_array_equal(embedded.pooled, expected)
         assert not any(len(node.ids) and (node.ids[:100] == ids[:100]).all() for node in engine.prefixes)
+
+
+def test_a_pool_that_grows_never_takes_more_than_a_full_one() -> None:
+    rng = np.random.default_rng(0)
+    for blocks in (1, 2, 3, 5, 8, 33, 64):
+        for _ in range(5):
+            pool = KVPool(SMALL, blocks)
+            used = 0
+            while used < blocks:
+                before = 0 if not len(pool.keys) else pool.keys[0].shape[1] * LANES // BLOCK
+                used = min(used + int(rng.choice([1, 1, 2, 7])), blocks)
+                pool.reserve(used)
+                after = pool.keys[0].shape[1] * LANES // BLOCK
+                assert used <= after <= blocks and pool.values[0].shape[1] == after * BLOCK
+                assert after == before or 2 * before <= blocks  # what is copied, and its copy
 
 
 def test_scores_of_long_texts() -> None:

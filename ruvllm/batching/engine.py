@@ -45,8 +45,9 @@ class Engine:
     Args:
         model: runs the sequences.
         kv: precision of keys and values: "f32", "f16" or "int8".
-        memory: bytes for keys and values at the most, used as sequences need them; None: enough for all sequences at
-            the model's context length, but at most half of what is free.
+        memory: bytes for keys and values at the most, used as sequences need them, and up to an eighth more for a
+            moment when they are moved; None: enough for all sequences at the model's context length, but at most half
+            of what is free.
         sequences: the most that are computed together; more wait.
 
     Raises:

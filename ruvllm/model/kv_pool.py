@@ -16,7 +16,7 @@ class KVPool(KVArrays):
     """``blocks`` blocks of BLOCK positions, each of every layer: windowed layers keep all positions, too.
 
     As in a ``KVCache`` of so many positions; block b has the positions from BLOCK b on. Memory grows as blocks are
-    first used. It is never more than that of all blocks, although what was there is copied when it grows.
+    first used. While it grows, there are copies of what it holds, of an eighth of all blocks at the most.
 
     Raises:
         ValueError: blocks < 1, or an unknown ``kv``.
@@ -36,8 +36,8 @@ class KVPool(KVArrays):
         """Have memory for the first ``blocks`` blocks: at least twice as much as before, if it is not enough."""
         if blocks > self._reserved:
             wanted = max(blocks, 2 * self._reserved)
-            # Of more than half, copies would not fit. All costs no more: untouched memory is not taken.
-            self._reserved = wanted if 2 * wanted <= self.blocks else self.blocks
+            # The larger arrays may take all their memory at once, on huge pages: what is copied must be little then.
+            self._reserved = wanted if 8 * wanted <= self.blocks else self.blocks
             self.grow([self._reserved * BLOCK] * self.config.num_hidden_layers)
 
     def copy(self, block: int, to: int, positions: int) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 _FORGET = 0.97  # weight of a measurement after one more
 _SHARE = 0.1  # of the last pass of one token in their mean
-_USUAL_START, _USUAL_SLOPE = 1.0, 0.2  # of a pass of several tokens, in passes of one token, until some are measured
-_FEW = 4  # measurements after which one that takes far longer is no longer believed
+_USUAL_START, _USUAL_SLOPE = 1.0, 0.1  # of a pass of several tokens, in passes of one token, until some are measured
+_FEW = 4  # passes of one token after which one that takes far longer is no longer believed
 _FAR = 2.0
 _PRIOR_WEIGHT = 2.0  # guesses that the first expectation counts for
 _LEVELS = 12
@@ -35,7 +35,7 @@ class PassCosts:
 
     def measured(self, n: int, seconds: float) -> None:
         """Take a pass of n tokens into account."""
-        if (self._ones if n == 1 else self._several) >= _FEW:  # else the system may have had something else to do
+        if self._ones >= (_FEW if n == 1 else 1):  # it may have recorded a tape, or waited for another process
             seconds = min(seconds, _FAR * self.of(n))
         if n == 1:
             self._ones += 1

@@ -379,8 +379,13 @@ def test_mistakes_are_one_line_and_exit_code_2(llm, capsys, argv, said):
     [
         ([], "COMMAND"),
         (["generatee"], "invalid choice: 'generatee'"),
-        (["generate", "m", "x", "--tmp", "0.5"], "unknown option --tmp; a text that begins"),
-        (["generate", "m", "x", "--tmp", "0.5"], '"--" (see `ruvllm generate --help`)'),
+        (["generate", "m", "x", "--heat", "0.5"], "unknown option --heat; a text that begins"),
+        (["generate", "m", "x", "--heat", "0.5"], '"--" (see `ruvllm generate --help`)'),
+        (["generate", "m", "x", "--temprature", "1"], "unknown option --temprature: did you mean --temperature? (see"),
+        (["generate", "--tmp=1", "m", "x"], "unknown option --tmp: did you mean --temp? (see `ruvllm generate --help`"),
+        (["generate", "m", "x", "--max_tokens", "5"], "unknown option --max_tokens: did you mean --max-tokens? (see"),
+        (["pull", "smollm2-135m", "--pak"], "unknown option --pak: did you mean --pack? (see `ruvllm pull --help`)"),
+        (["warmup", "--temprature", "1"], "unknown option --temprature; a text that begins"),  # not of this command
         (["generate", "m", "-hello"], 'unknown option -hello; a text that begins with "-" goes last, after "--"'),
         (["generate", "m", "-for what?"], "unknown option '-for what?'; a text"),
         (["generate", "m", "-ngl", "99", "x"], "-ngl is an option of llama.cpp that ruvllm lacks: ruvllm runs on"),
@@ -743,6 +748,15 @@ def test_every_command_explains_itself(capsys, command):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"usage: ruvllm {command} [options]" in capsys.readouterr().out
+
+
+def test_the_help_of_pull_shows_each_option_in_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["pull", "--help"])
+    _, examples = capsys.readouterr().out.split("examples:\n")
+    lines = [line.split()[1:] for line in examples.splitlines() if line.startswith("  ruvllm pull ")]
+    parsed = [parser.parse(line) for line in lines]
+    assert any(args.pack for args in parsed) and any(args.verify for args in parsed)
 
 
 def test_piped_output_has_no_colours_and_fits_no_terminal():

@@ -1,8 +1,10 @@
-"""Options of llama.cpp that ruvllm lacks, and what to use instead: none is mistaken for another option."""
+"""Options that ruvllm lacks, llama.cpp's and mistyped ones, and what to use instead: none is mistaken for another."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _HOST = "ruvllm runs on the CPU only: leave it out"
 _SAMPLING = "leave it out; `--help` lists what there is"
@@ -68,12 +70,21 @@ _USE: dict[str, str] = {
     )
     for name in names.split()
 }
+_CLOSE = 0.75  # share of characters that a mistyped option has in common with the one that was meant
 _GLUED = re.compile(r"-[A-Za-z](=|[+-]?\.?\d)")  # -n5, -n=5: a short option and its number
 
 
 def what_to_use(option: str) -> str | None:
     """What to use in place of an option of llama.cpp; None if llama.cpp has no such option."""
     return _USE.get(option.partition("=")[0])
+
+
+def close_option(option: str, known: Iterable[str]) -> str | None:
+    """The known long option whose name is nearly this; None if there is none."""
+    typed = option.partition("=")[0].replace("_", "-")
+    names = [name[2:] for name in known if name.startswith("--")]
+    close = difflib.get_close_matches(typed[2:], names, n=1, cutoff=_CLOSE) if typed.startswith("--") else []
+    return f"--{close[0]}" if close else None
 
 
 def is_no_option(argument: str) -> bool:

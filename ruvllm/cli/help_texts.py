@@ -108,6 +108,7 @@ examples:
   ruvllm pull
   ruvllm pull smollm2-135m gemma3-270m
   ruvllm pull smollm2-135m --verify
+  ruvllm pull smollm2-135m --pack
   ruvllm pull HuggingFaceTB/SmolLM2-360M-Instruct
   ruvllm pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
 """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import ruvllm
 from ruvllm.cli import help_texts as texts
-from ruvllm.cli.foreign import is_no_option, what_to_use
+from ruvllm.cli.foreign import close_option, is_no_option, what_to_use
 from ruvllm.cli.numbers import integer, number, shares
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -21,6 +22,8 @@ KV = ("auto", "f32", "f16", "int8")  # as in model.kv_cache
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
+
+    commands: Mapping[str, Parser]  # of the whole command line's
 
     def error(self, message: str) -> NoReturn:
         """Print `ruvllm: error: ...` and exit with 2."""
@@ -118,6 +121,7 @@ def build_parser() -> Parser:
     cache = add("cache", "[list | size | prune]", "packed weights that are kept, and their size", texts.CACHE)
     cache.add_argument("--to", metavar="SIZE", help="prune: also the least recently used, until the rest has this size")
     cache.add_argument("--all", action="store_true", help="prune: all of them")
+    parser.commands = commands.choices
     return parser
 
 
@@ -368,10 +372,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
-    """Exit with an error that names an unknown option, and what to use instead if it is one of llama.cpp's."""
-    hint = what_to_use(argument)
+    """Exit with an error that names an unknown option, and what to use instead: of llama.cpp's, or mistyped."""
+    known = parser.commands.get(command, parser)._option_string_actions
+    hint, meant = what_to_use(argument), close_option(argument, known)
     if hint is not None:
         said = f"{argument.partition('=')[0]} is an option of llama.cpp that ruvllm lacks: {hint}"
+    elif meant is not None:
+        said = f"unknown option {argument.partition('=')[0]}: did you mean {meant}?"
     else:
         shown = argument if argument.isprintable() and " " not in argument else repr(argument)
         said = f'unknown option {shown}; a text that begins with "-" goes last, after "--"'

@@ -12,6 +12,7 @@ from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.display import Table, axis
+from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
@@ -80,7 +81,9 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
     Raises:
         FileNotFoundError: the model's file is gone.
         ValueError: an empty prompt.
+        TypeError: llm is a path or a name: load it first.
     """
+    require_loaded(llm)
     states = [f"layers.{i}.residual" for i in range(llm.config.num_hidden_layers)] + ["final.residual"]
     with llm.trace(prompt, kv="f32") as trace:
         trace.keep(*states, "logits")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ruvllm.brief import brief
 from ruvllm.display import Table, axis
+from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.edits import Edit
 from ruvllm.model.hooks import editing
@@ -83,7 +84,9 @@ def patch(
     Raises:
         KeyError: no array has this name.
         ValueError: prompts of different lengths, arrays that cannot be edited, or a metric that is the same in both.
+        TypeError: llm is a path or a name: load it first.
     """
+    require_loaded(llm)
     names = llm.names().matching(at)
     for name in names:
         Edit(llm.model.points, name, scale=1)  # raises where an array cannot be edited

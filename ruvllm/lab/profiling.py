@@ -14,6 +14,7 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.display import as_html, as_text, axis
 from ruvllm.kernels import tape as t
+from ruvllm.lab.loaded import require_loaded
 from ruvllm.lab.work import work_of
 from ruvllm.llm import LLM
 from ruvllm.measure.peaks import Peaks, measured_peaks
@@ -215,7 +216,9 @@ def profile(llm: LLM, prompt: Prompt, max_tokens: int = 16, peaks: Peaks | None 
 
     Raises:
         ValueError: max_tokens < 2, or an empty prompt.
+        TypeError: llm is a path or a name: load it first.
     """
+    require_loaded(llm)
     if max_tokens < 2:
         raise ValueError(f"max_tokens: expected at least 2, found {max_tokens}")
     peaks = peaks or measured_peaks(llm.model.threads)

@@ -13,6 +13,7 @@ import numpy as np
 from ruvllm.brief import brief
 from ruvllm.checkpoint.control_vector import save_control_vector
 from ruvllm.display import Table, axis
+from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.edits import after_layer
@@ -98,8 +99,9 @@ def steering(
 
     Raises:
         ValueError: no prompts, an unknown method, or for "pca" fewer than two pairs.
-        TypeError: one prompt in place of several.
+        TypeError: one prompt in place of several, or llm is a path or a name: load it first.
     """
+    require_loaded(llm)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
     kinds = {"positives": positives, "negatives": negatives}

@@ -528,3 +528,24 @@ def test_cost_of_known_models_and_wrong_arguments() -> None:
             lab.cost(**arguments, peaks=LIMITS)
     with pytest.raises(TypeError, match="config: expected a ModelConfig or a name, found int"):
         lab.cost(5, peaks=LIMITS)  # type: ignore[arg-type]
+
+
+TAKE_MODELS = [name for name in lab.__all__ if "llm" in getattr(getattr(lab, name), "__annotations__", {})]
+
+
+@pytest.mark.parametrize("name", TAKE_MODELS)
+def test_a_path_in_place_of_a_loaded_model(name: str, tmp_path: Path) -> None:
+    function = getattr(lab, name)
+    others = [["a"]] * sum(x.default is x.empty for x in list(inspect.signature(function).parameters.values())[1:])
+    for given in ("smollm2-135m", tmp_path / "model.gguf"):
+        with pytest.raises(TypeError) as caught:
+            function(given, *others)
+        assert str(caught.value) == (
+            f"llm: expected a loaded model, found {str(given)!r}: load it first: ruvllm.load(...)"
+        )
+    with pytest.raises(TypeError, match="expected a loaded model, as ruvllm.load returns, found Llama"):
+        function(loaded("llama2_mha").model, *others)
+
+
+def test_functions_that_take_models_are_found() -> None:
+    assert set(TAKE_MODELS) == {"drift", "patch", "profile", "steering"}

@@ -12,6 +12,7 @@ from typing import Any
 
 
 def main(record: Path, first: int, step: int) -> None:
+    from ruvllm import kernels
     from ruvllm.compiling import operations_for
     from ruvllm.kernels.jit.cache import KernelCache
     from ruvllm.kernels.jit.decorators import COMPILED
@@ -22,6 +23,7 @@ def main(record: Path, first: int, step: int) -> None:
     from ruvllm.model.weights import LAYOUTS
     from tests.aarch64.recorder import read
 
+    _ = kernels.KERNELS  # imports the modules of all kernels
     for kv in DTYPES:
         operations_for((*LAYOUTS, "int5"), kv)  # makes those that models use
     functions: dict[tuple[str, str], Any] = {(f.py_func.__module__, f.py_func.__qualname__): f for f in COMPILED}

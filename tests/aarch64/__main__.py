@@ -31,6 +31,7 @@ import numpy as np
 from ruvllm.checkpoint.hub import pull
 from ruvllm.kernels.jit.private.target import FOREIGN
 from tests.aarch64.recorder import read
+from tests.kernels.spec_cases import BY_WIDTH
 
 ROOT = Path(__file__).parents[2]
 QEMU = "qemu-aarch64-static"
@@ -53,12 +54,6 @@ PIECES = (
     ("tests/kernels/test_matmul.py tests/kernels/test_lora.py", ""),
     ("tests/model/test_llama.py tests/model/test_kv_cache.py", "not processes and not plain_python"),
 )
-# Not compared. Sums follow the register width (jit.decorators, matmul.public.gemv): other last bits. kv_append differed
-# too, for a reason not yet known: perhaps its input, as NumPy's float32 standard_normal may differ between processors.
-BY_WIDTH = frozenset({
-    "cross_entropy", "dot", "gemv", "kv_append", "layer_norm", "log_softmax", "lora_accumulate_grad", "lora_forward",
-    "lora_forward_add", "rms", "rms_norm", "rms_norm_backward", "softmax",
-})  # fmt: skip
 LOGITS = 1e-3  # how far logits in float32 may be apart for that
 
 

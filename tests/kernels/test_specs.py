@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,9 @@ def test_bodies_stay_within_bounds() -> None:
 def test_every_kernel_runs_as_plain_python() -> None:
     """Vectors are then NumPy arrays whose loads and stores check bounds, which compiled ones do not."""
     assert "every kernel agrees" in _in_a_process("check", NUMBA_DISABLE_JIT="1")
+
+
+def test_the_documentation_names_the_kernels_that_differ_between_processors() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanations" / "bits.md").read_text(encoding="utf-8")
+    line = next(line for line in page.splitlines() if line.startswith("| `cross_entropy`"))
+    assert set(re.findall(r"`(\w+)`", line)) == cases.BY_WIDTH

@@ -44,7 +44,7 @@ IN_PLACE = {
 }  # fmt: skip
 # Their sums follow the register width: other last bits on other processors.
 BY_WIDTH = frozenset({
-    "cross_entropy", "dot", "gemv", "layer_norm", "log_softmax", "lora_accumulate_grad", "lora_forward",
+    "add_rms_norm", "cross_entropy", "dot", "gemv", "layer_norm", "log_softmax", "lora_accumulate_grad", "lora_forward",
     "lora_forward_add", "rms", "rms_norm", "rms_norm_backward", "softmax",
 })  # fmt: skip
 

@@ -179,6 +179,42 @@ def test_the_lens_ends_with_what_the_model_predicts(llm: LLM) -> None:
     assert not np.array_equal(lens.ids[0], lens.ids[-1])
 
 
+def test_what_was_not_kept_is_computed_again(llm: LLM) -> None:
+    """With the edits that the text met, whichever there are when it is needed."""
+    for edit in (llm.edit("layers.0.mlp.out", doubled), llm.edit("embed", scale=1)):
+        with edit, llm.trace(IDS) as whole:
+            pass
+        with edit, llm.trace(IDS) as t, llm.edit("layers.0.residual", scale=1):
+            t.keep("layers.*.residual", "layers.1.attention.pattern")
+        with llm.edit("layers.1.mlp.out", scale=0), llm.trace() as other:
+            lens, parts = t.logit_lens(), t.direct_attribution("a", "b")
+            assert not other.names
+        np.testing.assert_array_equal(lens.probabilities, whole.logit_lens().probabilities)
+        assert parts.blocks == whole.direct_attribution("a", "b").blocks
+        for name in ("final.residual", "layers.0.mlp.out"):
+            np.testing.assert_array_equal(t[name], whole[name])
+        assert t.nbytes < whole.nbytes and "logits" not in t
+
+
+def test_what_cannot_be_computed_again_is_named_at_once(llm: LLM) -> None:
+    with llm.trace() as t:
+        t.keep("layers.0.residual")
+        llm.logits(IDS)
+    missing = "2 arrays were not kept: keep.'layers.1.residual', 'final.residual'. before the text"
+    with pytest.raises(KeyError, match=missing):
+        t.logit_lens()
+    with llm.trace(IDS) as t:
+        t.keep("layers.0.residual")
+    llm.model.weights_changed()
+    with pytest.raises(KeyError, match="weights or adapters have changed since the trace"):
+        t.logit_lens()
+    with llm.trace(IDS, limit=IDS.size * 48 * 4 * 2) as t:
+        t.keep("layers.0.residual")
+    with pytest.raises(InsufficientMemoryError, match="trace: 12,096 bytes to keep, more than limit=8,064"):
+        t.logit_lens()
+    assert t.names == ["layers.0.residual"]
+
+
 def test_results_print_and_plot(llm: LLM) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
@@ -211,6 +247,26 @@ def test_edits_nest_and_end_with_their_block(llm: LLM) -> None:
     np.testing.assert_array_equal(t["layers.0.mlp.out"], once["layers.0.mlp.out"] + 1)
     assert np.abs(outer - plain).max() > 0.01
     np.testing.assert_array_equal(llm.logits(IDS), plain)
+
+
+def test_an_edit_may_be_entered_again(llm: LLM) -> None:
+    plain = llm.logits(IDS)
+    with pytest.raises(KeyError, match="no array has this name"):
+        llm.edit("nonsense", scale=0)
+    for edit in (llm.edit("layers.0.mlp.out", scale=2), llm.steer({0: np.ones(48)})):
+        with edit:
+            once = llm.logits(IDS)
+            with edit:
+                twice = llm.logits(IDS)
+            np.testing.assert_array_equal(llm.logits(IDS), once)
+        np.testing.assert_array_equal(llm.logits(IDS), plain)
+        with edit:
+            np.testing.assert_array_equal(llm.logits(IDS), once)
+        assert not np.array_equal(once, plain) and not np.array_equal(twice, once)
+    with llm.edit("layers.0.mlp.out", scale=4):
+        four = llm.logits(IDS)
+    with llm.edit("layers.0.mlp.out", scale=2), llm.edit("layers.0.mlp.out", scale=2):
+        np.testing.assert_array_equal(llm.logits(IDS), four)
 
 
 @pytest.mark.parametrize(("layout", "kv"), [("int4", "f32"), ("int8", "int8")])

@@ -13,7 +13,7 @@ from ruvllm.display import Table, axis
 from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.edits import Edit
-from ruvllm.model.hooks import editing
+from ruvllm.model.hooks import Editing
 from ruvllm.progress import tqdm
 from ruvllm.prompt import Prompt
 from ruvllm.tracing.attribution import token_of
@@ -111,7 +111,7 @@ def patch(
         position = np.zeros(1, np.int64)
         edit = Edit(llm.model.points, name, lambda x, name=name, position=position: source[name][position])
         edit.positions = position
-        with editing(llm.model, edit):  # one block for all positions: its tape is recorded once
+        with Editing(llm.model, [edit]):  # one block for all positions: its tape is recorded once
             # From the last token to the first: the cache then holds what comes before, without patches.
             for position[0] in range(len(ids) - 1, first - 1, -1):
                 held = cache.rewind(int(position[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -129,14 +129,40 @@ def active(model: Any) -> Hooks | None:
     return stack.hooks
 
 
+class Editing:
+    """``with`` it, edits act on what this thread computes with the model; as often as wanted, also within itself."""
+
+    def __init__(self, model: Any, edits: Iterable[Edit]) -> None:
+        self._model, self.edits = model, tuple(edits)
+
+    def __enter__(self) -> None:
+        stack = _here.by_model.setdefault(self._model, _Stack())
+        for recording in stack.waiting:
+            recording.edits.extend(self.edits)
+        stack.edits.extend(self.edits)
+        stack.changed()
+
+    def __exit__(self, *error: object) -> None:
+        stack = _here.by_model[self._model]
+        for edit in reversed(self.edits):
+            del stack.edits[len(stack.edits) - 1 - stack.edits[::-1].index(edit)]  # its last entry: it may have several
+        stack.changed()
+
+    def __repr__(self) -> str:
+        return f"Editing({', '.join(edit.name for edit in self.edits)})"
+
+
 @contextmanager
-def editing(model: Any, edit: Edit) -> Iterator[None]:
-    """Inside the block an edit acts on what this thread computes with the model."""
-    stack = _here.by_model.setdefault(model, _Stack())
-    for recording in stack.waiting:
-        recording.edits.append(edit)
-    with _within(stack, stack.edits, edit):
+def again(model: Any, edits: Iterable[Edit]) -> Iterator[None]:
+    """Inside the block these edits act in this thread, and none that began around it; nor does a recording read."""
+    outer, stack = _here.by_model.setdefault(model, _Stack()), _Stack()
+    stack.edits.extend(edits)
+    _here.by_model[model] = stack
+    try:
         yield
+    finally:
+        stack.changed()
+        _here.by_model[model] = outer
 
 
 @contextmanager

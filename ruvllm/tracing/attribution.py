@@ -82,6 +82,17 @@ def token_of(tokenizer: Any, given: str | int, vocabulary: int) -> int:
     raise ValueError(f"token: expected text of one token, found {given!r}, which has {len(ids)}")
 
 
+def needed(model: Llama) -> list[str]:
+    """The names of the arrays that ``direct_attribution`` reads."""
+    names = ["embed"]
+    for i, layer in enumerate(model.decoder.layers):
+        parts = ["attention.heads", "attention.out", "mlp.out"]
+        if layer.attn_post_norm is not None:
+            parts.insert(1, "attention.before_norm")
+        names += [f"layers.{i}.{part}" for part in parts]
+    return [*names, "final.residual"]
+
+
 def direct_attribution(
     model: Llama, tokenizer: Any, arrays: _Arrays, tokens: tuple[str | int, str | int], position: int
 ) -> Attribution:

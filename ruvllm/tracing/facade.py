@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ruvllm.model.edits import Change, Edit, steering_edits
-from ruvllm.model.hooks import editing, recording, waiting
+from ruvllm.model.hooks import Editing, recording, waiting
 from ruvllm.model.llama import Llama
 from ruvllm.prompt import Prompt
 
@@ -63,12 +63,14 @@ class Inspection:
                 yield trace
                 trace.run()
 
-    @contextmanager
     def edit(
         self, name: str, change: Change | None = None, *, scale: float | None = None,
         positions: int | Iterable[int] | None = None,
-    ) -> Iterator[None]:  # fmt: skip
-        """Inside the block, change a named array of all that this thread computes; blocks nest.
+    ) -> Editing:  # fmt: skip
+        """``with`` it, change a named array of all that this thread computes; blocks nest, and may be entered again.
+
+        An edit acts on what is computed while its block is open. An answer streamed that began inside and is read
+        outside goes on without it; a cache of one's own that was filled inside keeps the edited keys and values.
 
         Args:
             name: of ``names()``, an alias or a glob; of one head the name and its number: "layers.3.heads.4".
@@ -82,14 +84,12 @@ class Inspection:
             ValueError, TypeError: an edit that cannot be; while the model computes, a result of another shape or
                 dtype, or with NaN, with the array's name.
         """
-        with editing(self.model, Edit(self.model.points, name, change, scale, positions)):
-            yield
+        return Editing(self.model, [Edit(self.model.points, name, change, scale, positions)])
 
-    @contextmanager
     def steer(
         self, by: str | os.PathLike[str] | Mapping[int, Any], scale: float = 1.0, layers: Iterable[int] | None = None
-    ) -> Iterator[None]:
-        """Inside the block, add ``scale`` times a direction to the residual stream after each layer.
+    ) -> Editing:
+        """``with`` it, add ``scale`` times a direction to the residual stream after each layer.
 
         Args:
             by: what ``lab.steering`` found; a control vector of llama.cpp (a GGUF file); or directions (E,) by layer.
@@ -104,7 +104,4 @@ class Inspection:
             from ruvllm.checkpoint.control_vector import load_control_vector
 
             by = load_control_vector(by, self.config)
-        with ExitStack() as stack:
-            for edit in steering_edits(self.model.points, self.config, by, scale, layers):
-                stack.enter_context(editing(self.model, edit))
-            yield
+        return Editing(self.model, steering_edits(self.model.points, self.config, by, scale, layers))

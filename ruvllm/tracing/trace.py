@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,12 @@ import numpy as np
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.kernels.memory import require_memory
 from ruvllm.model.edits import Edit
-from ruvllm.model.hooks import recording
-from ruvllm.model.kv_cache import KVCache
+from ruvllm.model.hooks import active, again, recording
+from ruvllm.model.kv_cache import Filling, KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.names import READ, Point, matching
 from ruvllm.model.reference import attention_pattern, attention_scores, rms_norm
-from ruvllm.tracing.attribution import Attribution, direct_attribution
+from ruvllm.tracing.attribution import Attribution, direct_attribution, needed
 from ruvllm.tracing.lens import LogitLens, logit_lens
 from ruvllm.tracing.patterns import AttentionPattern
 
@@ -49,6 +49,8 @@ class Trace:
         self.first = 0  # the position of the first row
         self.nbytes = 0  # of all arrays that are kept
         self._done = False
+        self._acted: tuple[Edit, ...] = ()  # edits that the text met, and what else decided its arrays
+        self._filling: Filling | None = None
 
     def keep(self, *globs: str) -> None:
         """Keep the arrays of these names, aliases or globs, in addition to those of earlier calls.
@@ -105,13 +107,21 @@ class Trace:
         return AttentionPattern(f"layer {layer}", pattern, self.tokens, [*before, *self.tokens])
 
     def logit_lens(self, top: int = 3) -> LogitLens:
-        """The likeliest tokens if the residual stream after each layer went straight to the last norm and head."""
-        states = [f"layers.{i}.residual" for i in range(self.model.config.num_hidden_layers)]
-        arrays = [self[name] for name in (*states, "final.residual")]
-        return logit_lens(self.model, self.tokenizer, arrays, self.tokens, top)
+        """The likeliest tokens if the residual stream after each layer went straight to the last norm and head.
+
+        Arrays that it needs and that were not kept are computed again from the prompt, with the same edits, and kept.
+        Raises KeyError without a prompt, or if weights or adapters have changed.
+        """
+        states = [*(f"layers.{i}.residual" for i in range(self.model.config.num_hidden_layers)), "final.residual"]
+        self._complete(states)
+        return logit_lens(self.model, self.tokenizer, [self[name] for name in states], self.tokens, top)
 
     def direct_attribution(self, wanted: str | int, other: str | int, position: int = -1) -> Attribution:
-        """What each layer, head and feed-forward network adds to logit(wanted) - logit(other) after one token."""
+        """What each layer, head and feed-forward network adds to logit(wanted) - logit(other) after one token.
+
+        Arrays that were not kept are computed again, as for ``logit_lens``.
+        """
+        self._complete(needed(self.model))
         return direct_attribution(self.model, self.tokenizer, self, (wanted, other), position)
 
     def run(self) -> None:
@@ -123,8 +133,31 @@ class Trace:
         self._require(each * len(self._text))
         whole = any(self._keeps(name) for name in ("final.norm", "logits"))
         with recording(self.model, self):
+            hooks = active(self.model)
+            self._acted, self._filling = () if hooks is None else hooks.edits, self.model.filling
             self.model.forward(self._text, self._new_cache(len(self._text)), last_only=not whole)
         self._done = True
+
+    def _complete(self, names: Iterable[str]) -> None:
+        """Have these arrays: what was not kept is computed again."""
+        self.run()
+        missing = [name for name in names if not self._has(name)]
+        if not missing:
+            return
+        wanted = f"were not kept: keep({', '.join(map(repr, missing))}) before the text is computed"
+        if self._text is None:
+            raise KeyError(f"{len(missing)} arrays {wanted}; without a prompt they cannot be computed again")
+        more = Trace(self.model, self.tokenizer, self._text, self._new_cache, self.limit)
+        more.nbytes = self.nbytes
+        more.keep(*missing)
+        with again(self.model, self._acted):
+            if self.model.filling != self._filling:
+                raise KeyError(f"weights or adapters have changed since the trace, and {len(missing)} arrays {wanted}")
+            more.run()
+        assert self._kept is not None
+        self._kept |= more._parts.keys()
+        self._parts |= more._parts
+        self.nbytes = more.nbytes
 
     # What ``hooks`` call.
 

@@ -12,7 +12,7 @@ import pytest
 from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.model import Llama
 from ruvllm.model.edits import Edit
-from ruvllm.model.hooks import editing
+from ruvllm.model.hooks import Editing
 from ruvllm.model.layer import Decoder, TransformerLayer
 from ruvllm.model.names import matching
 from ruvllm.model.reference import Float64, reference_states
@@ -113,7 +113,7 @@ def test_edits_are_those_of_the_reference(variant: str, tmp_path: Path) -> None:
         Edit(model.points, "layers.0.mlp.out", middle, positions=[2, 5, 1000]),
     ]  # fmt: skip
     for model.fused in (True, False):
-        with editing(model, edits[0]), editing(model, edits[1]), editing(model, edits[2]):
+        with Editing(model, edits):
             edited = logits(model, ids)
             together = traced(model, ids, "logits")["logits"]
         assert np.abs(edited - expected).max() <= 2e-4
@@ -177,7 +177,7 @@ def test_experts_can_be_edited(layout: str, tmp_path: Path) -> None:
 
     found = []
     for model.fused in (True, False):
-        with editing(model, Edit(model.points, "layers.0.mlp.experts.out", without, positions=[4, 7])):
+        with Editing(model, [Edit(model.points, "layers.0.mlp.experts.out", without, positions=[4, 7])]):
             found.append(traced(model, ids))
     expected = plain["layers.0.mlp.out"].copy()
     expected[[4, 7]] -= weights[[4, 7], 1:] * outputs[[4, 7], 1]

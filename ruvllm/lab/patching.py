@@ -17,7 +17,7 @@ from ruvllm.model.hooks import Editing
 from ruvllm.progress import tqdm
 from ruvllm.prompt import Prompt
 from ruvllm.tracing.attribution import token_of
-from ruvllm.tracing.labels import label_ticks, shown
+from ruvllm.tracing.labels import label_ticks, shown, text_of
 
 Metric = Callable[[np.ndarray], float] | tuple[str | int, str | int]
 _COLUMNS = 8  # tokens of a printed table: those with the largest effects
@@ -76,7 +76,7 @@ def patch(
     Args:
         llm: a loaded model.
         clean, corrupted: two prompts of as many tokens, as "When Mary and John ..." and "When Anna and John ...".
-        at: the arrays: a name, alias or glob of ``llm.names()``.
+        at: the arrays: a name, alias or glob of ``llm.names()``; of one head "layers.3.heads.4".
         metric: a number made of the logits (V,) after the last token, or two tokens, whose logits' difference it is;
             None: of the tokens that are likeliest in the two runs.
         progress: show a bar; None: where stderr is a terminal or a notebook.
@@ -87,11 +87,12 @@ def patch(
         TypeError: llm is a path or a name: load it first.
     """
     require_loaded(llm)
-    names = llm.names().matching(at)
-    for name in names:
-        Edit(llm.model.points, name, scale=1)  # raises where an array cannot be edited
+    points = llm.model.points
+    whole_edit = Edit(points, at, scale=1)  # raises where an array cannot be edited
+    head, names = whole_edit.head, [name for name in points if name in whole_edit.names]
+    patched = names if head is None else [f"{name}.{head}" for name in names]
     with llm.trace(clean) as source:
-        source.keep(at)
+        source.keep(*names)
     with llm.trace(corrupted) as target:
         target.keep("embed")
     ids = target.ids
@@ -109,14 +110,15 @@ def patch(
         cache.clear()
         llm.logits(ids, cache, last_only=True)
         position = np.zeros(1, np.int64)
-        edit = Edit(llm.model.points, name, lambda x, name=name, position=position: source[name][position])
+        held_rows = source[name] if head is None else source[name][:, head]
+        edit = Edit(points, patched[row], lambda x, rows=held_rows, position=position: rows[position])
         edit.positions = position
         with Editing(llm.model, [edit]):  # one block for all positions: its tape is recorded once
             # From the last token to the first: the cache then holds what comes before, without patches.
             for position[0] in range(len(ids) - 1, first - 1, -1):
                 held = cache.rewind(int(position[0]))
                 values[row, position[0]] = measure(llm.logits(ids[held:], cache, last_only=True))
-    return Patching(names, target.tokens, values, whole, none)
+    return Patching(patched, target.tokens, values, whole, none)
 
 
 def _measure(llm: LLM, metric: Metric | None, logits: tuple[np.ndarray, np.ndarray]) -> Callable[[np.ndarray], float]:
@@ -125,7 +127,7 @@ def _measure(llm: LLM, metric: Metric | None, logits: tuple[np.ndarray, np.ndarr
     if metric is None:
         first, second = (int(x.argmax()) for x in logits)
         if first == second:
-            token = llm.tokenizer.decode([first])
+            token = text_of(llm.tokenizer, first)
             raise ValueError(f"metric: {token!r} is likeliest in both runs: give two tokens or a function")
     else:
         first, second = (token_of(llm.tokenizer, token, llm.config.vocab_size) for token in metric)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.brief import brief
-from ruvllm.checkpoint.control_vector import save_control_vector
+from ruvllm.checkpoint.control_vector import load_control_vector, save_control_vector
 from ruvllm.display import Table, axis
 from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
@@ -21,6 +21,7 @@ from ruvllm.progress import tqdm
 from ruvllm.prompt import Prompt
 
 METHODS = ("mean", "pca")
+_NOTHING = 1e-12  # of the residual stream's length: a difference that rounding in float64 leaves
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ class Steering(Table, Mapping[int, np.ndarray]):
         """
         return save_control_vector(path, self, self.config)
 
+    @staticmethod
+    def load(path: str | os.PathLike[str], llm: LLM) -> dict[int, np.ndarray]:
+        """The directions (E,) by layer of a control vector for this model: what ``llm.steer(path)`` adds.
+
+        Raises:
+            FileNotFoundError, ModelFormatError: the file is not there, unsound, or was made for another model.
+        """
+        return load_control_vector(path, llm.config)
+
     def heading(self) -> str:
         """One line: of what."""
         best = int(self.separation.argmax())
@@ -98,7 +108,7 @@ def steering(
         progress: show a bar; None: where stderr is a terminal or a notebook.
 
     Raises:
-        ValueError: no prompts, an unknown method, or for "pca" fewer than two pairs.
+        ValueError: no prompts, an unknown method, for "pca" fewer than two pairs, or texts that do not differ.
         TypeError: one prompt in place of several, or llm is a path or a name: load it first.
     """
     require_loaded(llm)
@@ -123,11 +133,13 @@ def steering(
         if method == "mean"
         else np.stack([_component(x, m) for x, m in zip((one - other).swapaxes(0, 1), mean, strict=True)])
     )
+    sizes = np.linalg.norm(np.concatenate([one, other]), axis=-1).mean(0)
+    if (np.linalg.norm(directions, axis=-1) <= _NOTHING * sizes).all():
+        raise ValueError(f"steering: positives and negatives do not differ (method={method!r}): there is no direction")
     unit = directions / np.maximum(np.linalg.norm(directions, axis=-1, keepdims=True), 1e-30)
     along = [np.einsum("nle,le->nl", x, unit) for x in (one, other)]
     spread = np.sqrt(sum(x.var(0) for x in along) / 2)
     gap = np.abs(along[0].mean(0) - along[1].mean(0))
-    sizes = np.linalg.norm(np.concatenate([one, other]), axis=-1).mean(0)
     return Steering(
         directions.astype(np.float32), np.linalg.norm(directions, axis=-1) / sizes,
         gap / np.maximum(spread, 1e-6 * sizes), method, llm.config,
@@ -144,6 +156,8 @@ def _last_states(llm: LLM, prompt: Prompt, bar: Any) -> np.ndarray:
 
 
 def _component(differences: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """The first principal component of differences (n, E) about zero, on the side of their mean."""
+    """The first principal component of differences (n, E) about zero, on the side of their mean; 0 if they are."""
+    if not differences.any():
+        return mean
     first = np.linalg.svd(differences, full_matrices=False)[2][0]
     return np.asarray(first if first @ mean >= 0 else -first)

@@ -9,6 +9,12 @@ MOST = 24  # labels along an axis
 _CHARACTERS = 10  # of one label
 
 
+def text_of(tokenizer: Any, token: int) -> str:
+    """A token's text; "<262>" for one that only the model has, whose vocabulary may be padded."""
+    text: str = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
+    return text or f"<{token}>"
+
+
 def shown(token: str, most: int = _CHARACTERS) -> str:
     """A token's text on one line, in quotes where blanks matter no one sees."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace("\n", "\\n"))

@@ -20,16 +20,23 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
 
 
-@pytest.mark.parametrize("at", ["layers.*.residual", "layers.*.attention.heads", "blocks.1.hook_mlp_out"])
+@pytest.mark.parametrize(
+    "at", ["layers.*.residual", "layers.*.attention.heads", "blocks.1.hook_mlp_out", "layers.*.heads.2"]
+)
 def test_each_patch_is_a_run_from_the_beginning(llm: LLM, at: str) -> None:
     found = lab.patch(llm, CLEAN, CORRUPTED, at, metric=("a", "b"))
     with llm.trace(CLEAN) as clean:
         pass
-    assert found.names == llm.names().matching(at) and found.tokens == list(CORRUPTED)
+    if at.endswith(".2"):
+        assert found.names == ["layers.0.attention.heads.2", "layers.1.attention.heads.2"]
+    else:
+        assert found.names == llm.names().matching(at)
+    assert found.tokens == list(CORRUPTED)
     assert found.values.shape == (len(found.names), 12)
     for row, name in enumerate(found.names):
         for position in range(12):
-            with llm.edit(name, clean[name][position], positions=position):
+            value = clean[name.removesuffix(".2")][position]
+            with llm.edit(name, value[2] if name.endswith(".2") else value, positions=position):
                 logits = llm.logits(llm.tokenizer.encode(CORRUPTED))[-1]
             assert found.values[row, position] == logits[97] - logits[98]
 

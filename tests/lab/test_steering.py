@@ -104,6 +104,9 @@ def test_files_are_those_of_the_gguf_package(llm: LLM, tmp_path: Path) -> None:
     (tensor,) = reader.tensors
     assert tensor.name == "direction.1" and tensor.tensor_type == gguf.GGMLQuantizationType.F32
     np.testing.assert_array_equal(tensor.data, found[1])
+    loaded = lab.Steering.load(tmp_path / "joy.gguf", llm)
+    assert list(loaded) == [1]
+    np.testing.assert_array_equal(loaded[1], found[1])
     ids = llm.tokenizer.encode("Hello")
     with llm.steer(tmp_path / "joy.gguf", 3):
         steered = llm.logits(ids)
@@ -172,6 +175,9 @@ def test_wrong_arguments(llm: LLM, tmp_path: Path) -> None:
         lab.steering(llm, GOOD, BAD, method="svd")
     with pytest.raises(ValueError, match="pca: expected two pairs or more, found 3 positives, 2 negatives"):
         lab.steering(llm, GOOD, BAD[:2], method="pca")
+    for method in ("mean", "pca"):
+        with pytest.raises(ValueError, match="positives and negatives do not differ"):
+            lab.steering(llm, GOOD, GOOD, method=method, progress=False)
     with pytest.raises(TypeError, match="positives: expected several prompts, found one text"):
         lab.steering(llm, "I am glad", BAD)
     with pytest.raises(ValueError, match="negatives: expected at least one prompt"):

@@ -77,12 +77,12 @@ class Inspection:
             change: a function of the array, which returns another or changes it in place and returns None; or what
                 the array becomes, broadcast.
             scale: a factor, in place of ``change``; 0 removes what the array carries.
-            positions: of the sequence, whose rows are changed; None: all.
+            positions: of the sequence, from 0, whose rows are changed where the block computes them; None: all.
 
         Raises:
             KeyError: no array has this name.
             ValueError, TypeError: an edit that cannot be; while the model computes, a result of another shape or
-                dtype, or with NaN, with the array's name.
+                dtype, or with NaN or infinity, with the array's name. Logits and routers' scores may be -inf.
         """
         return Editing(self.model, [Edit(self.model.points, name, change, scale, positions)])
 

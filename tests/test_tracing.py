@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -16,7 +17,7 @@ from ruvllm.llm import LLM
 from ruvllm.model import LoraAdapter, LoraConfig
 from ruvllm.model.kv_pool import KVPool
 from ruvllm.model.many import Many, Run
-from tests.llm_cases import byte_llm
+from tests.llm_cases import CONFIG, byte_llm
 from tests.model.model_cases import KINDS
 
 IDS = np.arange(40, 61)
@@ -96,6 +97,7 @@ def test_a_trace_keeps_what_is_asked_for(llm: LLM) -> None:
         t.keep(*RESIDUALS)
         t.keep("blocks.0.attn.hook_z")
     assert t.names == ["embed", "layers.0.residual", "layers.0.attention.heads", "layers.1.residual", "final.residual"]
+    assert t.keys() == list(t) == t.names and len(t) == 5
     assert t.tokens == list("Hello") and t["layers.0.residual"].dtype == np.float32
     assert t["layers.0.heads"].shape == (5, 4, 12) and t.nbytes == 5 * 5 * 48 * 4
     np.testing.assert_array_equal(t["blocks.0.hook_resid_post"], t["layers.1.residual"])
@@ -164,8 +166,34 @@ def test_attribution_sums_to_the_difference_of_logits(llm: LLM) -> None:
     before = t.direct_attribution("a", "b", position=2)
     assert before.difference == pytest.approx(t["logits"][2, 97] - t["logits"][2, 98], abs=1e-5)
     assert "layers.1.mlp.out" in str(found)
+    for position in (5, -6, 1.0):
+        with pytest.raises(ValueError, match=f"position: expected -5 to 4, found {position}"):
+            t.direct_attribution("a", "b", position)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected text of one token, found 'ab', which has 2"):
         t.direct_attribution("ab", "c")
+
+
+def test_attribution_says_what_it_does_not_explain(tmp_path: Path) -> None:
+    """Products of quantised weights round activations."""
+    llm = byte_llm(tmp_path, "int4", threads=1)
+    with llm.trace("Hello") as t:
+        pass
+    found = t.direct_attribution("a", "b")
+    assert found.logits == t["logits"][-1, 97] - t["logits"][-1, 98]
+    assert found.unexplained == pytest.approx(found.logits - sum(found.blocks.values()))
+    found = dataclasses.replace(found, logits=sum(found.blocks.values()) + 0.25)
+    assert f"logit a - logit b = {found.logits:.3f}" in found.heading() and "+0.250 unexplained" in found.heading()
+    assert "unexplained" not in dataclasses.replace(found, logits=found.logits - 0.25).heading()
+
+
+def test_tokens_of_a_padded_vocabulary_are_shown_by_number(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=270)
+    llm = byte_llm(tmp_path, threads=1, config=config)
+    banned = np.where(np.arange(270) == 262, np.float32(0), np.float32("-inf"))
+    with llm.edit("logits", lambda x: x + banned), llm.trace([7, 262]) as t:
+        assert (t["logits"].argmax(-1) == 262).all()
+    assert t.tokens[1] == "<262>" and t.logit_lens(top=270).texts[262] == "<262>"
+    assert t.direct_attribution(262, "a").wanted == "<262>"
 
 
 def test_the_lens_ends_with_what_the_model_predicts(llm: LLM) -> None:
@@ -307,6 +335,14 @@ def test_an_edit_may_begin_inside_of_a_trace(llm: LLM) -> None:
         ("embed", {"change": lambda x: x.astype(np.float64)}, TypeError, "edit of embed: expected float32"),
         ("embed", {"change": lambda x: 1}, TypeError, "edit of embed: expected a function that returns an array"),
         ("embed", {"change": lambda x: x * np.float32("nan")}, ValueError, "edit of embed: NaN in 1008 of 1008"),
+        ("embed", {"change": lambda x: x + np.float32("inf")}, ValueError, "edit of embed: infinity in 1008 of 1008"),
+        ("embed", {"change": np.inf}, ValueError, "edit of embed: infinity in 1008 of 1008"),
+        ("logits", {"change": np.inf}, ValueError, "edit of logits: infinity in"),
+        ("embed", {"scale": float("nan")}, ValueError, "edit of embed: scale: expected a finite number, found nan"),
+        ("embed", {"scale": -np.inf}, ValueError, "edit of embed: scale: expected a finite number, found -inf"),
+        ("embed", {"scale": 1e39}, ValueError, "edit of embed: scale: expected a finite number, found 1e"),
+        ("final.norm", {"scale": 3e38}, ValueError, "edit of final.norm: infinity in"),
+        ("embed", {"scale": "0"}, ValueError, "edit of embed: scale: expected a finite number, found '0'"),
         ("embed", {"change": np.ones(5)}, ValueError, r"edit of embed: expected a value of shape \(21, 48\), found"),
         ("embed", {"change": "x"}, TypeError, "edit of embed: expected numbers"),
         ("embed", {}, ValueError, "either a function or value, or scale="),

@@ -11,7 +11,7 @@ from ruvllm.brief import brief
 from ruvllm.display import Table, axis
 from ruvllm.model.checks import is_integer
 from ruvllm.model.llama import Llama
-from ruvllm.tracing.labels import shown
+from ruvllm.tracing.labels import shown, text_of
 
 _SHOWN = 15  # parts of a printed table
 
@@ -27,7 +27,8 @@ class Attribution(Table):
     """What is added to logit(wanted) - logit(other), the last norm's divisor held fixed, before any softcap.
 
     blocks: of the embedding, and of each layer's attention and feed-forward network; they sum to ``difference``.
-    heads: (layers, H), the parts of attention; what is left of it is the bias of its output.
+    heads: (layers, H), the parts of attention; what is left of it is the bias of its output. logits: the difference of
+    the model's own logits.
     """
 
     wanted: str
@@ -35,12 +36,20 @@ class Attribution(Table):
     difference: float
     blocks: dict[str, float]
     heads: np.ndarray
+    logits: float
 
     __repr__ = brief
 
+    @property
+    def unexplained(self) -> float:
+        """``logits`` less ``blocks``: activations rounded for quantised weights, a softcap, an edited residual."""
+        return self.logits - sum(self.blocks.values())
+
     def heading(self) -> str:
         """One line: the two tokens and their difference."""
-        return f"logit {shown(self.wanted)} - logit {shown(self.other)} = {self.difference:.3f}, of which"
+        left = f"{self.unexplained:+.3f}"
+        parts = "" if float(left) == 0 else f" {sum(self.blocks.values()):.3f} from parts and {left} unexplained"
+        return f"logit {shown(self.wanted)} - logit {shown(self.other)} = {self.logits:.3f}, of which{parts}"
 
     def rows(self) -> list[tuple[str, ...]]:
         """The parts that count most, heads apart; the first row has the headings."""
@@ -102,6 +111,9 @@ def direct_attribution(
     rows = decoder.head.take(np.array([first, second]))
     if decoder.head.bias is not None:
         raise ValueError("direct_attribution: the head has a bias, which no layer adds")
+    rows_held = len(arrays["final.residual"])
+    if not (is_integer(position) and -rows_held <= position < rows_held):
+        raise ValueError(f"position: expected {-rows_held} to {rows_held - 1}, found {position!r}")
     x = arrays["final.residual"][position].astype(np.float64)
     size = np.sqrt(np.mean(x * x) + decoder.eps)
     direction = (rows[0].astype(np.float64) - rows[1]) * decoder.norm / size / decoder.logits_scaling
@@ -116,8 +128,10 @@ def direct_attribution(
             before = arrays[at + "before_norm"][position].astype(np.float64)
             factor *= layer.attn_post_norm / np.sqrt(np.mean(before * before) + layer.eps)
         heads[i] = _head_outputs(model, layer.attention.o, arrays[at + "heads"][position]) @ (factor * direction)
-    text = [tokenizer.decode([token]) for token in (first, second)]
-    return Attribution(text[0], text[1], float(x @ direction), blocks, heads)
+    text = [text_of(tokenizer, token) for token in (first, second)]
+    logits = model.unembed(arrays["final.residual"][position][None])[0]
+    difference = float(logits[first] - logits[second])
+    return Attribution(text[0], text[1], float(x @ direction), blocks, heads, difference)
 
 
 def _head_outputs(model: Llama, o: Any, read: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import ruvllm.kernels as K
 from ruvllm.brief import brief
 from ruvllm.display import Table, axis
 from ruvllm.model.llama import Llama
-from ruvllm.tracing.labels import label_ticks, shown
+from ruvllm.tracing.labels import label_ticks, shown, text_of
 
 _ROWS = 32  # whose logits are in memory at once
 _COLUMNS = 6  # positions of a printed table
@@ -77,5 +77,5 @@ def logit_lens(model: Llama, tokenizer: Any, states: list[np.ndarray], tokens: l
                 best = K.top_logprobs(logits, top)
                 ids[stage, row] = [token for token, _ in best]
                 probabilities[stage, row] = np.exp([share for _, share in best])
-    texts = {int(i): tokenizer.decode([int(i)]) for i in np.unique(ids)}
+    texts = {int(i): text_of(tokenizer, int(i)) for i in np.unique(ids)}
     return LogitLens(tokens, ids, probabilities, texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ruvllm.model.llama import Llama
 from ruvllm.model.names import READ, Point, matching
 from ruvllm.model.reference import attention_pattern, attention_scores, rms_norm
 from ruvllm.tracing.attribution import Attribution, direct_attribution, needed
+from ruvllm.tracing.labels import text_of
 from ruvllm.tracing.lens import LogitLens, logit_lens
 from ruvllm.tracing.patterns import AttentionPattern
 
@@ -81,7 +82,7 @@ class Trace:
     @property
     def tokens(self) -> list[str]:
         """The text of each token."""
-        return [self.tokenizer.decode([i]) for i in self.ids.tolist()]
+        return [text_of(self.tokenizer, i) for i in self.ids.tolist()]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array of a name or alias, float32; its shape is in ``llm.names()``.
@@ -95,6 +96,16 @@ class Trace:
             raise KeyError(f"{name!r}: expected one array, found {len(found)}: {', '.join(found[:3])}, ...")
         point = self.model.points[found[0]]
         return self._derived(point) if point.derived else self._array(point.name)
+
+    def keys(self) -> list[str]:
+        """``names``."""
+        return self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     def __contains__(self, name: object) -> bool:
         self.run()

@@ -323,6 +323,9 @@ def test_an_edit_may_begin_inside_of_a_trace(llm: LLM) -> None:
     with llm.trace(IDS) as inside, llm.edit("embed", doubled):
         pass
     np.testing.assert_array_equal(inside["logits"], before["logits"])
+    with pytest.raises(ValueError, match=r"edit of embed: positions: expected 0 to 20 of this text, found \[21\]"):
+        with llm.trace(IDS), llm.edit("embed", scale=0, positions=[20, 21]):
+            pass
     with llm.trace(IDS) as after:
         pass
     assert not np.array_equal(after["logits"], before["logits"])

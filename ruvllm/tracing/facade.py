@@ -77,7 +77,8 @@ class Inspection:
             change: a function of the array, which returns another or changes it in place and returns None; or what
                 the array becomes, broadcast.
             scale: a factor, in place of ``change``; 0 removes what the array carries.
-            positions: of the sequence, from 0, whose rows are changed where the block computes them; None: all.
+            positions: of the sequence, from 0, whose rows are changed where the block computes them; None: all. An edit
+                inside of a trace of a prompt must have positions of that prompt.
 
         Raises:
             KeyError: no array has this name.

@@ -140,6 +140,11 @@ class Trace:
         if self._done or self._text is None:
             return
         self._begun()
+        for edit in self.edits:  # those of this text alone; others may be meant for longer ones
+            beyond = [] if edit.positions is None else edit.positions[edit.positions >= len(self._text)].tolist()
+            if beyond:
+                last = len(self._text) - 1
+                raise ValueError(f"edit of {edit.name}: positions: expected 0 to {last} of this text, found {beyond}")
         each = sum(point.row_bytes for point in self.model.points.values() if point.name in (self._kept or ()))
         self._require(each * len(self._text))
         whole = any(self._keeps(name) for name in ("final.norm", "logits"))

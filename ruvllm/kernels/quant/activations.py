@@ -158,10 +158,10 @@ def quantize_activations(x, to, shift, lo, hi):
                             a, b = _without(a, b, np.int64(outliers[t, taken, 0]) - first)
                         taken += 1
                     _round_group(a, b, inverse[at + g], largest[at + g], lines, first_group + (base + g) * block_tokens)
-        for t in range(start + shift, end + shift):
-            first_group = t // block_tokens * groups * block_tokens + t % block_tokens
-            for i in range(OUTLIERS):
-                lines.totals[first_group + np.int64(outliers[t, i, 0]) // GROUP * block_tokens] += outliers[t, i, 1]
+                if base == 0:
+                    for i in range(OUTLIERS):
+                        g = np.int64(outliers[t, i, 0]) // GROUP
+                        lines.totals[first_group + g * block_tokens] += outliers[t, i, 1]
 
 
 @inline_kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -24,6 +25,11 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     commands: Mapping[str, Parser]  # of the whole command line's
+
+    @property
+    def options(self) -> list[str]:
+        """The options that its help shows."""
+        return re.findall(r"(?:^  |, )(--?[a-z][a-z0-9-]*)", self.format_help(), re.MULTILINE)
 
     def error(self, message: str) -> NoReturn:
         """Print `ruvllm: error: ...` and exit with 2."""
@@ -373,7 +379,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
     """Exit with an error that names an unknown option, and what to use instead: of llama.cpp's, or mistyped."""
-    known = parser.commands.get(command, parser)._option_string_actions
+    known = parser.commands.get(command, parser).options
     hint, meant = what_to_use(argument), close_option(argument, known)
     if hint is not None:
         said = f"{argument.partition('=')[0]} is an option of llama.cpp that ruvllm lacks: {hint}"

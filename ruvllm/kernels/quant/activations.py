@@ -160,8 +160,8 @@ def quantize_activations(x, to, shift, lo, hi):
                     _round_group(a, b, inverse[at + g], largest[at + g], lines, first_group + (base + g) * block_tokens)
                 if base == 0:
                     for i in range(OUTLIERS):
-                        g = np.int64(outliers[t, i, 0]) // GROUP
-                        lines.totals[first_group + g * block_tokens] += outliers[t, i, 1]
+                        group = np.int64(outliers[t, i, 0]) // GROUP
+                        lines.totals[first_group + group * block_tokens] += outliers[t, i, 1]
 
 
 @inline_kernel

@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernels [--only gemm,norm,...] [--threads 1,2] [--quick] [--json OUT] [--torch-python PYTHON]
 
-Every size of the kernels' records is measured as ``ruvllm report`` measures its rows: the engines take turns, A B B A,
+Every size of the kernels' records is measured as ``ruvllm report`` measures its rows: engines are interleaved, A B B A,
 and never compute at the same time; figures are medians. NumPy (OpenBLAS) runs in this process, PyTorch in its own:
 ``--torch-python`` or RUVLLM_TORCH_PYTHON names a Python that has it. Where cores differ, as next to busy programs,
 ``taskset -c 1`` and ``--threads 1`` keep everything on one core.

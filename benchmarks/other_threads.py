@@ -2,7 +2,7 @@
 
     python -m benchmarks.other_threads [--model smollm2-135m] [--tokens 48] [--rounds 7]
 
-Rounds take turns: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all of its threads,
+Rounds are interleaved: decoding alone; decoding where BLAS multiplies matrices between the tokens, on all its threads,
 which then wait, perhaps spinning, while ours run; and the same with PyTorch, if it is installed. Only the decoding is
 timed. A ratio near 1 means that the threads do not disturb each other. OpenBLAS's threads spin for
 2^OPENBLAS_THREAD_TIMEOUT clock ticks, a variable that NumPy reads at import. Here NumPy is imported first, as in most

@@ -4,7 +4,7 @@ python -m benchmarks.peers [--models Q4_1,Q4_0,Q8_0,Q4_K_M] [--threads 1,2] [--c
                            [--seven-b] [--kv f16] [--json OUT] [--llama-python PYTHON]
 python -m benchmarks.peers --perplexity [FILE]
 
-The engines take turns, A B A B, and never compute at the same time; figures are medians over the rounds. Each row has
+Engines are interleaved, A B A B, and never compute at the same time; figures are medians over the rounds. Each row has
 the read bandwidth of the machine, measured in the same rounds, and for decoding the share of it that each engine used:
 the bytes of its weights over the time of a token. llama.cpp (llama-cpp-python, flash attention on, memory-mapped) runs
 in a process of its own; ``--llama-python`` or RUVLLM_LLAMA_PYTHON names a Python that has it. ik_llama.cpp is a column

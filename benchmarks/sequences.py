@@ -3,8 +3,9 @@
     python -m benchmarks.sequences [--kind Q4_0] [--threads 1,2] [--sequences 1,2,4,8,16] [--rounds 7]
                                    [--llama-python PYTHON]
 
-Every sequence has a text of its own. The engines take turns with the same random tokens; both compute the logits after
-each token, and nothing is sampled. "answers" is what ``LLM.generate_many`` reaches with greedy sampling and text.
+Every sequence has a text of its own. The engines are interleaved, with the same random tokens; both compute the
+logits after each token, and nothing is sampled. "answers" is what ``LLM.generate_many`` reaches with greedy sampling
+and text.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def measure(path: Path, threads: int, counts: list[int], rounds: int, llama: Lla
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, (STEPS, max(counts)))
     passes = {count: _Passes(llm, count) for count in counts}
     own: dict[int, list[float]] = {count: [] for count in counts}
-    text: dict[int, list[float]] = {count: [] for count in counts}
+    answered: dict[int, list[float]] = {count: [] for count in counts}
     other: dict[int, list[float]] = {count: [] for count in counts}
     if llama is not None:
         llama.call("load_many", path=str(path), threads=threads, context=STEPS, sequences=max(counts))
@@ -76,20 +77,20 @@ def measure(path: Path, threads: int, counts: list[int], rounds: int, llama: Lla
             peer = 0.0
             if llama is not None:
                 peer = count * STEPS / float(llama.call("decode_many", ids=ids[:, :count].tolist()))
-            answered = answers(llm, count)
+            generated = answers(llm, count)
             if number:
                 own[count].append(speed)
                 other[count].append(peer)
-                text[count].append(answered)
+                answered[count].append(generated)
     first = min(counts)
     for count in counts:
-        mine, peer, told = (statistics.median(found[count]) for found in (own, other, text))
-        base, told_base = statistics.median(own[first]), statistics.median(text[first])
+        mine, peer, text = (statistics.median(found[count]) for found in (own, other, answered))
+        one, text_of_one = statistics.median(own[first]), statistics.median(answered[first])
         print(
             table_line(
-                count, threads, f"{mine:.1f}", f"{mine / base:.2f}x",
+                count, threads, f"{mine:.1f}", f"{mine / one:.2f}x",
                 f"{peer:.1f}" if peer else NOT_INSTALLED, f"{mine / peer:.2f}x" if peer else "-",
-                f"{told:.1f}", f"{told / told_base:.2f}x", headings=HEADINGS,
+                f"{text:.1f}", f"{text / text_of_one:.2f}x", headings=HEADINGS,
             ),
             flush=True,
         )  # fmt: skip

@@ -7,7 +7,7 @@ many seconds it asks no more. No answer ends by itself, so that all have the sam
 prompts is answered by ``generate_many`` before and after, with as many sequences at once: it must give the same texts,
 and its tokens per second are the measure. The clients run on the same processors as the server.
 
-The server's memory is told four times: keys and values fill what ``--memory`` allows, and then it should stay.
+The server's memory is sampled four times: keys and values fill what ``--memory`` allows, and then it should stay.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ruvllm.prompt import Prompt
 TOKENS = 128  # of each answer
 WORDS = 5, 200  # of each question, from and to
 ROUNDS = 8  # answers of each client that ``generate_many`` repeats
-SPOKEN = "river stone winter engine paper orange signal garden number quiet window market letter silver".split()
+VOCABULARY = "river stone winter engine paper orange signal garden number quiet window market letter silver".split()
 
 
 @dataclass
-class Told:
+class Answer:
     """An answer that a client read: its number, text, tokens, and seconds to the first event and to the end."""
 
     number: int
@@ -54,7 +54,7 @@ class Told:
 def question(number: int) -> list[dict[str, str]]:
     """The chat of an answer."""
     rng = np.random.default_rng(number)
-    words = rng.choice(SPOKEN, rng.integers(*WORDS))
+    words = rng.choice(VOCABULARY, rng.integers(*WORDS))
     return [{"role": "user", "content": f"{number}: tell a story with {' '.join(words)}"}]
 
 
@@ -94,7 +94,7 @@ class Load:
 
     def __init__(self, server: Server, biases: dict[str, int]) -> None:
         self.server, self.biases = server, biases
-        self.told: list[Told] = []
+        self.answers: list[Answer] = []
         self.errors: list[str] = []
         self.memory: list[tuple[float, float]] = []  # seconds since the start, MB
         self.seconds = 0.0
@@ -119,11 +119,11 @@ class Load:
         while time.perf_counter() < until:
             number = next(numbers)
             try:
-                self.told.append(await self._answer(http, number))
+                self.answers.append(await self._answer(http, number))
             except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
                 self.errors.append(f"{number}: {type(error).__name__}: {error}")
 
-    async def _answer(self, http: httpx.AsyncClient, number: int) -> Told:
+    async def _answer(self, http: httpx.AsyncClient, number: int) -> Answer:
         body = {
             "messages": question(number), "max_tokens": TOKENS, "temperature": 0.8, "seed": number, "stream": True,
             "logit_bias": self.biases, "stream_options": {"include_usage": True},
@@ -144,7 +144,7 @@ class Load:
         if error := next((chunk["error"] for chunk in chunks if "error" in chunk), None):
             raise ValueError(error["message"])
         text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
-        return Told(number, text, chunks[-1]["usage"]["completion_tokens"], first, whole)
+        return Answer(number, text, chunks[-1]["usage"]["completion_tokens"], first, whole)
 
 
 def together(llm: LLM, numbers: range, sequences: int, memory: float) -> tuple[float, list[str]]:
@@ -181,11 +181,11 @@ def main() -> None:
     finally:
         server.close()
     after, _ = together(llm, numbers, clients, memory)
-    wrong = sum(t.number in numbers and t.text != expected[t.number] for t in load.told)
-    speed = sum(t.tokens for t in load.told) / load.seconds
-    first, whole = (np.percentile([getattr(t, name) for t in load.told], (50, 99)) for name in ("first", "whole"))
+    wrong = sum(t.number in numbers and t.text != expected[t.number] for t in load.answers)
+    speed = sum(t.tokens for t in load.answers) / load.seconds
+    first, whole = (np.percentile([getattr(t, name) for t in load.answers], (50, 99)) for name in ("first", "whole"))
     print(f"{llm}, {arguments.threads} threads, {clients} clients, {load.seconds:.0f} s")
-    print(f"answers            {len(load.told)}; {len(load.errors)} failed, {wrong} differ, {left:.0f} left over")
+    print(f"answers            {len(load.answers)}; {len(load.errors)} failed, {wrong} differ, {left:.0f} left over")
     print(f"server             {speed:8.1f} tokens/s")
     print(f"generate_many      {before:8.1f} before, {after:.1f} after: x {2 * speed / (before + after):.3f}")
     print(f"first event        {1e3 * first[0]:8.0f} ms, the slowest hundredth {1e3 * first[1]:.0f} ms")

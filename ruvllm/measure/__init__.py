@@ -2,7 +2,7 @@
 
 | module | contents |
 |---|---|
-| ``timing`` | engines that take turns; medians and quartiles |
+| ``timing`` | engines interleaved; medians and quartiles |
 | ``workers`` | a peer in a process of its own, and the programs that run there |
 | ``peaks`` | the limits of this machine: arithmetic, and reads from each cache and from memory |
 | ``inside`` | a kernel's body without Python's call |

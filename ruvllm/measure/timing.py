@@ -1,4 +1,4 @@
-"""Times of calls: engines take turns, so that noise hits all of them alike; medians and quartiles of many turns."""
+"""Times of calls: engines are interleaved, so that noise hits all of them alike; medians and quartiles of many."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def require_kv(kv: object) -> None:
 class KVArrays:
     """Of each layer keys (KV, B, K, 16) and values (KV, 16 B, DV): the layout of ``kernels.attention.kv``.
 
-    They have no positions at first. Large arrays lie on huge pages, of which attention reads a tenth faster, but a
+    They have no positions at first. Large arrays lie on huge pages, which attention reads an eighth faster, but a
     touched one takes 2 MB: arrays for the whole context would touch one for each kv head of each layer at the first
     token. So they grow with the text.
     """

@@ -19,7 +19,7 @@ _SHOWN_CHANGES = 40
 _SHOWN_LABELS = 8
 
 NOTES = (
-    "Times are medians; the spread is the interquartile range over the median. The engines of a row take turns "
+    "Times are medians; the spread is the interquartile range over the median. The engines of a row are interleaved "
     "(A B B A) on the same arrays, and their results are compared with float64 before they are timed.",
     "“Call” is a call from Python that writes to an existing output. “Kernel alone” is its compiled body in a loop of "
     "compiled code, measured for calls under 1 ms on one thread. GFLOP/s, GB/s, the share of the limit and the "

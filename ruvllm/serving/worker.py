@@ -224,13 +224,13 @@ class Worker:
 
     def _begin_texts(self) -> None:
         """Let texts join the answers: as many as there are sequences, and others when these have ended."""
-        room = self.settings.sequences
+        free = self.settings.sequences
         for asked in list(self._readings):
-            room -= sum(not text.done for text in asked.texts[: asked.begun])
+            free -= sum(not text.done for text in asked.texts[: asked.begun])
             try:
-                for text in asked.texts[asked.begun : asked.begun + max(0, room)]:
+                for text in asked.texts[asked.begun : asked.begun + max(0, free)]:
                     self.answering.engine.submit(text)
-                    asked.begun, room = asked.begun + 1, room - 1
+                    asked.begun, free = asked.begun + 1, free - 1
             except Exception as error:
                 self._give_up(asked, error)
 

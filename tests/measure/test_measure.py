@@ -1,4 +1,4 @@
-"""Measuring: engines take turns and settle, peers compute the same as kernels, workers answer."""
+"""Measuring: engines are interleaved and settle, peers compute the same as kernels, workers answer."""
 
 import dataclasses
 import re

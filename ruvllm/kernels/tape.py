@@ -173,7 +173,7 @@ def _replay(table: Any) -> None:
     """One thread's replay: rows FIRST:END in order. TIMES, if set, receives three time stamps per row and member."""
     t = array_at(table, HEADER_SIZE, np.int64)
     sync = array_at(t[SYNC], t[SYNC_SIZE], np.int64)
-    rank, size, start = join_team(sync, t[THREADS], True, array_at(t[CALLS], 3, np.int64))
+    rank, size, start = join_team(sync, t[THREADS], array_at(t[CALLS], 3, np.int64))
     if rank < 0:
         return
     start = max(start, t[FIRST])

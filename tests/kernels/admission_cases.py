@@ -204,7 +204,7 @@ def one(seed: int) -> list[int]:
     for name, function in (("load", scheduler.load), ("store", scheduler.store), ("add", scheduler.add)):
         for module in (team_module, cores):
             setattr(module, f"atomic_{name}", function)
-    team_module._SHORT_GRACE = 4
+    team_module._GRACE = 4
     return Model(scheduler).run()
 
 

@@ -18,7 +18,16 @@ from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.threads import regions
 from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.regions import Region
-from ruvllm.kernels.threads.team import barrier, counter_of, join_team, part, share_of, sync_size, take_chunk
+from ruvllm.kernels.threads.team import (
+    barrier,
+    close_gate,
+    counter_of,
+    join_team,
+    part,
+    share_of,
+    sync_size,
+    take_chunk,
+)
 
 if TYPE_CHECKING or DISABLE_JIT:
     from ruvllm.kernels.threads.atomics_python import atomic_add, atomic_load, pause
@@ -66,12 +75,11 @@ def check_each_other(address: Any) -> None:
     while waited < table[PATIENCE] and atomic_load(table, GATHERED) < table[WANTED]:
         pause()
         waited += 1
-    rank, size, _ = join_team(
-        array_at(table[SYNC], table[SYNC_SIZE], np.int64), table[WANTED], False, array_at(table[CALLS], 3, np.int64)
-    )
+    sync = array_at(table[SYNC], table[SYNC_SIZE], np.int64)
+    rank, size, _ = join_team(sync, table[WANTED], array_at(table[CALLS], 3, np.int64))
     if rank < 0:
         return
-    sync = array_at(table[SYNC], table[SYNC_SIZE], np.int64)
+    close_gate(sync, rank)
     values = array_at(table[VALUES], table[WANTED] * SLOT, np.int64)
     items = array_at(table[ITEMS], table[ITEM_COUNT], np.int64)
     wrong = 0

@@ -67,8 +67,7 @@ _CORE = _MEMBERS + 1  # next to a member's barrier count: the core that it joine
 _CHUNKS = _MEMBERS + _APART  # a member's second line: its chunk counters
 COUNTERS = 3  # chunk counters of a member for one phase, the time between two barriers; there are two sets, in turn
 _CLOSED = 1 << 32  # added to the ticket counter when the gate closes
-_GRACE = 20000  # pauses (0.2 to 1 ms) for which the leader waits
-_SHORT_GRACE = 2000  # pauses (20 to 100 us), if latecomers can be admitted
+_GRACE = 2000  # pauses (20 to 100 us) for which the leader waits: latecomers can be admitted
 _EARLY = 64  # pauses (1 to 4 us): a thread that was awake arrives sooner
 _PATIENCE = 1024  # pauses after which a waiting member yields its core: the missing member may need it
 
@@ -88,11 +87,11 @@ def _wait(waited):
 
 
 @inline_kernel
-def join_team(sync, wanted, admission, calls):
+def join_team(sync, wanted, calls):
     """Become a member: (rank, team size, admission point), or rank -1 if the gate is closed.
 
-    admission: whether the region has admission points, and calls ``close_gate`` after the last. The point is -1 for
-    members from the start. calls: ``scheduler_calls``, to move away from a core that another member is on.
+    The region calls ``close_gate`` after its last admission point; one without any, right after joining. The point is
+    -1 for members from the start. calls: ``scheduler_calls``, to move away from a core that another member is on.
     """
     rank = atomic_add(sync, _TICKET, 1)
     if rank >= _CLOSED:
@@ -100,16 +99,11 @@ def join_team(sync, wanted, admission, calls):
     waited = 0
     if rank == 0:
         atomic_store(sync, _CORE, current_core(calls))
-        grace = _SHORT_GRACE if admission else _GRACE
-        while waited < grace and atomic_load(sync, _TICKET) < wanted:
+        while waited < _GRACE and atomic_load(sync, _TICKET) < wanted:
             if calls[0] != 0 and waited % _EARLY == _EARLY - 1:
                 yield_core()  # to a thread that woke on this core, and will move away
             waited = _wait(waited)
-        if admission:
-            size = atomic_load(sync, _TICKET)
-        else:
-            size = atomic_add(sync, _TICKET, _CLOSED)
-            atomic_store(sync, _SHUT, 1)
+        size = atomic_load(sync, _TICKET)
         atomic_store(sync, _POINT, -1)
         atomic_store(sync, _SIZE, size)
         return rank, size, np.int64(-1)

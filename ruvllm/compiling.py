@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import logging
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 from ruvllm.checkpoint.source import Source
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.tensor import Tensor, TensorInfo
+from ruvllm.compile_steps import run_steps
 from ruvllm.kernels import operations as o
 from ruvllm.kernels.jit.cache import is_warm, kernel_cache_directory, mark_warm
 from ruvllm.kernels.jit.decorators import DISABLE_JIT
@@ -48,7 +46,7 @@ logger = logging.getLogger(__name__)
 _FUNCTIONS = 135  # compiled for one kind of model, roughly: the length of the progress bar
 _TRAINING_FUNCTIONS = 140  # for training on it
 _MOST_PROCESSES = 4  # compiling at once; each imports numba first
-_SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "append_rows": 5, "_replay": 6}
+_SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "_replay": 5}
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
@@ -61,9 +59,10 @@ def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) 
     kind = f"{kinds}, {chosen_kv('auto', (layout for _, layout in kinds))} cache"
     if DISABLE_JIT or is_warm(kind):
         return
-    with _compile_bar(progress), _helpers(kinds) as processes:
-        _compile_share(kinds, 0, processes)
-        _load_and_sample(kinds)
+    processes = 1 if kernel_cache_directory() is None else min(num_threads(), _MOST_PROCESSES)
+    same = f"from ruvllm.compiling import _compile_steps\nsteps = _compile_steps({kinds!r})"
+    with _compile_bar(progress):
+        run_steps(_compile_steps(kinds), processes, same)
         _run_tiny_model(kinds)
     mark_warm(kind)
 
@@ -161,44 +160,13 @@ def _run_kernel(spec: KernelSpec) -> None:
             spec.function(**arguments, out=result)
 
 
-@contextmanager
-def _helpers(kinds: list[tuple[str, str]]) -> Iterator[int]:
-    """Inside the block other processes compile operations into the cache for this one; yields how many.
-
-    Numba compiles one function at a time in a process. If the others fail, this one compiles everything by itself.
-    """
-    processes = min(num_threads(), _MOST_PROCESSES)
-    if processes == 1 or kernel_cache_directory() is None:
-        yield 1
-        return
-    nowhere = subprocess.DEVNULL
-    others: list[subprocess.Popen[bytes]] = []
-    try:
-        for i in range(1, processes):
-            code = (
-                "import json, ruvllm.compiling as c\n"
-                f"kinds = json.loads({json.dumps(kinds)!r})\n"
-                f"c._compile_share(kinds, {i}, {processes})\n"
-                "c._load_and_sample(kinds)"
-            )
-            command = [sys.executable, "-P", "-c", code]
-            with suppress(OSError, ValueError):  # Python is embedded in another program
-                others.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
-        yield processes
-    finally:
-        for other in others:
-            with suppress(OSError):
-                other.kill()
-            other.wait()
-
-
-def _compile_share(kinds: Iterable[Iterable[str]], first: int, processes: int) -> None:
-    """Compile every operation of such a model: this process's share, then the other shares backwards."""
+def _compile_steps(kinds: Iterable[tuple[str, str]]) -> list[Callable[[], object]]:
+    """What a first load of a model of these kinds compiles, in steps that are independent, the slowest first."""
     layouts = {layout for _, layout in kinds}
     needed = operations_for(layouts, chosen_kv("auto", layouts))
-    for i in range(processes):
-        for operation in needed[(first + i) % processes :: processes][:: 1 if i == 0 else -1]:
-            _ = operation.address
+    operations = [partial(getattr, operation, "address") for operation in needed]
+    slow = sum(operation.__name__ in _SLOWEST for operation in needed)
+    return [*operations[:slow], partial(_load_weights, kinds), _sample, *operations[slow:]]
 
 
 def operations_for(layouts: Iterable[str], kv: str, config: ModelConfig | None = None) -> list[CFunction]:
@@ -207,10 +175,15 @@ def operations_for(layouts: Iterable[str], kv: str, config: ModelConfig | None =
     return sorted(found, key=lambda operation: _SLOWEST.get(operation.__name__, len(_SLOWEST)))
 
 
-def _load_and_sample(kinds: Iterable[Iterable[str]]) -> None:
-    """Pack weights of these kinds, and sample in every way: what a first generation runs besides the model."""
+def _load_weights(kinds: Iterable[tuple[str, str]]) -> None:
+    """Pack weights of these kinds, and take rows of them, as of embeddings."""
     for dtype, layout in kinds:
-        load_weights(_zeros("matrix", (16, 256), dtype), layout)
+        weights = load_weights(_zeros("matrix", (16, 256), dtype), layout)
+        weights.take(np.arange(2), np.empty((2, 256), np.float32))
+
+
+def _sample() -> None:
+    """Sample in every way."""
 
     def forward(ids: np.ndarray, cache: Any, last_only: bool, out: np.ndarray) -> None:
         out[:] = 0

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 _BFLOAT, _CPU = 4, 1  # codes of DLPack's DLDataTypeCode and DLDeviceType
+_FLOAT32 = np.dtype(np.float32)  # one object for every native float32 array
 
 
 class _Tensor(ctypes.Structure):
@@ -55,7 +56,9 @@ def is_bfloat16(dtype: Any) -> bool:
 
 def is_half(array: Any) -> TypeGuard[np.ndarray]:
     """Whether ``array`` is a NumPy array of float16 or bfloat16."""
-    return isinstance(array, np.ndarray) and (array.dtype == np.float16 or is_bfloat16(array.dtype))
+    if not isinstance(array, np.ndarray) or array.dtype is _FLOAT32:  # the usual case: comparing types takes 0.2 us
+        return False
+    return array.dtype == np.float16 or is_bfloat16(array.dtype)
 
 
 def widened(array: np.ndarray) -> np.ndarray:

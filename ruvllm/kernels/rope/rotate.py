@@ -46,9 +46,9 @@ def rotate_rows(x, cos, sin, sign, interleaved, out, lo, hi):
     """
     heads = x.shape[1]
     for t in range(lo // heads, (hi + heads - 1) // heads):
-        angles = t % cos.shape[0]
+        c, s = cos[t % cos.shape[0]], sin[t % cos.shape[0]]
         for h in range(max(lo - t * heads, 0), min(hi - t * heads, heads)):
-            rotate(x[t, h], cos[angles], sin[angles], sign, interleaved, out[t, h])
+            rotate(x[t, h], c, s, sign, interleaved, out[t, h])
 
 
 @kernel(strict=True)

@@ -30,7 +30,7 @@ from benchmarks._table import NOT_INSTALLED, Headings, chosen, table_head, table
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.attention.kv import append
 from ruvllm.kernels.attention.prefill import attend_cache, prompt_scratch_size, scoring_of
-from ruvllm.kernels.attention.tile import NO_TABLE, Cache
+from ruvllm.kernels.attention.tile import plain_cache
 from ruvllm.kernels.matmul.panels import linear_panels, pack, panel_count, panels_matmul, panels_matmul_parallel
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import num_threads
@@ -86,11 +86,11 @@ def cached(spec: KernelSpec, inputs: Inputs) -> tuple[KernelSpec, tuple[Any, ...
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     length, kv_heads, dim = k.shape
     keys, values = aligned_empty((kv_heads, length // 16, dim, 16)), aligned_empty((kv_heads, length, dim))
-    append(k, v, keys, values, np.arange(length))
+    cache, positions = plain_cache(keys, values), np.array([length - 1])
+    append(k, v, cache, np.arange(length))
     scratch = np.empty((num_threads(), prompt_scratch_size(dim)), np.float32)
     out = np.empty((1, *q.shape), np.float32)
     spec = replace(spec, function=attend_cache, compiled=())
-    cache, positions = Cache(keys, values, NO_TABLE), np.array([length - 1])
     return spec, (q[None], cache, positions, scoring_of(None, dim**-0.5), out, scratch)
 
 

@@ -23,7 +23,7 @@ from benchmarks._table import NOT_INSTALLED, table_head, table_line
 from ruvllm.llm import LLM
 from ruvllm.measure.engines import LlamaCpp
 from ruvllm.measure.workers import python_for
-from ruvllm.model.kv_pool import BLOCK, KVPool
+from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
 from ruvllm.model.many import Many, Run
 
 STEPS = 48  # tokens of each sequence
@@ -38,9 +38,10 @@ class _Passes:
 
     def __init__(self, llm: LLM, sequences: int) -> None:
         blocks = -(-STEPS // BLOCK)
-        self.pool = KVPool(llm.config, sequences * blocks, "f16")
+        self.pool = KVPool(llm.config, sequences * blocks * block_bytes(llm.config, "f16"), "f16")
         self.many = Many(llm.model, self.pool)
-        self.tables = np.arange(sequences * blocks).reshape(sequences, blocks).tolist()
+        self.blocks = [self.pool.layout.new_block(0) for _ in range(sequences * blocks)]
+        self.tables = np.array([block.address for block in self.blocks]).reshape(sequences, 1, blocks)
 
     def seconds(self, ids: np.ndarray) -> float:
         """Seconds for tokens (steps, sequences)."""

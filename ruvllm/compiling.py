@@ -29,7 +29,7 @@ from ruvllm.kernels.threads.pool import limited_to, num_threads
 from ruvllm.kernels.threads.regions import CFunction
 from ruvllm.model.config import SIZES, ModelConfig
 from ruvllm.model.generate import generate
-from ruvllm.model.kv_arrays import DTYPES as KV_DTYPES
+from ruvllm.model.kv_blocks import DTYPES as KV_DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_size import chosen_kv
 from ruvllm.model.llama import Llama

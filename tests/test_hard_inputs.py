@@ -74,11 +74,12 @@ def test_a_full_cache_goes_on(llm: LLM, fused: bool) -> None:
     cache = model.new_cache(10)
     ids = list(range(10, 20))
     model.forward(ids[:8], cache)
-    held = [array.copy() for array in (cache.keys, cache.values)]
+    held = [array for layer in range(CONFIG.num_hidden_layers) for array in cache.layer(layer)]
     for _ in range(2):
         with pytest.raises(ContextFullError, match="^context full: 3 more tokens do not fit, 8 of 10 are taken$"):
             model.forward([1, 2, 3], cache)
-    for array, before in zip((cache.keys, cache.values), held, strict=True):
+    after = [array for layer in range(CONFIG.num_hidden_layers) for array in cache.layer(layer)]
+    for array, before in zip(after, held, strict=True):
         np.testing.assert_array_equal(array, before)
     last = model.forward(ids[8:], cache)
     np.testing.assert_array_equal(last, model.forward(ids, model.new_cache(10))[8:])

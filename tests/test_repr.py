@@ -82,7 +82,7 @@ INSIDE = (
 )  # fmt: skip
 NEVER_MADE = {
     "Kind", "MetadataFile", "Penalty", "Weights", "Constraint", "SafetensorsIndex", "TrainingPass", "Separator",
-    "Whole", "Table", "Drafter", "Counts", "ManyTexts", "Sequence", "Inspection", "Learning", "KVArrays",
+    "Whole", "Table", "Drafter", "Counts", "ManyTexts", "Sequence", "Inspection", "Learning", "BlockLayout", "Block",
 }  # fmt: skip
 
 

@@ -296,7 +296,7 @@ def test_a_client_that_goes_away_frees_its_sequence(
             wait_for(lambda: metric(server, "running_sequences") == 1)
         wait_for(lambda: metric(server, "running_sequences") == 0, 3)  # its text would take four seconds
     go.set()
-    assert metric(server, "disconnects_total") == before + 1 and metric(server, "kv_blocks_in_use") == 0
+    assert metric(server, "disconnects_total") == before + 1 and metric(server, "kv_bytes_in_use") == 0
     own = llm.chat(CHAT, max_tokens=8, temperature=0)
     found = client.chat.completions.create(model="bytes", messages=CHAT, max_tokens=8, temperature=0)
     assert found.choices[0].message.content == own.text

@@ -15,7 +15,7 @@ import pytest
 from ruvllm.errors import InsufficientMemoryError
 from ruvllm.llm import LLM
 from ruvllm.model import LoraAdapter, LoraConfig
-from ruvllm.model.kv_pool import KVPool
+from ruvllm.model.kv_pool import KVPool, block_bytes
 from ruvllm.model.many import Many, Run
 from tests.llm_cases import CONFIG, byte_llm
 from tests.model.model_cases import KINDS
@@ -405,8 +405,12 @@ def test_a_cache_remembers_what_filled_it(llm: LLM) -> None:
 
 def test_edits_act_on_each_sequence_of_a_batch(llm: LLM) -> None:
     def batched() -> np.ndarray:
-        pool = KVPool(llm.config, 2)
-        runs = [Run(np.append(IDS[:n], last), 0, [block], 1, 9) for block, (n, last) in enumerate(((3, 9), (5, 8)))]
+        pool = KVPool(llm.config, 2 * block_bytes(llm.config))
+        blocks = [pool.layout.new_block(0) for _ in range(2)]
+        runs = [
+            Run(np.append(IDS[:n], last), 0, np.array([[block.address]]), 1, 9)
+            for block, (n, last) in zip(blocks, ((3, 9), (5, 8)), strict=True)
+        ]
         return Many(llm.model, pool).forward(runs)
 
     plain = batched()

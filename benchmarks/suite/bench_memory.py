@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ruvllm.kernels import kv_append, read_bandwidth
+from ruvllm.kernels import read_bandwidth
+from ruvllm.kernels.attention.kv import append
 from ruvllm.model import KVCache
 from ruvllm.model.presets import PRESETS
 
@@ -38,13 +39,14 @@ class KVAppend:
     def setup(self, kv: str, tokens: int) -> None:
         config = PRESETS["llama2-7b"]
         cache = KVCache(dataclasses.replace(config, num_hidden_layers=1), 2048, kv)
-        self.keys, self.values = cache.keys[0], cache.values[0]
+        cache.reserve(2048)
+        self.cache = cache.of_layer(0)
         self.k, self.v = np.random.default_rng(0).standard_normal((2, tokens, 32, 128), np.float32)
         self.positions = np.arange(tokens)
         self.time_append(kv, tokens)
 
     def time_append(self, kv: str, tokens: int) -> None:
-        kv_append(self.k, self.v, self.keys, self.values, self.positions)
+        append(self.k, self.v, self.cache, self.positions)
 
 
 class Estimate:

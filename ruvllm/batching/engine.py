@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
+
 from ruvllm.batching.prefixes import Match, Prefixes, common_prefix
 from ruvllm.batching.sequence import Sequence
 from ruvllm.errors import ContextFullError
@@ -45,9 +47,8 @@ class Engine:
     Args:
         model: runs the sequences.
         kv: precision of keys and values: "f32", "f16" or "int8".
-        memory: bytes for keys and values at the most, used as sequences need them, and up to an eighth more for a
-            moment when they are moved; None: enough for all sequences at the model's context length, but at most half
-            of what is free.
+        memory: bytes for keys and values at the most, used as sequences need them; None: enough for all sequences at
+            the model's context length, but at most half of what is free.
         sequences: the most that are computed together; more wait.
 
     Raises:
@@ -60,7 +61,7 @@ class Engine:
     ) -> None:
         if not is_integer(sequences) or sequences < 1:
             raise ValueError(f"sequences: expected a positive integer, found {sequences!r}")
-        pool = KVPool(model.config, _blocks(model, kv, memory, sequences), kv)
+        pool = KVPool(model.config, _memory(model, kv, memory, sequences), kv)
         self.model, self.pool, self.prefixes = model, pool, Prefixes(pool)
         self.many = Many(model, pool)
         self.most = min(sequences, self.many.most_tokens)
@@ -79,7 +80,7 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """The most tokens that one sequence can have here."""
-        return min(self.pool.blocks * BLOCK, self.model.config.max_position_embeddings)
+        return self.pool.max_tokens
 
     def submit(self, sequence: Sequence) -> None:
         """Add a sequence.
@@ -93,8 +94,8 @@ class Engine:
             raise ContextFullError(f"context full: {found}, the model takes {limit}")
         if needed > self.max_tokens:
             raise ContextFullError(
-                f"context full: the sequence may have {needed} tokens, memory is for {self.max_tokens} "
-                f"({self.pool.blocks} blocks of {BLOCK}): give more memory, or lower max_tokens"
+                f"context full: the sequence may have {needed} tokens, memory is for {self.max_tokens}: "
+                "give more memory, or lower max_tokens"
             )
         self.waiting.append(sequence)
 
@@ -191,8 +192,8 @@ class Engine:
     def _fits(self, sequence: Sequence, match: Match) -> bool:
         """Whether there are blocks for all its tokens, and one more for each sequence that runs."""
         idle = sum(not node.users for node in match.nodes)
-        needed = blocks_for(sequence.length) - len(match.nodes)
-        return not self.running or needed + len(self.running) <= self.prefixes.available - idle
+        needed = blocks_for(sequence.length) - len(match.nodes) + len(self.running) + idle
+        return not self.running or needed * sum(self.pool.layout.nbytes) <= self.prefixes.available
 
     def _allocate(self, sequence: Sequence, tokens: int) -> None:
         """Blocks for its next tokens; if there are none, the sequences that came last give theirs back."""
@@ -241,9 +242,10 @@ class Engine:
 
 def _run(sequence: Sequence, tokens: int) -> Run:
     start, end = sequence.computed, sequence.computed + tokens
-    table = [node.block for node in sequence.path]
+    groups = range(len(sequence.path[0].blocks))
+    tables = np.array([[node.blocks[group].address for node in sequence.path] for group in groups])
     wanted = max(0, end - max(start, sequence.wanted_from))
-    return Run(sequence.ids[start:end], start, table, wanted, sequence.capacity)
+    return Run(sequence.ids[start:end], start, tables, wanted, sequence.capacity)
 
 
 def _held(sequence: Sequence, match: Match) -> int:
@@ -251,12 +253,12 @@ def _held(sequence: Sequence, match: Match) -> int:
     return len(sequence.path) * BLOCK if len(sequence.path) == len(match.nodes) else match.tokens
 
 
-def _blocks(model: Llama, kv: str, memory: float | None, sequences: int) -> int:
-    """Blocks of the pool."""
+def _memory(model: Llama, kv: str, memory: float | None, sequences: int) -> int:
+    """Bytes of the pool."""
     size = block_bytes(model.config, kv)
     if memory is None:
         most, free = sequences * blocks_for(model.config.max_position_embeddings), free_memory()
-        return most if free is None else max(1, min(most, free // (2 * size)))
+        return size * (most if free is None else max(1, min(most, free // (2 * size))))
     if not is_number(memory) or not size <= memory < math.inf:
         raise ValueError(f"memory: expected at least {size} bytes, which {BLOCK} tokens need, found {memory!r}")
-    return int(memory // size)
+    return int(memory)

@@ -33,8 +33,8 @@ class ManyTexts:
 
         Args:
             kv: precision of keys and values: "f32", "f16" or "int8"; "auto" as in ``new_cache``.
-            memory: bytes for keys and values at the most, and up to an eighth more for a moment when they are moved;
-                None: for all sequences at the model's context length, but at most half of what is free.
+            memory: bytes for keys and values at the most; None: for all sequences at the model's context length, but
+                at most half of what is free.
             sequences: the most that are computed together; others wait.
 
         Raises:

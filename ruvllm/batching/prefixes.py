@@ -14,19 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ruvllm.model.kv_blocks import Block
 from ruvllm.model.kv_pool import BLOCK, KVPool
 
 
 class Node:
-    """One block: ``ids[:count]`` are the tokens whose keys and values it holds and may share.
+    """BLOCK positions: ``ids[:count]`` are the tokens whose keys and values its blocks hold and may share.
 
-    users: the sequences that use it. parent: None where it is a root, or where it shall not be found.
+    blocks: of each group of layers. users: the sequences that use it. parent: None where it is a root, or where it
+    shall not be found.
     """
 
-    __slots__ = ("block", "children", "count", "ids", "parent", "users")
+    __slots__ = ("blocks", "children", "count", "ids", "parent", "users")
 
-    def __init__(self, block: int, parent: Node | None) -> None:
-        self.block, self.parent = block, parent
+    def __init__(self, blocks: list[Block], parent: Node | None) -> None:
+        self.blocks, self.parent = blocks, parent
         self.ids = np.zeros(BLOCK, np.int64)
         self.count = self.users = 0
         self.children: list[Node] = []
@@ -52,14 +54,14 @@ class Prefixes:
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self._free = list(range(pool.blocks - 1, -1, -1))  # the last ones first: of low numbers, whose memory is warm
+        self.used = 0  # bytes of blocks that sequences use
         self._idle: dict[Node, None] = {}  # in the order of their release: children come before their parents
         self._roots: list[tuple[object, Node]] = []
 
     @property
     def available(self) -> int:
-        """Blocks that are free or idle."""
-        return len(self._free) + len(self._idle)
+        """Bytes that no sequence uses."""
+        return self.pool.memory - self.used
 
     def root(self, key: object) -> Node:
         """The root of sequences whose keys and values are comparable: those of one ``key``."""
@@ -67,7 +69,7 @@ class Prefixes:
             if known == key:
                 return root
         self._roots = [(known, root) for known, root in self._roots if root.children]
-        self._roots.append((key, Node(-1, None)))
+        self._roots.append((key, Node([], None)))
         return self._roots[-1][1]
 
     def match(self, root: Node, ids: np.ndarray) -> Match:
@@ -100,19 +102,29 @@ class Prefixes:
         self._use(partial)  # allocating must not evict it
         copied = self.allocate(partial.parent)
         if copied is not None:
-            self.pool.copy(partial.block, copied.block, match.rest)
+            for source, target in zip(partial.blocks, copied.blocks, strict=True):
+                target.memory[:] = source.memory
             copied.ids[: match.rest], copied.count = partial.ids[: match.rest], match.rest
             path.append(copied)
         self._leave(partial)
         return path
 
     def allocate(self, parent: Node | None) -> Node | None:
-        """A block for the tokens after those of ``parent``, in use; None if all are in use."""
-        if not self._free and not self._evict():
-            return None
-        node = Node(self._free.pop(), parent)
-        node.users = 1
+        """A node for the tokens after those of ``parent``, in use; None if all memory is in use."""
+        blocks: list[Block] = []
+        for group in range(len(self.pool.layout.nbytes)):
+            while (block := self.pool.allocate(group)) is None:
+                if not self._evict():
+                    self._free(blocks)
+                    return None
+            blocks.append(block)
+        node = Node(blocks, parent)
+        self._use(node)
         return node
+
+    def _free(self, blocks: list[Block]) -> None:
+        for group, block in enumerate(blocks):
+            self.pool.free(group, block)
 
     def release(self, path: list[Node]) -> None:
         """A sequence leaves: what it shares becomes idle if no other uses it, the rest is free."""
@@ -120,6 +132,8 @@ class Prefixes:
             self._leave(node)
 
     def _use(self, node: Node) -> None:
+        if not node.users:
+            self.used += sum(self.pool.layout.nbytes)
         node.users += 1
         self._idle.pop(node, None)
 
@@ -127,6 +141,7 @@ class Prefixes:
         node.users -= 1
         if node.users:
             return
+        self.used -= sum(self.pool.layout.nbytes)
         if node.parent is None or not node.count:
             self._drop(node)
         else:
@@ -145,7 +160,7 @@ class Prefixes:
         if node.parent is not None:
             node.parent.children.remove(node)
             node.parent = None
-        self._free.append(node.block)
+        self._free(node.blocks)
 
     def __iter__(self) -> Iterator[Node]:
         """All blocks that can be found."""

@@ -64,12 +64,14 @@ def weights_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     return _blocks.take(nbytes).view(dtype).reshape(shape)
 
 
-def aligned_zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def aligned_zeros(
+    shape: int | tuple[int, ...], dtype: Any = np.float32, alignment: int = CACHE_LINE
+) -> np.ndarray:  # fmt: skip
     """Like ``aligned_empty``, filled with zeros; untouched pages cost no memory."""
     dtype = np.dtype(dtype)
     count = _count(shape)
-    raw = np.zeros(count * dtype.itemsize + CACHE_LINE, np.uint8)
-    start = -raw.ctypes.data % CACHE_LINE
+    raw = np.zeros(count * dtype.itemsize + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
     return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
 

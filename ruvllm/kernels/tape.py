@@ -11,8 +11,8 @@ space begins, and is filled in for each pass. So a tape is recorded once, and re
 - SHARED (one copy for the team, tokens stacked): scale is the token capacity, offsets are bytes per token.
 - LOCAL (the same, one copy per member): stride is the size of a member's copy.
 - COS, SIN: offset is the rotary embedding, scale the bytes of its table.
-- CACHE: no address: the offset is a layer, of whose cache operations find the arrays in the table CACHES.
-- SLOTS, RUNS, TABLES, CHOSEN: of passes over several sequences, see ``model.many``.
+- CACHE: no address: the offset is a layer, of whose cache operations find the blocks by the table CACHES.
+- SLOTS, RUNS, CHOSEN: of passes over several sequences, see ``model.many``.
 
 An operation is a C function of its own, compiled and cached by itself, for the models that use it. The region below
 serves every model.
@@ -46,12 +46,12 @@ from ruvllm.kernels.threads.team import (
 # Header fields; then base, scale and stride of each space.
 (
     THREADS, TOKENS, LOGIT_ROWS, ONE, SYNC, SYNC_SIZE, ROWS_ADDRESS, FIRST, END, TIMES, CAPACITY, SCRATCH_SIZE,
-    LAYERS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
-    CALLS, ROPE_PAIRS, RUN_COUNT,
-) = range(21)  # fmt: skip
+    BLOCK_ROWS, KEY_ROWS, VALUE_WIDTH, CHUNKS, CACHES, LAST_ADMISSION,
+    CALLS, ROPE_PAIRS, RUN_COUNT, TABLE_SIZE,
+) = range(22)  # fmt: skip
 (
-    ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, SLOTS, RUNS, TABLES, CHOSEN,
-) = SPACES = tuple(range(14))  # fmt: skip
+    ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, SLOTS, RUNS, CHOSEN,
+) = SPACES = tuple(range(13))  # fmt: skip
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
 EACH = _STRIDE + (1 << _SPACE_BITS)  # EACH + k: how many rows there are where each token has k of them

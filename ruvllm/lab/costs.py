@@ -14,7 +14,7 @@ from ruvllm.lab.work import PassWork, pass_work
 from ruvllm.machine import size
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_arrays import DTYPES as KV_DTYPES
+from ruvllm.model.kv_blocks import DTYPES as KV_DTYPES
 from ruvllm.model.kv_size import cache_bytes, chosen_kv
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.presets import PRESETS

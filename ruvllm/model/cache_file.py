@@ -50,10 +50,10 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike[str]) -> None:
         archive.writestr("header.json", json.dumps(header))
         archive.writestr("ids", cache.ids[: cache.length].tobytes())
         for layer, (keys, values) in enumerate(cache.filled()):
-            for name, array in (("keys", keys), ("values", values)):
+            for name, arrays in (("keys", keys), ("values", values)):
                 with archive.open(f"{name}/{layer}", "w", force_zip64=True) as file:
-                    for head in array:
-                        file.write(np.ascontiguousarray(head).data.cast("B"))
+                    for array in arrays:
+                        file.write(array.data.cast("B"))
 
 
 def load_cache(model: Any, path: str | os.PathLike[str], max_tokens: int | None = None) -> Any:
@@ -93,8 +93,8 @@ def _read(archive: zipfile.ZipFile, model: Any, path: Path, max_tokens: int | No
     cache.expect(length, reach, before)
     _fill(archive, "ids", path, [cache.ids[:length]])
     for layer, (keys, values) in enumerate(cache.filled()):
-        _fill(archive, f"keys/{layer}", path, list(keys))
-        _fill(archive, f"values/{layer}", path, list(values))
+        _fill(archive, f"keys/{layer}", path, keys)
+        _fill(archive, f"values/{layer}", path, values)
     if cache.ids[:length].min() < 0 or cache.ids[:length].max() >= model.config.vocab_size:
         raise ModelFormatError(path, field="ids", found="an id outside the vocabulary", expected="token ids")
     cache.refill(model.filling)

@@ -7,26 +7,30 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
 
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.attention.kv import SCALE_ROWS
+from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import require_memory
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_arrays import KVArrays
-from ruvllm.model.kv_size import CHUNK, FEW_TOKENS, cache_bytes, capacities
+from ruvllm.model.kv_blocks import Block, BlockLayout
+from ruvllm.model.kv_size import FEW_TOKENS, block_positions, cache_bytes, capacities, capacity
 
 Filling = tuple[object, ...]  # weak references: what decides a token's keys and values
 
-class KVCache(KVArrays):
+
+class KVCache:
     """Keys and values of up to ``max_tokens`` positions of one sequence, for every layer.
 
-    The cache of a windowed layer is a ring: a new position takes the place of one that no later token sees. Memory
-    grows with the text, so a large cache costs nothing until it fills. A cache has one owner: two threads may use two
-    caches of one model, but not one cache.
+    They lie in blocks (``kv_blocks``), which are added as the text grows: a large cache costs nothing until it fills.
+    The blocks of windowed layers are a ring: a new position takes the place of one that no later token sees. Forks
+    share blocks until one of them writes there. A cache has one owner: two threads may use two caches of one model,
+    but not one cache.
 
     Raises:
         ValueError: max_tokens < 1, or an unknown ``kv``.
@@ -34,20 +38,25 @@ class KVCache(KVArrays):
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
-        super().__init__(config, kv)
         if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
-        require_memory(cache_bytes(config, int(max_tokens), kv), f"KV cache of {max_tokens} tokens")
-        self.max_tokens = int(max_tokens)
+        self.config, self.dtype, self.max_tokens = config, kv, int(max_tokens)
+        self.layout = BlockLayout(config, kv, block_positions(self.max_tokens))
+        require_memory(self.nbytes, f"KV cache of {max_tokens} tokens")
         self.length = 0
         self.ids = np.zeros(self.max_tokens, np.int64)  # the tokens at positions :length
         self._owner: dict[str, int] = {}  # the thread that is filling it
         self._buffers: dict[tuple[str, int], Any] = {}
         self._model: Callable[[], object] = lambda: None  # refers to the model that fills it, and does not keep it
-        self.capacities = capacities(config, int(max_tokens))
+        self.capacities = capacities(config, self.max_tokens)
+        # By group of layers: how many blocks it may have, those that it has, and where the block of each chunk is.
+        step, windows = self.layout.positions, self.layout.windows
+        self._rings = [capacity(window, self.max_tokens) // step for window in windows]
+        self._blocks: list[list[Block]] = [[] for _ in windows]
+        self._shared: set[Block] = set()  # with forks: they are not written to
+        self._set_tables(np.zeros((len(windows), -(-self.max_tokens // step)), np.int64))
         self._fills: list[tuple[int, Filling]] = []  # from which position on it was filled with what
         self._reach = 0  # positions that were ever filled since it was cleared
-        self._reserved = 0  # positions that there is memory for
 
     def __len__(self) -> int:
         return self.length
@@ -62,12 +71,36 @@ class KVCache(KVArrays):
         """Bytes of its keys and values when it is full."""
         return cache_bytes(self.config, self.max_tokens, self.dtype)
 
-    def reserve(self, positions: int) -> None:
-        """Have memory for so many positions: at least twice as much as before, if it is not enough."""
-        if positions > self._reserved:
-            size = -(-max(positions, 2 * self._reserved) // CHUNK) * CHUNK
-            self.grow([min(capacity, size) for capacity in self.capacities])
-            self._reserved = size
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that it has now, with those that forks share."""
+        return sum(n * len(blocks) for n, blocks in zip(self.layout.nbytes, self._blocks, strict=True))
+
+    def reserve(self, end: int) -> None:
+        """Have memory that is written to by this cache alone for the positions from ``length`` to ``end``."""
+        step = self.layout.positions
+        for group, (blocks, ring) in enumerate(zip(self._blocks, self._rings, strict=True)):
+            for chunk in range(self.length // step, -(-end // step)):
+                slot = chunk % ring
+                if slot < len(blocks) and blocks[slot] not in self._shared:
+                    continue
+                block = self.layout.new_block(group)
+                if slot == len(blocks):
+                    blocks.append(block)
+                else:
+                    block.memory[:] = blocks[slot].memory
+                    self._shared.discard(blocks[slot])
+                    blocks[slot] = block
+                self.tables[group, slot::ring] = block.address
+
+    def _set_tables(self, tables: np.ndarray) -> None:
+        """The block tables (groups, chunks), and where a tape finds them."""
+        self.tables, self.layer_table = tables, self.layout.layer_table(tables)
+
+    def of_layer(self, layer: int) -> Cache:
+        """A layer, for kernels."""
+        group = self.layout.groups[layer]
+        return self.layout.cache(layer, self.tables[group], self._blocks[group][0])
 
     def require_free(self, tokens: int) -> None:
         """Raise ContextFullError unless ``tokens`` more fit; nothing is changed."""
@@ -176,11 +209,24 @@ class KVCache(KVArrays):
         self._reach = max(self._reach, self.length)
         return self._reach
 
-    def filled(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each layer keys (KV, b, K, 16) and values (KV, 16 b, DV), views of the b blocks that hold something."""
-        blocks = [min(size, -(-self.reach // LANES) * LANES) // LANES for size in self.capacities]
-        layers = zip(self.keys, self.values, blocks, strict=True)
-        return [(keys[:, :b], values[:, : b * LANES]) for keys, values, b in layers]
+    def filled(self) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+        """Of each layer keys (b, K, 16) and values (16 b, DV), views of the b lines that hold something.
+
+        Of one head after the other, a view for each block.
+        """
+        lines = -(-self.reach // LANES) * LANES
+        return [self._pieces(layer, min(size, lines)) for layer, size in enumerate(self.capacities)]
+
+    def _pieces(self, layer: int, positions: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        step, keys, values = self.layout.positions, [], []
+        blocks = self._blocks[self.layout.groups[layer]][: -(-positions // step)]
+        arrays = [self.layout.arrays(block, layer) for block in blocks]
+        for head in range(self.config.num_key_value_heads):
+            for i, (k, v) in enumerate(arrays):
+                rows = min(step, positions - i * step)
+                keys.append(k[head, : rows // LANES])
+                values.append(v[head, :rows])
+        return keys, values
 
     def expect(self, length: int, reach: int, max_tokens: int) -> None:
         """Set the length of an empty cache whose arrays get what one for ``max_tokens`` held.
@@ -199,17 +245,24 @@ class KVCache(KVArrays):
         self._fills = [(0, filling)]
 
     def fork(self) -> KVCache:
-        """Another cache that holds the same tokens, and continues them apart: a copy of what is filled.
+        """Another cache that holds the same tokens, and continues them apart.
 
-        ``llm.generate(prompt, n=...)`` and the other calls for many texts share memory instead.
+        It shares the blocks of this one. Whoever writes to a shared block copies it first: where a text goes on, that
+        is the last one. ``llm.generate(prompt, n=...)`` and the other calls for many texts share memory by themselves.
+
+        Raises:
+            InsufficientMemoryError: full, it would not fit into the free memory.
+            RuntimeError: another thread is using this cache.
         """
-        other = KVCache(self.config, self.max_tokens, self.dtype)
-        other.expect(self.length, self.reach, self.max_tokens)
-        other.ids[: self.length] = self.ids[: self.length]
-        for mine, theirs in zip(self.filled(), other.filled(), strict=True):
-            for source, target in zip(mine, theirs, strict=True):
-                target[...] = source
-        other._fills, other._model = list(self._fills), self._model
+        require_memory(self.nbytes - self.held_bytes, f"fork of a KV cache of {self.max_tokens} tokens")
+        with self.in_use():
+            other = copy(self)
+            other.ids, other._fills = self.ids.copy(), list(self._fills)
+            other._owner, other._buffers = {}, {}
+            other._blocks = [list(blocks) for blocks in self._blocks]
+            other._set_tables(self.tables.copy())
+            self._shared = {block for blocks in self._blocks for block in blocks}
+            other._shared = set(self._shared)
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -233,7 +286,9 @@ class KVCache(KVArrays):
         """
         length = self.length if length is None else length
         held = np.arange(max(0, length - self.capacities[i]), length) % self.capacities[i]
-        keys, values, dim = self.keys[i], self.values[i], self.config.head_dim
+        arrays = [self.layout.arrays(block, i) for block in self._blocks[self.layout.groups[i]]]
+        keys, values = (np.concatenate(parts, axis=1) for parts in zip(*arrays, strict=True))
+        dim = self.config.head_dim
         if self.dtype == "f16":
             keys, values = keys.view(np.float16), values.view(np.float16)
         heads, blocks, _, _ = keys.shape

@@ -2,63 +2,71 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ruvllm.kernels.attention.tile import CHUNK
-from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import require_memory
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_arrays import KVArrays, require_kv
-from ruvllm.model.kv_size import key_value_bytes
+from ruvllm.model.kv_blocks import Block, BlockLayout, require_kv
+from ruvllm.model.kv_size import group_bytes
 
 BLOCK = CHUNK  # positions of a block: attention looks up one block for each chunk
 
 
-class KVPool(KVArrays):
-    """``blocks`` blocks of BLOCK positions, each of every layer: windowed layers keep all positions, too.
+class KVPool:
+    """Blocks of BLOCK positions, of ``memory`` bytes at the most, each of one group of layers (``BlockLayout``).
 
-    As in a ``KVCache`` of so many positions; block b has the positions from BLOCK b on. Memory grows as blocks are
-    first used. While it grows, there are copies of what it holds, of an eighth of all blocks at the most.
+    Blocks are allocated one by one as they are first used, and never moved: a pool holds what was used at once at the
+    most, and never more than its memory.
 
     Raises:
-        ValueError: blocks < 1, or an unknown ``kv``.
-        InsufficientMemoryError: full, it would not fit into the free memory.
+        ValueError: memory for less than one block of each group, or an unknown ``kv``.
+        InsufficientMemoryError: so much memory is not free.
     """
 
-    def __init__(self, config: ModelConfig, blocks: int, kv: str = "f32") -> None:
-        super().__init__(config, kv)
-        if blocks < 1:
-            raise ValueError(f"blocks: expected a positive integer, found {blocks}")
-        require_memory(blocks * block_bytes(config, kv), f"KV cache of {blocks} blocks of {BLOCK} tokens")
-        self.blocks = blocks
-        self.max_tokens = blocks * BLOCK
-        self._reserved = 0  # blocks that there is memory for
+    def __init__(self, config: ModelConfig, memory: int, kv: str = "f32") -> None:
+        self.config, self.dtype, self.memory = config, kv, memory
+        self.layout = BlockLayout(config, kv)
+        self.max_tokens = min(memory // sum(self.layout.nbytes) * BLOCK, config.max_position_embeddings)
+        if not self.max_tokens:
+            raise ValueError(f"memory: expected at least {sum(self.layout.nbytes)} bytes, found {memory}")
+        require_memory(memory, f"KV cache of {blocks_for(self.max_tokens)} blocks of {BLOCK} tokens")
+        self.allocated = 0  # bytes
+        self._free: list[list[Block]] = [[] for _ in self.layout.nbytes]  # by group
+        self.tables = np.zeros((len(self._free), 1), np.int64)
+        self.layer_table = self.layout.layer_table(self.tables)
 
-    def reserve(self, blocks: int) -> None:
-        """Have memory for the first ``blocks`` blocks: at least twice as much as before, if it is not enough."""
-        if blocks > self._reserved:
-            wanted = max(blocks, 2 * self._reserved)
-            # The larger arrays may take all their memory at once, on huge pages: what is copied must be little then.
-            self._reserved = wanted if 8 * wanted <= self.blocks else self.blocks
-            self.grow([self._reserved * BLOCK] * self.config.num_hidden_layers)
+    def allocate(self, group: int) -> Block | None:
+        """A block of a group of layers, with whatever was in it; None if the memory is used up."""
+        if self._free[group]:
+            return self._free[group].pop()
+        needed = self.layout.nbytes[group]
+        for other, free in enumerate(self._free):  # memory of other groups' free blocks
+            while free and self.allocated + needed > self.memory:
+                free.pop()
+                self.allocated -= self.layout.nbytes[other]
+        if self.allocated + needed > self.memory:
+            return None
+        self.allocated += needed
+        return self.layout.new_block(group)
 
-    def copy(self, block: int, to: int, positions: int) -> None:
-        """Copy the first ``positions`` of a block to another."""
-        self.reserve(max(block, to) + 1)
-        lines, per_block = -(-positions // LANES), BLOCK // LANES
-        for layer in range(len(self.keys)):
-            keys, values = self.keys[layer], self.values[layer]
-            source, target = block * per_block, to * per_block
-            keys[:, target : target + lines] = keys[:, source : source + lines]
-            values[:, to * BLOCK : to * BLOCK + positions] = values[:, block * BLOCK : block * BLOCK + positions]
+    def free(self, group: int, block: Block) -> None:
+        """Give a block back."""
+        self._free[group].append(block)
+
+    def set_tables(self, tables: np.ndarray) -> None:
+        """The block tables of the next pass, (groups, n): addresses of the blocks of its sequences."""
+        self.tables = tables
+        self.layer_table[:] = self.layout.layer_table(tables)
 
     def __repr__(self) -> str:
-        total = self.blocks * block_bytes(self.config, self.dtype)
-        return f"KVPool({self.blocks} blocks of {BLOCK} tokens, {self.dtype}, {total / 1e6:.1f} MB)"
+        return f"KVPool({self.allocated / 1e6:.1f} of {self.memory / 1e6:.1f} MB, {self.dtype})"
 
 
 def block_bytes(config: ModelConfig, kv: str = "f32") -> int:
-    """Bytes of one block. Raises ValueError for an unknown ``kv``."""
+    """Bytes of BLOCK positions of all layers. Raises ValueError for an unknown ``kv``."""
     require_kv(kv)
-    return BLOCK * config.num_hidden_layers * config.num_key_value_heads * key_value_bytes(config, kv)
+    return sum(group_bytes(config, kv, BLOCK))
 
 
 def blocks_for(positions: int) -> int:

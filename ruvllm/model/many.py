@@ -27,14 +27,14 @@ from ruvllm.model.replay import Working
 class Run(NamedTuple):
     """New tokens of one sequence.
 
-    ids: (n,) int64, at the positions from ``start`` on. table: the numbers of the sequence's blocks, enough for all
-    positions up to these. wanted: of how many of its last tokens logits are wanted. capacity: the most positions that
-    the sequence may have, on which some rotary embeddings depend.
+    ids: (n,) int64, at the positions from ``start`` on. tables: for each group of layers the addresses of the
+    sequence's blocks (groups, b), enough for all positions up to these. wanted: of how many of its last tokens logits
+    are wanted. capacity: the most positions that the sequence may have, on which some rotary embeddings depend.
     """
 
     ids: np.ndarray
     start: int
-    table: Sequence[int]
+    tables: np.ndarray
     wanted: int
     capacity: int
 
@@ -66,18 +66,18 @@ class Many:
         ids = np.concatenate([run.ids for run in runs])
         working = next(working for most, working in self._workings.items() if len(ids) <= most)
         row, chosen, start = 0, 0, 0
-        tables = np.concatenate([np.asarray(run.table, np.int64) for run in runs])
+        tables = np.concatenate([run.tables for run in runs], axis=1)
         for i, run in enumerate(runs):
             count = len(run.ids)
             self._runs[i] = row, count, start
             self._chosen[chosen : chosen + run.wanted] = np.arange(row + count - run.wanted, row + count)
             at = positions[row : row + count]
-            self._slots[row : row + count] = tables[start + at // BLOCK] * BLOCK + at % BLOCK
-            row, chosen, start = row + count, chosen + run.wanted, start + len(run.table)
+            self._slots[row : row + count] = start * BLOCK + at
+            row, chosen, start = row + count, chosen + run.wanted, start + run.tables.shape[1]
         working.positions[: len(ids)] = positions
         working.header[t.RUN_COUNT] = len(runs)
-        t.set_space(working.header, t.TABLES, tables.ctypes.data)
-        self.pool.reserve(int(tables.max()) + 1)
+        working.header[t.TABLE_SIZE] = tables.shape[1]
+        self.pool.set_tables(tables)
         self._reach(int(positions.max()) + 1)
         cos, sin = self._angles(runs, positions)
         if len(self._logits) < chosen:

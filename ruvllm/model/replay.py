@@ -24,7 +24,7 @@ from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.pool import num_threads
 from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_arrays import DTYPES
+from ruvllm.model.kv_blocks import DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_pool import KVPool
 from ruvllm.model.layer import Decoder
@@ -132,7 +132,8 @@ class Working:
         self.address = h.ctypes.data  # asked for once: NumPy makes an object for each such question
         self._rows: dict[Value, np.ndarray] = {}  # those last asked for
         h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
-        h[t.LAYERS], h[t.CACHES] = len(cache.table), cache.table.ctypes.data
+        h[t.CACHES], h[t.BLOCK_ROWS] = cache.layer_table.ctypes.data, cache.layout.positions
+        h[t.TABLE_SIZE] = cache.tables.shape[1]  # of a pool, ``model.many`` sets it for each pass
         h[t.KEY_ROWS], h[t.VALUE_WIDTH] = key_rows(D, DTYPES[cache.dtype]), padded(D)
         h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
         h[t.CALLS] = scheduler_calls().ctypes.data

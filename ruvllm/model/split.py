@@ -17,7 +17,7 @@ import numpy as np
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.kv_arrays import DTYPES
+from ruvllm.model.kv_blocks import DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS
 from ruvllm.model.linear import Linear

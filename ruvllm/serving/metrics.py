@@ -42,7 +42,6 @@ class Metrics:
         yield from _metric("answers_total", "counter", "Answers that ended, by reason.")
         for reason, count in sorted(self.answers.items()):
             yield f'ruvllm_answers_total{{reason="{reason}"}} {count}'
-        used = engine.pool.blocks - engine.prefixes.available
         for name, kind, what, value in (
             ("disconnects_total", "counter", "Clients that went away before their answer ended.", self.disconnects),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
@@ -52,8 +51,8 @@ class Metrics:
             ("preemptions_total", "counter", "Answers that gave their memory back and wait.", engine.preemptions),
             ("running_sequences", "gauge", "Sequences that are computed together.", len(engine.running)),
             ("waiting_sequences", "gauge", "Sequences that wait.", len(engine.waiting)),
-            ("kv_blocks", "gauge", "Blocks of the KV cache.", engine.pool.blocks),
-            ("kv_blocks_in_use", "gauge", "Of these, blocks that a sequence uses.", used),
+            ("kv_bytes", "gauge", "Most bytes of the KV cache.", engine.pool.memory),
+            ("kv_bytes_in_use", "gauge", "Of these, bytes of blocks that a sequence uses.", engine.prefixes.used),
         ):
             yield from _metric(name, kind, what)
             yield f"ruvllm_{name} {value}"

@@ -19,7 +19,7 @@ def main(record: Path, first: int, step: int) -> None:
     from ruvllm.kernels.jit.private.cross import retarget, to_object
     from ruvllm.kernels.jit.private.target import target
     from ruvllm.kernels.threads.regions import CFunction
-    from ruvllm.model.kv_arrays import DTYPES
+    from ruvllm.model.kv_blocks import DTYPES
     from ruvllm.model.weights import LAYOUTS
     from tests.aarch64.recorder import read
 

@@ -50,8 +50,8 @@ def guard_own_memory() -> None:
     def empty(shape: Any, dtype: Any = np.float32) -> np.ndarray:
         return guarded(shape, dtype, align=_memory.CACHE_LINE)
 
-    def zeros(shape: Any, dtype: Any = np.float32) -> np.ndarray:
-        array = empty(shape, dtype)
+    def zeros(shape: Any, dtype: Any = np.float32, alignment: int = _memory.CACHE_LINE) -> np.ndarray:
+        array = guarded(shape, dtype, align=alignment)
         array[...] = 0
         return array
 

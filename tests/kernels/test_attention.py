@@ -15,7 +15,7 @@ from ruvllm.kernels import (
 )
 from ruvllm.kernels.attention.kv import SCALE_ROWS, key_rows, padded
 from ruvllm.kernels.attention.prefill import attend_cache, prompt_scratch_size, scoring_of
-from ruvllm.kernels.attention.tile import NO_TABLE, Cache
+from ruvllm.kernels.attention.tile import plain_cache
 from ruvllm.kernels.matmul.micro_kernels import LANES
 
 Array = np.ndarray
@@ -315,7 +315,7 @@ def test_queries_anywhere_over_a_cache(first: int, dtype: Any, window: int | Non
         reach = window or length
         expected = attended(q, k, v, lambda t: range(max(0, first + t - reach + 1), first + t + 1), 0.25)  # noqa: B023
         values[:, length:] = 0
-        assert attend_cache(q, Cache(keys, values, NO_TABLE), positions, scoring_of(window, 0.25), out, scratch) is out
+        assert attend_cache(q, plain_cache(keys, values), positions, scoring_of(window, 0.25), out, scratch) is out
         assert_near(out, expected)
 
 
@@ -327,7 +327,7 @@ def test_many_tokens_on_several_threads_are_the_same(monkeypatch: pytest.MonkeyP
     for threads in (1, 2, 5, 9):
         monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
         scratch, out = np.empty((threads, prompt_scratch_size(18)), np.float32), np.full(q.shape, np.float32(np.nan))
-        answers.append(attend_cache(q, Cache(keys, values, NO_TABLE), positions, scoring_of(None, 0.25), out, scratch))
+        answers.append(attend_cache(q, plain_cache(keys, values), positions, scoring_of(None, 0.25), out, scratch))
     for answer in answers:
         np.testing.assert_array_equal(answer, answers[0])
     assert np.isfinite(answers[0]).all()
@@ -342,7 +342,7 @@ def test_one_token_on_several_threads_is_the_same(window: int | None, monkeypatc
         monkeypatch.setattr("ruvllm.kernels.attention.prefill.threads_for", lambda *_, n=threads: n)
         scratch = np.empty((threads, prompt_scratch_size(18)), np.float32)
         scoring, out = scoring_of(window, 0.25), np.empty_like(q)
-        answers.append(attend_cache(q, Cache(keys, values, NO_TABLE), position, scoring, out, scratch))
+        answers.append(attend_cache(q, plain_cache(keys, values), position, scoring, out, scratch))
     for other in answers[1:]:
         np.testing.assert_array_equal(other, answers[0])
 

@@ -29,6 +29,10 @@ SMALL = ModelConfig(
     attention_bias=True, attention_out_bias=True, mlp_bias=True, eos_token_ids=(2,),
 )  # fmt: skip
 WINDOWED = dataclasses.replace(SMALL, sliding_window=37)
+MIXED = dataclasses.replace(
+    SMALL, num_hidden_layers=3, sliding_window=20,
+    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+)  # fmt: skip
 # Without biases threads steal each other's chunks; its feed-forward is wide enough for several chunks per thread.
 PLAIN = dataclasses.replace(
     SMALL, attention_bias=False, attention_out_bias=False, mlp_bias=False, intermediate_size=707

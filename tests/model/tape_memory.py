@@ -29,9 +29,10 @@ class Memory:
     def __init__(self, working: Working, cache: KVCache, logits: np.ndarray) -> None:
         self.working, self.cache = working, cache
         self.buffers: dict[str, np.ndarray] = {
-            "shared": working.shared, "local": working.local, "keys": cache.keys, "values": cache.values,
-            "partial": working.partial, "logits": logits,
+            "shared": working.shared, "local": working.local, "partial": working.partial, "logits": logits,
         }  # fmt: skip
+        for group, (block,) in enumerate(cache._blocks):
+            self.buffers[f"block {group}"] = block.memory
 
     def snapshot(self) -> dict[str, np.ndarray]:
         return {name: as_bytes(buffer).copy() for name, buffer in self.buffers.items()}
@@ -99,8 +100,12 @@ class Memory:
     def _mark_cache(
         self, masks: dict[str, np.ndarray], value: Value, partition: Partition, member: int, size: int
     ) -> None:
-        keys = masks["keys"].reshape(*self.cache.keys.shape, -1)[value.offset]
-        values = masks["values"].reshape(*self.cache.values.shape, -1)[value.offset]
+        layout, layer = self.cache.layout, value.offset
+        group, start = layout.groups[layer], layout.offsets[layer]
+        k, v = layout.arrays(self.cache._blocks[group][0], layer)
+        mask = masks[f"block {group}"][start:]
+        keys = mask[: k.nbytes].reshape(*k.shape, -1)
+        values = mask[k.nbytes : k.nbytes + v.nbytes].reshape(*v.shape, -1)
         if partition == ANY:
             keys[:], values[:] = True, True
             return

@@ -13,7 +13,7 @@ from ruvllm.model import KVCache, ModelConfig
 from ruvllm.model.kv_size import cache_bytes
 from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.reference import rms_norm, rope_angles, rotate
-from tests.model.model_cases import SMALL, run, small_model, text
+from tests.model.model_cases import MIXED, SMALL, run, small_model, text
 
 ONE_LAYER = dataclasses.replace(SMALL, num_hidden_layers=1)
 
@@ -45,6 +45,7 @@ def test_holds_turned_keys_and_values_of_every_position(kv: str, tolerance: floa
 
 def test_sizes() -> None:
     small, large = KVCache(SMALL, 16), KVCache(SMALL, 160)
+    assert KVCache(SMALL, 257).nbytes == 2 * KVCache(SMALL, 256).nbytes == 2 * 16 * small.nbytes  # whole blocks
     # Two layers, two kv heads: keys of 18, values of 18 padded to 32, four bytes each; two with f16.
     assert small.nbytes == 16 * 2 * 2 * (18 + 32) * 4
     assert large.nbytes == 10 * small.nbytes == 2 * KVCache(SMALL, 160, "f16").nbytes
@@ -124,26 +125,20 @@ def test_a_cache_serves_one_thread_at_a_time() -> None:
     np.testing.assert_array_equal(model.forward(ids, cache), expected)
 
 
-WINDOWED = dataclasses.replace(
-    SMALL, num_hidden_layers=3, sliding_window=20,
-    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
-)  # fmt: skip
-
-
 def test_the_cache_of_a_windowed_layer_is_a_ring() -> None:
     """A window of 20 and a pass of 126 tokens fit into 256 positions, however long the context."""
-    cache, small = KVCache(WINDOWED, 2000), KVCache(WINDOWED, 100)
-    plain = KVCache(dataclasses.replace(WINDOWED, sliding_window=None, layer_types=()), 2000)
+    cache, small = KVCache(MIXED, 2000), KVCache(MIXED, 100)
+    plain = KVCache(dataclasses.replace(MIXED, sliding_window=None, layer_types=()), 2000)
     for full in (cache, small, plain):
         full.reserve(full.max_tokens)
-        assert sum(array.nbytes for array in (*full.keys, *full.values)) == full.nbytes
-    assert [keys.shape[1] * 16 for keys in cache.keys] == [256, 2000, 256]
-    assert cache.nbytes == cache_bytes(WINDOWED, 2000) == plain.nbytes * (256 + 2000 + 256) // 6000
-    assert [keys.shape[1] * 16 for keys in small.keys] == [112] * 3  # never more than the context
+        assert full.held_bytes == full.nbytes
+    assert cache.capacities == [256, 2048, 256]
+    assert cache.nbytes == cache_bytes(MIXED, 2000) == plain.nbytes * (256 + 2048 + 256) // (3 * 2048)
+    assert small.capacities == [112] * 3  # never more than the context
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
-@pytest.mark.parametrize("config", [SMALL, WINDOWED], ids=["plain", "windowed"])
+@pytest.mark.parametrize("config", [SMALL, MIXED], ids=["plain", "windowed"])
 def test_memory_grows_with_the_text(config: ModelConfig, kv: str) -> None:
     """In steps, whatever was there stays: the bits are those of a cache that had all its memory at once."""
     model, ids, parts = small_model("f32", config=config), text(620), [1, 255, 1, 100, 3, 126, 134]
@@ -155,13 +150,13 @@ def test_memory_grows_with_the_text(config: ModelConfig, kv: str) -> None:
         found = model.forward(ids[position : position + part], cache)
         np.testing.assert_array_equal(found, expected[position : position + part])
         position += part
-        sizes.append(cache.keys[1].shape[1] * 16)
-    assert sizes == [256, 256, 512, 512, 512, 512, 704]
+        sizes.append(len(cache._blocks[-1]))
+    assert sizes == [1, 1, 2, 2, 2, 2, 3]
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
 def test_a_ring_gives_the_bits_of_a_whole_cache(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, parts = small_model("f32", config=WINDOWED), text(700), [300, 1, 126, 130, 1, 1, 141]
+    model, ids, parts = small_model("f32", config=MIXED), text(700), [300, 1, 126, 130, 1, 1, 141]
     ring = run(model, model.new_cache(700, kv), ids, parts)
     cache = model.new_cache(700, kv)
     run(model, cache, ids, parts)
@@ -170,15 +165,15 @@ def test_a_ring_gives_the_bits_of_a_whole_cache(kv: str, monkeypatch: pytest.Mon
         patch.setattr("ruvllm.model.kv_size.PREFILL_TOKENS", 10_000)
         whole = model.new_cache(700, kv)
         whole.reserve(700)
-        assert whole.keys[0].shape == whole.keys[1].shape
+        assert whole.capacities == [768] * 3
         np.testing.assert_array_equal(run(model, whole, ids, parts), ring)
-    assert k.shape == v.shape == (256, WINDOWED.num_key_value_heads, WINDOWED.head_dim)
+    assert k.shape == v.shape == (256, MIXED.num_key_value_heads, MIXED.head_dim)
     for found, expected in zip((k, v), whole.layer(0), strict=True):
         np.testing.assert_array_equal(found, expected[-256:])
 
 
 def test_a_ring_is_truncated_as_far_as_it_remembers() -> None:
-    model, ids = small_model("f32", config=WINDOWED), text(600)
+    model, ids = small_model("f32", config=MIXED), text(600)
     expected = run(model, model.new_cache(600), ids, [600])
     cache = model.new_cache(600)
     run(model, cache, ids, [600])
@@ -194,6 +189,6 @@ def test_a_ring_is_truncated_as_far_as_it_remembers() -> None:
 
 
 def test_a_ring_of_another_window_is_refused() -> None:
-    other = dataclasses.replace(WINDOWED, sliding_window=200)
+    other = dataclasses.replace(MIXED, sliding_window=200)
     with pytest.raises(ValueError, match="^cache: it was made for a model whose layers have other windows$"):
-        small_model("f32", config=other).forward(text(3), KVCache(WINDOWED, 2000))
+        small_model("f32", config=other).forward(text(3), KVCache(MIXED, 2000))

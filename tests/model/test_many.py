@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from ruvllm.batching import Engine, Generated, Scored
 from ruvllm.batching.sequence import Embedded
 from ruvllm.batching.texts import embeddings, reading
 from ruvllm.errors import ContextFullError, InsufficientMemoryError
-from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.model import Llama, ModelConfig, RopeConfig
 from ruvllm.model.generate import generate
 from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
@@ -20,7 +20,7 @@ from ruvllm.model.many import Many, Run
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.sampling.sampler import Sampler
 from tests.model.architectures import ARCHITECTURES, build
-from tests.model.model_cases import PLAIN, SMALL, WINDOWED, small_model, text
+from tests.model.model_cases import MIXED, PLAIN, SMALL, WINDOWED, small_model, text
 
 LENGTHS = (1, 33, 300, 520, 70)
 
@@ -35,10 +35,11 @@ def alone(model: Llama, ids: np.ndarray, kv: str) -> np.ndarray:
 def together(model: Llama, texts: list[np.ndarray], kv: str, seed: int = 0) -> list[np.ndarray]:
     """Logits (T, V) of texts that share passes, pieces of them at random, in blocks of a pool in a random order."""
     rng = np.random.default_rng(seed)
-    pool = KVPool(model.config, 12, kv)
-    many, free = Many(model, pool), rng.permutation(12).tolist()
-    done = [0] * len(texts)
-    tables: list[list[int]] = [[] for _ in texts]
+    pool = KVPool(model.config, 12 * block_bytes(model.config, kv), kv)
+    many, groups, done = Many(model, pool), range(len(pool.layout.nbytes)), [0] * len(texts)
+    free = [[pool.allocate(group) for group in groups] for _ in range(12)]
+    rng.shuffle(free)
+    blocks: list[list[Any]] = [[] for _ in texts]
     found: list[list[np.ndarray]] = [[] for _ in texts]
     while any(n < len(ids) for n, ids in zip(done, texts, strict=True)):
         runs, who, left = [], [], many.most_tokens
@@ -46,9 +47,10 @@ def together(model: Llama, texts: list[np.ndarray], kv: str, seed: int = 0) -> l
             count = int(min(left, len(texts[i]) - done[i], rng.choice([0, 1, 1, 2, 9, 60])))
             if not count:
                 continue
-            while len(tables[i]) * BLOCK < done[i] + count:
-                tables[i].append(free.pop())
-            runs.append(Run(texts[i][done[i] : done[i] + count], done[i], tables[i], count, len(texts[i])))
+            while len(blocks[i]) * BLOCK < done[i] + count:
+                blocks[i].append(free.pop())
+            tables = np.array([[found[group].address for found in blocks[i]] for group in groups])
+            runs.append(Run(texts[i][done[i] : done[i] + count], done[i], tables, count, len(texts[i])))
             who.append(i)
             done[i], left = done[i] + count, left - count
         if runs:
@@ -139,7 +141,7 @@ def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]
         assert came[sequence] == (expected[: len(came[sequence])] if sequence in gone else expected)
     assert bool(gone) == bool(cancelled)
     assert engine.preemptions > 0 or blocks > 4
-    assert engine.prefixes.available == blocks  # nothing is lost
+    assert not engine.prefixes.used  # nothing is lost
     assert not any(node.users for node in engine.prefixes)
 
 
@@ -175,19 +177,31 @@ def test_a_text_that_is_computed_again_has_the_same_embedding() -> None:
         assert not any(len(node.ids) and (node.ids[:100] == ids[:100]).all() for node in engine.prefixes)
 
 
-def test_a_pool_that_grows_takes_little_more_than_a_full_one() -> None:
+def test_a_pool_never_holds_more_than_its_memory() -> None:
+    """Blocks of both groups of layers are taken and given back at random; those in use keep what is in them."""
     rng = np.random.default_rng(0)
-    for blocks in (1, 3, 5, 8, 33, 64, 100):
-        for _ in range(5):
-            pool = KVPool(SMALL, blocks)
-            used = 0
-            while used < blocks:
-                before = 0 if not len(pool.keys) else pool.keys[0].shape[1] * LANES // BLOCK
-                used = min(used + int(rng.choice([1, 1, 2, 7])), blocks)
-                pool.reserve(used)
-                after = pool.keys[0].shape[1] * LANES // BLOCK
-                assert used <= after <= blocks and pool.values[0].shape[1] == after * BLOCK
-                assert after == before or 8 * (after + before) <= 9 * blocks  # what is copied is there twice
+    size = block_bytes(MIXED)
+    pool = KVPool(MIXED, 5 * size + size // 2)
+    layout = pool.layout
+    used: list[tuple[int, Any, int]] = []
+    for i in range(400):
+        if used and rng.random() < 0.4:
+            group, block, filled = used.pop(int(rng.integers(len(used))))
+            assert (block.memory == filled).all()
+            pool.free(group, block)
+        group = int(rng.integers(len(layout.nbytes)))
+        held = sum(layout.nbytes[other] for other, _, _ in used)
+        block = pool.allocate(group)
+        assert (block is None) == (held + layout.nbytes[group] > pool.memory)
+        if block is not None:
+            assert len(block.memory) == layout.nbytes[group]
+            block.memory[:] = i % 256
+            used.append((group, block, i % 256))
+        kept = held + sum(layout.nbytes[group] * len(free) for group, free in enumerate(pool._free))
+        assert kept + (0 if block is None else layout.nbytes[group]) == pool.allocated <= pool.memory
+    assert sum(layout.nbytes) == size and len(layout.nbytes) == 2
+    with pytest.raises(ValueError, match=f"^memory: expected at least {size} bytes, found {size - 1}$"):
+        KVPool(MIXED, size - 1)
 
 
 def test_scores_of_long_texts() -> None:
@@ -227,7 +241,7 @@ def test_new_weights_are_not_mixed_with_old_blocks() -> None:
 def test_what_does_not_fit() -> None:
     model = small_model("int4", 1)
     engine = engine_of(model, 2)
-    with pytest.raises(ContextFullError, match="may have 600 tokens, memory is for 512 .*, or lower max_tokens"):
+    with pytest.raises(ContextFullError, match="may have 600 tokens, memory is for 512: give more memory, or lower"):
         engine.submit(Generated(text(500), Sampler(Sampling()), 100, 600))
     with pytest.raises(ContextFullError, match="the prompt has 1100 tokens, the model takes 1024"):
         engine.submit(Generated(text(1100), Sampler(Sampling()), 1, 1024))

@@ -24,8 +24,9 @@ from ruvllm.kernels.attention.tile import (
     Keys,
     Queries,
     Span,
-    cache_row,
+    ahead_of,
     cap_scores,
+    chunk_at,
     copy_queries,
     largest_score,
     normaliser,
@@ -95,9 +96,8 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     first, end = max(0, position - scoring.window + 1), position + 1
     first_chunk = first // CHUNK
     chunks = (end + CHUNK - 1) // CHUNK - first_chunk
-    q_flat, keys_flat, values_flat, parts = flat(q), flat(keys), flat(values), flat(partial)
+    q_flat, parts = flat(q), flat(partial)
     block = keys.shape[2] * LANES
-    panels = Keys(keys_flat, block, dim)
     stage = (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK
     queries = Queries(scratch, stage + HEAD_TILE * LANES, HEAD_TILE)
     sums = queries.start + HEAD_TILE * wide
@@ -108,35 +108,38 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
         span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        stored = cache_row(cache, base) + span.start
+        chunk = chunk_at(cache, base)
+        panels, stored = Keys(chunk.keys, block, dim), chunk.row + span.start
         ki = (kv * keys.shape[1] + stored // LANES) * block
         vi = (kv * values.shape[1] + stored) * wide
         count = span.stop - span.start
+        next_head, next_base = (kv + 1, first_chunk * CHUNK) if c + 1 == chunks else (kv, base + CHUNK)
+        next_keys, next_values = ahead_of(cache, base, next_head, next_base)
         for r in range(0, group, HEAD_TILE):
             copy_queries(
                 Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), query_factor(scoring), queries,
                 stage, transpose_4,
             )  # fmt: skip
             if group == 1:
-                scores(f32_zeros(1), panels, ki, queries, 0, span.start, span.stop)
+                scores(f32_zeros(1), panels, ki, queries, 0, span.start, span.stop, next_keys)
             else:
-                scores(f32_zeros(HEAD_TILE), panels, ki, queries, r * CHUNK, span.start, span.stop)
+                scores(f32_zeros(HEAD_TILE), panels, ki, queries, r * CHUNK, span.start, span.stop, next_keys)
         for r in range(0, group, HEAD_TILE):
             for head in range(r, min(r + HEAD_TILE, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width + wide
                 if scoring.softcap > 0:
                     cap_scores(scratch, head * CHUNK, span.start, span.stop, scoring.softcap)
                 top = largest_score(scratch, head * CHUNK, span)
-                total = to_weights(scratch, head * CHUNK, span, top, keys_flat, ki + (dim + 4) * LANES, block)
+                total = to_weights(scratch, head * CHUNK, span, top, chunk.keys, ki + (dim + 4) * LANES, block)
                 parts[at] = top
                 parts[at + 1] = hsum(total)
             for i in range(sums, sums + HEAD_TILE * wide, LANES):
                 f32_store(scratch, i, f32_zero())
-            rows, weights, ahead = ValueRows(values_flat, vi, wide, count), r * CHUNK + span.start, vi + count * wide
+            rows, weights = ValueRows(chunk.values, vi, wide, count), r * CHUNK + span.start
             if group == 1:
-                add_weighted_rows(f32_zeros(1), rows, ahead, wide, scratch, weights, sums)
+                add_weighted_rows(f32_zeros(1), rows, next_values, wide, scratch, weights, sums)
             else:
-                add_weighted_rows(f32_zeros(HEAD_TILE), rows, ahead, wide, scratch, weights, sums)
+                add_weighted_rows(f32_zeros(HEAD_TILE), rows, next_values, wide, scratch, weights, sums)
             for head in range(r, min(r + HEAD_TILE, group)):
                 at = ((kv * group + head) * partial.shape[1] + c) * width
                 for d in range(0, wide, LANES):

@@ -9,7 +9,7 @@ import numpy as np
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.attention.kv import append, kv_append_heads, padded
 from ruvllm.kernels.attention.prefill import NO_WINDOW, attend_cache, attend_prompt, prompt_scratch_size, scoring_of
-from ruvllm.kernels.attention.tile import NO_TABLE, Cache, Scoring
+from ruvllm.kernels.attention.tile import Scoring, plain_cache
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.spec import KernelSpec, grid
@@ -165,8 +165,9 @@ def attend_sequence(
     values[:, :, dim:] = 0
     own = aligned_empty((num_threads(), prompt_scratch_size(dim)))
     positions = np.arange(length - tokens, length) if causal else np.full(tokens, length - 1)
-    append(k, v, keys, values, np.arange(length))
-    return attend_cache(q, Cache(keys, values, NO_TABLE), positions, scoring, out, own)
+    cache = plain_cache(keys, values)
+    append(k, v, cache, np.arange(length))
+    return attend_cache(q, cache, positions, scoring, out, own)
 
 
 def _many_tokens(rng: Any, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:

@@ -10,9 +10,11 @@ its 16 keys and then of its 16 values, as float32: 8 more rows of 16 bytes, so K
 from typing import Any
 
 import numpy as np
+from numba import prange
 
 from ruvllm.kernels import check, reference
-from ruvllm.kernels.jit.decorators import inline_kernel, kernel
+from ruvllm.kernels.attention.tile import CHUNK, Cache, chunk_at, plain_cache
+from ruvllm.kernels.jit.decorators import inline_kernel, kernel, parallel_kernel
 from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.simd.vectors import (
@@ -35,7 +37,7 @@ from ruvllm.kernels.simd.vectors import (
     zip_rows,
 )
 from ruvllm.kernels.spec import KernelSpec
-from ruvllm.kernels.threads.over_rows import over_rows, run_rows
+from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
 SCALE_ROWS = 8  # of 16 bytes, in a block of int8 keys
@@ -53,10 +55,11 @@ def key_rows(head_dim: int, dtype: Any) -> int:
 
 
 @kernel(strict=True)
-def kv_append_heads(k, v, keys, values, positions, lo, hi):
-    """Write k, v (T, KV, D) of tokens at positions (T,) into the cache of one layer, for kv heads lo:hi."""
+def kv_append_heads(k, v, cache, positions, lo, hi):
+    """Write k, v (T, KV, D) of tokens at positions (T,) into a ``Cache``, for kv heads lo:hi."""
     tokens, heads, dim = k.shape
-    k_flat, v_flat, keys_flat, values_flat = flat(k), flat(v), flat(keys), flat(values)
+    keys, values = cache.keys, cache.values
+    k_flat, v_flat = flat(k), flat(v)
     block = keys.shape[2] * LANES
     wide = values.shape[2]
     row = heads * dim
@@ -65,9 +68,10 @@ def kv_append_heads(k, v, keys, values, positions, lo, hi):
         t = 0
         while t < tokens:
             xi = t * row + head * dim
-            position = positions[t] % values.shape[1]
-            ki = (head * keys.shape[1] + position // LANES) * block
-            vi = (head * values.shape[1] + position) * wide
+            position = positions[t] % CHUNK
+            keys_flat, values_flat, first = chunk_at(cache, positions[t] - position)
+            ki = (head * keys.shape[1] + (first + position) // LANES) * block
+            vi = (head * values.shape[1] + first + position) * wide
             count = LANES if _fill_block(positions, t) else 1
             transposed = whole if count == LANES else 0
             for i in range(count):
@@ -111,13 +115,17 @@ def _fill_block(positions, t):
     return True
 
 
-kv_append_parallel = over_rows(kv_append_heads)
+@parallel_kernel
+def kv_append_parallel(threads, heads, k, v, cache, positions):
+    """kv_append_heads with the kv heads split over threads."""
+    for t in prange(threads):
+        kv_append_heads(k, v, cache, positions, heads * t // threads, heads * (t + 1) // threads)
 
 
-def append(k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
+def append(k: np.ndarray, v: np.ndarray, cache: Cache, positions: np.ndarray) -> None:
     """kv_append for callers that own their buffers (``model.Attention``) and guarantee their sizes."""
-    arguments = k, v, keys, values, positions
-    run_rows(kv_append_heads, kv_append_parallel, k.size, PARALLEL_ELEMENTS, len(keys), *arguments)
+    arguments = k, v, cache, positions
+    run_rows(kv_append_heads, kv_append_parallel, k.size, PARALLEL_ELEMENTS, len(cache.keys), *arguments)
 
 
 def kv_append(
@@ -148,7 +156,7 @@ def kv_append(
     if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
-    append(k, v, keys, values, positions)
+    append(k, v, plain_cache(keys, values), positions)
     return keys, values
 
 

@@ -30,8 +30,8 @@ from ruvllm.kernels.attention.tile import (
     Queries,
     Scoring,
     Span,
-    cache_row,
     cap_scores,
+    chunk_at,
     copy_queries,
     largest_score,
     normaliser,
@@ -117,9 +117,7 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
     unit_tiles, units = _units(tokens, heads, kv_heads)
     most, count = unit_tiles * ROWS, units // kv_heads
     q_flat, out_flat = flat(q), flat(out)
-    keys_flat, values_flat = flat(keys), flat(values)
     block = keys.shape[2] * LANES
-    panels = Keys(keys_flat, block, dim)
     stage = ROWS * CHUNK
     queries = stage + Q_STEP * LANES
     sums = queries + MAX_TILES * Q_STEP * wide
@@ -143,6 +141,8 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
             f32_store(scratch, i + LANES, f32_zero())
         first, end = _visible(TileRows(positions, first_row, rows, group), scoring.window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
+            found = chunk_at(cache, chunk)
+            panels = Keys(found.keys, block, dim)
             for tile in range(0, rows, ROWS):
                 tile_rows = TileRows(positions, first_row + tile, min(ROWS, rows - tile), group)
                 tile_first, tile_end = _visible(tile_rows, scoring.window)
@@ -150,18 +150,18 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
                 if start >= stop:
                     continue
-                stored = cache_row(cache, chunk) + start
+                stored = found.row + start
                 ki = (kv * keys.shape[1] + stored // LANES) * block
                 vi = (kv * values.shape[1] + stored) * wide
                 tile_queries = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)
-                scores(f32_zeros(ROWS), panels, ki, tile_queries, 0, start, stop)
+                scores(f32_zeros(ROWS), panels, ki, tile_queries, 0, start, stop, ki)
                 if scoring.softcap > 0:
                     for row in range(tile_rows.count):
                         cap_scores(scratch, row * CHUNK, start, stop, scoring.softcap)
                 state = Softmax(scratch, states + tile // ROWS * _STATE, sums + tile * wide, chunk_sums, wide)
                 _weigh_chunk(state, tile_rows, scoring.window, chunk, start, stop, panels, ki)
                 sum_weighted_values(
-                    f32_zeros(ROWS), values_flat, vi, wide, scratch, start, stop - start, chunk_sums
+                    f32_zeros(ROWS), found.values, vi, wide, scratch, start, stop - start, chunk_sums
                 )  # fmt: skip
                 for r in range(tile_rows.count):
                     at = state.row + r

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
+from ruvllm.kernels.jit.views import array_at, flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE
 from ruvllm.kernels.simd.math import exp2_of_negative, tanh_by_exp
 from ruvllm.kernels.simd.vectors import (
@@ -47,25 +48,53 @@ _ONE = np.float32(1)
 class Cache(NamedTuple):
     """The KV cache of one layer: its arrays as attention/kv.py lays them out, and a block table.
 
-    Without a table, (0,), it is a ring of S rows: position p is row p % S. In a ring smaller than the context, S is a
-    multiple of CHUNK, so that no chunk wraps around. With a table, the arrays are a pool of blocks of CHUNK positions:
-    position p is row p % CHUNK of block table[p // CHUNK].
+    Without a table, (0,), they hold all positions: position p is row p. With a table, they are anywhere and tell the
+    shapes of a block of CHUNK positions: position p is row p % CHUNK of the block table[p // CHUNK], an address. There,
+    after ``offset`` bytes, are the block's keys of this layer, and then its values.
     """
 
     keys: Any
     values: Any
     table: Any
+    offset: Any
 
 
-NO_TABLE = np.empty(0, np.int64)
+_NO_TABLE = np.empty(0, np.int64)
+
+
+def plain_cache(keys: np.ndarray, values: np.ndarray) -> Cache:
+    """A cache whose arrays hold all positions."""
+    return Cache(keys, values, _NO_TABLE, 0)
+
+
+class Chunk(NamedTuple):
+    """Keys and values of CHUNK positions, flat: those of a head begin at its row ``row``."""
+
+    keys: Any
+    values: Any
+    row: Any
 
 
 @inline_kernel
-def cache_row(cache, chunk):
-    """The row of the cache at which the chunk that begins at position ``chunk`` is stored."""
+def chunk_at(cache, position):
+    """The chunk of a cache that begins at a position, a multiple of CHUNK."""
+    keys, values = cache.keys, cache.values
     if cache.table.size == 0:
-        return chunk % cache.values.shape[1]
-    return cache.table[chunk // CHUNK] * CHUNK
+        return Chunk(flat(keys), flat(values), position)
+    at = cache.table[position // CHUNK] + cache.offset
+    k, v = array_at(at, keys.size, keys.dtype), array_at(at + keys.nbytes, values.size, values.dtype)
+    return Chunk(k, v, np.int64(0))
+
+
+@inline_kernel
+def ahead_of(cache, position, kv, other):
+    """Where another chunk's keys and values of a head begin, as indices into the ``Chunk`` at ``position``."""
+    keys, values = cache.keys, cache.values
+    row, distance = other, 0
+    if cache.table.size > 0:
+        row, distance = 0, (cache.table[other // CHUNK] - cache.table[position // CHUNK]) // keys.itemsize
+    ki = (kv * keys.shape[1] + row // LANES) * keys.shape[2] * LANES
+    return distance + ki, distance + (kv * values.shape[1] + row) * values.shape[2]
 
 
 class Scoring(NamedTuple):
@@ -204,16 +233,17 @@ def copy_queries(heads, first, rows, factor, to, stage, transpose):
 
 
 @inline_kernel
-def scores(zeros, keys, ki, queries, base, start, stop):
+def scores(zeros, keys, ki, queries, base, start, stop, following):
     """scratch[base + r CHUNK + s] = query r times the key at s, for s in start:stop and the rest of the last block.
 
     zeros: a tuple of one zero vector for each row of the tile. keys.elements[ki]: the block of ``start``.
+    keys.elements[following]: the keys that are needed after those, to prefetch.
     """
     k, block, dim, scratch = keys.elements, keys.block, keys.dim, queries.scratch
     s = start
     while PAIRS and s + LANES < stop:
         left = right = zeros
-        other, ahead = ki + block, ki + 2 * block
+        other, ahead = ki + block, ki + 2 * block if s + 2 * LANES < stop else following
         for d in range(dim):
             prefetch_l2(k, ahead + d * LANES)
             prefetch_l2(k, ahead + block + d * LANES)

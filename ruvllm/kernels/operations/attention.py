@@ -13,10 +13,10 @@ from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.operations.matmul import Stealing, member_share
 from ruvllm.kernels.tape import (
+    BLOCK_ROWS,
     CACHES,
     CHUNKS,
     KEY_ROWS,
-    LAYERS,
     PARTIAL,
     POSITIONS,
     RUN_COUNT,
@@ -24,7 +24,7 @@ from ruvllm.kernels.tape import (
     SCRATCH,
     SCRATCH_SIZE,
     SLOTS,
-    TABLES,
+    TABLE_SIZE,
     TOKENS,
     VALUE_WIDTH,
     Operation,
@@ -71,21 +71,17 @@ def _scoring(m, scores, heads):
 
 
 @view_kernel
-def _cache(m, layer, kv_heads, dtype):
-    """One layer of the cache; CACHES is a table (LAYERS, 3) of keys, values, blocks of 16 positions."""
-    table = array_at(m.header[CACHES], (m.header[LAYERS], np.int64(3)), np.int64)
-    keys, values, blocks = table[layer, 0], table[layer, 1], table[layer, 2]
-    k = array_at(keys, (kv_heads, blocks, m.header[KEY_ROWS], np.int64(LANES)), dtype)
-    v = array_at(values, (kv_heads, blocks * LANES, m.header[VALUE_WIDTH]), dtype)
-    return Cache(k, v, array_at(m.header[CACHES], np.int64(0), np.int64))
+def _cache(m, layer, kv_heads, dtype, start):
+    """One layer of the cache, of the sequence whose blocks begin at ``start`` in the layer's block table.
 
-
-@view_kernel
-def _blocks(m, layer, kv_heads, dtype, start, position):
-    """One layer of a pool as one sequence sees it, up to ``position``; its block table begins at TABLES[start]."""
-    pool = _cache(m, layer, kv_heads, dtype)
-    table = array_at(address_of(m, np.int64(TABLES)) + 8 * start, position // CHUNK + 1, np.int64)
-    return Cache(pool.keys, pool.values, table)
+    CACHES has two numbers for each layer: the address of its block table, and its offset in each block.
+    """
+    row = array_at(m.header[CACHES] + 16 * layer, np.int64(2), np.int64)
+    table = array_at(row[0] + 8 * start, m.header[TABLE_SIZE] - start, np.int64)
+    rows = m.header[BLOCK_ROWS]
+    k = array_at(row[0], (kv_heads, rows // LANES, m.header[KEY_ROWS], np.int64(LANES)), dtype)
+    v = array_at(row[0], (kv_heads, rows, m.header[VALUE_WIDTH]), dtype)
+    return Cache(k, v, table, row[1])
 
 
 @view_kernel
@@ -125,9 +121,9 @@ def append(dtype: type) -> Operation:
     def append_rows(m, k, v, layer, kv_heads, dim, by_heads):
         lo, hi = (np.int64(0), m.rows) if by_heads else row_range(m)
         first, end = part(kv_heads, m.rank, m.size) if by_heads else (np.int64(0), kv_heads)
-        cached = _cache(m, layer, kv_heads, dtype)
+        cached = _cache(m, layer, kv_heads, dtype, np.int64(0))
         new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
-        kv_append_heads(new_keys, new_values, cached.keys, cached.values, _positions(m)[lo:hi], first, end)
+        kv_append_heads(new_keys, new_values, cached, _positions(m)[lo:hi], first, end)
 
     return append_rows
 
@@ -139,7 +135,7 @@ def attend(dtype: type) -> Operation:
     @operation
     def attend_rows(m, q, layer, out, sizes: Sizes, scores: Scores, stealing: Stealing):
         _, units = _units(m.rows, sizes.heads, sizes.kv_heads)
-        cached, rule = _cache(m, layer, sizes.kv_heads, dtype), _scoring(m, scores, sizes.heads)
+        cached, rule = _cache(m, layer, sizes.kv_heads, dtype, np.int64(0)), _scoring(m, scores, sizes.heads)
         queries, result = _heads(m, q, sizes.heads, sizes.dim), _heads(m, out, sizes.heads, sizes.dim)
         for i in range(m.size if stealing.steal else 1):
             share = member_share(m, units, stealing, i)
@@ -158,11 +154,11 @@ def attend_token(dtype: type) -> Operation:
     @operation
     def token(m, q, k, v, layer, sizes: Sizes, scores: Scores):
         heads, kv_heads, dim = sizes
-        cached, positions = _cache(m, layer, kv_heads, dtype), _positions(m)
+        cached, positions = _cache(m, layer, kv_heads, dtype, np.int64(0)), _positions(m)
         chunks = _chunks(positions[0], scores.window)
         lo, hi = part(kv_heads * chunks, m.rank, m.size)
         new_keys, new_values = _heads(m, k, kv_heads, dim), _heads(m, v, kv_heads, dim)
-        kv_append_heads(new_keys, new_values, cached.keys, cached.values, positions, lo // chunks, hi // chunks)
+        kv_append_heads(new_keys, new_values, cached, positions, lo // chunks, hi // chunks)
         query, partial = _heads(m, q, heads, dim)[0], _partial(m, heads, dim)
         attend_token_part(query, cached, positions[0], _scoring(m, scores, heads), partial, _scratch(m), lo, hi)
 
@@ -178,15 +174,18 @@ def merge(m, out, heads, dim, window, sinks):
 
 @cache
 def append_blocks(dtype: type) -> Operation:
-    """Write k and v (rows, KV, dim), rows of several sequences, into one layer of a pool, at SLOTS."""
+    """Write k and v (rows, KV, dim), rows of several sequences, into one layer of a pool.
+
+    SLOTS (rows,): the position of each in its sequence, from the beginning of the block table on.
+    """
 
     @operation
     def append_to_blocks(m, k, v, layer, kv_heads, dim):
         lo, hi = row_range(m)
-        pool = _cache(m, layer, kv_heads, dtype)
+        pool = _cache(m, layer, kv_heads, dtype, np.int64(0))
         new_keys, new_values = _heads(m, k, kv_heads, dim)[lo:hi], _heads(m, v, kv_heads, dim)[lo:hi]
         slots = array_at(address_of(m, np.int64(SLOTS)), m.rows, np.int64)[lo:hi]
-        kv_append_heads(new_keys, new_values, pool.keys, pool.values, slots, np.int64(0), kv_heads)
+        kv_append_heads(new_keys, new_values, pool, slots, np.int64(0), kv_heads)
 
     return append_to_blocks
 
@@ -204,7 +203,7 @@ def _run_units(rows, sizes):
 def attend_runs(dtype: type) -> Operation:
     """out (rows, heads, dim): each run of rows of q, new tokens of one sequence, attends to the blocks of its sequence.
 
-    RUNS (RUN_COUNT, 3) has for each run its first row, how many there are, and where its block table begins in TABLES.
+    RUNS (RUN_COUNT, 3) has for each run its first row, how many there are, and where its blocks begin in the tables.
     """
 
     @operation
@@ -224,7 +223,7 @@ def attend_runs(dtype: type) -> Operation:
                     before += _run_units(runs[run, 1], sizes)
                     run += 1
                 lo, hi, first = runs[run, 0], runs[run, 0] + runs[run, 1], unit - before
-                blocks = _blocks(m, layer, kv_heads, dtype, runs[run, 2], positions[hi - 1])
+                blocks = _cache(m, layer, kv_heads, dtype, runs[run, 2])
                 if hi - lo == 1:
                     chunks, partial = _chunks(positions[lo], rule.window), _partial(m, heads, dim)
                     attend_token_part(

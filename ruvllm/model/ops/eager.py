@@ -10,7 +10,6 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.kernels.attention.kv import append
 from ruvllm.kernels.attention.prefill import attend_cache, scoring_of
-from ruvllm.kernels.attention.tile import NO_TABLE, Cache
 from ruvllm.kernels.experts import Routing, combine_rows, route, sigmoid_scale_rows
 from ruvllm.model.activations import Activations
 from ruvllm.model.kv_cache import KVCache
@@ -87,10 +86,10 @@ class Eager:
         softcap: float | None = None, sinks: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Append k and v, then attention of q over the layer's cache -> (T, H D)."""
-        keys, values, out = self.cache.keys[layer], self.cache.values[layer], np.empty_like(q)
-        append(k, v, keys, values, self.positions)
+        cache, out = self.cache.of_layer(layer), np.empty_like(q)
+        append(k, v, cache, self.positions)
         scoring = scoring_of(window, scale, softcap, sinks)
-        attend_cache(q, Cache(keys, values, NO_TABLE), self.positions, scoring, out, self.scratch)
+        attend_cache(q, cache, self.positions, scoring, out, self.scratch)
         return out.reshape(len(q), -1)
 
     def route(self, scores: np.ndarray, k: int, normalised: bool = True) -> Routing:

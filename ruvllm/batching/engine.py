@@ -18,15 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
-
-from ruvllm.batching.prefixes import Match, Prefixes, common_prefix
+from ruvllm.batching.prefixes import Match, Path, Prefixes, common_prefix
 from ruvllm.batching.sequence import Sequence
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.memory import free_memory
 from ruvllm.model.checks import is_integer, is_number
 from ruvllm.model.generate import Token
-from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes, blocks_for
+from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes, blocks_for, sequence_bytes
 from ruvllm.model.llama import Llama
 from ruvllm.model.many import Many, Run
 
@@ -174,7 +172,7 @@ class Engine:
                 return  # no later one goes before it
             self.waiting.remove(sequence)
             sequence.path, sequence.shares = self.prefixes.take(match), sequence.kept
-            sequence.computed = _held(sequence, match)
+            sequence.computed = sequence.path.tokens
             if sequence.length == sequence.prompt_tokens:
                 sequence.reused_tokens = sequence.computed
             self.running.append(sequence)
@@ -192,16 +190,14 @@ class Engine:
     def _fits(self, sequence: Sequence, match: Match) -> bool:
         """Whether there are blocks for all its tokens, and one more for each sequence that runs."""
         idle = sum(not node.users for node in match.nodes)
-        needed = blocks_for(sequence.length) - len(match.nodes) + len(self.running) + idle
-        return not self.running or needed * sum(self.pool.layout.nbytes) <= self.prefixes.available
+        needed = self.pool.bytes_for(blocks_for(sequence.length) - len(match.nodes) + idle)
+        one_more = len(self.running) * sum(self.pool.layout.nbytes)
+        return not self.running or needed + one_more <= self.prefixes.available
 
     def _allocate(self, sequence: Sequence, tokens: int) -> None:
         """Blocks for its next tokens; if there are none, the sequences that came last give theirs back."""
-        while len(sequence.path) < blocks_for(sequence.computed + tokens):
-            parent = sequence.path[-1] if sequence.path else self.prefixes.root(sequence.key)
-            node = self.prefixes.allocate(parent if sequence.shares else None)
-            if node is not None:
-                sequence.path.append(node)
+        while len(sequence.path.nodes) < blocks_for(sequence.computed + tokens):
+            if self.prefixes.extend(sequence.path, self.prefixes.root(sequence.key) if sequence.shares else None):
                 continue
             last = self.running.pop()
             self._release(last)
@@ -215,16 +211,15 @@ class Engine:
         """The next tokens of a sequence are in its blocks, where others may find them."""
         first, sequence.computed = sequence.computed, sequence.computed + tokens
         self.computed_tokens += tokens
-        if not sequence.shares:
-            return
-        for block in range(first // BLOCK, blocks_for(sequence.computed)):
-            node, start = sequence.path[block], block * BLOCK
+        for block in range(first // BLOCK, blocks_for(sequence.computed)) if sequence.shares else ():
+            node, start = sequence.path.nodes[block], block * BLOCK
             node.count = min(BLOCK, sequence.computed - start)
             node.ids[: node.count] = sequence.ids[start : start + node.count]
+        self.prefixes.pass_by(sequence.path, sequence.computed)
 
     def _release(self, sequence: Sequence) -> None:
         self.prefixes.release(sequence.path)
-        sequence.path = []
+        sequence.path = Path([])
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -242,23 +237,17 @@ class Engine:
 
 def _run(sequence: Sequence, tokens: int) -> Run:
     start, end = sequence.computed, sequence.computed + tokens
-    groups = range(len(sequence.path[0].blocks))
-    tables = np.array([[node.blocks[group].address for node in sequence.path] for group in groups])
     wanted = max(0, end - max(start, sequence.wanted_from))
-    return Run(sequence.ids[start:end], start, tables, wanted, sequence.capacity)
-
-
-def _held(sequence: Sequence, match: Match) -> int:
-    """Tokens that the blocks of a new sequence hold already."""
-    return len(sequence.path) * BLOCK if len(sequence.path) == len(match.nodes) else match.tokens
+    return Run(sequence.ids[start:end], start, sequence.path.tables(), wanted, sequence.capacity)
 
 
 def _memory(model: Llama, kv: str, memory: float | None, sequences: int) -> int:
     """Bytes of the pool."""
     size = block_bytes(model.config, kv)
     if memory is None:
-        most, free = sequences * blocks_for(model.config.max_position_embeddings), free_memory()
-        return size * (most if free is None else max(1, min(most, free // (2 * size))))
+        most = sequences * sequence_bytes(model.config, kv, model.config.max_position_embeddings)
+        free = free_memory()
+        return most if free is None else max(size, min(most, free // 2))
     if not is_number(memory) or not size <= memory < math.inf:
         raise ValueError(f"memory: expected at least {size} bytes, which {BLOCK} tokens need, found {memory!r}")
     return int(memory)

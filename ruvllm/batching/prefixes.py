@@ -5,11 +5,15 @@ one or of many sequences. A full block is never written again, and any number of
 of a sequence is still being filled by it alone; another that begins with the same tokens gets a copy.
 
 Blocks that no sequence uses stay, idle, until their memory is needed: the one that was used longest ago goes first.
+
+Layers with a window do not need what lies behind it. A node has a block for each group of layers (``BlockLayout``);
+where no sequence that uses the node needs one of them any more, that block is given up before any idle node. A text
+that begins alike can go on from where the windows of all groups are still there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,19 +25,36 @@ from ruvllm.model.kv_pool import BLOCK, KVPool
 class Node:
     """BLOCK positions: ``ids[:count]`` are the tokens whose keys and values its blocks hold and may share.
 
-    blocks: of each group of layers. users: the sequences that use it. parent: None where it is a root, or where it
-    shall not be found.
+    blocks: of each group of layers; None where it was given up. needed: of each, by how many sequences. users: the
+    sequences that use the node. parent: None where it is a root, or where it shall not be found.
     """
 
-    __slots__ = ("blocks", "children", "count", "ids", "parent", "users")
+    __slots__ = ("blocks", "children", "count", "ids", "needed", "parent", "users")
 
     def __init__(self, blocks: list[Block], parent: Node | None) -> None:
-        self.blocks, self.parent = blocks, parent
+        self.blocks: list[Block | None] = [*blocks]
+        self.needed, self.parent = [0] * len(blocks), parent
         self.ids = np.zeros(BLOCK, np.int64)
         self.count = self.users = 0
         self.children: list[Node] = []
         if parent is not None:
             parent.children.append(self)
+
+
+class Path:
+    """The nodes of a sequence.
+
+    first: of each group of layers, the first node whose block it still needs. tokens: how many it began with.
+    """
+
+    def __init__(self, first: list[int], tokens: int = 0) -> None:
+        self.nodes: list[Node] = []
+        self.first, self.tokens = first, tokens
+
+    def tables(self) -> np.ndarray:
+        """Addresses of its blocks (groups, nodes); 0 of those that it does not need."""
+        blocks = [[node.blocks[group] for node in self.nodes] for group in range(len(self.first))]
+        return np.array([[0 if block is None else block.address for block in row] for row in blocks])
 
 
 class Match(NamedTuple):
@@ -54,13 +75,15 @@ class Prefixes:
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self.used = 0  # bytes of blocks that sequences use
+        self.used = 0  # bytes of blocks that sequences need
+        self._groups = range(len(pool.layout.nbytes))
         self._idle: dict[Node, None] = {}  # in the order of their release: children come before their parents
+        self._passed: dict[tuple[Node, int], None] = {}  # blocks behind the windows of all that use their nodes
         self._roots: list[tuple[object, Node]] = []
 
     @property
     def available(self) -> int:
-        """Bytes that no sequence uses."""
+        """Bytes that no sequence needs."""
         return self.pool.memory - self.used
 
     def root(self, key: object) -> Node:
@@ -73,82 +96,129 @@ class Prefixes:
         return self._roots[-1][1]
 
     def match(self, root: Node, ids: np.ndarray) -> Match:
-        """The longest beginning of ids that is known."""
+        """The longest beginning of ids that is known, from whose end a sequence can go on."""
         nodes: list[Node] = []
         node, at = root, 0
+        best, rest = None, 0
         while at < len(ids):
-            best, rest = None, 0
             for child in node.children:
                 if child.count and child.ids[0] == ids[at]:
                     n = common_prefix(child.ids[: child.count], ids[at:])
                     if n > rest:
                         best, rest = child, n
             if best is None or rest < BLOCK:
-                return Match(nodes, best, rest)
+                break
             nodes.append(best)
-            node, at = best, at + BLOCK
-        return Match(nodes, None, 0)
+            node, at, best, rest = best, at + BLOCK, None, 0
+        return self._shortened(Match(nodes, best, rest))
 
-    def take(self, match: Match) -> list[Node]:
+    def _shortened(self, match: Match) -> Match:
+        """As much of a match as a sequence can go on from."""
+        while not self._goes_on(match):
+            match = Match(match.nodes if match.partial else match.nodes[:-1], None, 0)
+        return match
+
+    def _goes_on(self, match: Match) -> bool:
+        """Whether all blocks that the token after it sees are there."""
+        chain = match.nodes if match.partial is None else [*match.nodes, match.partial]
+        first = self.pool.first_blocks(match.tokens)
+        return all(node.blocks[group] is not None for group in self._groups for node in chain[first[group] :])
+
+    def take(self, match: Match) -> Path:
         """Use what was found: the path of a new sequence. The partial block is copied where others may need it."""
+        path, partial = Path(self.pool.first_blocks(match.tokens), match.tokens), match.partial
         for node in match.nodes:
-            self._use(node)
-        path, partial = list(match.nodes), match.partial
+            self._append(path, node)
         if partial is None:
             return path
-        if not partial.users and partial.count == match.rest:
-            self._use(partial)
-            return [*path, partial]
-        self._use(partial)  # allocating must not evict it
-        copied = self.allocate(partial.parent)
-        if copied is not None:
-            for source, target in zip(partial.blocks, copied.blocks, strict=True):
+        alone = not partial.users and partial.count == match.rest
+        self._append(path, partial)  # allocating must not evict it
+        if alone:
+            return path
+        copied = self._allocated(partial.parent)
+        self._leave(partial, self._groups)
+        del path.nodes[-1]
+        if copied is None:
+            self.release(path)
+            return self.take(self._shortened(Match(match.nodes, None, 0)))
+        for source, target in zip(partial.blocks, copied.blocks, strict=True):
+            if source is not None and target is not None:
                 target.memory[:] = source.memory
-            copied.ids[: match.rest], copied.count = partial.ids[: match.rest], match.rest
-            path.append(copied)
-        self._leave(partial)
+        copied.ids[: match.rest], copied.count = partial.ids[: match.rest], match.rest
+        self._append(path, copied)
         return path
 
-    def allocate(self, parent: Node | None) -> Node | None:
-        """A node for the tokens after those of ``parent``, in use; None if all memory is in use."""
+    def extend(self, path: Path, root: Node | None) -> bool:
+        """Blocks for the next tokens; False if all memory is in use. root: None where they shall not be found."""
+        node = self._allocated(path.nodes[-1] if root is not None and path.nodes else root)
+        if node is not None:
+            self._append(path, node)
+        return node is not None
+
+    def pass_by(self, path: Path, length: int) -> None:
+        """A sequence has so many tokens now: what lies behind its windows is not needed by it any more."""
+        first = self.pool.first_blocks(length)
+        for group in self._groups:
+            for node in path.nodes[path.first[group] : first[group]]:
+                self._spare(node, group)
+        path.first = first
+
+    def release(self, path: Path) -> None:
+        """A sequence leaves: what it shares becomes idle if no other uses it, the rest is free."""
+        for i, node in reversed(list(enumerate(path.nodes))):
+            self._leave(node, [group for group in self._groups if i >= path.first[group]])
+
+    def _allocated(self, parent: Node | None) -> Node | None:
+        """A new node; None if all memory is in use."""
         blocks: list[Block] = []
-        for group in range(len(self.pool.layout.nbytes)):
+        for group in self._groups:
             while (block := self.pool.allocate(group)) is None:
                 if not self._evict():
-                    self._free(blocks)
+                    for other, given in enumerate(blocks):
+                        self.pool.free(other, given)
                     return None
             blocks.append(block)
-        node = Node(blocks, parent)
-        self._use(node)
-        return node
+        return Node(blocks, parent)
 
-    def _free(self, blocks: list[Block]) -> None:
-        for group, block in enumerate(blocks):
-            self.pool.free(group, block)
-
-    def release(self, path: list[Node]) -> None:
-        """A sequence leaves: what it shares becomes idle if no other uses it, the rest is free."""
-        for node in reversed(path):
-            self._leave(node)
-
-    def _use(self, node: Node) -> None:
-        if not node.users:
-            self.used += sum(self.pool.layout.nbytes)
+    def _append(self, path: Path, node: Node) -> None:
+        """A node is the next of a sequence."""
         node.users += 1
         self._idle.pop(node, None)
+        for group in self._groups:
+            if len(path.nodes) >= path.first[group]:
+                if not node.needed[group]:
+                    self.used += self.pool.layout.nbytes[group]
+                    self._passed.pop((node, group), None)
+                node.needed[group] += 1
+        path.nodes.append(node)
 
-    def _leave(self, node: Node) -> None:
+    def _leave(self, node: Node, groups: Iterable[int]) -> None:
+        """A sequence that needed the blocks of ``groups`` leaves a node."""
         node.users -= 1
-        if node.users:
-            return
-        self.used -= sum(self.pool.layout.nbytes)
-        if node.parent is None or not node.count:
+        for group in groups:
+            self._spare(node, group)
+        if not node.users and (node.parent is None or not node.count):
             self._drop(node)
-        else:
+        elif not node.users:
             self._idle[node] = None
 
+    def _spare(self, node: Node, group: int) -> None:
+        """One sequence fewer needs a block."""
+        node.needed[group] -= 1
+        if node.needed[group]:
+            return
+        self.used -= self.pool.layout.nbytes[group]
+        if node.users and node.parent is None:
+            self._free(node, group)
+        elif node.users:
+            self._passed[node, group] = None
+
     def _evict(self) -> bool:
-        """Free the block that was used longest ago."""
+        """Free a block that lies behind windows, or else the node that was used longest ago."""
+        passed = next(iter(self._passed), None)
+        if passed is not None:
+            self._free(*passed)
+            return True
         oldest = next(iter(self._idle), None)
         if oldest is None:
             return False
@@ -160,7 +230,15 @@ class Prefixes:
         if node.parent is not None:
             node.parent.children.remove(node)
             node.parent = None
-        self._free(node.blocks)
+        for group in self._groups:
+            self._free(node, group)
+
+    def _free(self, node: Node, group: int) -> None:
+        """Give a block back, if it is there."""
+        self._passed.pop((node, group), None)
+        block, node.blocks[group] = node.blocks[group], None
+        if block is not None:
+            self.pool.free(group, block)
 
     def __iter__(self) -> Iterator[Node]:
         """All blocks that can be found."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ruvllm.kernels as K
-from ruvllm.batching.prefixes import Node
+from ruvllm.batching.prefixes import Path
 from ruvllm.model.generate import Token, choose
 from ruvllm.model.sampling.sampler import Sampler
 
@@ -32,7 +32,7 @@ class Sequence:
         self.done = False
         self.error: Exception | None = None  # why it ended before its time
         self.key: Any = None  # with what its blocks are comparable
-        self.path: list[Node] = []
+        self.path = Path([])
         self.shares = True  # whether others may find its new blocks
 
     @property

@@ -8,7 +8,7 @@ from ruvllm.kernels.attention.tile import CHUNK
 from ruvllm.kernels.memory import require_memory
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_blocks import Block, BlockLayout, require_kv
-from ruvllm.model.kv_size import group_bytes
+from ruvllm.model.kv_size import PREFILL_TOKENS, group_bytes, group_windows
 
 BLOCK = CHUNK  # positions of a block: attention looks up one block for each chunk
 
@@ -27,14 +27,23 @@ class KVPool:
     def __init__(self, config: ModelConfig, memory: int, kv: str = "f32") -> None:
         self.config, self.dtype, self.memory = config, kv, memory
         self.layout = BlockLayout(config, kv)
-        self.max_tokens = min(memory // sum(self.layout.nbytes) * BLOCK, config.max_position_embeddings)
-        if not self.max_tokens:
+        if memory < sum(self.layout.nbytes):
             raise ValueError(f"memory: expected at least {sum(self.layout.nbytes)} bytes, found {memory}")
-        require_memory(memory, f"KV cache of {blocks_for(self.max_tokens)} blocks of {BLOCK} tokens")
+        fitting = (n for n in range(blocks_for(config.max_position_embeddings), 0, -1) if self.bytes_for(n) <= memory)
+        self.max_tokens = min(next(fitting) * BLOCK, config.max_position_embeddings)  # of one sequence
+        require_memory(memory, "KV cache of many texts")
         self.allocated = 0  # bytes
         self._free: list[list[Block]] = [[] for _ in self.layout.nbytes]  # by group
         self.tables = np.zeros((len(self._free), 1), np.int64)
         self.layer_table = self.layout.layer_table(self.tables)
+
+    def bytes_for(self, blocks: int) -> int:
+        """Bytes that one sequence of so many blocks needs at once."""
+        return sequence_bytes(self.config, self.dtype, blocks * BLOCK)
+
+    def first_blocks(self, length: int) -> list[int]:
+        """Of each group of layers, the first block that is seen by the token after ``length`` others."""
+        return [0 if window is None else max(0, length - window + 1) // BLOCK for window in self.layout.windows]
 
     def allocate(self, group: int) -> Block | None:
         """A block of a group of layers, with whatever was in it; None if the memory is used up."""
@@ -67,6 +76,17 @@ def block_bytes(config: ModelConfig, kv: str = "f32") -> int:
     """Bytes of BLOCK positions of all layers. Raises ValueError for an unknown ``kv``."""
     require_kv(kv)
     return sum(group_bytes(config, kv, BLOCK))
+
+
+def sequence_bytes(config: ModelConfig, kv: str, positions: int) -> int:
+    """Bytes of the blocks that a sequence of so many positions needs at once: of windowed layers, what a pass sees."""
+    total = 0
+    for window, size in zip(group_windows(config), group_bytes(config, kv, BLOCK), strict=True):
+        blocks = blocks_for(positions)
+        if window is not None:  # its tokens and those that the first of them sees, wherever they begin in a block
+            blocks = min(blocks, (window + PREFILL_TOKENS - 3) // BLOCK + 2)
+        total += blocks * size
+    return total
 
 
 def blocks_for(positions: int) -> int:

@@ -15,7 +15,7 @@ from ruvllm.batching.texts import embeddings, reading
 from ruvllm.errors import ContextFullError, InsufficientMemoryError
 from ruvllm.model import Llama, ModelConfig, RopeConfig
 from ruvllm.model.generate import generate
-from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes
+from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes, sequence_bytes
 from ruvllm.model.many import Many, Run
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.sampling.sampler import Sampler
@@ -110,12 +110,17 @@ def engine_of(model: Llama, blocks: int, sequences: int = 6, kv: str = "f32") ->
 
 
 @pytest.mark.parametrize(
-    ("blocks", "cancelled", "lengths"), [(40, 0.0, (1, 5, 33, 280)), (5, 0.05, (5, 280)), (4, 0.0, (240, 250))]
-)
-def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]) -> None:
+    ("config", "blocks", "cancelled", "lengths"),
+    [
+        (SMALL, 40, 0.0, (1, 5, 33, 280)), (SMALL, 5, 0.05, (5, 280)), (SMALL, 4, 0.0, (240, 250)),
+        (MIXED, 40, 0.0, (5, 280, 600)), (MIXED, 5, 0.05, (240, 500, 690)),
+        (MIXED, 3, 0.0, (240, 250)), (WINDOWED, 3, 0.0, (240, 500, 690)),
+    ],
+)  # fmt: skip
+def test_random_arrivals(config: ModelConfig, blocks: int, cancelled: float, lengths: tuple[int, ...]) -> None:
     """Sequences come and go at random, in a pool that is large, small, or so small that some must give blocks back."""
     rng = np.random.default_rng(blocks)
-    model = small_model("int4", 2)
+    model = small_model("int4", 2, config)
     prompts = prompts_of(rng, 10, lengths, (40, 256, 300))
     most = [int(rng.integers(10, 30)) for _ in prompts]
     engine = engine_of(model, blocks)
@@ -131,6 +136,7 @@ def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]
         for sequence, token in engine.step():
             assert token is not None
             came[sequence].append(token.id)
+        require_sound(engine)
         for sequence in engine.running + engine.waiting:
             if rng.random() < cancelled:
                 engine.cancel(sequence)
@@ -141,8 +147,62 @@ def test_random_arrivals(blocks: int, cancelled: float, lengths: tuple[int, ...]
         assert came[sequence] == (expected[: len(came[sequence])] if sequence in gone else expected)
     assert bool(gone) == bool(cancelled)
     assert engine.preemptions > 0 or blocks > 4
-    assert not engine.prefixes.used  # nothing is lost
-    assert not any(node.users for node in engine.prefixes)
+    assert not engine.prefixes.used and not any(node.users for node in engine.prefixes)
+
+
+def require_sound(engine: Engine) -> None:
+    """Every block of the pool is free or in one node, those that sequences see are there, and memory is counted."""
+    pool, prefixes = engine.pool, engine.prefixes
+    nodes = {*prefixes, *(node for sequence in engine.running for node in sequence.path.nodes)}
+    held = [(g, block.address) for node in nodes for g, block in enumerate(node.blocks) if block is not None]
+    free = [(g, block.address) for g, blocks in enumerate(pool._free) for block in blocks]
+    assert len({*held, *free}) == len(held) + len(free)
+    assert sum(pool.layout.nbytes[g] for g, _ in held + free) == pool.allocated <= pool.memory
+    needed = set()
+    for sequence in engine.running:
+        for group, window in enumerate(pool.layout.windows):
+            first = 0 if window is None else max(0, sequence.computed - window + 1) // BLOCK
+            needed |= {(group, node) for node in sequence.path.nodes[first:]}
+    assert all(node.blocks[group] is not None for group, node in needed)
+    assert sum(pool.layout.nbytes[group] for group, _ in needed) == prefixes.used
+
+
+def test_windowed_layers_keep_what_a_pass_sees() -> None:
+    """Of MIXED's three layers, two with a window of 20 need two blocks at the most, however long the text is."""
+    model = small_model("int4", 2, MIXED)
+    layer = block_bytes(MIXED) // 3
+    assert sequence_bytes(MIXED, "f32", 200) == 3 * layer and sequence_bytes(MIXED, "f32", 1024) == (4 + 2 * 2) * layer
+    assert Engine(model, memory=8 * layer - 1).max_tokens == 768
+    engine = Engine(model, memory=8 * layer)
+    assert engine.max_tokens == 1024
+    ids = text(990)
+    sequence = Generated(ids, Sampler(Sampling()), 30, 1020)
+    engine.submit(sequence)
+    engine.finish()
+    expected = [token.id for token in generate(model, model.new_cache(1020, "f32"), ids, Sampling(), 30)]
+    assert sequence.ids[990:].tolist() == expected and engine.preemptions == 0
+
+
+def test_a_prefix_is_used_where_its_windows_are_still_there() -> None:
+    model = small_model("int4", 2, MIXED)
+    ids, layer = text(700), block_bytes(MIXED) // 3
+
+    def reused(engine: Engine, prompt: np.ndarray) -> int:
+        sequence = Generated(prompt, Sampler(Sampling()), 3, len(prompt) + 3)
+        engine.submit(sequence)
+        engine.finish()
+        require_sound(engine)
+        expected = [token.id for token in generate(model, model.new_cache(1000, "f32"), prompt, Sampling(), 3)]
+        assert sequence.ids[len(prompt) :].tolist() == expected
+        return sequence.reused_tokens
+
+    branch, continued = np.concatenate([ids[:400], text(9, seed=1)]), np.concatenate([ids, text(9, seed=2)])
+    engine = Engine(model, memory=40 * layer)
+    assert [reused(engine, prompt) for prompt in (ids, branch, continued)] == [0, 400, 700]
+    engine = Engine(model, memory=7 * layer)  # 3 + 2 x 2: the first block of the windowed layers is given up
+    assert reused(engine, ids) == 0 and reused(engine, ids[:200]) == 0
+    engine = Engine(model, memory=10 * layer)
+    assert reused(engine, ids) == 0 and reused(engine, continued) == 700
 
 
 def test_a_common_prefix_is_computed_once() -> None:
@@ -246,7 +306,7 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ContextFullError, match="the prompt has 1100 tokens, the model takes 1024"):
         engine.submit(Generated(text(1100), Sampler(Sampling()), 1, 1024))
     assert not engine.busy and engine.step() == []
-    with pytest.raises(InsufficientMemoryError, match="KV cache of .* blocks of 256 tokens"):
+    with pytest.raises(InsufficientMemoryError, match="^KV cache of many texts: 10000000.0 GB needed"):
         Engine(model, memory=1e16)
 
 

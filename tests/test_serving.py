@@ -280,6 +280,24 @@ def test_limits_of_size_number_and_time(llm: LLM, monkeypatch: pytest.MonkeyPatc
         assert client.chat.completions.create(**asked, max_tokens=2).choices  # nothing is left of them
 
 
+def test_each_text_to_embed_has_a_place_in_the_queue(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    with running(llm, sequences=1, queue=3) as server:
+        client = server.client()
+        with monkeypatch.context() as patched:
+            says(llm, patched, "slow " * 30, lambda: go.wait(0.05))
+            asked: Any = {"model": "bytes", "messages": CHAT, "stream": True}
+            streams = [client.chat.completions.create(**asked) for _ in range(2)]
+            with pytest.raises(openai.RateLimitError):
+                client.embeddings.create(model="bytes", input=["a"] * 3)
+            for stream in streams:
+                stream.close()
+            go.set()
+            wait_for(lambda: metric(server, "running_sequences") + metric(server, "waiting_sequences") == 0)
+        for _ in range(3):  # more than the queue takes: alone, they are computed one after the other
+            assert len(client.embeddings.create(model="bytes", input=["a"] * 10).data) == 10
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_sequence(
     llm: LLM, server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool

@@ -153,7 +153,8 @@ class _Server:
     async def _embedded(self, request: Request) -> Response:
         asked = requests.embedding(body := parse_body(await read_body(request, self.settings.body_bytes)))
         self._check_model(asked.model)
-        self.service.reserve(1)
+        places = min(len(asked.texts), max(1, self.settings.queue))  # more texts take the whole queue
+        self.service.reserve(places)
         try:
             ids = await run_in_threadpool(self._ids, asked.texts)
             reading = asyncio.create_task(self.worker.embed(ids, asked.pooling))
@@ -166,7 +167,7 @@ class _Server:
         except (TypeError, ValueError, RuvllmError) as error:
             raise of_request(error, body) from None
         finally:
-            self.service.open -= 1
+            self.service.open -= places
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(row, asked.as_base64)}

@@ -14,7 +14,8 @@ class Settings:
     name: of the model, in /v1/models and in requests.
     context: the most tokens of one sequence; None: the model's context length.
     kv, memory, sequences: see ``LLM.answering``.
-    queue: answers that may wait, in addition to those that are computed; more are refused with 429.
+    queue: answers that may wait, in addition to those that are computed; more are refused with 429. Each text of a
+        request for embeddings counts as one, up to all of the queue.
     timeout: seconds that a request may take.
     api_key: what clients must send as a bearer token; None: anyone may ask.
     local_only: refuse requests for another host name than this machine's own, so that no page of the web reaches the

@@ -210,14 +210,44 @@ def test_positions_are_taken_back_only_where_they_were() -> None:
 def test_lookup_goes_on_as_the_most_alike_place() -> None:
     lookup = Lookup()
     text = np.array([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3])
-    assert lookup.levels(text, 4) == [1, 2, 3, 4]  # three tokens are alike at the first place, two at the second
+    assert lookup.levels(text, 4) == [3, 4, 5, 6]  # three tokens are alike at the first place, two at the second
     assert lookup.guesses(4) == [7, 9, 2, 3]
     text = np.append(text, [7, 9])
-    assert lookup.levels(text, 2) == [3, 4] and lookup.guesses(2) == [2, 3]
-    assert lookup.levels(np.append(text, 50), 4) == []
+    assert lookup.levels(text, 2) == [5, 6] and lookup.guesses(2) == [2, 3]
+    text = np.append(text, [50, 51, 52, 53, 54, 55])
+    assert lookup.levels(text, 2) == [0, 1]  # six tokens differ
+    text = np.append(text, [56])
+    assert lookup.levels(text, 4) == []
     repeated = np.append(text, [50, 4, 5, 4, 5, 4])
     assert lookup.levels(repeated, 6) and lookup.guesses(6) == [5, 4, 5, 4, 5, 4]
     assert Lookup().levels(np.array([1]), 4) == Lookup().levels(np.array([1, 1]), 4) == []
+
+
+def looked_up(source: list[int], copy: list[int], count: int) -> tuple[list[int], list[int]]:
+    """Levels and guesses after a source and the beginning of a copy, which came token by token."""
+    lookup = Lookup()
+    for end in range(len(source), len(source) + len(copy) + 1):
+        levels = lookup.levels(np.array([*source, *copy][:end]), count)
+    return levels, lookup.guesses(count) if levels else []
+
+
+def test_lookup_follows_a_copy_through_changes() -> None:
+    source = list(range(10, 60))
+    assert looked_up(source, [20, 21, 22], 3) == ([3, 4, 5], [23, 24, 25])
+    assert looked_up(source, [20, 21, 22, 99], 3) == ([0, 1, 2], [24, 25, 26])  # one token is replaced
+    assert looked_up(source, [20, 21, 22, 99, 24], 3) == ([1, 2, 3], [25, 26, 27])
+    assert looked_up(source, [20, 21, 22, 99, 98, 25], 3) == ([1, 2, 3], [26, 27, 28])  # two tokens
+    assert looked_up(source, [20, 21, 22, 99, 23], 3) == ([1, 2, 3], [24, 25, 26])  # one is put in
+    assert looked_up(source, [20, 21, 22, 27, 28], 3)[1] == [29, 30, 31]  # four are left out
+    assert looked_up(source, [20, 21, 22, 99, 40, 41, 42, 43], 3) == ([4, 5, 6], [44, 45, 46])  # it goes on elsewhere
+
+
+def test_lookup_expects_a_change_again() -> None:
+    source = [5, 1, 7, 8, 2, 7, 9, 3, 7, 6, 4, 7, 0]
+    assert looked_up(source, [5, 1, 99, 8, 2], 3)[1] == [99, 9, 3]  # 99 has replaced 7
+    assert looked_up(source, [5, 1, 99, 8, 2, 99, 9, 3], 3)[1] == [99, 6, 4]
+    assert looked_up(source, [5, 1, 99, 8, 2, 7, 9, 3], 3)[1] == [7, 6, 4]  # but not always
+    assert looked_up(source, [5, 1, 99, 98, 8, 2], 3)[1] == [7, 9, 3]  # two tokens replaced it
 
 
 def test_costs_of_passes_are_learned() -> None:

@@ -34,9 +34,9 @@ class BlockLayout:
     """Where the keys and values of each layer lie in blocks of ``positions`` positions, a multiple of 16 up to CHUNK.
 
     Layers with the same window keep the same positions. They are a *group*: their keys and values share blocks. Within
-    a block, one layer follows the other: its keys (KV, positions / 16, K, 16), then its values (KV, positions, DV), as
-    in ``kernels.attention.kv``. So a sequence's memory grows by a block at a time, nothing is moved, and a few huge
-    pages, not one for each head of each layer, are touched by the first token.
+    a block, one layer follows the other, and within a layer one head: its keys (positions / 16, K, 16), then its values
+    (positions, DV), as in ``kernels.attention.kv``. So a sequence's memory grows by a block at a time, nothing is
+    moved, a token reads long runs, and the first one touches a few huge pages, not one for each head of each layer.
 
     Attributes:
         groups: of each layer, the number of its group. windows: of each group. nbytes: of a block of each group.
@@ -61,16 +61,18 @@ class BlockLayout:
 
     def arrays(self, block: Block, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """A layer's keys (KV, positions / 16, K, 16) and values (KV, positions, DV) in a block of its group."""
-        found, start = [], self.offsets[layer]
-        for shape in (self._keys, self._values):
-            end = start + int(np.prod(shape)) * self.dtype.itemsize
-            found.append(block.memory[start:end].view(self.dtype).reshape(shape))
-            start = end
-        return found[0], found[1]
+        heads, *key_shape = self._keys
+        keys, values = int(np.prod(self._keys)), int(np.prod(self._values))
+        rows = block.memory[self.offsets[layer] :][: (keys + values) * self.dtype.itemsize].view(self.dtype)
+        by_head = rows.reshape(heads, -1)
+        end = keys // heads
+        return by_head[:, :end].reshape(heads, *key_shape), by_head[:, end:].reshape(self._values)
 
     def cache(self, layer: int, table: np.ndarray, block: Block) -> Cache:
-        """A layer for kernels: its block table of addresses, and any block of its group."""
-        return Cache(*self.arrays(block, layer), table, self.offsets[layer])
+        """A layer for kernels: its block table of addresses, and any block of its group, for the shapes."""
+        shapes = self._keys, self._values
+        keys, values = (block.memory.view(self.dtype)[: int(np.prod(shape))].reshape(shape) for shape in shapes)
+        return Cache(keys, values, table, self.offsets[layer])
 
     def layer_table(self, tables: np.ndarray) -> np.ndarray:
         """Of each layer the address of its group's row of ``tables`` and its offset: CACHES of a tape, (layers, 2)."""

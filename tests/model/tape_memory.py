@@ -103,9 +103,9 @@ class Memory:
         layout, layer = self.cache.layout, value.offset
         group, start = layout.groups[layer], layout.offsets[layer]
         k, v = layout.arrays(self.cache._blocks[group][0], layer)
-        mask = masks[f"block {group}"][start:]
-        keys = mask[: k.nbytes].reshape(*k.shape, -1)
-        values = mask[k.nbytes : k.nbytes + v.nbytes].reshape(*v.shape, -1)
+        mask = masks[f"block {group}"][start:][: k.nbytes + v.nbytes].reshape(len(k), -1)
+        keys = mask[:, : k.nbytes // len(k)].reshape(*k.shape, -1)
+        values = mask[:, k.nbytes // len(k) :].reshape(*v.shape, -1)
         if partition == ANY:
             keys[:], values[:] = True, True
             return

@@ -108,13 +108,12 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
         base = (first_chunk + c) * CHUNK
         begin = max(first, base) // LANES * LANES
         span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        chunk = chunk_at(cache, base)
-        panels, stored = Keys(chunk.keys, block, dim), chunk.row + span.start
-        ki = (kv * keys.shape[1] + stored // LANES) * block
-        vi = (kv * values.shape[1] + stored) * wide
+        chunk = chunk_at(cache, kv, base)
+        panels, row = Keys(chunk.keys, block, dim), chunk.row + span.start
+        ki, vi = row // LANES * block, row * wide
         count = span.stop - span.start
         next_head, next_base = (kv + 1, first_chunk * CHUNK) if c + 1 == chunks else (kv, base + CHUNK)
-        next_keys, next_values = ahead_of(cache, base, next_head, next_base)
+        next_keys, next_values = ahead_of(cache, kv, base, next_head, next_base)
         for r in range(0, group, HEAD_TILE):
             copy_queries(
                 Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), query_factor(scoring), queries,

@@ -69,9 +69,8 @@ def kv_append_heads(k, v, cache, positions, lo, hi):
         while t < tokens:
             xi = t * row + head * dim
             position = positions[t] % CHUNK
-            keys_flat, values_flat, first = chunk_at(cache, positions[t] - position)
-            ki = (head * keys.shape[1] + (first + position) // LANES) * block
-            vi = (head * values.shape[1] + first + position) * wide
+            keys_flat, values_flat, first = chunk_at(cache, head, positions[t] - position)
+            ki, vi = (first + position) // LANES * block, (first + position) * wide
             count = LANES if _fill_block(positions, t) else 1
             transposed = whole if count == LANES else 0
             for i in range(count):

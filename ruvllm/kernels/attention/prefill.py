@@ -141,7 +141,7 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
             f32_store(scratch, i + LANES, f32_zero())
         first, end = _visible(TileRows(positions, first_row, rows, group), scoring.window)
         for chunk in range(first // CHUNK * CHUNK, end, CHUNK):
-            found = chunk_at(cache, chunk)
+            found = chunk_at(cache, kv, chunk)
             panels = Keys(found.keys, block, dim)
             for tile in range(0, rows, ROWS):
                 tile_rows = TileRows(positions, first_row + tile, min(ROWS, rows - tile), group)
@@ -150,9 +150,7 @@ def attend_prompt(q, cache, positions, scoring, out, scratch, lo, hi):
                 start, stop = begin - chunk, min(tile_end - chunk, CHUNK)
                 if start >= stop:
                     continue
-                stored = found.row + start
-                ki = (kv * keys.shape[1] + stored // LANES) * block
-                vi = (kv * values.shape[1] + stored) * wide
+                ki, vi = (found.row + start) // LANES * block, (found.row + start) * wide
                 tile_queries = Queries(scratch, queries + tile // ROWS * Q_STEP * wide, Q_STEP)
                 scores(f32_zeros(ROWS), panels, ki, tile_queries, 0, start, stop, ki)
                 if scoring.softcap > 0:

@@ -50,7 +50,7 @@ class Cache(NamedTuple):
 
     Without a table, (0,), they hold all positions: position p is row p. With a table, they are anywhere and tell the
     shapes of a block of CHUNK positions: position p is row p % CHUNK of the block table[p // CHUNK], an address. There,
-    after ``offset`` bytes, are the block's keys of this layer, and then its values.
+    after ``offset`` bytes, are the layer's keys and values: of each head its keys, and then its values.
     """
 
     keys: Any
@@ -68,7 +68,7 @@ def plain_cache(keys: np.ndarray, values: np.ndarray) -> Cache:
 
 
 class Chunk(NamedTuple):
-    """Keys and values of CHUNK positions, flat: those of a head begin at its row ``row``."""
+    """CHUNK positions of a head: rows of flat keys and values, from ``row`` on."""
 
     keys: Any
     values: Any
@@ -76,25 +76,27 @@ class Chunk(NamedTuple):
 
 
 @inline_kernel
-def chunk_at(cache, position):
-    """The chunk of a cache that begins at a position, a multiple of CHUNK."""
+def chunk_at(cache, kv, position):
+    """The chunk of a kv head that begins at a position, a multiple of CHUNK."""
     keys, values = cache.keys, cache.values
     if cache.table.size == 0:
-        return Chunk(flat(keys), flat(values), position)
-    at = cache.table[position // CHUNK] + cache.offset
-    k, v = array_at(at, keys.size, keys.dtype), array_at(at + keys.nbytes, values.size, values.dtype)
-    return Chunk(k, v, np.int64(0))
+        return Chunk(flat(keys), flat(values), kv * values.shape[1] + position)
+    k, v = keys.size // keys.shape[0], values.size // keys.shape[0]
+    at = cache.table[position // CHUNK] + cache.offset + kv * (k + v) * keys.itemsize
+    head_values = array_at(at + k * keys.itemsize, v, values.dtype)
+    return Chunk(array_at(at, k, keys.dtype), head_values, np.int64(0))
 
 
 @inline_kernel
-def ahead_of(cache, position, kv, other):
-    """Where another chunk's keys and values of a head begin, as indices into the ``Chunk`` at ``position``."""
+def ahead_of(cache, kv, position, next_kv, other):
+    """Where another chunk's keys and values begin, as indices into the chunk of ``kv`` at ``position``."""
     keys, values = cache.keys, cache.values
-    row, distance = other, 0
-    if cache.table.size > 0:
-        row, distance = 0, (cache.table[other // CHUNK] - cache.table[position // CHUNK]) // keys.itemsize
-    ki = (kv * keys.shape[1] + row // LANES) * keys.shape[2] * LANES
-    return distance + ki, distance + (kv * values.shape[1] + row) * values.shape[2]
+    if cache.table.size == 0:
+        row = next_kv * values.shape[1] + other
+        return row // LANES * keys.shape[2] * LANES, row * values.shape[2]
+    head = (keys.size + values.size) // keys.shape[0]
+    distance = (cache.table[other // CHUNK] - cache.table[position // CHUNK]) // keys.itemsize + (next_kv - kv) * head
+    return distance, distance
 
 
 class Scoring(NamedTuple):

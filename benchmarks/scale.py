@@ -91,9 +91,9 @@ def main() -> None:
     if ranks.rank:
         model.follow()
         return
-    ranks.waited, ranks.sums, ranks.sent = 0.0, 0, 0
+    ranks.waited, ranks.messages, ranks.sent = 0.0, 0, 0
     together = token_seconds(model, args.tokens)
-    passes = ranks.sums / (2 * config.num_hidden_layers + 1)
+    passes = ranks.messages / (2 * config.num_hidden_layers + 1)
     model.end()
 
     bandwidth = LARGE / large

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import WIRES
 from ruvllm.model.ranks import Ranks
 from ruvllm.model.share import Share, shares_of
 from ruvllm.model.weights import INTEGER_LAYOUTS
@@ -18,13 +19,21 @@ logger = logging.getLogger(__name__)
 Host = tuple[str, tuple[int, ...]]  # a machine's name, and the cores that a rank may use there
 
 
-def divide(config: ModelConfig, parts: Sequence[float], layouts: Mapping[str, str]) -> list[Share]:
-    """The shares of a model whose matrices will have these layouts; ValueError as ``model.share.shares_of``."""
+def divide(
+    config: ModelConfig, parts: Sequence[float], layouts: Mapping[str, str], wire: str = "auto"
+) -> list[Share]:  # fmt: skip
+    """The shares of a model whose matrices will have these layouts; ``wire``: see ``load``.
+
+    Raises ValueError for an unknown ``wire``, and as ``model.share.shares_of``.
+    """
+    if wire not in WIRES:
+        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, found {wire!r}")
 
     def grouped(matrix: str) -> bool:
         return any(layout in INTEGER_LAYOUTS for name, layout in layouts.items() if name.endswith(f".{matrix}"))
 
-    return shares_of(config, parts, grouped("o"), grouped("down"))
+    heads, columns = grouped("o"), grouped("down")
+    return shares_of(config, parts, heads, columns, wire == "exact" or (wire == "auto" and (heads or columns)))
 
 
 def wanted_part(shares: Sequence[float] | str | None, ranks: Ranks) -> float:

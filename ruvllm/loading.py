@@ -43,6 +43,7 @@ def load(
     progress: bool | None = None,
     comm: Any = None,
     shares: Sequence[float] | str | None = None,
+    wire: str = "auto",
 ) -> LLM:
     """Load a model.
 
@@ -59,6 +60,9 @@ def load(
             together. Rank 0 then uses the model as any other; on the others call ``llm.follow()``.
         shares: how much of the model each rank takes, relative to the others: [3, 1]. None: equal shares; "auto": in
             proportion to the memory bandwidth that each rank measures now.
+        wire: what ranks send each other in a layer. "exact": inputs and outputs of its o and down, in four messages;
+            results have the bits of one rank's. "f32": partial sums, in two messages, added in another order; "f16":
+            the same in half the bytes. "auto" is "exact" for weights of 4 to 8 bits, else "f32".
 
     Returns:
         The model with its tokenizer, ready to generate; the file is no longer needed.
@@ -69,10 +73,10 @@ def load(
         InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the free memory.
         DownloadError: a name that could not be fetched.
         RankError: another rank failed to load, or has another version of ruvllm or another file.
-        ValueError: unknown ``weights``, or threads < 1; ranks among which the model cannot be divided.
+        ValueError: unknown ``weights`` or ``wire``, or threads < 1; ranks among which the model cannot be divided.
     """
     if comm is not None and comm.Get_size() > 1:
-        return _load_share(path, weights, threads, mmap, Ranks(comm), shares)
+        return _load_share(path, weights, threads, mmap, Ranks(comm), shares, wire)
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     quiet = None if progress is None else not progress
@@ -146,7 +150,7 @@ def _loading_bar(checkpoint: Checkpoint, quiet: bool | None) -> Any:
 
 def _load_share(
     path: str | os.PathLike[str], weights: str, threads: int | None, mmap: bool, ranks: Ranks,
-    shares: Sequence[float] | str | None,
+    shares: Sequence[float] | str | None, wire: str,
 ) -> LLM:  # fmt: skip
     """``load`` on each of several ranks. Whatever goes wrong on one raises an error on all of them."""
     with ExitStack() as opened:
@@ -158,10 +162,15 @@ def _load_share(
             layouts = choose_layouts(checkpoint.config, checkpoint, weights)
             version = import_module("ruvllm").__version__
             mine: dict[str, Any] = {"same version": version, "same file": fingerprint(checkpoint.paths)}
-            mine |= {"same weights": weights, "part": wanted_part(shares, ranks), "host": host_cores()}
+            mine |= {
+                "same weights": weights,
+                "same wire": wire,
+                "part": wanted_part(shares, ranks),
+                "host": host_cores(),
+            }
         every = ranks.compare(mine)
         with _not_collecting(), ranks.together():
-            found = divide(checkpoint.config, [facts["part"] for facts in every], layouts)
+            found = divide(checkpoint.config, [facts["part"] for facts in every], layouts, wire)
             threads = threads_of(ranks.rank, [facts["host"] for facts in every]) if threads is None else threads
             here = [share for share in found if every[share.rank]["host"][0] == mine["host"][0]]
             _require_memory(checkpoint, weights, here)
@@ -169,7 +178,7 @@ def _load_share(
             compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), False)
             compile_choices(checkpoint.config, layouts.values(), False)
             held = PartOfCheckpoint(checkpoint, found[ranks.rank])
-            model = SplitLlama(found, ranks, held, weights, threads)
+            model = SplitLlama(found, ranks, held, weights, threads, wire=wire)
     return LLM(model, tokenizer, Path(where))
 
 

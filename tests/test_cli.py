@@ -20,6 +20,7 @@ from ruvllm.model.perplexity import Perplexity
 from ruvllm.model.sampling.options import Dry, Mirostat, Xtc
 from ruvllm.streaming import Generation, Timings
 
+ALONE = {"comm": None, "shares": None, "wire": "auto"}
 DEFAULTS = {"max_tokens": 256, "temperature": 0.0, "seed": None, "cache": None, "kv": "auto"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -160,7 +161,7 @@ def test_generate_prints_the_answer_alone_on_stdout(llm, capsys):
     out, err = capsys.readouterr()
     assert out == "Hello world é\n"
     assert "7 prompt tokens, first token after 0.25 s; 26 tokens, 12.5 tokens/s; reached its end" in err
-    assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True, "comm": None, "shares": None})
+    assert llm.loaded == ("m.gguf", {"weights": "auto", "threads": None, "mmap": True, **ALONE})
     assert llm.asked == [(user("Hi there"), DEFAULTS)]
 
 
@@ -256,7 +257,7 @@ def test_samplers_that_are_half_said(llm, capsys, argv, said):
 
 def test_loading_options(llm):
     assert main(["generate", "m", "x", "-t", "1", "--weights", "f16", "--no-mmap"]) == 0
-    assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False, "comm": None, "shares": None}
+    assert llm.loaded[1] == {"weights": "f16", "threads": 1, "mmap": False, **ALONE}
 
 
 def test_weights_on_offer_are_those_of_the_models():

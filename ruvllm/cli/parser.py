@@ -16,6 +16,7 @@ from ruvllm.cli.numbers import integer, number, shares
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
+WIRES = ("auto", "exact", "f32", "f16")  # as in model.exchange
 TARGETS = ("host", "apple-m4", "haswell", "znver4")  # as in lab.explanation
 TYPES = ("q8_0", "q4_0", "q4_1", "f16", "f32", "bf16")  # as in quantizing
 KV = ("auto", "f32", "f16", "int8")  # as in model.kv_cache
@@ -165,6 +166,11 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
     )  # fmt: skip
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     _add_shares(group)
+    group.add_argument(
+        "--wire", choices=WIRES, default="auto",
+        help="under mpiexec: what ranks send each other: exact results, or sums, in f32 or f16, which are fewer "
+        "messages and bytes (default: auto, which is exact for weights of 4 to 8 bits, else f32)",
+    )  # fmt: skip
     return parser
 
 

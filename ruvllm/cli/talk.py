@@ -154,7 +154,7 @@ def load_model(args: argparse.Namespace, model: str) -> LLM:
 
     llm = ruvllm.load(
         model, weights=args.weights, threads=args.threads, mmap=not args.no_mmap,
-        comm=args.comm if splits_model(args) else None, shares=args.shares,
+        comm=args.comm if splits_model(args) else None, shares=args.shares, wire=args.wire,
     )  # fmt: skip
     for number, given in enumerate(args.lora or ()):
         path, weight = _adapter(given)

@@ -16,6 +16,8 @@ class MixtureOfExperts(FeedForward):
     router (X, E); gates, ups (F, E) and downs (E, F) of each expert.
     """
 
+    share = "expert_columns"
+
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         assert config.experts is not None
         at, experts = f"layers.{layer}.", config.experts
@@ -25,6 +27,7 @@ class MixtureOfExperts(FeedForward):
             for name in ("gate", "up", "down")
         )  # fmt: skip
         self.gated, self.at = Gate(config), f"layers.{layer}.mlp."
+        self.exchange = parameters.exchange
         self.per_token, self.normalised = experts.per_token, experts.normalised
         self.shared = _Shared(config, parameters, layer) if experts.shared_intermediate_size else None
         self.shared_gate = parameters.linear(at + "shared_gate") if experts.shared_gate else None
@@ -36,6 +39,7 @@ class MixtureOfExperts(FeedForward):
         x = ops.gather(h, routing)  # (T k, E)
         gate, up = ops.grouped_linear(x, routing, self.gates), ops.grouped_linear(x, routing, self.ups)
         hidden = ops.name(self.gated(ops, gate, up), self.at + "experts.hidden")
+        hidden = self.exchange.inputs(ops, hidden, self.share)
         out = ops.combine(ops.name(ops.grouped_linear(hidden, routing, self.downs), self.at + "experts.out"), routing)
         if self.shared is None:
             return out
@@ -54,8 +58,11 @@ class MixtureOfExperts(FeedForward):
 class _Shared(FeedForward):
     """The expert that every token goes to."""
 
+    share = "shared_columns"
+
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         self.gate, self.up, self.down = (
             parameters.linear(f"layers.{layer}.shared.{name}") for name in ("gate", "up", "down")
         )  # fmt: skip
         self.gated, self.at = Gate(config), f"layers.{layer}.mlp.shared."
+        self.exchange = parameters.exchange

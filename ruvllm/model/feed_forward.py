@@ -7,18 +7,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import Exchange
 from ruvllm.model.linear import Linear
 from ruvllm.model.ops import Ops
-from ruvllm.model.ranks import Ranks
 
 
 class Parameters(Protocol):
     """The source of a model's matrices and vectors, by canonical name ("layers.3.q").
 
-    ranks: those that hold the other parts of the matrices; None: they are whole.
+    exchange: with the ranks that hold the other parts of the matrices.
     """
 
-    ranks: Ranks | None
+    exchange: Exchange
 
     def linear(self, name: str) -> Linear:
         """A matrix, with its bias if it has one."""
@@ -45,15 +45,19 @@ class Gate:
 
 
 class FeedForward:
-    """down(activation(gate(h)) * up(h))."""
+    """down(activation(gate(h)) * up(h)). ``share``: the part of a ``Share`` that says which columns a rank has."""
+
+    share = "columns"
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         self.gate, self.up, self.down = (
             parameters.linear(f"layers.{layer}.{name}") for name in ("gate", "up", "down")
         )  # fmt: skip
         self.gated, self.at = Gate(config), f"layers.{layer}.mlp."
+        self.exchange = parameters.exchange
 
     def __call__(self, ops: Ops, h: Any) -> Any:
         """h (T, E) -> (T, E)."""
         gate, up = (ops.name(ops.linear(h, m), self.at + name) for m, name in ((self.gate, "gate"), (self.up, "up")))
-        return ops.linear(ops.name(self.gated(ops, gate, up), self.at + "hidden"), self.down)
+        hidden = ops.name(self.gated(ops, gate, up), self.at + "hidden")
+        return ops.linear(self.exchange.inputs(ops, hidden, self.share), self.down)

@@ -10,7 +10,6 @@ docs/contribute/model.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class Attention:
         self.rope, self.window = config.rope_index(layer), config.window(layer)
         self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
         self.sinks = parameters.vector(at + "sinks") if config.attention_sinks else None
-        self.qk_norm, self.ranks = config.qk_norm, parameters.ranks
+        self.qk_norm, self.exchange = config.qk_norm, parameters.exchange
         if self.qk_norm is not None:
             self.q_norm, self.k_norm = parameters.vector(at + "q_norm"), parameters.vector(at + "k_norm")
 
@@ -44,7 +43,8 @@ class Attention:
         at = self.at
         q, k, v = (ops.name(ops.linear(h, m), at + name) for m, name in ((self.q, "q"), (self.k, "k"), (self.v, "v")))
         if self.qk_norm == "row":
-            q, k = self._row_norm(ops, q, self.q_norm), self._row_norm(ops, k, self.k_norm)
+            q = self.exchange.row_norm(ops, q, self.q_norm, self.eps, "heads")
+            k = self.exchange.row_norm(ops, k, self.k_norm, self.eps, "kv_heads")
         q, k, v = (ops.heads(x, self.dim) for x in (q, k, v))  # (T, H, D)
         if self.qk_norm == "head":
             q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
@@ -52,13 +52,7 @@ class Attention:
             q, k = ops.rope(q, self.rope), ops.rope(k, self.rope)
         q, k = ops.name(q, at + "rotated_q"), ops.name(k, at + "rotated_k")
         attended = ops.attention(q, k, v, self.layer, self.window, self.scale, self.softcap, self.sinks)
-        return ops.linear(ops.name(attended, at + "heads"), self.o)
-
-    def _row_norm(self, ops: Ops, x: Any, weight: np.ndarray) -> Any:
-        """RMSNorm of all heads together, wherever they are."""
-        if self.ranks is None:
-            return ops.rms_norm(x, weight, self.eps)
-        return ops.call(x, partial(self.ranks.rms_norm, weight=weight, eps=self.eps))
+        return ops.linear(self.exchange.inputs(ops, ops.name(attended, at + "heads"), "heads"), self.o)
 
 
 class TransformerLayer:
@@ -69,7 +63,7 @@ class TransformerLayer:
     experts_type: type[MixtureOfExperts] = MixtureOfExperts
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
-        self.at, self.ranks = f"layers.{layer}.", parameters.ranks
+        self.at, self.exchange = f"layers.{layer}.", parameters.exchange
         self.eps, self.residual_multiplier = config.rms_norm_eps, config.residual_multiplier
         self.attention = self.attention_type(config, parameters, layer)
         mlp_type = self.experts_type if config.has_experts(layer) else self.mlp_type
@@ -92,11 +86,10 @@ class TransformerLayer:
         return self._add(ops, ops.name(x, self.at + "residual_mid"), "mlp.", self.mlp_norm, self.mlp_post_norm)
 
     def _add(self, ops: Ops, x: Any, block: str, before: np.ndarray | None, after: np.ndarray | None) -> Any:
-        """x + residual_multiplier * after(block(before(x))); of several ranks the sum of their blocks."""
+        """x + residual_multiplier * after(block(before(x)))."""
         at, function = self.at + block, self.attention if block == "attention." else self.mlp
         added = function(ops, x if before is None else ops.name(ops.rms_norm(x, before, self.eps), at + "norm"))
-        if self.ranks is not None:
-            added = ops.call(added, self.ranks.add)
+        added = self.exchange.outputs(ops, added)
         if after is not None:
             added = ops.rms_norm(ops.name(added, at + "before_norm"), after, self.eps)
         if self.residual_multiplier != 1:

@@ -18,6 +18,7 @@ from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to, most_threads, physical_cores
 from ruvllm.model.checks import is_integer, require
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import Alone, Exchange
 from ruvllm.model.experts import MixtureOfExperts
 from ruvllm.model.hooks import active
 from ruvllm.model.kv_cache import Filling, KVCache
@@ -28,7 +29,6 @@ from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.names import Point, points_of
 from ruvllm.model.ops.eager import Eager
 from ruvllm.model.random_weights import RandomWeights
-from ruvllm.model.ranks import Ranks
 from ruvllm.model.replay import Parallel, Runner, Tapes, Working
 from ruvllm.model.rope import RopeTables
 from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_for
@@ -64,7 +64,7 @@ class Llama:
         ValueError: unknown layout, or threads < 1.
     """
 
-    ranks: Ranks | None = None  # those that hold the other parts of the model: see ``model.split``
+    exchange: Exchange = Alone()  # with the ranks that hold the other parts of the model: see ``model.split``
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Llama:
         self.threads = _checked_threads(threads)
         source: Weights = RandomWeights(config, seed) if weights is None else weights
         with limited_to(self.threads):
-            self.decoder = architecture(config, _Loader(source, layout, progress, self.ranks))
+            self.decoder = architecture(config, _Loader(source, layout, progress, self.exchange))
         # One parallel region replays the whole model; False runs each operation from Python, with the same results.
         # Without the JIT it is off, so that a debugger steps through the layers.
         self.fused = not DISABLE_JIT
@@ -193,7 +193,11 @@ class Llama:
     def pack_adapters(self, factors: Mapping[str, Factors]) -> AdapterSet:
         """Adapters as ``set_adapters`` takes them, from the factors of each matrix."""
         rounded = not any(linear.layout in FLOAT_LAYOUTS for linear in self.linears().values())
-        return AdapterSet(self.config.num_hidden_layers, factors, rounded)
+        return AdapterSet(self.config.num_hidden_layers, factors, rounded, self._held)
+
+    def _held(self, name: str, factors: Factors) -> Factors:
+        """The part of an adapter for this model's part of a matrix."""
+        return factors
 
     def set_adapters(self, adapters: AdapterSet | None) -> None:
         """Set the adapters from the next token on; see ``model.lora``, which makes such sets."""
@@ -262,9 +266,9 @@ class _Loader:
     """Reads a model's parameters from tensors, converting matrices to their layouts; the ``Parameters`` of a layer."""
 
     def __init__(
-        self, source: Weights, layout: str, progress: Callable[[int], None] | None, ranks: Ranks | None
+        self, source: Weights, layout: str, progress: Callable[[int], None] | None, exchange: Exchange
     ) -> None:
-        self.source, self.layout, self.progress, self.ranks = source, layout, progress, ranks
+        self.source, self.layout, self.progress, self.exchange = source, layout, progress, exchange
 
     def linear(self, name: str) -> Linear:
         """The matrix, and its bias where the source has one."""

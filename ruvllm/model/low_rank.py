@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -40,15 +40,20 @@ class AdapterSet:
         factors: of the matrices that have an adapter, by name.
         rounded: keep them in 8 bits, with one scale for each rank: they are read with every token. The error of an
             element is at most 1/254 of its rank's largest; an adapter's output usually changes by 1 or 2 %.
+        held: cuts factors to what a model's matrices hold, after rounding, so that parts have the numbers of the whole.
 
     Raises:
         ValueError: elements too large for float32.
     """
 
-    def __init__(self, layers: int, factors: Mapping[str, Factors], rounded: bool) -> None:
+    def __init__(
+        self, layers: int, factors: Mapping[str, Factors], rounded: bool,
+        held: Callable[[str, Factors], Factors] = lambda name, whole: whole,
+    ) -> None:  # fmt: skip
         scales = {name: np.ones(panel_count(len(down)) * LANES, np.float32) for name, (down, _) in factors.items()}
         if rounded:
             factors = {name: _rounded(*pair, scales[name]) for name, pair in factors.items()}
+        factors = {name: held(name, pair) for name, pair in factors.items()}
         dtype = np.int8 if rounded else np.float32
         together = [[f"layers.{i}.{module}" for module in group] for i in range(layers) for group in _TOGETHER]
         parts = [(name, part) for group in together for part in (0, 1) for name in group if name in factors]

@@ -29,20 +29,21 @@ class Ranks:
 
     Attributes:
         rank, size: this process's number, and how many there are.
-        waited: seconds spent in sums since the start, this rank's waiting for others included.
-        sums: how many sums there were.
-        sent: bytes that this rank contributed to sums and to the gathering of logits.
+        waited: seconds spent in sums and gatherings since the start, this rank's waiting for others included.
+        messages: how many of them there were.
+        sent: bytes that this rank contributed to them, and to the logits.
     """
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm.Dup()  # messages of the caller's own program stay apart
         self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
-        self.waited, self.sums, self.sent = 0.0, 0, 0
+        self.waited, self.messages, self.sent = 0.0, 0, 0
+        self._half_sum: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
 
-    # Sums.
+    # Sums and gatherings.
 
     def add(self, x: np.ndarray) -> None:
         """x becomes the sum of all ranks' x, with the same bits on each."""
@@ -50,9 +51,22 @@ class Ranks:
 
         started = time.perf_counter()
         self.comm.Allreduce(MPI.IN_PLACE, x)
-        self.waited += time.perf_counter() - started
-        self.sums += 1
-        self.sent += x.nbytes
+        self._noted(started, x)
+
+    def add_halves(self, x: np.ndarray) -> None:
+        """``add`` in IEEE half precision: half the bytes. Raises OverflowError, on every rank, above 65504."""
+        from mpi4py import MPI
+
+        started = time.perf_counter()
+        if self._half_sum is None:
+            self._half_sum = MPI.Op.Create(_add_halves, commute=True)
+        with np.errstate(over="ignore"):
+            halves = x.astype(np.float16)
+        self.comm.Allreduce(MPI.IN_PLACE, [halves.view(np.uint16), MPI.UINT16_T], self._half_sum)
+        self._noted(started, halves)
+        x[...] = halves
+        if np.isinf(halves).any():
+            raise OverflowError("a layer's output is above 65504, the largest number of wire='f16': use another wire")
 
     def total(self, x: float) -> float:
         """The sum of a number over all ranks."""
@@ -66,22 +80,33 @@ class Ranks:
         rows *= (1 / np.sqrt(squares[:-1] / squares[-1] + eps)).astype(np.float32)[:, None]
         rows *= weight
 
+    def join(self, part: np.ndarray, out: np.ndarray, columns: Sequence[range]) -> None:
+        """out (rows, V) gets all ranks' part (rows, their columns), side by side, on every rank."""
+        started = time.perf_counter()
+        counts = [len(part) * len(each) for each in columns]
+        flat = out if len(part) == 1 else np.empty(sum(counts), np.float32)
+        self.comm.Allgatherv(part, (flat, counts))
+        self._noted(started, part)
+        if len(part) > 1:
+            _side_by_side(flat, columns, out)
+
     def gather_columns(self, part: np.ndarray, columns: Sequence[range], out: np.ndarray | None) -> None:
-        """Rank 0's out (rows, V) gets all ranks' part (rows, their columns), side by side."""
-        rows = len(part)
-        counts = [rows * len(each) for each in columns]
+        """``join`` on rank 0 alone."""
         self.sent += part.nbytes * (self.rank != 0)
         if self.rank:
             self.comm.Gatherv(part, None)
             return
         assert out is not None
-        flat = out.reshape(-1) if rows == 1 else np.empty(sum(counts), np.float32)
+        counts = [len(part) * len(each) for each in columns]
+        flat = out if len(part) == 1 else np.empty(sum(counts), np.float32)
         self.comm.Gatherv(part, (flat, counts))
-        if rows > 1:
-            at = 0
-            for count, each in zip(counts, columns, strict=True):
-                out[:, each.start : each.stop] = flat[at : at + count].reshape(rows, -1)
-                at += count
+        if len(part) > 1:
+            _side_by_side(flat, columns, out)
+
+    def _noted(self, started: float, sent: np.ndarray) -> None:
+        self.waited += time.perf_counter() - started
+        self.messages += 1
+        self.sent += sent.nbytes
 
     # Commands of rank 0 to the others.
 
@@ -149,6 +174,22 @@ class Ranks:
         sys.stderr.write(f"ruvllm: error: rank {self.rank}: {_one_line(error)}\n")
         sys.stderr.flush()
         end_all(self.comm, FAILED)
+
+
+def _add_halves(x: Any, y: Any, _: Any) -> None:
+    """y becomes x + y: a sum of MPI's, in IEEE half precision."""
+    total = np.frombuffer(y, np.float16)
+    with np.errstate(over="ignore"):
+        np.add(np.frombuffer(x, np.float16), total, out=total)
+
+
+def _side_by_side(parts: np.ndarray, columns: Sequence[range], out: np.ndarray) -> None:
+    """out (rows, V) from one rank's columns after another's."""
+    at = 0
+    for each in columns:
+        part = parts[at : at + len(out) * len(each)]
+        out[:, each.start : each.stop] = part.reshape(len(out), -1)
+        at += part.size
 
 
 def end_all(comm: Any, code: int) -> None:

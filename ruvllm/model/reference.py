@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ruvllm.model.config import ModelConfig, RopeConfig
+from ruvllm.model.exchange import Alone, Exchange
 from ruvllm.model.layer import Decoder
 from ruvllm.model.ops.protocol import Hooks
-from ruvllm.model.ranks import Ranks
 from ruvllm.model.rope_config import YARN
 
 if TYPE_CHECKING:
@@ -125,6 +125,12 @@ class Float64:
         function(x)
         return x
 
+    def filled(self, x: Array, width: int, function: Callable[[Any, Any], None]) -> Array:
+        """(T, width), filled by ``function(x, out)``."""
+        out = np.empty((len(x), width))
+        function(x, out)
+        return out
+
     def name(self, x: Array, name: str) -> Array:
         """x, after its hook."""
         return self.call(x, self.hooks[name]) if name in self.hooks else x
@@ -143,7 +149,7 @@ class Float64:
 class ExactParameters:
     """The tensors of a checkpoint (anything with `.config` and `.tensor(name)`), converted as they are used."""
 
-    ranks: Ranks | None = None
+    exchange: Exchange = Alone()
 
     def __init__(self, checkpoint: Any) -> None:
         self.checkpoint = checkpoint

@@ -24,6 +24,7 @@ from ruvllm.kernels.threads.cores import scheduler_calls
 from ruvllm.kernels.threads.pool import num_threads
 from ruvllm.kernels.threads.team import sync_size
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import Alone, Exchange
 from ruvllm.model.kv_blocks import DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_pool import KVPool
@@ -35,7 +36,6 @@ from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.schedule import Value
 from ruvllm.model.ops.swapped import swapped_now
 from ruvllm.model.ops.tape import Tape
-from ruvllm.model.ranks import Ranks
 
 if TYPE_CHECKING:
     from ruvllm.model.low_rank import AdapterSet, LowRank
@@ -224,7 +224,7 @@ def token_capacity(tokens: int) -> int:
 def working_bytes(config: ModelConfig, tokens: int, architecture: type[Decoder] = Decoder) -> int:
     """Bytes of working memory for passes of up to ``tokens`` tokens on integer weights, threads' scratch apart."""
     recorder = recorded(config, ["int8"], architecture=architecture)
-    return token_capacity(tokens) * place(recorder.schedule.ordered(), recorder.source, {})[t.SHARED]
+    return token_capacity(tokens) * place(recorder.schedule.ordered(), recorder.source, ())[t.SHARED]
 
 
 def recorded(
@@ -252,7 +252,7 @@ def needed_operations(
 class _Shapes:
     """Placeholder parameters: all that a recorder needs to know of a model. Layouts alternate."""
 
-    ranks: Ranks | None = None
+    exchange: Exchange = Alone()
 
     def __init__(self, config: ModelConfig, layouts: list[str]) -> None:
         self.shapes, self.layouts = config.tensor_shapes(), itertools.cycle(layouts)

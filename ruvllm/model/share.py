@@ -3,7 +3,8 @@
 A rank holds some of the attention heads, some columns of the feed-forward network and some rows of the vocabulary:
 
     q, k, v, gate, up    the rows of its heads and columns
-    o, down              the columns that multiply those; what ranks compute with them is summed
+    o, down              the columns that multiply those, and what ranks compute with them is summed; or rows, and
+                         ranks gather the inputs of all before
     embed, head          the rows of its tokens
     norms, router        whole, on every rank
 
@@ -40,7 +41,8 @@ class Share:
     """What one rank holds of the model that ``config`` describes, as ranges of indices.
 
     heads: query heads; kv_heads: those that they read; columns: of feed-forward networks; expert_columns and
-    shared_columns: of experts and of the shared expert; tokens: of the vocabulary.
+    shared_columns: of experts and of the shared expert; tokens: of the vocabulary. outputs: rows of o and down; None:
+    it has all rows, of the columns that its heads and columns multiply.
     """
 
     config: ModelConfig
@@ -51,6 +53,7 @@ class Share:
     expert_columns: range
     shared_columns: range
     tokens: range
+    outputs: range | None = None
 
     @cached_property
     def local(self) -> ModelConfig:
@@ -74,15 +77,17 @@ class Share:
         tensor = name.rpartition(".")[2]
         matrix, of_bias = tensor.removesuffix("_bias"), tensor.endswith("_bias")
         if matrix in ("o", "down"):
+            if self.outputs is not None:
+                return Part(rows=self.outputs)
             if of_bias:
                 return Part() if self.rank == 0 else None
-            return Part(columns=self._elements(self.heads) if matrix == "o" else self._columns(name))
+            return Part(columns=self.elements("heads" if matrix == "o" else self._columns(name)))
         if matrix in ("q", "q_norm", "k", "v", "k_norm"):
-            if matrix.endswith("_norm") and self.config.qk_norm == "head":
+            if matrix.endswith("_norm") and (self.config.qk_norm == "head" or self.outputs is not None):
                 return Part()
-            return Part(rows=self._elements(self.heads if matrix.startswith("q") else self.kv_heads))
+            return Part(rows=self.elements("heads" if matrix.startswith("q") else "kv_heads"))
         if matrix in ("gate", "up"):
-            return Part(rows=self._columns(name))
+            return Part(rows=self.elements(self._columns(name)))
         if matrix == "sinks":
             return Part(rows=self.heads)
         return Part(rows=self.tokens) if name in ("embed", "head") else Part()
@@ -95,14 +100,16 @@ class Share:
         rows = whole[0] if part.rows is None else len(part.rows)
         return (rows, *whole[1:]) if part.columns is None else (rows, len(part.columns))
 
-    def _elements(self, heads: range) -> range:
-        dim = self.config.head_dim
-        return range(heads.start * dim, heads.stop * dim)
+    def elements(self, of: str) -> range:
+        """The elements of a row that it has, by the name of an attribute: of heads those in them."""
+        found: range = getattr(self, of)
+        dim = self.config.head_dim if of in ("heads", "kv_heads") else 1
+        return range(found.start * dim, found.stop * dim)
 
-    def _columns(self, name: str) -> range:
+    def _columns(self, name: str) -> str:
         if ".experts." in name:
-            return self.expert_columns
-        return self.shared_columns if ".shared." in name else self.columns
+            return "expert_columns"
+        return "shared_columns" if ".shared." in name else "columns"
 
     def __str__(self) -> str:
         heads = f"heads {_shown(self.heads)} (key/value {_shown(self.kv_heads)})"
@@ -113,34 +120,51 @@ class Share:
 
 
 def shares_of(
-    config: ModelConfig, parts: Sequence[float], grouped_heads: bool = False, grouped_columns: bool = False
-) -> list[Share]:
+    config: ModelConfig, parts: Sequence[float], grouped_heads: bool = False, grouped_columns: bool = False,
+    by_rows: bool = False,
+) -> list[Share]:  # fmt: skip
     """The shares of a model, in proportion to ``parts``, one for each rank.
 
     Args:
         config: of the whole model.
         parts: how much each rank should hold, relative to the others; above 0.
         grouped_heads, grouped_columns: whether o, and down, have integer weights, whose groups cannot be cut.
+        by_rows: whether ranks have rows of o and down, not columns: no group is cut then.
 
     Raises:
         ValueError: the model has too few heads or columns for so many ranks, or a part is not above 0.
     """
     if not all(0 < part < float("inf") for part in parts):
         raise ValueError(f"shares: expected numbers above 0, found {', '.join(f'{part:g}' for part in parts)}")
-    experts = config.experts
-    unit = GROUP if grouped_columns else 1
-    columns = _cut(config.intermediate_size, parts, unit, "feed-forward columns")
+    experts, group = config.experts, GROUP if grouped_columns else 1
+
+    def cut(count: int, what: str) -> list[range]:
+        unit = _whole_panels(count, len(parts)) if by_rows else group
+        return _cut(count, parts, unit, what)
+
+    columns = cut(config.intermediate_size, "feed-forward columns")
     experts_columns = shared_columns = [range(0)] * len(parts)
     if experts is not None:
-        experts_columns = _cut(experts.intermediate_size, parts, unit, "columns of an expert")
+        experts_columns = cut(experts.intermediate_size, "columns of an expert")
         if experts.shared_intermediate_size:
-            shared_columns = _cut(experts.shared_intermediate_size, parts, unit, "columns of the shared expert")
-    tokens = _cut(config.vocab_size, parts, _PANEL if config.vocab_size >= _PANEL * len(parts) else 1, "tokens")
-    heads = _cut_heads(config, parts, GROUP if grouped_heads else 1)
+            shared_columns = cut(experts.shared_intermediate_size, "columns of the shared expert")
+    tokens = _cut(config.vocab_size, parts, _whole_panels(config.vocab_size, len(parts)), "tokens")
+    outputs: Sequence[range | None] = [None] * len(parts)
+    if by_rows:
+        outputs = cut(config.hidden_size, "outputs")
+    heads = _cut_heads(config, parts, GROUP if grouped_heads and not by_rows else 1)
     return [
-        Share(config, rank, *heads[rank], columns[rank], experts_columns[rank], shared_columns[rank], tokens[rank])
+        Share(
+            config, rank, *heads[rank], columns[rank], experts_columns[rank], shared_columns[rank], tokens[rank],
+            outputs[rank],
+        )
         for rank in range(len(parts))
-    ]
+    ]  # fmt: skip
+
+
+def _whole_panels(count: int, ranks: int) -> int:
+    """In units of how many rows to cut: whole panels where there are enough."""
+    return _PANEL if count >= _PANEL * ranks else 1
 
 
 def _cut_heads(config: ModelConfig, parts: Sequence[float], group: int) -> list[tuple[range, range]]:

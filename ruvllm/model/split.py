@@ -17,6 +17,7 @@ import numpy as np
 from ruvllm.kernels.memory import aligned_empty
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import exchange_of
 from ruvllm.model.kv_blocks import DTYPES
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS
@@ -53,13 +54,15 @@ class SplitLlama(Llama):
         ranks: all of them.
         weights: the share's tensors.
         layout, threads, progress: as for ``Llama``.
+        wire: as ``shares`` were made for.
     """
 
     def __init__(
         self, shares: list[Share], ranks: Ranks, weights: Weights, layout: str = "auto", threads: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None = None, wire: str = "auto",
     ) -> None:  # fmt: skip
         self.ranks: Ranks = ranks
+        self.exchange = exchange_of(ranks, shares, wire)
         self.shares, self.share = shares, shares[ranks.rank]
         super().__init__(self.share.local, weights, layout, threads, progress=progress)
         embed = self.decoder.embed
@@ -141,12 +144,12 @@ class SplitLlama(Llama):
 
     def pack_adapters(self, factors: Mapping[str, Factors]) -> AdapterSet:
         """This rank's share of adapters; ``factors`` are those of the whole model."""
-        packed = super().pack_adapters({name: self._part(name, *pair) for name, pair in factors.items()})
+        packed = super().pack_adapters(factors)
         self._factors[packed] = factors
         return packed
 
-    def _part(self, name: str, down: np.ndarray, up: np.ndarray) -> Factors:
-        part = self.share.part(name)
+    def _held(self, name: str, factors: Factors) -> Factors:
+        part, (down, up) = self.share.part(name), factors
         assert part is not None
         return (
             down if part.columns is None else down[:, part.columns.start : part.columns.stop],

@@ -11,6 +11,7 @@ import numpy as np
 import ruvllm.kernels as K
 from ruvllm.brief import brief
 from ruvllm.kernels.threads.pool import limited_to
+from ruvllm.model.exchange import Alone
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora_adapter import TARGETS, LoraAdapter
 from ruvllm.model.low_rank import Factors
@@ -58,7 +59,7 @@ class TrainingPass:
         self, model: Llama, adapter: LoraAdapter, fixed: Mapping[str, Factors] | None = None,
         checkpointing: bool = False,
     ) -> None:  # fmt: skip
-        if model.ranks is not None:
+        if not isinstance(model.exchange, Alone):
             raise ValueError("training: expected a whole model on each rank, found one that is split over them")
         self.model, self.adapter, self.checkpointing = model, adapter, checkpointing
         self._fixed = {

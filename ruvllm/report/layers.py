@@ -13,10 +13,10 @@ from ruvllm.kernels import reference
 from ruvllm.kernels.quant.weights import quantize_int4
 from ruvllm.lab.work import pass_work
 from ruvllm.model import KVCache, Llama, ModelConfig
+from ruvllm.model.exchange import Alone, Exchange
 from ruvllm.model.layer import Decoder
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.random_weights import RandomTensor, RandomWeights
-from ruvllm.model.ranks import Ranks
 from ruvllm.model.reference import Float64
 from ruvllm.model.replay import recorded
 
@@ -110,7 +110,7 @@ def exact_logits(config: ModelConfig, layout: str) -> np.ndarray:
 class _HeldParameters:
     """``RepeatedWeights`` as a layout holds them, in float64."""
 
-    ranks: Ranks | None = None
+    exchange: Exchange = Alone()
 
     def __init__(self, config: ModelConfig, layout: str) -> None:
         self.weights, self.layout = RepeatedWeights(config), layout

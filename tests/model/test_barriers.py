@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,14 +20,17 @@ from ruvllm.kernels.tape import Operation
 from ruvllm.kernels.threads.pool import limited_to
 from ruvllm.kernels.threads.team import COUNTERS
 from ruvllm.model import Llama
+from ruvllm.model.exchange import Gathers
 from ruvllm.model.lora import MicroLora
 from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig
 from ruvllm.model.ops.recording import Pass
 from ruvllm.model.ops.schedule import Step
 from ruvllm.model.ops.shuffled import Shuffled
 from ruvllm.model.ops.tape import Tape
+from ruvllm.model.random_weights import RandomWeights
 from ruvllm.model.replay import Working
-from tests.model.architectures import ARCHITECTURES, CONFIG, build
+from ruvllm.model.share import shares_of
+from tests.model.architectures import ARCHITECTURES, CONFIG, build, config_of
 from tests.model.tape_memory import Memory, run_step
 
 IDS = np.random.default_rng(1).integers(0, 300, 80)
@@ -200,6 +204,29 @@ def test_any_order_of_members_gives_the_same_bits(name: str, layout: str) -> Non
     for seed in range(12):  # members join at random admission points, too
         model.runner = Shuffled(members=2 + seed % 2, seed=seed)
         np.testing.assert_array_equal(logits(model), expected)
+
+
+class _OneRank:
+    """In place of ``Ranks``: Python copies what it is given, between the operations."""
+
+    rank = 0
+
+    def join(self, part: np.ndarray, out: np.ndarray, columns: object) -> None:
+        out[...] = part
+
+
+@pytest.mark.parametrize("name", ["llama", "mixture"])
+def test_arrays_that_python_fills_reach_all_members(name: str) -> None:
+    """In memory that nothing else uses meanwhile: the bits are those of a model that exchanges nothing."""
+    config, ranks = config_of(name), cast(Any, _OneRank())
+    kind: type[Llama] = type("Filled", (Llama,), {"exchange": Gathers(ranks, shares_of(config, [1.0], by_rows=True))})
+    plain, other = (each(config, RandomWeights(config, 3), "int4", 1) for each in (Llama, kind))
+    other.threads = SIZE
+    caches = [model.new_cache(64) for model in (plain, other)]
+    for seed, (lo, hi) in enumerate([(0, 40), (40, 41), (41, 42), (42, 47)]):
+        other.runner = Shuffled(members=SIZE, seed=seed)
+        expected, found = (m.forward(IDS[lo:hi], cache) for m, cache in zip((plain, other), caches, strict=True))
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_shuffling_finds_a_missing_barrier() -> None:

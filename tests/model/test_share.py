@@ -61,6 +61,17 @@ def test_what_cannot_be_divided(changes: dict[str, object], parts: list[float], 
         shares_of(config, parts, grouped, grouped)
 
 
+@pytest.mark.parametrize("parts", [[1, 1], [3, 1], [1, 1, 1]])
+def test_rows_of_o_and_down_need_no_whole_groups(parts: list[float]) -> None:
+    config = dataclasses.replace(SMOLLM2, head_dim=12, intermediate_size=40, qk_norm="row")
+    shares = shares_of(config, parts, True, True, by_rows=True)
+    for name, count in (("outputs", 576), ("columns", 40)):
+        assert [i for share in shares for i in getattr(share, name)] == list(range(count))
+    for share in shares:
+        assert share.part("layers.0.o") == share.part("layers.0.down_bias") == (share.outputs, None)
+        assert share.part("layers.0.k_norm") == (None, None)
+
+
 def test_experts_are_divided_by_columns() -> None:
     experts = ExpertsConfig(count=4, per_token=2, intermediate_size=96, shared_intermediate_size=64)
     shares = shares_of(dataclasses.replace(SMOLLM2, experts=experts), [1, 1], True, True)
@@ -72,14 +83,15 @@ def test_experts_are_divided_by_columns() -> None:
     assert shares[1].part("layers.0.router") == (None, None)
 
 
+@pytest.mark.parametrize("wire", ["exact", "f32"])
 @pytest.mark.parametrize(("dtype", "weights"), [("F32", "auto"), ("Q8_0", "auto"), ("F32", "int4"), ("F32", "int8")])
-def test_parts_are_the_whole(dtype: str, weights: str, tmp_path: Path) -> None:
+def test_parts_are_the_whole(dtype: str, weights: str, wire: str, tmp_path: Path) -> None:
     """The matrices of all ranks together have the weights of one rank's, bit for bit."""
     path = tiny.write_gguf("llama3_scaled_gqa", tmp_path / "model.gguf", dtype)
     with open_checkpoint(path) as checkpoint:
         whole = Llama(checkpoint.config, checkpoint, weights, threads=1).linears()
         layouts = {name: linear.layout for name, linear in whole.items()}
-        shares = divide(checkpoint.config, [1, 1], layouts)
+        shares = divide(checkpoint.config, [1, 1], layouts, wire)
         for name, linear in whole.items():
             expected = linear.take(np.arange(linear.rows))
             for share in shares:

@@ -32,13 +32,13 @@ COMM = MPI.COMM_WORLD
 IDS = np.random.default_rng(0).integers(3, 60, 24)
 
 
-def split(path: str, layout: str, parts: list[float] | None = None) -> SplitLlama:
+def split(path: str, layout: str, parts: list[float], wire: str) -> SplitLlama:
     """This rank's share of a checkpoint, without a tokenizer."""
     ranks = Ranks(COMM)
     with open_checkpoint(path) as checkpoint:
         layouts = choose_layouts(checkpoint.config, checkpoint, layout)
-        shares = divide(checkpoint.config, parts or [1.0] * ranks.size, layouts)
-        return SplitLlama(shares, ranks, PartOfCheckpoint(checkpoint, shares[ranks.rank]), layout, threads=1)
+        shares = divide(checkpoint.config, parts, layouts, wire)
+        return SplitLlama(shares, ranks, PartOfCheckpoint(checkpoint, shares[ranks.rank]), layout, threads=1, wire=wire)
 
 
 def whole(path: str, layout: str) -> Llama:
@@ -54,7 +54,7 @@ def adapter_of(model: Llama) -> LoraAdapter:
     return adapter
 
 
-def distances(model: SplitLlama, path: str, layout: str, with_adapter: bool) -> dict[str, float]:
+def distances(model: SplitLlama, path: str, layout: str) -> dict[str, float]:
     """The largest differences of logits from one rank's, over ways to run them."""
     from ruvllm.model.lora import MicroLora
 
@@ -71,16 +71,15 @@ def distances(model: SplitLlama, path: str, layout: str, with_adapter: bool) -> 
         other.truncate(10)
         a, b = model.forward(ids[:5], cache), alone.forward(ids[:5], other)
         found[f"after truncation, {kv}"] = float(np.abs(a - b).max())
-    if with_adapter:
-        adapter = adapter_of(alone)
-        MicroLora(model).attach(adapter)
-        plain = b
-        MicroLora(alone).attach(adapter)
-        a, b = (m.forward(ids, m.new_cache(64)) for m in (model, alone))
-        found["adapter"] = float(np.abs(a - b).max())
-        found["changed by it"] = float(np.abs(b[: len(plain)] - plain).max())
-        MicroLora(model).use()
-        MicroLora(alone).use()
+    adapter = adapter_of(alone)
+    MicroLora(model).attach(adapter)
+    plain = b
+    MicroLora(alone).attach(adapter)
+    a, b = (m.forward(ids, m.new_cache(64)) for m in (model, alone))
+    found["adapter"] = float(np.abs(a - b).max())
+    found["changed by it"] = float(np.abs(b[: len(plain)] - plain).max())
+    MicroLora(model).use()
+    MicroLora(alone).use()
     model.fused = False  # rank 0 in Python, the others replay their tape
     found["eager"] = float(
         np.abs(model.forward(ids, model.new_cache(64)) - alone.forward(ids, alone.new_cache(64))).max()
@@ -88,19 +87,19 @@ def distances(model: SplitLlama, path: str, layout: str, with_adapter: bool) -> 
     return found
 
 
-def logits(parts: list[float], with_adapter: bool, paths: dict[str, str]) -> None:
+def logits(parts: list[float], wire: str, paths: dict[str, str]) -> None:
     """Of several checkpoints, PATH -> layout."""
     found: dict[str, Any] = {}
     for path, layout in paths.items():
         try:
-            model = split(path, layout, parts)
+            model = split(path, layout, parts, wire)
         except ValueError as error:  # on every rank
             found[path] = str(error)
             continue
         if COMM.rank:
             model.follow()
         else:
-            found[path] = distances(model, path, layout, with_adapter)
+            found[path] = distances(model, path, layout)
             model.end()
     say(found)
 
@@ -127,6 +126,29 @@ def facade(path: str) -> None:
         refused = str(error)
     say({"answers": answers, "perplexities": perplexities, "refused": refused, "whole": llm.config == alone.config})
     llm.close()
+
+
+def smollm2(*given: str) -> None:
+    """64 tokens and the perplexity of a text, by each of PATH=LAYOUT on all ranks and on one."""
+    found = {}
+    for each in given:
+        path, _, weights = each.partition("=")
+        llm = ruvllm.load(path, weights, comm=COMM, threads=1)
+        if COMM.rank:
+            llm.follow()
+            continue
+        models = llm, ruvllm.load(path, weights, threads=1)
+        text = Path(__file__).read_text()[:1000]
+        ids = llm.tokenizer.encode(text)[:100]
+        found[each] = {
+            "answers": [
+                model.generate("The sun rose over the hills, and", max_tokens=64, temperature=0).ids for model in models
+            ],
+            "perplexities": [float(model.perplexity(text, context=128)) for model in models],
+            "difference": float(np.abs(np.subtract(*(model.logits(ids) for model in models))).max()),
+        }
+        llm.close()
+    say(found)
 
 
 def data(path: str) -> None:
@@ -221,7 +243,7 @@ def say(found: dict[str, Any]) -> None:
 if __name__ == "__main__":
     case, *arguments = sys.argv[1:]
     if case == "logits":
-        logits(json.loads(arguments[0]), json.loads(arguments[1]), json.loads(Path(arguments[2]).read_text()))
+        logits(json.loads(arguments[0]), arguments[1], json.loads(Path(arguments[2]).read_text()))
     else:
-        cases = (facade, data, killed, out_of_memory, versions, files, interrupted)
+        cases = (facade, smollm2, data, killed, out_of_memory, versions, files, interrupted)
         {each.__name__: each for each in cases}[case](*arguments)

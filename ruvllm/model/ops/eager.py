@@ -130,6 +130,12 @@ class Eager:
         self._inputs = Activations(0, 0)  # the function may have changed what was rounded
         return x
 
+    def filled(self, x: np.ndarray, width: int, function: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
+        """(T, width), filled by ``function(x, out)``."""
+        out = np.empty((len(x), width), np.float32)
+        function(x, out)
+        return out
+
     def name(self, x: np.ndarray, name: str) -> np.ndarray:
         """x, after its hook."""
         return self.call(x, self.hooks[name]) if name in self.hooks else x

@@ -303,6 +303,10 @@ class Gradients:
             raise ValueError("call: a function may read values that a gradient flows through, not change them")
         return x
 
+    def filled(self, x: Node, width: int, function: Callable[[np.ndarray, np.ndarray], None]) -> Node:
+        """Raises ValueError: what Python fills has no known gradient."""
+        raise ValueError("filled: a gradient cannot flow through what a function fills")
+
     def name(self, x: Node, name: str) -> Node:
         """x: training has no hooks."""
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,10 @@ class _Free:
     partitions: list[Partition]
 
 
-def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[int, int]:
+def place(steps: list[Step], source: Value, held: Sequence[tuple[int, Value]]) -> dict[int, int]:
     """Give every value of a schedule its offset; returns the bytes that each space needs for one token.
 
-    held: values that must live at least until the step of this index.
+    held: values that Python reads, changes or fills, each with the index of the step after which it does.
 
     A slot is reused in a later phase for any value that fits. Within one phase it is reused for a value of the same
     kind (space, layout, row size, count: rows then divide alike) whose partition is compatible, so that no barrier is
@@ -38,9 +38,11 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
         for value, partition in step.accesses:
             last[value] = i
             uses.setdefault(value, []).append((step.phase, partition))
-    for value, i in held.items():
+    held_at: dict[int, list[Value]] = {}
+    for i, value in held:
         last[value] = max(last[value], i)
         uses[value].append((steps[i].phase, ANY))
+        held_at.setdefault(i, []).append(value)
     ending_at: dict[int, list[Value]] = {}
     for value, i in last.items():
         if value.row_bytes:
@@ -84,6 +86,9 @@ def place(steps: list[Step], source: Value, held: Mapping[Value, int]) -> dict[i
         for value, partition in step.accesses:
             if value.offset < 0 and value.row_bytes:
                 allocate(value, step.phase, partition)
+        for value in held_at.get(i, []):
+            if value.offset < 0:  # Python fills it
+                allocate(value, step.phase, ANY)
         for value in ending:
             release(value)
     return sizes

@@ -95,6 +95,10 @@ class Ops(Protocol):
         """Returns x after Python's ``function`` has read or changed it in place: hooks, all-reduce."""
         ...
 
+    def filled(self, x: Array, width: int, function: Callable[[np.ndarray, np.ndarray], None]) -> Array:
+        """A new array (T, width) that Python's ``function(x, out)`` fills: all-gather."""
+        ...
+
     def name(self, x: Array, name: str) -> Array:
         """Returns x, which is called ``name`` from here on: traces keep it and edits change it (``model.hooks``)."""
         ...

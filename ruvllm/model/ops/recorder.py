@@ -350,9 +350,16 @@ class Recorder(Recording):
         self._call(function, x)
         return x
 
+    def filled(self, x: Value, width: int, function: Callable[[np.ndarray, np.ndarray], None]) -> Value:
+        """The replay returns here, and Python fills a new array."""
+        out = self._floats(x.count, width)
+        self._call(function, x, out)
+        return out
+
     def name(self, x: Value, name: str) -> Value:
         """x, after its hook; without one nothing is recorded."""
         return self.call(x, self.hooks[name]) if name in self.hooks else x
+
 
 def _require_alike(name: str, a: Value, b: Value) -> None:
     if (a.width, a.count) != (b.width, b.count):

@@ -165,7 +165,7 @@ class Recording:
         return out
 
     def _call(self, function: Callable[..., object], *values: Value) -> None:
-        """The replay returns here, and Python gets the values, of which it may change the first."""
+        """The replay returns here, and Python gets the values, to read, change or fill them."""
         segment = self.schedule.steps[-1].segment if self.schedule.steps else -1
         self.calls.setdefault(segment, []).append((values, function))
         self.schedule.end_segment(meet=True)

@@ -58,9 +58,9 @@ def assemble(
     steps: list[Step], source: Value, calls: Calls, kept: list[object], adapters: Mapping[str, LowRank]
 ) -> Tape:
     """Place the values of scheduled steps in memory and write the rows."""
-    steps = _with_broadcasts(steps, source)
+    steps = _with_broadcasts(steps, source, calls)
     ends = {step.segment: i for i, step in enumerate(steps)}
-    held = {value: ends[i] for i, after in calls.items() if i >= 0 for value in _read(after)}
+    held = [(ends[i], value) for i, after in calls.items() if i >= 0 for value in _read(after)]
     sizes = place(steps, source, held)
     rows = np.zeros((len(steps), t.FIELDS), np.int64)
     segments: list[tuple[int, int]] = []
@@ -81,7 +81,7 @@ def assemble(
 
 
 def _read(calls: list[tuple[tuple[Value, ...], Callable[..., object]]]) -> list[Value]:
-    """The values in working memory that Python reads."""
+    """The values in working memory that Python reads or writes."""
     return [value for values, _ in calls for value in values if value.space in (t.SHARED, t.LOCAL)]
 
 
@@ -104,7 +104,7 @@ def _field(step: Step, name: str) -> int:
     return t.ARGUMENTS + step.operation.arguments.index(name)
 
 
-def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
+def _with_broadcasts(steps: list[Step], source: Value, calls: Calls) -> list[Step]:
     """Steps with a broadcast of each private value that lives into a segment.
 
     A segment may be run by another team than the one before it: its members get member 0's copy.
@@ -117,6 +117,10 @@ def _with_broadcasts(steps: list[Step], source: Value) -> list[Step]:
             if value.space == t.LOCAL:
                 first, _ = lives.get(value, (step.segment, 0))
                 lives[value] = first, step.segment
+    for segment, after in calls.items():  # Python fills some of them
+        for value in _read(after):
+            if value in lives:
+                lives[value] = min(segment, lives[value][0]), lives[value][1]
     result: list[Step] = []
     for step in steps:
         if not result or step.segment != result[-1].segment:

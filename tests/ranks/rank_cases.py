@@ -151,6 +151,25 @@ def smollm2(*given: str) -> None:
     say(found)
 
 
+def halves() -> None:
+    """Sums of odd sizes in IEEE half precision, of numbers that depend on the rank; then one that is too large."""
+    ranks, found = Ranks(COMM), []
+    for size in (1, 31, 577):
+        parts = [np.random.default_rng([size, rank]).normal(size=size).astype(np.float32) for rank in range(ranks.size)]
+        total = parts[ranks.rank].copy()
+        ranks.add_halves(total)
+        exact, scale = np.sum(parts, axis=0, dtype=np.float64), np.sum(np.abs(parts), axis=0)
+        found.append(float((np.abs(total - exact) / scale).max()))
+    message = ""
+    try:
+        ranks.add_halves(np.full(5, 40_000, np.float32))
+    except OverflowError as error:
+        message = str(error)
+    equal = len(set(COMM.allgather(total.tobytes()))) == 1
+    refused = COMM.allgather("65504" in message)
+    say({"errors": found, "sent": ranks.sent, "equal": equal, "refused": refused})
+
+
 def data(path: str) -> None:
     """Perplexity and training with the whole model on every rank."""
     llm = ruvllm.load(path, weights="f32", threads=1)
@@ -179,7 +198,7 @@ def killed(path: str) -> None:
     """Rank 1 is killed in the middle of an answer."""
     llm = ruvllm.load(path, comm=COMM, threads=1)
     if COMM.rank:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.signal(signal.SIGALRM, lambda *_: (fails(), os.kill(os.getpid(), signal.SIGKILL)))
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         llm.follow()
     while True:
@@ -192,12 +211,18 @@ def out_of_memory(path: str) -> None:
     if COMM.rank:
 
         def no_cache(*_: Any) -> Any:
+            fails()
             raise ruvllm.InsufficientMemoryError("KV cache: 9.0 GB needed, 1.0 GB free")
 
         llm.model.new_cache = no_cache  # type: ignore[assignment]
         llm.follow()
     llm.generate("ab", max_tokens=20)
     time.sleep(60)
+
+
+def fails() -> None:
+    """This rank is about to fail: from here on the others have 10 s."""
+    os.write(1, b"fails\n")
 
 
 def versions(path: str) -> None:
@@ -245,5 +270,5 @@ if __name__ == "__main__":
     if case == "logits":
         logits(json.loads(arguments[0]), arguments[1], json.loads(Path(arguments[2]).read_text()))
     else:
-        cases = (facade, smollm2, data, killed, out_of_memory, versions, files, interrupted)
+        cases = (facade, smollm2, halves, data, killed, out_of_memory, versions, files, interrupted)
         {each.__name__: each for each in cases}[case](*arguments)

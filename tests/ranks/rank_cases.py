@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ import ruvllm  # noqa: E402
 from ruvllm.checkpoint.loader import open_checkpoint  # noqa: E402
 from ruvllm.checkpoint.part import PartOfCheckpoint  # noqa: E402
 from ruvllm.dividing import divide  # noqa: E402
+from ruvllm.loading import weight_bytes  # noqa: E402
 from ruvllm.model.llama import Llama, choose_layouts  # noqa: E402
 from ruvllm.model.lora_adapter import LoraAdapter, LoraConfig  # noqa: E402
 from ruvllm.model.ranks import Ranks  # noqa: E402
@@ -220,6 +222,29 @@ def out_of_memory(path: str) -> None:
     time.sleep(60)
 
 
+def limited(path: str) -> None:
+    """A model under a limit of memory that all of its weights exceed, on one rank and then on all."""
+    with open_checkpoint(path) as checkpoint:
+        whole = weight_bytes(checkpoint, "f32")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmData"].split()[0]) * 1024 + int(0.8 * whole)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    alone = ""
+    try:
+        ruvllm.load(path, "f32", threads=1)
+    except (MemoryError, OSError) as error:
+        alone = str(error)
+    refused = COMM.allgather(bool(alone))
+    llm = ruvllm.load(path, "f32", comm=COMM, threads=1)
+    held = COMM.gather(llm.model.nbytes)
+    if COMM.rank:
+        llm.follow()
+        return
+    ids = llm.generate("The sun rose over the hills, and", max_tokens=8, temperature=0).ids
+    say({"refused": refused, "alone": alone, "ids": ids, "whole": whole, "held": held})
+    llm.close()
+
+
 def fails() -> None:
     """This rank is about to fail: from here on the others have 10 s."""
     os.write(1, b"fails\n")
@@ -270,5 +295,5 @@ if __name__ == "__main__":
     if case == "logits":
         logits(json.loads(arguments[0]), arguments[1], json.loads(Path(arguments[2]).read_text()))
     else:
-        cases = (facade, smollm2, halves, data, killed, out_of_memory, versions, files, interrupted)
+        cases = (facade, smollm2, halves, limited, data, killed, out_of_memory, versions, files, interrupted)
         {each.__name__: each for each in cases}[case](*arguments)

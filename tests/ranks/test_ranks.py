@@ -121,6 +121,15 @@ def test_sums_in_half_precision(ranks: int) -> None:
     assert found["equal"] and found["refused"] == [True] * ranks
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits what a process allocates on Linux alone")
+def test_a_model_loads_where_no_rank_could_hold_it(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUVLLM_PACKED_CACHE", "0")  # mapped weights are not allocated
+    found = case(2, "limited", str(smollm2_path))
+    assert found["refused"] == [True, True] and "allocate" in found["alone"]
+    assert len(found["ids"]) == 8
+    assert all(held < 0.6 * found["whole"] for held in found["held"])
+
+
 def test_an_answer_is_that_of_one_rank(model: Path) -> None:
     found = case(2, "facade", str(model))
     together, alone = found["answers"]

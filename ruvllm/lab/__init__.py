@@ -10,7 +10,7 @@ from ruvllm.lab.explanation import TARGETS, Explanation, explain, explain_all
 from ruvllm.lab.patching import Patching, patch
 from ruvllm.lab.profiling import Profile, profile
 from ruvllm.lab.rooflines import Roofline, roofline
-from ruvllm.lab.scaling import NETWORKS, Network, Scaling, scale
+from ruvllm.lab.scaling import NETWORKS, Costs, Network, Scaling, scale
 from ruvllm.lab.steering import Steering, steering
 from ruvllm.lab.swapping import Swap, swap
 from ruvllm.measure.peaks import Peaks, measure_peaks
@@ -19,6 +19,7 @@ __all__ = [
     "NETWORKS",
     "TARGETS",
     "Cost",
+    "Costs",
     "Drift",
     "Explanation",
     "Network",

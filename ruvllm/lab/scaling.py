@@ -16,13 +16,13 @@ from ruvllm.lab.work import pass_work
 from ruvllm.machine import size
 from ruvllm.measure.peaks import Peaks, measured_peaks
 from ruvllm.model.config import ModelConfig
+from ruvllm.model.exchange import WIRES
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import recorded
 from ruvllm.model.share import Share, shares_of
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, matrix_bytes
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
-CALL_SECONDS = 10e-6  # of leaving the compiled region for a sum and entering it again: 6 to 11 us were measured
 _WORTHWHILE = 1.05  # times the speed of the number of ranks before
 
 
@@ -42,6 +42,18 @@ NETWORKS = (
     Network("10 Gbit/s", 20e-6, 1.17e9),
     Network("100 Gbit/s", 3e-6, 11.7e9),
 )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of what ranks do besides reading weights and waiting for the network; ``benchmarks.scale`` measures them.
+
+    message: of leaving the compiled region for a message of a layer, and entering it again. token: of telling all ranks
+    of a pass, of the embedding, and of collecting logits.
+    """
+
+    message: float = 7e-6
+    token: float = 200e-6
 
 
 @dataclass(frozen=True)
@@ -129,16 +141,21 @@ def scale(
     weights: str = "int4",
     context: int = 1024,
     peaks: Peaks | None = None,
-    call_seconds: float = CALL_SECONDS,
+    costs: Costs = Costs(),
+    wire: str = "auto",
 ) -> Scaling:
     """Tokens/s of models that are split over ranks, and how many ranks pay.
 
     seconds of a token = max(bytes / read bandwidth, arithmetic / peak) of the rank with the largest share
-    + (2 L + 1) sums of E float32 + the logits of the other ranks on their way to rank 0 + a message to all; where
+    + the messages of its layers + a sum of E float32, the embedding + the logits of the other ranks on their way to
+    rank 0 + a message to all + ``costs.token``; where
 
+    - a layer has two sums of E numbers, or four gatherings, of A, E, F and E (A the elements of all heads, F the
+      columns of a feed-forward network), see ``load(wire=...)``;
     - a sum takes the shorter of log2 n (latency + bytes / bandwidth) and
-      2 (n - 1) (latency + bytes / n / bandwidth), as MPI chooses, + ``call_seconds``;
-    - shares are those of ``model.share``: whole heads and whole groups of columns, so they may be unequal.
+      2 (n - 1) (latency + bytes / n / bandwidth), as MPI chooses, + ``costs.message``;
+    - a gathering takes log2 n latency + bytes (n - 1) / n / bandwidth, + ``costs.message``;
+    - shares are those of ``model.share``: whole heads and columns, so they may be unequal.
 
     Numbers of ranks over which a model cannot be split are left out.
 
@@ -148,28 +165,37 @@ def scale(
         ranks: how many.
         weights: one of LAYOUTS.
         context: tokens that are in the cache.
-        peaks: limits of each rank; None measures those of this machine.
-        call_seconds: what a sum costs apart from the network.
+        peaks: limits of each rank; None measures those of this machine. Ranks of one machine share its memory: their
+            limits are those that they reach while all of them read.
+        costs: what ranks need besides.
+        wire: what ranks send each other.
 
     Raises:
-        ValueError: an unknown name or layout, or a number of ranks or a context below 1.
+        ValueError: an unknown name, layout or wire, or a number of ranks or a context below 1.
     """
     if weights not in LAYOUTS:
         raise ValueError(f"weights: expected one of {', '.join(LAYOUTS)}, found {weights!r}")
     if context < 1 or not ranks or min(ranks) < 1:
         raise ValueError(f"context, ranks: expected numbers of at least 1, found {context} and {tuple(ranks)}")
+    if wire not in WIRES:
+        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, found {wire!r}")
+    rounded = weights in INTEGER_LAYOUTS
+    exact = wire == "exact" or (wire == "auto" and rounded)
     peaks = peaks or measured_peaks()
     points = []
     for each in (config,) if isinstance(config, ModelConfig | str) else config:
         model = _config(each)
         for n in sorted(set(ranks)):
             try:
-                shares = shares_of(model, [1.0] * n, weights in INTEGER_LAYOUTS, weights in INTEGER_LAYOUTS)
+                shares = shares_of(model, [1.0] * n, rounded, rounded, exact)
             except ValueError:
                 continue
             nbytes, computing = max(_of_share(share, weights, context, peaks) for share in shares)
             for network in networks:
-                waiting = _waiting(model, n, network, call_seconds)
+                waiting = 0.0
+                if n > 1:
+                    messages, transfer = (_gatherings if exact else _sums)(model, n, network, wire)
+                    waiting = transfer + messages * costs.message + _beside(model, n, network) + costs.token
                 points.append(Point(model.name or "model", network, n, nbytes, computing + waiting, waiting))
     return Scaling(weights, context, peaks, tuple(points))
 
@@ -186,19 +212,45 @@ def _of_share(share: Share, weights: str, context: int, peaks: Peaks) -> tuple[i
     """Bytes of a share's weights, and the least seconds of its part of a token."""
     local = replace(share.local, vocab_size=len(share.tokens), bos_token_id=None, eos_token_ids=())
     work = pass_work(local, recorded(local, ["f32"]).schedule.steps, weights, np.array([context - 1]), "f32")
-    nbytes = sum(matrix_bytes(shape, weights) for shape in local.tensor_shapes().values() if len(shape) == 2)
-    read = work.weights + work.cached
+    nbytes, of_local = (
+        sum(matrix_bytes(shape, weights) for shape in shapes if shape is not None and len(shape) == 2)
+        for shapes in (
+            [share.shape(name, whole) for name, whole in share.config.tensor_shapes().items()],
+            local.tensor_shapes().values(),
+        )
+    )  # fmt: skip
+    read = work.weights + work.cached + nbytes - of_local  # they differ where o and down are divided by rows
     arithmetic = work.products / (peaks.int8_dot if weights in INTEGER_LAYOUTS else peaks.fma)
     return nbytes, max(read / peaks.bandwidth(read), arithmetic + work.attention / peaks.fma)
 
 
-def _waiting(config: ModelConfig, ranks: int, network: Network, call_seconds: float) -> float:
-    """Seconds of a token's messages."""
-    if ranks == 1:
-        return 0.0
-    nbytes, steps = 4 * config.hidden_size, ceil(log2(ranks))
-    doubling = steps * (network.latency + nbytes / network.bandwidth)
+def _sum(nbytes: int, ranks: int, network: Network) -> float:
+    """Seconds of a sum over ranks."""
+    doubling = ceil(log2(ranks)) * (network.latency + nbytes / network.bandwidth)
     ring = 2 * (ranks - 1) * (network.latency + nbytes / ranks / network.bandwidth)
-    sums = (2 * config.num_hidden_layers + 1) * (min(doubling, ring) + call_seconds)
+    return min(doubling, ring)
+
+
+def _sums(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
+    """How many sums all layers have, and their seconds."""
+    count = 2 * config.num_hidden_layers
+    return count, count * _sum((2 if wire == "f16" else 4) * config.hidden_size, ranks, network)
+
+
+def _gatherings(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
+    """How many gatherings all layers have, and their seconds; of a mixture, of the experts that a token goes to."""
+    columns, messages = config.intermediate_size, 4
+    if (experts := config.experts) is not None:
+        columns = experts.per_token * experts.intermediate_size + experts.shared_intermediate_size
+        messages += experts.shared_intermediate_size > 0
+    numbers = config.num_attention_heads * config.head_dim + columns + 2 * config.hidden_size
+    moved = 4 * numbers * (ranks - 1) / ranks / network.bandwidth
+    layer = messages * ceil(log2(ranks)) * network.latency + moved
+    return config.num_hidden_layers * messages, config.num_hidden_layers * layer
+
+
+def _beside(config: ModelConfig, ranks: int, network: Network) -> float:
+    """Seconds of a token's messages before and after the layers."""
+    steps = ceil(log2(ranks))
     logits = steps * network.latency + 4 * config.vocab_size * (ranks - 1) / ranks / network.bandwidth
-    return sums + logits + steps * network.latency
+    return _sum(4 * config.hidden_size, ranks, network) + logits + steps * network.latency

@@ -18,16 +18,22 @@ NETWORK = lab.Network("slow", 1e-3, 1e6)
 
 
 def test_a_token_takes_the_sum_of_its_parts() -> None:
-    found = lab.scale(CONFIG, [NETWORK], [1, 2], "f32", context=16, peaks=PEAKS, call_seconds=1e-5)
+    found = lab.scale(CONFIG, [NETWORK], [1, 2], "f32", context=16, peaks=PEAKS, costs=lab.Costs(1e-5, 3e-4))
     one, two = found.points
     layer = 4 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024)
     read = 3 * layer + 4 * 1024 * 512 + 4 * 512 + 3 * 16 * 4 * 2 * 64 * 4 + 4 * 512 * 7  # head, row, cache, norms
     assert one.seconds == pytest.approx(read / 40e9, rel=1e-3)
     assert one.waiting == 0
-    sums = 7 * (1e-3 + 4 * 512 / 1e6 + 1e-5)
-    assert two.waiting == pytest.approx(sums + 1e-3 + 4 * 512 / 1e6 + 1e-3)
+    sums = 7 * (1e-3 + 4 * 512 / 1e6) + 6 * 1e-5
+    beside = 1e-3 + 4 * 512 / 1e6 + 1e-3 + 3e-4  # logits of 512 tokens, a message to all
+    assert two.waiting == pytest.approx(sums + beside)
     assert two.seconds - two.waiting == pytest.approx(one.seconds / 2, rel=0.01)
     assert found.pays_until("small", "slow") == 1
+    halves = lab.scale(CONFIG, [NETWORK], [2], "f32", 16, PEAKS, lab.Costs(1e-5, 3e-4), "f16").points[0]
+    assert two.waiting - halves.waiting == pytest.approx(6 * 2 * 512 / 1e6)
+    gathered = lab.scale(CONFIG, [NETWORK], [2], "f32", 16, PEAKS, lab.Costs(1e-5, 3e-4), "exact").points[0]
+    each = 4 * (1e-3 + 1e-5) + 4 * (8 * 64 + 1024 + 2 * 512) / 2 / 1e6
+    assert gathered.waiting == pytest.approx(3 * each + 1e-3 + 4 * 512 / 1e6 + beside)
 
 
 def test_a_fast_network_pays_longer() -> None:
@@ -48,7 +54,7 @@ def test_ranks_that_a_model_lacks_heads_for_are_left_out() -> None:
     ("arguments", "message"),
     [
         ({"config": "llama9"}, "config: expected"), ({"weights": "int3"}, "weights: expected"),
-        ({"ranks": [0]}, "ranks: expected"), ({"context": 0}, "context"),
+        ({"wire": "f8"}, "wire: expected"), ({"ranks": [0]}, "ranks: expected"), ({"context": 0}, "context"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:

@@ -200,7 +200,12 @@ def killed(path: str) -> None:
     """Rank 1 is killed in the middle of an answer."""
     llm = ruvllm.load(path, comm=COMM, threads=1)
     if COMM.rank:
-        signal.signal(signal.SIGALRM, lambda *_: (fails(), os.kill(os.getpid(), signal.SIGKILL)))
+
+        def end(*_: Any) -> None:
+            fails()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         llm.follow()
     while True:

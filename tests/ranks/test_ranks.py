@@ -17,6 +17,7 @@ import pytest
 from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.quantizing import quantize
 from tests.model import tiny, tiny_checkpoints
+from tests.ranks.namespaces import Namespaces, Unavailable, namespaces
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: it is in the extra ruvllm[mpi]")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -30,20 +31,23 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 150  # in which a hanging rank is noticed; on an idle machine each run takes a few
 
 
-def start(ranks: int, *command: str, **options: Any) -> subprocess.Popen[str]:
-    launch = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", *command]
+def start(ranks: int, *command: str, joined: Namespaces | None = None) -> subprocess.Popen[str]:
+    launch = [str(MPIEXEC), "-n", str(ranks)] if joined is None else joined.command(str(MPIEXEC))
+    launch += [sys.executable, "-m", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if ranks > physical_cores():  # MPICH's ranks wait without leaving their core: a message takes four times as long
         environment |= {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}
     return subprocess.Popen(
         launch, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **options,
+        stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def run(ranks: int, *command: str, stdin: str | None = None) -> tuple[int, str, str]:
+def run(
+    ranks: int, *command: str, stdin: str | None = None, joined: Namespaces | None = None
+) -> tuple[int, str, str]:  # fmt: skip
     """Exit code, stdout and stderr."""
-    process = start(ranks, *command)
+    process = start(ranks, *command, joined=joined)
     try:
         out, err = process.communicate(stdin, timeout=SECONDS)
     finally:
@@ -51,8 +55,8 @@ def run(ranks: int, *command: str, stdin: str | None = None) -> tuple[int, str, 
     return process.returncode, out, err
 
 
-def case(ranks: int, name: str, *arguments: str) -> dict[str, Any]:
-    code, out, err = run(ranks, "tests.ranks.rank_cases", name, *arguments)
+def case(ranks: int, name: str, *arguments: str, joined: Namespaces | None = None) -> dict[str, Any]:
+    code, out, err = run(ranks, "tests.ranks.rank_cases", name, *arguments, joined=joined)
     assert code == 0, err
     answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     return answer
@@ -137,6 +141,21 @@ def test_an_answer_is_that_of_one_rank(model: Path) -> None:
     assert found["perplexities"][0] == pytest.approx(found["perplexities"][1], rel=1e-4)
     assert "not for a model that is split over ranks" in found["refused"]
     assert found["whole"]
+
+
+@pytest.mark.parametrize("delay", ["", "0.5ms", "2ms"])
+def test_ranks_in_two_namespaces_talk_over_their_network(delay: str, model: Path) -> None:
+    if "hydra" not in subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, check=True).stdout.lower():
+        pytest.skip("MPICH's mpiexec starts ranks where a test wants them; this is another")
+    try:
+        with namespaces(delay) as joined:
+            before = joined.received()
+            found = case(2, "facade", str(model), joined=joined)
+            assert joined.received() - before > 100_000
+    except Unavailable as error:
+        pytest.skip(f"network namespaces: {error}")
+    together, alone = found["answers"]
+    assert together == alone and sum(map(len, alone)) > 20
 
 
 def test_perplexity_and_training_over_data(model: Path) -> None:

@@ -72,7 +72,7 @@ INSIDE = (
     "ruvllm.lab.work",
     "ruvllm.measure.engines", "ruvllm.measure.gguf_file", "ruvllm.measure.inside", "ruvllm.measure.numpy_peer",
     "ruvllm.measure.peers", "ruvllm.measure.replacing", "ruvllm.measure.timing", "ruvllm.measure.workers",
-    "ruvllm.model.activations", "ruvllm.model.edits", "ruvllm.model.experts",
+    "ruvllm.model.activations", "ruvllm.model.edits", "ruvllm.model.exchange", "ruvllm.model.experts",
     "ruvllm.model.feed_forward", "ruvllm.model.hooks", "ruvllm.model.layer", "ruvllm.model.rope",
     "ruvllm.model.low_rank", "ruvllm.model.ops",
     "ruvllm.model.random_weights", "ruvllm.model.reference", "ruvllm.model.replay", "ruvllm.model.weights",
@@ -140,7 +140,7 @@ def _roots(directory: Path) -> Iterable[Any]:
         yield checkpoint.tensor("embed")
     loaded = ruvllm.load(path, progress=False)
     peaks = Peaks(2, 1e11, 4e11, (Level("L1", 32 << 10, 4e11), Level("memory", math.inf, 2e10)))
-    yield [lab.cost("llama3-8b", peaks=peaks), lab.scale("llama3-8b", peaks=peaks)]
+    yield [lab.cost("llama3-8b", peaks=peaks), lab.scale("llama3-8b", peaks=peaks), lab.Costs()]
     yield [lab.drift(loaded, [3, 4, 5], progress=False), lab.steering(loaded, ["ab", "abc"], ["ba", "bca"])]
     yield lab.quantisation_error(path, progress=False)
     yield lab.explain("rms_norm")

@@ -27,6 +27,7 @@ if not MPIEXEC.exists():
         pytest.skip("there is no mpiexec: install mpich or openmpi, as ruvllm[mpi] does", allow_module_level=True)
     MPIEXEC = Path(found)
 
+OPEN_MPI = "Open MPI" in subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, check=True).stdout
 ROOT = Path(__file__).parents[2]
 SECONDS = 150  # in which a hanging rank is noticed; on an idle machine each run takes a few
 
@@ -37,6 +38,9 @@ def start(ranks: int, *command: str, joined: Namespaces | None = None) -> subpro
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if ranks > physical_cores():  # MPICH's ranks wait without leaving their core: a message takes four times as long
         environment |= {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}
+    if OPEN_MPI:  # which else refuses root, and more ranks than cores
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        environment |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     return subprocess.Popen(
         launch, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,7 +56,12 @@ def run(
         out, err = process.communicate(stdin, timeout=SECONDS)
     finally:
         process.kill()
-    return process.returncode, out, err
+    return process.returncode, out, said(err)
+
+
+def said(err: str) -> str:
+    """What ranks wrote to stderr, without what Open MPI's mpiexec adds to an exit code that is not 0."""
+    return err.partition("-" * 70)[0] if OPEN_MPI else err
 
 
 def case(ranks: int, name: str, *arguments: str, joined: Namespaces | None = None) -> dict[str, Any]:
@@ -145,8 +154,8 @@ def test_an_answer_is_that_of_one_rank(model: Path) -> None:
 
 @pytest.mark.parametrize("delay", ["", "0.5ms", "2ms"])
 def test_ranks_in_two_namespaces_talk_over_their_network(delay: str, model: Path) -> None:
-    if "hydra" not in subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, check=True).stdout.lower():
-        pytest.skip("MPICH's mpiexec starts ranks where a test wants them; this is another")
+    if OPEN_MPI:
+        pytest.skip("ranks are started in namespaces by MPICH's mpiexec alone")
     try:
         with namespaces(delay) as joined:
             before = joined.received()
@@ -169,7 +178,9 @@ def test_perplexity_and_training_over_data(model: Path) -> None:
 def test_the_command_line(model: Path) -> None:
     """Rank 0 alone talks, and says what the command says without mpiexec."""
     options = ["-n", "12", "--raw", "--threads", "1", "--quiet"]
-    code, out, err = run(2, "ruvllm", "generate", str(model), *options, stdin="ab ba")
+    # Open MPI 5 does not tell a rank that its stdin has ended.
+    given: dict[str, Any] = {} if OPEN_MPI else {"stdin": "ab ba"}
+    code, out, err = run(2, "ruvllm", "generate", str(model), *["ab ba"] * OPEN_MPI, *options, **given)
     alone = subprocess.run(
         [sys.executable, "-m", "ruvllm", "generate", str(model), *options], input="ab ba", text=True, cwd=ROOT,
         capture_output=True, timeout=SECONDS, check=True,
@@ -216,7 +227,7 @@ def end_of(failure: str, model: Path) -> tuple[int, str]:
         _, err = process.communicate(timeout=10)
     finally:
         process.kill()
-    return process.returncode, err
+    return process.returncode, said(err)
 
 
 def test_a_rank_that_is_killed_ends_all(model: Path) -> None:
@@ -232,6 +243,7 @@ def test_a_rank_without_memory_ends_all(model: Path) -> None:
     assert err == "ruvllm: error: rank 1: KV cache: 9.0 GB needed, 1.0 GB free\n"
 
 
+@pytest.mark.skipif(OPEN_MPI, reason="Open MPI's mpiexec answers Ctrl-C itself: it ends all ranks")
 def test_ctrl_c_ends_an_answer_and_not_the_model(model: Path) -> None:
     process = start(2, "tests.ranks.rank_cases", "interrupted", str(model))
     try:

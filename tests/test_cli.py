@@ -706,9 +706,9 @@ def test_memory_table_has_the_known_figures(capsys):
     assert rows["Mistral-7B"][1:5] == ["7.24", "B", "14.48", "GB"]
     assert float(rows["LLaMA2-7B"][7]) == pytest.approx(6.738 * 4.5 / 8, abs=0.01)
     rows = {line.split()[0]: line.split() for line in caches.splitlines() if line.strip()}
-    # 2 · 32 layers · 8 heads · 128 · 2 bytes · 1008 positions, whole blocks of 16
-    assert rows["LLaMA3-8B"][1:3] == ["132.1", "MB"]
-    # Of 32768 positions a window of 4096 needs 17 chunks of 256.
+    # 2 · 32 layers · 8 heads · 128 · 2 bytes · 1024 positions, whole blocks of 256
+    assert rows["LLaMA3-8B"][1:3] == ["134.2", "MB"]
+    # Of 32768 positions a window of 4096 needs 17 blocks of 256.
     assert rows["Mistral-7B"][7:] == ["32,768", "570.4", "MB"]
 
 

@@ -465,7 +465,7 @@ def test_cost_of_windows_tied_heads_and_biases_by_hand() -> None:
     vectors = 4 * (2 * (4 * 64 + 2 * 16 + 64 + 2 * 32) + 64)
     found = lab.cost(config, "f32", context=1000, peaks=LIMITS)["f32"]
     assert found.weights == Llama(config, layout="f32").nbytes == 4 * (64 * 1024 + 2 * layer) + vectors
-    assert found.cache == 4 * 2 * 2 * 16 * (256 + 1008)  # a window and a pass of 126 tokens, in chunks of 256
+    assert found.cache == 4 * 2 * 2 * 16 * (256 + 1024)  # a window and a pass of 126 tokens, and all, in blocks of 256
     assert found.bytes_per_token == 4 * (64 * 1024 + 64 + 2 * layer) + vectors + 4 * 2 * 2 * 16 * (48 + 1008)
     assert found.flops_per_token == 2 * (64 * 1024 + 2 * layer) + 4 * (40 + 1000) * 64
     products = 1000 * 2 * 2 * layer + 2 * 64 * 1024

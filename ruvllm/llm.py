@@ -18,7 +18,7 @@ from ruvllm.learning import Learning
 from ruvllm.model.cache_file import load_cache
 from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.generate import generate
+from ruvllm.model.generate import generate, undisturbed
 from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import MicroLora
@@ -189,6 +189,7 @@ class LLM(ManyTexts, Inspection, Learning):
                 with a prompt that is not a chat, or a form that cannot be compiled or followed.
             ContextFullError: the prompt does not fit.
             ImportError: a form is given, and llguidance is not installed.
+            RuntimeError: while reading the stream: something else has used ``cache`` since its last token.
         """
         request = self.request(prompt, max_tokens, stop=stop, logprobs=logprobs, **options)
         ids, limit = request.ids, self.config.max_position_embeddings
@@ -207,7 +208,7 @@ class LLM(ManyTexts, Inspection, Learning):
             guessing = Speculation(self._drafter(draft, cache.max_tokens), self.costs, timings)
             tokens = speculate(self.model, cache, ids[held:], request.sampler, most, logprobs, guessing)
         answer = Answer(self.tokenizer, timings, request.stop, request.separator, request.with_tools)
-        return Stream(answer, tokens)
+        return Stream(answer, undisturbed(tokens, cache, most))
 
     def request(
         self, prompt: Prompt, max_tokens: int | None = DEFAULT_MAX_TOKENS, *, stop: str | Sequence[str] | None = (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ def test_options_that_nobody_knows(llm: LLM) -> None:
         llm.stream("ab", logit_bias={260: 1.0})
 
 
-def test_guesses_change_no_text_and_are_counted(llm: LLM, tmp_path: Path) -> None:
+def test_guesses_change_no_text_and_are_counted(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.costs, "of", lambda n: 1.0)  # seconds: guesses are worth it, whatever passes take here
     for options in ({}, {"temperature": 0.7, "seed": 3}):
         expected = llm.generate("abcabcabc", max_tokens=60, **options)
         assert (expected.timings.drafted, expected.timings.passes) == (0, expected.timings.tokens)
@@ -220,13 +221,45 @@ def test_a_full_context_is_refused_and_leaves_the_cache_usable(llm: LLM) -> None
     assert np.abs(rest - llm.logits([1, 2, 3, 4, 5])[3:]).max() <= 1e-5
     with pytest.raises(ContextFullError, match="^context full: the prompt has 257 tokens, the model takes 256$"):
         llm.generate("x" * 257)
-    stream = llm.stream([1, 2, 3, 4, 5, 6], cache=cache)
-    llm.logits([7, 8, 9], cache)  # in between, somebody else fills the cache
-    with pytest.raises(ContextFullError, match="^context full: 1 more tokens do not fit, 8 of 8 are taken$"):
-        next(stream)
+    llm.logits([6, 7, 8], cache)
     # An answer that reaches the end of its cache is an answer.
     answer = llm.generate([1, 2, 3], cache=cache, max_tokens=100)
     assert answer.finish_reason == "length" and len(answer.ids) == 8 - 3 + 1
+
+
+@pytest.mark.parametrize("draft", [None, "lookup"])
+@pytest.mark.parametrize("change", ["before", "generate", "logits", "truncate", "clear", "stream"])
+def test_a_stream_ends_where_something_else_uses_its_cache(llm: LLM, change: str, draft: Any) -> None:
+    """It would continue another text. A fork continues this one."""
+    expected = llm.generate("once", max_tokens=12).ids
+    cache = llm.new_cache(60)
+    stream = llm.stream("once", cache=cache, max_tokens=12, draft=draft)
+    if change != "before":
+        next(stream)
+    fork = cache.fork()
+    other: dict[str, Callable[[], Any]] = {
+        "before": lambda: llm.generate("two", cache=cache, max_tokens=1),
+        "generate": lambda: llm.generate("two", cache=cache, max_tokens=1),
+        "logits": lambda: llm.logits([1], cache),
+        "truncate": lambda: cache.truncate(1),
+        "clear": cache.clear,
+        "stream": lambda: next(llm.stream("onto", cache=cache)),
+    }
+    other[change]()
+    with pytest.raises(RuntimeError, match="^cache: something else has used it since this stream's last token"):
+        list(stream)
+    assert llm.generate("once", cache=fork, max_tokens=12).ids == expected
+
+
+def test_streams_of_forks_are_read_by_turns(llm: LLM) -> None:
+    cache = llm.new_cache(60)
+    llm.logits(llm.tokenizer.encode("once upon"), cache)
+    prompts = "once upon a", "once upon the"
+    pairs = zip(*(llm.stream(text, cache=cache.fork(), max_tokens=9) for text in prompts), strict=False)
+    first, second = zip(*pairs, strict=True)
+    for text, pieces in zip(prompts, (first, second), strict=True):
+        whole = llm.generate(text, max_tokens=9).text
+        assert whole.startswith("".join(pieces)) and pieces
 
 
 # --- generating --------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_stop_strings_end_each_answer(llm: LLM) -> None:
 
 def test_scores_are_sums_of_log_probabilities(llm: LLM) -> None:
     endings = [" dog", " d", " fox and all that followed", "!"]
-    found = llm.score(LONG, endings, progress=False)
+    found = llm.score(LONG, iter(endings), progress=False)
     for ending, score in zip(endings, found, strict=True):
         prompt = len(llm.tokenizer.encode(LONG))
         ids = llm.tokenizer.encode(LONG + ending)

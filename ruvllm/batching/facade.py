@@ -103,7 +103,7 @@ class ManyTexts:
         return found[0] if isinstance(texts, str) else found
 
     def score(
-        self, prompt: Prompt, continuations: Sequence[str], kv: str = "auto", memory: float | None = None,
+        self, prompt: Prompt, continuations: Iterable[str], kv: str = "auto", memory: float | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Log-likelihoods (N,) float64 of continuations of a prompt, which is computed once: sum ln p(token | before).
@@ -122,9 +122,10 @@ class ManyTexts:
             ContextFullError: the prompt with a continuation does not fit.
         """
         single = isinstance(continuations, str) or not isinstance(continuations, Iterable)
-        if single or not all(isinstance(text, str) for text in continuations):
+        texts = [] if single else list(continuations)
+        if single or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"continuations: expected a list of strings, found {continuations!r:.60}")
-        pairs = [_continued(self, prompt, text) for text in continuations]
+        pairs = [_continued(self, prompt, text) for text in texts]
         found = work.scores(self._engine(kv, memory, MOST_SEQUENCES), pairs, progress)
         return np.array([sequence.logprobs.sum(dtype=np.float64) for sequence in found], np.float64)
 

@@ -48,6 +48,29 @@ def generate(
         pending = np.array([token.id])
 
 
+def undisturbed(tokens: Iterator[Token], cache: KVCache, most: int) -> Iterator[Token]:
+    """Up to ``most`` of the tokens, which are computed in the cache, while nothing else appends or drops there.
+
+    Raises:
+        RuntimeError: something else has, since the call or the last token.
+    """
+
+    def checked(changes: int) -> Iterator[Token]:
+        for _ in range(most):
+            if cache.changes != changes:
+                raise RuntimeError(
+                    "cache: something else has used it since this stream's last token: give each stream a cache of its "
+                    "own, such as a fork()"
+                )
+            token = next(tokens, None)
+            if token is None:
+                return
+            changes = cache.changes
+            yield token
+
+    return checked(cache.changes)
+
+
 def choose(sampler: Sampler, logits: np.ndarray, ids: np.ndarray, logprobs: int) -> Token:
     """The token that a sampler chooses after ids (n,), with what was asked of its log-probabilities."""
     if not logprobs:

@@ -57,6 +57,7 @@ class KVCache:
         self._set_tables(np.zeros((len(windows), -(-self.max_tokens // step)), np.int64))
         self._fills: list[tuple[int, Filling]] = []  # from which position on it was filled with what
         self._reach = 0  # positions that were ever filled since it was cleared
+        self.changes = 0  # how often tokens were appended or dropped: whoever goes on can tell whether others did
 
     def __len__(self) -> int:
         return self.length
@@ -163,6 +164,7 @@ class KVCache:
                 f"length: expected 0, or {self.oldest} to {self.length}, found {length}: layers with a window have "
                 "forgotten what older positions need"
             )
+        self.changes += length < self.length
         self._fills = [fill for fill in self._fills if fill[0] < length]
         self._reach = self.reach if length else 0
         self.length = length
@@ -180,6 +182,7 @@ class KVCache:
 
     def fill(self, filling: Filling) -> None:
         """What comes from now on is computed with ``filling``: weights, adapters and edits, by identity."""
+        self.changes += 1
         self._fills = [found for found in self._fills if found[0] < self.length]
         if not self._fills or self._fills[-1][1] != filling:
             self._fills.append((self.length, filling))

@@ -215,7 +215,7 @@ class Engine:
             node, start = sequence.path.nodes[block], block * BLOCK
             node.count = min(BLOCK, sequence.computed - start)
             node.ids[: node.count] = sequence.ids[start : start + node.count]
-        self.prefixes.pass_by(sequence.path, sequence.computed)
+        self.prefixes.advance(sequence.path, sequence.computed)
 
     def _release(self, sequence: Sequence) -> None:
         self.prefixes.release(sequence.path)

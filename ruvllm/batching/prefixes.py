@@ -6,9 +6,9 @@ of a sequence is still being filled by it alone; another that begins with the sa
 
 Blocks that no sequence uses stay, idle, until their memory is needed: the one that was used longest ago goes first.
 
-Layers with a window do not need what lies behind it. A node has a block for each group of layers (``BlockLayout``);
-where no sequence that uses the node needs one of them any more, that block is given up before any idle node. A text
-that begins alike can go on from where the windows of all groups are still there.
+Layers with a sliding window read only the positions inside it. A node has one block for each group of layers
+(``BlockLayout``). A block that lies behind the window of every sequence that uses its node is evicted before any idle
+node. A sequence that shares a prefix resumes at a position where the windows of all groups are still cached.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Prefixes:
         self.used = 0  # bytes of blocks that sequences need
         self._groups = range(len(pool.layout.nbytes))
         self._idle: dict[Node, None] = {}  # in the order of their release: children come before their parents
-        self._passed: dict[tuple[Node, int], None] = {}  # blocks behind the windows of all that use their nodes
+        self._behind: dict[tuple[Node, int], None] = {}  # blocks behind the windows of all that use their nodes
         self._roots: list[tuple[object, Node]] = []
 
     @property
@@ -155,12 +155,12 @@ class Prefixes:
             self._append(path, node)
         return node is not None
 
-    def pass_by(self, path: Path, length: int) -> None:
-        """A sequence has so many tokens now: what lies behind its windows is not needed by it any more."""
+    def advance(self, path: Path, length: int) -> None:
+        """A sequence has grown to ``length`` tokens: it stops using the blocks behind its windows."""
         first = self.pool.first_blocks(length)
         for group in self._groups:
             for node in path.nodes[path.first[group] : first[group]]:
-                self._spare(node, group)
+                self._stop_using(node, group)
         path.first = first
 
     def release(self, path: Path) -> None:
@@ -188,7 +188,7 @@ class Prefixes:
             if len(path.nodes) >= path.first[group]:
                 if not node.needed[group]:
                     self.used += self.pool.layout.nbytes[group]
-                    self._passed.pop((node, group), None)
+                    self._behind.pop((node, group), None)
                 node.needed[group] += 1
         path.nodes.append(node)
 
@@ -196,14 +196,14 @@ class Prefixes:
         """A sequence that needed the blocks of ``groups`` leaves a node."""
         node.users -= 1
         for group in groups:
-            self._spare(node, group)
+            self._stop_using(node, group)
         if not node.users and (node.parent is None or not node.count):
             self._drop(node)
         elif not node.users:
             self._idle[node] = None
 
-    def _spare(self, node: Node, group: int) -> None:
-        """One sequence fewer needs a block."""
+    def _stop_using(self, node: Node, group: int) -> None:
+        """One sequence fewer uses a block."""
         node.needed[group] -= 1
         if node.needed[group]:
             return
@@ -211,11 +211,11 @@ class Prefixes:
         if node.users and node.parent is None:
             self._free(node, group)
         elif node.users:
-            self._passed[node, group] = None
+            self._behind[node, group] = None
 
     def _evict(self) -> bool:
         """Free a block that lies behind windows, or else the node that was used longest ago."""
-        passed = next(iter(self._passed), None)
+        passed = next(iter(self._behind), None)
         if passed is not None:
             self._free(*passed)
             return True
@@ -235,7 +235,7 @@ class Prefixes:
 
     def _free(self, node: Node, group: int) -> None:
         """Give a block back, if it is there."""
-        self._passed.pop((node, group), None)
+        self._behind.pop((node, group), None)
         block, node.blocks[group] = node.blocks[group], None
         if block is not None:
             self.pool.free(group, block)

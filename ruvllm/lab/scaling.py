@@ -147,14 +147,14 @@ def scale(
     """Tokens/s of models that are split over ranks, and how many ranks pay.
 
     seconds of a token = max(bytes / read bandwidth, arithmetic / peak) of the rank with the largest share
-    + the messages of its layers + a sum of E float32, the embedding + the logits of the other ranks on their way to
-    rank 0 + a message to all + ``costs.token``; where
+    + the messages of its layers + an all-reduce of the embedding (E float32) + the gather of logits on rank 0
+    + a broadcast + ``costs.token``; where
 
-    - a layer has two sums of E numbers, or four gatherings, of A, E, F and E (A the elements of all heads, F the
-      columns of a feed-forward network), see ``load(wire=...)``;
-    - a sum takes the shorter of log2 n (latency + bytes / bandwidth) and
+    - a layer has two all-reduces of E elements, or four all-gathers, of A, E, F and E (A the elements of all heads,
+      F the columns of a feed-forward network), see ``load(wire=...)``;
+    - an all-reduce takes the shorter of log2 n (latency + bytes / bandwidth) and
       2 (n - 1) (latency + bytes / n / bandwidth), as MPI chooses, + ``costs.message``;
-    - a gathering takes log2 n latency + bytes (n - 1) / n / bandwidth, + ``costs.message``;
+    - an all-gather takes log2 n latency + bytes (n - 1) / n / bandwidth, + ``costs.message``;
     - shares are those of ``model.share``: whole heads and columns, so they may be unequal.
 
     Numbers of ranks over which a model cannot be split are left out.
@@ -194,8 +194,8 @@ def scale(
             for network in networks:
                 waiting = 0.0
                 if n > 1:
-                    messages, transfer = (_gatherings if exact else _sums)(model, n, network, wire)
-                    waiting = transfer + messages * costs.message + _beside(model, n, network) + costs.token
+                    messages, transfer = (_all_gathers if exact else _all_reduces)(model, n, network, wire)
+                    waiting = transfer + messages * costs.message + _outside_layers(model, n, network) + costs.token
                 points.append(Point(model.name or "model", network, n, nbytes, computing + waiting, waiting))
     return Scaling(weights, context, peaks, tuple(points))
 
@@ -224,33 +224,33 @@ def _of_share(share: Share, weights: str, context: int, peaks: Peaks) -> tuple[i
     return nbytes, max(read / peaks.bandwidth(read), arithmetic + work.attention / peaks.fma)
 
 
-def _sum(nbytes: int, ranks: int, network: Network) -> float:
-    """Seconds of a sum over ranks."""
+def _all_reduce(nbytes: int, ranks: int, network: Network) -> float:
+    """Seconds of one all-reduce."""
     doubling = ceil(log2(ranks)) * (network.latency + nbytes / network.bandwidth)
     ring = 2 * (ranks - 1) * (network.latency + nbytes / ranks / network.bandwidth)
     return min(doubling, ring)
 
 
-def _sums(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
-    """How many sums all layers have, and their seconds."""
+def _all_reduces(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
+    """How many all-reduces all layers have, and their seconds."""
     count = 2 * config.num_hidden_layers
-    return count, count * _sum((2 if wire == "f16" else 4) * config.hidden_size, ranks, network)
+    return count, count * _all_reduce((2 if wire == "f16" else 4) * config.hidden_size, ranks, network)
 
 
-def _gatherings(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
-    """How many gatherings all layers have, and their seconds; of a mixture, of the experts that a token goes to."""
+def _all_gathers(config: ModelConfig, ranks: int, network: Network, wire: str) -> tuple[int, float]:
+    """How many all-gathers all layers have, and their seconds; of a mixture, of the experts that a token goes to."""
     columns, messages = config.intermediate_size, 4
     if (experts := config.experts) is not None:
         columns = experts.per_token * experts.intermediate_size + experts.shared_intermediate_size
         messages += experts.shared_intermediate_size > 0
-    numbers = config.num_attention_heads * config.head_dim + columns + 2 * config.hidden_size
-    moved = 4 * numbers * (ranks - 1) / ranks / network.bandwidth
+    elements = config.num_attention_heads * config.head_dim + columns + 2 * config.hidden_size
+    moved = 4 * elements * (ranks - 1) / ranks / network.bandwidth
     layer = messages * ceil(log2(ranks)) * network.latency + moved
     return config.num_hidden_layers * messages, config.num_hidden_layers * layer
 
 
-def _beside(config: ModelConfig, ranks: int, network: Network) -> float:
+def _outside_layers(config: ModelConfig, ranks: int, network: Network) -> float:
     """Seconds of a token's messages before and after the layers."""
     steps = ceil(log2(ranks))
     logits = steps * network.latency + 4 * config.vocab_size * (ranks - 1) / ranks / network.bandwidth
-    return _sum(4 * config.hidden_size, ranks, network) + logits + steps * network.latency
+    return _all_reduce(4 * config.hidden_size, ranks, network) + logits + steps * network.latency

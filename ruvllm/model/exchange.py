@@ -49,7 +49,7 @@ class Alone:
 
 
 class Sums:
-    """Each rank multiplies its own inputs by its columns of o and down; one sum follows each.
+    """Each rank multiplies its own inputs by its columns of o and down; one all-reduce follows each.
 
     add: sums an array over the ranks, in place: ``Ranks.add``, or ``Ranks.add_halves``.
     """
@@ -71,7 +71,7 @@ class Sums:
 
 
 class Gathers:
-    """Each rank multiplies all inputs by its rows of o and down; a gathering precedes and follows each.
+    """Each rank multiplies all inputs by its rows of o and down; an all-gather precedes and follows each.
 
     Nothing is summed over ranks, so results have the bits of one rank's. Sums in another order differ by a unit in the
     last place, which rounding to 8 bits then turns into a step of 1/127: with integer weights, logits differ by 1.
@@ -83,11 +83,11 @@ class Gathers:
         self.cuts = {name: [share.elements(name) for share in shares] for name in names}
 
     def inputs(self, ops: Ops, x: Any, of: str) -> Any:
-        """All ranks' x, side by side."""
+        """All ranks' x, concatenated."""
         return self._whole(ops, x, of)
 
     def outputs(self, ops: Ops, x: Any) -> Any:
-        """All ranks' x, side by side."""
+        """All ranks' x, concatenated."""
         return self._whole(ops, x, "outputs")
 
     def _whole(self, ops: Ops, x: Any, of: str) -> Any:

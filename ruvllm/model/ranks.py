@@ -29,7 +29,7 @@ class Ranks:
 
     Attributes:
         rank, size: this process's number, and how many there are.
-        waited: seconds spent in sums and gatherings since the start, this rank's waiting for others included.
+        waited: seconds spent in all-reduces and all-gathers since the start, this rank's waiting for others included.
         messages: how many of them there were.
         sent: bytes that this rank contributed to them, and to the logits.
     """
@@ -43,7 +43,7 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
 
-    # Sums and gatherings.
+    # All-reduces and all-gathers.
 
     def add(self, x: np.ndarray) -> None:
         """x becomes the sum of all ranks' x, with the same bits on each."""
@@ -81,14 +81,14 @@ class Ranks:
         rows *= weight
 
     def join(self, part: np.ndarray, out: np.ndarray, columns: Sequence[range]) -> None:
-        """out (rows, V) gets all ranks' part (rows, their columns), side by side, on every rank."""
+        """out (rows, V) gets all ranks' part (rows, their columns), concatenated, on every rank."""
         started = time.perf_counter()
         counts = [len(part) * len(each) for each in columns]
         flat = out if len(part) == 1 else np.empty(sum(counts), np.float32)
         self.comm.Allgatherv(part, (flat, counts))
         self._noted(started, part)
         if len(part) > 1:
-            _side_by_side(flat, columns, out)
+            _concatenate(flat, columns, out)
 
     def gather_columns(self, part: np.ndarray, columns: Sequence[range], out: np.ndarray | None) -> None:
         """``join`` on rank 0 alone."""
@@ -101,7 +101,7 @@ class Ranks:
         flat = out if len(part) == 1 else np.empty(sum(counts), np.float32)
         self.comm.Gatherv(part, (flat, counts))
         if len(part) > 1:
-            _side_by_side(flat, columns, out)
+            _concatenate(flat, columns, out)
 
     def _noted(self, started: float, sent: np.ndarray) -> None:
         self.waited += time.perf_counter() - started
@@ -183,7 +183,7 @@ def _add_halves(x: Any, y: Any, _: Any) -> None:
         np.add(np.frombuffer(x, np.float16), total, out=total)
 
 
-def _side_by_side(parts: np.ndarray, columns: Sequence[range], out: np.ndarray) -> None:
+def _concatenate(parts: np.ndarray, columns: Sequence[range], out: np.ndarray) -> None:
     """out (rows, V) from one rank's columns after another's."""
     at = 0
     for each in columns:

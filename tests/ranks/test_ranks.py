@@ -99,7 +99,7 @@ def test_sums_give_the_logits_of_one_rank(ranks: int, parts: list[float], tmp_pa
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(2, [2, 1]), (3, [1, 1, 1])])
-def test_gatherings_give_the_bits_of_one_rank(ranks: int, parts: list[float], tmp_path: Path) -> None:
+def test_all_gathers_give_the_bits_of_one_rank(ranks: int, parts: list[float], tmp_path: Path) -> None:
     """Groups of 32 need not be whole on a rank, so what sums cannot divide is divided here."""
     paths = {}
     for variant in VARIANTS if ranks == 2 else ("qwen3", "qwen2_moe"):

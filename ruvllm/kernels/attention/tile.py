@@ -48,9 +48,9 @@ _ONE = np.float32(1)
 class Cache(NamedTuple):
     """The KV cache of one layer: its arrays as attention/kv.py lays them out, and a block table.
 
-    Without a table, (0,), they hold all positions: position p is row p. With a table, they are anywhere and tell the
-    shapes of a block of CHUNK positions: position p is row p % CHUNK of the block table[p // CHUNK], an address. There,
-    after ``offset`` bytes, are the layer's keys and values: of each head its keys, and then its values.
+    Without a table, an empty array, keys and values hold all positions: position p is row p. With a table, position p
+    is row p % CHUNK of the block at address table[p // CHUNK], and ``keys`` and ``values`` only give the shapes of a
+    block. The layer's keys and values begin ``offset`` bytes into it; each head's keys are followed by its values.
     """
 
     keys: Any

@@ -30,8 +30,8 @@ import httpx
 import numpy as np
 
 import ruvllm
-from ruvllm.checkpoint.packed_cache import parse_size
 from ruvllm.llm import LLM
+from ruvllm.model.checks import parse_size
 from ruvllm.prompt import Prompt
 
 TOKENS = 128  # of each answer

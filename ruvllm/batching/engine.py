@@ -12,7 +12,6 @@ not change: a sequence's tokens are those that it would get alone.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from ruvllm.batching.prefixes import Match, Path, Prefixes, common_prefix
 from ruvllm.batching.sequence import Sequence
 from ruvllm.errors import ContextFullError
 from ruvllm.kernels.memory import free_memory
-from ruvllm.model.checks import is_integer, is_number
+from ruvllm.model.checks import is_integer, parse_size
 from ruvllm.model.generate import Token
 from ruvllm.model.kv_pool import BLOCK, KVPool, block_bytes, blocks_for, sequence_bytes
 from ruvllm.model.llama import Llama
@@ -45,8 +44,8 @@ class Engine:
     Args:
         model: runs the sequences.
         kv: precision of keys and values: "f32", "f16" or "int8".
-        memory: bytes for keys and values at the most, used as sequences need them; None: enough for all sequences at
-            the model's context length, but at most half of what is free.
+        memory: bytes for keys and values at the most, or a size such as "2GB", used as sequences need them; None:
+            enough for all sequences at the model's context length, but at most half of what is free.
         sequences: the most that are computed together; more wait.
 
     Raises:
@@ -55,7 +54,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Llama, kv: str = "f32", memory: float | None = None, sequences: int = MOST_SEQUENCES
+        self, model: Llama, kv: str = "f32", memory: float | str | None = None, sequences: int = MOST_SEQUENCES
     ) -> None:
         if not is_integer(sequences) or sequences < 1:
             raise ValueError(f"sequences: expected a positive integer, found {sequences!r}")
@@ -241,13 +240,13 @@ def _run(sequence: Sequence, tokens: int) -> Run:
     return Run(sequence.ids[start:end], start, sequence.path.tables(), wanted, sequence.capacity)
 
 
-def _memory(model: Llama, kv: str, memory: float | None, sequences: int) -> int:
+def _memory(model: Llama, kv: str, memory: float | str | None, sequences: int) -> int:
     """Bytes of the pool."""
     size = block_bytes(model.config, kv)
     if memory is None:
         most = sequences * sequence_bytes(model.config, kv, model.config.max_position_embeddings)
         free = free_memory()
         return most if free is None else max(size, min(most, free // 2))
-    if not is_number(memory) or not size <= memory < math.inf:
+    if (given := parse_size("memory", memory)) < size:
         raise ValueError(f"memory: expected at least {size} bytes, which {BLOCK} tokens need, found {memory!r}")
-    return int(memory)
+    return given

@@ -28,6 +28,7 @@ from ruvllm.checkpoint.packed_file import Matrix, UnusableError, open_packed, re
 from ruvllm.checkpoint.source import identity_of
 from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.kernels.jit.cache import SOURCES_STAMP
+from ruvllm.model.checks import parse_size
 from ruvllm.model.weights import PackedMatrix
 from ruvllm.paths import private_directory
 
@@ -37,7 +38,6 @@ VARIABLE = "RUVLLM_PACKED_CACHE"
 DEFAULT_LIMIT = 20 * 10**9  # bytes of all files
 _SPARED = 5 * 10**9  # bytes that stay free on the disk, or a tenth of it where that is less
 _ABANDONED_SECONDS = 3600  # of a file that was not completed
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Kept(NamedTuple):
@@ -132,14 +132,6 @@ def limit() -> int:
     """
     said = os.environ.get(VARIABLE, "").strip()
     return parse_size(VARIABLE, said) if said else DEFAULT_LIMIT
-
-
-def parse_size(name: str, text: str) -> int:
-    """Bytes of a size such as "50GB" or "0". Raises ValueError, which begins with ``name``, for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
-    if match is None:
-        raise ValueError(f"{name}: expected 0, or a size such as 50GB, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def place_of(checkpoint: Checkpoint, weights: str, layouts: Mapping[str, str]) -> Place | None:

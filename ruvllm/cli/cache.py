@@ -7,9 +7,10 @@ import os
 import time
 from pathlib import Path
 
-from ruvllm.checkpoint.packed_cache import Kept, kept, least_used, limit, parse_size, remove
+from ruvllm.checkpoint.packed_cache import Kept, kept, least_used, limit, remove
 from ruvllm.cli.show import show
 from ruvllm.machine import size
+from ruvllm.model.checks import parse_size
 from ruvllm.paths import cache_directory
 
 

@@ -17,7 +17,7 @@ API_KEY = "RUVLLM_API_KEY"  # environment variable, as a command line can be see
 
 def serve(args: argparse.Namespace) -> None:
     """Load a model and answer requests."""
-    from ruvllm.checkpoint.packed_cache import parse_size
+    from ruvllm.model.checks import parse_size
     from ruvllm.serving.server import LOOPBACK
     from ruvllm.serving.server import serve as run
     from ruvllm.serving.settings import Settings

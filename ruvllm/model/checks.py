@@ -1,8 +1,14 @@
-"""Checks of options: whether a value is a number, and the error if it is not what was expected."""
+"""Checks of options: whether a value is a number or a size, and the error if it is not what was expected."""
 
 from __future__ import annotations
 
+import math
+import re
+from typing import TypeGuard
+
 import numpy as np
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def is_integer(value: object) -> bool:
@@ -10,9 +16,22 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is an integer or a float."""
     return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def parse_size(name: str, size: object) -> int:
+    """Bytes of a size: a number of bytes, or text such as "50GB".
+
+    Raises ValueError, which begins with ``name``, for anything else.
+    """
+    if is_number(size) and math.isfinite(size) and size >= 0:
+        return int(size)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper()) if isinstance(size, str) else None
+    if match is None:
+        raise ValueError(f"{name}: expected a number of bytes, or a size such as 50GB, found {size!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def require(name: str, value: object, ok: bool, expected: str) -> None:

@@ -163,7 +163,7 @@ class Sampling:
 
 
 def _require_number(name: str, value: object, low: float, high: float) -> None:
-    ok = is_number(value) and low <= value <= high and math.isfinite(value)  # type: ignore[operator, arg-type]
+    ok = is_number(value) and low <= value <= high and math.isfinite(value)
     require(name, value, ok, f"a finite number >= {low}" if high == math.inf else f"a number from {low} to {high}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _SHOWN_CHARACTERS = 240  # of one part of a message, which a hostile file may write
@@ -66,6 +68,16 @@ class DownloadError(RuvllmError, OSError):
 
 class InsufficientMemoryError(RuvllmError, MemoryError):
     """A model needs more memory than is available; raised before anything is loaded."""
+
+
+@contextmanager
+def at(place: str, name: str = "") -> Iterator[None]:
+    """Errors of wrong input inside the block say where it is: "prompts[3]: ...", in place of ``name``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.args = (f"{place}: {str(error).removeprefix(f'{name}: ')}",)
+        raise
 
 
 def printable(value: object, limit: int = _SHOWN_CHARACTERS) -> str:

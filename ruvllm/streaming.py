@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Generation:
     text: without the ``reasoning`` before it ("" for a model that does not reason, and for prompts that are not a
     chat). ids: of both, with the tokens that mark them.
     finish_reason: "stop" (end-of-text token or a stop string), "length" (max_tokens or context full), or "cancelled"
-        (``Answering.cancel``).
+        (``Stream.close``, ``Answering.cancel``).
     tool_calls: what the answer calls of the ``tools`` that were given, as messages take them; the text has them, too.
     logprobs: one entry per id, if requested: (log-probability, the most likely alternatives as (id, logprob)).
     """
@@ -100,19 +100,20 @@ class Answer:
         yield from self._shown(self._separator.push(token.id, self._decoder.push(token.id)))
         self.done = self._stops.reached
 
-    def finish(self) -> Iterator[Piece]:
-        """No more tokens: what the decoder still holds, as ``decode`` shows it."""
-        self.done = True
-        self.result.finish_reason = self.result.finish_reason or "length"
+    def finish(self, reason: str = "length") -> list[Piece]:
+        """No more tokens, for this reason unless it has ended: what the decoder still holds, as ``decode`` shows it."""
+        self.done, pieces = True, list[Piece]()
+        self.result.finish_reason = self.result.finish_reason or reason
         if not self._stops.reached:
-            yield from self._shown(self._separator.finish(self._decoder.finish()))
+            pieces += self._shown(self._separator.finish(self._decoder.finish()))
         if self._stops.reached:
             self.result.finish_reason = "stop"
         elif rest := self._stops.held:
             self.result.text += rest
-            yield Piece(rest)
+            pieces.append(Piece(rest))
         if self._with_tools:
             self.result.tool_calls = tool_calls(self.result.text)
+        return pieces
 
     def _shown(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for text, reasoning in pieces:
@@ -130,11 +131,11 @@ class Stream:
     """Iterate over pieces of the answer as they come; ``result`` is the Generation so far.
 
     ``parts()`` iterates over the reasoning too, where a model thinks before it answers: each is a Piece, with its
-    ``text`` and whether it is ``reasoning``.
+    ``text`` and whether it is ``reasoning``. ``close()``, or the end of a ``with`` block, gives the answer up.
     """
 
     def __init__(self, answer: Answer, tokens: Iterator[Token]) -> None:
-        self.result = answer.result
+        self.result, self._answer = answer.result, answer
         self._parts = _pieces(answer, tokens)
         self._text = (part.text for part in self._parts if not part.reasoning)
 
@@ -148,8 +149,23 @@ class Stream:
         """The remaining pieces, including those of the reasoning."""
         return self._parts
 
+    def close(self) -> None:
+        """Give the answer up: it keeps the text that it has, and the caches of its own are freed.
 
-def _pieces(answer: Answer, tokens: Iterator[Token]) -> Iterator[Piece]:
+        Its ``finish_reason`` is "cancelled". One that has ended already stays as it is.
+        """
+        self._parts.close()
+        if not self.result.finish_reason:
+            self._answer.finish("cancelled")
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pieces(answer: Answer, tokens: Iterator[Token]) -> Generator[Piece, None, None]:
     answer.started = time.perf_counter()
     try:
         for token in tokens:

@@ -12,6 +12,7 @@ from ruvllm.batching.engine import Engine
 from ruvllm.batching.sequence import Generated, Sequence
 from ruvllm.brief import brief
 from ruvllm.checkpoint.reasoning import Piece, Separator
+from ruvllm.errors import at
 from ruvllm.model.sampling.sampler import Sampler
 from ruvllm.streaming import Answer, Generation, Timings
 
@@ -123,12 +124,14 @@ class Answering:
         """Give an answer up: it keeps the text that it has, and its blocks are free for others.
 
         Its ``finish_reason`` is "cancelled". One that has ended already stays as it is.
+
+        Raises TypeError for something else than what ``submit`` returned.
         """
-        self.engine.cancel(job.sequence)
+        if not isinstance(job, Job):
+            raise TypeError(f"job: expected what submit(...) returned, found {type(job).__name__}")
         if self._jobs.pop(job.sequence, None) is not None:
-            job.result.finish_reason = "cancelled"
-            for _ in job.answer.finish():
-                pass
+            self.engine.cancel(job.sequence)
+            job.answer.finish("cancelled")
 
     def run(self, requests: list[Request]) -> Iterator[tuple[int, Job, list[Piece]]]:
         """Answer requests; yields (number of the request, its job, new pieces), as they come.
@@ -138,7 +141,8 @@ class Answering:
         numbers: dict[Job, int] = {}
         try:
             for request in requests:
-                numbers[self.submit(request)] = len(numbers)
+                with at(f"prompts[{len(numbers)}]"):
+                    numbers[self.submit(request)] = len(numbers)
             while any(not job.done for job in numbers):
                 for job, pieces in self.step():
                     if job not in numbers:

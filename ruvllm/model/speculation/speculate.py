@@ -67,7 +67,8 @@ def speculate(
 
     Each token is chosen from the model's logits after the tokens before it, by the same sampler with the same random
     numbers as without guesses: a guess that was chosen too saves a pass, and the first that was not ends the pass. So
-    the text is the same, at any temperature. As there, a yielded token is not yet in the cache.
+    the text is the same, at any temperature. As there, a yielded token is not yet in the cache, which nothing else may
+    use meanwhile: see ``undisturbed``.
 
     Raises:
         ContextFullError: ids, or the text as it grows, do not fit into the cache.
@@ -89,8 +90,6 @@ def speculate(
         cache.truncate(length)
         for i in range(count):
             if i:
-                if cache.length != length + i - 1:  # somebody else has used the cache since
-                    break
                 cache.restore(length + i)
                 speculation.counts.accepted += 1
             token = choose(sampler, rows[i], cache.ids[: length + i], logprobs)

@@ -31,7 +31,7 @@ from ruvllm.model.speculation.lookup import Lookup
 from ruvllm.model.speculation.speculate import Drafter, Speculation, speculate
 from ruvllm.options import AnswerOptions, ChatOptions
 from ruvllm.progress import tqdm
-from ruvllm.prompt import Message, Prompt
+from ruvllm.prompt import Encoded, Message, Prompt
 from ruvllm.streaming import Answer, Generation, Stream, Timings
 from ruvllm.tracing.facade import Inspection
 
@@ -197,6 +197,8 @@ class LLM(ManyTexts, Inspection, Learning):
             cache = self.new_cache(min(limit, len(ids) + (limit if max_tokens is None else max_tokens)), kv)
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache: expected a KVCache, found {type(cache).__name__}")
+        if kv != "auto" and kv != cache.dtype:
+            raise ValueError(f"kv: expected 'auto', or {cache.dtype!r} as the given cache has it, found {kv!r}")
         cache.claim(self.model)
         held = cache.keep_common_prefix(ids, self.model.filling)
         cache.require_free(len(ids) - held)
@@ -211,8 +213,8 @@ class LLM(ManyTexts, Inspection, Learning):
         return Stream(answer, undisturbed(tokens, cache, most))
 
     def request(
-        self, prompt: Prompt, max_tokens: int | None = DEFAULT_MAX_TOKENS, *, stop: str | Sequence[str] | None = (),
-        logprobs: int = 0, **options: Any,
+        self, prompt: Prompt | Encoded, max_tokens: int | None = DEFAULT_MAX_TOKENS, *,
+        stop: str | Sequence[str] | None = (), logprobs: int = 0, **options: Any,
     ) -> Request:  # fmt: skip
         """A prompt with checked options, for ``Answering.submit``; see ``stream`` for the options and errors."""
         given = AnswerOptions.of(options)
@@ -224,13 +226,19 @@ class LLM(ManyTexts, Inspection, Learning):
             raise ValueError(f"max_tokens: expected a positive integer or None, found {max_tokens!r}")
         if not is_integer(logprobs) or not 0 <= logprobs <= self.config.vocab_size:
             raise ValueError(f"logprobs: expected 0 to {self.config.vocab_size}, found {logprobs!r}")
-        ids = self._ids(prompt, given.chat)
-        sampler = self.sampler(given, ids if _is_chat(prompt) else None)
-        limit = self.config.max_position_embeddings
+        found = self.encoded(prompt, given.chat)
+        sampler = self.sampler(given, found.ids if found.is_chat else None)
+        thoughts = self._separator(found.ids, given.chat) if found.is_chat else None
+        return Request(found.ids, sampler, max_tokens, logprobs, stop, thoughts, given.chat.tools is not None)
+
+    def encoded(self, prompt: Prompt | Encoded, chat: ChatOptions = _NO_CHAT_OPTIONS) -> Encoded:
+        """The tokens of a prompt, for ``request``; its errors are those of ``stream`` that a prompt can cause."""
+        if isinstance(prompt, Encoded):
+            return prompt
+        ids, limit = self._ids(prompt, chat), self.config.max_position_embeddings
         if len(ids) > limit:
             raise ContextFullError(f"context full: the prompt has {len(ids)} tokens, the model takes {limit}")
-        thoughts = self._separator(ids, given.chat) if _is_chat(prompt) else None
-        return Request(ids, sampler, max_tokens, logprobs, stop, thoughts, given.chat.tools is not None)
+        return Encoded(ids, _is_chat(prompt))
 
     def sampler(self, options: AnswerOptions, chat: np.ndarray | None = None) -> Sampler:
         """What chooses the tokens of one sequence.
@@ -270,7 +278,8 @@ class LLM(ManyTexts, Inspection, Learning):
                 raise ValueError(f"n: expected a positive integer, found {n!r}")
             seed = options.pop("seed", 0)
             seeds = [seed + i if is_integer(seed) else seed for i in range(n)]
-            return self.generate_many([prompt] * n, seed=seeds, **options)
+            encoded: Any = self.encoded(prompt, ChatOptions.among(options))
+            return self.generate_many([encoded] * n, seed=seeds, **options)
         stream = self.stream(prompt, **options)
         for _ in stream:
             pass

@@ -33,6 +33,11 @@ class ChatOptions:
     enable_thinking: bool | None = None
     template_args: Mapping[str, Any] | None = None
 
+    @classmethod
+    def among(cls, keywords: Mapping[str, Any]) -> ChatOptions:
+        """Those that are among the keywords of an answer."""
+        return cls(**_taken(dict(keywords), cls))
+
     @property
     def given(self) -> Iterator[str]:
         """The names of the options that are given."""

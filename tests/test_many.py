@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def test_streams_of_many_prompts(llm: LLM) -> None:
     assert texts == [llm.generate(prompt, max_tokens=12, temperature=0.9).text for prompt in PROMPTS]
     stream = llm.stream_many(PROMPTS, max_tokens=12)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]  # the others are given up
+    stream.close()  # the others are given up
 
 
 def test_samples_of_one_prompt(llm: LLM) -> None:
@@ -82,8 +84,8 @@ def test_scores_are_sums_of_log_probabilities(llm: LLM) -> None:
     for wrong in ("text", [b"a"]):
         with pytest.raises(TypeError, match="continuations: expected a list of strings"):
             llm.score("a", wrong)
-    with pytest.raises(ValueError, match="at least one character"):
-        llm.score("a", [""])
+    with pytest.raises(ValueError, match=r"^continuations\[1\]: expected at least one character, found none"):
+        llm.score("a", ["b", ""])
     with pytest.raises(ContextFullError, match="the prompt with its continuation, .* has 300 tokens, the model takes"):
         llm.score("a", ["b" * 300])
 
@@ -101,8 +103,8 @@ def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
         np.testing.assert_array_equal(llm.embed(text, progress=False), mean[i])
     with pytest.raises(ValueError, match="pooling: expected one of mean, last, found 'max'"):
         llm.embed(texts, pooling="max")
-    with pytest.raises(TypeError, match="texts: expected strings, found int"):
-        llm.embed([3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^texts\[1\]: expected a string, found int"):
+        llm.embed(["a", 3])  # type: ignore[list-item]
     with pytest.raises(ContextFullError, match="the text has 300 tokens, the model takes 256"):
         llm.embed(["a", "b" * 300])
 
@@ -114,7 +116,7 @@ def test_what_is_refused(llm: LLM) -> None:
         llm.generate_many("one prompt")
     with pytest.raises(ValueError, match="seed: expected one, or 2, one for each prompt, found 3"):
         llm.generate_many(["a", "b"], seed=[1, 2, 3])
-    with pytest.raises(ValueError, match="kv: expected one of f32, f16, int8, found 'f8'"):
+    with pytest.raises(ValueError, match="kv: expected one of auto, f32, f16, int8, found 'f8'"):
         llm.generate_many(["a"], kv="f8")
     with pytest.raises(ValueError, match="memory: expected at least [0-9]+ bytes, which 256 tokens need, found 1000"):
         llm.generate_many(["a"], memory=1000)
@@ -123,9 +125,12 @@ def test_what_is_refused(llm: LLM) -> None:
     for wrong in ("2", 1.5):
         with pytest.raises(ValueError, match=f"sequences: expected a positive integer, found {wrong!r}"):
             llm.generate_many(["a"], sequences=wrong)
-    for wrong in ("2GB", float("inf")):
-        with pytest.raises(ValueError, match=f"memory: expected at least [0-9]+ bytes, .*, found {wrong!r}"):
+    for wrong in ("two", "1e9", float("inf"), float("nan"), -1.0, True):
+        with pytest.raises(ValueError, match="^memory: expected a number of bytes, or a size such as 50GB, found "):
             llm.generate_many(["a"], memory=wrong)
+    with pytest.raises(ValueError, match="memory: expected at least [0-9]+ bytes, which .*, found '1kB'"):
+        llm.generate_many(["a"], memory="1kB")
+    assert llm.answering(memory="20 MB").engine.pool.memory == 20 * 10**6
     with pytest.raises(TypeError, match="draft: only for one text"):
         llm.generate("a", n=2, draft="lookup")
     with pytest.raises(TypeError, match="cache: only for one text"):
@@ -139,8 +144,38 @@ def test_what_is_refused(llm: LLM) -> None:
     ):
         with pytest.raises(TypeError, match=f"^{name}: expected .* found None"):
             call(None)
-    with pytest.raises(ContextFullError, match="the prompt has 300 tokens, the model takes 256"):
-        llm.generate_many(["a", "b" * 300])
+    with pytest.raises(TypeError, match="^prompts: expected several prompts, found the messages of one chat"):
+        llm.generate_many(PROMPTS[3])
+
+
+def test_errors_name_the_prompt(llm: LLM, tmp_path: Path) -> None:
+    """And not where an option is at fault, or there is only one prompt."""
+    call: Any
+    for call in (llm.generate_many, lambda *given, **options: list(llm.stream_many(*given, **options))):
+        for wrong, kind, said in (
+            ("b" * 300, ContextFullError, "context full: the prompt has 300 tokens, the model takes 256"),
+            ("", ValueError, "expected at least one token id, found none"),
+            ([1, 5000], ValueError, "expected token ids from 0 to 259, found 5000"),
+            (None, TypeError, "expected text, token ids or messages, found None"),
+            ([{"role": "king", "content": "Hi"}], ValueError, r"messages\[0\]\['role'\]: found 'king'"),
+        ):
+            with pytest.raises(kind, match=rf"^prompts\[2\]: {said}"):
+                call(["a", "b", wrong])
+        with pytest.raises(ValueError, match=r"^prompts\[0\]: tools: only for messages"):
+            call(["a"], tools=[])
+        with pytest.raises(ValueError, match="^top_k: "):
+            call(["a"], top_k=-1)
+        with pytest.raises(ValueError, match="^max_tokens: "):
+            call(["a"], max_tokens=0)
+        with pytest.raises(TypeError, match="^unexpected keyword argument 'tok_p': did you mean 'top_p'"):
+            call(["a"], tok_p=0.5)
+    with pytest.raises(ContextFullError, match="^context full: the prompt has 300 tokens"):
+        llm.generate("b" * 300, n=2)
+    longer = byte_llm(tmp_path, config=replace(llm.config, max_position_embeddings=1024))
+    with pytest.raises(ContextFullError, match=r"^prompts\[1\]: context full: the sequence may have 300 tokens"):
+        longer.generate_many(["a", "b" * 200], max_tokens=100, memory=block_bytes(longer.config, "f32"))
+    with pytest.raises(ValueError, match=r"^messages\[0\]\['role'\]"):
+        llm.generate([{"role": "king", "content": "Hi"}], n=2)
 
 
 def test_a_failing_sampler_ends_its_own_answer_alone(llm: LLM) -> None:
@@ -181,6 +216,14 @@ def test_an_engine_takes_requests_at_any_time(llm: LLM) -> None:
     answering.cancel(late)  # has ended: it stays as it is
     assert late.result.finish_reason == "length"
     assert repr(late) == "Job(6 tokens, ended: length)" and repr(answering).startswith("Answering(Engine(")
+    with pytest.raises(TypeError, match=r"^job: expected what submit\(\.\.\.\) returned, found NoneType"):
+        answering.cancel(None)  # type: ignore[arg-type]
+    other = llm.answering(sequences=1, memory=block_bytes(llm.config, "f32"))
+    theirs = other.submit(llm.request("a", max_tokens=3))
+    answering.cancel(theirs)  # not its own
+    while not theirs.done:
+        other.step()
+    assert theirs.result.finish_reason == "length" and theirs.result.ids == llm.generate("a", max_tokens=3).ids
     with pytest.raises(TypeError, match=r"request: expected what llm\.request\(\.\.\.\) returns, found str"):
         answering.submit("a text")  # type: ignore[arg-type]
     assert texts[first] == first.result.text == llm.generate(LONG, max_tokens=20).text

@@ -118,7 +118,7 @@ def _roots(directory: Path) -> Iterable[Any]:
     yield [Form(choices=["a" * 1000]), constraint_of(Form(choices=["a"]), llm.tokenizer, llm.config.vocab_size)]
     yield llm.new_cache(200)
     answering, request = llm.answering(sequences=2), llm.request("x" * 100)
-    yield [answering, request, answering.submit(request), *answering.engine.step()]
+    yield [llm.encoded("x" * 100), answering, request, answering.submit(request), *answering.engine.step()]
     yield [Scored(np.arange(100), 50), Embedded(np.arange(100), "mean")]
     yield llm.tokenizer.stream_decoder()
     yield llm.tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from ruvllm.batching import texts as work
 from ruvllm.batching.answering import Answering, Request
 from ruvllm.batching.engine import MOST_SEQUENCES, Engine
 from ruvllm.compiling import compile_many
+from ruvllm.errors import at
 from ruvllm.model.kv_size import chosen_kv
 from ruvllm.model.llama import Llama
+from ruvllm.options import ChatOptions
 from ruvllm.prompt import Prompt
 from ruvllm.streaming import Generation
 
@@ -22,10 +24,11 @@ class ManyTexts:
 
     model: Llama
     tokenizer: Any
+    encoded: Any  # LLM.encoded
     request: Any  # LLM.request
 
     def answering(
-        self, kv: str = "auto", memory: float | None = None, sequences: int = MOST_SEQUENCES
+        self, kv: str = "auto", memory: float | str | None = None, sequences: int = MOST_SEQUENCES
     ) -> Answering:  # fmt: skip
         """An engine that answers many requests together, which may come at any time: for servers, agents and samplers.
 
@@ -33,8 +36,8 @@ class ManyTexts:
 
         Args:
             kv: precision of keys and values: "f32", "f16" or "int8"; "auto" as in ``new_cache``.
-            memory: bytes for keys and values at the most; None: for all sequences at the model's context length, but
-                at most half of what is free.
+            memory: bytes for keys and values at the most, or a size such as "2GB"; None: for all sequences at the
+                model's context length, but at most half of what is free.
             sequences: the most that are computed together; others wait.
 
         Raises:
@@ -45,7 +48,8 @@ class ManyTexts:
 
     def generate_many(
         self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "auto",
-        memory: float | None = None, sequences: int = MOST_SEQUENCES, progress: bool | None = None, **options: Any,
+        memory: float | str | None = None, sequences: int = MOST_SEQUENCES, progress: bool | None = None,
+        **options: Any,
     ) -> list[Generation]:  # fmt: skip
         """The continuations of many prompts, computed together, in their order.
 
@@ -59,7 +63,7 @@ class ManyTexts:
             options: those of ``stream``, for all prompts; not ``cache``.
 
         Raises:
-            TypeError, ValueError: as ``stream`` does.
+            TypeError, ValueError: as ``stream`` does; of a prompt they begin with its place, as "prompts[3]".
             ContextFullError: a prompt, with ``max_tokens`` more, does not fit; nothing is computed then.
         """
         requests = _requests(self, prompts, seed, options)
@@ -67,16 +71,16 @@ class ManyTexts:
 
     def stream_many(
         self, prompts: Iterable[Prompt], *, seed: int | Sequence[int | None] | None = 0, kv: str = "auto",
-        memory: float | None = None, sequences: int = MOST_SEQUENCES, **options: Any,
-    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+        memory: float | str | None = None, sequences: int = MOST_SEQUENCES, **options: Any,
+    ) -> Generator[tuple[int, str], None, None]:  # fmt: skip
         """Pieces of the continuations of many prompts as they come: (number of the prompt, text).
 
-        The arguments and errors are those of ``generate_many``. If the iteration ends early, so does the work.
+        The arguments and errors are those of ``generate_many``. ``close()`` gives all answers up.
         """
         return work.stream(self.answering(kv, memory, sequences), _requests(self, prompts, seed, options))
 
     def embed(
-        self, texts: str | Sequence[str], pooling: str = "mean", memory: float | None = None,
+        self, texts: str | Sequence[str], pooling: str = "mean", memory: float | str | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Embeddings (N, E) float32 of texts, (E,) of one: pooled hidden states after the model's last norm.
@@ -95,15 +99,16 @@ class ManyTexts:
         if not isinstance(texts, Iterable):
             raise TypeError(f"texts: expected strings, found {type(texts).__name__}")
         several = [texts] if isinstance(texts, str) else list(texts)
-        for text in several:
+        ids = []
+        for i, text in enumerate(several):
             if not isinstance(text, str):
-                raise TypeError(f"texts: expected strings, found {type(text).__name__}")
-        ids = [self.model.checked_ids(self.tokenizer.encode(text), "texts") for text in several]
+                raise TypeError(f"texts[{i}]: expected a string, found {type(text).__name__}")
+            ids.append(self.model.checked_ids(self.tokenizer.encode(text), f"texts[{i}]"))
         found = work.embeddings(self._engine("auto", memory, MOST_SEQUENCES), ids, pooling, progress)
         return found[0] if isinstance(texts, str) else found
 
     def score(
-        self, prompt: Prompt, continuations: Iterable[str], kv: str = "auto", memory: float | None = None,
+        self, prompt: Prompt, continuations: Iterable[str], kv: str = "auto", memory: float | str | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Log-likelihoods (N,) float64 of continuations of a prompt, which is computed once: sum ln p(token | before).
@@ -125,27 +130,27 @@ class ManyTexts:
         texts = [] if single else list(continuations)
         if single or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"continuations: expected a list of strings, found {continuations!r:.60}")
-        pairs = [_continued(self, prompt, text) for text in texts]
+        ids = self.encoded(prompt).ids
+        pairs = [_continued(self, prompt, ids, text, f"continuations[{i}]") for i, text in enumerate(texts)]
         found = work.scores(self._engine(kv, memory, MOST_SEQUENCES), pairs, progress)
         return np.array([sequence.logprobs.sum(dtype=np.float64) for sequence in found], np.float64)
 
-    def _engine(self, kv: str, memory: float | None, sequences: int) -> Engine:
+    def _engine(self, kv: str, memory: float | str | None, sequences: int) -> Engine:
         kv = chosen_kv(kv, self.model.layouts)
         engine = Engine(self.model, kv, memory, sequences)
         compile_many(kv)
         return engine
 
 
-def _continued(llm: ManyTexts, prompt: Prompt, text: str) -> tuple[np.ndarray, int]:
-    """Tokens of a prompt and its continuation, and where the continuation begins."""
-    ids = llm.request(prompt).ids
+def _continued(llm: ManyTexts, prompt: Prompt, ids: np.ndarray, text: str, name: str) -> tuple[np.ndarray, int]:
+    """Tokens of a prompt, whose own are ids, and its continuation, and where the continuation begins."""
+    if not text:
+        raise ValueError(f"{name}: expected at least one character, found none")
     if isinstance(prompt, str):
-        whole = llm.model.checked_ids(llm.tokenizer.encode(prompt + text, parse_special=True), "continuations")
+        whole = llm.model.checked_ids(llm.tokenizer.encode(prompt + text, parse_special=True), name)
     else:
         more = llm.tokenizer.encode(text, add_special=False, parse_special=False)
-        whole = np.concatenate([ids, llm.model.checked_ids(more, "continuations")])
-    if not text:
-        raise ValueError("continuations: expected texts with at least one character, found an empty one")
+        whole = np.concatenate([ids, llm.model.checked_ids(more, name)])
     return whole, min(len(ids), len(whole) - 1)
 
 
@@ -156,10 +161,17 @@ def _requests(
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts: expected several prompts, found {type(prompts).__name__}")
     prompts, options = list(prompts), dict(options)
+    if prompts and isinstance(prompts[0], Mapping):
+        raise TypeError("prompts: expected several prompts, found the messages of one chat: put them into a list")
     for name in ("cache", "draft"):
         if options.pop(name, None) is not None:
             raise TypeError(f"{name}: only for one text, not for several that are computed together")
     seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * len(prompts)
     if len(seeds) != len(prompts):
         raise ValueError(f"seed: expected one, or {len(prompts)}, one for each prompt, found {len(seeds)}")
-    return [llm.request(prompt, seed=own, **options) for prompt, own in zip(prompts, seeds, strict=True)]
+    requests, chat = [], ChatOptions.among(options)
+    for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+        with at(f"prompts[{i}]", "prompt"):
+            encoded = llm.encoded(prompt, chat)
+        requests.append(llm.request(encoded, seed=own, **options))
+    return requests

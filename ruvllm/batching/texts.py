@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ def answers(answering: Answering, requests: list[Request], progress: bool | None
     return results
 
 
-def stream(answering: Answering, requests: list[Request]) -> Iterator[tuple[int, str]]:
+def stream(answering: Answering, requests: list[Request]) -> Generator[tuple[int, str], None, None]:
     """Pieces of all answers as they come: (number of the request, text without reasoning)."""
     for i, _, pieces in answering.run(requests):
         for piece in pieces:

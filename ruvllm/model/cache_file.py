@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ruvllm.errors import ModelFormatError
+from ruvllm.model.checks import is_integer
 from ruvllm.model.fingerprint import fingerprint
 from ruvllm.model.kv_size import KV_TYPES
 from ruvllm.paths import replacing
@@ -30,15 +31,13 @@ _FIELDS: dict[str, type] = {
 
 
 def save_cache(model: Any, cache: Any, path: str | os.PathLike[str]) -> None:
-    """Write the tokens of a cache with their keys and values; the file appears when it is complete.
+    """Write the tokens of a cache that has some with their keys and values; the file appears when it is complete.
 
     Raises:
-        ValueError: the cache is empty, or its tokens were computed with other weights or adapters than those that are
-            active now, or with edits.
+        ValueError: the tokens were computed with other weights or adapters than those that are active now, or with
+            edits.
         OSError: the file cannot be written; what was there before stays.
     """
-    if not cache.length:
-        raise ValueError("cache: expected some tokens to save, found none")
     cache.claim(model)
     if not cache.filled_with(model.filling) or len(model.filling) > 2:
         raise ValueError("cache: expected tokens of the adapters that are active, without edits, found others")
@@ -46,7 +45,7 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike[str]) -> None:
         "format": _FORMAT, "model": fingerprint(model), "byteorder": sys.byteorder, "kv": cache.dtype,
         "max_tokens": cache.max_tokens, "length": cache.length, "reach": cache.reach,
     }  # fmt: skip
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(_path(path)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("header.json", json.dumps(header))
         archive.writestr("ids", cache.ids[: cache.length].tobytes())
         for layer, (keys, values) in enumerate(cache.filled()):
@@ -62,14 +61,23 @@ def load_cache(model: Any, path: str | os.PathLike[str], max_tokens: int | None 
     Raises:
         FileNotFoundError: there is no such file.
         ModelFormatError: it is unsound, cut off, or of another model, other adapters or another machine.
+        TypeError: path is neither text nor a path.
         ValueError: max_tokens is less than the file's tokens need, or changes the model's rotary embedding.
     """
-    where = Path(path)
+    where = _path(path)
+    if max_tokens is not None and not is_integer(max_tokens):
+        raise ValueError(f"max_tokens: expected an integer or None, found {max_tokens!r:.60}")
     try:
         with zipfile.ZipFile(where) as archive:
             return _read(archive, model, where, max_tokens)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, KeyError) as error:
         raise ModelFormatError(where, field="archive", found=error, expected="a whole file of a KV cache") from None
+
+
+def _path(given: str | os.PathLike[str]) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"path: expected that of a file, found {given!r:.60}")
+    return Path(given)
 
 
 def _read(archive: zipfile.ZipFile, model: Any, path: Path, max_tokens: int | None) -> Any:

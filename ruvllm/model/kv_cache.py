@@ -158,7 +158,7 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Drop the positions from ``length`` on. Raises ValueError where windowed layers lack older positions."""
         if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
-            raise ValueError(f"length: expected 0 to {self.length}, found {length}")
+            raise ValueError(f"length: expected 0 to {self.length}, found {length!r}")
         if 0 < length < self.oldest:
             raise ValueError(
                 f"length: expected 0, or {self.oldest} to {self.length}, found {length}: layers with a window have "
@@ -277,9 +277,11 @@ class KVCache:
         """
         from ruvllm.model.cache_file import save_cache
 
+        if not self.length:
+            raise ValueError("cache: it is empty, there is nothing to save")
         model = self._model()
         if model is None:
-            raise ValueError("cache: expected some tokens of a model that is still loaded, found none")
+            raise ValueError("cache: the model that computed its tokens is gone, and with it what identifies them")
         save_cache(model, self, path)
 
     def layer(self, i: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:

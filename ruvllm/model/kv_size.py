@@ -18,7 +18,12 @@ _SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
 
 
 def chosen_kv(kv: str, layouts: Iterable[str]) -> str:
-    """The precision of a KV cache: "auto" is float32 where all matrices of the model are, else 16 bits."""
+    """The precision of a KV cache: "auto" is float32 where all matrices of the model are, else 16 bits.
+
+    Raises ValueError for an unknown ``kv``.
+    """
+    if not isinstance(kv, str) or kv not in ("auto", *KV_TYPES):
+        raise ValueError(f"kv: expected one of auto, {', '.join(KV_TYPES)}, found {kv!r}")
     if kv != "auto":
         return kv
     return "f32" if all(layout == "f32" for layout in layouts) else "f16"

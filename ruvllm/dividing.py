@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ruvllm.kernels.bandwidth import read_bandwidth
 from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.exchange import WIRES
+from ruvllm.model.exchange import require_wire
 from ruvllm.model.ranks import Ranks
 from ruvllm.model.share import Share, shares_of
 from ruvllm.model.weights import INTEGER_LAYOUTS
@@ -26,8 +26,7 @@ def divide(
 
     Raises ValueError for an unknown ``wire``, and as ``model.share.shares_of``.
     """
-    if wire not in WIRES:
-        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, found {wire!r}")
+    require_wire(wire)
 
     def grouped(matrix: str) -> bool:
         return any(layout in INTEGER_LAYOUTS for name, layout in layouts.items() if name.endswith(f".{matrix}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import ceil, log2
+from math import ceil, inf, log2
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from ruvllm.display import Table, panels
 from ruvllm.lab.work import pass_work
 from ruvllm.machine import size
 from ruvllm.measure.peaks import Peaks, measured_peaks
+from ruvllm.model.checks import is_integer, is_number, require
 from ruvllm.model.config import ModelConfig
-from ruvllm.model.exchange import WIRES
+from ruvllm.model.exchange import require_wire
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.replay import recorded
 from ruvllm.model.share import Share, shares_of
@@ -28,11 +29,19 @@ _WORTHWHILE = 1.05  # times the speed of the number of ranks before
 
 @dataclass(frozen=True)
 class Network:
-    """latency: seconds from one rank to another; bandwidth: bytes/s of each rank, in and out."""
+    """latency: seconds from one rank to another; bandwidth: bytes/s of each rank, in and out.
+
+    Raises ValueError for a latency below 0 or a bandwidth that is not above 0.
+    """
 
     name: str
     latency: float
     bandwidth: float
+
+    def __post_init__(self) -> None:
+        ok = is_number(self.latency) and 0 <= self.latency < inf
+        require("latency", self.latency, ok, "seconds, 0 or more")
+        require("bandwidth", self.bandwidth, is_number(self.bandwidth) and self.bandwidth > 0, "bytes/s above 0")
 
 
 # Usual figures of MPI over each: TCP on the first two Ethernets, RDMA on the last.
@@ -136,8 +145,8 @@ class Scaling(Table):
 
 def scale(
     config: ModelConfig | str | Sequence[ModelConfig | str] = ("llama3-8b", "llama3-70b", "llama3-405b"),
-    networks: Sequence[Network] = NETWORKS,
-    ranks: Sequence[int] = RANKS,
+    networks: Network | Sequence[Network] = NETWORKS,
+    ranks: int | Sequence[int] = RANKS,
     weights: str = "int4",
     context: int = 1024,
     peaks: Peaks | None = None,
@@ -161,8 +170,8 @@ def scale(
 
     Args:
         config: one or several configurations, or names of known ones.
-        networks: between the ranks.
-        ranks: how many.
+        networks: between the ranks, one or several.
+        ranks: how many, one number or several.
         weights: one of LAYOUTS.
         context: tokens that are in the cache.
         peaks: limits of each rank; None measures those of this machine. Ranks of one machine share its memory: their
@@ -171,21 +180,29 @@ def scale(
         wire: what ranks send each other.
 
     Raises:
-        ValueError: an unknown name, layout or wire, or a number of ranks or a context below 1.
+        TypeError: networks that are none.
+        ValueError: an unknown name, layout or wire, no model or network, or a number of ranks or a context below 1.
     """
+    configs = (config,) if isinstance(config, ModelConfig | str) else tuple(config)
+    networks = (networks,) if isinstance(networks, Network) else tuple(networks)
+    counts = [ranks] if isinstance(ranks, int | np.integer) else list(ranks)
+    if not configs or not networks:
+        raise ValueError(f"{'networks' if configs else 'config'}: expected at least one, found none")
+    if not all(isinstance(network, Network) for network in networks):
+        raise TypeError(f"networks: expected one or several lab.Network, found {networks!r:.60}")
     if weights not in LAYOUTS:
         raise ValueError(f"weights: expected one of {', '.join(LAYOUTS)}, found {weights!r}")
-    if context < 1 or not ranks or min(ranks) < 1:
-        raise ValueError(f"context, ranks: expected numbers of at least 1, found {context} and {tuple(ranks)}")
-    if wire not in WIRES:
-        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, found {wire!r}")
+    if not is_integer(context) or context < 1:
+        raise ValueError(f"context: expected a positive integer, found {context!r}")
+    if not counts or not all(is_integer(n) and n > 0 for n in counts):
+        raise ValueError(f"ranks: expected positive integers, found {ranks!r}")
+    require_wire(wire)
     rounded = weights in INTEGER_LAYOUTS
     exact = wire == "exact" or (wire == "auto" and rounded)
     peaks = peaks or measured_peaks()
     points = []
-    for each in (config,) if isinstance(config, ModelConfig | str) else config:
-        model = _config(each)
-        for n in sorted(set(ranks)):
+    for model in map(_config, configs):
+        for n in sorted(set(counts)):
             try:
                 shares = shares_of(model, [1.0] * n, rounded, rounded, exact)
             except ValueError:
@@ -203,7 +220,7 @@ def scale(
 def _config(given: ModelConfig | str) -> ModelConfig:
     if isinstance(given, ModelConfig):
         return given
-    if given.lower() not in PRESETS:
+    if not isinstance(given, str) or given.lower() not in PRESETS:
         raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, found {given!r}")
     return PRESETS[given.lower()]
 

@@ -16,6 +16,12 @@ from ruvllm.model.share import Share
 WIRES = ("auto", "exact", "f32", "f16")
 
 
+def require_wire(wire: object) -> None:
+    """Raise ValueError unless it is one of WIRES."""
+    if wire not in WIRES:
+        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, found {wire!r}")
+
+
 class Exchange(Protocol):
     """Completes what one rank computed of a layer. ``of``: the ranges of a ``Share`` that x holds, as "columns"."""
 

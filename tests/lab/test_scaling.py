@@ -55,8 +55,30 @@ def test_ranks_that_a_model_lacks_heads_for_are_left_out() -> None:
     [
         ({"config": "llama9"}, "config: expected"), ({"weights": "int3"}, "weights: expected"),
         ({"wire": "f8"}, "wire: expected"), ({"ranks": [0]}, "ranks: expected"), ({"context": 0}, "context"),
+        ({"config": []}, "config: expected at least one, found none"), ({"config": [3]}, "config: expected a Model"),
+        ({"networks": ()}, "networks: expected at least one, found none"), ({"ranks": ()}, "ranks: expected"),
+        ({"ranks": [1.5]}, "ranks: expected positive integers, found"), ({"context": 1.5}, "context: expected"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lab.scale(**{"config": CONFIG, "peaks": PEAKS, **arguments})  # type: ignore[arg-type]
+
+
+def test_one_network_and_one_number_of_ranks_are_taken() -> None:
+    several = lab.scale([CONFIG], [NETWORK], [2], "f32", peaks=PEAKS)
+    assert lab.scale(CONFIG, NETWORK, 2, "f32", peaks=PEAKS) == several and len(several.points) == 1
+    with pytest.raises(TypeError, match="networks: expected one or several lab.Network, found"):
+        lab.scale(CONFIG, ["1 Gbit/s"], peaks=PEAKS)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("latency", [-1e-6, float("nan"), float("inf"), "fast"])
+def test_no_network_is_earlier_than_at_once(latency: float) -> None:
+    with pytest.raises(ValueError, match="^latency: expected seconds, 0 or more, found "):
+        lab.Network("odd", latency, 1e9)
+
+
+@pytest.mark.parametrize("bandwidth", [0, -1.0, float("nan"), None])
+def test_every_network_carries_something(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match="^bandwidth: expected bytes/s above 0, found "):
+        lab.Network("odd", 1e-6, bandwidth)

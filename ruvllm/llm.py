@@ -87,7 +87,7 @@ class LLM(ManyTexts, Inspection, Learning):
         It returns when rank 0 calls ``close`` or its program ends. An error ends all ranks.
 
         Raises:
-            RuntimeError: on rank 0, or where the model is not split.
+            RuntimeError: on rank 0, after rank 0 has closed the model, or where it is not split.
         """
         from ruvllm.model.split import SplitLlama
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from ruvllm.compiling import compile_choices, compile_for
 from ruvllm.dividing import divide, threads_of, wanted_part
 from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
+from ruvllm.model.exchange import require_wire
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes, chosen_kv
 from ruvllm.model.llama import WEIGHTS, Llama, Weights, choose_layouts
 from ruvllm.model.ranks import Ranks, host_cores
@@ -29,6 +31,8 @@ from ruvllm.model.share import Share
 from ruvllm.model.split import SplitLlama
 from ruvllm.model.weights import INTEGER_LAYOUTS, FloatWeights, IntegerWeights, matrix_bytes
 from ruvllm.progress import tqdm
+
+logger = logging.getLogger(__name__)
 
 _PLENTY = 1 << 30  # bytes of memory
 _SLOW_LOAD_SECONDS = 1.0  # a progress bar appears when loading takes longer
@@ -57,7 +61,8 @@ def load(
         mmap: map the file; False reads it, which survives a file that shrinks while it is being read.
         progress: show progress bars; None: where stderr is a terminal or a notebook.
         comm: an MPI communicator (mpi4py) whose ranks all call this: each loads its share, and they run the model
-            together. Rank 0 then uses the model as any other; on the others call ``llm.follow()``.
+            together. Rank 0 then uses the model as any other; on the others call ``llm.follow()``. An exception that
+            nobody catches on one rank then ends all. On one rank, shares and wire are ignored with a warning.
         shares: how much of the model each rank takes, relative to the others: [3, 1]. None: equal shares; "auto": in
             proportion to the memory bandwidth that each rank measures now.
         wire: what ranks send each other in a layer. "exact": inputs and outputs of its o and down, in four messages;
@@ -72,13 +77,16 @@ def load(
         ModelFormatError: not a model that this library can run.
         InsufficientMemoryError: its weights, with a cache for a short text, do not fit into the free memory.
         DownloadError: a name that could not be fetched.
-        RankError: another rank failed to load, or has another version of ruvllm or another file.
+        RankError: another rank failed to load, or has another version of ruvllm, another file or other arguments.
         ValueError: unknown ``weights`` or ``wire``, or threads < 1; ranks among which the model cannot be divided.
     """
     if comm is not None and comm.Get_size() > 1:
         return _load_share(path, weights, threads, mmap, Ranks(comm), shares, wire)
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
+    require_wire(wire)
+    if ignored := [name for name, given in (("shares", shares is not None), ("wire", wire != "auto")) if given]:
+        logger.warning("%s: ignored, as the model is not divided over ranks here", ", ".join(ignored))
     quiet = None if progress is None else not progress
     where = resolve(path)
     with _not_collecting(), open_checkpoint(where, mmap=mmap) as checkpoint:
@@ -165,6 +173,7 @@ def _load_share(
             mine |= {
                 "same weights": weights,
                 "same wire": wire,
+                "same shares": shares if shares is None else str(shares),
                 "part": wanted_part(shares, ranks),
                 "host": host_cores(),
             }

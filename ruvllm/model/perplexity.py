@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -94,11 +95,13 @@ def perplexity(
     Raises:
         TypeError: ids are no integers.
         ValueError: context < 4 or above the model's, fewer ids than one window, or an unknown ``kv``.
-        RankError: another rank failed.
+        RankError: another rank failed, or has another text.
     """
     ids = _checked(model, ids, context)
     cache = model.new_cache(context, kv)
     losses: list[np.ndarray] = []
+    if ranks is not None:
+        ranks.compare({"same text": f"{len(ids)} tokens, checksum {zlib.crc32(ids.tobytes()):08x}"})
     first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     with nullcontext() if ranks is None else ranks.together():
         for window, targets in islice(_windows(ids, context, bos), first, None, step):

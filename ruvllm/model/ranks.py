@@ -5,14 +5,16 @@ Only the main thread calls MPI (``MPI_THREAD_FUNNELED`` is enough).
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ruvllm.errors import RankError, printable
 FAILED = 2  # exit code of all ranks after an error
 _POLL_SECONDS = 0.0005  # between two looks for a command, once it has been quiet for a while
 _SPIN_SECONDS = 0.02
+_PRINTING_SECONDS = 0.2  # in which mpiexec passes the error on: without, MPICH's lost it in 1 of 80 aborts
 
 
 class Ranks:
@@ -32,12 +35,14 @@ class Ranks:
         waited: seconds spent in all-reduces and all-gathers since the start, this rank's waiting for others included.
         messages: how many of them there were.
         sent: bytes that this rank contributed to them, and to the logits.
+        ended: whether no rank waits for another any more.
     """
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm.Dup()  # messages of the caller's own program stay apart
         self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
         self.waited, self.messages, self.sent = 0.0, 0, 0
+        self.ended = False
         self._half_sum: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -192,9 +197,33 @@ def _concatenate(parts: np.ndarray, columns: Sequence[range], out: np.ndarray) -
         at += part.size
 
 
+def guard(ranks: Ranks, at_end: Callable[[], object]) -> None:
+    """Until ``ranks.ended``, let others not wait for this rank for ever where its program ends before they do.
+
+    An exception that nobody catches ends all ranks, after its trace. The program's end calls ``at_end``.
+    """
+    if not _guarded:
+        sys.excepthook = partial(_uncaught, sys.excepthook)
+    _guarded.append(ranks)
+    atexit.register(at_end)
+
+
+_guarded: list[Ranks] = []
+
+
+def _uncaught(before: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    before(kind, error, trace)
+    interactive = sys.flags.interactive or hasattr(sys, "ps1")  # the program goes on
+    if not interactive and kind is not KeyboardInterrupt and any(not ranks.ended for ranks in _guarded):
+        end_all(_guarded[-1].comm, FAILED)
+
+
 def end_all(comm: Any, code: int) -> None:
     """End all ranks with an exit code; the error has been printed, and MPI adds nothing to it."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    time.sleep(_PRINTING_SECONDS)
     comm.Abort(code)
 
 

@@ -6,10 +6,10 @@ whatever runs on one model runs on rank 0 of a split one.
 
 from __future__ import annotations
 
-import atexit
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from functools import partial
 from threading import RLock
 
 import numpy as np
@@ -26,7 +26,7 @@ from ruvllm.model.llama import Llama, Weights
 from ruvllm.model.low_rank import AdapterSet, Factors
 from ruvllm.model.names import Point
 from ruvllm.model.ops.eager import Eager
-from ruvllm.model.ranks import Ranks, deaf_to_interrupts, uninterrupted
+from ruvllm.model.ranks import Ranks, deaf_to_interrupts, guard, uninterrupted
 from ruvllm.model.replay import Tapes
 from ruvllm.model.share import Share
 
@@ -75,9 +75,7 @@ class SplitLlama(Llama):
         self._made = 0
         self._gone: list[int] = []
         self._factors: weakref.WeakKeyDictionary[AdapterSet, Mapping[str, Factors]] = weakref.WeakKeyDictionary()
-        self._ended = False
-        if ranks.rank == 0:
-            atexit.register(_end, weakref.ref(self))
+        guard(ranks, partial(_end, ranks, len(self._command)))
 
     @property
     def whole_config(self) -> ModelConfig:
@@ -198,12 +196,12 @@ class SplitLlama(Llama):
 
     def end(self) -> None:
         """Rank 0: let the other ranks return from ``follow``; the model cannot be used any more."""
-        if self.ranks.rank == 0 and not self._ended:
+        if self.ranks.rank == 0 and not self.ranks.ended:
             self._announce(Command.END)
-        self._ended = True
+            self.ranks.ended = True
 
     def _require_first(self) -> None:
-        if self._ended:
+        if self.ranks.ended:
             raise RuntimeError("the other ranks have ended: this model was closed")
         if self.ranks.rank:
             raise RuntimeError(f"rank {self.ranks.rank} computes what rank 0 asks for: call follow() on it")
@@ -214,6 +212,8 @@ class SplitLlama(Llama):
         """Compute what rank 0 asks for until it ends. An error here ends all ranks. Ctrl-C is left to rank 0."""
         if self.ranks.rank == 0:
             raise RuntimeError("follow: rank 0 leads, the others follow")
+        if self.ranks.ended:
+            raise RuntimeError("follow: rank 0 has closed this model; load it again")
         caches: dict[int, KVCache] = {}
         with deaf_to_interrupts():
             try:
@@ -222,7 +222,7 @@ class SplitLlama(Llama):
             except BaseException as error:
                 self.ranks.abort(error)
                 raise
-        self._ended = True
+        self.ranks.ended = True
 
     def _obey(self, caches: dict[int, KVCache]) -> bool:
         """The next command; False at the last."""
@@ -264,7 +264,17 @@ class _Embedding(Linear):
         return out
 
 
-def _end(model: weakref.ref[SplitLlama]) -> None:
-    """At the end of rank 0's program."""
-    if (found := model()) is not None:
-        found.end()
+def _end(ranks: Ranks, size: int) -> None:
+    """At the end of a program: rank 0 lets the others go, which must not end before it lets them."""
+    from mpi4py import MPI
+
+    if ranks.ended or MPI.Is_finalized():
+        return
+    command = np.zeros(size, np.int64)
+    if ranks.rank == 0:
+        command[_COMMAND] = Command.END
+        ranks.announce(command)
+        return
+    ranks.listen(command)
+    if command[_COMMAND] != Command.END:
+        ranks.abort(RuntimeError("its program has ended, but rank 0 uses the model: call follow() on it"))

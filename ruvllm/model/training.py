@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -144,6 +145,7 @@ class Trainer:
 
     Raises:
         ValueError: no examples, or token ids that the model does not know.
+        RankError: another rank has other examples.
     """
 
     model: Llama
@@ -159,6 +161,9 @@ class Trainer:
     def __post_init__(self) -> None:
         require_examples("examples", self.examples, self.model.config.vocab_size)
         self.adapter.require_fits(self.model.config)
+        if self.ranks is not None:
+            checksum = zlib.crc32(b"".join(each.ids.tobytes() + each.learn.tobytes() for each in self.examples))
+            self.ranks.compare({"same data": f"{len(self.examples)} examples, checksum {checksum:08x}"})
         self.total = self.config.total_steps(len(self.examples))
         self.done = 0  # steps
         self.history: list[Step] = []

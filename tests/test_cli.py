@@ -743,6 +743,14 @@ def test_perplexity_takes_the_text_last(llm, tmp_path, capsys):
     assert capsys.readouterr().out.count("perplexity 12.3457 +/- 0.5000") == 3
 
 
+def test_one_rank_says_that_it_has_no_shares(capsys, caplog):
+    assert main(["info", "--shares", "2,1", "--wire", "f32"]) == 0
+    assert "--shares, --wire: ignored, as there is one rank" in caplog.messages
+    caplog.clear()
+    assert main(["info"]) == 0
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("command", ["pull", "generate", "chat", "info", "perplexity", "memory", "warmup"])
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as caught:

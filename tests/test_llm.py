@@ -101,6 +101,22 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         ruvllm.load(path)
 
 
+def test_one_rank_says_what_it_ignores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tiny.write_gguf("llama2_mha", tmp_path / "tiny.gguf")
+    given: list[tuple[dict[str, Any], str]] = [
+        ({"shares": [3, 1]}, "shares"), ({"wire": "f16"}, "wire"), ({"shares": "auto", "wire": "f32"}, "shares, wire"),
+    ]  # fmt: skip
+    for options, said in given:
+        caplog.clear()
+        ruvllm.load(path, **options)
+        assert caplog.messages == [f"{said}: ignored, as the model is not divided over ranks here"]
+    caplog.clear()
+    ruvllm.load(path)
+    assert not caplog.messages
+    with pytest.raises(ValueError, match="^wire: expected one of auto, exact, f32, f16, found 'f8'$"):
+        ruvllm.load(path, wire="f8")
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     """More tokens than the embedding has rows; fewer are usual, and the ids that are left have no text."""
     directory = cases.write_directory(tmp_path / "tiny")

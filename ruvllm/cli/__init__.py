@@ -12,6 +12,7 @@ import traceback
 
 from ruvllm.cli import ranks
 from ruvllm.cli.parser import parse, take_last
+from ruvllm.cli.usage import UsageError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,13 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     rank, size = ranks.place()
     if rank:
         ranks.silence()
-    args = parse(argv)
+    try:
+        args = parse(argv)
+    except UsageError as error:
+        line = f"ruvllm: error: {error}"
+        sys.stderr.write(f"{line}\n")
+        if size > 1:
+            ranks.refuse(line)
+        raise
     args.comm = None
     line = ""
     try:
         _show_log(getattr(args, "debug", False), quiet=getattr(args, "quiet", False))
         if size > 1 and args.command in ranks.COMMANDS:
             args.comm = ranks.connect()
+            ranks.require_same(args)
         if args.comm is not None and ranks.splits_model(args) and rank:
             _follow(args)
         else:
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, "debug", False):
             traceback.print_exc()
         line, code = f"ruvllm: error: {_one_line(error)}", 2
-        print(line, file=sys.stderr)
+        sys.stderr.write(f"{line}\n")  # at once: print writes the line's end apart, which mpiexec may lose
     if args.comm is not None:
         ranks.end_all(args.comm, line, code)
     return code
@@ -165,7 +174,9 @@ def _info(args: argparse.Namespace) -> None:
         from ruvllm.kernels.matmul.public import calibrate_blas
 
         calibrate_blas()
-    show_info(model, args.comm, args.shares)
+    if args.comm is None and (args.shares is not None or args.wire != "auto"):
+        logging.getLogger("ruvllm").warning("--shares, --wire: ignored, as there is one rank")
+    show_info(model, args.comm, args.shares, args.wire)
 
 
 def _memory(args: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ examples:
   ruvllm info
   ruvllm info smollm2-135m
   ruvllm info --calibrate
-  mpiexec -n 2 ruvllm info smollm2-135m --shares 2,1
+  mpiexec -n 2 ruvllm info smollm2-135m --shares 2,1 --wire f32
 """
 
 MEMORY = """\

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import ruvllm
 from ruvllm.cli import help_texts as texts
 from ruvllm.cli.foreign import close_option, is_no_option, what_to_use
 from ruvllm.cli.numbers import integer, number, shares
+from ruvllm.cli.usage import Help, Parser, UsageError
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = ("auto", "f32", "f16", "bf16", "int4", "int8")  # as in model.llama, which takes the compiler to import
@@ -22,28 +21,6 @@ TYPES = ("q8_0", "q4_0", "q4_1", "f16", "f32", "bf16")  # as in quantizing
 KV = ("auto", "f32", "f16", "int8")  # as in model.kv_cache
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    commands: Mapping[str, Parser]  # of the whole command line's
-
-    @property
-    def options(self) -> list[str]:
-        """The options that its help shows."""
-        return re.findall(r"(?:^  |, )(--?[a-z][a-z0-9-]*)", self.format_help(), re.MULTILINE)
-
-    def error(self, message: str) -> NoReturn:
-        """Print `ruvllm: error: ...` and exit with 2."""
-        self.exit(2, f"ruvllm: error: {message} (see `{self.prog} --help`)\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as written; option names in a column wide enough for most of them."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-
 def build_parser() -> Parser:
     """The parser of the whole command line; it loads nothing of the library."""
     common = _common()
@@ -51,7 +28,7 @@ def build_parser() -> Parser:
         prog="ruvllm",
         description="LLM inference on CPUs, its kernels Python compiled by Numba.",
         epilog=texts.EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
         parents=[common],
     )
@@ -64,7 +41,7 @@ def build_parser() -> Parser:
             usage=f"ruvllm {name} [options] {operands}".rstrip(),
             help=summary,
             description=description,
-            formatter_class=_Help,
+            formatter_class=Help,
             allow_abbrev=False,
             parents=[common, *parents],
         )
@@ -92,7 +69,7 @@ def build_parser() -> Parser:
     info.add_argument(
         "--calibrate", action="store_true", help="measure again where NumPy's BLAS multiplies faster than our kernels"
     )
-    _add_shares(info)
+    _add_division(info)
 
     train = add("train", "[MODEL]", "train an adapter on a file", texts.TRAIN, _loading(context=512))
     _add_training(train)
@@ -165,20 +142,21 @@ def _loading(context: int = 8192, said: str | None = None) -> Parser:
         help="an adapter: PEFT's directory, or GGUF; may be repeated, WEIGHT is 1 unless given",
     )  # fmt: skip
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
-    _add_shares(group)
-    group.add_argument(
-        "--wire", choices=WIRES, default="auto",
-        help="under mpiexec: what ranks send each other: exact results, or sums, in f32 or f16, which are fewer "
-        "messages and bytes (default: auto, which is exact for weights of 4 to 8 bits, else f32)",
-    )  # fmt: skip
+    _add_division(group)
     return parser
 
 
-def _add_shares(group: Any) -> None:
+def _add_division(group: Any) -> None:
+    """How a model is divided over ranks."""
     group.add_argument(
         "--shares", type=shares, metavar="N,N",
         help="under mpiexec: how much of the model each rank holds, relative to the others; auto: measure memory "
         "bandwidth (default: equal shares)",
+    )  # fmt: skip
+    group.add_argument(
+        "--wire", choices=WIRES, default="auto",
+        help="under mpiexec: what ranks send each other: exact results, or sums, in f32 or f16, which are fewer "
+        "messages and bytes (default: auto, which is exact for weights of 4 to 8 bits, else f32)",
     )  # fmt: skip
 
 
@@ -366,7 +344,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line; `operands` holds the arguments that are no options, wherever they stood.
 
     argparse alone refuses `generate MODEL -n 5 PROMPT`: operands after an option come back as leftovers. Nothing after
-    "--" is an option, whatever it begins with.
+    "--" is an option, whatever it begins with. Raises UsageError where it cannot be read.
     """
     given = sys.argv[1:] if argv is None else argv
     end = given.index("--") if "--" in given else len(given)
@@ -384,7 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
-    """Exit with an error that names an unknown option, and what to use instead: of llama.cpp's, or mistyped."""
+    """Raise a UsageError that names an unknown option, and what to use instead: of llama.cpp's, or mistyped."""
     known = parser.commands.get(command, parser).options
     hint, meant = what_to_use(argument), close_option(argument, known)
     if hint is not None:
@@ -394,7 +372,7 @@ def _refuse_option(parser: Parser, argument: str, command: str) -> NoReturn:
     else:
         shown = argument if argument.isprintable() and " " not in argument else repr(argument)
         said = f'unknown option {shown}; a text that begins with "-" goes last, after "--"'
-    parser.exit(2, f"ruvllm: error: {said} (see `{f'ruvllm {command}'.rstrip()} --help`)\n")
+    raise UsageError(f"{said} (see `{f'ruvllm {command}'.rstrip()} --help`)")
 
 
 def take_model(args: argparse.Namespace, default: str | None = None) -> str:

@@ -59,9 +59,9 @@ def _config_of(name: str) -> ModelConfig:
     return open_checkpoint(resolve(name)).config
 
 
-def show_info(model: str | None, comm: Any = None, shares: Any = None) -> None:
+def show_info(model: str | None, comm: Any = None, shares: Any = None, wire: str = "auto") -> None:
     """Print this machine as the library sees it, and the model if one is named; of several ranks also what each has."""
-    about_ranks = {} if comm is None else _ranks(model, comm, shares)
+    about_ranks = {} if comm is None else _ranks(model, comm, shares, wire)
     sections = {"versions": versions(), "machine": machine(), "threads": threads(), "files": _files()}
     if model is not None:
         sections = {"model": _model(model)} | sections
@@ -71,7 +71,7 @@ def show_info(model: str | None, comm: Any = None, shares: Any = None) -> None:
         show(_pairs(title, rows))
 
 
-def _ranks(model: str | None, comm: Any, shares: Any) -> dict[str, str]:
+def _ranks(model: str | None, comm: Any, shares: Any, wire: str) -> dict[str, str]:
     """Each rank's machine and threads, and its share of the model if one is named."""
     from ruvllm.dividing import threads_of, wanted_part
     from ruvllm.kernels.memory import free_memory
@@ -89,12 +89,12 @@ def _ranks(model: str | None, comm: Any, shares: Any) -> dict[str, str]:
     ]
     if model is not None:
         with ranks.together():
-            held = _held(model, [facts["part"] for facts in every])
+            held = _held(model, [facts["part"] for facts in every], wire)
         found = [f"{about}; {share}" for about, share in zip(found, held, strict=True)]
     return {f"rank {rank}": about for rank, about in enumerate(found)}
 
 
-def _held(name: str, parts: list[float]) -> list[str]:
+def _held(name: str, parts: list[float], wire: str) -> list[str]:
     """Heads, columns and bytes of each rank's share."""
     from ruvllm.checkpoint.hub import resolve
     from ruvllm.checkpoint.loader import open_checkpoint
@@ -104,7 +104,7 @@ def _held(name: str, parts: list[float]) -> list[str]:
     from ruvllm.model.llama import choose_layouts
 
     with open_checkpoint(resolve(name)) as checkpoint:
-        shares = divide(checkpoint.config, parts, choose_layouts(checkpoint.config, checkpoint, "auto"))
+        shares = divide(checkpoint.config, parts, choose_layouts(checkpoint.config, checkpoint, "auto"), wire)
         return [
             f"{share}; weights {size(weight_bytes(checkpoint, 'auto', share))}, KV cache "
             f"{size(cache_bytes(share.local, KV_TOKENS))} for {KV_TOKENS:,} tokens"

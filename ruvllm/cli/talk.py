@@ -75,11 +75,14 @@ def chat(args: argparse.Namespace) -> None:
         )
     options = _with_draft(args, options)
     cache = _cache(llm, args)
+    # mpiexec hands rank 0 what is typed through a pipe, so whether somebody types cannot be known.
+    prompted = interactive or (args.comm is not None and not args.quiet)
     if interactive:
         _enable_line_editing()
+    if prompted:
         _note(f"{llm.config.name or model}: /help lists the commands, Ctrl-D leaves")
     messages = _system(args)
-    while (line := _next_line(interactive)) is not None:
+    while (line := _next_line(interactive, prompted)) is not None:
         text = line.strip()
         if text.startswith("/"):
             if text in ("/exit", "/quit", "/bye"):
@@ -320,9 +323,11 @@ def _note(text: str, end: str = "\n") -> None:
     show(text, stderr=True, style="dim", markup=False, emoji=False, soft_wrap=True, end=end)
 
 
-def _next_line(interactive: bool) -> str | None:
+def _next_line(interactive: bool, prompted: bool) -> str | None:
     """The next line typed or piped; None at the end."""
     if not interactive:
+        if prompted:
+            _note("> ", end="")
         return read_line() or None
     while True:
         try:

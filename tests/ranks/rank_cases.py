@@ -250,6 +250,66 @@ def limited(path: str) -> None:
     llm.close()
 
 
+def raises(path: str) -> None:
+    """Rank 1 raises an exception that nobody catches, while rank 0 asks for an answer."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+        fails()
+        raise KeyError("of the program")
+    llm.generate("ab", max_tokens=20)
+
+
+def leaves(path: str) -> None:
+    """Rank 1 ends, while rank 0 asks for an answer."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    if COMM.rank:
+        fails()
+        sys.exit()
+    llm.generate("ab", max_tokens=20)
+
+
+def ends(path: str) -> None:
+    """Programs that end without close and follow, or without one of them."""
+    closed, dropped, _unused = (ruvllm.load(path, comm=COMM, threads=1) for _ in range(3))
+    for llm in (closed, dropped):
+        if COMM.rank == 0:
+            llm.generate("ab", max_tokens=2)
+        if COMM.rank == 0 and llm is closed:
+            llm.close()
+        elif COMM.rank:
+            llm.follow()
+    if COMM.rank == 0:
+        try:
+            closed.generate("ab", max_tokens=2)
+        except RuntimeError as error:
+            say({"first": str(error)})
+
+
+def follows_again(path: str) -> None:
+    """A second ``follow`` after ``close``."""
+    llm = ruvllm.load(path, comm=COMM, threads=1)
+    second = ""
+    if COMM.rank == 0:
+        llm.close()
+    else:
+        llm.follow()
+        try:
+            llm.follow()
+        except RuntimeError as error:
+            second = str(error)
+    found = COMM.gather(second)
+    if found:
+        say({"second": found[1]})
+
+
+def shares(path: str) -> None:
+    """Each rank is given other shares."""
+    try:
+        ruvllm.load(path, comm=COMM, threads=1, shares=[1, 2 + COMM.rank])
+    except ruvllm.RankError as error:
+        say({"error": str(error)})
+
+
 def fails() -> None:
     """This rank is about to fail: from here on the others have 10 s."""
     os.write(1, b"fails\n")
@@ -300,5 +360,8 @@ if __name__ == "__main__":
     if case == "logits":
         logits(json.loads(arguments[0]), arguments[1], json.loads(Path(arguments[2]).read_text()))
     else:
-        cases = (facade, smollm2, halves, limited, data, killed, out_of_memory, versions, files, interrupted)
+        cases = (
+            facade, smollm2, halves, limited, data, killed, out_of_memory, versions, files, interrupted, raises, leaves,
+            ends, follows_again, shares,
+        )  # fmt: skip
         {each.__name__: each for each in cases}[case](*arguments)

@@ -1,11 +1,8 @@
-"""One model over several ranks: the same logits, answers and training as on one; and what happens when a rank fails."""
+"""One model over several ranks: the same logits, answers and training as on one."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,68 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.quantizing import quantize
-from tests.model import tiny, tiny_checkpoints
-from tests.ranks.namespaces import Namespaces, Unavailable, namespaces
-
-pytest.importorskip("mpi4py", reason="mpi4py is not installed: it is in the extra ruvllm[mpi]")
-MPIEXEC = Path(sys.executable).with_name("mpiexec")
-if not MPIEXEC.exists():
-    found = shutil.which("mpiexec")
-    if found is None:
-        pytest.skip("there is no mpiexec: install mpich or openmpi, as ruvllm[mpi] does", allow_module_level=True)
-    MPIEXEC = Path(found)
-
-OPEN_MPI = "Open MPI" in subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, check=True).stdout
-ROOT = Path(__file__).parents[2]
-SECONDS = 150  # in which a hanging rank is noticed; on an idle machine each run takes a few
-
-
-def start(ranks: int, *command: str, joined: Namespaces | None = None) -> subprocess.Popen[str]:
-    launch = [str(MPIEXEC), "-n", str(ranks)] if joined is None else joined.command(str(MPIEXEC))
-    launch += [sys.executable, "-m", *command]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    if ranks > physical_cores():  # MPICH's ranks wait without leaving their core: a message takes four times as long
-        environment |= {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}
-    if OPEN_MPI:  # which else refuses root, and more ranks than cores
-        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        environment |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    return subprocess.Popen(
-        launch, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def run(
-    ranks: int, *command: str, stdin: str | None = None, joined: Namespaces | None = None
-) -> tuple[int, str, str]:  # fmt: skip
-    """Exit code, stdout and stderr."""
-    process = start(ranks, *command, joined=joined)
-    try:
-        out, err = process.communicate(stdin, timeout=SECONDS)
-    finally:
-        process.kill()
-    return process.returncode, out, said(err)
-
-
-def said(err: str) -> str:
-    """What ranks wrote to stderr, without what Open MPI's mpiexec adds to an exit code that is not 0."""
-    return err.partition("-" * 70)[0] if OPEN_MPI else err
-
-
-def case(ranks: int, name: str, *arguments: str, joined: Namespaces | None = None) -> dict[str, Any]:
-    code, out, err = run(ranks, "tests.ranks.rank_cases", name, *arguments, joined=joined)
-    assert code == 0, err
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return answer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two kv heads with a tokenizer; its rows are whole blocks of 32."""
-    return tiny.write_gguf("llama3_scaled_gqa", tmp_path_factory.mktemp("model") / "model.gguf")
-
+from tests.model import tiny_checkpoints
+from tests.ranks.launching import OPEN_MPI, ROOT, SECONDS, case, run, run_each
+from tests.ranks.namespaces import Unavailable, namespaces
 
 # Biases, norms of heads and of rows, windows, sinks, experts with biases or with a shared one, one kv head, tied heads.
 VARIANTS = ("gemma3", "gpt_oss_mxfp4", "olmo2", "qwen2", "qwen2_moe")
@@ -192,66 +131,35 @@ def test_the_command_line(model: Path) -> None:
     assert "heads 0-1 (key/value 0)" in out and "heads 2-3 (key/value 1)" in out
 
 
-def test_errors_are_one_line_of_rank_0(tmp_path: Path, model: Path) -> None:
-    missing = tmp_path / "missing.gguf"
-    code, out, err = run(2, "ruvllm", "generate", str(missing), "hi")
-    assert (code, out) == (2, "")
-    assert err.startswith("ruvllm: error: ") and str(missing) in err and err.count("\n") == 1
-    code, out, err = run(2, "ruvllm", "generate", str(model), "hi", "--shares", "1,1,1")
-    assert (code, out) == (2, "")
-    assert err == "ruvllm: error: shares: expected 'auto' or 2 numbers, one for each rank, found [1.0, 1.0, 1.0]\n"
-    code, out, err = run(3, "ruvllm", "train", str(model), "--split", "model", "--data", "x.jsonl")
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1 and "--split model" in err
+def test_info_shows_the_shares_of_a_wire(smollm2_path: Path) -> None:
+    """Of SmolLM2 in 4 bits: sums need whole groups of 32 columns on each rank."""
+    held = {}
+    for wire in ("auto", "exact", "f32"):
+        code, out, _ = run(2, "ruvllm", "info", str(smollm2_path), "--shares", "5,2", "--wire", wire)
+        assert code == 0
+        held[wire] = [line.partition("free; ")[2] for line in out.splitlines() if line.startswith("  rank ")]
+    assert len(held["auto"]) == 2
+    assert held["auto"] == held["exact"] != held["f32"]
 
 
-def test_ranks_must_have_the_same_version_and_file(model: Path, tmp_path: Path) -> None:
-    found = case(2, "versions", str(model))
-    assert "rank 1: expected the version of rank 0, found 0.0.9" in found["error"]
-    content = bytearray(model.read_bytes())
-    (tmp_path / "0.gguf").write_bytes(content)
-    content[-7] ^= 1  # a weight
-    (tmp_path / "1.gguf").write_bytes(content)
-    found = case(2, "files", str(tmp_path / "%.gguf"))
-    assert "rank 1: expected the file of rank 0" in found["error"]
-    (tmp_path / "1.gguf").unlink()
-    found = case(2, "files", str(tmp_path / "%.gguf"))
-    assert found["type"] == "RankError" and "rank 1: " in found["error"] and "1.gguf" in found["error"]
+def test_what_may_differ_between_ranks(model: Path, tmp_path: Path) -> None:
+    """Threads, and where each machine has the model."""
+    other = tmp_path / "copy.gguf"
+    other.write_bytes(model.read_bytes())
+    ask = "-m", "ruvllm", "generate"
+    options = "-p", "ab ba", "--raw", "-n", "5"
+    code, out, err = run_each(
+        (*ask, str(model), *options, "--threads", "1", "--quiet"), (*ask, str(other), *options, "--threads", "2")
+    )
+    assert (code, err) == (0, "") and out
 
 
-def end_of(failure: str, model: Path) -> tuple[int, str]:
-    """Exit code and stderr of two ranks of which one fails, all within 10 s after that."""
-    process = start(2, "tests.ranks.rank_cases", failure, str(model))
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "fails\n"
-        _, err = process.communicate(timeout=10)
-    finally:
-        process.kill()
-    return process.returncode, said(err)
-
-
-def test_a_rank_that_is_killed_ends_all(model: Path) -> None:
-    """The others are killed by mpiexec, which says why: no rank gets to say anything."""
-    code, err = end_of("killed", model)
-    assert code != 0
-    assert "Traceback" not in err and "ruvllm" not in err
-
-
-def test_a_rank_without_memory_ends_all(model: Path) -> None:
-    code, err = end_of("out_of_memory", model)
-    assert code == 2
-    assert err == "ruvllm: error: rank 1: KV cache: 9.0 GB needed, 1.0 GB free\n"
-
-
-@pytest.mark.skipif(OPEN_MPI, reason="Open MPI's mpiexec answers Ctrl-C itself: it ends all ranks")
-def test_ctrl_c_ends_an_answer_and_not_the_model(model: Path) -> None:
-    process = start(2, "tests.ranks.rank_cases", "interrupted", str(model))
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    before, after = json.loads(out.splitlines()[-1])["answers"]
-    assert before == after
+@pytest.mark.skipif(OPEN_MPI, reason="Open MPI 5 does not tell a rank that its stdin has ended")
+def test_a_chat_shows_where_to_type(model: Path) -> None:
+    """mpiexec hands rank 0 a pipe, also of what is typed."""
+    options = "--chat-template", "{{ messages[-1].content }}", "-n", "3", "--temp", "0"
+    code, out, err = run(2, "ruvllm", "chat", str(model), *options, stdin="ab\nba\n")
+    assert code == 0 and out.count("\n") == 2, err
+    assert "/help lists the commands" in err and err.count("> ") == 3
+    code, quiet, err = run(2, "ruvllm", "chat", str(model), *options, "--quiet", stdin="ab\nba\n")
+    assert (code, quiet, err) == (0, out, "")

@@ -2,12 +2,13 @@
 
 python -m benchmarks.make_7b [FILE]     (3.8 GB; default: in the cache directory, where benchmarks.peers looks)
 
-Needs the ``gguf`` package (of the test extra). Codes are uniform, scales such that activations neither vanish nor
-overflow; the vocabulary is made up, the output meaningless.
+Codes are uniform, scales such that activations neither vanish nor overflow; the vocabulary is made up, the output
+meaningless.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from benchmarks._files import directory, made_once
+from ruvllm.checkpoint.storage import BLOCKS
 from ruvllm.measure import gguf_file
-from ruvllm.measure.gguf_file import BLOCK_BYTES, GROUP
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.presets import PRESETS
 
 SEVEN_B = PRESETS["llama2-7b"]
+GROUP, BLOCK_BYTES = BLOCKS["Q4_0"]
 CODE_DEVIATION = 4.61  # standard deviation of the integers -8 .. 7, all equally likely
 
 
@@ -39,16 +41,14 @@ def write(path: Path, config: ModelConfig, seed: int = 0, progress: bool = True)
     Raises:
         ValueError: a matrix's columns are not a multiple of 32.
     """
-    shapes = config.tensor_shapes()
-    writer = gguf_file.start(path, config, "q4_0")
-    rng = np.random.default_rng(seed)
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    rng, total = np.random.default_rng(seed), config.parameter_count()
     with tqdm(total=total, desc=f"writing {path.name}", unit="", unit_scale=True, disable=not progress) as bar:
-        for name, _ in gguf_file.tensor_names(config):
-            shape = shapes[name]
-            writer.write_tensor_data(random_blocks(rng, *shape) if len(shape) == 2 else np.ones(shape, np.float32))
-            bar.update(int(np.prod(shape)))
-    writer.close()
+
+        def stored(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            bar.update(math.prod(shape))
+            return random_blocks(rng, *shape) if len(shape) == 2 else np.ones(shape, np.float32)
+
+        gguf_file.write(path, config, "Q4_0", stored)
 
 
 def seven_b() -> Path:

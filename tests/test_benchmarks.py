@@ -42,7 +42,7 @@ def test_synthetic_file_is_a_model_of_the_given_shape(tiny: Path) -> None:
 
 
 def test_random_blocks_have_the_given_deviation() -> None:
-    blocks = make_7b.random_blocks(np.random.default_rng(0), 64, 1024).reshape(-1, gguf_file.BLOCK_BYTES)
+    blocks = make_7b.random_blocks(np.random.default_rng(0), 64, 1024).reshape(-1, make_7b.BLOCK_BYTES)
     scales = blocks[:, :2].copy().view(np.float16).astype(np.float64)
     codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float64) - 8
     assert (scales * codes).std() == pytest.approx(1 / 32, rel=0.1)

@@ -44,31 +44,32 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     source = checkpoint.tokenizer_source
     if isinstance(source, AnyGGUF):
         return {key: source.metadata_bytes(key) for key in source.metadata}
-    values = _model(Path(source), checkpoint.config) | tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
+    try:
+        values = model_metadata(checkpoint.config)
+    except ValueError as error:
+        expected, _, found = str(error).partition(": found ")
+        raise ModelFormatError(Path(source, "config.json"), field="model", found=found, expected=expected) from None
+    values |= tokenizer_metadata(Path(source), checkpoint.config.vocab_size)
     return {key: encoded(value) for key, value in values.items()}
 
 
-def _model(directory: Path, config: ModelConfig) -> dict[str, Any]:
-    """The keys of the model. Raises ModelFormatError where a GGUF file of its family cannot express it."""
+def model_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The keys of the model. Raises ValueError where a GGUF file of its family cannot express it."""
     family = BY_TYPE[config.model_type]
-    try:
-        values = {
-            "context_length": config.max_position_embeddings,
-            "embedding_length": config.hidden_size,
-            "block_count": config.num_hidden_layers,
-            "feed_forward_length": config.intermediate_size,
-            "attention.head_count": config.num_attention_heads,
-            "attention.head_count_kv": config.num_key_value_heads,
-            "attention.key_length": config.head_dim,
-            "attention.value_length": config.head_dim,
-            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-            "vocab_size": config.vocab_size,
-            **_rope(config),
-            **family.gguf_values(config),
-        }
-    except ValueError as error:
-        expected, _, found = str(error).partition(": found ")
-        raise ModelFormatError(directory / "config.json", field="model", found=found, expected=expected) from None
+    values = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "vocab_size": config.vocab_size,
+        **_rope(config),
+        **family.gguf_values(config),
+    }
     own = {f"{family.architecture}.{key}": value for key, value in values.items()}
     return {"general.architecture": family.architecture, "general.name": config.name or "model"} | own
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ruvllm.kernels.quant.weights import quantize_int4
+from ruvllm.checkpoint.encode import encode_rows
+from ruvllm.checkpoint.names import half_split_rows
 from ruvllm.kernels.rope.frequencies import rope_tables
 from ruvllm.measure import gguf_file
 from ruvllm.measure.engines import LlamaCpp
@@ -42,10 +43,7 @@ class LlamaCppLayer:
         cache_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="report-") as directory:
             path = Path(directory, "layers.gguf")
-            try:
-                _write(path, config, layout)
-            except ImportError:
-                raise PeerError("needs the gguf package to write its file") from None
+            _write(path, config, layout)
             yield path
             self._llama.unload()
 
@@ -105,19 +103,15 @@ class TorchLayer:
 
 def _write(path: Path, config: ModelConfig, layout: str) -> None:
     """The weights of ``layers.layer_model`` as a file."""
-    weights = layers.RepeatedWeights(config)
-    writer = gguf_file.start(path, config, "q4_0" if layout == "int4" else layout)
+    weights, dtype = layers.RepeatedWeights(config), "Q4_0" if layout == "int4" else "F32"
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    for name, _ in gguf_file.tensor_names(config):
-        tensor = weights.tensor(name)
-        values = tensor.float32()
-        if values.ndim == 2:
-            if layout == "int4":
-                codes, scales, _mins = quantize_int4(tensor.float32(0, layers.ROWS))
-                block = gguf_file.q4_0(codes, scales)
-                values = np.tile(block, (-(-tensor.shape[0] // layers.ROWS), 1))[: tensor.shape[0]]
-            kind = name.rsplit(".", 1)[-1]
-            if kind in heads:
-                values = gguf_file.interleaved_pairs(values, heads[kind])
-        writer.write_tensor_data(values)
-    writer.close()
+
+    def stored(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return weights.tensor(name).float32()
+        block = encode_rows(dtype, weights.block(shape[1]))
+        rows = np.tile(block, (-(-shape[0] // layers.ROWS), 1))[: shape[0]]
+        rotated = heads.get(name.rpartition(".")[2])
+        return rows if rotated is None else rows[np.argsort(half_split_rows(rotated, config.head_dim))]
+
+    gguf_file.write(path, config, dtype, stored)

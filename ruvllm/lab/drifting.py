@@ -1,4 +1,4 @@
-"""drift(llm, prompt): how far each layer of any path is from float64; quantisation_error(path): each tensor's error."""
+"""drift(llm, prompt): the error of each layer against float64; quantisation_error(path): the error of each tensor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ruvllm.brief import brief
 from ruvllm.checkpoint.hub import resolve
 from ruvllm.checkpoint.loader import Checkpoint, open_checkpoint
 from ruvllm.display import Table, axis
+from ruvllm.kernels.reference import log_softmax
 from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.reference import Float64, reference_states
@@ -105,7 +106,7 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
         difference = trace[state] - reference
         errors.append(float(np.linalg.norm(difference) / np.linalg.norm(reference)))
         largest.append(float(np.abs(difference).max()))
-    p, q = _log_softmax(expected), _log_softmax(logits.astype(np.float64))
+    p, q = log_softmax(expected), log_softmax(logits)
     return Drift(
         name=name or " and ".join(sorted({linear.layout for linear in llm.model.linears().values()})),
         tokens=len(ids), errors=tuple(errors), largest=tuple(largest), logits=float(np.abs(logits - expected).max()),
@@ -193,8 +194,3 @@ def _tensor_error(checkpoint: Checkpoint, name: str, layout: str) -> float:
         squares += float(np.sum((row - wanted) ** 2))
         size += float(np.sum(wanted**2))
     return float(np.sqrt(squares / size)) if size else 0.0
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(axis=-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))

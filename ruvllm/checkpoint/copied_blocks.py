@@ -1,4 +1,4 @@
-"""Block types whose codes lie in a file as they do in panels, four to a word: packing only moves words.
+"""Packing of block types whose codes have the same order in a file as in panels: whole words of four codes are moved.
 
 A block of Q4_0, Q4_1 or Q8_0 is a scale, perhaps a min, and 16 or 32 bytes of codes. Its word j is the word of its row
 in line j of a panel's block (``kernels.quant.layout``): in both, a byte of Q4_0 has codes i and i + 16.

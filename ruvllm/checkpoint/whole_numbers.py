@@ -1,4 +1,4 @@
-"""Storage types of whole numbers times a scale of each 32, perhaps plus a min: w = scale n + min, n an int8.
+"""Storage types of integer codes in groups of 32 with a scale and perhaps a min: w = scale n + min, n an int8.
 
     Q4_0    n = q - 8, scale = d      q: 0..15; d of each 32
     Q4_1    n = q, scale = d, min = m

@@ -1,4 +1,4 @@
-"""The check that functions of the laboratory make of the model that they are given."""
+"""Check that a function of the laboratory was given a loaded model."""
 
 from __future__ import annotations
 

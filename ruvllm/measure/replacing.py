@@ -1,4 +1,4 @@
-"""Other objects in place of the library's own, to watch calls or to swap kernels."""
+"""Replace objects in all modules of the library for a while, to record calls or to swap kernels."""
 
 from __future__ import annotations
 

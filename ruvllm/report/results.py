@@ -1,4 +1,4 @@
-"""What a report holds, and its JSON form."""
+"""The results of a report, and their JSON form."""
 
 from __future__ import annotations
 

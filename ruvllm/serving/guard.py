@@ -1,4 +1,4 @@
-"""Guard: what a request must be before anything reads it: for this host, with the key, and small enough."""
+"""Guard: refuses requests for another host, without the key, or too large, before anything reads them."""
 
 from __future__ import annotations
 

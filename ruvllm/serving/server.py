@@ -1,4 +1,4 @@
-"""Run a server: an address, a grace period at the end, and what is said meanwhile."""
+"""Run a server: bind its address, answer requests, and at the end let running answers finish within a grace period."""
 
 from __future__ import annotations
 

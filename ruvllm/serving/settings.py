@@ -1,4 +1,4 @@
-"""Settings of a server: what it is called, who may ask, and how much."""
+"""Settings of a server: the model's name, who may use it, and limits."""
 
 from __future__ import annotations
 

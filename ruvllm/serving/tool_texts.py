@@ -1,4 +1,4 @@
-"""Answers that may call tools: what of them is text to show as it comes, and what may be a call."""
+"""The text of answers that may call tools: shown as it comes, and held back where it may be a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inspection: what an LLM shows of its inside, and how that is changed."""
+"""Inspection: the methods of LLM that trace, edit and steer what the model computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels that Python functions stand in for now, which replays call between operations: ``lab.swap`` sets them."""
+"""The kernels that ``lab.swap`` has replaced with Python functions; replays call these between operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is taken off the logits of tokens that occurred, or that would prolong a repetition."""
+"""Penalties: subtracted from the logits of tokens that have occurred, or that would prolong a repetition."""
 
 from __future__ import annotations
 

@@ -1,11 +1,17 @@
 """Fixtures shared by the whole suite."""
 
+from __future__ import annotations
+
 import gc
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from ruvllm.llm import LLM
 
 # The first example of a property may compile a kernel, so there is no deadline; and a failed run must be
 # reproducible elsewhere, so the examples are always the same.
@@ -18,6 +24,8 @@ os.environ.setdefault("RUVLLM_PACKED_CACHE", "0")  # of the user's cache; tests 
 
 # Workers share the cores: idle threads that spin, as OpenMP's do, would take them from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # plots are drawn, and not shown
 
 # Hundreds of tests start a process of their own, in which every module would be compiled to bytecode again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -43,3 +51,11 @@ def smollm2_path() -> Path:
     from ruvllm.checkpoint.hub import pull
 
     return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A tiny model with a vocabulary of bytes, on one thread."""
+    from tests.llm_cases import byte_llm
+
+    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from ruvllm.kernels.memory import free_memory, require_memory
 from ruvllm.kernels.threads.pool import physical_cores
 from ruvllm.machine import machine
 from tests.model import tiny
+from tests.processes import python
 
 HOST = Path(__file__).parents[1]
 GB = 10**9
@@ -175,10 +173,5 @@ def test_kernels_take_as_many_threads_unless_the_user_says_how_many(
     of_user: dict[str, str], expected: list[Any], system: Any
 ) -> None:
     root = system("0::/\n", V2, {"cpu.max": "100000 100000\n"})
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-c", POOL], env={**environment, **of_user, container.ROOT: str(root)}, cwd=HOST,
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == expected
+    variables = {"NUMBA_NUM_THREADS": None, **of_user, container.ROOT: str(root)}
+    assert json.loads(python("-c", POOL, **variables)) == expected

@@ -17,12 +17,6 @@ from ruvllm.model import KVCache, Llama
 from tests import llm_cases
 from tests.llm_cases import CONFIG
 
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return llm_cases.byte_llm(tmp_path_factory.mktemp("llm"), threads=1)
-
-
 IDS: list[Any] = [
     [], [[1]], [1.5], ["a"], "abc", [True], None, 5, [1 << 70], [-1], [CONFIG.vocab_size], np.array([2**63], np.uint64),
     {1, 2}, b"ab", [None], np.zeros(0, np.int64), np.array(["2020"], "M8[D]"), [[1], [1, 2]],

@@ -6,9 +6,7 @@ Run as a program, ``python -m tests.test_memory FILE WEIGHTS`` loads a model wit
 from __future__ import annotations
 
 import gc
-import os
 import resource
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -30,8 +28,8 @@ from ruvllm.model.replay import Working, working_bytes
 from tests import llm_cases
 from tests.model import tiny, tiny_checkpoints
 from tests.model.model_cases import SMALL, small_model
+from tests.processes import python
 
-ROOT = Path(__file__).parents[1]
 SLACK = 32 << 20  # bytes: stacks of threads, tokenizers, what Python itself takes
 
 
@@ -141,12 +139,8 @@ def test_loading_takes_little_more_than_the_model(weights: str, smollm2_path: Pa
         return
     path = tmp_path / "model.gguf"
     path.write_bytes(smollm2_path.read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_memory", str(path), weights], cwd=ROOT, capture_output=True,
-        text=True, check=False, timeout=300, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    held, needed = map(int, done.stdout.split())
+    shown = python("-m", "tests.test_memory", path, weights, MALLOC_TRIM_THRESHOLD_="0")
+    held, needed = map(int, shown.split())
     assert held <= 1.15 * needed
 
 

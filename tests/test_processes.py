@@ -6,17 +6,12 @@ Each situation of process_cases.py runs in a process of its own, under a watchdo
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.process_cases import SITUATIONS
-
-ROOT = Path(__file__).parents[1]
-HANGING = 240  # seconds
+from tests.processes import python
 
 
 def _has_tbb() -> bool:
@@ -32,14 +27,10 @@ LAYERS = ["omp", "workqueue", *(["tbb"] if _has_tbb() else [])]
 
 
 def _run(situation: str, directory: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.process_cases", situation, str(directory)],
-        env={**os.environ, "NUMBA_NUM_THREADS": "2", **environment}, cwd=ROOT, capture_output=True, text=True,
-        check=False, timeout=HANGING,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("as ever, under ")
-    return done.stdout
+    program = "-m", "tests.process_cases", situation, directory
+    said = python(*program, NUMBA_NUM_THREADS="2", **environment)
+    assert said.startswith("as ever, under ")
+    return said
 
 
 BY_LAYER = ("many_threads", "forked")
@@ -76,8 +67,5 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_child_forked_after_loading_says_so(layer: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED_AND_FORKED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": layer}, check=False, timeout=HANGING,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": layer}
+    python("-c", LOADED_AND_FORKED, tmp_path, **environment)

@@ -22,18 +22,13 @@ import pytest
 from ruvllm.llm import LLM
 from ruvllm.serving.server import listen
 from ruvllm.serving.settings import Settings
-from tests.llm_cases import byte_llm, write_directory
+from tests.llm_cases import write_directory
 from tests.serving_cases import Running, Scripted, running, wait_for
 
 CHAT: list[Any] = [{"role": "user", "content": "Hi"}]
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}}
 ]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
 
 
 @pytest.fixture(scope="module")

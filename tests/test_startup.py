@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.model import tiny
+from tests.processes import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 HEAVY = {
     "gguf", "httpx2", "huggingface_hub", "jinja2", "llvmlite", "matplotlib", "numba", "numpy", "pandas", "psutil",
     "rich", "safetensors", "threadpoolctl", "tokenizers", "torch", "tqdm", "transformers",
@@ -22,12 +19,7 @@ HEAVY = {
 
 def _python(program: str, *arguments: str, **environment: str) -> Any:
     """Run a program in a process of its own; what it prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env={**os.environ, **environment}, cwd=ROOT, capture_output=True,
-        text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(python("-c", program, *arguments, **environment).splitlines()[-1])
 
 
 # --- importing ---------------------------------------------------------------------------------------------------

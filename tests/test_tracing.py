@@ -24,11 +24,6 @@ IDS = np.arange(40, 61)
 RESIDUALS = ("embed", "layers.*.residual", "final.residual")
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
-
-
 def doubled(x: np.ndarray) -> np.ndarray:
     return 2 * x
 
@@ -244,7 +239,6 @@ def test_what_cannot_be_computed_again_is_named_at_once(llm: LLM) -> None:
 
 
 def test_results_print_and_plot(llm: LLM) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
     with llm.trace("A price of 3$ and 4$\n") as t:

@@ -17,12 +17,7 @@ from ruvllm.llm import LLM
 from ruvllm.model import LoraConfig
 from ruvllm.model.training import TrainingConfig
 from ruvllm.training_text import TrainingDataError, read_examples, to_example, to_examples
-from tests.llm_cases import END, byte_llm, write_directory
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
+from tests.llm_cases import END, write_directory
 
 
 def learned(llm: LLM, record) -> str:

@@ -14,14 +14,8 @@ from ruvllm.llm import LLM
 from ruvllm.model.kv_pool import block_bytes
 from ruvllm.serving.settings import Settings
 from ruvllm.serving.worker import Event, Ticket, Worker
-from tests.llm_cases import byte_llm
 
 TEXTS = [f"{i} brown foxes" * (1 + i % 4) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
 
 
 def run(llm: LLM, use: Callable[[Worker], Coroutine[Any, Any, None]]) -> None:

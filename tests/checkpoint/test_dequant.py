@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf as peer
@@ -18,6 +15,7 @@ from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
 from tests.checkpoint.corpus import SCALE_OFFSETS
+from tests.processes import python
 
 GGUF_KINDS = list(GGUF_TYPES.values())
 QUANTISED = list(SCALE_OFFSETS)
@@ -111,8 +109,7 @@ for kind in (*SCALE_OFFSETS, "MXFP4"):
     raw = corpus.random_rows(kind, 3, BLOCKS[kind][0] * 2)
     same_bits(decode(kind, raw, BLOCKS[kind][0] * 2), oracle(kind, raw))
 """
-    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True, timeout=120)
+    python("-W", "error", "-c", program, NUMBA_DISABLE_JIT="1")
 
 
 def test_arguments_are_checked() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
 from tests.checkpoint.hostile_models import hostile_adapters, hostile_models, read_adapter, read_all
 from tests.model import tiny
+from tests.processes import python
 
 ALLOWED_BYTES = 50_000_000
 ALLOWED_SECONDS = 2.0  # of the processor: four times the slowest here, to tell a slow machine from a hang
@@ -114,11 +114,9 @@ def main(directory: Path) -> None:
 
 
 def test_every_hostile_file_is_cheap(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.checkpoint.test_limits", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr or done.stdout
+    shown = python("-m", "tests.checkpoint.test_limits", tmp_path)
     cases = len(corpus.hostile_gguf()) + len(corpus.hostile_safetensors()) + len(hostile_models())
-    assert int(done.stdout.split()[0]) > 2 * cases
+    assert int(shown.split()[0]) > 2 * cases
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
 """Results are the same bits on any number of threads, whether a process has compiled its kernels or found them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.processes import python
 
 
 def _run(cache: Path, *arguments: str) -> tuple[dict[str, dict[str, Any]], int]:
     """The hashes for each number of threads, and how many kernels were compiled, by a process with this cache."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.bits_cases", *arguments],
-        env={**os.environ, "RUVLLM_CACHE": str(cache), "NUMBA_NUM_THREADS": "2"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    program = "-m", "tests.kernels.bits_cases", *arguments
+    found: dict[str, Any] = json.loads(python(*program, RUVLLM_CACHE=str(cache), NUMBA_NUM_THREADS="2"))
     return found["hashes"], found["compiled"]
 
 

@@ -20,6 +20,7 @@ from ruvllm import paths
 from ruvllm.kernels import reference
 from ruvllm.kernels.jit import cache as compile_cache
 from ruvllm.kernels.jit.decorators import kernel
+from tests.processes import python
 
 PACKAGE = Path(ruvllm.__file__).parent
 
@@ -481,10 +482,5 @@ def test_the_parallel_kernel_of_an_edited_body_is_compiled_anew(editable: Setup)
 
 def test_functions_that_differ_in_what_they_enclose_are_kept_apart(tmp_path: Path) -> None:
     """Compiled in processes of their own, they meet in one through the cache, in either order."""
-    environment = {**os.environ, "RUVLLM_CACHE": str(tmp_path)}
-    for values in ("3", "5", "3 5", "5 3"):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.closure_cases", *values.split()],
-            env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout.split() == values.split()
+    for values in (["3"], ["5"], ["3", "5"], ["5", "3"]):
+        assert python("-m", "tests.kernels.closure_cases", *values, RUVLLM_CACHE=str(tmp_path)).split() == values

@@ -1,10 +1,6 @@
 """Integer matmul: exact integers on every instruction set, small errors after scaling, the same for any threads."""
 
-import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -14,6 +10,7 @@ from ruvllm.kernels.quant.activations import quantize_activations_parallel
 from ruvllm.kernels.quant.layout import INT4, INT5, INT8, OUTLIERS, Rounded
 from ruvllm.kernels.quant.matmul import quant_matmul, quant_matmul_parallel
 from tests.kernels import quant_cases as cases
+from tests.processes import python
 
 EVERY_KIND = pytest.mark.parametrize("kind, mins", cases.KINDS)
 
@@ -185,13 +182,8 @@ def test_activations_at_the_ends_of_float32() -> None:
 
 def run_cases(*tokens: str, **environment: str) -> list[str]:
     """quant_cases.py as a program, in a process where the CPU is forced."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.quant_cases", *tokens],
-        env={**clean, **environment}, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()
+    variables = {"NUMBA_CPU_NAME": None, "NUMBA_CPU_FEATURES": None, **environment}
+    return python("-m", "tests.kernels.quant_cases", *tokens, **variables).split()
 
 
 def other_cpus() -> dict[str, dict[str, str]]:
@@ -266,10 +258,6 @@ def test_the_instructions_are_there() -> None:
     Of one kind of weights: all have their dot products from one function, and each takes seconds to compile.
     """
     for name, (features, instruction, register) in instruction_sets().items():
-        forced = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-        asm = subprocess.run(
-            [sys.executable, "-c", INSPECT],
-            env={**os.environ, **forced}, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        asm = python("-c", INSPECT, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
         lines = [line for line in asm.splitlines() if instruction in line]
         assert len(lines) >= 16 and all(register in line for line in lines), name

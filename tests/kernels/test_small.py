@@ -1,7 +1,5 @@
 """Small calls: they do all of the work or none, and what they leave alone the long way does or refuses."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from ruvllm.kernels.lora import public as lora
 from ruvllm.kernels.matmul import public as matmul
 from ruvllm.kernels.rope import rotate as rope
 from ruvllm.kernels.training import lora as lora_grad
+from tests.processes import python
 
 pytestmark = pytest.mark.skipif(DISABLE_JIT, reason="small calls are compiled, or do nothing")
 
@@ -202,7 +201,7 @@ def test_no_threads_are_started() -> None:
         from ruvllm.kernels.threads import pool
         assert not pool._pool_runs()
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 def test_the_other_byte_order_is_seen() -> None:
@@ -220,7 +219,7 @@ def test_the_other_byte_order_is_seen() -> None:
         for out in (odd, x.astype(">f4")):
             assert vector.scale_small(x, 2.0, out) is False
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 def test_no_memory_is_taken_for_what_will_be_refused() -> None:

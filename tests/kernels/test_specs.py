@@ -1,11 +1,8 @@
 """Every kernel of KERNELS against its float64 reference, at its own sizes and at odd ones."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ from ruvllm import kernels
 from ruvllm.kernels import KERNELS, KernelSpec
 from ruvllm.kernels.jit.small_calls import long_way
 from tests.kernels import spec_cases as cases
+from tests.processes import ROOT, python
 
 EVERY_SPEC = pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS.keys())
 CANARY = np.float32(-12345.0)
@@ -195,12 +193,7 @@ def test_read_only_inputs_need_no_second_compilation(spec: KernelSpec) -> None:
 
 def _in_a_process(*arguments: str, **environment: str) -> str:
     """spec_cases.py as a program; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.spec_cases", *arguments],
-        env={**os.environ, **environment}, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return python("-m", "tests.kernels.spec_cases", *arguments, **environment)
 
 
 def test_results_are_the_same_for_any_number_of_threads_and_in_two_processes() -> None:
@@ -222,6 +215,6 @@ def test_every_kernel_runs_as_plain_python() -> None:
 
 
 def test_the_documentation_names_the_kernels_that_differ_between_processors() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "explanations" / "bits.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanations" / "bits.md").read_text(encoding="utf-8")
     line = next(line for line in page.splitlines() if line.startswith("| `add_rms_norm`"))
     assert set(re.findall(r"`(\w+)`", line)) == cases.BY_WIDTH

@@ -5,10 +5,6 @@ What could hang runs in a process of its own, with a time limit that is no matte
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,18 +12,12 @@ from hypothesis import strategies as st
 
 from ruvllm.kernels.threads.team import part
 from tests.kernels.team_cases import Task
-
-HANGING = 120  # seconds: a busy machine takes a core away in the middle of a round
+from tests.processes import python
 
 
 def _sizes(situation: str, **environment: str) -> list[int]:
     """Team sizes of the regions that were run in a situation of team_cases.py."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.team_cases", situation], env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=HANGING,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    sizes: list[int] = json.loads(done.stdout)
+    sizes: list[int] = json.loads(python("-m", "tests.kernels.team_cases", situation, **environment))
     return sizes
 
 

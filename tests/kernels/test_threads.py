@@ -1,25 +1,18 @@
 """Threads: how many are used, forked children, concurrent callers, and numba's least capable threading layer."""
 
-import os
-import subprocess
-import sys
-
 import numba
 import pytest
 
 from ruvllm.kernels import read_bandwidth
 from ruvllm.kernels.threads import pool
 from ruvllm.kernels.threads.pool import limited_to, num_threads, physical_cores, threads_for
+from tests.processes import python
 
 POOL = int(getattr(numba.core.config, "NUMBA_NUM_THREADS"))  # noqa: B009 (a constant that numba makes at run time)
 
 
 def _run(program: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return python("-c", program, **environment).strip()
 
 
 def test_little_work_takes_one_thread() -> None:

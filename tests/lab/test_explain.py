@@ -2,11 +2,8 @@
 
 import math
 import re
-import subprocess
-import sys
 from typing import Any
 
-import matplotlib
 import numba
 import numpy as np
 import pytest
@@ -18,8 +15,7 @@ from ruvllm.lab import TARGETS, explain
 from ruvllm.lab.assembly import called, innermost_loops
 from ruvllm.lab.calls import calls_of_kernel
 from ruvllm.lab.explanation import _calls, _explain
-
-matplotlib.use("Agg")
+from tests.processes import python
 
 X86 = """
 \t.file\t1 "/somewhere" "mine.py"
@@ -176,8 +172,7 @@ for body, signature in calls:
     real += counts(innermost_loops(body.overloads[signature].library.get_asm_str()))
 assert told == real and real, (told, real)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", program)
 
 
 def test_bodies_and_types_are_found_by_running_the_kernel() -> None:

@@ -15,11 +15,6 @@ from tests.llm_cases import CONFIG, byte_llm
 CLEAN, CORRUPTED = "When Ann saw", "When Bob saw"
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
-
-
 @pytest.mark.parametrize(
     "at", ["layers.*.residual", "layers.*.attention.heads", "blocks.1.hook_mlp_out", "layers.*.heads.2"]
 )
@@ -47,7 +42,6 @@ def test_the_changed_tokens_restore_the_clean_run(llm: LLM) -> None:
     np.testing.assert_array_equal(one.values[0, [0, 1, 2, 3, 4, 6]], one.corrupted)
     np.testing.assert_array_equal(one.restored[:, :5], 0)  # nothing that comes before is different
     assert "restores" in str(one) and "<table>" in one._repr_html_()
-    pytest.importorskip("matplotlib").use("Agg")
     assert one.plot().get_yticklabels()[1].get_text() == "layers.1.residual"
 
 

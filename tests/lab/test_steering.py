@@ -12,7 +12,7 @@ from ruvllm import lab
 from ruvllm.checkpoint.control_vector import load_control_vector, save_control_vector
 from ruvllm.errors import ModelFormatError
 from ruvllm.llm import LLM
-from tests.llm_cases import CONFIG, byte_llm
+from tests.llm_cases import CONFIG
 from tests.model import tiny_checkpoints, tiny_gguf
 from tests.model.model_cases import load
 
@@ -20,11 +20,6 @@ DATA = Path(__file__).parents[1] / "data"
 
 GOOD, BAD = ["I am glad", "What joy!", "Yes"], ["I am sad", "What woe!", "No"]
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
 
 
 def last_states(llm: LLM, prompts: list[str]) -> np.ndarray:
@@ -51,7 +46,6 @@ def test_directions_are_differences_of_means(llm: LLM) -> None:
     assert found.separation[1] == pytest.approx(apart, rel=1e-6)
     assert list(found) == [0, 1] and len(found) == 2 and 2 not in found
     assert "layer 1" in str(found) and "<table>" in found._repr_html_()
-    pytest.importorskip("matplotlib").use("Agg")
     assert found.plot().get_xlabel() == "layer"
 
 

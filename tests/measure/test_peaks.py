@@ -3,14 +3,12 @@
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 
 from ruvllm.measure import caches, peak_loops, peaks
 from ruvllm.measure.peaks import Level, Peaks
 
-matplotlib.use("Agg")
 SOME = Peaks(
     threads=2, fma=2e11, int8_dot=8e11,
     levels=(

@@ -16,7 +16,6 @@ from ruvllm.checkpoint.tokenizer import Kind, Tokenizer, load_tokenizer
 from ruvllm.llm import LLM
 from ruvllm.structured.constraint import FormConstraint, constraint_of
 from ruvllm.structured.form import Form
-from tests import llm_cases as cases
 
 
 class Metadata:
@@ -37,11 +36,6 @@ def spm_tokenizer() -> Tokenizer:
         "token_type": [Kind.UNKNOWN, *[Kind.CONTROL] * 2, *[Kind.BYTE] * 256, *[Kind.NORMAL] * len(pieces)],
     }  # fmt: skip
     return load_tokenizer(Metadata({f"tokenizer.ggml.{key}": value for key, value in values.items()}))
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return cases.byte_llm(tmp_path_factory.mktemp("bytes"), threads=1)
 
 
 @pytest.fixture(scope="module", params=["bytes", "sentencepiece"])

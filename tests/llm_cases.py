@@ -11,13 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.llm import LLM
 from ruvllm.model import Llama, ModelConfig
-from tests.model import tiny
+from tests.model import tiny, tiny_gguf
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTROLS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+USER = [{"role": "user", "content": "hi"}]
 END = 256
 VOCABULARY = 256 + len(CONTROLS)
 CONFIG = ModelConfig(
@@ -56,7 +57,7 @@ def write_directory(directory: Path, case: str = "llama2_mha") -> Path:
     """A tiny Hugging Face checkpoint with the vocabulary that ``tiny.write_gguf`` gives the same weights."""
     shutil.copytree(tiny.directory(case), directory, dirs_exist_ok=True)
     size = json.loads((directory / "config.json").read_text())["vocab_size"]
-    pieces = tiny.vocabulary(size)
+    pieces = tiny_gguf.vocabulary(size)
     merges = [(piece[0], piece[1]) for piece in pieces if len(piece) == 2]
     ids = {piece: i for i, piece in enumerate(pieces)}
     engine = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))

@@ -17,7 +17,7 @@ from ruvllm.checkpoint.loader import open_checkpoint
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.lora import LoraAdapter, LoraConfig
-from tests.model import tiny
+from tests.model import tiny, tiny_gguf
 
 GOLDEN = Path(__file__).parents[1] / "data" / "lora"
 CASE = "llama3_scaled_gqa"
@@ -93,9 +93,9 @@ def write_gguf(
     for key, array in safetensors.numpy.load_file(GOLDEN / CASE / "adapter_model.safetensors").items():
         stem, part, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
         if part == "lora_B" and "q_proj" in stem:
-            array = tiny.interleave(array, 4)
+            array = tiny_gguf.interleave(array, 4)
         elif part == "lora_B" and "k_proj" in stem:
-            array = tiny.interleave(array, 2)
+            array = tiny_gguf.interleave(array, 2)
         writer.add_tensor(f"{names.get_name(stem)}.weight.{part.lower()}", np.ascontiguousarray(array, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -53,7 +53,7 @@ def test_divisors_and_linear_scaling_multiply(rewritten):
         ({"llama.attention.scale": 1 / math.sqrt(12), "llama.attention.causal": True}, {"head_dim": 12}),
         ({"llama.expert_count": 0, "general.type": "model", "split.count": 1}, {"num_hidden_layers": 2}),
         ({"tokenizer.ggml.tokens": None, "llama.vocab_size": 97}, {"vocab_size": 97}),
-        ({"tokenizer.ggml.tokens": None}, {"vocab_size": 97}),
+        ({"tokenizer.ggml.tokens": None, "llama.vocab_size": None}, {"vocab_size": 97}),
         ({"tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.eom_token_id": 2}, {"eos_token_ids": (2, 9)}),
         ({"tokenizer.ggml.fim_sep_token_id": 9}, {"eos_token_ids": (2, 9)}),
         ({"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.bos_token_id": None}, {"eos_token_ids": ()}),

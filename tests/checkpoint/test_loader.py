@@ -24,7 +24,7 @@ from ruvllm.model.config import RopeConfig
 from ruvllm.model.presets import PRESETS
 from ruvllm.model.reference import inverse_frequencies
 from tests.checkpoint.checks import close_to_golden
-from tests.model import tiny
+from tests.model import tiny, tiny_gguf
 
 HEAD = "lm_head.weight"
 
@@ -84,7 +84,7 @@ def test_reading_without_a_map_gives_the_same(case, tmp_path):
 
 def test_half_split_rows_undo_the_converter():
     rows = np.arange(3 * 14, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(tiny.interleave(rows, 3)[half_split_rows(3, 14)], rows)
+    np.testing.assert_array_equal(tiny_gguf.interleave(rows, 3)[half_split_rows(3, 14)], rows)
 
 
 def test_configurations_say_what_the_files_say():

@@ -1,4 +1,4 @@
-"""The tiny checkpoints of each architecture as GGUF files, in the conventions of llama.cpp's converters.
+"""Tiny checkpoints as GGUF files, in the conventions of llama.cpp's converters.
 
 tests/data/make_architectures.py shows that llama.cpp computes the logits of transformers from these files.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.model import tiny
 from tests.model.tiny_checkpoints import Checkpoint
 
 # Those that llama.cpp supports. It has no windows of Qwen and Phi, no attention scale of Gemma's own, no other
@@ -26,37 +26,94 @@ VARIANTS = (
 )  # fmt: skip
 ARCHITECTURES = {
     "gemma": "GEMMA", "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "gpt_oss": "GPT_OSS", "granite": "GRANITE",
-    "llama": "LLAMA", "mixtral": "LLAMA", "olmo2": "OLMO2", "olmo3": "OLMO2", "olmoe": "OLMOE", "phi3": "PHI3",
-    "qwen2": "QWEN2", "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "smollm3": "SMOLLM3",
+    "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "olmo2": "OLMO2", "olmo3": "OLMO2", "olmoe": "OLMOE",
+    "phi3": "PHI3", "qwen2": "QWEN2", "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE",
+    "smollm3": "SMOLLM3",
 }  # fmt: skip
-INTERLEAVED = ("llama", "mixtral", "granite", "smollm3")  # whose q and k rows are reordered for pairs (2i, 2i + 1)
+# Families whose q and k rows are reordered for pairs (2i, 2i + 1).
+INTERLEAVED = ("llama", "mistral", "mixtral", "granite", "smollm3")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint as llama.cpp's converter would, in F32 (and MXFP4 where it is so)."""
-    config = checkpoint.config
+    """Write a checkpoint in F32 (and MXFP4 where it is so)."""
+    return write(path, checkpoint.config, checkpoint.tensors())
+
+
+def write(
+    path: Path, config: dict[str, Any], tensors: dict[str, NDArray[Any]], dtype: str = "F32", name: str | None = None
+) -> Path:
+    """Write tensors, by Hugging Face names, as llama.cpp's converter would: vectors in F32, matrices in ``dtype``.
+
+    ``dtype`` is the name of a GGUF type ("F32", "F16", "BF16", "Q8_0", ...); a matrix whose rows are not whole blocks
+    of it becomes F16.
+    """
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config["model_type"]]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    if name is not None:
+        writer.add_name(name)
     _add_sizes(writer, config)
     _add_attention(writer, config)
     _add_experts(writer, config)
     rope = _add_rope(writer, config)
-    tiny.add_vocabulary(writer, config["vocab_size"], config["bos_token_id"], config["eos_token_id"])
+    _add_vocabulary(writer, config)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    for name, array in _merged(checkpoint.tensors()).items():
-        for part, values in _split(name, array).items():
+    for stored, array in _merged(tensors).items():
+        for part, values in _split(stored, array).items():
             gguf_name = names.get_name(part, (".weight", ".bias"))
             assert gguf_name is not None, part
-            kind = gguf.GGMLQuantizationType.MXFP4 if values.dtype == np.uint8 else None
-            writer.add_tensor(gguf_name, np.ascontiguousarray(_converted(part, values, config)), raw_dtype=kind)
-    for name, factors in rope.items():
-        writer.add_tensor(name, np.array(factors, np.float32))
+            _add_tensor(writer, gguf_name, _converted(part, values, config), dtype)
+    for tensor, factors in rope.items():
+        writer.add_tensor(tensor, np.array(factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def vocabulary(size: int) -> list[str]:
+    """SentencePiece pieces: control tokens, single characters, then pairs of letters."""
+    letters = string.ascii_lowercase
+    pieces = ["<unk>", "<s>", "</s>", "▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    return (pieces + [a + b for a in letters for b in letters])[:size]
+
+
+def _add_vocabulary(writer: Any, config: dict[str, Any]) -> None:
+    """The tokenizer of ``vocabulary``."""
+    size, ends = config["vocab_size"], config["eos_token_id"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(vocabulary(size))
+    writer.add_token_scores([-float(i) for i in range(size)])
+    writer.add_token_types(
+        [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.NORMAL] * (size - 3)]
+    )
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(ends[0] if isinstance(ends, list) else ends)
+    if isinstance(ends, list):
+        writer.add_eot_token_id(ends[1])
+
+
+def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Half-split to interleaved rows, in the words of llama.cpp's converter."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama3_divisors(rope: dict[str, Any], theta: float, dim: int) -> list[float]:
+    """LLaMA 3.1's divisor of each pair's frequency."""
+    divisors = []
+    for i in range(dim // 2):
+        wavelength = 2 * np.pi * theta ** (2 * i / dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = (turns - low) / (high - low)
+        if turns > high:
+            divisors.append(1.0)
+        elif turns < low:
+            divisors.append(rope["factor"])
+        else:
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return divisors
 
 
 def _head_dim(config: dict[str, Any]) -> int:
@@ -79,7 +136,7 @@ def _add_attention(writer: Any, config: dict[str, Any]) -> None:
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if kind in ("gemma2", "gemma3_text", "gpt_oss", "olmo3"):
+    if kind in ("gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3"):
         writer.add_sliding_window(config["sliding_window"])
     if kind == "phi3":
         writer.add_sliding_window(config["sliding_window"] or 0)
@@ -116,9 +173,10 @@ def _add_rope(writer: Any, config: dict[str, Any]) -> dict[str, list[float]]:
     dim = int(_head_dim(config) * config.get("partial_rotary_factor", 1.0))
     if config["model_type"] in (*INTERLEAVED, "phi3"):
         writer.add_rope_dimension_count(dim)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     if config["model_type"] not in ("gemma", "gemma2"):
-        writer.add_rope_freq_base(config["rope_theta"])
-    rope = config.get("rope_scaling") or {}
+        writer.add_rope_freq_base(theta)
     kind = rope.get("rope_type") or rope.get("type")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
@@ -133,7 +191,7 @@ def _add_rope(writer: Any, config: dict[str, Any]) -> dict[str, list[float]]:
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(factor) / math.log(original)))
         return {f"rope_factors_{length}.weight": rope[f"{length}_factor"] for length in ("long", "short")}
     if kind == "llama3":
-        return {"rope_freqs.weight": tiny.llama3_divisors(rope, config["rope_theta"], dim)}
+        return {"rope_freqs.weight": llama3_divisors(rope, theta, dim)}
     return {}
 
 
@@ -182,7 +240,22 @@ def _converted(name: str, array: NDArray[Any], config: dict[str, Any]) -> NDArra
         return array + np.float32(1)
     if config["model_type"] in INTERLEAVED:
         if ".q_proj." in name:
-            return tiny.interleave(array, config["num_attention_heads"])
+            return interleave(array, config["num_attention_heads"])
         if ".k_proj." in name:
-            return tiny.interleave(array, config["num_key_value_heads"])
+            return interleave(array, config["num_key_value_heads"])
     return array[0] if name.endswith("shared_expert_gate.weight") else array
+
+
+def _add_tensor(writer: Any, name: str, array: NDArray[np.float32], dtype: str) -> None:
+    kind = gguf.GGMLQuantizationType["MXFP4" if array.dtype == np.uint8 else dtype]
+    if array.dtype == np.uint8:
+        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
+        return
+    if array.ndim == 1:
+        kind = gguf.GGMLQuantizationType.F32
+    elif array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType.F16
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        writer.add_tensor(name, np.ascontiguousarray(array, np.float16 if kind.name == "F16" else np.float32))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)

@@ -1,87 +1,30 @@
-"""Chat templates: rendered as Jinja and transformers do, safe from the template, and messages that stay text."""
+"""Chat templates: rendered as Jinja and transformers do, and messages that stay text."""
 
-import json
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
+from datetime import datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ruvllm.checkpoint.chat import ROLES, encode_chat, render_chat
 from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.checkpoint.tokenizer import Kind, load_tokenizer
 from ruvllm.errors import ModelFormatError
+from tests.checkpoint.chat_cases import (
+    CHATML,
+    COMPOSED,
+    LLAMA3,
+    TEMPLATES,
+    TOKENIZERS,
+    USER,
+    llama3_with,
+    tokenizer_with,
+)
 from tests.checkpoint.jinja_templates import rendered_by_jinja
+from tests.checkpoint.tokenizer_cases import metadata_of
 
-DATA = Path(__file__).parents[1] / "data"
-
-# Templates that go about it in different ways, on a vocabulary whose control tokens are LLaMA-3's.
-CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|eot_id|>system
-Be helpful<|eot_id|>
-' }}{% endif %}{{'<|start_header_id|>' + message['role'] + '
-' + message['content'] + '<|eot_id|>' + '
-'}}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant
-' }}{% endif %}"""
-
-LLAMA3 = """{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-
-STRICT = """{%- if messages[0]['role'] == 'system' %}
-{%- set system = messages[0]['content'] %}{%- set rest = messages[1:] %}
-{%- else %}{%- set rest = messages %}{%- endif %}{{ bos_token }}
-{%- for message in rest %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must alternate') }}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {%- if loop.last and system is defined %}{{- '[IN] ' + system + '\\n\\n' + message['content'] + '[/IN]' }}
-        {%- else %}{{- '[IN] ' + message['content'] + '[/IN]' }}{%- endif %}
-    {%- elif message['role'] == 'assistant' %}
-        {{- ' ' + message['content'] + eos_token}}
-    {%- endif %}
-{%- endfor %}"""
-
-COMPOSED = """{% for message in messages %}{{ '<|' ~ {'user': 'start_header', 'assistant': 'end_header'}.get(
-message.role, 'start_header') ~ '_id|>' ~ message.role ~ '\\n' ~ message.content ~ eos_token }}{% endfor %}
-{{- '<|' + 'start_header' + '_id|>' }}"""
-
-THINKING = """{% for message in messages %}{% set content = message.content %}{% if '</think>' in content %}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}<|start_header_id|>{{ message.role }}:
-{{- content }}<|eot_id|>{% endfor %}"""
-
-COMPOSED_THINKING = COMPOSED.replace("message.content ~", "message.content.split('</think>')[-1] ~")
-
-LOWER = "{% for message in messages %}<|start_header_id|>{{ message.content | lower }}<|eot_id|>{% endfor %}"
-PIECES = "{% for message in messages %}{{ message.content[:-1] }}{{ message.content[-1:] }}{% endfor %}<|eot_id|>"
-SQUEEZED = "{% for m in messages %}{{ m.content.replace(' ', '') }}<|eot_id|>{% endfor %}"
-
-TOOLS = """{% macro show(tool) %}{{ tool.function.name }}: {{ tool | tojson(indent=2) }}
-{% endmacro %}{% if tools is not none %}{% for tool in tools %}{{ show(tool) }}{% endfor %}{% endif -%}
-{% set ns = namespace(found=false, last='') %}{% for message in messages | rejectattr('role', 'equalto', 'system') %}
-{%- if message.tool_calls %}{% for call in message.tool_calls %}{{ call.function.arguments | tojson }}{% endfor -%}
-{%- set ns.found = true %}{% continue %}{% endif %}{% set ns.last = ns.last ~ message.content[:3] %}
-{%- generation %}{{ message.content | trim | replace('a', 'b') }}{% endgeneration %}{% endfor -%}
-{{ ns.found }} {{ ns.last }} {{ messages | length }} {{ messages | map(attribute='role') | join(',') }}
-{{ '%05.1f' % 2 }} {{ "{0}-{b}".format(1, b=2) }}
-{%- if messages[-1].role == 'user' and loop is undefined %} {{ ['x'] + ['y'] }}{% endif %}"""
-
-TEMPLATES = {
-    "chatml": CHATML, "llama3": LLAMA3, "strict": STRICT, "composed": COMPOSED, "thinking": THINKING,
-    "composed_thinking": COMPOSED_THINKING, "lower": LOWER, "pieces": PIECES, "squeezed": SQUEEZED, "tools": TOOLS,
-}  # fmt: skip
-
-USER = [{"role": "user", "content": "Hello, world!"}]
 CHATS = [
     USER,
     [
@@ -101,22 +44,6 @@ CHATS = [
     ],
 ]
 FUNCTIONS = [{"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"a": [1, 2.5, None]}}}]
-
-
-def tokenizer_with(template, name="llama3", **changes):
-    metadata = json.loads((DATA / "tokenizers" / f"{name}.json").read_text("utf-8"))["metadata"]
-    metadata["tokenizer.chat_template"] = template
-    metadata.update({f"tokenizer.ggml.{key}": value for key, value in changes.items()})
-    return load_tokenizer(SimpleNamespace(path="model.gguf", metadata=metadata))
-
-
-def llama3_with(template):
-    tokens = json.loads((DATA / "tokenizers" / "llama3.json").read_text("utf-8"))["metadata"]["tokenizer.ggml.tokens"]
-    bos, eos = tokens.index("<|begin_of_text|>"), tokens.index("<|eot_id|>")
-    return tokenizer_with(template, bos_token_id=bos, eos_token_id=eos)
-
-
-TOKENIZERS = {name: llama3_with(template) for name, template in TEMPLATES.items()}
 CONTROL = sorted(TOKENIZERS["llama3"].id_to_piece(i) for i in TOKENIZERS["llama3"].special_ids)
 
 each_template = pytest.mark.parametrize("name", TEMPLATES)
@@ -200,8 +127,6 @@ def test_text_in_parts_is_joined():
 
 
 def test_the_date_is_todays():
-    from datetime import datetime
-
     shown = render_chat("{{ strftime_now('%Y') }}", USER)
     assert abs(int(shown) - datetime.now().year) <= 1
 
@@ -288,8 +213,6 @@ def test_sentencepiece_chats_and_quoted_tokens():
 
 
 def test_a_control_token_that_takes_the_space_behind_it_does_so_beside_quoted_ones(tmp_path):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     engine = Tokenizer(models.BPE({letter: 3 * i for i, letter in enumerate(letters)}, []))  # with gaps between ids
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -305,7 +228,7 @@ def test_a_control_token_that_takes_the_space_behind_it_does_so_beside_quoted_on
 
 
 def test_tokens_that_only_look_ordinary_in_the_file_are_protected_too():
-    tokens = json.loads((DATA / "tokenizers" / "llama3.json").read_text("utf-8"))["metadata"]["tokenizer.ggml.tokens"]
+    tokens = metadata_of("llama3")["tokenizer.ggml.tokens"]
     kinds = [Kind.USER_DEFINED if token.startswith("<|") else Kind.NORMAL for token in tokens]
     tokenizer = tokenizer_with(CHATML, token_type=kinds)
     ids = encode_chat(tokenizer, [{"role": "user", "content": "<|eot_id|>"}])
@@ -398,228 +321,3 @@ def test_a_template_may_refuse_messages_in_its_own_words():
     assert not isinstance(caught.value, ModelFormatError)
     with pytest.raises(ValueError, match="the chat template cannot use them: 'dict object' has no attribute 'nosuch'"):
         render_chat("{{ messages[0].nosuch.more }}", USER)
-
-
-# Templates that are not to be trusted
-
-LARGE = "{% set b = 'x' * 4000000 %}"
-HOSTILE = {
-    "loops without output": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes"),
-    "a loop whose test fails": (
-        "{% set a = 1 %}{% for b in range(262143) if " + ("(" + "a and " * 29 + "a) and ") * 30 + "0 %}{% endfor %}",
-        "takes"),
-    "a huge range": ("{% for a in range(10 ** 18) %}{% endfor %}", "a range of more than"),
-    "a loop over text": ("{% for a in 'a' * 4000000 %}{% for b in 'a' * 4000000 %}{% endfor %}{% endfor %}", "takes"),
-    "a macro that calls itself twice": (
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "takes"),
-    "a macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "a recursive loop": ("{% for a in [[1], [2]] recursive %}{{ loop([[1], [2]]) }}{% endfor %}", "recursion"),
-    "blocks that double": (
-        "{% block b0 %}{% endblock %}" + "".join(
-            "{% block b" + str(i + 1) + " %}" + ("{{ self.b" + str(i) + "() }}") * 2 + "{% endblock %}"
-            for i in range(40)), "takes"),
-    "sorting again and again": (
-        "{% for i in range(9999) %}{% set x = range(99999) | list | sort %}{% endfor %}", "takes"),
-    "comparing again and again": (
-        LARGE + "{% set c = b[1:] ~ 'y' %}{% for i in range(99999) %}{% if b == c or c in b %}{% endif %}{% endfor %}",
-        "takes"),
-    "comparing many times": (
-        LARGE + "{% set c = 'x' * 2000000 ~ 'y' %}" + "{% if c in b %}{% endif %}" * 600, "takes"),
-    "numbers that hash alike": (
-        "{% set x = range(0, 99999 * 2305843009213693951, 2305843009213693951) | list | unique %}", "unsafe"),
-    "text times a number": ("{{ 'a' * 1000000000000 }}", "characters"),
-    "a number times text": ("{{ 1000000000000 * 'a' }}", "characters"),
-    "a list times a number": ("{% set x = [1] * 1000000000 %}", "value of more than"),
-    "a power": ("{{ 2 ** 1000000000 }}", "unsafe"),
-    "squares of squares": (
-        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "bits"),
-    "doubling with ~": (
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "characters"),
-    "joining many": (LARGE + "{% set c = " + "b ~ " * 500 + "b %}", "characters"),
-    "doubling with +": (
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "characters"),
-    "doubling a list": (
-        "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "items"),
-    "lists of the same list": (
-        "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "items"),
-    "dicts of the same dict": (
-        "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = {1: n.x, 2: n.x} %}{% endfor %}{{ n.x }}",
-        "items"),
-    "tuples of the same tuple": (
-        "{% set t0 = 1 %}" + "".join(f"{{% set t{i + 1} = (t{i}, t{i}) %}}" for i in range(60)) + "{{ {t60: 1} }}",
-        "items"),
-    "formatting a namespace": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{0.x}' * 1000).format(n) %}", "looks into a namespace"),
-    "formatting a list of namespaces": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{0[0].x}' * 1000).format([n]) %}", "a format looks into"),
-    "formatting a namespace by name": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ('{n.x}' * 1000).format_map({'n': n}) %}", "a format"),
-    "formatting a loop": (
-        "{% for i in ['a' * 4000000, 1] %}{% set y = ('{0.previtem}' * 1000).format(loop) %}{% endfor %}", "or a loop"),
-    "joining attributes of namespaces": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | join(attribute='x') %}", "the filter join"),
-    "joining attributes of loops": (
-        "{% for i in ['a' * 4000000, 1] %}{% set y = ([loop] * 1000) | join(attribute='previtem') %}{% endfor %}",
-        "the filter join looks into"),
-    "sorting by attributes of namespaces": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | sort(attribute='x') %}", "the filter sort"),
-    "attributes of many namespaces": (
-        "{% set n = namespace(x='a' * 4000000) %}{% set y = ([n] * 1000) | map(attribute='x') | list %}", "characters"),
-    "a namespace in itself": (
-        "{% set n = namespace() %}{% set n.n = [n] %}{% set n.m = {'m': n} %}{{ [n.n, n.m] | string }}", "the filter"),
-    "namespaces without end": (
-        "{% set n = namespace(x=0) %}{% for i in range(262143) %}{% set n.x = namespace(x=n.x) %}{% endfor %}"
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes"),
-    "replace": ("{{ ('a' * 2000000).replace('a', 'b' * 2000000) }}", "characters"),
-    "the filter replace": ("{{ ('a' * 2000000) | replace('a', 'b' * 2000000) }}", "characters"),
-    "join": ("{{ ('a' * 2000000).join('b' * 2000000) }}", "characters"),
-    "the filter join": ("{{ range(99999) | join('b' * 2000000) }}", "characters"),
-    "indent": ("{{ ('\n' * 2000000) | indent(1000) }}", "characters"),
-    "indent by text": ("{{ ('\n' * 2000000) | indent('x' * 2000000) }}", "characters"),
-    "indented JSON": ("{{ range(99999) | list | tojson(indent=1000000000) }}", "unsafe"),
-    "JSON separators": ("{{ range(99999) | list | tojson(separators=('a' * 2000000, 'b')) }}", "characters"),
-    "a width in %": ("{{ '%1000000000d' % 1 }}", "unsafe"),
-    "a width for %": ("{{ '%*d' % (1000000000, 1) }}", "unsafe"),
-    "a width in the filter format": ("{{ '%1000000000d' | format(1) }}", "unsafe"),
-    "a width in format": ("{{ '{:>1000000000}'.format(1) }}", "unsafe"),
-    "a width for format": ("{{ '{:{}}'.format(1, 1000000000) }}", "unsafe"),
-    "format many times": ("{{ ('{0}' * 99999).format('a' * 99999) }}", "characters"),
-    "rounding": ("{{ 5 | round(-1000000000) }}", "unsafe"),
-    "padding": ("{{ 'a'.ljust(1000000000) }}", "attribute 'ljust' of 'str' object is unsafe"),
-    "bytes of a number": ("{{ (1).to_bytes(1000000000, 'big') }}", "attribute 'to_bytes'"),
-    "adding up lists": ("{{ [[1]] | sum(start=[]) }}", "unsafe"),
-    "a list of letters": ("{% set x = ('é' * 4000000) | list %}", "items"),
-    "text in a loop in a block": (
-        "{% set x %}{% for i in range(99999) %}" + "x" * 20000 + "{% endfor %}{% endset %}", "more"),
-    "a value in a loop in a block": (
-        LARGE + "{% set x %}{% for i in range(99999) %}{{ b }}{% endfor %}{% endset %}", "more"),
-    "a constant in a loop in a block": (
-        "{% set x %}{% for i in range(99999) %}{{ '" + "x" * 20000 + "' }}{% endfor %}{% endset %}", "more"),
-    "text of a macro": (
-        "{% macro f() %}" + "x" * 20000 + "{% endmacro %}{% for i in range(99999) %}{% set y = f() %}{% endfor %}",
-        "more"),
-    "output": ("{% for i in range(99999) %}" + "x" * 20000 + "{% endfor %}", "characters"),
-    "copies": (LARGE + "".join(f"{{% set a{i} = b[1:] %}}" for i in range(100)), "more"),
-    "arguments": (LARGE + "{% macro f() %}{{ varargs }}{% endmacro %}{{ f(" + "b," * 500 + ") }}", "characters"),
-    "a class": ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
-    "a class by subscript": ("{{ ''['__class__'] }}", "attribute '__class__'"),
-    "a class by filter": ("{{ '' | attr('__class__') }}", "No filter named 'attr'"),
-    "a class by map": ("{{ [''] | map(attribute='__class__') | list }}", "attribute '__class__'"),
-    "a class by format": ("{{ '{0.__class__}'.format(1) }}", "attribute '__class__' of 'int'"),
-    "globals of a function": ("{{ raise_exception.__globals__ }}", "attribute '__globals__'"),
-    "the environment": ("{{ self._TemplateReference__context.environment }}", "unsafe"),
-    "initialisers": ("{{ namespace.__init__.__globals__ }}", "unsafe"),
-    "a namespace's insides": ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "unsafe"),
-    "changing a message": ("{{ messages.append(1) }}", "attribute 'append' of 'list' object is unsafe"),
-    "reading files": ("{% include '/etc/passwd' %}", "loads other templates"),
-    "imports": ("{% import 'os' as os %}", "loads other templates"),
-    "brackets": ("{{ " + "(" * 15000 + "1" + ")" * 15000 + " }}", "recursion"),
-    "ifs in ifs": ("{% if 1 %}" * 1500 + "{% endif %}" * 1500, "recursion"),
-    "loops in loops": ("{% for i in [1] %}" * 60 + "{% endfor %}" * 60, "nested blocks"),
-    "too long": ("x" * 40000, "40000 characters"),
-    "too many parts": ("{{a}}" * 6000, "parts"),
-    "no end": ("{% for i in [1] %}", "Unexpected end of template"),
-    "not a template": ("{{ 1 +* 2 }}", "unexpected"),
-    "an unknown tag": ("{% do [].append(1) %}", "unknown tag 'do'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_template_is_refused(attack):
-    """And blamed on whom it is from: the model's file, or the caller."""
-    source, message = HOSTILE[attack]
-    with pytest.raises(ModelFormatError, match=r"^model\.gguf: tokenizer\.chat_template: found ") as caught:
-        encode_chat(tokenizer_with(source), USER)
-    assert message in str(caught.value)
-    with pytest.raises(ModelFormatError, match=r"^chat template: source: found ") as caught:
-        encode_chat(TOKENIZERS["chatml"], USER, template=source)
-    assert message in str(caught.value)
-
-
-NAMESPACES = {
-    "in a list": (
-        "{% set all = namespace(turns=[]) %}{% for m in messages %}"
-        "{% set all.turns = all.turns + [namespace(role=m.role, text=m.content)] %}{% endfor %}"
-        "{% for t in all.turns | reverse %}{{ t.role }}: {{ t.text }}{{ '; ' if not loop.last }}{% endfor %}"
-        "{{ all.turns | length }}"
-    ),
-    "in another": (
-        "{% set a = namespace(b=namespace(n=1)) %}{% for m in messages %}{% set b = a.b %}{% set b.n = b.n * 3 %}"
-        "{% endfor %}{{ a.b.n }}{{ a.b is sameas a.b }}{% if a.b in [a.b] %}!{% endif %}"
-    ),
-    "in a dict": (
-        "{% set state = {'last': namespace(content='')} %}{% for m in messages %}{% set last = state.last %}"
-        "{% set last.content = last.content ~ m.content %}{% endfor %}{{ state['last'].content }}"
-        "{% for key, value in state.items() %}{{ key }}={{ value.content }}{% endfor %}"
-    ),
-    "in itself": (
-        "{% set n = namespace(x=1) %}{% set n.me = n %}{% set m = n.me.me %}{% set m.x = 2 %}"
-        "{{ n.x }}{{ [n, n.me][1].me.x }}"
-    ),
-    "of a macro": (
-        "{% macro add(ns, text) %}{% set ns.text = ns.text ~ text %}{% endmacro %}{% set n = namespace(text='') %}"
-        "{% for m in messages %}{{ add(ns=[n][0], text=m.content) }}{% endfor %}{{ n.text }}"
-    ),
-    "by filters": (
-        "{% set l = [namespace(a=1, b='x'), namespace(a=2, b='y')] %}{{ l | map(attribute='b') | join('-') }}"
-        "{{ (l | selectattr('a', 'equalto', 2) | first).b }}{{ (l | rejectattr('a', 'equalto', 2) | list | last).b }}"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("where", NAMESPACES)
-def test_a_namespace_may_be_put_into_another_value(where):
-    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    expected = rendered_by_jinja(NAMESPACES[where], chat)
-    assert expected and render_chat(NAMESPACES[where], chat) == expected
-
-
-def test_hostile_templates_are_refused_before_they_take_memory():
-    """All of them in a process whose address space is limited: none may run into that limit."""
-    program = """
-import json, resource, sys
-from ruvllm.checkpoint.template.sandbox import Template, describe
-from ruvllm.checkpoint.chat import render_chat
-def address_space():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-limit = address_space() + (300 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for source, message in json.load(sys.stdin):
-    try:
-        render_chat(source, [{"role": "user", "content": "x"}])
-    except ValueError as error:
-        if message not in str(error):
-            print(error)
-    else:
-        print("accepted:", source[:80])
-"""
-    if sys.platform != "linux":
-        program = program.replace("resource.setrlimit", "str").replace("address_space() +", "")
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(list(HOSTILE.values())), capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_a_long_chat_is_no_attack():
-    chat = [{"role": role, "content": "word " * 100} for role in ("user", "assistant")] * 200
-    for name in ("chatml", "llama3", "composed", "tools"):
-        expected = rendered_by_jinja(
-            TEMPLATES[name], chat, tools=None, add_generation_prompt=True, **TOKENIZERS[name].special_tokens
-        )
-        assert render_chat(TEMPLATES[name], chat, special_tokens=TOKENIZERS[name].special_tokens) == expected
-    large = [{"role": "user", "content": "word " * 200_000}]
-    assert len(render_chat(LLAMA3, large)) > 999_990
-
-
-def test_renderings_in_threads_have_budgets_of_their_own():
-    def work(n):
-        if n % 4 == 0:
-            with pytest.raises(ModelFormatError):
-                render_chat(HOSTILE["doubling a list"][0], USER)
-            return True
-        return render_chat(CHATML, USER) == render_chat(CHATML, [*USER])
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(12)))

@@ -2,19 +2,17 @@
 
 import json
 from enum import Enum
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 from jinja2.exceptions import TemplateError
 
 from ruvllm.checkpoint.chat import encode_chat, render_chat
-from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.checkpoint.tool_schema import tool_schemas
 from tests.checkpoint.jinja_templates import FAMILIES, rendered_by_jinja
-from tests.checkpoint.test_tokenizer import metadata_of
+from tests.checkpoint.tokenizer_cases import TOKENIZERS
 
-TOKENIZER = load_tokenizer(SimpleNamespace(path="model.gguf", metadata=metadata_of("qwen2")))
+TOKENIZER = TOKENIZERS["qwen2"]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 WEATHER = {

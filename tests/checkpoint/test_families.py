@@ -1,22 +1,16 @@
 """Vocabularies of Qwen, GPT-OSS and Gemma as these are published, and as GGUF files that are written of them."""
 
-import io
 import json
 import random
 import unicodedata
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ruvllm.checkpoint.gguf_metadata import tokenizer_metadata
 from ruvllm.checkpoint.tokenizer import Kind, load_tokenizer
-
-DATA = Path(__file__).parents[1] / "data" / "tokenizers"
-STRINGS = json.loads((DATA / "strings.json").read_text("utf-8"))
+from tests.checkpoint.tokenizer_cases import STRINGS, from_metadata, kinds_of, metadata_of, read, trained_sentencepiece
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,10 +21,6 @@ O200K = (
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 DECOMPOSED = ("cafe\u0301", "e\u0301 A\u030a", "한", "<|im_end|>e\u0301")
-
-
-def from_metadata(metadata):
-    return load_tokenizer(SimpleNamespace(path="model.gguf", metadata=metadata))
 
 
 def ids_of(tokenizer, text, parse=False):
@@ -49,7 +39,7 @@ def save(engine, directory, **config):
 @pytest.fixture(params=["qwen2", "o200k"])
 def byte_level(request, tmp_path):
     """What tiktoken makes of STRINGS, and the vocabulary as the models' tokenizer.json has it."""
-    golden = json.loads((DATA / f"{request.param}.json").read_text("utf-8"))
+    golden = read(request.param)
     metadata = golden["metadata"]
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     qwen = request.param == "qwen2"
@@ -118,7 +108,7 @@ def test_what_is_written_of_them_as_gguf_means_the_same(byte_level):
 )
 def test_a_turn_of_each_family_ends(control, eos, ends):
     """Also where the file names one end alone, as files of base models do."""
-    metadata = json.loads((DATA / "qwen2.json").read_text("utf-8"))["metadata"]
+    metadata = metadata_of("qwen2")
     count = sum(kind == Kind.NORMAL for kind in metadata["tokenizer.ggml.token_type"])
     metadata["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:count] + control
     metadata["tokenizer.ggml.token_type"] = [Kind.NORMAL] * count + [Kind.CONTROL] * len(control)
@@ -138,18 +128,10 @@ WHITE = (" ", "  ", "   ", " " * 9, "\n", "\n\n\n\n", "\t", "\t\t\t", "\r\n", "a
 @pytest.fixture(scope="module")
 def gemma():
     """A SentencePiece processor with Gemma's settings, trained on this suite's own strings."""
-    rng = random.Random(5)
-    words = [word for text in STRINGS for word in text.split() if "\0" not in word]
-    lines = [" ".join(rng.choices(words, k=8))[:200] + " " * rng.randrange(1, 9) + "def f(x):" for _ in range(1500)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=1500, byte_fallback=True,
-        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_by_whitespace=False, split_digits=True, minloglevel=2,
-        add_dummy_prefix=False, user_defined_symbols=RUNS, control_symbols=list(CONTROLS[4:]),
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="</eos>", bos_piece="<bos>",
+    return trained_sentencepiece(
+        5, add_dummy_prefix=False, user_defined_symbols=RUNS, control_symbols=list(CONTROLS[4:]), pad_id=0, eos_id=1,
+        bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="</eos>", bos_piece="<bos>",
     )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def texts_of_gemma():
@@ -163,10 +145,7 @@ def gemma_gguf(sp):
     """As llama.cpp's converter writes it: runs of spaces as spaces."""
     ids = range(sp.vocab_size())
     pieces = [sp.id_to_piece(i) for i in ids]
-    kinds = [
-        Kind.UNKNOWN if sp.is_unknown(i) else Kind.CONTROL if sp.is_control(i) else Kind.BYTE if sp.is_byte(i)
-        else Kind.USER_DEFINED if pieces[i] in RUNS else Kind.NORMAL for i in ids
-    ]  # fmt: skip
+    kinds = [Kind.USER_DEFINED if piece in RUNS else kind for piece, kind in zip(pieces, kinds_of(sp), strict=True)]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",

@@ -1,28 +1,19 @@
 """What a model thinks and what it answers, told apart however the text falls into tokens."""
 
 import itertools
-import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ruvllm.checkpoint.reasoning import may_begin, separator
-from ruvllm.checkpoint.tokenizer import load_tokenizer
+from tests.checkpoint.tokenizer_cases import TOKENIZERS, from_metadata, metadata_of
 
-DATA = Path(__file__).parents[1] / "data" / "tokenizers"
 TAGS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}<think>"
 PLAIN = "{{ messages[0].content }}"
 
 
-def tokenizer_of(name):
-    metadata = json.loads((DATA / f"{name}.json").read_text("utf-8"))["metadata"]
-    return load_tokenizer(SimpleNamespace(path="model.gguf", metadata=metadata))
-
-
-QWEN, HARMONY = tokenizer_of("qwen2"), tokenizer_of("o200k")
+QWEN, HARMONY = TOKENIZERS["qwen2"], TOKENIZERS["o200k"]
 
 
 def separated(pieces, opened=False, template=TAGS, tokenizer=QWEN):
@@ -92,10 +83,10 @@ def test_only_models_that_think_are_listened_to_for_it():
     text = "<think>hm</think>Answer"
     assert separated([text], template=PLAIN) == ("", text, True)
     assert separated([text], opened=True, template=PLAIN) == ("", text, True)
-    metadata = json.loads((DATA / "qwen2.json").read_text("utf-8"))["metadata"]
+    metadata = metadata_of("qwen2")
     metadata["tokenizer.ggml.tokens"] += ["<think>", "</think>"]
     metadata["tokenizer.ggml.token_type"] += [4, 4]
-    thinking = load_tokenizer(SimpleNamespace(path="model.gguf", metadata=metadata))
+    thinking = from_metadata(metadata)
     assert separated([text], template=PLAIN, tokenizer=thinking) == ("hm", "Answer", True)
     # What a user writes at the end of a prompt opens nothing: the template has to.
     closing = "{{ messages[0].content }}</think>"

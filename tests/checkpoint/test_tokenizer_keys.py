@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from ruvllm.checkpoint.tokenizer import Kind, load_tokenizer
 from ruvllm.errors import ModelFormatError
+from tests.checkpoint.tokenizer_cases import DATA, STRINGS, metadata_of, read
 
-DATA = Path(__file__).parents[1] / "data"
 NAMED = json.loads((DATA / "named_tokens.json").read_text())
 
 
@@ -32,9 +31,8 @@ def write(directory, **files):
 
 
 def gguf_file(name="llama3", **changes):
-    metadata = json.loads((DATA / "tokenizers" / f"{name}.json").read_text("utf-8"))["metadata"]
-    metadata |= {key if "." in key else f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return SimpleNamespace(path="model.gguf", metadata={k: v for k, v in metadata.items() if v is not None})
+    metadata = {key: value for key, value in metadata_of(name, **changes).items() if value is not None}
+    return SimpleNamespace(path="model.gguf", metadata=metadata)
 
 
 # Tokens beside tokenizer.json
@@ -228,8 +226,7 @@ def test_a_file_without_a_pre_tokenizer_is_split_as_its_vocabulary_tells(caplog)
     with caplog.at_level(logging.WARNING):
         old = load_tokenizer(gguf_file(pre=None))
     assert "model.gguf: the key tokenizer.ggml.pre is missing; split as 'llama-bpe'" in caplog.text
-    golden = json.loads((DATA / "tokenizers" / "llama3.json").read_text("utf-8"))["ids"]
-    for text, ids in zip(json.loads((DATA / "tokenizers" / "strings.json").read_text("utf-8")), golden, strict=True):
+    for text, ids in zip(STRINGS, read("llama3")["ids"], strict=True):
         assert old.encode(text, add_special=False, parse_special=False) == ids, text
 
 
@@ -244,7 +241,7 @@ def test_other_vocabularies_without_a_pre_tokenizer(controls, pre, caplog):
     changes = {"tokens": plain + controls, "token_type": [1] * len(plain) + [3] * len(controls)}
     tokenizer = load_tokenizer(gguf_file(pre=None, **changes))
     assert f"pre is missing; split as {pre!r}" in caplog.text
-    golden = json.loads((DATA / "tokenizers" / "pre.json").read_text("utf-8"))
+    golden = read("pre")
     for text, ids in zip(golden["texts"], golden["ids"][pre], strict=True):
         if max(ids) < len(plain):
             assert tokenizer.encode(text, add_special=False, parse_special=False) == ids, text

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from tests.processes import ROOT
+
 RUVLLM = [sys.executable, "-m", "ruvllm"]
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SECONDS = 120  # the first start compiles kernels
 
 

@@ -39,7 +39,8 @@ PLAIN = dataclasses.replace(
 )  # fmt: skip
 
 
-def small_model(layout: str, threads: int | None = None, config: ModelConfig = SMALL) -> Llama:
+def small_model(layout: str, threads: int = 1, config: ModelConfig = SMALL) -> Llama:
+    """One thread is enough for most tests: how many there are changes no bit, which test_llama.py shows."""
     return Llama(config, layout=layout, threads=threads, seed=7)
 
 
@@ -48,7 +49,7 @@ def text(tokens: int, vocabulary: int = SMALL.vocab_size, seed: int = 0) -> np.n
     return np.random.default_rng(seed).integers(0, vocabulary, tokens)
 
 
-def load(path: Path, layout: str = "auto", threads: int | None = None) -> Llama:
+def load(path: Path, layout: str = "auto", threads: int = 1) -> Llama:
     """The model in a GGUF file or a directory."""
     with open_checkpoint(path) as checkpoint:
         return Llama(checkpoint.config, checkpoint, layout, threads)

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +18,13 @@ from ruvllm.model.reference import reference_logits
 from ruvllm.model.replay import Working
 from tests.model import tiny
 from tests.model.model_cases import KINDS, LAYOUTS, SMALL, WINDOWED, load, logits, run, small_model, text
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import python
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Llama]:
     """A small model of every layout, all from the same random numbers."""
-    return {layout: small_model(layout) for layout in LAYOUTS}
+    return {layout: small_model(layout, 2) for layout in LAYOUTS}
 
 
 # --- what is computed --------------------------------------------------------------------------------------------
@@ -38,7 +34,7 @@ def models() -> dict[str, Llama]:
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_logits_of_transformers(case: str, fused: bool) -> None:
     ids, expected = tiny.golden(case)
-    model = load(tiny.directory(case), "f32")
+    model = load(tiny.directory(case), "f32", threads=2)
     model.fused = fused
     assert np.abs(logits(model, ids) - expected).max() <= 2e-4
 
@@ -58,7 +54,7 @@ def test_long_texts(window: int | None) -> None:
     config = dataclasses.replace(SMALL, sliding_window=window)
     ids = text(530)
     expected = reference_logits(RandomWeightsCheckpoint(config), ids)
-    model = small_model("f32", config=config)
+    model = small_model("f32", 2, config)
     cache = model.new_cache(530)
     assert np.abs(run(model, cache, ids, [500, *[1] * 20, 10]) - expected).max() <= 2e-5
 
@@ -75,7 +71,7 @@ def test_scaled_rope_far_out(scaling: str) -> None:
     """Positions beyond 8k: of one layer with a window, the last token needs the last few positions alone."""
     rope = RopeConfig(theta=1e4, scaling=scaling, factor=4.0, original_max_position=8192)
     config = dataclasses.replace(SMALL, num_hidden_layers=1, sliding_window=20, rope=rope)
-    model = small_model("f32", config=config)
+    model = small_model("f32", 2, config)
     ids = text(9000)
     got = model.forward(ids, model.new_cache(9000), last_only=True)
     # RoPE turns relative to each other, so the same twenty tokens at positions 0 .. 19 are the oracle.
@@ -137,7 +133,7 @@ def test_smaller_caches_stay_near(kv: str, largest: float, models: dict[str, Lla
 @pytest.mark.parametrize("config", [SMALL, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize(("layout", "kv"), KINDS)
 def test_fused_is_layer_by_layer_bit_for_bit(layout: str, kv: str, config: ModelConfig) -> None:
-    model = small_model(layout, config=config)
+    model = small_model(layout, 2, config)
     caches = [model.new_cache(300, kv), model.new_cache(300, kv)]
     ids = text(300)
     for tokens in (1, 2, 7, 130, 1, 6, 1):
@@ -155,7 +151,7 @@ def test_fused_is_layer_by_layer_bit_for_bit(layout: str, kv: str, config: Model
 def test_mixed_weights(tmp_path: Path) -> None:
     """A file whose matrices are partly in 8 bits, partly (where rows are not whole groups) in 16-bit floats."""
     ids, expected = tiny.golden("mlp_bias_f16")
-    model = load(tiny.write_gguf("mlp_bias_f16", tmp_path / "model.gguf", "Q8_0"))
+    model = load(tiny.write_gguf("mlp_bias_f16", tmp_path / "model.gguf", "Q8_0"), threads=2)
     layouts = {linear.layout for linear in model.linears().values()}
     assert len(layouts) > 1
     fused = logits(model, ids)
@@ -164,27 +160,19 @@ def test_mixed_weights(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(model, ids), fused)
 
 
-def _in_a_process(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.model_cases", *arguments],
-        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_results_are_the_same_for_any_number_of_threads_and_in_two_processes() -> None:
-    several = json.loads(_in_a_process("1", "2", "3", NUMBA_NUM_THREADS="3"))
-    another = json.loads(_in_a_process("2", NUMBA_NUM_THREADS="2"))
+    several = json.loads(python("-m", "tests.model.model_cases", 1, 2, 3, NUMBA_NUM_THREADS="3"))
+    another = json.loads(python("-m", "tests.model.model_cases", 2, NUMBA_NUM_THREADS="2"))
     assert set(several.values()) == {several["1"]}
     assert another["2"] == several["1"]
 
 
 def test_plain_python_agrees() -> None:
     """NUMBA_DISABLE_JIT=1: a prompt and the tokens after it, with every kernel as Python that a debugger can enter."""
-    python, compiled = (json.loads(_in_a_process("tokens", NUMBA_DISABLE_JIT=flag)) for flag in "10")
+    program = "-m", "tests.model.model_cases", "tokens"
+    plain, compiled = (json.loads(python(*program, NUMBA_DISABLE_JIT=flag)) for flag in "10")
     # A value at a tie is rounded to another half float where its last bit differs: 2^-11 of it.
-    for got, expected, tolerance in zip(python, compiled, (1e-4, 1e-4, 1e-4, 2e-3), strict=True):
+    for got, expected, tolerance in zip(plain, compiled, (1e-4, 1e-4, 1e-4, 2e-3), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
 
@@ -194,20 +182,21 @@ def test_plain_python_agrees() -> None:
 @pytest.mark.parametrize("config", [SMALL, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("layout", ["f32", "int8"])
 def test_a_text_in_parts_gives_the_bits_of_the_text_at_once(layout: str, config: ModelConfig) -> None:
-    """Over three chunks of attention: token by token, and in parts that end anywhere."""
-    model = small_model(layout, config=config)
+    """Over three chunks of attention: token by token on one thread, and in parts that end anywhere."""
+    model, one_thread = small_model(layout, 2, config), small_model(layout, 1, config)
     ids = text(600)
     whole = logits(model, ids)
-    for parts in ([1] * 600, [126] * 4 + [96], [169, 1, 130, 300], [7, 5, 128, 3, 457]):
+    np.testing.assert_array_equal(run(one_thread, one_thread.new_cache(600), ids, [1] * 600), whole)
+    for parts in ([126] * 4 + [96], [169, 1, 130, 300], [7, 5, 128, 3, 457]):
         np.testing.assert_array_equal(run(model, model.new_cache(600), ids, parts), whole, err_msg=str(parts[:4]))
 
 
 @pytest.mark.parametrize("layout", ["f32", "f16", "int8"])
 def test_prefill_is_token_by_token(layout: str, models: dict[str, Llama]) -> None:
-    """Over two chunks of attention."""
-    model, ids = models[layout], text(290)
-    one_by_one = run(model, model.new_cache(290), ids, [1] * 290)
-    np.testing.assert_array_equal(one_by_one, logits(model, ids))
+    """Over two chunks of attention; the tokens on one thread."""
+    one_thread, ids = small_model(layout, 1), text(290)
+    one_by_one = run(one_thread, one_thread.new_cache(290), ids, [1] * 290)
+    np.testing.assert_array_equal(one_by_one, logits(models[layout], ids))
 
 
 @pytest.mark.parametrize(("layout", "kv"), [("f32", "f32"), ("int4", "f16")])

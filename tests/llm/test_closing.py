@@ -11,12 +11,6 @@ import pytest
 
 from ruvllm.llm import LLM
 from ruvllm.model.kv_cache import KVCache
-from tests import llm_cases as cases
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return cases.byte_llm(tmp_path_factory.mktemp("bytes"))
 
 
 @pytest.mark.parametrize("draft", [None, "lookup"])

@@ -1,7 +1,8 @@
 """Kernels as operators of ``torch.library``: torch.ops.ruvllm.rms_norm and others.
 
 An operator computes in float32. Tensors of float16 and bfloat16 are widened, and the result has the dtype of ``x``.
-Each function here is the operator; the one below it tells the shapes of its result for fake tensors.
+Each function here is the operator. The one below it tells the shapes of the results for fake tensors, unless the result
+has the shape of the first argument.
 """
 
 from typing import Any
@@ -26,19 +27,21 @@ def _operator(name: str, mutates: tuple[str, ...] = ()) -> Any:
     return torch.library.custom_op(f"ruvllm::{name}", mutates_args=mutates, device_types="cpu")
 
 
+def _same_shape(operator: Any) -> Any:
+    """The result of an operator has the shape and dtype of its first argument."""
+    operator.register_fake(lambda first, *others, **options: first.new_empty(first.shape))
+    return operator
+
+
 def _like(x: Tensor, y: np.ndarray) -> Tensor:
     return torch.from_numpy(y).to(x.dtype)
 
 
+@_same_shape
 @_operator("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
     return _like(x, K.rms_norm(_array(x), _array(weight), eps))
-
-
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @_operator("add_rms_norm")
@@ -53,52 +56,34 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return x.new_empty(x.shape), residual.new_empty(residual.shape)
 
 
+@_same_shape
 @_operator("silu_mul")
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     return _like(gate, K.silu_mul(_array(gate), _array(up)))
 
 
-@silu_mul.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
+@_same_shape
 @_operator("gelu_mul")
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, gelu by its tanh approximation."""
     return _like(gate, K.gelu_mul(_array(gate), _array(up)))
 
 
-@gelu_mul.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
+@_same_shape
 @_operator("rope")
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """x (..., T, H, D) rotated by the angles whose cos and sin (T, R/2) are given."""
     return _like(x, K.apply_rope_tables(_array(x), _array(cos), _array(sin), interleaved))
 
 
-@rope.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    return x.new_empty(x.shape)
-
-
+@_same_shape
 @_operator("attention")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None, scale: float | None = None
 ) -> Tensor:
     """softmax(scale q k^T + mask) v: q (..., T, H, D), k and v (..., S, KV, D), query t at position S - T + t."""
     return _like(q, K.flash_attention(_array(q), _array(k), _array(v), causal, window, scale))
-
-
-@attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None, scale: float | None = None
-) -> Tensor:
-    return q.new_empty(q.shape)
 
 
 # --- linear layers on packed weights ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 from ruvllm.checkpoint.storage import BLOCKS, row_bytes
 from ruvllm.checkpoint.whole_numbers import WHOLE_TYPES, whole_rows
 from ruvllm.kernels.jit.decorators import kernel
+from ruvllm.kernels.simd.vectors import f16_to_f32
 
 Array = np.ndarray[Any, Any]
 
@@ -48,15 +49,8 @@ _CHECKED_BLOCKS = 1 << 20  # blocks whose scales are checked together: bounds th
 
 @kernel(strict=True)
 def half(low: Any, high: Any) -> Any:
-    """The float32 value of the 16-bit float with these two bytes, subnormal numbers included."""
-    sign = np.uint32(high & 0x80) << np.uint32(24)
-    exponent = np.uint32(high & 0x7C) >> np.uint32(2)
-    mantissa = (np.uint32(high & 0x03) << np.uint32(8)) | np.uint32(low)
-    if exponent == 0:  # by arithmetic: right even where the processor flushes subnormal float32 to zero
-        value = np.float32(mantissa) * np.float32(2.0**-24)
-        return -value if sign else value
-    exponent = np.uint32(255) if exponent == 31 else np.uint32(exponent + np.uint32(112))
-    return np.uint32(sign | (exponent << np.uint32(23)) | (mantissa << np.uint32(13))).view(np.float32)
+    """The float32 value of the 16-bit float with these two bytes."""
+    return f16_to_f32(np.uint16(low) | np.uint16(np.uint16(high) << np.uint16(8)))
 
 
 @kernel(strict=True)

@@ -36,7 +36,7 @@ from ruvllm.model.llama import Llama
 from ruvllm.model.replay import needed_operations
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.weights import INTEGER_LAYOUTS, LAYOUTS, layout_for, load_weights
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 
 if TYPE_CHECKING:
     from ruvllm.kernels import KernelSpec
@@ -143,8 +143,7 @@ def warmup(progress: bool | None = True) -> None:
     steps += [partial(compile_many, kv, progress) for kv in KV_DTYPES]
     steps += [partial(compile_training, [layout], progress) for layout in LAYOUTS]
     steps += [partial(_run_kernel, spec) for spec in KERNELS.values()]
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(steps), desc="warming up", unit="kind", leave=False, disable=hidden) as bar:
+    with tqdm(total=len(steps), desc="warming up", unit="kind", leave=False, disable=hidden(progress)) as bar:
         for step in steps:
             step()
             bar.update()
@@ -302,7 +301,7 @@ def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS, takes: str 
     """A bar that advances with each function that numba has compiled meanwhile."""
     bar = tqdm(
         total=functions, desc="compiling kernels (first run only)", unit="function", leave=False,
-        disable=None if progress is None else not progress,
+        disable=hidden(progress),
     )  # fmt: skip
     if bar.disable:
         logger.info("compiling kernels for this kind of model: %s, the first time only", takes)

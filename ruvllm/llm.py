@@ -30,7 +30,7 @@ from ruvllm.model.speculation.draft_model import DraftModel
 from ruvllm.model.speculation.lookup import Lookup
 from ruvllm.model.speculation.speculate import Drafter, Speculation, speculate
 from ruvllm.options import AnswerOptions, ChatOptions
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Encoded, Message, Prompt
 from ruvllm.streaming import Answer, Generation, Stream, Timings
 from ruvllm.tracing.facade import Inspection
@@ -53,8 +53,7 @@ def _is_chat(prompt: Prompt) -> bool:
 @contextmanager
 def _bar(what: str, progress: bool | None) -> Iterator[Callable[[int, int], None]]:
     """A bar of windows, and the function that advances it."""
-    quiet = None if progress is None else not progress
-    with tqdm(desc=what, unit="window", leave=False, delay=_SLOW_SECONDS, disable=quiet) as bar:
+    with tqdm(desc=what, unit="window", leave=False, delay=_SLOW_SECONDS, disable=hidden(progress)) as bar:
 
         def advance(done: int, windows: int) -> None:
             bar.total = windows

@@ -30,7 +30,7 @@ from ruvllm.model.replay import working_bytes
 from ruvllm.model.share import Share
 from ruvllm.model.split import SplitLlama
 from ruvllm.model.weights import INTEGER_LAYOUTS, FloatWeights, IntegerWeights, matrix_bytes
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ def load(
     require_wire(wire)
     if ignored := [name for name, given in (("shares", shares is not None), ("wire", wire != "auto")) if given]:
         logger.warning("%s: ignored, as the model is not divided over ranks here", ", ".join(ignored))
-    quiet = None if progress is None else not progress
     where = resolve(path)
     with _not_collecting(), open_checkpoint(where, mmap=mmap) as checkpoint:
         _require_memory(checkpoint, weights)
@@ -97,7 +96,7 @@ def load(
         packed = place.find() if place is not None else None
         compile_for(((checkpoint.tensor(name).dtype, layout) for name, layout in layouts.items()), progress)
         compile_choices(checkpoint.config, layouts.values(), progress)
-        with _loading_bar(checkpoint, quiet) as bar:
+        with _loading_bar(checkpoint, progress) as bar:
             source: Weights = checkpoint if packed is None else PackedModel(checkpoint, packed)
             model = Llama(checkpoint.config, source, weights, threads, progress=bar.update)
     if place is not None and packed is None and model.nbytes >= _WORTH_KEEPING:
@@ -140,7 +139,7 @@ def pack(path: str | os.PathLike[str], weights: str = "auto", progress: bool | N
             raise OSError(f"packed weights cannot be kept: there is no private cache directory, or {VARIABLE} is 0")
         if place.find() is None:
             _require_memory(checkpoint, weights)
-            with _loading_bar(checkpoint, None if progress is None else not progress) as bar:
+            with _loading_bar(checkpoint, progress) as bar:
                 place.keep(_matrices(Llama(checkpoint.config, checkpoint, weights, progress=bar.update)))
     return place.path
 
@@ -149,10 +148,10 @@ def _matrices(model: Llama) -> dict[str, FloatWeights | IntegerWeights]:
     return {name: linear.weights for name, linear in model.linears().items()}
 
 
-def _loading_bar(checkpoint: Checkpoint, quiet: bool | None) -> Any:
+def _loading_bar(checkpoint: Checkpoint, progress: bool | None) -> Any:
     return tqdm(
         total=checkpoint.config.parameter_count(), desc="loading", unit="", unit_scale=True, leave=False,
-        delay=_SLOW_LOAD_SECONDS, disable=quiet,
+        delay=_SLOW_LOAD_SECONDS, disable=hidden(progress),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from ruvllm.checkpoint.tensor import Tensor
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.rope import frequencies
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 
 # Type of the matrices: its name in files, and llama.cpp's number for files of it (llama_ftype).
 TYPES = {
@@ -153,8 +153,8 @@ def _write(file: BinaryIO, checkpoint: Checkpoint, type: str, progress: bool | N
         file.write(encode_rows("F32", divisors[None]).tobytes())
         pad(file)
     total = sum(math.prod(shape) for shape, _ in tensors.values())
-    quiet = None if progress is None else not progress
-    with tqdm(total=total, desc=f"writing {type}", unit="", unit_scale=True, leave=False, disable=quiet) as bar:
+    named = f"writing {type}"
+    with tqdm(total=total, desc=named, unit="", unit_scale=True, leave=False, disable=hidden(progress)) as bar:
         for (_, parts), target in zip(tensors.values(), described, strict=True):
             for tensor in parts:
                 _write_tensor(file, tensor, target.dtype, bar)

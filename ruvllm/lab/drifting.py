@@ -17,7 +17,7 @@ from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.reference import Float64, reference_states
 from ruvllm.model.weights import LAYOUTS, load_weights
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 
 _ROWS = 512  # of a tensor, evenly spread, that its quantisation error is measured on
@@ -91,9 +91,8 @@ def drift(llm: LLM, prompt: Prompt, name: str | None = None, progress: bool | No
     ids, logits = trace.ids, trace["logits"]
     errors, largest = [], []
     with open_checkpoint(llm.path) as checkpoint:
-        quiet = None if progress is None else not progress
         with tqdm(
-            total=llm.config.num_hidden_layers + 1, desc="float64", unit="layer", leave=False, disable=quiet
+            total=llm.config.num_hidden_layers + 1, desc="float64", unit="layer", leave=False, disable=hidden(progress)
         ) as bar:
 
             class Shown(Float64):
@@ -175,7 +174,7 @@ def quantisation_error(
     with open_checkpoint(where) as checkpoint:
         names = [name for name in checkpoint.config.tensor_shapes() if len(checkpoint.tensor(name).shape) == 2]
         errors: dict[str, dict[str, float]] = {layout: {} for layout in layouts}
-        bar = tqdm(names, desc="quantising", leave=False, disable=None if progress is None else not progress)
+        bar = tqdm(names, desc="quantising", leave=False, disable=hidden(progress))
         for name in bar:
             for layout in layouts:
                 errors[layout][name] = _tensor_error(checkpoint, name, layout)

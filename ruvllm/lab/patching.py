@@ -14,7 +14,7 @@ from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.edits import Edit
 from ruvllm.model.hooks import Editing
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 from ruvllm.tracing.attribution import token_of
 from ruvllm.tracing.labels import label_ticks, shown, text_of
@@ -105,8 +105,8 @@ def patch(
         raise ValueError(f"metric: expected two numbers that differ, found {whole} and {none}: no patch can restore it")
     first = int(np.argmax(ids != source.ids))  # before it both runs have the same arrays
     values = np.full((len(names), len(ids)), none)
-    cache, quiet = llm.new_cache(len(ids)), None if progress is None else not progress
-    for row, name in enumerate(tqdm(names, desc="patching", leave=False, disable=quiet)):
+    cache = llm.new_cache(len(ids))
+    for row, name in enumerate(tqdm(names, desc="patching", leave=False, disable=hidden(progress))):
         cache.clear()
         llm.logits(ids, cache, last_only=True)
         position = np.zeros(1, np.int64)

@@ -17,7 +17,7 @@ from ruvllm.lab.loaded import require_loaded
 from ruvllm.llm import LLM
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.edits import after_layer
-from ruvllm.progress import tqdm
+from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 
 METHODS = ("mean", "pca")
@@ -124,8 +124,7 @@ def steering(
         raise ValueError(
             f"pca: expected two pairs or more, found {len(positives)} positives, {len(negatives)} negatives"
         )
-    quiet = None if progress is None else not progress
-    with tqdm(total=len(positives) + len(negatives), desc="steering", leave=False, disable=quiet) as bar:
+    with tqdm(total=len(positives) + len(negatives), desc="steering", leave=False, disable=hidden(progress)) as bar:
         one, other = (np.stack([_last_states(llm, prompt, bar) for prompt in prompts]) for prompts in kinds.values())
     mean = one.mean(0) - other.mean(0)
     directions = (

@@ -17,6 +17,7 @@ from ruvllm.model.config import ExpertsConfig, RopeConfig
 
 _EVERY = 4  # layer of OLMo 3 sees all positions
 _COMMON: Choices = {"norms": "after", "qk_norm": "row"}
+_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 50279}
 
 
 def _olmo2(keys: Fields, sizes: Sizes) -> Choices:
@@ -56,22 +57,15 @@ def _gguf_olmoe(meta: Fields, sizes: Sizes) -> Choices:
 OLMO2 = Family(
     model_type="olmo2", classes=("Olmo2ForCausalLM",), architecture="olmo2", hf_choices=_olmo2,
     gguf_choices=_gguf_olmo2,
-    defaults={
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 50279,
-    },
+    defaults=_DEFAULTS,
 )  # fmt: skip
 OLMO3 = Family(
     model_type="olmo3", classes=("Olmo3ForCausalLM",), architecture="olmo2", hf_choices=_olmo3,
     gguf_values=lambda config: gguf_window_values(config, _EVERY),
-    defaults={
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 50279,
-        "rope_theta": 5e5, "sliding_window": 4096,
-    },
+    defaults=_DEFAULTS | {"rope_theta": 5e5, "sliding_window": 4096},
 )  # fmt: skip
 OLMOE = Family(
     model_type="olmoe", classes=("OlmoeForCausalLM",), architecture="olmoe", hf_choices=_olmoe,
     gguf_choices=_gguf_olmoe, gguf_values=gguf_expert_values,
-    defaults={
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 50279,
-    },
+    defaults=_DEFAULTS | {"max_position_embeddings": 4096},
 )  # fmt: skip

@@ -145,7 +145,7 @@ def test_loading_takes_little_more_than_the_model(weights: str, smollm2_path: Pa
 
 
 def test_generations_leave_nothing_behind(tmp_path: Path) -> None:
-    llm = llm_cases.byte_llm(tmp_path)
+    llm = llm_cases.byte_llm(tmp_path, threads=1)
 
     def talk(times: int) -> None:
         for seed in range(times):

@@ -44,7 +44,7 @@ def test_guesses_change_no_text_and_are_counted(llm: LLM, tmp_path: Path, monkey
     for options in ({}, {"temperature": 0.7, "seed": 3}):
         expected = llm.generate("abcabcabc", max_tokens=60, **options)
         assert (expected.timings.drafted, expected.timings.passes) == (0, expected.timings.tokens)
-        for draft in ("lookup", llm, cases.byte_llm(tmp_path)):
+        for draft in ("lookup", llm, cases.byte_llm(tmp_path, threads=1)):
             cache = llm.new_cache(100)
             found = llm.generate("abcabcabc", max_tokens=60, draft=draft, cache=cache, **options)
             assert (found.ids, found.text) == (expected.ids, expected.text)

@@ -68,7 +68,7 @@ def test_without_a_context_that_of_a_small_model_is_taken(llm: LLM, tmp_path: Pa
     ids = np.arange(600) % 200
     assert llm.perplexity(ids) == llm.perplexity(ids, context=256)
     assert llm.divergence(ids, llm).perplexity == llm.perplexity(ids, context=256)
-    larger = cases.byte_llm(tmp_path, config=dataclasses.replace(cases.CONFIG, max_position_embeddings=2048))
+    larger = cases.byte_llm(tmp_path, threads=1, config=dataclasses.replace(cases.CONFIG, max_position_embeddings=2048))
     assert larger.perplexity(ids).context == 512
     with pytest.raises(ValueError, match="context: expected 4 to 256, found 512"):
         llm.perplexity(ids, context=512)

@@ -59,26 +59,10 @@ _HOMES = {
 _PACKAGES = ("kernels", "model", "checkpoint")
 
 __all__ = [
-    "LLM",
-    "ContextFullError",
-    "DownloadError",
-    "Dry",
-    "Generation",
-    "InsufficientMemoryError",
-    "KVCache",
-    "Llama",
-    "Mirostat",
-    "ModelConfig",
-    "ModelFormatError",
-    "RankError",
-    "RuvllmError",
-    "Sampling",
-    "Xtc",
-    "load",
-    "pull",
-    "quantize",
-    "warmup",
-]
+    "LLM", "ContextFullError", "DownloadError", "Dry", "Generation", "InsufficientMemoryError", "KVCache", "Llama",
+    "Mirostat", "ModelConfig", "ModelFormatError", "RankError", "RuvllmError", "Sampling", "Xtc", "load", "pull",
+    "quantize", "warmup",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

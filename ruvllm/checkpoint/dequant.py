@@ -27,22 +27,10 @@ Array = np.ndarray[Any, Any]
 
 # Byte positions of the 16-bit float scales in a block.
 SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
     "Q4_Z": (0,),
-}
+}  # fmt: skip
 _NO_NUMBER = 255  # the exponent of MXFP4 that means NaN
 _CHECKED_BLOCKS = 1 << 20  # blocks whose scales are checked together: bounds the temporary array
 

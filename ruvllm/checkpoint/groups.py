@@ -172,22 +172,11 @@ def _whole_rows(dtype: str, raw: np.ndarray, codes: np.ndarray, scales: np.ndarr
 
 # kind, has mins
 _TYPES = {
-    "Q4_0": ("int4", False),
-    "Q4_1": ("int4", True),
-    "Q5_0": ("int5", False),
-    "Q5_1": ("int5", True),
-    "Q8_0": ("int8", False),
-    "Q4_K": ("int4", True),
-    "Q5_K": ("int5", True),
-    "Q6_K": ("int8", False),
-    "Q3_K": ("int8", False),
-    "IQ4_NL": ("int8", False),
-    "IQ4_XS": ("int8", False),
-    "MXFP4": ("int5", False),
-    "TQ1_0": ("int4", False),
-    "TQ2_0": ("int4", False),
-    "Q4_Z": ("int4", True),
-}
+    "Q4_0": ("int4", False), "Q4_1": ("int4", True), "Q5_0": ("int5", False), "Q5_1": ("int5", True),
+    "Q8_0": ("int8", False), "Q4_K": ("int4", True), "Q5_K": ("int5", True), "Q6_K": ("int8", False),
+    "Q3_K": ("int8", False), "IQ4_NL": ("int8", False), "IQ4_XS": ("int8", False), "MXFP4": ("int5", False),
+    "TQ1_0": ("int4", False), "TQ2_0": ("int4", False), "Q4_Z": ("int4", True),
+}  # fmt: skip
 # Decoders of what is not ``_whole_rows``, or not as these: rows, codes, scales, mins.
 _DECODERS: dict[str, Callable[..., None]] = {
     "Q4_K": lambda *arrays: k_rows(*arrays, 144, 0, 16),

@@ -32,15 +32,9 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 _POLL_SECONDS = 0.1
 _OFFLINE_SIGNS = (
-    "NewConnectionError",
-    "NameResolutionError",
-    "ConnectTimeoutError",
-    "ReadTimeoutError",
-    "ProxyError",
-    "SSLError",
-    "Max retries exceeded",
-    "error sending request",
-)
+    "NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError", "SSLError",
+    "Max retries exceeded", "error sending request",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,30 +14,15 @@ if TYPE_CHECKING:
 
 # Fetched when first used: a configuration can be read without loading the compiler.
 _HOMES = {
-    "PRESETS": "presets",
-    "ModelConfig": "config",
-    "RopeConfig": "config",
-    "KVCache": "kv_cache",
-    "TransformerLayer": "layer",
-    "Linear": "linear",
-    "Llama": "llama",
-    "LoraAdapter": "lora",
-    "LoraConfig": "lora",
+    "PRESETS": "presets", "ModelConfig": "config", "RopeConfig": "config", "KVCache": "kv_cache",
+    "TransformerLayer": "layer", "Linear": "linear", "Llama": "llama", "LoraAdapter": "lora", "LoraConfig": "lora",
     "MicroLora": "lora",
-}
+}  # fmt: skip
 
 __all__ = [
-    "PRESETS",
-    "KVCache",
-    "Linear",
-    "Llama",
-    "LoraAdapter",
-    "LoraConfig",
-    "MicroLora",
-    "ModelConfig",
-    "RopeConfig",
+    "PRESETS", "KVCache", "Linear", "Llama", "LoraAdapter", "LoraConfig", "MicroLora", "ModelConfig", "RopeConfig",
     "TransformerLayer",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

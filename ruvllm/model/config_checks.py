@@ -8,18 +8,10 @@ from ruvllm.errors import RuvllmError, printable
 
 # Larger than any model that one machine runs, small enough that no product of two of them overflows 64 bits.
 _LIMITS = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 4096,
-    "num_key_value_heads": 4096,
-    "head_dim": 1024,
-    "rotary_dim": 1024,
-    "experts.count": 512,
-    "experts.per_token": 512,
-    "experts.intermediate_size": 1 << 22,
-}
+    "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 4096,
+    "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1024, "rotary_dim": 1024,
+    "experts.count": 512, "experts.per_token": 512, "experts.intermediate_size": 1 << 22,
+}  # fmt: skip
 _MOST = 1 << 31  # of any other integer
 
 

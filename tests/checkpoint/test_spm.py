@@ -162,24 +162,8 @@ def _with_ties(model: bytes, step: int) -> bytes:
 
 
 WORDS = [
-    "the",
-    "then",
-    "he",
-    "hen",
-    "ten",
-    "nth",
-    "été",
-    "日本",
-    "==",
-    "=",
-    "1",
-    "22",
-    "def",
-    "  ",
-    "x_y",
-    "😀",
-    "aaaa",
-]
+    "the", "then", "he", "hen", "ten", "nth", "été", "日本", "==", "=", "1", "22", "def", "  ", "x_y", "😀", "aaaa",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[3, 40, 10_000])

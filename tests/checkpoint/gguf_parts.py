@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 from ruvllm.checkpoint.gguf_split import part_name
-from tests.model import tiny
+from tests.model import tiny, tiny_gguf
 
 PARTS = 3
 
@@ -57,7 +57,4 @@ def write_file(path: Path, metadata: dict[str, Any], arrays: dict[str, Any]) -> 
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, array in arrays.items():
         writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)

@@ -25,7 +25,7 @@ from ruvllm.checkpoint.tokenizer import load_tokenizer
 from ruvllm.model.config import ModelConfig
 from tests import llm_cases
 from tests.checkpoint import corpus
-from tests.model import tiny
+from tests.model import tiny, tiny_gguf
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ def rewrite_gguf(
     for name, array in arrays.items():
         if array is not None:
             writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     return path
 
 
@@ -296,10 +293,7 @@ def write_gguf_adapter(path: Path, alpha: float = 6.0, q: tuple[int, ...] = (3, 
         rows = checkpoint.tensor("layers.1.q").shape[0]
     writer.add_tensor("blk.1.attn_q.weight.lora_a", np.ones(q, np.float32))
     writer.add_tensor("blk.1.attn_q.weight.lora_b", np.ones((rows, 3), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     return path
 
 

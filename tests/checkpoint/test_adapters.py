@@ -97,10 +97,7 @@ def write_gguf(
         elif part == "lora_B" and "k_proj" in stem:
             array = tiny_gguf.interleave(array, 2)
         writer.add_tensor(f"{names.get_name(stem)}.weight.{part.lower()}", np.ascontiguousarray(array, dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     return path
 
 

@@ -15,6 +15,7 @@ from ruvllm.checkpoint.gguf import GGUFFile
 from ruvllm.errors import ModelFormatError
 from tests.checkpoint import corpus
 from tests.checkpoint.corpus import Hostile
+from tests.model import tiny_gguf
 
 both_ways = pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
 
@@ -96,10 +97,7 @@ def test_equals_gguf_package(tmp_path: Path) -> None:
     for kind in kinds:
         code = peer.GGMLQuantizationType[kind]
         writer.add_tensor(kind, peer.quants.quantize(values, code), raw_dtype=code)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     for source in (path, write(tmp_path, corpus.valid_gguf())):
         ours, theirs = GGUFFile(source), peer.GGUFReader(source)
         keys = [key for key in theirs.fields if not key.startswith("GGUF.")]

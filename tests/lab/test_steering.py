@@ -111,10 +111,7 @@ def test_files_are_those_of_the_gguf_package(llm: LLM, tmp_path: Path) -> None:
     writer.add_string("controlvector.model_hint", "mistral")
     writer.add_int32("controlvector.layer_count", 1)
     writer.add_tensor("direction.1", found[1])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     read = load_control_vector(tmp_path / "theirs.gguf", CONFIG)
     assert list(read) == [1]
     np.testing.assert_array_equal(read[1], found[1])
@@ -124,10 +121,7 @@ def written(path: Path, architecture: str = "controlvector", **tensors: np.ndarr
     writer = gguf.GGUFWriter(path, architecture)
     for name, array in tensors.items():
         writer.add_tensor(name.replace("_", "."), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer)
     return path
 
 

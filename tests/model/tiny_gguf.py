@@ -65,11 +65,16 @@ def write(
             _add_tensor(writer, gguf_name, _converted(part, values, config), dtype)
     for tensor, factors in rope.items():
         writer.add_tensor(tensor, np.array(factors, np.float32))
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write the file that was described."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def vocabulary(size: int) -> list[str]:

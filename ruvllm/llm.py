@@ -23,7 +23,7 @@ from ruvllm.model.kv_cache import KVCache
 from ruvllm.model.llama import Llama
 from ruvllm.model.lora import MicroLora
 from ruvllm.model.perplexity import Divergence, Perplexity, divergence, perplexity
-from ruvllm.model.ranks import Ranks
+from ruvllm.model.ranks import ranks_of
 from ruvllm.model.sampling.sampler import Sampler
 from ruvllm.model.speculation.costs import PassCosts
 from ruvllm.model.speculation.draft_model import DraftModel
@@ -316,9 +316,8 @@ class LLM(ManyTexts, Inspection, Learning):
         """
         ids, bos, nbytes = self._scored(text, kv)
         context = min(_SCORED_TOKENS, self.config.max_position_embeddings) if context is None else context
-        ranks = None if comm is None or comm.Get_size() == 1 else Ranks(comm)
         with _bar("perplexity", progress) as advance:
-            return perplexity(self.model, ids, context, bos, nbytes, advance, kv, ranks)
+            return perplexity(self.model, ids, context, bos, nbytes, advance, kv, ranks_of(comm))
 
     def divergence(
         self, text: str | Sequence[int] | np.ndarray, baseline: LLM, context: int | None = None,

@@ -25,7 +25,7 @@ from ruvllm.llm import DEFAULT_MAX_TOKENS, LLM
 from ruvllm.model.exchange import require_wire
 from ruvllm.model.kv_size import PREFILL_TOKENS, cache_bytes, chosen_kv
 from ruvllm.model.llama import WEIGHTS, Llama, Weights, choose_layouts
-from ruvllm.model.ranks import Ranks, host_cores
+from ruvllm.model.ranks import Ranks, host_cores, ranks_of
 from ruvllm.model.replay import working_bytes
 from ruvllm.model.share import Share
 from ruvllm.model.split import SplitLlama
@@ -80,8 +80,8 @@ def load(
         RankError: another rank failed to load, or has another version of ruvllm, another file or other arguments.
         ValueError: unknown ``weights`` or ``wire``, or threads < 1; ranks among which the model cannot be divided.
     """
-    if comm is not None and comm.Get_size() > 1:
-        return _load_share(path, weights, threads, mmap, Ranks(comm), shares, wire)
+    if (ranks := ranks_of(comm)) is not None:
+        return _load_share(path, weights, threads, mmap, ranks, shares, wire)
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     require_wire(wire)
@@ -187,6 +187,7 @@ def _load_share(
             compile_choices(checkpoint.config, layouts.values(), False)
             held = PartOfCheckpoint(checkpoint, found[ranks.rank])
             model = SplitLlama(found, ranks, held, weights, threads, wire=wire)
+    model.guard()
     return LLM(model, tokenizer, Path(where))
 
 

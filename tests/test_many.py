@@ -11,8 +11,10 @@ import pytest
 
 import ruvllm.kernels as K
 from ruvllm.batching import Engine, Generated
+from ruvllm.batching.sequence import Scored
 from ruvllm.errors import ContextFullError
 from ruvllm.llm import LLM
+from ruvllm.loading import load
 from ruvllm.model.kv_pool import BLOCK, block_bytes
 from ruvllm.model.sampling.options import Sampling
 from ruvllm.model.sampling.sampler import Sampler
@@ -90,6 +92,17 @@ def test_scores_are_sums_of_log_probabilities(llm: LLM) -> None:
         llm.score("a", ["b" * 300])
 
 
+def test_a_prompt_and_a_continuation_that_are_one_token(smollm2_path: Path) -> None:
+    """Nothing would come before it: each is then a token of its own."""
+    llm = load(smollm2_path, threads=2)
+    (x,), (a,), both = (llm.tokenizer.encode(text) for text in ("x", "a", "xa"))
+    assert len(both) == 1
+    assert llm.score("x", ["a"], progress=False)[0] == pytest.approx(K.log_softmax(llm.logits([x])[0])[a])
+    engine = Engine(llm.model, "f16", memory=block_bytes(llm.config, "f16"))
+    with pytest.raises(ValueError, match="expected at least one token, found none"):
+        engine.submit(Scored(np.array(both), 0))
+
+
 def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
     texts = [p for p in PROMPTS if isinstance(p, str)]
     mean, last = llm.embed(texts, progress=False), llm.embed(texts, pooling="last", progress=False)
@@ -131,6 +144,7 @@ def test_what_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="memory: expected at least [0-9]+ bytes, which .*, found '1kB'"):
         llm.generate_many(["a"], memory="1kB")
     assert llm.answering(memory="20 MB").engine.pool.memory == 20 * 10**6
+    assert llm.answering(memory="0.5GiB").engine.pool.memory == 2**29
     with pytest.raises(TypeError, match="draft: only for one text"):
         llm.generate("a", n=2, draft="lookup")
     with pytest.raises(TypeError, match="cache: only for one text"):

@@ -84,7 +84,10 @@ class Engine:
 
         Raises:
             ContextFullError: it does not fit into the model's context, or, even alone, into this engine's memory.
+            ValueError: it has no tokens.
         """
+        if not sequence.length:
+            raise ValueError(f"{sequence.what}: expected at least one token, found none")
         needed, limit = sequence.capacity, self.model.config.max_position_embeddings
         if sequence.length > limit:
             found = f"{sequence.what} has {sequence.length} tokens"

@@ -113,7 +113,8 @@ class ManyTexts:
     ) -> np.ndarray:  # fmt: skip
         """Log-likelihoods (N,) float64 of continuations of a prompt, which is computed once: sum ln p(token | before).
 
-        Prompt and continuation are split into tokens together; of these, those after the prompt's are scored.
+        Prompt and continuation are split into tokens together; of these, those after the prompt's are scored. Where
+        both would be one token, each is split by itself.
 
         Args:
             prompt: as ``stream`` takes it.
@@ -148,10 +149,10 @@ def _continued(llm: ManyTexts, prompt: Prompt, ids: np.ndarray, text: str, name:
         raise ValueError(f"{name}: expected at least one character, found none")
     if isinstance(prompt, str):
         whole = llm.model.checked_ids(llm.tokenizer.encode(prompt + text, parse_special=True), name)
-    else:
-        more = llm.tokenizer.encode(text, add_special=False, parse_special=False)
-        whole = np.concatenate([ids, llm.model.checked_ids(more, name)])
-    return whole, min(len(ids), len(whole) - 1)
+        if len(whole) > 1:  # one token for both has none before it
+            return whole, min(len(ids), len(whole) - 1)
+    more = llm.tokenizer.encode(text, add_special=False, parse_special=False)
+    return np.concatenate([ids, llm.model.checked_ids(more, name)]), len(ids)
 
 
 def _requests(

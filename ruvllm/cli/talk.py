@@ -130,10 +130,12 @@ def perplexity(args: argparse.Namespace) -> None:
     model = take_model(args, DEFAULT_MODEL)
     if (operand := take_last(args)) is not None:
         raise ValueError(f"unexpected argument {operand!r}")
-    text = read_text(None, file, "text")
+    together = None if splits_model(args) else args.comm
+    text = read_text(None, file, "text") if together is None or together.Get_rank() == 0 else ""
+    if together is not None:
+        text = together.bcast(text)  # only rank 0 has stdin
     llm = load_model(args, model)
     context = context_of(llm, args)
-    together = None if splits_model(args) else args.comm
     if not args.kl:
         print(llm.perplexity(text, context=context, kv=args.kv, comm=together))
         return
@@ -328,7 +330,10 @@ def _next_line(interactive: bool, prompted: bool) -> str | None:
     if not interactive:
         if prompted:
             _note("> ", end="")
-        return read_line() or None
+        line = read_line()
+        if prompted and not line:
+            print(file=sys.stderr)
+        return line or None
     while True:
         try:
             return checked(input("> "), "the message")

@@ -19,7 +19,6 @@ import numpy as np
 
 from ruvllm.errors import ModelFormatError
 from ruvllm.model.checks import is_integer
-from ruvllm.model.fingerprint import fingerprint
 from ruvllm.model.kv_size import KV_TYPES
 from ruvllm.paths import replacing
 
@@ -42,7 +41,7 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike[str]) -> None:
     if not cache.filled_with(model.filling) or len(model.filling) > 2:
         raise ValueError("cache: expected tokens of the adapters that are active, without edits, found others")
     header = {
-        "format": _FORMAT, "model": fingerprint(model), "byteorder": sys.byteorder, "kv": cache.dtype,
+        "format": _FORMAT, "model": model.identity(), "byteorder": sys.byteorder, "kv": cache.dtype,
         "max_tokens": cache.max_tokens, "length": cache.length, "reach": cache.reach,
     }  # fmt: skip
     with replacing(_path(path)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -82,7 +81,7 @@ def _path(given: str | os.PathLike[str]) -> Path:
 
 def _read(archive: zipfile.ZipFile, model: Any, path: Path, max_tokens: int | None) -> Any:
     header = _header(archive, path)
-    for name, expected in (("format", _FORMAT), ("byteorder", sys.byteorder), ("model", fingerprint(model))):
+    for name, expected in (("format", _FORMAT), ("byteorder", sys.byteorder), ("model", model.identity())):
         if header[name] != expected:
             raise ModelFormatError(path, field=name, found=header[name], expected=f"{expected}, of this model")
     if header["kv"] not in KV_TYPES:

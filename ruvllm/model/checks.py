@@ -8,8 +8,6 @@ from typing import TypeGuard
 
 import numpy as np
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 def is_integer(value: object) -> bool:
     """Whether it is a Python or NumPy integer; not True or False."""
@@ -22,16 +20,16 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def parse_size(name: str, size: object) -> int:
-    """Bytes of a size: a number of bytes, or text such as "50GB".
+    """Bytes of a size: a number of bytes, or text such as "50GB" or "2GiB".
 
     Raises ValueError, which begins with ``name``, for anything else.
     """
     if is_number(size) and math.isfinite(size) and size >= 0:
         return int(size)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper()) if isinstance(size, str) else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B?", size.strip().upper()) if isinstance(size, str) else None
     if match is None:
         raise ValueError(f"{name}: expected a number of bytes, or a size such as 50GB, found {size!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
 
 
 def require(name: str, value: object, ok: bool, expected: str) -> None:

@@ -17,6 +17,7 @@ from ruvllm.kernels.attention.kv import SCALE_ROWS
 from ruvllm.kernels.attention.tile import Cache
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.memory import require_memory
+from ruvllm.model.checks import is_integer
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.kv_blocks import Block, BlockLayout
 from ruvllm.model.kv_size import FEW_TOKENS, block_positions, cache_bytes, capacities, capacity
@@ -38,7 +39,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, kv: str = "f32") -> None:
-        if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+        if not is_integer(max_tokens) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive integer, found {max_tokens!r}")
         self.config, self.dtype, self.max_tokens = config, kv, int(max_tokens)
         self.layout = BlockLayout(config, kv, block_positions(self.max_tokens))
@@ -157,7 +158,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Drop the positions from ``length`` on. Raises ValueError where windowed layers lack older positions."""
-        if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
+        if not is_integer(length) or not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, found {length!r}")
         if 0 < length < self.oldest:
             raise ValueError(
@@ -266,6 +267,9 @@ class KVCache:
             other._set_tables(self.tables.copy())
             self._shared = {block for blocks in self._blocks for block in blocks}
             other._shared = set(self._shared)
+            model: Any = self._model()
+            if model is not None:
+                model.forked(self, other)
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:

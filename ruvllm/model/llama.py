@@ -20,6 +20,7 @@ from ruvllm.model.checks import is_integer, require
 from ruvllm.model.config import ModelConfig
 from ruvllm.model.exchange import Alone, Exchange
 from ruvllm.model.experts import MixtureOfExperts
+from ruvllm.model.fingerprint import fingerprint
 from ruvllm.model.hooks import active
 from ruvllm.model.kv_cache import Filling, KVCache
 from ruvllm.model.kv_size import PREFILL_TOKENS, chosen_kv
@@ -105,6 +106,13 @@ class Llama:
     def new_cache(self, max_tokens: int, kv: str = "auto") -> KVCache:
         """A KV cache for ``max_tokens`` positions. kv: "f32", "f16", "int8"; "auto": see ``chosen_kv``."""
         return KVCache(self.config, max_tokens, chosen_kv(kv, self.layouts))
+
+    def identity(self) -> str:
+        """Equal for models whose keys and values of a token are the same bits."""
+        return fingerprint(self)
+
+    def forked(self, cache: KVCache, fork: KVCache) -> None:
+        """Called after each fork of a cache that this model fills."""
 
     def forward(
         self, ids: Iterable[int] | np.ndarray, cache: KVCache, last_only: bool = False,

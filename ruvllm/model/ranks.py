@@ -181,6 +181,16 @@ class Ranks:
         end_all(self.comm, FAILED)
 
 
+def ranks_of(comm: Any) -> Ranks | None:
+    """The ranks of a communicator of mpi4py; None where there is none, or one rank.
+
+    Raises TypeError for anything else.
+    """
+    if comm is not None and not hasattr(comm, "Get_size"):
+        raise TypeError(f"comm: expected a communicator of mpi4py, such as MPI.COMM_WORLD, found {comm!r:.60}")
+    return None if comm is None or comm.Get_size() == 1 else Ranks(comm)
+
+
 def _add_halves(x: Any, y: Any, _: Any) -> None:
     """y becomes x + y: a sum of MPI's, in IEEE half precision."""
     total = np.frombuffer(y, np.float16)

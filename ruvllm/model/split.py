@@ -38,11 +38,12 @@ class Command(IntEnum):
 
     PASS = 1
     ADAPTERS = 2
-    END = 3
+    FORK = 3
+    END = 4
 
 
 # A command: these fields, then the numbers of caches that are gone, then the tokens of a pass.
-_FIELDS = _COMMAND, _CACHE, _KIND, _CAPACITY, _LENGTH, _TOKENS, _ROWS, _GONE = range(8)
+_FIELDS = _COMMAND, _CACHE, _FORK, _KIND, _CAPACITY, _LENGTH, _TOKENS, _ROWS, _GONE = range(9)
 _MOST_GONE = 8  # told at once
 
 
@@ -75,7 +76,10 @@ class SplitLlama(Llama):
         self._made = 0
         self._gone: list[int] = []
         self._factors: weakref.WeakKeyDictionary[AdapterSet, Mapping[str, Factors]] = weakref.WeakKeyDictionary()
-        guard(ranks, partial(_end, ranks, len(self._command)))
+
+    def guard(self) -> None:
+        """Once every rank has its share: see to it that none waits for ever where the program of one ends."""
+        guard(self.ranks, partial(_end, self.ranks, len(self._command)))
 
     @property
     def whole_config(self) -> ModelConfig:
@@ -85,7 +89,7 @@ class SplitLlama(Llama):
     @property
     def points(self) -> dict[str, Point]:
         """Raises ValueError: no rank has whole arrays."""
-        raise ValueError("trace, edit, names: not for a model that is split over ranks; load it on one")
+        raise ValueError("trace, edit, embed, names: not for a model that is split over ranks; load it on one")
 
     @property
     def tapes(self) -> Tapes:
@@ -136,6 +140,16 @@ class SplitLlama(Llama):
             self._logits[rows] = aligned_empty((rows, len(self.share.tokens)))
         return self._logits[rows]
 
+    def identity(self) -> str:
+        """Raises ValueError: a file of a KV cache holds all of it, which no rank has."""
+        raise ValueError("save, load_cache: not for a model that is split over ranks; load it on one")
+
+    def forked(self, cache: KVCache, fork: KVCache) -> None:
+        """Rank 0: let the other ranks fork their part of the cache."""
+        if cache in self._numbers and not self.ranks.ended:
+            with self._lock, uninterrupted():
+                self._announce(Command.FORK, cache, fork=fork)
+
     def unembed(self, x: np.ndarray) -> np.ndarray:
         """Raises ValueError: no rank has the whole head."""
         raise ValueError("unembed: not for a model that is split over ranks; load it on one")
@@ -170,8 +184,9 @@ class SplitLlama(Llama):
     # Rank 0.
 
     def _announce(
-        self, command: Command, cache: KVCache | None = None, ids: np.ndarray | None = None, rows: int = 0
-    ) -> None:
+        self, command: Command, cache: KVCache | None = None, ids: np.ndarray | None = None, rows: int = 0,
+        fork: KVCache | None = None,
+    ) -> None:  # fmt: skip
         """Tell the other ranks; of a pass its cache, tokens, and how many rows of logits are wanted."""
         c, first = self._command, len(_FIELDS)
         c[:first] = 0
@@ -180,6 +195,8 @@ class SplitLlama(Llama):
             c[_CACHE], c[_KIND], c[_CAPACITY] = self._number(cache), _KINDS.index(cache.dtype), cache.max_tokens
             c[_LENGTH], c[_TOKENS], c[_ROWS] = cache.length, len(ids), rows
             c[first + _MOST_GONE :][: len(ids)] = ids
+        if cache is not None and fork is not None:
+            c[_CACHE], c[_FORK] = self._number(cache), self._number(fork)
         gone = self._gone[:_MOST_GONE]
         del self._gone[: len(gone)]
         c[_GONE] = len(gone)
@@ -235,6 +252,9 @@ class SplitLlama(Llama):
         if c[_COMMAND] == Command.ADAPTERS:
             factors = self.ranks.share_object(None)
             super().set_adapters(None if factors is None else self.pack_adapters(factors))
+            return True
+        if c[_COMMAND] == Command.FORK:
+            caches[int(c[_FORK])] = caches[int(c[_CACHE])].fork()
             return True
         number, kind = int(c[_CACHE]), _KINDS[int(c[_KIND])]
         if number not in caches:

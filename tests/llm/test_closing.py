@@ -96,6 +96,9 @@ def test_wrong_paths_and_lengths_of_caches_are_named(llm: LLM, tmp_path: Path) -
     llm.logits([1, 2, 3, 4], cache)
     with pytest.raises(TypeError, match="^path: expected that of a file, found None$"):
         cache.save(wrong)
+    for wrong in (True, None, 1.0):
+        with pytest.raises(ValueError, match=f"^length: expected 0 to 4, found {wrong}$"):
+            cache.truncate(wrong)
     wrong = "3"
     with pytest.raises(ValueError, match="^length: expected 0 to 4, found '3'$"):
         cache.truncate(wrong)

@@ -82,6 +82,8 @@ def test_one_rank_says_what_it_ignores(tmp_path: Path, caplog: pytest.LogCapture
     caplog.clear()
     ruvllm.load(path)
     assert not caplog.messages
+    with pytest.raises(TypeError, match="^comm: expected a communicator of mpi4py, such as MPI.COMM_WORLD, found 'x'$"):
+        ruvllm.load(path, comm="x")
     with pytest.raises(ValueError, match="^wire: expected one of auto, exact, f32, f16, found 'f8'$"):
         ruvllm.load(path, wire="f8")
 

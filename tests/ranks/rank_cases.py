@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,42 @@ def facade(path: str) -> None:
     for cache in caches:
         llm.logits([1, 2], cache)
     del caches, cache
+    forks = [[fork_and_go_on(model) for _ in range(2)] for model in (llm, alone)]
     text = [3, 4, 5, 6] * 20
     perplexities = [float(model.perplexity(text, context=16)) for model in (llm, alone)]
-    try:
-        llm.names()
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
-    say({"answers": answers, "perplexities": perplexities, "refused": refused, "whole": llm.config == alone.config})
+    refused = []
+    cache = alone.new_cache(20)
+    alone.logits([1, 2], cache)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "a.kv"
+        cache.save(file)
+        cache = llm.new_cache(20)
+        llm.logits([1, 2], cache)
+        for call in (llm.names, lambda: cache.save(file), lambda: llm.load_cache(file), lambda: llm.embed("ab")):
+            try:
+                call()
+            except ValueError as error:
+                refused.append(str(error))
+    say({
+        "answers": answers, "perplexities": perplexities, "refused": refused, "whole": llm.config == alone.config,
+        "forks": forks,
+    })  # fmt: skip
     llm.close()
+
+
+def fork_and_go_on(llm: Any) -> list[list[float]]:
+    """Logits after a cache and two forks of it have gone on apart, by turns."""
+    cache = llm.new_cache(40)
+    unused = cache.fork()
+    llm.logits([3, 4, 5, 6, 7], cache)
+    fork = cache.fork()
+    cache.truncate(3)
+    second = cache.fork()
+    llm.logits([8], cache)
+    llm.logits([9, 10], fork)
+    llm.logits([9], second)
+    llm.logits([9], unused)
+    return [llm.logits([11], each, last_only=True).tolist() for each in (cache, fork, second, unused)]
 
 
 def smollm2(*given: str) -> None:
@@ -177,6 +205,11 @@ def data(path: str) -> None:
     llm = ruvllm.load(path, weights="f32", threads=1)
     text = np.random.default_rng(4).integers(3, 60, 16 * 7)
     scored = float(llm.perplexity(text, context=16, comm=COMM))
+    refused = ""
+    try:
+        llm.perplexity(text[COMM.rank :], context=16, comm=COMM)
+    except ruvllm.RankError as error:
+        refused = str(error)
     generator = np.random.default_rng(5)
     examples = []
     for _ in range(9):
@@ -193,6 +226,7 @@ def data(path: str) -> None:
         "perplexities": [scored, float(llm.perplexity(text, context=16))],
         "losses": [together, losses(None) if COMM.rank == 0 else []],
         "equal on all ranks": len({tuple(found) for found in COMM.allgather(together)}) == 1,
+        "refused": COMM.allgather(refused),
     })  # fmt: skip
 
 
@@ -269,7 +303,11 @@ def leaves(path: str) -> None:
 
 
 def ends(path: str) -> None:
-    """Programs that end without close and follow, or without one of them."""
+    """Programs that end without close and follow, or without one of them; one rank has failed to load before."""
+    try:
+        ruvllm.load(path, comm=COMM, threads=COMM.rank)
+    except (ValueError, ruvllm.RankError):
+        pass
     closed, dropped, _unused = (ruvllm.load(path, comm=COMM, threads=1) for _ in range(3))
     for llm in (closed, dropped):
         if COMM.rank == 0:

@@ -87,7 +87,9 @@ def test_an_answer_is_that_of_one_rank(model: Path) -> None:
     together, alone = found["answers"]
     assert together == alone and sum(map(len, alone)) > 20
     assert found["perplexities"][0] == pytest.approx(found["perplexities"][1], rel=1e-4)
-    assert "not for a model that is split over ranks" in found["refused"]
+    assert len(found["refused"]) == 4
+    assert all("not for a model that is split over ranks" in said for said in found["refused"])
+    np.testing.assert_allclose(found["forks"][0], found["forks"][1], atol=1e-4)
     assert found["whole"]
 
 
@@ -112,6 +114,22 @@ def test_perplexity_and_training_over_data(model: Path) -> None:
     together, alone = found["losses"]
     np.testing.assert_allclose(together, alone, atol=1e-4)
     assert found["equal on all ranks"]
+    assert all(said.startswith("rank 1: expected the text of rank 0, found 111 tokens") for said in found["refused"])
+
+
+@pytest.mark.skipif(OPEN_MPI, reason="Open MPI 5 does not tell a rank that its stdin has ended")
+@pytest.mark.parametrize("split", ["data", "model"])
+def test_perplexity_of_what_rank_0_reads(split: str, model: Path) -> None:
+    """Only rank 0 has stdin."""
+    options = "perplexity", str(model), "-f", "-", "-c", "16", "--weights", "f32"
+    wire = ("--wire", "exact") if split == "model" else ()
+    code, out, err = run(2, "ruvllm", *options, "--split", split, *wire, stdin="ab ba " * 40)
+    assert (code, err) == (0, "")
+    alone = subprocess.run(
+        [sys.executable, "-m", "ruvllm", *options], input="ab ba " * 40, text=True, cwd=ROOT, capture_output=True,
+        timeout=SECONDS, check=True,
+    )  # fmt: skip
+    assert out == alone.stdout
 
 
 def test_the_command_line(model: Path) -> None:

@@ -16,7 +16,8 @@ other threads may steal (``threads.team``). There are two loops over a share:
 - One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
   runs in turn, that is four streams, and prefetches each.
 - Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
-  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens.
+  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens. Two panels are of
+  two runs, because few tokens wait for memory as well, and adjacent panels are read more slowly.
 """
 
 from functools import cache
@@ -53,13 +54,15 @@ from ruvllm.kernels.quant.outliers import (
 )
 from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.quant.tile import (
+    THROUGH_L1,
     Operands,
     add_block,
     dots_int4,
     dots_int5,
     dots_int8,
-    panels_at,
+    panels_from,
     prefetch_block,
+    times,
 )
 from ruvllm.kernels.simd.vectors import (
     f32_load,
@@ -85,18 +88,20 @@ _CHUNK_TOKENS = 10 * BLOCK_TOKENS  # whose outlier columns are unpacked together
 _RAGGED = _CHUNK_TOKENS * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
 _LISTED = _CHUNK_TOKENS * OUTLIERS  # outlier columns of a chunk at most
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
-# Prefetch distance for one token, in bytes: hardware prefetchers stop at the end of a page. Each block is prefetched
-# before the block of its run that is multiplied, into L2: the blocks of all runs at once, into L1, are more outstanding
-# misses than a core can track, for which later loads wait. A Zen 4 then reads 8-bit weights at 70 % of its bandwidth.
-_AHEAD = 768
+# Prefetch distances in each run, in bytes, because hardware prefetchers stop at the end of a page. Each block is
+# prefetched before the block of its own run that is multiplied: blocks of all runs at once would be more outstanding
+# misses than a core can track, for which later loads wait. Measured: a Zen 5 (L1) and a Zen 4 (L2) for one token.
+_ONE_AHEAD = 3072 if THROUGH_L1 else 768
+_TILE_AHEAD = 6144
 _NONE = np.float32(-1)  # sentinel: matches no column
 
 
 class _Outputs(NamedTuple):
-    """Where a tile stores its outputs: those of token t at elements[start + t step:]."""
+    """Where a tile stores its outputs: those of token t and panel i at elements[starts[i] + (t - first) step:]."""
 
     elements: Any
-    start: Any
+    starts: Any
+    first: Any
     step: Any
 
 
@@ -136,7 +141,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
         apart = chunks * p.groups * p.size
-        here, ahead = np.int64(0), np.int64(_AHEAD)  # typed, because a literal would compile a second version
+        here, ahead = np.int64(0), np.int64(_ONE_AHEAD)  # typed, because a literal would compile a second version
         while chunk < chunks:
             panel = share.lo + chunk
             a, b, c, d = f32_zeros(1), f32_zeros(1), f32_zeros(1), f32_zeros(1)
@@ -182,10 +187,9 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
 
         xi: the index of their first group in the activations.
 
-        The first tile of a chunk prefetches the panels of the next chunk, ``ahead`` bytes later, one block for each
-        block that it multiplies: all at once would be more outstanding cache misses than a core can track. The prefetch
-        comes before the products, so that AVX-512's accumulators stay in registers. This tile also unpacks the outlier
-        columns, whose blocks are then in the cache. In the other tiles ``ahead`` is 0.
+        The first tile of a chunk prefetches, for each block that it multiplies, the one ``ahead`` bytes later in its
+        run. The prefetch comes before the products, so that AVX-512's accumulators stay in registers. This tile also
+        unpacks the outlier columns, whose blocks are then in the cache. In the other tiles ``ahead`` is 0.
         """
         tile, offset = zeros, np.int64(0)
         for _ in range(p.groups):
@@ -196,14 +200,14 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         if ahead:
             _unpack(p, at, columns)
         tile = add_outliers(columns, t, at, zeros, tile)
-        store_panels(out.elements, out.start + t * out.step, out.step, at, tile)
+        store_panels(out.elements, out.starts, (t - out.first) * out.step, out.step, tile)
 
     @part_kernel
     def _tokens(has_mins, blocks, x, out, lo, chunk, before, share):
         """All tokens times the panels from lo to the end of the share, in tiles; ``chunk`` is the first one claimed.
 
-        A chunk is DOT_PANELS panels and _CHUNK_TOKENS tokens; its number is counted after the ``before`` chunks of
-        _one_token. Returns the first claimed number that is past all chunks of the share.
+        The panels are DOT_PANELS runs; a chunk is a panel of each run and _CHUNK_TOKENS tokens, and its number is
+        counted after those of _one_token. Returns the first claimed number that is past all chunks of the share.
         """
         never_inline()
         tokens, rows = out.shape
@@ -216,15 +220,18 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         last = before + (tokens + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS * wide
         listed, count = -1, 0
         while chunk < last:
-            first, panel = (chunk - before) // wide * _CHUNK_TOKENS, lo + (chunk - before) % wide * DOT_PANELS
+            first, panel = (chunk - before) // wide * _CHUNK_TOKENS, lo + (chunk - before) % wide
             end = min(first + _CHUNK_TOKENS, tokens)
             if first != listed:
                 listed, count = first, list_columns(outliers, first, end, found, offsets)
             columns = Columns(outliers, first, found, count, offsets, unpacked)
-            at, ahead = panels_at(panel, share.hi, p.groups * p.size), DOT_PANELS * p.groups * p.size
-            width = min(share.hi * LANES, rows) - panel * LANES
-            whole = width >= _WIDTH
-            to = _Outputs(out, panel * LANES, rows) if whole else _Outputs(ragged, -first * _WIDTH, _WIDTH)
+            panels = panels_from(panel, wide, share.hi)
+            at, ahead = times(panels, p.groups * p.size), np.int64(_TILE_AHEAD)
+            whole = (panels[-1] + 1) * LANES <= rows
+            if whole:
+                to = _Outputs(out, times(panels, LANES), np.int64(0), rows)
+            else:
+                to = _Outputs(ragged, times(panels_from(0, 1, DOT_PANELS), LANES), first, np.int64(_WIDTH))
             t = first
             while t < end:
                 inner = t % p.block_tokens  # index in its block of tokens
@@ -247,9 +254,9 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 ahead = 0
             if not whole:
                 for t in range(first, end):
-                    for i in range(0, width, LANES):
-                        v = f32_load(ragged, (t - first) * _WIDTH + i)
-                        f32_store_first(out, t * rows + panel * LANES + i, v, width - i)
+                    for i in range(len(panels)):
+                        v, to_row = f32_load(ragged, (t - first) * _WIDTH + i * LANES), panels[i] * LANES
+                        f32_store_first(out, t * rows + to_row, v, min(LANES, rows - to_row))
             chunk = take_chunk(share)
         return chunk
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
+from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS
 from ruvllm.kernels.quant.layout import GROUP, LINE, NO_ZERO, OFFSETS, SCALE_BYTES
 from ruvllm.kernels.simd.vectors import (
@@ -20,6 +21,7 @@ from ruvllm.kernels.simd.vectors import (
     lines_of,
     low_nibbles,
     offset_rows,
+    prefetch,
     prefetch_l2,
     scale_rows,
     sdot_rows,
@@ -27,6 +29,12 @@ from ruvllm.kernels.simd.vectors import (
     start_rows,
     with_fifth_bit,
 )
+
+# Weights are prefetched into the cache from which a processor reads them faster. A Zen 5 reads 4-bit weights at 70 % of
+# its read bandwidth through L2, at 84 % through L1. A Zen 4 does not track enough misses of L1: 70 % through L1, all of
+# it through L2. Other processors are treated like the latter.
+THROUGH_L1 = target().cpu == "znver5"
+_prefetch = prefetch if THROUGH_L1 else prefetch_l2
 
 
 class Operands(NamedTuple):
@@ -117,19 +125,29 @@ def prefetch_block(p, at, offset, size):
     """Prefetch ``size`` bytes of each panel, ``offset`` bytes after its block in ``at``."""
     for line in range(0, size, LINE):
         for i in range(len(at)):
-            prefetch_l2(p.w, at[i] + offset + line)
+            _prefetch(p.w, at[i] + offset + line)
 
 
 if DOT_PANELS == 2:
 
     @inline_kernel
-    def panels_at(p, hi, step):
-        """The offsets of panel p and the next one; p twice, computed twice, if it is the last of an odd number."""
-        return p * step, min(p + 1, hi - 1) * step
+    def panels_from(p, apart, hi):
+        """Panels p and p + apart; p twice, computed twice, if the other one is past the end."""
+        return p, p + apart if p + apart < hi else p
+
+    @inline_kernel
+    def times(panels, size):
+        """The offsets of panels of this size."""
+        return panels[0] * size, panels[1] * size
 
 else:
 
     @inline_kernel
-    def panels_at(p, hi, step):
-        """The offset of panel p."""
-        return (p * step,)
+    def panels_from(p, apart, hi):
+        """Panel p."""
+        return (p,)
+
+    @inline_kernel
+    def times(panels, size):
+        """The offset of a panel of this size."""
+        return (panels[0] * size,)

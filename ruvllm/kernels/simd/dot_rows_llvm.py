@@ -239,17 +239,17 @@ def fma_columns(
 
 
 @intrinsic
-def store_panels(typingctx: Any, out: Any, index: Any, step: Any, at: Any, tile: Any) -> Any:
-    """Store each token's vectors, one for each panel of ``at``, contiguously from out[index + row step] on."""
+def store_panels(typingctx: Any, out: Any, starts: Any, offset: Any, step: Any, tile: Any) -> Any:
+    """Store the vector of panel i and token t at out[starts[i] + offset + t step:], for each of ``starts``."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        out, index, step, _, tile = args
-        vectors = unpack(builder, tile)
-        rows = len(vectors) // sig.args[3].count
+        out, starts, offset, step, tile = args
+        starts, vectors = unpack(builder, starts), unpack(builder, tile)
+        rows = len(vectors) // len(starts)
         for i, vector in enumerate(vectors):
-            target_index = builder.add(_at(builder, index, step, i % rows), index.type(i // rows * LANES))
+            target_index = builder.add(starts[i // rows], _at(builder, offset, step, i % rows))
             pointer = _target(context, builder, sig.args[0], out, target_index, types.float32)
             builder.store(vector, builder.bitcast(pointer, f32x16.llvm.as_pointer())).align = 4
         return context.get_dummy_value()
 
-    return types.void(out, types.intp, types.intp, at, tile), codegen
+    return types.void(out, starts, types.intp, types.intp, tile), codegen

@@ -342,9 +342,9 @@ def fma_columns(columns: Any, offsets: Any, index: int, x: Any, x_index: int, st
     return tuple(fma(vector(p, row), splat_at(x, x_index + 2 * row * step), total) for total, p, row in found)
 
 
-def store_panels(out: Any, index: int, step: int, at: Any, tile: Any) -> None:
-    for vector, panel, row in _panels_and_rows(tile, range(len(at))):
-        f32_store(out, index + row * step + panel * LANES, vector)
+def store_panels(out: Any, starts: Any, offset: int, step: int, tile: Any) -> None:
+    for vector, start, row in _panels_and_rows(tile, starts):
+        f32_store(out, start + offset + row * step, vector)
 
 
 # --- elements of a KV cache --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ruvllm.model.config import ModelConfig
 
-PREFILL_TOKENS = 126  # most tokens per forward pass, whole tiles of six
+PREFILL_TOKENS = 132  # most tokens per forward pass, whole blocks of twelve
 FEW_TOKENS = 12  # most tokens of a pass in which every thread computes norms and the like of all rows: one token block
 BLOCK = 16  # positions whose keys are interleaved, elements to which a value is padded: LANES of the kernels
 CHUNK = 256  # positions per step of attention: CHUNK of the kernels

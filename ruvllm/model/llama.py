@@ -147,15 +147,17 @@ class Llama:
         self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None,
         ops: Callable[..., Eager] | None,
     ) -> np.ndarray:  # fmt: skip
-        """``forward`` in passes of ``prefill_tokens``."""
+        """``forward`` in passes of at most ``prefill_tokens``, of equal size: the last few would cost as much as a token."""
         cache.require_free(len(ids))
         V = self.config.vocab_size
         logits = K.check.output("out", out, (V,) if last_only else (len(ids), V))
         before = cache.length
+        passes = -(-len(ids) // self.prefill_tokens)
+        size = -(-len(ids) // (6 * passes)) * 6  # whole tiles of six
         try:
             with limited_to(self.threads):
-                for lo in range(0, len(ids), self.prefill_tokens):
-                    part = ids[lo : lo + self.prefill_tokens]
+                for lo in range(0, len(ids), size):
+                    part = ids[lo : lo + size]
                     last = lo + len(part) == len(ids)
                     rows = logits[lo : lo + len(part)] if not last_only else logits[None] if last else None
                     self._forward(part, cache, rows, ops)

@@ -16,7 +16,7 @@ other threads may steal (``threads.team``). There are two loops over a share:
 - One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
   runs in turn, that is four streams, and prefetches each.
 - Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
-  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 120 tokens. Two panels are of
+  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 132 tokens. Two panels are of
   two runs, because few tokens wait for memory as well, and adjacent panels are read more slowly.
 """
 
@@ -84,7 +84,7 @@ from ruvllm.kernels.threads.team import Share, take_chunk
 # Accumulators of a tile of so many tokens.
 _SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))
 _WIDTH = DOT_PANELS * LANES  # outputs of a tile's panels
-_CHUNK_TOKENS = 10 * BLOCK_TOKENS  # whose outlier columns are unpacked together
+_CHUNK_TOKENS = 11 * BLOCK_TOKENS  # whose outlier columns are unpacked together
 _RAGGED = _CHUNK_TOKENS * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
 _LISTED = _CHUNK_TOKENS * OUTLIERS  # outlier columns of a chunk at most
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule

@@ -193,7 +193,8 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         """
         tile, offset = zeros, np.int64(0)
         for _ in range(p.groups):
-            prefetch_block(p, at, offset + ahead, most)
+            if ahead:
+                prefetch_block(p, at, offset + ahead, most)
             tile = add_block(dots, p, at, offset, xi, tile)
             offset += p.size
             xi += p.block_tokens

@@ -91,7 +91,7 @@ def test_gemma3_270m_by_hand():
     layer = 4 * E + 2 * 256 + 1024 * E + 2 * 256 * E + E * 1024 + 3 * E * F
     assert GEMMA3_270M.parameter_count() == GEMMA3_270M.active_parameter_count() == 262144 * E + 18 * layer + E
     assert GEMMA3_270M.parameter_count() == 268_098_176  # as in the model's files
-    # A key and a value of 256: of all tokens in 3 layers, of the window and a pass of 126, in blocks of 256, in 15.
+    # A key and a value of 256: of all tokens in 3 layers, of the window and a pass of 132, in blocks of 256, in 15.
     # In float32 a block of the 15 layers is 7.5 MiB, rounded up to huge pages of 2.
     assert kv_size.cache_bytes(GEMMA3_270M, 32768) == 4 * 512 * 3 * 32768 + 3 * (8 << 20)
     assert kv_size.cache_bytes(GEMMA3_270M, 32768, "f16") == 2 * 512 * (3 * 32768 + 15 * 768)
@@ -105,7 +105,7 @@ def test_kv_cache_of_a_thousand_tokens():
     kv = {name: kv_size.cache_bytes(PRESETS[name], 1000, "f16") for name in PRESETS}
     assert kv["llama2-7b"] == 1024 * 2 * 32 * 4096 * 2
     assert kv["llama3-8b"] == kv["mistral-7b"] == 1024 * 2 * 32 * 1024 * 2
-    # Beyond its window Mistral forgets: 4096 positions and a pass of 126, in blocks of 256.
+    # Beyond its window Mistral forgets: 4096 positions and a pass of 132, in blocks of 256.
     assert kv_size.cache_bytes(PRESETS["mistral-7b"], 32768, "f16") == 4352 * 2 * 32 * 1024 * 2
 
 

@@ -147,7 +147,7 @@ class Llama:
         self, ids: np.ndarray, cache: KVCache, last_only: bool, out: np.ndarray | None,
         ops: Callable[..., Eager] | None,
     ) -> np.ndarray:  # fmt: skip
-        """``forward`` in passes of at most ``prefill_tokens``, of equal size: the last few would cost as much as a token."""
+        """``forward`` in passes of equal size: a short last pass would read all weights for a few tokens."""
         cache.require_free(len(ids))
         V = self.config.vocab_size
         logits = K.check.output("out", out, (V,) if last_only else (len(ids), V))

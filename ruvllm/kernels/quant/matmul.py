@@ -227,7 +227,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 listed, count = first, list_columns(outliers, first, end, found, offsets)
             columns = Columns(outliers, first, found, count, offsets, unpacked)
             panels = panels_from(panel, wide, share.hi)
-            at, ahead = times(panels, p.groups * p.size), np.int64(_TILE_AHEAD)
+            at, ahead = times(panels, p.groups * p.size), _TILE_AHEAD
             whole = (panels[-1] + 1) * LANES <= rows
             if whole:
                 to = _Outputs(out, times(panels, LANES), np.int64(0), rows)

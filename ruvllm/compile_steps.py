@@ -1,7 +1,8 @@
-"""Run numbered steps in several processes: each takes the first that none has begun.
+"""Run numbered steps in several processes, which take them from both ends of the list.
 
 Numba compiles one function at a time in a process. So a first load starts processes that compile into the cache, from
-which this one then loads. A step of a process that fails is left to this one.
+which this one then loads. A step of a process that fails is left to this one. Every second process begins with the last
+step: neighbours in the list share functions, which a process that runs both compiles once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ for line in sys.stdin:
 def run_steps(steps: Sequence[Callable[[], object]], processes: int, prepare: str) -> None:
     """Run every step in this process, those that another process has run before last.
 
-    prepare: Python code that defines the same list ``steps`` in the other processes. They end with this call.
+    steps: the slow ones are at both ends, those that share functions next to each other. prepare: Python code that
+    defines the same list in the other processes, which end with this call.
     """
     left = deque(range(len(steps)))  # its methods are atomic
     others = [_started(prepare) for _ in range(1, processes)]
-    threads = [threading.Thread(target=_feed, args=(other, left), daemon=True) for other in others if other]
+    take = (left.pop, left.popleft)
+    threads = [
+        threading.Thread(target=_feed, args=(other, take[i % 2]), daemon=True)
+        for i, other in enumerate(others)
+        if other
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -57,12 +64,12 @@ def _started(prepare: str) -> subprocess.Popen[bytes] | None:
     return None
 
 
-def _feed(process: subprocess.Popen[bytes], left: deque[int]) -> None:
-    """Give a process one step after the other, until none is left or it fails."""
+def _feed(process: subprocess.Popen[bytes], take: Callable[[], int]) -> None:
+    """Give a process one step after the other, until none is left to take or it fails."""
     assert process.stdin is not None and process.stdout is not None
     with suppress(IndexError, OSError, ValueError):  # no step is left; the process is dead, or its pipes are closed
         while True:
-            process.stdin.write(b"%d\n" % left.popleft())
+            process.stdin.write(b"%d\n" % take())
             process.stdin.flush()
             if not process.stdout.readline():
                 return

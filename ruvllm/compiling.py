@@ -46,7 +46,9 @@ logger = logging.getLogger(__name__)
 _FUNCTIONS = 135  # compiled for one kind of model, roughly: the length of the progress bar
 _TRAINING_FUNCTIONS = 140  # for training on it
 _MOST_PROCESSES = 4  # compiling at once; each imports numba first
-_SLOWEST = {"integers": 0, "attend_rows": 1, "token": 2, "floats": 3, "quantize": 4, "_replay": 5}
+# Where operations stand among the steps of a first load: slow ones at both ends, attention together, others between.
+_PLACES = {"integers": 0, "floats": 1, "quantize": 2, "_replay": 3, "append_rows": 5, "token": 6, "attend_rows": 7}
+_BETWEEN = 4
 
 
 def compile_for(kinds: Iterable[tuple[str, str]], progress: bool | None = None) -> None:
@@ -160,18 +162,22 @@ def _run_kernel(spec: KernelSpec) -> None:
 
 
 def _compile_steps(kinds: Iterable[tuple[str, str]]) -> list[Callable[[], object]]:
-    """What a first load of a model of these kinds compiles, in steps that are independent, the slowest first."""
+    """What a first load of a model of these kinds compiles, in independent steps; their order is for ``run_steps``."""
     layouts = {layout for _, layout in kinds}
     needed = operations_for(layouts, chosen_kv("auto", layouts))
-    operations = [partial(getattr, operation, "address") for operation in needed]
-    slow = sum(operation.__name__ in _SLOWEST for operation in needed)
-    return [*operations[:slow], partial(_load_weights, kinds), _sample, *operations[slow:]]
+    operations: list[Callable[[], object]] = [partial(getattr, operation, "address") for operation in needed]
+    first = sum(_place(operation) < _BETWEEN for operation in needed)
+    last = sum(_place(operation) <= _BETWEEN for operation in needed)
+    return [*operations[:first], partial(_load_weights, kinds), *operations[first:last], _sample, *operations[last:]]
 
 
 def operations_for(layouts: Iterable[str], kv: str, config: ModelConfig | None = None) -> list[CFunction]:
-    """The operations of a model with these layouts, the slowest to compile first. config: LLaMA if None."""
-    found = [*needed_operations(_tiny_config(config), sorted(layouts), kv), replay]
-    return sorted(found, key=lambda operation: _SLOWEST.get(operation.__name__, len(_SLOWEST)))
+    """The operations of a model with these layouts, in the order in which they are compiled. config: LLaMA if None."""
+    return sorted([*needed_operations(_tiny_config(config), sorted(layouts), kv), replay], key=_place)
+
+
+def _place(operation: CFunction) -> int:
+    return _PLACES.get(operation.__name__, _BETWEEN)
 
 
 def _load_weights(kinds: Iterable[tuple[str, str]]) -> None:

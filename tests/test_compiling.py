@@ -73,6 +73,8 @@ def test_steps_compile_every_operation_of_a_model_and_what_runs_besides() -> Non
     operations = [step.args[0] for step in steps if getattr(step, "args", ())[1:] == ("address",)]
     assert set(operations) == set(operations_for({"int4", "f32"}, "f16"))
     assert len(steps) == len(operations) + 2
+    names = [operation.__name__ for operation in operations]
+    assert (names[0], *names[-2:]) == ("integers", "token", "attend_rows")  # slow ones at both ends, attention together
 
 
 @pytest.mark.parametrize(("dtype", "layout"), sorted(set(PLAIN + BY_FILE)))
@@ -106,6 +108,7 @@ def test_each_step_is_begun_by_one_process_and_run_here_at_last(tmp_path: Path, 
     assert here == {str(i) for i in range(1, 7)}
     elsewhere = [step for step, process in done if process != str(os.getpid())]
     assert len(elsewhere) == len(set(elsewhere)) and bool(elsewhere) == (processes > 1)
+    assert processes != 2 or "6" in elsewhere  # from the end of the list
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python", ""])

@@ -12,7 +12,7 @@ from ruvllm.kernels.simd.vectors import f16_to_f32
 
 _QUADS = GROUP // 4  # of one row's group: four columns each
 _NIBBLE = np.uint32(4)
-_BYTE, _EIGHT = np.uint32(255), np.uint32(8)
+_BYTE = np.uint32(255)
 _ZERO_CODES = {INT4: 8, INT5: 16, INT8: 0}  # of symmetric weights
 _NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
 
@@ -154,24 +154,19 @@ def unpack_quant_rows(kind, zero, words, halves, ids, out):
     """
     groups, columns, symmetric = words.shape[1], out.shape[1], zero >= 0
     head = words.shape[2] - LINES[kind] * LANES  # words of scales and mins, before the codes
+    subtracted = zero if symmetric else 0
     for i in range(ids.shape[0]):
         p, r = ids[i] // LANES, ids[i] % LANES
         for g in range(groups):
             lines = words[p, g, head:]
             scale = f16_to_f32(halves[p, g, r])
             low = np.float32(0) if symmetric else f16_to_f32(halves[p, g, LANES + r])
-            for j in range(_QUADS):
-                codes = _quad(kind, lines, j, r)
-                first = g * GROUP + 4 * j
-                for k in range(first, min(first + 4, columns)):
-                    code = np.int64(codes & _BYTE)
-                    codes >>= _EIGHT
-                    if kind == INT8 and code > 127:
-                        code -= 256
-                    if symmetric:
-                        out[i, k] = np.float32(code - zero) * scale
-                    else:
-                        out[i, k] = np.float32(code) * scale + low
+            for k in range(min(GROUP, columns - g * GROUP)):  # no loop over quads: LLVM would unroll it
+                code = np.int64((_quad(kind, lines, k >> 2, r) >> np.uint32(8 * (k & 3))) & _BYTE)
+                if kind == INT8 and code > 127:
+                    code -= 256
+                product = np.float32(code - subtracted) * scale
+                out[i, g * GROUP + k] = product if symmetric else product + low
 
 
 def take_quant_rows(panels: Panels, ids: np.ndarray, out: np.ndarray) -> np.ndarray:

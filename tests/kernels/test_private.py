@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
 from llvmlite import ir
 from numba.core import codegen, dispatcher, event
 from numba.core.options import TargetOptions
 from numba.core.runtime.nrt import rtsys
+from numba.core.typing.context import BaseContext
+from numba.extending import overload
 
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, kernel
-from ruvllm.kernels.jit.private import cross, dispatch, libraries, target, threads
+from ruvllm.kernels.jit.private import cross, dispatch, front_end, libraries, target, threads
 from ruvllm.kernels.jit.private.parts import PARTS
 
 pytestmark = pytest.mark.skipif(DISABLE_JIT, reason="nothing is compiled")
@@ -44,7 +48,7 @@ def test_all_parts_are_used_with_this_numba(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["cross", "events", "missing_code", "runtime", "target", "thread_count"])
+@pytest.mark.parametrize("name", ["cross", "events", "front_end", "missing_code", "runtime", "target", "thread_count"])
 def test_kernels_and_models_are_right_without(name: str, tmp_path: Path) -> None:
     """These change no machine code, so that all share a cache, from which a second process takes everything."""
     first, log = _run(tmp_path, name, "model", own_cache=False)
@@ -78,6 +82,7 @@ CHANGES: list[tuple[str, Any, str, Any]] = [
     ("counting", TargetOptions, "parse_as_flags", lambda self, flags, options: None),
     ("cross", type(rtsys), "library", None),
     ("events", event, "end_event", lambda *_, **__: None),
+    ("front_end", BaseContext, "resolve_function_type", lambda self, function, two, keywords: numba.float64(*two)),
     ("libraries", libraries, "_changed_target", lambda target, compiler: target),
     ("loops", ir.Instruction, "set_metadata", lambda self, name, node: None),
     ("missing_code", dispatch, "_answer", lambda dispatcher, answer: None),
@@ -108,6 +113,75 @@ def test_every_part_is_changed_once() -> None:
 
 def test_the_documented_target_is_the_one_that_numba_takes() -> None:
     assert target._documented_target() == target.target()
+
+
+def _compiled(function: Any, dtype: Any) -> Any:
+    """``out[i] = function(x[i])``, compiled as kernels are, without a cache."""
+
+    @numba.njit(pipeline_class=libraries.Serial)
+    def each(x: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = function(x[i])
+
+    each.compile(numba.void(dtype[::1], dtype[::1]))
+    return each
+
+
+def test_a_call_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all functions: one that calls nothing new resolves nothing."""
+    resolved: list[Any] = []
+    resolve = front_end._resolve
+
+    def counted(function: Any, context: Any, arguments: Any, keywords: Any) -> Any:
+        resolved.append((function, arguments))
+        return resolve(function, context, arguments, keywords)
+
+    monkeypatch.setattr(front_end, "_resolve", counted)
+    monkeypatch.setattr(front_end, "_resolved", {})
+    for _ in range(2):
+        x, out = np.arange(3, dtype=np.int16), np.empty(3, np.int16)
+        _compiled(operator.neg, numba.int16)(x, out)
+        assert out.tolist() == [0, -1, -2]
+        assert {function.typing_key for function, _ in resolved} >= {range, operator.neg, operator.getitem}
+        assert len(resolved) == len(set(resolved))
+    resolved.clear()
+    numba.njit(lambda x: -x)(np.int16(7))
+    assert resolved == []  # only kernels are compiled so
+
+
+def test_overloads_that_are_added_later_are_found() -> None:
+    def negate(x: Any) -> Any:
+        """It has overloads below."""
+
+    with pytest.raises(numba.TypingError):
+        _compiled(negate, numba.int64)
+    overload(negate)(lambda x: (lambda x: -x) if isinstance(x, numba.types.Integer) else None)
+    x, out = np.arange(3), np.empty(3, np.int64)
+    _compiled(negate, numba.int64)(x, out)
+    assert out.tolist() == [0, -1, -2]
+    with pytest.raises(numba.TypingError):
+        _compiled(negate, numba.float64)
+    overload(negate)(lambda x: (lambda x: 10 - x) if isinstance(x, numba.types.Float) else None)
+    for _ in range(2):
+        halves, real = x / 2, np.empty(3)
+        _compiled(negate, numba.float64)(halves, real)
+        assert real.tolist() == [10, 9.5, 9]
+    _compiled(negate, numba.int64)(x, out)
+    assert out.tolist() == [0, -1, -2]
+
+
+def test_kernels_may_have_inner_functions() -> None:
+    @kernel
+    def doubled(x: Any, out: Any) -> None:
+        def twice(i: Any) -> Any:
+            return 2 * x[i]
+
+        for i in range(out.size):
+            out[i] = twice(i)
+
+    x, out = np.arange(3), np.empty(3, np.int64)
+    doubled(x, out)
+    assert out.tolist() == [0, 2, 4]
 
 
 def test_references_are_not_counted() -> None:

@@ -11,6 +11,7 @@
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -18,6 +19,7 @@ import numba
 from llvmlite import ir
 from numba.core.compiler import Compiler
 
+from ruvllm.kernels.jit.private.front_end import resolving_once, shortened
 from ruvllm.kernels.jit.private.loops import mark_independent
 from ruvllm.kernels.jit.private.parts import part
 
@@ -33,6 +35,15 @@ class Serial(Compiler):
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
         if self.usable():
             self.state.targetctx = _changed_target(self.state.targetctx, self)
+
+    def compile_extra(self, func: Any) -> Any:
+        """Compile the function."""
+        with resolving_once():
+            return super().compile_extra(func)
+
+    def define_pipelines(self) -> list[Any]:
+        """The passes that numba runs."""
+        return [shortened(pipeline) for pipeline in super().define_pipelines()]
 
     def usable(self) -> bool:
         """Whether this class changes anything; else numba compiles as usual."""
@@ -92,6 +103,10 @@ class Parallel(Serial):
     may need Python, not even print.
     """
 
+    def define_pipelines(self) -> list[Any]:
+        """All passes that numba runs: they see to ``prange``."""
+        return list(Compiler.define_pipelines(self))
+
     def becomes_machine_code(self, name: str) -> bool:
         return bool(name == self.state.func_id.func_qualname)
 
@@ -101,7 +116,7 @@ class Parallel(Serial):
 
 def _changed_target(targetctx: Any, compiler: Serial) -> Any:
     """A copy of the target context that leaves some decisions to the compiler class above."""
-    target = copy.copy(targetctx)  # shares everything but these three steps
+    target = copy.copy(targetctx)  # shares everything but these four steps
     target.cached_internal_func = {}
     codegen = _Codegen(targetctx.codegen(), compiler)
     target.codegen = lambda: codegen
@@ -116,7 +131,14 @@ def _changed_target(targetctx: Any, compiler: Serial) -> Any:
         targetctx.post_lowering(module, library)
 
     target.get_executable, target.post_lowering = get_executable, post_lowering
+    target.get_abi_sizeof = lambda type: _size_of(type, targetctx.target_data)
     return target
+
+
+@cache
+def _size_of(type: Any, target_data: Any) -> int:
+    """Bytes of an LLVM type; llvmlite parses a module to find out."""
+    return int(type.get_abi_size(target_data))
 
 
 class _Codegen:

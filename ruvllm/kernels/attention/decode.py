@@ -30,6 +30,7 @@ from ruvllm.kernels.attention.tile import (
     copy_queries,
     largest_score,
     normaliser,
+    prefetch_elements,
     query_factor,
     scores,
     to_weights,
@@ -49,7 +50,6 @@ from ruvllm.kernels.simd.vectors import (
     hsum,
     load,
     load_rows,
-    prefetch_l2,
     store_rows,
 )
 
@@ -161,8 +161,7 @@ def add_weighted_rows(zeros, rows, ahead, wide, scratch, weights, sums):
         s3 = load_rows(scratch, sums + d + 3 * LANES, wide, len(zeros))
         for s in range(rows.count):
             at, w, line = vi + s * step + d, weights + s, ahead + d * rows.count + 4 * s * LANES
-            for i in range(4):
-                prefetch_l2(values, line + i * LANES)
+            prefetch_elements(values, line, 4 * LANES)
             s0 = fma_rows(load(values, at), scratch, w, CHUNK, s0)
             s1 = fma_rows(load(values, at + LANES), scratch, w, CHUNK, s1)
             s2 = fma_rows(load(values, at + 2 * LANES), scratch, w, CHUNK, s2)

@@ -11,6 +11,7 @@ import numpy as np
 from ruvllm.kernels.jit.decorators import inline_kernel
 from ruvllm.kernels.jit.views import array_at, flat
 from ruvllm.kernels.matmul.micro_kernels import LANES, WIDE
+from ruvllm.kernels.memory import CACHE_LINE
 from ruvllm.kernels.simd.math import exp2_of_negative, tanh_by_exp
 from ruvllm.kernels.simd.vectors import (
     f32_load,
@@ -25,7 +26,7 @@ from ruvllm.kernels.simd.vectors import (
     load,
     load_rows,
     max_or_second,
-    prefetch_l2,
+    prefetch_stream,
     read_scales,
     scaled,
     scaled_rows,
@@ -235,6 +236,13 @@ def copy_queries(heads, first, rows, factor, to, stage, transpose):
 
 
 @inline_kernel
+def prefetch_elements(x, start, count):
+    """Prefetch the cache lines of ``count`` elements."""
+    for i in range(0, count, CACHE_LINE // x.itemsize):
+        prefetch_stream(x, start + i)
+
+
+@inline_kernel
 def scores(zeros, keys, ki, queries, base, start, stop, following):
     """scratch[base + r CHUNK + s] = query r times the key at s, for s in start:stop and the rest of the last block.
 
@@ -247,8 +255,7 @@ def scores(zeros, keys, ki, queries, base, start, stop, following):
         left = right = zeros
         other, ahead = ki + block, ki + 2 * block if s + 2 * LANES < stop else following
         for d in range(dim):
-            prefetch_l2(k, ahead + d * LANES)
-            prefetch_l2(k, ahead + block + d * LANES)
+            prefetch_elements(k, ahead + 2 * d * LANES, 2 * LANES)
             left, right = fma_two(
                 load(k, ki + d * LANES), load(k, other + d * LANES),
                 scratch, queries.start + d * queries.step, 1, left, right,

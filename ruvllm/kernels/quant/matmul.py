@@ -54,7 +54,6 @@ from ruvllm.kernels.quant.outliers import (
 )
 from ruvllm.kernels.quant.panels import Panels
 from ruvllm.kernels.quant.tile import (
-    THROUGH_L1,
     Operands,
     add_block,
     dots_int4,
@@ -65,6 +64,7 @@ from ruvllm.kernels.quant.tile import (
     times,
 )
 from ruvllm.kernels.simd.vectors import (
+    STREAMS_THROUGH_L1,
     f32_load,
     f32_store,
     f32_store_first,
@@ -91,7 +91,7 @@ _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as 
 # Prefetch distances in each run, in bytes, because hardware prefetchers stop at the end of a page. Each block is
 # prefetched before the block of its own run that is multiplied: blocks of all runs at once would be more outstanding
 # misses than a core can track, for which later loads wait. Measured: a Zen 5 (L1) and a Zen 4 (L2) for one token.
-_ONE_AHEAD = 3072 if THROUGH_L1 else 768
+_ONE_AHEAD = 3072 if STREAMS_THROUGH_L1 else 768
 _TILE_AHEAD = 6144
 _NONE = np.float32(-1)  # sentinel: matches no column
 

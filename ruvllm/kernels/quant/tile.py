@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel
-from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.matmul.micro_kernels import DOT_PANELS
 from ruvllm.kernels.quant.layout import GROUP, LINE, NO_ZERO, OFFSETS, SCALE_BYTES
 from ruvllm.kernels.simd.vectors import (
@@ -21,20 +20,13 @@ from ruvllm.kernels.simd.vectors import (
     lines_of,
     low_nibbles,
     offset_rows,
-    prefetch,
-    prefetch_l2,
+    prefetch_stream,
     scale_rows,
     sdot_rows,
     signed_offset_rows,
     start_rows,
     with_fifth_bit,
 )
-
-# Weights are prefetched into the cache from which a processor reads them faster. A Zen 5 reads 4-bit weights at 70 % of
-# its read bandwidth through L2, at 84 % through L1. A Zen 4 does not track enough misses of L1: 70 % through L1, all of
-# it through L2. Other processors are treated like the latter.
-THROUGH_L1 = target().cpu == "znver5"
-_prefetch = prefetch if THROUGH_L1 else prefetch_l2
 
 
 class Operands(NamedTuple):
@@ -125,7 +117,7 @@ def prefetch_block(p, at, offset, size):
     """Prefetch ``size`` bytes of each panel, ``offset`` bytes after its block in ``at``."""
     for line in range(0, size, LINE):
         for i in range(len(at)):
-            _prefetch(p.w, at[i] + offset + line)
+            prefetch_stream(p.w, at[i] + offset + line)
 
 
 if DOT_PANELS == 2:

@@ -210,3 +210,8 @@ def _prefetch(name: str, locality: int, doc: str) -> Any:
 
 prefetch = _prefetch("prefetch", 3, "Prefetch the cache line of an element into L1; any index is safe.")
 prefetch_l2 = _prefetch("prefetch_l2", 2, "Prefetch the cache line of an element into L2; any index is safe.")
+# Weights and cached keys and values are read once, in order, and are prefetched into the cache from which a processor
+# reads them faster. A Zen 5 reads 4-bit weights at 70 % of its read bandwidth through L2, at 84 % through L1. A Zen 4
+# does not track enough misses of L1: 70 % through L1, all of it through L2. Others are treated like a Zen 4.
+STREAMS_THROUGH_L1 = target().cpu == "znver5"
+prefetch_stream = prefetch if STREAMS_THROUGH_L1 else prefetch_l2

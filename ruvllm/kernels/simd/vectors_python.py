@@ -145,7 +145,8 @@ def prefetch(array: Any, index: int) -> None:
     """A hint to the hardware: nothing to do here."""
 
 
-prefetch_l2 = prefetch
+prefetch_l2 = prefetch_stream = prefetch
+STREAMS_THROUGH_L1 = False
 
 
 def u8_load(array: Any, index: int) -> Any:

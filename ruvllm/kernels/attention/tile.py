@@ -41,6 +41,7 @@ from ruvllm.kernels.simd.vectors import (
 ROWS, PAIRS = (12, True) if WIDE else (6, False)
 Q_STEP = 16 if WIDE else 8  # stride of a tile's transposed queries: at least ROWS, a power of two
 CHUNK = 256  # positions per step of the softmax: scores, keys and values of a chunk stay in the caches
+_AHEAD = 4 * LANES  # prefetch distance of keys, in positions: two steps of a token's scores
 LOG2_E = np.float32(1.4426950408889634)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 _ONE = np.float32(1)
@@ -253,7 +254,8 @@ def scores(zeros, keys, ki, queries, base, start, stop, following):
     s = start
     while PAIRS and s + LANES < stop:
         left = right = zeros
-        other, ahead = ki + block, ki + 2 * block if s + 2 * LANES < stop else following
+        other, over = ki + block, s + _AHEAD - stop
+        ahead = ki + _AHEAD // LANES * block if over < 0 else following + over // LANES * block
         for d in range(dim):
             prefetch_elements(k, ahead + 2 * d * LANES, 2 * LANES)
             left, right = fma_two(

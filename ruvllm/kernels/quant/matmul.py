@@ -14,7 +14,7 @@ same bits, and a token's result does not depend on its neighbours.
 other threads may steal (``threads.team``). There are two loops over a share:
 
 - One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
-  runs in turn, that is four streams, and prefetches each.
+  runs in turn, that is four streams, and prefetches each. Where two streams are as fast, one token is a tile, too.
 - Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
   accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 132 tokens. Two panels are of
   two runs, because few tokens wait for memory as well, and adjacent panels are read more slowly.
@@ -90,9 +90,11 @@ _LISTED = _CHUNK_TOKENS * OUTLIERS  # outlier columns of a chunk at most
 _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
 # Prefetch distances in each run, in bytes, because hardware prefetchers stop at the end of a page. Each block is
 # prefetched before the block of its own run that is multiplied: blocks of all runs at once would be more outstanding
-# misses than a core can track, for which later loads wait. Measured: a Zen 5 (L1) and a Zen 4 (L2) for one token.
-_ONE_AHEAD = 3072 if STREAMS_THROUGH_L1 else 768
+# misses than a core can track, for which later loads wait. Measured: a Zen 4 for one token, a Zen 5 for tiles.
+_ONE_AHEAD = 768
 _TILE_AHEAD = 6144
+# Through L1 the two runs of a tile are read as fast as four: a Zen 5 decodes 1.05 to 1.15 times as fast with tiles.
+_ONE_APART = not STREAMS_THROUGH_L1
 _NONE = np.float32(-1)  # sentinel: matches no column
 
 
@@ -108,7 +110,8 @@ class _Outputs(NamedTuple):
 @inline_kernel
 def _single_chunks(tokens, outputs, share):
     """How many chunks of a share are ``_one_token``'s: STREAMS whole panels each."""
-    return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if tokens == 1 else 0
+    single = tokens == 1 and _ONE_APART
+    return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if single else 0
 
 
 @inline_kernel
@@ -265,7 +268,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _panels(has_mins, blocks, x, out, share, chunk):
         """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that no thread has claimed."""
         chunks = _single_chunks(out.shape[0], out.shape[1], share)
-        if chunks > 0:
+        if _ONE_APART and chunks > 0:  # else not compiled
             if has_mins:  # a constant in each call, to compile two versions: one loop for both spills registers
                 chunk = _one_token(True, blocks, x, out, chunks, chunk, share)
             else:

@@ -303,7 +303,7 @@ def _train_tiny_model(layout: str) -> None:
 
 
 @contextmanager
-def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS, takes: str = "10 to 20 s") -> Iterator[None]:
+def _compile_bar(progress: bool | None, functions: int = _FUNCTIONS, takes: str = "some 10 s") -> Iterator[None]:
     """A bar that advances with each function that numba has compiled meanwhile."""
     bar = tqdm(
         total=functions, desc="compiling kernels (first run only)", unit="function", leave=False,

@@ -63,7 +63,7 @@ class ManyTexts:
             options: those of ``stream``, for all prompts; not ``cache``.
 
         Raises:
-            TypeError, ValueError: as ``stream`` does; of a prompt they begin with its place, as "prompts[3]".
+            TypeError, ValueError: as ``stream`` does; those about a prompt begin with its index, as in "prompts[3]".
             ContextFullError: a prompt, with ``max_tokens`` more, does not fit; nothing is computed then.
         """
         requests = _requests(self, prompts, seed, options)
@@ -75,7 +75,7 @@ class ManyTexts:
     ) -> Generator[tuple[int, str], None, None]:  # fmt: skip
         """Pieces of the continuations of many prompts as they come: (number of the prompt, text).
 
-        The arguments and errors are those of ``generate_many``. ``close()`` gives all answers up.
+        The arguments and errors are those of ``generate_many``. ``close()`` cancels all answers.
         """
         return work.stream(self.answering(kv, memory, sequences), _requests(self, prompts, seed, options))
 

@@ -1,4 +1,4 @@
-"""tokenizer.json and the files beside it: the ids of the same vocabulary in GGUF, and what is refused."""
+"""tokenizer.json and its companion files: the same ids as the vocabulary in GGUF; malformed files are refused."""
 
 import json
 

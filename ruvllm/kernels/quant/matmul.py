@@ -14,7 +14,7 @@ same bits, and a token's result does not depend on its neighbours.
 other threads may steal (``threads.team``). There are two loops over a share:
 
 - One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
-  runs in turn, that is four streams, and prefetches each. Where two streams are as fast, one token is a tile, too.
+  runs in turn, that is four streams, and prefetches each. Where two streams are as fast, it is not used.
 - Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
   accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 132 tokens. Two panels are of
   two runs, because few tokens wait for memory as well, and adjacent panels are read more slowly.
@@ -59,9 +59,9 @@ from ruvllm.kernels.quant.tile import (
     dots_int4,
     dots_int5,
     dots_int8,
+    offsets_of,
     panels_from,
     prefetch_block,
-    times,
 )
 from ruvllm.kernels.simd.vectors import (
     STREAMS_THROUGH_L1,
@@ -93,8 +93,8 @@ _UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as 
 # misses than a core can track, for which later loads wait. Measured: a Zen 4 for one token, a Zen 5 for tiles.
 _ONE_AHEAD = 768
 _TILE_AHEAD = 6144
-# Through L1 the two runs of a tile are read as fast as four: a Zen 5 decodes 1.05 to 1.15 times as fast with tiles.
-_ONE_APART = not STREAMS_THROUGH_L1
+# Whether one token has a loop of its own. A Zen 5 decodes 1.00 to 1.06 times as fast with a tile, which reads two runs.
+_ONE_TOKEN_LOOP = not STREAMS_THROUGH_L1
 _NONE = np.float32(-1)  # sentinel: matches no column
 
 
@@ -110,7 +110,7 @@ class _Outputs(NamedTuple):
 @inline_kernel
 def _single_chunks(tokens, outputs, share):
     """How many chunks of a share are ``_one_token``'s: STREAMS whole panels each."""
-    single = tokens == 1 and _ONE_APART
+    single = tokens == 1 and _ONE_TOKEN_LOOP
     return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if single else 0
 
 
@@ -230,12 +230,12 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
                 listed, count = first, list_columns(outliers, first, end, found, offsets)
             columns = Columns(outliers, first, found, count, offsets, unpacked)
             panels = panels_from(panel, wide, share.hi)
-            at, ahead = times(panels, p.groups * p.size), _TILE_AHEAD
+            at, ahead = offsets_of(panels, p.groups * p.size), _TILE_AHEAD
             whole = (panels[-1] + 1) * LANES <= rows
             if whole:
-                to = _Outputs(out, times(panels, LANES), np.int64(0), rows)
+                to = _Outputs(out, offsets_of(panels, LANES), np.int64(0), rows)
             else:
-                to = _Outputs(ragged, times(panels_from(0, 1, DOT_PANELS), LANES), first, np.int64(_WIDTH))
+                to = _Outputs(ragged, offsets_of(panels_from(0, 1, DOT_PANELS), LANES), first, np.int64(_WIDTH))
             t = first
             while t < end:
                 inner = t % p.block_tokens  # index in its block of tokens
@@ -268,7 +268,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     def _panels(has_mins, blocks, x, out, share, chunk):
         """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that no thread has claimed."""
         chunks = _single_chunks(out.shape[0], out.shape[1], share)
-        if _ONE_APART and chunks > 0:  # else not compiled
+        if _ONE_TOKEN_LOOP and chunks > 0:  # a constant: where it is False, _one_token is not compiled
             if has_mins:  # a constant in each call, to compile two versions: one loop for both spills registers
                 chunk = _one_token(True, blocks, x, out, chunks, chunk, share)
             else:

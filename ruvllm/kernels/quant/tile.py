@@ -128,7 +128,7 @@ if DOT_PANELS == 2:
         return p, p + apart if p + apart < hi else p
 
     @inline_kernel
-    def times(panels, size):
+    def offsets_of(panels, size):
         """The offsets of panels of this size."""
         return panels[0] * size, panels[1] * size
 
@@ -140,6 +140,6 @@ else:
         return (p,)
 
     @inline_kernel
-    def times(panels, size):
+    def offsets_of(panels, size):
         """The offset of a panel of this size."""
         return (panels[0] * size,)

@@ -11,8 +11,9 @@ import numpy as np
 from ruvllm.kernels import check, reference
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.jit.small_calls import may_write, new_output, small_call
+from ruvllm.kernels.jit.views import flat
 from ruvllm.kernels.rope.frequencies import rope_inv_freq, rope_tables
-from ruvllm.kernels.simd.vectors import fma
+from ruvllm.kernels.simd.vectors import LANES, evens, f32_load, f32_store, fma, odds, splat, zip_high, zip_low
 from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.over_rows import over_rows, run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
@@ -34,8 +35,29 @@ def rotate(x, cos, sin, sign, interleaved, out):
         a, b = x[first], x[second]
         out[first] = fma(a, cos[i], b * sin[i] * -sign)
         out[second] = fma(b, cos[i], a * sin[i] * sign)
-    for i in range(2 * half, x.size):
-        out[i] = x[i]
+    rest, to = x[2 * half :], out[2 * half :]
+    for i in range(rest.size):
+        to[i] = rest[i]
+
+
+@inline_kernel
+def rotate_vectors(x, start, cos, sin, angle, half, sign, interleaved, out):
+    """rotate for a head of ``half`` pairs, a multiple of LANES, all of them rotated; flat arrays, and indices in them.
+
+    A head is only two to eight vectors, and LLVM's own loop spends as much time before and after them: in place, this
+    takes 0.6 to 0.8 of its time.
+    """
+    plus, minus = splat(sign), splat(-sign)
+    for i in range(0, half, LANES):
+        first, second = (start + 2 * i, start + 2 * i + LANES) if interleaved else (start + i, start + half + i)
+        a, b, c, s = f32_load(x, first), f32_load(x, second), f32_load(cos, angle + i), f32_load(sin, angle + i)
+        if interleaved:
+            a, b = evens(a, b), odds(a, b)
+        a, b = fma(a, c, b * s * minus), fma(b, c, a * s * plus)
+        if interleaved:
+            a, b = zip_low(a, b), zip_high(a, b)
+        f32_store(out, first, a)
+        f32_store(out, second, b)
 
 
 @inline_kernel
@@ -44,11 +66,21 @@ def rotate_rows(x, cos, sin, sign, interleaved, out, lo, hi):
 
     cos, sin (n, R/2): token t uses table row t % n, so that a batch of sequences shares one table.
     """
-    heads = x.shape[1]
-    for t in range(lo // heads, (hi + heads - 1) // heads):
-        c, s = cos[t % cos.shape[0]], sin[t % cos.shape[0]]
-        for h in range(max(lo - t * heads, 0), min(hi - t * heads, heads)):
-            rotate(x[t, h], c, s, sign, interleaved, out[t, h])
+    heads, half = x.shape[1], cos.shape[1]
+    whole = half % LANES == 0 and 2 * half == x.shape[2]
+    t, h = lo // heads, lo % heads
+    line = t % cos.shape[0]  # of the tables
+    for row in range(lo, hi):
+        if whole:
+            angle, start = line * half, 2 * row * half
+            rotate_vectors(flat(x), start, flat(cos), flat(sin), angle, half, sign, interleaved, flat(out))
+        else:
+            rotate(x[t, h], cos[line], sin[line], sign, interleaved, out[t, h])
+        h += 1
+        if h == heads:  # without a division for each row
+            t, h, line = t + 1, 0, line + 1
+            if line == cos.shape[0]:
+                line = 0
 
 
 @kernel(strict=True)

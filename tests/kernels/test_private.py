@@ -6,6 +6,7 @@ import json
 import logging
 import operator
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from numba.extending import overload
 from ruvllm.kernels.jit.decorators import DISABLE_JIT, inline_kernel, kernel
 from ruvllm.kernels.jit.private import cross, dispatch, front_end, libraries, target, threads
 from ruvllm.kernels.jit.private.parts import PARTS
+from tests.processes import python
 
 pytestmark = pytest.mark.skipif(DISABLE_JIT, reason="nothing is compiled")
 
@@ -89,6 +91,7 @@ CHANGES: list[tuple[str, Any, str, Any]] = [
     ("runtime", rtsys, "initialize", lambda: None),
     ("target", codegen.JITCPUCodegen, "magic_tuple", lambda self: ("x86_64-linux", "generic")),
     ("thread_count", threads, "_without_locks", lambda: lambda: 99),
+    ("width", ir.values.FunctionAttributes, "_to_list", lambda self, return_type: []),
 ]  # fmt: skip
 
 
@@ -113,6 +116,28 @@ def test_every_part_is_changed_once() -> None:
 
 def test_the_documented_target_is_the_one_that_numba_takes() -> None:
     assert target._documented_target() == target.target()
+
+
+DOUBLED = """
+from numba import float32, void
+from ruvllm.kernels.jit.decorators import kernel
+
+@kernel(independent=True)
+def doubled(x, out):
+    for i in range(x.size):
+        out[i] = x[i] + x[i]
+
+doubled.compile(void(float32[::1], float32[::1]))
+print(*doubled.inspect_asm().values())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is of x86")
+def test_loops_take_whole_registers() -> None:
+    """Compiled, not run, for a processor for which LLVM prefers half of each."""
+    features = "+avx2,+fma,+f16c,+avx512f,+avx512vl,+avx512bw,+avx512dq"
+    assembly = python("-c", DOUBLED, NUMBA_CPU_NAME="icelake-server", NUMBA_CPU_FEATURES=features)
+    assert any("vaddps" in line and "%zmm" in line for line in assembly.splitlines())
 
 
 def _compiled(function: Any, dtype: Any) -> Any:

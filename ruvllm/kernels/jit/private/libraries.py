@@ -8,6 +8,7 @@
   it. So a kernel with a sum in it keeps its unoptimised IR for callers. (The others do as Numba does, which makes
   kernels of several large bodies up to a tenth faster.)
 - Loops are marked as independent (``Independent``): LLVM then vectorises them wherever the arrays lie.
+- Loops may take all of an AVX-512 register, which LLVM leaves half empty on some processors.
 """
 
 import copy
@@ -20,7 +21,7 @@ from llvmlite import ir
 from numba.core.compiler import Compiler
 
 from ruvllm.kernels.jit.private.front_end import resolving_once, shortened
-from ruvllm.kernels.jit.private.loops import mark_independent
+from ruvllm.kernels.jit.private.loops import mark_independent, take_whole_registers
 from ruvllm.kernels.jit.private.parts import part
 
 
@@ -128,6 +129,7 @@ def _changed_target(targetctx: Any, compiler: Serial) -> Any:
 
     def post_lowering(module: ir.Module, library: Any) -> None:
         compiler.change(module)
+        take_whole_registers(module)
         targetctx.post_lowering(module, library)
 
     target.get_executable, target.post_lowering = get_executable, post_lowering

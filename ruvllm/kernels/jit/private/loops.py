@@ -1,4 +1,4 @@
-"""Loops marked as independent in LLVM IR, by metadata that llvmlite has no function for."""
+"""How LLVM vectorises loops: marks in its IR that llvmlite has no function for."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from llvmlite import ir
 
 from ruvllm.kernels.jit.private.parts import part
 
+_WHOLE_REGISTERS = '"prefer-vector-width"="512"'
 _INTERLEAVE = 4  # vectors per iteration; LLVM takes one where the body is long, as exp is, at 0.8 times the speed
 
 
@@ -86,3 +87,29 @@ def can_mark() -> bool:
     text = str(llvm.parse_assembly(str(module)))
     marks = ("distinct !{}", "!\"llvm.loop.parallel_accesses\"", "!\"llvm.loop.interleave.count\"", "br i1 ")
     return all(mark in text for mark in marks) and text.count("!llvm.access.group !") == 2 and "!llvm.loop !" in text
+
+
+def take_whole_registers(module: ir.Module) -> None:
+    """Let LLVM vectorise loops with all of an AVX-512 register.
+
+    For Intel's processors it takes half of it, because the first ones lowered their clock. SIMD vectors take all of it
+    anyway, and loops of exp run 1.3 times as fast (measured on an Emerald Rapids: silu_mul, gelu_mul, log_softmax).
+    """
+    if can_widen():
+        for function in module.functions:
+            if not function.is_declaration:
+                _prefer(function)
+
+
+def _prefer(function: ir.Function) -> None:
+    set.add(function.attributes, _WHOLE_REGISTERS)  # the set's own ``add`` takes no attribute of a target
+
+
+@part("width", "loops use half of each register on Intel's processors with AVX-512")
+def can_widen() -> bool:
+    """Whether LLVM parses the attribute of a function as it is meant."""
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "f")
+    ir.IRBuilder(function.append_basic_block()).ret_void()
+    _prefer(function)
+    return _WHOLE_REGISTERS in str(llvm.parse_assembly(str(module)))

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 PARTS: dict[str, Callable[[], bool]] = {}
 
 # Those that change the machine code of functions: the cache keeps code with and without them apart.
-_CHANGE_CODE = frozenset({"all", "counting", "libraries", "loops"})
+_CHANGE_CODE = frozenset({"all", "counting", "libraries", "loops", "width"})
 
 _asked = os.environ.get("RUVLLM_WITHOUT", "")
 WITHOUT = frozenset(name.strip() for name in _asked.split(",") if name.strip())

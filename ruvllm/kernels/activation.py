@@ -50,7 +50,7 @@ def softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: ``x`` has no dimension, or ``out`` does not match.
+        ValueError: ``x`` is zero-dimensional, or ``out`` does not match.
 
     Source: subtracting the maximum is Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp
     and softmax functions".

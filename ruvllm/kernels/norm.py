@@ -8,9 +8,13 @@ RMSNorm and LayerNorm have four forms each (the root mean square needs no thread
 
 - ``rms_norm_rows``, the body: plain loops over the rows lo:hi, which LLVM vectorises.
 - ``rms_norm_parallel``: the rows split over threads. No row is split, so any number of threads gives the same bits.
-- ``rms_norm_small``: checks and body in one compiled call, for arrays so small that checks in Python would take longer.
+- ``rms_norm_small``: checks and body in one compiled call, for arrays so small that checks in Python would take longer
+  than the body.
 - ``rms_norm``, the public function: it tries the small call, which returns False for large or unusual arrays; then it
   checks its arguments in Python, and runs the body on one thread or on several.
+
+``rms_norm_part`` is the body once more, to be called by other kernels. ``independent``, ``strict``, ``sum_kernel`` and
+``as_part`` are explained in jit/decorators.py.
 """
 
 from typing import Any
@@ -165,11 +169,11 @@ def rms(x: Any, out: np.ndarray | None = None) -> np.ndarray:
         out: (...) float32 to write into.
 
     Returns:
-        (...) float32, an array of no dimension for one row.
+        (...) float32, a zero-dimensional array for one row.
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: ``x`` has no last axis or an empty one, or ``out`` does not match.
+        ValueError: ``x`` is zero-dimensional, its last axis is empty, or ``out`` does not match.
     """
     if check.is_half(out):
         return check.rounded(out, rms, x)

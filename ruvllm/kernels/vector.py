@@ -41,11 +41,11 @@ def dot(a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
         out: (...) float32 to write into.
 
     Returns:
-        (...) float32, an array of no dimension for two vectors.
+        (...) float32, a zero-dimensional array for two vectors.
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: shapes do not match, or ``a`` has no dimension.
+        ValueError: shapes do not match, or ``a`` is zero-dimensional.
     """
     y: Any = new_output(a.shape[:-1]) if out is None and type(a) is np.ndarray else out
     if dot_small(a, b, y):

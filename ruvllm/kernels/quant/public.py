@@ -116,7 +116,7 @@ def quantize_activations(x: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Raises:
         TypeError: ``x`` is not a float32 array.
-        ValueError: ``x`` has no dimension.
+        ValueError: ``x`` is zero-dimensional.
 
     Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale".
     """

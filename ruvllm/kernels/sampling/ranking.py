@@ -156,7 +156,7 @@ def log_softmax(x: Any, out: np.ndarray | None = None) -> np.ndarray:
 
     Raises:
         TypeError: an argument is not a float32 array.
-        ValueError: ``x`` has no dimension, or ``out`` does not match.
+        ValueError: ``x`` is zero-dimensional, or ``out`` does not match.
     """
     x = check.float32("x", x, min_ndim=1)
     out = check.output("out", out, x.shape, x)

@@ -1,7 +1,7 @@
 """Attention of one new token over a KV cache ("flash-decoding", Dao et al. 2023).
 
-For each query head, out = sum_s softmax(scale q k_s) v_s over the cached positions s. A long context is work enough for
-all threads, so positions are cut into chunks of 256. A unit of work is one chunk of one kv head: ``attend_token``
+For each query head, out = sum_s softmax(scale q k_s) v_s over the cached positions s. Positions are cut into chunks of
+256, so that a long context keeps all threads busy. A unit of work is one chunk of one kv head: ``attend_token``
 computes for every query head of the kv head's group
 
     m = max score,   l = sum 2^(score - m),   o = sum 2^(score - m) v
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ruvllm.kernels.attention.kv import VALUE_SCALE_ROW
 from ruvllm.kernels.attention.tile import (
     CHUNK,
     NEGATIVE_INFINITY,
@@ -68,7 +69,7 @@ def token_scratch_size(head_dim: int, group: int) -> int:
 
 
 def chunk_count(positions: int) -> int:
-    """Chunks of so many positions."""
+    """How many chunks so many positions are cut into."""
     return (positions + CHUNK - 1) // CHUNK
 
 
@@ -85,8 +86,8 @@ class ValueRows(NamedTuple):
 def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     """Units lo:hi of the token at ``position``: unit = kv head * chunks + chunk, counted from the first chunk it sees.
 
-    q (H, D); cache: a ``Cache``; scoring: a ``Scoring``; partial (H, chunks, partial_width(D));
-    scratch (token_scratch_size(D, H / KV),).
+    q (H, D); cache: a ``Cache``; scoring: a ``Scoring``; partial (H, >= chunks, partial_width(D));
+    scratch (token_scratch_size(D, H / KV),): scores, then rows to be transposed, queries and sums of HEAD_TILE heads.
     """
     heads, dim = q.shape
     keys, values = cache.keys, cache.values
@@ -101,7 +102,7 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     stage = (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK
     queries = Queries(scratch, stage + HEAD_TILE * LANES, HEAD_TILE)
     sums = queries.start + HEAD_TILE * wide
-    for i in range(stage, queries.start, LANES):
+    for i in range(stage, queries.start, LANES):  # heads that a group lacks to a whole tile
         f32_store(scratch, i, f32_zero())
     for unit in range(lo, hi):
         kv, c = unit // chunks, unit % chunks
@@ -129,7 +130,8 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
                 if scoring.softcap > 0:
                     cap_scores(scratch, head * CHUNK, span.start, span.stop, scoring.softcap)
                 top = largest_score(scratch, head * CHUNK, span)
-                total = to_weights(scratch, head * CHUNK, span, top, chunk.keys, ki + (dim + 4) * LANES, block)
+                scales = ki + (dim + VALUE_SCALE_ROW) * LANES
+                total = to_weights(scratch, head * CHUNK, span, top, chunk.keys, scales, block)
                 parts[at] = top
                 parts[at + 1] = hsum(total)
             for i in range(sums, sums + HEAD_TILE * wide, LANES):

@@ -22,11 +22,11 @@ class Options(TypedDict, total=False):
     """Options of attention that few models need.
 
     Attributes:
-        softcap: c > 0: a score s becomes c tanh(s / c) (Gemma 2). None: it stays.
+        softcap: c > 0: a score s becomes c tanh(s / c) (Gemma 2). None: no cap.
         sinks: (H,) float32: a score of each head that takes its share of the softmax and has no value (GPT-OSS;
-            Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"). None: there is none.
+            Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"). None: no sinks.
         return_lse: return (out, lse) with lse (..., T, H) = log(sum(e^score)), over the positions that a query sees and
-            its sink. Two results over different positions are merged by it.
+            its sink. Results over different positions can be merged with it.
     """
 
     softcap: float | None

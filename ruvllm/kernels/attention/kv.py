@@ -40,7 +40,8 @@ from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
-SCALE_ROWS = 8  # of 16 bytes, in a block of int8 keys
+SCALE_ROWS = 8  # rows of 16 bytes that hold the scales of a block of int8 keys and values
+VALUE_SCALE_ROW = 4  # the first of these with scales of values
 _LARGEST, _ONE = np.float32(127), np.float32(1)
 
 
@@ -77,12 +78,12 @@ def kv_append_heads(k, v, cache, positions, lo, hi):
                 at, j = xi + i * row, position % LANES + i
                 k_scale, v_scale = _scale(k_flat, at, dim), _scale(v_flat, at, dim)
                 store_scale(keys_flat, ki + dim * LANES + 4 * j, k_scale)
-                store_scale(keys_flat, ki + (dim + 4) * LANES + 4 * j, v_scale)
+                store_scale(keys_flat, ki + (dim + VALUE_SCALE_ROW) * LANES + 4 * j, v_scale)
                 for d in range(transposed, dim):
                     store_element(keys_flat, ki + d * LANES + j, k_flat[at + d], _ONE / k_scale)
                 for d in range(0, whole, LANES):
-                    numbers = scaled(values, f32_load(v_flat, at + d), splat(_ONE / v_scale))
-                    store_elements(values_flat, vi + i * wide + d, numbers)
+                    scaled_values = scaled(values, f32_load(v_flat, at + d), splat(_ONE / v_scale))
+                    store_elements(values_flat, vi + i * wide + d, scaled_values)
                 for d in range(whole, dim):
                     store_element(values_flat, vi + i * wide + d, v_flat[at + d], _ONE / v_scale)
             for d in range(0, transposed, LANES):  # 16 x 16 elements: positions become lanes

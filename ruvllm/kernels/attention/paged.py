@@ -5,7 +5,7 @@ take sixteen positions before the next sixteen, so that memory is read in order.
 
 Rows of keys are not panels: products with a query are accumulated lane by lane, and the lanes are summed at the end.
 Four heads take four positions at a time: eight loads serve sixteen multiply-adds, and sixteen sums of lanes need 45
-operations. Rows that are no whole vectors, and groups of 16 positions that are split between blocks or end early, are
+operations. Rows that are not whole vectors, and groups of 16 positions that are split between blocks or end early, are
 gathered into scratch first; the results are the same bits.
 
 Meanwhile the rows of the next sixteen positions are prefetched, line by line. A core tracks two dozen misses, too few

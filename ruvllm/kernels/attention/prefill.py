@@ -19,6 +19,7 @@ import numpy as np
 from numba import prange
 
 from ruvllm.kernels.attention.decode import attend_token, merge_chunks, partial_width, token_scratch_size
+from ruvllm.kernels.attention.kv import VALUE_SCALE_ROW
 from ruvllm.kernels.attention.tile import (
     CHUNK,
     NEGATIVE_INFINITY,
@@ -50,8 +51,8 @@ from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, f32_zeros
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, chunk_counters, share_of, take_chunk
 
-_CLAIMED_UNITS = 4  # of work, at a time
-MAX_TILES = 4 if WIDE else 6  # of a unit: they share each chunk of keys and values while it is in the L2 cache
+_CLAIMED_UNITS = 4  # units of work that a thread claims at a time
+MAX_TILES = 4 if WIDE else 6  # tiles of a unit: they share each chunk of keys and values while it is in the L2 cache
 _STATE = 4 * LANES  # floats of ``Softmax`` for the rows of a tile, without their sums
 NO_WINDOW = 1 << 62
 _NO_SINKS = np.empty(0, np.float32)
@@ -209,7 +210,7 @@ def _weigh_chunk(state, rows, window, chunk, start, stop, keys, ki):
     for r in range(rows.count):
         scratch[found + r] = largest_score(scratch, r * CHUNK, _row_span(rows, r, window, chunk, start, stop))
     for r in range(rows.count):
-        span, scales = _row_span(rows, r, window, chunk, start, stop), ki + (keys.dim + 4) * LANES
+        span, scales = _row_span(rows, r, window, chunk, start, stop), ki + (keys.dim + VALUE_SCALE_ROW) * LANES
         top = scratch[found + r]
         total = hsum(to_weights(scratch, r * CHUNK, span, top, keys.elements, scales, keys.block))
         scratch[tops + r], scratch[totals + r], scratch[found + r], scratch[adds + r] = update_softmax(

@@ -17,7 +17,7 @@ from ruvllm.kernels.spec import KernelSpec, grid
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the table of a sequence that lies in one block
-_FEW_MACS = 2 * PARALLEL_MACS  # of scores and weighted values together: with fewer, one token takes one thread
+_FEW_MACS = 2 * PARALLEL_MACS  # multiply-adds (scores and weighted values) below which a token takes one thread
 _LARGEST = float(np.finfo(np.float32).max)
 _chunk_count, _partial_width = inline_kernel(chunk_count), inline_kernel(partial_width)
 _paged_scratch_size = inline_kernel(paged_scratch_size)
@@ -82,7 +82,7 @@ def paged_attention(
 
 @inline_kernel
 def attend_few(q, k, v, sizes, scale, scaled, memory, out):
-    """One token's attention, if it is little work and its sizes fit each other.
+    """One token's attention, if the work is small and its sizes fit each other.
 
     sizes: heads, kv heads and length of the arrays. scale: 1 / sqrt(D) unless ``scaled``. memory: float32 scratch,
     which begins with the table of the one block.

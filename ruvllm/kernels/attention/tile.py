@@ -91,7 +91,7 @@ def chunk_at(cache, kv, position):
 
 @inline_kernel
 def ahead_of(cache, kv, position, next_kv, other):
-    """Where another chunk's keys and values begin, as indices into the chunk of ``kv`` at ``position``."""
+    """Where another chunk's keys and values begin, as indices into the chunk of ``kv`` at ``position``, to prefetch."""
     keys, values = cache.keys, cache.values
     if cache.table.size == 0:
         row = next_kv * values.shape[1] + other
@@ -104,7 +104,7 @@ def ahead_of(cache, kv, position, next_kv, other):
 class Scoring(NamedTuple):
     """How attention scores a position: ``scale`` times q k^T; a query sees the ``window`` latest positions.
 
-    softcap c: a score s becomes c tanh(s / c); 0: it stays. sinks (H,) or (0,): a score of each head that takes its
+    softcap c: a score s becomes c tanh(s / c); 0: no cap. sinks (H,) or (0,): a score of each head that takes its
     share of the softmax and has no value.
     """
 
@@ -248,7 +248,7 @@ def scores(zeros, keys, ki, queries, base, start, stop, following):
     """scratch[base + r CHUNK + s] = query r times the key at s, for s in start:stop and the rest of the last block.
 
     zeros: a tuple of one zero vector for each row of the tile. keys.elements[ki]: the block of ``start``.
-    keys.elements[following]: the keys that are needed after those, to prefetch.
+    keys.elements[following]: the keys that are read next, to prefetch.
     """
     k, block, dim, scratch = keys.elements, keys.block, keys.dim, queries.scratch
     s = start

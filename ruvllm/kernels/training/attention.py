@@ -24,7 +24,7 @@ from ruvllm.kernels.simd.vectors import f32_load, f32_store, f32_zero, fma, fmax
 from ruvllm.kernels.spec import KernelSpec
 from ruvllm.kernels.threads.pool import PARALLEL_MACS, launch, threads_for
 
-QUERIES = 64  # of a block: the lanes of four vectors
+QUERIES = 64  # queries of a block: the lanes of four vectors
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -221,7 +221,7 @@ def attention_backward(
         dq (T, H, D), dk and dv (T, KV, D), float32.
 
     Raises:
-        TypeError: not float32, or starts that are no integers.
+        TypeError: not float32, or starts that are not integers.
         ValueError: shapes do not match, starts out of order, or a window < 1.
 
     Source: Dao et al. 2022, "FlashAttention", appendix B.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ruvllm.kernels.attention import decode, kv
-from ruvllm.kernels.attention.prefill import attend_prompt, attend_prompt_share, prompt_units
+from ruvllm.kernels.attention.prefill import attend_prompt_part, attend_prompt_share, prompt_units
 from ruvllm.kernels.attention.tile import CHUNK, Cache, Scoring
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at
@@ -37,7 +37,6 @@ from ruvllm.kernels.threads.team import part, take_chunk
 
 kv_append_heads = as_part(kv.kv_append_heads)
 attend_token_part = as_part(decode.attend_token)
-attend_prompt_part = as_part(attend_prompt)
 merge_chunks = as_part(decode.merge_chunks)
 _units = inline_kernel(prompt_units)
 

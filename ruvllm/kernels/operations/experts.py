@@ -17,8 +17,7 @@ from ruvllm.kernels.jit.views import array_at
 from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import panels_matmul_share, share_chunks
 from ruvllm.kernels.operations.matmul import Stealing, member_share
-from ruvllm.kernels.operations.rows import quantized_rows
-from ruvllm.kernels.quant import activations as rounding
+from ruvllm.kernels.operations.rows import quantize_activations, quantized_rows
 from ruvllm.kernels.quant.layout import GROUP, block_bytes
 from ruvllm.kernels.quant.matmul import chunks_of, quant_matmul_part
 from ruvllm.kernels.tape import CAPACITY, TOKENS, Operation, address_of, matrix, operation, row_range
@@ -27,7 +26,6 @@ from ruvllm.kernels.threads.team import part, share_after, take_chunk
 route_tokens = as_part(experts.route_tokens)
 combine_rows = as_part(experts.combine_rows)
 sigmoid_scale_rows = as_part(experts.sigmoid_scale_rows)
-quantize_activations = as_part(rounding.quantize_activations)
 _block_bytes = inline_kernel(block_bytes)
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from ruvllm.kernels import activation, bounded, norm, vector
+from ruvllm.kernels import activation, bounded, vector
 from ruvllm.kernels.jit.decorators import as_part, inline_kernel, view_kernel
 from ruvllm.kernels.jit.views import array_at, flat
 from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.norm import rms_norm_part
 from ruvllm.kernels.quant import activations as rounding
 from ruvllm.kernels.quant.layout import GROUP, OFFSETS, OUTLIERS, Rounded, token_blocks
 from ruvllm.kernels.rope import rotate as rotary
@@ -23,7 +24,6 @@ from ruvllm.kernels.tape import (
 )
 from ruvllm.kernels.threads.team import part
 
-rms_norm_rows = as_part(norm.rms_norm_rows)
 rope_rows = as_part(rotary.rope_rows)
 quantize_activations = as_part(rounding.quantize_activations)
 silu_mul_range = as_part(activation.silu_mul_range)
@@ -77,7 +77,7 @@ def rms_norm(m, x, weight, eps, out, columns, vectors):
     lo, hi = row_range(m)
     rows_in, rows_out = matrix(m, x, m.rows * vectors, columns), matrix(m, out, m.rows * vectors, columns)
     scale = array_at(address_of(m, weight), columns, np.float32)
-    rms_norm_rows(rows_in, scale, number(m, eps), rows_out, lo * vectors, hi * vectors)
+    rms_norm_part(rows_in, scale, number(m, eps), rows_out, lo * vectors, hi * vectors)
 
 
 @view_kernel

@@ -10,14 +10,15 @@ products:
 Integer sums are exact, and float sums are taken in one order: all instruction sets and any number of threads give the
 same bits, and a token's result does not depend on its neighbours.
 
-16 rows of W are a panel, one row for each lane of a vector. A thread has a share of the panels, cut into chunks that
-other threads may steal (``threads.team``). There are two loops over a share:
+16 rows of W are a panel, one row for each lane of a vector. A thread has a share of the panels, cut into chunks, which
+in a model's parallel region other threads may steal (``threads.team``). There are two loops over a share:
 
-- One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` reads panels of four
-  runs in turn, that is four streams, and prefetches each. Where two streams are as fast, it is not used.
+- One token (decoding) reads each weight once, so memory bandwidth is the limit. ``_one_token`` cuts the share into four
+  runs of consecutive panels and reads them in turn, as four streams, each of which it prefetches. It is not used where
+  two streams are as fast (``_ONE_TOKEN_LOOP``).
 - Several tokens (a prompt) reuse each weight. ``_tokens`` multiplies one or two panels by up to six tokens with the
-  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 132 tokens. Two panels are of
-  two runs, because few tokens wait for memory as well, and adjacent panels are read more slowly.
+  accumulators in registers, a tile (quant/tile.py), and moves on to the next panels after 132 tokens. The two panels
+  are from two runs: with few tokens, memory is the limit here too, and two adjacent panels are read more slowly.
 """
 
 from functools import cache
@@ -84,10 +85,10 @@ from ruvllm.kernels.threads.team import Share, take_chunk
 # Accumulators of a tile of so many tokens.
 _SIX, _FOUR, _THREE, _TWO, _ONE = (tokens * DOT_PANELS for tokens in (TILE, 4, 3, 2, 1))
 _WIDTH = DOT_PANELS * LANES  # outputs of a tile's panels
-_CHUNK_TOKENS = 11 * BLOCK_TOKENS  # whose outlier columns are unpacked together
-_RAGGED = _CHUNK_TOKENS * _WIDTH  # floats of the outputs of a chunk whose last panel is not full
-_LISTED = _CHUNK_TOKENS * OUTLIERS  # outlier columns of a chunk at most
-_UNPACKED = _LISTED * _WIDTH  # floats: 30 or 60 KB, of which little is used as a rule
+_CHUNK_TOKENS = 11 * BLOCK_TOKENS  # tokens whose outlier columns are unpacked together
+_RAGGED = _CHUNK_TOKENS * _WIDTH  # floats: the outputs of a chunk whose last panel is not full
+_LISTED = _CHUNK_TOKENS * OUTLIERS  # the most outlier columns of a chunk
+_UNPACKED = _LISTED * _WIDTH  # floats: 33 or 66 KB, of which usually little is used
 # Prefetch distances in each run, in bytes, because hardware prefetchers stop at the end of a page. Each block is
 # prefetched before the block of its own run that is multiplied: blocks of all runs at once would be more outstanding
 # misses than a core can track, for which later loads wait. Measured: a Zen 4 for one token, a Zen 5 for tiles.
@@ -109,7 +110,7 @@ class _Outputs(NamedTuple):
 
 @inline_kernel
 def _single_chunks(tokens, outputs, share):
-    """How many chunks of a share are ``_one_token``'s: STREAMS whole panels each."""
+    """How many chunks of a share ``_one_token`` computes: STREAMS whole panels each."""
     single = tokens == 1 and _ONE_TOKEN_LOOP
     return max(0, min(share.hi, outputs // LANES) - share.lo) // STREAMS if single else 0
 
@@ -130,16 +131,16 @@ def _operands(has_mins, blocks, x, step):
     )  # fmt: skip
 
 
-def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
+def _product_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
     """quant_matmul for one kind of weights, given its dot products, how to unpack a column, and its zero point."""
-    most = block_bytes(kind, True)  # bytes of a block, at most: a constant, to unroll the loop that prefetches a block
+    most = block_bytes(kind, True)  # the most bytes of a block: a constant, to unroll the loop that prefetches it
 
     @part_kernel
     def _one_token(has_mins, blocks, x, out, chunks, chunk, share):
         """One token times STREAMS runs of ``chunks`` consecutive panels, which are read in turn.
 
         A chunk is one panel of each run; ``chunk`` is the first one claimed. Returns the first claimed number that is
-        past these chunks: it is a chunk of the remaining panels, which are ``_tokens``'.
+        past these chunks: ``_tokens`` computes it, as a chunk of the remaining panels.
         """
         never_inline()
         p, outliers, out = _operands(has_mins, blocks, x, np.int64(GROUP)), flat(x.outliers), flat(out)
@@ -265,7 +266,7 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
         return chunk
 
     @inline_kernel
-    def _panels(has_mins, blocks, x, out, share, chunk):
+    def _product(has_mins, blocks, x, out, share, chunk):
         """quant_matmul for one kind of weights: ``chunk``, and the chunks of a share that no thread has claimed."""
         chunks = _single_chunks(out.shape[0], out.shape[1], share)
         if _ONE_TOKEN_LOOP and chunks > 0:  # a constant: where it is False, _one_token is not compiled
@@ -278,13 +279,13 @@ def _panels_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             chunk = _tokens(has_mins, blocks, x, out, lo, chunk, chunks, share)
         return chunk
 
-    return _panels
+    return _product
 
 
-_PANELS = {
-    INT4: _panels_of(INT4, dots_int4, column_int4, ZERO4),
-    INT5: _panels_of(INT5, dots_int5, column_int5, ZERO5),
-    INT8: _panels_of(INT8, dots_int8, column_int8, ZERO8),
+_PRODUCTS = {
+    INT4: _product_of(INT4, dots_int4, column_int4, ZERO4),
+    INT5: _product_of(INT5, dots_int5, column_int5, ZERO5),
+    INT8: _product_of(INT8, dots_int8, column_int8, ZERO8),
 }
 
 
@@ -294,7 +295,7 @@ def quant_matmul_part(kinds: tuple[int, ...]) -> Any:
 
     It computes ``chunk``, then claims others until none is left, and returns the first claimed number past the last.
     """
-    int4, int5, int8 = (_PANELS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
+    int4, int5, int8 = (_PRODUCTS[kind] if kind in kinds else None for kind in (INT4, INT5, INT8))
 
     @part_kernel
     def products(kind, has_mins, blocks, x, out, share, chunk):
@@ -323,7 +324,7 @@ def quant_matmul(w, x, out, lo, hi):
 
 @parallel_kernel
 def quant_matmul_parallel(w, x, out, threads):
-    """quant_matmul with the panels split over threads: one thread computes an output, so any split gives the same."""
+    """quant_matmul with the panels split over threads: one thread computes an output, so any split gives the same bits."""
     panels = w.blocks.shape[0]
     for t in prange(threads):
         quant_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)

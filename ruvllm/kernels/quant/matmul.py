@@ -324,7 +324,7 @@ def quant_matmul(w, x, out, lo, hi):
 
 @parallel_kernel
 def quant_matmul_parallel(w, x, out, threads):
-    """quant_matmul with the panels split over threads: one thread computes an output, so any split gives the same bits."""
+    """quant_matmul with the panels split over threads. One thread computes an output: any split gives the same bits."""
     panels = w.blocks.shape[0]
     for t in prange(threads):
         quant_matmul(w, x, out, panels * t // threads, panels * (t + 1) // threads)

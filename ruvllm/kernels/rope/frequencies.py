@@ -108,7 +108,7 @@ def rope_tables(
         (cos, sin), each (T, D/2) float32, from float64 angles.
 
     Raises:
-        TypeError: positions are not integers, or ``out`` is no pair of float32 arrays.
+        TypeError: positions are not integers, or ``out`` is not a pair of float32 arrays.
         ValueError: as ``rope_inv_freq``; or ``out`` has another shape.
     """
     angles = check.integers("positions", positions)[:, None] * rope_inv_freq(head_dim, *frequencies, **scaling)

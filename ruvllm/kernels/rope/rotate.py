@@ -1,7 +1,8 @@
 """Rotary position embedding (RoPE): the rotation, from tables or with angles computed on the fly.
 
-Pair i of a head is rotated by the angle ``position * inv_freq[i]``. Two layouts of the pairs exist: *half-split*
-(i, i + D/2) as in Hugging Face's LLaMA, and *interleaved* (2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
+Pair i of a head is rotated by the angle ``position * inv_freq[i]``. The first R elements of a head of D are rotated, as
+a rule all of them. Two layouts of the pairs exist: *half-split* (i, i + R/2) as in Hugging Face's LLaMA, and
+*interleaved* (2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ _ONE_OVER_PI = 1 / np.pi
 def rotate(x, cos, sin, sign, interleaved, out):
     """Rotate the pairs of one head. x, out (D,); cos, sin (R/2,); sign float32: 1, or -1 for the inverse.
 
-    Elements from R on stay as they are.
+    Elements from R on are copied.
     """
     half = cos.size
     for i in range(half):
@@ -42,10 +43,10 @@ def rotate(x, cos, sin, sign, interleaved, out):
 
 @inline_kernel
 def rotate_vectors(x, start, cos, sin, angle, half, sign, interleaved, out):
-    """rotate for a head of ``half`` pairs, a multiple of LANES, all of them rotated; flat arrays, and indices in them.
+    """rotate for a head of ``half`` pairs, a multiple of LANES, and no other elements: flat arrays and offsets.
 
-    A head is only two to eight vectors, and LLVM's own loop spends as much time before and after them: in place, this
-    takes 0.6 to 0.8 of its time.
+    A head is only two to eight vectors, and the loop that LLVM makes of ``rotate`` spends as much time before and
+    after them: in place, this takes 0.6 to 0.8 of its time.
     """
     plus, minus = splat(sign), splat(-sign)
     for i in range(0, half, LANES):
@@ -69,7 +70,7 @@ def rotate_rows(x, cos, sin, sign, interleaved, out, lo, hi):
     heads, half = x.shape[1], cos.shape[1]
     whole = half % LANES == 0 and 2 * half == x.shape[2]
     t, h = lo // heads, lo % heads
-    line = t % cos.shape[0]  # of the tables
+    line = t % cos.shape[0]  # row of the tables
     for row in range(lo, hi):
         if whole:
             angle, start = line * half, 2 * row * half
@@ -166,8 +167,8 @@ def _require_pairs(dim: int) -> None:
 def rope_angles(positions, inv_freq, cos, sin, lo, hi):
     """Rows lo:hi of rope_tables. positions (T,) int64; inv_freq (R/2,) float64; cos, sin (T, R/2) float32.
 
-    angle = n pi + r with |r| <= pi/2, so sin and cos are (-1)^n times those of r, whose Taylor series end below
-    float32's rounding at degree 14: every step is plain float64 arithmetic that LLVM vectorises.
+    angle = n pi + r with |r| <= pi/2, so sin and cos are (-1)^n times those of r. Their Taylor series up to
+    degree 14 are exact to float32's rounding: every step is plain float64 arithmetic that LLVM vectorises.
     """
     for t in range(lo, hi):
         position = np.float64(positions[t])
@@ -196,7 +197,7 @@ def rope_angles(positions, inv_freq, cos, sin, lo, hi):
 
 @kernel(strict=True)
 def rope_tokens(x, positions, inv_freq, interleaved, tables, out, lo, hi):
-    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, R/2) float32 of scratch, left with cos and sin."""
+    """Tokens lo:hi of apply_rope. x, out (T, H, D); tables (2, T, R/2) float32: scratch, filled with cos and sin."""
     cos, sin = tables[0], tables[1]
     rope_angles(positions, inv_freq, cos, sin, lo, hi)
     if interleaved:

@@ -1,4 +1,4 @@
-"""Integer dot products as Numba intrinsics: the part of the project's LLVM IR that differs between CPUs.
+"""Integer dot products as Numba intrinsics, with the instructions that each CPU has for them.
 
 A *weight vector* ``u8x64`` is 16 rows x 4 columns of bytes; a *quad* is four int8 activations in one int32. One *step*
 adds to 16 int32 accumulators, one for each row, the dot product of the row's four bytes with the quad:

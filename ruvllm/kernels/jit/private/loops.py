@@ -14,8 +14,8 @@ _INTERLEAVE = 4  # vectors per iteration; LLVM takes one where the body is long,
 def mark_independent(module: ir.Module) -> None:
     """Mark every loop, and every load and store of an array's element, as independent.
 
-    LLVM vectorises a loop only if no iteration reads what another one writes. It tests that when the loop begins, by
-    the addresses of the arrays, and the test fails where the output is an input: the loop then runs scalar. This
+    LLVM vectorises a loop only if no iteration reads what another one writes. Compiled code tests that when the loop
+    begins, by the addresses of the arrays. Where the output is an input, the test fails and a scalar loop runs. This
     metadata is what C compilers make of "#pragma ivdep": loads and stores belong to a group, and each loop says that
     the accesses of the group are parallel. Without it such loops are correct, but slower.
     """
@@ -30,12 +30,12 @@ def _mark(module: ir.Module) -> None:
     for function in module.functions:
         order = {block: i for i, block in enumerate(function.blocks)}
         loops: dict[Any, _DistinctNode] = {}
-        for block, place in order.items():
+        for block, position in order.items():
             for instruction in block.instructions:
                 if instruction.opname in ("load", "store") and _is_of_an_array(instruction):
                     instruction.set_metadata("llvm.access.group", group)
             for target in block.terminator.operands if block.terminator.opname == "br" else ():
-                if order.get(target, place + 1) <= place:  # back to where a loop begins
+                if order.get(target, position + 1) <= position:  # a back edge: the target is a loop's header
                     if target not in loops:
                         loops[target] = _DistinctNode(module, f"SELF, !{accesses.name}, !{interleave.name}")
                     block.terminator.set_metadata("llvm.loop", loops[target])
@@ -49,7 +49,7 @@ class _DistinctNode(ir.MDValue):
         self._text = text.replace("SELF", f"!{self.name}")
 
     def descr(self, buf: list[str]) -> None:
-        buf += (f"distinct !{{ {self._text} }}\n",)
+        buf.append(f"distinct !{{ {self._text} }}\n")
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -59,7 +59,7 @@ class _DistinctNode(ir.MDValue):
 
 
 def _is_of_an_array(access: Any) -> bool:
-    """Whether the address comes from anything but a local variable."""
+    """Whether the address comes from anything but a local variable (an alloca)."""
     pointer = access.operands[-1]
     while isinstance(pointer, (ir.GEPInstr, ir.CastInstr)):
         pointer = pointer.operands[0]
@@ -69,17 +69,17 @@ def _is_of_an_array(access: Any) -> bool:
 @part("loops", "kernels run several times slower where their output is one of their inputs")
 def can_mark() -> bool:
     """Whether LLVM parses the metadata of a loop as it is meant."""
-    module, number = ir.Module(), ir.IntType(64)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [number.as_pointer(), number]), "f")
+    module, word = ir.Module(), ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word.as_pointer(), word]), "f")
     pointer, count = function.args
     entry, loop, end = (function.append_basic_block() for _ in range(3))
     ir.IRBuilder(entry).branch(loop)
     builder = ir.IRBuilder(loop)
-    i = builder.phi(number)
+    i = builder.phi(word)
     element = builder.gep(pointer, [i])
     builder.store(builder.load(element), element)
-    following = builder.add(i, number(1))
-    i.add_incoming(number(0), entry)
+    following = builder.add(i, word(1))
+    i.add_incoming(word(0), entry)
     i.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
     ir.IRBuilder(end).ret_void()
@@ -102,7 +102,7 @@ def take_whole_registers(module: ir.Module) -> None:
 
 
 def _prefer(function: ir.Function) -> None:
-    set.add(function.attributes, _WHOLE_REGISTERS)  # the set's own ``add`` takes no attribute of a target
+    set.add(function.attributes, _WHOLE_REGISTERS)  # its own ``add`` refuses attributes that llvmlite does not know
 
 
 @part("width", "loops use half of each register on Intel's processors with AVX-512")

@@ -145,15 +145,15 @@ def gelu_mul(gate: Any, up: Any, out: np.ndarray | None = None) -> np.ndarray:
 
 
 def gated(
-    body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None, numbers: tuple[float, ...] = ()
+    body: Any, parallel: Any, gate: Any, up: Any, out: np.ndarray | None, scalars: tuple[float, ...] = ()
 ) -> np.ndarray:
-    """A gated activation: checks, and the body(gate, up, *numbers, out) on one thread or on several."""
+    """A gated activation: checks, and the body(gate, up, *scalars, out) on one thread or on several."""
     if check.is_half(out):
-        return check.rounded(out, gated, body, parallel, gate, up, None, numbers)
+        return check.rounded(out, gated, body, parallel, gate, up, None, scalars)
     gate = check.float32("gate", gate)
     up = check.float32("up", up, shape=gate.shape)
     out = check.output("out", out, gate.shape, gate, up)
-    arguments = gate.ravel(), up.ravel(), *numbers, out.ravel()
+    arguments = gate.ravel(), up.ravel(), *scalars, out.ravel()
     run_rows(body, parallel, gate.size, PARALLEL_ELEMENTS, gate.size, *arguments)
     return out
 

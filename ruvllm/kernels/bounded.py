@@ -88,8 +88,8 @@ def clamped_swiglu(
 
     Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
     """
-    numbers = check.positive("limit", limit), check.positive("alpha", alpha)
-    return gated(clamped_swiglu_range, clamped_swiglu_parallel, gate, up, out, numbers)
+    scalars = check.positive("limit", limit), check.positive("alpha", alpha)
+    return gated(clamped_swiglu_range, clamped_swiglu_parallel, gate, up, out, scalars)
 
 
 _SIZES = grid(rows=(1, 64), n=(768, 2048, 8192))

@@ -51,7 +51,7 @@ from ruvllm.kernels.threads.team import (
 ) = range(22)  # fmt: skip
 (
     ABSOLUTE, SHARED, LOCAL, POSITIONS, COS, SIN, CACHE, PARTIAL, SCRATCH, LOGITS, SLOTS, RUNS, CHOSEN,
-) = SPACES = tuple(range(13))  # fmt: skip
+) = range(13)  # fmt: skip
 _SPACE_BITS = 4
 _BASE, _SCALE, _STRIDE = (24 + i * (1 << _SPACE_BITS) for i in range(3))
 EACH = _STRIDE + (1 << _SPACE_BITS)  # EACH + k: how many rows there are where each token has k of them

@@ -248,8 +248,8 @@ def multiply(a: np.ndarray, b: np.ndarray, transposed: bool, out: np.ndarray, ba
     inner, columns = a.shape[-1], out.shape[-1]
     if a.ndim > 2:
         a, out = a.reshape(math.prod(a.shape[:-1]), inner), out.reshape(math.prod(out.shape[:-1]), columns)
-    rows, panels = len(out), (columns + LANES - 1) // LANES
-    pairs = (panels + 1) // 2  # of panels: the least that a thread takes
+    rows, panels = len(out), panel_count(columns)
+    pairs = (panels + 1) // 2  # a thread takes at least two panels
     macs = rows * columns * inner
     threads = threads_for(macs, PARALLEL_TILE_MACS, max(pairs, rows))
     if takes_blas(backend, macs, threads, _numba_gemm):

@@ -6,15 +6,16 @@ import numpy as np
 
 from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.matmul.micro_kernels import LANES
+from ruvllm.kernels.matmul.panels import panel_count
 from ruvllm.kernels.memory import weights_empty
 from ruvllm.kernels.quant.layout import GROUP, INT4, INT5, INT8, LINES, block_bytes
 from ruvllm.kernels.simd.vectors import f16_to_f32
 
-_QUADS = GROUP // 4  # of one row's group: four columns each
+_QUADS = GROUP // 4  # quads (four columns) of one row's group
 _NIBBLE = np.uint32(4)
 _BYTE = np.uint32(255)
-_ZERO_CODES = {INT4: 8, INT5: 16, INT8: 0}  # of symmetric weights
-_NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # of four codes
+_ZERO_CODES = {INT4: 8, INT5: 16, INT8: 0}  # the code of 0 in symmetric weights
+_NIBBLES, _ONES = np.uint32(0x0F0F0F0F), np.uint32(0x01010101)  # in each of four bytes
 
 
 class Panels(NamedTuple):
@@ -58,7 +59,7 @@ class Panels(NamedTuple):
 
 def empty_panels(kind: int, rows: int, columns: int, mins: bool) -> Panels:
     """Uninitialised panels for a matrix (rows, columns) of INT4, INT5 or INT8, on whole cache lines."""
-    panels, groups = (rows + LANES - 1) // LANES, (columns + GROUP - 1) // GROUP
+    panels, groups = panel_count(rows), (columns + GROUP - 1) // GROUP
     return Panels(kind, mins, weights_empty((panels, groups, block_bytes(kind, mins)), np.uint8))
 
 
@@ -116,7 +117,7 @@ def pack_groups(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, 
     """
     panels, groups = to.blocks.shape[:2]
     rows = len(codes)
-    if panels != (rows + LANES - 1) // LANES:
+    if panels != panel_count(rows):
         raise ValueError(f"codes: expected the rows of {panels} panels of {LANES}, found {rows}")
     codes = _checked("codes", codes, (rows, groups * GROUP), np.uint8, np.int8)
     scales = _checked("scales", scales, (rows, groups), np.uint16)

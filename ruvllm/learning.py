@@ -37,7 +37,7 @@ class Learning:
         Raises:
             FileNotFoundError: there is nothing at ``path``.
             ModelFormatError: it is unsound, of a kind that is not supported, or was made for another model.
-            ValueError: the name is taken, or the weight is no finite number.
+            ValueError: the name is taken, or the weight is not a finite number.
         """
         from ruvllm.checkpoint.adapters import load_adapter
 

@@ -311,7 +311,7 @@ class LLM(ManyTexts, Inspection, Learning):
                 text: each scores some of the windows, and all get the same result.
 
         Raises:
-            TypeError: ids that are no integers.
+            TypeError: ids that are not integers.
             ValueError: a context outside of 4 .. the model's, a text shorter than one window, or an unknown ``kv``.
         """
         ids, bos, nbytes = self._scored(text, kv)

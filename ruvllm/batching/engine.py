@@ -50,7 +50,7 @@ class Engine:
 
     Raises:
         ValueError: an unknown ``kv``, sequences < 1, or memory for less than one block of 256 tokens.
-        InsufficientMemoryError: so much memory is not free.
+        InsufficientMemoryError: that much memory is not free.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class ManyTexts:
 
         Raises:
             ValueError: an unknown ``kv``, sequences < 1, or too little memory for 256 tokens.
-            InsufficientMemoryError: so much memory is not free.
+            InsufficientMemoryError: that much memory is not free.
         """
         return Answering(self._engine(kv, memory, sequences), self.tokenizer)
 

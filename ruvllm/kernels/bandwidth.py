@@ -54,7 +54,7 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 5, threads: int | None 
         threads: how many threads read; None for as many as kernels use.
 
     Raises:
-        TypeError: an argument is no integer.
+        TypeError: an argument is not an integer.
         ValueError: a number that is too small.
         InsufficientMemoryError: the buffer does not fit.
     """

@@ -28,7 +28,7 @@ def float32(
     view (``__array__``, DLPack), are copied or viewed. float16 and bfloat16 are widened, which is exact.
 
     Raises:
-        TypeError: it is no array, or not of float32, float16 or bfloat16.
+        TypeError: it is not an array, or not of float32, float16 or bfloat16.
         ValueError: wrong number of dimensions or wrong sizes.
     """
     if type(array) is not _ndarray or array.dtype is not _FLOAT32 or not array.flags.carray:

@@ -13,7 +13,7 @@ from ruvllm.kernels.jit.decorators import inline_kernel, kernel
 from ruvllm.kernels.quant.layout import token_blocks
 from ruvllm.kernels.simd.vectors import stack_i64
 
-MAX_EXPERTS = 512  # of one layer
+MAX_EXPERTS = 512  # in one layer
 RUN = 4  # fields of a run: its expert, first row, number of rows, and offset in rows of the rows in 8 bits (``PADDED``)
 PADDED = 2  # rows in 8 bits are in token blocks, those of each expert in blocks of its own: at most twice the memory
 

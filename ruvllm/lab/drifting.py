@@ -20,7 +20,7 @@ from ruvllm.model.weights import LAYOUTS, load_weights
 from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 
-_ROWS = 512  # of a tensor, evenly spread, that its quantisation error is measured on
+_ROWS = 512  # rows of a tensor, evenly spread, whose quantisation error is measured
 
 
 @dataclass(frozen=True)

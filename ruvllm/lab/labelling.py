@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_HEIGHT = 1.25  # of a line, in units of the font size
+_HEIGHT = 1.25  # height of a line, in units of the font size
 _FAR = 2.0  # font sizes from a point at which a line leads to its label
 _RINGS, _DIRECTIONS = 14, 16
 

@@ -21,7 +21,7 @@ from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 
 METHODS = ("mean", "pca")
-_NOTHING = 1e-12  # of the residual stream's length: a difference that rounding in float64 leaves
+_NOTHING = 1e-12  # relative to the residual stream's length: what rounding in float64 leaves of no difference
 
 
 @dataclass(frozen=True)

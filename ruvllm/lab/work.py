@@ -64,9 +64,9 @@ def work_of(
         key_value: bytes of a key and a value of one head in the cache.
     """
     a: dict[str, Any] = step.arguments
-    if step.label in matrices:  # of a grouped product the first expert's
+    if step.label in matrices:  # the first expert's for a grouped product
         return _product(rows, a["outputs"], a["columns"], _experts(rows, a) * matrices[step.label])
-    if isinstance(a.get("weights"), tuple):  # of an adapter
+    if isinstance(a.get("weights"), tuple):  # an adapter's product
         outputs, columns = (a["panels"] * LANES, a["columns"]) if "panels" in a else (a["outputs"], a["rank"])
         return _product(rows, outputs, columns, matrices[a["weights"]])
     if "q" in a:

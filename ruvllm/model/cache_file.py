@@ -131,4 +131,4 @@ def _fill(archive: zipfile.ZipFile, name: str, path: Path, arrays: list[np.ndarr
     with archive.open(info) as file:
         for array in arrays:
             array[...] = np.frombuffer(file.read(array.nbytes), array.dtype).reshape(array.shape)
-        file.read()  # to the end, where the checksum is compared
+        file.read()  # at the end of the entry, its checksum is compared

@@ -12,7 +12,7 @@ _LIMITS = {
     "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1024, "rotary_dim": 1024,
     "experts.count": 512, "experts.per_token": 512, "experts.intermediate_size": 1 << 22,
 }  # fmt: skip
-_MOST = 1 << 31  # of any other integer
+_MOST = 1 << 31  # the limit of any other integer
 
 
 class ConfigError(RuvllmError, ValueError):

@@ -63,7 +63,7 @@ class Edit:
 
     Raises:
         KeyError: no array has this name.
-        ValueError: neither or both of change and scale, a scale that is no finite number, a head or position that
+        ValueError: neither or both of change and scale, a scale that is not a finite number, a head or position that
             there is not, or an array that is computed only to be looked at.
     """
 

@@ -79,7 +79,7 @@ class KVCache:
         return sum(n * len(blocks) for n, blocks in zip(self.layout.nbytes, self._blocks, strict=True))
 
     def reserve(self, end: int) -> None:
-        """Have memory that is written to by this cache alone for the positions from ``length`` to ``end``."""
+        """Own the memory of positions ``length`` to ``end``: add blocks, and copy those that are shared with forks."""
         step = self.layout.positions
         for group, (blocks, ring) in enumerate(zip(self._blocks, self._rings, strict=True)):
             for chunk in range(self.length // step, -(-end // step)):

@@ -14,14 +14,14 @@ BLOCK = CHUNK  # positions of a block: attention looks up one block for each chu
 
 
 class KVPool:
-    """Blocks of BLOCK positions, of ``memory`` bytes at the most, each of one group of layers (``BlockLayout``).
+    """Blocks of BLOCK positions, each of one group of layers (``BlockLayout``), of at most ``memory`` bytes in all.
 
-    Blocks are allocated one by one as they are first used, and never moved: a pool holds what was used at once at the
-    most, and never more than its memory.
+    Blocks are allocated when they are first used, and never moved: a pool holds the most that was in use at once, and
+    never more than its memory.
 
     Raises:
         ValueError: memory for less than one block of each group, or an unknown ``kv``.
-        InsufficientMemoryError: so much memory is not free.
+        InsufficientMemoryError: that much memory is not free.
     """
 
     def __init__(self, config: ModelConfig, memory: int, kv: str = "f32") -> None:
@@ -30,7 +30,7 @@ class KVPool:
         if memory < sum(self.layout.nbytes):
             raise ValueError(f"memory: expected at least {sum(self.layout.nbytes)} bytes, found {memory}")
         fitting = (n for n in range(blocks_for(config.max_position_embeddings), 0, -1) if self.bytes_for(n) <= memory)
-        self.max_tokens = min(next(fitting) * BLOCK, config.max_position_embeddings)  # of one sequence
+        self.max_tokens = min(next(fitting) * BLOCK, config.max_position_embeddings)  # in one sequence
         require_memory(memory, "KV cache of many texts")
         self.allocated = 0  # bytes
         self._free: list[list[Block]] = [[] for _ in self.layout.nbytes]  # by group

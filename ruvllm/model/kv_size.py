@@ -14,7 +14,7 @@ HUGE_PAGE = 1 << 21  # bytes
 
 _NUMBER_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 KV_TYPES = tuple(_NUMBER_BYTES)
-_SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # of a key and of a value
+_SCALES_BYTES = {"f32": 0, "f16": 0, "int8": 8}  # bytes of the scales of a key and its value
 
 
 def chosen_kv(kv: str, layouts: Iterable[str]) -> str:

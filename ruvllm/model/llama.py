@@ -36,7 +36,7 @@ from ruvllm.model.weights import FLOAT_LAYOUTS, LAYOUTS, WeightTensor, layout_fo
 
 logger = logging.getLogger(__name__)
 
-LAYER_MACS = 25_000_000_000  # multiply-adds per layer and pass at the most: Ctrl-C is seen between two layers
+LAYER_MACS = 25_000_000_000  # the most multiply-adds per layer and pass: Ctrl-C is seen between two layers
 WEIGHTS = ("auto", *LAYOUTS)
 
 
@@ -89,7 +89,7 @@ class Llama:
         self.fused = not DISABLE_JIT
         self.runner: Runner = Parallel()
         self.adapters: AdapterSet | None = None  # see ``model.lora``
-        self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # of the largest layer
+        self.layer_weights = max(_weights(layer) for layer in self.decoder.layers)  # the largest layer's
         self._tapes = Tapes(self)
         self.rope = RopeTables(config)
 
@@ -131,7 +131,7 @@ class Llama:
             float32 (T, V), or (V,) with last_only.
 
         Raises:
-            TypeError: ids are no integers.
+            TypeError: ids are not integers.
             ValueError: no ids, or an id outside the vocabulary; a cache of another model.
             ContextFullError: they do not fit into the cache, which stays as it was.
             RuntimeError: another thread is using the cache.

@@ -60,7 +60,7 @@ class MicroLora:
         """Add an adapter and activate it, next to those that are active.
 
         Raises:
-            TypeError: the name is no string.
+            TypeError: the name is not a string.
             ValueError: it was made for another model, holds NaN, or the name is taken by another adapter or merged.
         """
         if not isinstance(name, str):
@@ -101,7 +101,7 @@ class MicroLora:
 
         Raises:
             KeyError: there is no adapter of this name.
-            ValueError: a weight that is no finite number, or an adapter that is merged and would apply twice.
+            ValueError: a weight that is not a finite number, or an adapter that is merged and would apply twice.
         """
         weights: dict[str, float] = {}
         for name in names:

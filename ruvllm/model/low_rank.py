@@ -11,7 +11,7 @@ from ruvllm.kernels.matmul.micro_kernels import LANES
 from ruvllm.kernels.matmul.panels import pack, panel_count
 from ruvllm.kernels.memory import weights_empty
 
-_LARGEST = np.float32(127)  # of int8
+_LARGEST = np.float32(127)  # the largest code
 
 Factors = tuple[np.ndarray, np.ndarray]  # down (R, K) and up (N, R), float32, scaling included
 
@@ -75,7 +75,7 @@ def _rounded(down: np.ndarray, up: np.ndarray, scales: np.ndarray) -> Factors:
         scales[: len(a)] = a * b
     if not np.isfinite(scales).all():
         raise ValueError("adapter: expected elements whose products fit into float32, found larger ones")
-    a, b = np.where(a > 0, a, 1), np.where(b > 0, b, 1)  # of a rank that adds nothing
+    a, b = np.where(a > 0, a, 1), np.where(b > 0, b, 1)  # 1 for a rank that adds nothing
     down, up = (np.clip(np.rint(x), -_LARGEST, _LARGEST) for x in (down / a[:, None], up / b))
     return down.astype(np.int8), up.astype(np.int8)
 

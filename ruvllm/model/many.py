@@ -44,7 +44,7 @@ class Many:
 
     def __init__(self, model: Llama, pool: KVPool) -> None:
         self.model, self.pool = model, pool
-        self.most_tokens = model.prefill_tokens  # of one pass
+        self.most_tokens = model.prefill_tokens  # in one pass
         tokens = max(FEW_TOKENS, self.most_tokens)
         self._workings = {n: Working(model, pool, n, model.threads) for n in (FEW_TOKENS, tokens)}
         self._slots = np.zeros(tokens, np.int64)

@@ -73,7 +73,7 @@ _NORMS = {"attention.norm": "residual", "mlp.norm": "residual_mid", "final.norm"
 class Point:
     """A named array: its axes behind the first, which counts tokens, and its other names.
 
-    layer: None outside of layers. source: of an array that is computed only when it is asked for, what it is computed
+    layer: None outside of layers. source: what an array that is computed only on request is computed
     from. router: of arrays with a row for each expert of a token, sorted by expert, the name of the scores that chose
     them; their first axis here is that of the token's experts.
     """
@@ -94,7 +94,7 @@ class Point:
 
     @property
     def derived(self) -> bool:
-        """Whether it is computed only when it is asked for: to be looked at, not edited."""
+        """Whether it is computed only on request: it can be read, not edited."""
         return self.source is not None
 
     @property

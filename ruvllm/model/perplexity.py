@@ -27,7 +27,7 @@ class Perplexity:
     tokens: int  # scored
     windows: int
     context: int
-    bits_per_byte: float | None  # of the whole text, if its bytes are known
+    bits_per_byte: float | None  # for the whole text, if its bytes are known
 
     def __float__(self) -> float:
         return self.value
@@ -93,7 +93,7 @@ def perplexity(
     each of which calls this with a whole model, each scores some of the windows, and all return the same.
 
     Raises:
-        TypeError: ids are no integers.
+        TypeError: ids are not integers.
         ValueError: context < 4 or above the model's, fewer ids than one window, or an unknown ``kv``.
         RankError: another rank failed, or has another text.
     """

@@ -22,7 +22,7 @@ import numpy as np
 from ruvllm.errors import RankError, printable
 
 FAILED = 2  # exit code of all ranks after an error
-_POLL_SECONDS = 0.0005  # between two looks for a command, once it has been quiet for a while
+_POLL_SECONDS = 0.0005  # between two polls for a command, after a while without any
 _SPIN_SECONDS = 0.02
 _PRINTING_SECONDS = 0.2  # in which mpiexec passes the error on: without, MPICH's lost it in 1 of 80 aborts
 

@@ -85,7 +85,7 @@ class Tapes:
     def __init__(self, model: Replayed, hooks: Hooks | None = None) -> None:
         self.model, self.hooks = model, hooks
         self._recorded: WeakKeyDictionary[Any, dict[tuple[Any, ...], Tape]] = WeakKeyDictionary()  # by adapter set
-        self._by_shape: dict[Any, Tape] = {}  # of adapters
+        self._by_shape: dict[Any, Tape] = {}  # by the adapters' shapes
 
     def tape(self, kind: Pass, kv: str) -> Tape:
         """The tape for passes of one kind, with the adapters that are active now."""
@@ -129,11 +129,11 @@ class Working:
         self.partial = aligned_empty((heads, chunks, partial_width(D)))
         self.scratch = aligned_empty((threads, scratch))
         self.header = h = np.zeros(t.HEADER_SIZE, np.int64)
-        self.address = h.ctypes.data  # asked for once: NumPy makes an object for each such question
-        self._rows: dict[Value, np.ndarray] = {}  # those last asked for
+        self.address = h.ctypes.data  # read once: NumPy makes an object for each access
+        self._rows: dict[Value, np.ndarray] = {}  # those last requested
         h[t.ONE], h[t.CAPACITY], h[t.CHUNKS], h[t.SCRATCH_SIZE] = 1, self.capacity, chunks, scratch
         h[t.CACHES], h[t.BLOCK_ROWS] = cache.layer_table.ctypes.data, cache.layout.positions
-        h[t.TABLE_SIZE] = cache.tables.shape[1]  # of a pool, ``model.many`` sets it for each pass
+        h[t.TABLE_SIZE] = cache.tables.shape[1]  # for a pool, ``model.many`` sets it before each pass
         h[t.KEY_ROWS], h[t.VALUE_WIDTH] = key_rows(D, DTYPES[cache.dtype]), padded(D)
         h[t.SYNC], h[t.SYNC_SIZE] = self.sync.ctypes.data, self.sync.size
         h[t.CALLS] = scheduler_calls().ctypes.data
@@ -242,7 +242,7 @@ def needed_operations(
 ) -> list[Operation]:
     """The operations that replay a model with matrices in these layouts; none is compiled here."""
     found: dict[Operation, None] = {}
-    for i in range(len(layouts)):  # a turn for each: a mixture has few groups of matrices
+    for i in range(len(layouts)):  # each layout once first: a mixture has few groups of matrices
         for kind in (Pass.TOKEN, Pass.PROMPT):
             steps = recorded(config, layouts[i:] + layouts[:i], kind, kv, architecture).schedule.steps
             found |= dict.fromkeys(step.operation for step in steps)

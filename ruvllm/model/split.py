@@ -30,7 +30,7 @@ from ruvllm.model.ranks import Ranks, deaf_to_interrupts, guard, uninterrupted
 from ruvllm.model.replay import Tapes
 from ruvllm.model.share import Share
 
-_KINDS = tuple(DTYPES)  # of KV caches
+_KINDS = tuple(DTYPES)  # the precisions of KV caches
 
 
 class Command(IntEnum):
@@ -72,7 +72,7 @@ class SplitLlama(Llama):
         self._running = False
         self._command = np.zeros(len(_FIELDS) + _MOST_GONE + PREFILL_TOKENS, np.int64)
         self._logits: dict[int, np.ndarray] = {}
-        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()  # of rank 0's caches
+        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()  # rank 0's caches
         self._made = 0
         self._gone: list[int] = []
         self._factors: weakref.WeakKeyDictionary[AdapterSet, Mapping[str, Factors]] = weakref.WeakKeyDictionary()

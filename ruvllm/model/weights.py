@@ -17,7 +17,7 @@ from ruvllm.kernels.training.transposed import linear_transposed, quant_transpos
 from ruvllm.model.activations import Activations
 from ruvllm.model.config import ModelConfig
 
-_PACK_BYTES = 1 << 19  # of float32 rows between file and panels: small for the model, large for a call
+_PACK_BYTES = 1 << 19  # bytes of float32 rows between file and panels: small for the model, large for a call
 
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}

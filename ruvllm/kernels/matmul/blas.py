@@ -26,10 +26,10 @@ from ruvllm.kernels.jit.private.target import target
 from ruvllm.kernels.threads.pool import physical_cores
 
 BACKENDS = ("auto", "numba", "blas")
-SIZES = (256, 1024)  # of the square products that are measured; larger ones count as the last
-_TURNS = 9  # of each side, alternating, so that a busy machine slows both
-_TURN_SECONDS = 0.004  # of a turn, at least two calls, of which the best counts: the first wakes threads
-_PAUSE = 0.004  # before a turn, until idle threads of the other side stop spinning
+SIZES = (256, 1024)  # sizes of the square products that are measured; larger ones count as the last
+_TURNS = 9  # turns of each side, alternating, so that a busy machine slows both
+_TURN_SECONDS = 0.004  # a turn is at least two calls, of which the best counts: the first wakes threads
+_PAUSE = 0.004  # seconds before a turn: idle threads of the other side stop spinning meanwhile
 _ROUNDS = (0.0, 0.1, 0.2, 0.4)  # seconds to wait before more turns, as long as BLAS seems that much faster: our
 # threads may share a core for a while, and take ten times as long
 _FASTER = 1.5  # a large factor, because BLAS may round differently with other numbers of threads

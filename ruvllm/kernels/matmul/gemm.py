@@ -13,7 +13,7 @@ from ruvllm.kernels.matmul.tile import PANEL_GROUP, Panels, chunk_size, group_ti
 from ruvllm.kernels.simd.vectors import LANES, f32_load, f32_load_first, f32_store, load_rows, store_rows, zip_rows
 from ruvllm.kernels.threads.team import COUNTER_STRIDE, Share, part, take_chunk
 
-_PACK_ROWS = 16  # of B at a time, panel by panel: writes are sequential, and lines that were read are reused
+_PACK_ROWS = 16  # rows of B at a time, panel by panel: writes are sequential, and lines that were read are reused
 
 
 def gemm_scratch_size(inner: int, panels: int) -> int:

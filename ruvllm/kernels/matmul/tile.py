@@ -235,7 +235,7 @@ def panels_times_block(panels, block, out, columns, coming, buffers):
     """
     x, inner, k, width = block.x, block.inner, block.k, panels.count * LANES
     count = min(K_BLOCK, inner - k)
-    lines = LANES * LANES * panels.elements.itemsize // CACHE_LINE  # of 16 columns of a panel
+    lines = LANES * LANES * panels.elements.itemsize // CACHE_LINE  # cache lines of 16 columns of a panel
     soon, pace = coming.panels, (lines * _ROWS + block.hi - block.lo - 1) // (block.hi - block.lo)
     t = block.lo
     while t < block.hi:

@@ -28,10 +28,10 @@ from ruvllm.kernels.simd.vectors import (
 from ruvllm.kernels.threads.over_rows import run_rows
 from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 
-_SEARCHED = 2048  # groups at a time, on the stack; outliers are sought among the first of a row
-_ROWS = 8  # at a time: each outlier is a long chain of dependent instructions, which chains of other rows overlap
+_SEARCHED = 2048  # groups at a time, whose maxima are on the stack; outliers are sought in a row's first 2048 groups
+_ROWS = 8  # rows at a time: finding an outlier is a long dependency chain, which those of other rows overlap
 _STEPS = np.float32(127)
-_SMALLEST = np.float32(2.0**-120)  # of max|x|: 127 / max|x| stays finite
+_SMALLEST = np.float32(2.0**-120)  # the smallest max|x|: 127 / max|x| stays finite
 
 
 class _Row(NamedTuple):
@@ -120,8 +120,8 @@ def quantize_activations(x, to, shift, lo, hi):
     columns = x.shape[1]
     groups, block_tokens = to.xs.shape[1], to.xs.shape[2]
     outliers = to.outliers
-    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # of each group
-    stride = min((groups + LANES - 1) // LANES * LANES, _SEARCHED)  # of a row's groups in these
+    largest, inverse = stack_f32(_SEARCHED), stack_f32(_SEARCHED)  # one element for each group
+    stride = min((groups + LANES - 1) // LANES * LANES, _SEARCHED)  # from one row's groups to the next's
     most = min(_SEARCHED // stride, _ROWS)
     xf, lines = flat(x), Rounded(flat(to.xq), flat(to.xs), flat(to.offsets), flat(to.totals), flat(outliers))
     for start in range(lo, hi, most):
@@ -130,7 +130,7 @@ def quantize_activations(x, to, shift, lo, hi):
             count = min(groups - base, _SEARCHED)
             for source in range(start, end):
                 row, at = source * columns, (source - start) * stride
-                f32_store(largest, at + stride - LANES, f32_zero())  # to the end of the last vector
+                f32_store(largest, at + stride - LANES, f32_zero())  # the rest of the last vector
                 for g in range(count):
                     first = (base + g) * GROUP
                     a, b = _load_group(xf, row + first, columns - first)

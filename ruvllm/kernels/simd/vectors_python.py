@@ -20,7 +20,7 @@ fmax, fmin, max_or_nan = np.fmax, np.fmin, np.maximum
 
 
 def max_or_second(a: Any, b: Any) -> Any:
-    return np.where(a > b, a, b)[()]  # of two scalars a scalar
+    return np.where(a > b, a, b)[()]  # a scalar for two scalars
 
 
 def splat(x: Any) -> Any:

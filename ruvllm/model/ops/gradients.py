@@ -74,7 +74,7 @@ class Gradients:
         self._noting = keep and not checkpointing
         self._stream: list[Node] = []  # what goes into each layer, and what comes out of the last
         self._way_back: list[Callable[[], None]] = []
-        self._nodes: list[Node] = []  # of the layer that runs
+        self._nodes: list[Node] = []  # those of the current layer
         self._inputs = Activations(0, 0)
 
     def backward(self, layers: Sequence[Callable[[Any, Any], Any]]) -> None:

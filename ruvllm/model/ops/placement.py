@@ -49,7 +49,7 @@ def place(steps: list[Step], source: Value, held: Sequence[tuple[int, Value]]) -
             ending_at.setdefault(i, []).append(value)
     sizes = {t.SHARED: 0, t.LOCAL: 0}
     free: list[_Free] = []
-    held_size: dict[Value, int] = {}  # of the slot that a value has
+    held_size: dict[Value, int] = {}  # size of the slot that holds a value
 
     def kind(value: Value) -> tuple[Any, ...]:
         return value.space, value.layout, value.row_bytes, value.count
@@ -63,7 +63,7 @@ def place(steps: list[Step], source: Value, held: Sequence[tuple[int, Value]]) -
 
         slots = [slot for slot in reversed(free) if fits(slot)]
         if slots:
-            best = min(slots, key=lambda slot: slot.size)  # of equal ones, the one used last
+            best = min(slots, key=lambda slot: slot.size)  # among equals, the one used last
             free.remove(best)
             value.offset, held_size[value] = best.offset, best.size
         else:

@@ -98,7 +98,7 @@ def drop_top_choices(found: Candidates, threshold: float) -> Candidates:
     likely = np.flatnonzero(probability >= threshold)
     if len(likely) < 2:
         return found
-    least = likely[::-1][np.argmin(probability[likely[::-1]])]  # of equal ones the last
+    least = likely[::-1][np.argmin(probability[likely[::-1]])]  # among equals the last
     dropped = np.zeros(len(probability), bool)
     dropped[likely] = True
     dropped[least] = False

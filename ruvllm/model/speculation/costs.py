@@ -1,21 +1,21 @@
 """PassCosts and Acceptance: what a longer pass costs, what a guess is worth, and so how many tokens to guess.
 
-They are asked and told something at every token, so they are plain numbers of Python.
+They are read and updated at every token, so they hold plain Python numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_FORGET = 0.97  # weight of a measurement after one more
-_SHARE = 0.1  # of the last pass of one token in their mean
-_USUAL_START, _USUAL_SLOPE = 1.0, 0.1  # of a pass of several tokens, in passes of one token, until some are measured
+_FORGET = 0.97  # factor of a measurement's weight with each later one
+_SHARE = 0.1  # weight of the last pass of one token in their running mean
+_USUAL_START, _USUAL_SLOPE = 1.0, 0.1  # a and b before any measurement, in passes of one token
 _FEW = 4  # passes of one token after which one that takes far longer is no longer believed
 _FAR = 2.0
-_PRIOR_WEIGHT = 2.0  # guesses that the first expectation counts for
+_PRIOR_WEIGHT = 2.0  # the first expectation counts as so many guesses
 _LEVELS = 12
-_LAST_GUESSES = 0.97  # weight of a guess after one more of its level
-_LAST_TOKENS = 0.998  # after one more pass
+_LAST_GUESSES = 0.97  # factor of a guess's weight with each later one of its level
+_LAST_TOKENS = 0.998  # the same with each later pass
 _GAIN = 1.05  # expected tokens per second, over those without guesses, that make a guess worthwhile
 
 
@@ -30,7 +30,7 @@ class PassCosts:
         self._one = 1.0
         self._ones = 0
         self._several = 0
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, n^2, seconds, n seconds, for n > 1
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # sums of 1, n, n^2, seconds and n seconds over passes of n > 1 tokens
         self._line: tuple[float, float] | None = (_USUAL_START, _USUAL_SLOPE)  # None: it must be fitted again
 
     def measured(self, n: int, seconds: float) -> None:
@@ -78,7 +78,7 @@ class Acceptance:
         self._expected = [first + (last - first) * i / (_LEVELS - 1) for i in range(_LEVELS)]
         self._right = [0.0] * _LEVELS
         self._tried = [0.0] * _LEVELS
-        self._when = [0] * _LEVELS  # of the last change
+        self._when = [0] * _LEVELS  # the pass of the last change
         self._passes = 0
 
     def of(self, level: int) -> float:

@@ -21,10 +21,10 @@ class DraftModel:
     expected = 0.6, 0.6
 
     def __init__(self, model: Llama, vocab_size: int, max_tokens: int) -> None:
-        self._model, self._vocab_size = model, vocab_size  # of the large model: the smaller may have other spare rows
+        self._model, self._vocab_size = model, vocab_size  # the large model's: the small one may be padded differently
         self._cache: KVCache = model.new_cache(min(max_tokens, model.config.max_position_embeddings))
         self._ids = np.empty(0, np.int64)
-        self.guess_seconds = 0.0  # of one guess, as measured
+        self.guess_seconds = 0.0  # seconds of one guess, as measured
 
     def levels(self, ids: np.ndarray, most: int) -> list[int]:
         """The levels of up to ``most`` guesses after ids (n,)."""

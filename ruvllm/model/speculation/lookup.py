@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 _SHORTEST = 2  # tokens that must be alike
-_LONGEST = 13  # tokens compared at the most
-_CANDIDATES = 16  # occurrences compared at the most, the latest first
+_LONGEST = 13  # the most tokens compared
+_CANDIDATES = 16  # the most occurrences compared, the latest first
 _TRUST = 2  # as many more tokens must be alike elsewhere to leave the place that is being copied
 _NEAR = 8  # tokens of that place among which the copy is looked for after a change
 _MOST_CHANGED = 6  # tokens after which the copy is given up

@@ -68,7 +68,7 @@ def attention_scale(scale: Any, dim: int) -> float:
         TypeError, ValueError: the scale is not a number, or the head dimension is 0.
     """
     if not dim:
-        raise ValueError("q: expected heads of at least one number, found none")
+        raise ValueError("q: expected heads of at least one element, found none")
     return 1.0 / math.sqrt(dim) if scale is None else number("scale", scale)
 
 

@@ -77,8 +77,8 @@ def patch(
         llm: a loaded model.
         clean, corrupted: two prompts of as many tokens, as "When Mary and John ..." and "When Anna and John ...".
         at: the arrays: a name, alias or glob of ``llm.names()``; of one head "layers.3.heads.4".
-        metric: a number made of the logits (V,) after the last token, or two tokens, whose logits' difference it is;
-            None: of the tokens that are likeliest in the two runs.
+        metric: a function of the logits (V,) after the last token; or two tokens, for the difference of their logits;
+            None: for the likeliest tokens of the two runs.
         progress: show a bar; None: where stderr is a terminal or a notebook.
 
     Raises:

@@ -277,7 +277,7 @@ class _Timed:
 
 
 class _Reader:
-    """Makes operations of time stamps."""
+    """Turns time stamps into operations."""
 
     def __init__(self, model: Llama, peaks: Peaks) -> None:
         self.peaks, self.model_bytes = peaks, model.nbytes

@@ -180,7 +180,7 @@ def scale(
         wire: what ranks send each other.
 
     Raises:
-        TypeError: networks that are none.
+        TypeError: networks that are not of class ``Network``.
         ValueError: an unknown name, layout or wire, no model or network, or a number of ranks or a context below 1.
     """
     configs = (config,) if isinstance(config, ModelConfig | str) else tuple(config)

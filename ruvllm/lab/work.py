@@ -103,7 +103,7 @@ def _on_elements(operation: Operation, rows: float, a: Mapping[str, Any]) -> Wor
 
 
 class PassWork(NamedTuple):
-    """Of a whole pass: arithmetic of its matrix products and of attention; bytes of weights, of keys and values.
+    """The work of a pass: arithmetic of its matrix products and of attention; bytes of weights, of keys and values.
 
     Element-wise arithmetic and activations, which stay in the caches, are small in comparison and left out.
     """

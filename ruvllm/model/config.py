@@ -147,7 +147,7 @@ class ModelConfig:
     model_type: str = "llama"
 
     def __repr__(self) -> str:
-        """Only what is not as in the plainest model: most of these choices few models make."""
+        """Only what differs from the plainest model: few models make most of these choices."""
         plain = {f.name: f.default for f in fields(self)}
         said = (name for name, default in plain.items() if getattr(self, name) != default)
         return f"ModelConfig({', '.join(f'{name}={short(getattr(self, name))}' for name in said)})"

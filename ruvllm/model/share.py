@@ -3,8 +3,8 @@
 A rank holds some of the attention heads, some columns of the feed-forward network and some rows of the vocabulary:
 
     q, k, v, gate, up    the rows of its heads and columns
-    o, down              the columns that multiply those, and what ranks compute with them is summed; or rows, and
-                         ranks gather the inputs of all before
+    o, down              the columns that multiply those, where the ranks' results are summed afterwards; or rows,
+                         where all ranks' inputs are gathered beforehand
     embed, head          the rows of its tokens
     norms, router        whole, on every rank
 

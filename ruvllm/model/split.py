@@ -44,7 +44,7 @@ class Command(IntEnum):
 
 # A command: these fields, then the numbers of caches that are gone, then the tokens of a pass.
 _FIELDS = _COMMAND, _CACHE, _FORK, _KIND, _CAPACITY, _LENGTH, _TOKENS, _ROWS, _GONE = range(9)
-_MOST_GONE = 8  # told at once
+_MOST_GONE = 8  # caches that one command can report as gone
 
 
 class SplitLlama(Llama):
@@ -134,7 +134,7 @@ class SplitLlama(Llama):
             self.ranks.gather_columns(part, [share.tokens for share in self.shares], logits)
 
     def _rows(self, rows: int) -> np.ndarray:
-        """Room for this rank's columns of so many rows of logits."""
+        """A buffer for this rank's columns of so many rows of logits."""
         if rows not in self._logits:
             self._logits = {1: self._logits.get(1, aligned_empty((1, len(self.share.tokens))))}
             self._logits[rows] = aligned_empty((rows, len(self.share.tokens)))
@@ -204,7 +204,7 @@ class SplitLlama(Llama):
         self.ranks.announce(c)
 
     def _number(self, cache: KVCache) -> int:
-        """By which the other ranks know a cache."""
+        """The number by which the other ranks know a cache."""
         if cache not in self._numbers:
             self._made += 1
             self._numbers[cache] = self._made
@@ -226,7 +226,7 @@ class SplitLlama(Llama):
     # The other ranks.
 
     def follow(self) -> None:
-        """Compute what rank 0 asks for until it ends. An error here ends all ranks. Ctrl-C is left to rank 0."""
+        """Carry out rank 0's commands until it ends. An error here ends all ranks. Ctrl-C is left to rank 0."""
         if self.ranks.rank == 0:
             raise RuntimeError("follow: rank 0 leads, the others follow")
         if self.ranks.ended:

@@ -23,7 +23,7 @@ from ruvllm.model.training_pass import TrainingPass
 
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "sgd")
-_EVALUATION_TOKENS = 512  # at one time
+_EVALUATION_TOKENS = 512  # tokens of a batch of evaluation
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _PACK_BYTES = 1 << 19  # bytes of float32 rows between file and panels: small fo
 # bfloat16 travels as int16, IEEE half as uint16.
 FLOAT_LAYOUTS: dict[str, Any] = {"f32": np.float32, "f16": np.uint16, "bf16": np.int16}
 INTEGER_LAYOUTS = {"int4": INT4, "int5": INT5, "int8": INT8}
-LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # that any tensor can be converted to; int5 holds what a file has in 5 bits
+LAYOUTS = (*FLOAT_LAYOUTS, "int4", "int8")  # any tensor can be converted to these; int5 holds what a file has in 5 bits
 
 # The layout of each storage type under "auto": the smallest that keeps the precision of the file.
 _AUTO = {

@@ -10,7 +10,7 @@ def _f64(array: Any) -> np.ndarray:
 
 
 def _in_groups(x: np.ndarray, repeat_first: bool = False) -> np.ndarray:
-    """x (..., K) as (..., G, 32), the last group filled up with zeros or with its first number."""
+    """x (..., K) as (..., G, 32), the last group filled up with zeros or with its first element."""
     missing = -x.shape[-1] % 32
     filling = np.zeros((*x.shape[:-1], missing))
     if repeat_first and missing:
@@ -61,7 +61,7 @@ def quantize_int4(x: Any, symmetric: bool = True) -> tuple[np.ndarray, np.ndarra
 
 
 def _symmetric_candidates(x: np.ndarray) -> Any:
-    """(bits of a scale, of 0, whether it reaches all numbers) for the scales that quantize_int4 tries."""
+    """(bits of a scale, of 0, whether it reaches all elements) for the scales that quantize_int4 tries."""
     low, high = np.maximum(-x.min(-1), 0), np.maximum(x.max(-1), 0)
     upright, flipped = np.maximum(low / 8.5, high / 7.5), np.maximum(high / 8.5, low / 7.5)
     smallest, sign = np.minimum(upright, flipped), np.where(flipped < upright, 0x8000, 0).astype(np.uint16)

@@ -110,7 +110,7 @@ def share_out(task: Callable[[int], None], items: Sequence[int], threads: int) -
 
 @cache
 def _helpers(threads: int) -> ThreadPoolExecutor:
-    """Python threads that stay: a model has hundreds of matrices to share out, and a new thread costs 0.3 ms."""
+    """A pool that is kept: a model has hundreds of matrices to share out, and a new thread costs 0.3 ms."""
     return ThreadPoolExecutor(threads, thread_name_prefix="ruvllm")
 
 

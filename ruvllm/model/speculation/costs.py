@@ -68,7 +68,7 @@ class PassCosts:
 class Acceptance:
     """How often guesses are right, by level: what a drafter knows about a guess before it is tried.
 
-    Old guesses weigh less than new ones, so that a text that changes its ways is followed.
+    Old guesses weigh less than new ones, because a text may change.
 
     Args:
         first, last: the chances of the lowest and of the highest level, before any guess.
@@ -95,7 +95,7 @@ class Acceptance:
             self._tried[at] = _LAST_GUESSES * self._tried[at] + 1
 
     def fade(self) -> None:
-        """A pass is over. A level whose guesses were wrong is so tried again after some hundred tokens."""
+        """A pass is over. So a level whose guesses were wrong is tried again after a few hundred tokens."""
         self._passes += 1
 
     def _brought_up_to_date(self, level: int) -> int:

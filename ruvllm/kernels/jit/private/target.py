@@ -27,7 +27,7 @@ def _numbas() -> Target:
 
 @part("target", "kernels are made for the processor that LLVM finds")
 def has_target() -> bool:
-    """Whether numba's code generator tells its target."""
+    """Whether numba's code generator reports its target."""
     return all(isinstance(text, str) for text in _numbas()) and _numbas().triple.count("-") >= 2
 
 

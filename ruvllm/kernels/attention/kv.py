@@ -43,6 +43,8 @@ from ruvllm.kernels.threads.pool import PARALLEL_ELEMENTS
 SCALE_ROWS = 8  # rows of 16 bytes that hold the scales of a block of int8 keys and values
 VALUE_SCALE_ROW = 4  # the first of these with scales of values
 _LARGEST, _ONE = np.float32(127), np.float32(1)
+_INT8 = np.dtype(np.int8)
+_CACHED = (np.dtype(np.float32), np.dtype(np.uint16), _INT8)  # dtypes of a cache
 
 
 def padded(head_dim: int) -> int:
@@ -52,7 +54,7 @@ def padded(head_dim: int) -> int:
 
 def key_rows(head_dim: int, dtype: Any) -> int:
     """Rows of a block of keys of this dtype."""
-    return head_dim + (SCALE_ROWS if dtype == np.int8 else 0)
+    return head_dim + (SCALE_ROWS if dtype == _INT8 else 0)
 
 
 @kernel(strict=True)
@@ -153,7 +155,7 @@ def kv_append(
     _require_cache(keys, values, k.shape[2])
     if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
         raise ValueError(f"k: {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
-    if len(positions) and not 0 <= positions.min() <= positions.max() < values.shape[1]:
+    if len(positions) and positions.view(np.uint64).max() >= values.shape[1]:  # negative ones are huge without a sign
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
     append(k, v, plain_cache(keys, values), positions)
@@ -165,8 +167,7 @@ def _require_cache(keys: np.ndarray, values: np.ndarray, dim: int) -> None:
         if not isinstance(array, np.ndarray):
             expected = "a float32, uint16 or int8 NumPy array"
             raise TypeError(f"{name}: expected {expected}, found {type(array).__name__}")
-        known = array.dtype in (np.float32, np.uint16, np.int8)
-        if not known or not array.flags.c_contiguous or not array.flags.writeable:
+        if array.dtype not in _CACHED or not array.flags.c_contiguous or not array.flags.writeable:
             expected = "a writable C-contiguous float32, uint16 or int8 array"
             raise TypeError(f"{name}: expected {expected}, found {array.dtype}")
     wanted = (keys.shape[0], keys.shape[1] * LANES, padded(dim)) if keys.ndim == 4 else None

@@ -82,6 +82,22 @@ class ValueRows(NamedTuple):
     count: Any
 
 
+class Unit(NamedTuple):
+    """A unit of work: chunk ``c`` of a kv head, counted from the first that the token sees.
+
+    keys.elements[ki]: the first block of keys; next_keys, next_values: indices of those of the next unit, to prefetch.
+    """
+
+    kv: Any
+    c: Any
+    span: Any
+    keys: Any
+    ki: Any
+    values: Any
+    next_keys: Any
+    next_values: Any
+
+
 @kernel(strict=True)
 def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     """Units lo:hi of the token at ``position``: unit = kv head * chunks + chunk, counted from the first chunk it sees.
@@ -90,61 +106,75 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     scratch (token_scratch_size(D, H / KV),): scores, then rows to be transposed, queries and sums of HEAD_TILE heads.
     """
     heads, dim = q.shape
-    keys, values = cache.keys, cache.values
-    group = heads // keys.shape[0]
-    wide = values.shape[2]
+    group = heads // cache.keys.shape[0]
+    wide = cache.values.shape[2]
     width = partial.shape[2]
-    first, end = max(0, position - scoring.window + 1), position + 1
-    first_chunk = first // CHUNK
-    chunks = (end + CHUNK - 1) // CHUNK - first_chunk
+    head_step = partial.shape[1] * width
     q_flat, parts = flat(q), flat(partial)
-    block = keys.shape[2] * LANES
     stage = (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK
     queries = Queries(scratch, stage + HEAD_TILE * LANES, HEAD_TILE)
     sums = queries.start + HEAD_TILE * wide
     for i in range(stage, queries.start, LANES):  # heads that a group lacks to a whole tile
         f32_store(scratch, i, f32_zero())
-    for unit in range(lo, hi):
-        kv, c = unit // chunks, unit % chunks
-        base = (first_chunk + c) * CHUNK
-        begin = max(first, base) // LANES * LANES
-        span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
-        chunk = chunk_at(cache, kv, base)
-        panels, row = Keys(chunk.keys, block, dim), chunk.row + span.start
-        ki, vi = row // LANES * block, row * wide
-        count = span.stop - span.start
-        next_head, next_base = (kv + 1, first_chunk * CHUNK) if c + 1 == chunks else (kv, base + CHUNK)
-        next_keys, next_values = ahead_of(cache, kv, base, next_head, next_base)
+    for number in range(lo, hi):
+        unit = _unit_at(cache, dim, max(0, position - scoring.window + 1), position + 1, number)
+        part = unit.kv * group * head_step + unit.c * width
+        _score(unit, Heads(q_flat, unit.kv, group, heads, dim), query_factor(scoring), queries, stage)
         for r in range(0, group, HEAD_TILE):
-            copy_queries(
-                Heads(q_flat, kv, group, heads, dim), r, min(HEAD_TILE, group - r), query_factor(scoring), queries,
-                stage, transpose_4,
-            )  # fmt: skip
-            if group == 1:
-                scores(f32_zeros(1), panels, ki, queries, 0, span.start, span.stop, next_keys)
-            else:
-                scores(f32_zeros(HEAD_TILE), panels, ki, queries, r * CHUNK, span.start, span.stop, next_keys)
-        for r in range(0, group, HEAD_TILE):
-            for head in range(r, min(r + HEAD_TILE, group)):
-                at = ((kv * group + head) * partial.shape[1] + c) * width + wide
-                if scoring.softcap > 0:
-                    cap_scores(scratch, head * CHUNK, span.start, span.stop, scoring.softcap)
-                top = largest_score(scratch, head * CHUNK, span)
-                scales = ki + (dim + VALUE_SCALE_ROW) * LANES
-                total = to_weights(scratch, head * CHUNK, span, top, chunk.keys, scales, block)
-                parts[at] = top
-                parts[at + 1] = hsum(total)
+            end = min(r + HEAD_TILE, group)
+            for head in range(r, end):
+                _weigh(unit, scratch, head * CHUNK, scoring.softcap, parts, part + head * head_step + wide)
             for i in range(sums, sums + HEAD_TILE * wide, LANES):
                 f32_store(scratch, i, f32_zero())
-            rows, weights = ValueRows(chunk.values, vi, wide, count), r * CHUNK + span.start
+            weights = r * CHUNK + unit.span.start
             if group == 1:
-                add_weighted_rows(f32_zeros(1), rows, next_values, wide, scratch, weights, sums)
+                add_weighted_rows(f32_zeros(1), unit.values, unit.next_values, wide, scratch, weights, sums)
             else:
-                add_weighted_rows(f32_zeros(HEAD_TILE), rows, next_values, wide, scratch, weights, sums)
-            for head in range(r, min(r + HEAD_TILE, group)):
-                at = ((kv * group + head) * partial.shape[1] + c) * width
+                add_weighted_rows(f32_zeros(HEAD_TILE), unit.values, unit.next_values, wide, scratch, weights, sums)
+            for head in range(r, end):
                 for d in range(0, wide, LANES):
-                    f32_store(parts, at + d, f32_load(scratch, sums + (head - r) * wide + d))
+                    f32_store(parts, part + head * head_step + d, f32_load(scratch, sums + (head - r) * wide + d))
+
+
+@inline_kernel
+def _unit_at(cache, dim, first, end, number):
+    """Unit ``number`` of a token that sees the positions first:end."""
+    first_chunk = first // CHUNK
+    chunks = (end + CHUNK - 1) // CHUNK - first_chunk
+    kv, c = number // chunks, number % chunks
+    base = (first_chunk + c) * CHUNK
+    begin = max(first, base) // LANES * LANES
+    span = Span(begin - base, min(end - base, CHUNK), first - base, end - base)
+    chunk = chunk_at(cache, kv, base)
+    row, block, wide = chunk.row + span.start, cache.keys.shape[2] * LANES, cache.values.shape[2]
+    next_head, next_base = (kv + 1, first_chunk * CHUNK) if c + 1 == chunks else (kv, base + CHUNK)
+    next_keys, next_values = ahead_of(cache, kv, base, next_head, next_base)
+    keys, values = Keys(chunk.keys, block, dim), ValueRows(chunk.values, row * wide, wide, span.stop - span.start)
+    return Unit(kv, c, span, keys, row // LANES * block, values, next_keys, next_values)
+
+
+@inline_kernel
+def _score(unit, heads, factor, queries, stage):
+    """The scores of all heads of the group, queries times ``factor``: those of its head h at scratch[h CHUNK:]."""
+    start, stop = unit.span.start, unit.span.stop
+    for r in range(0, heads.group, HEAD_TILE):
+        copy_queries(heads, r, min(HEAD_TILE, heads.group - r), factor, queries, stage, transpose_4)
+        if heads.group == 1:
+            scores(f32_zeros(1), unit.keys, unit.ki, queries, 0, start, stop, unit.next_keys)
+        else:
+            scores(f32_zeros(HEAD_TILE), unit.keys, unit.ki, queries, r * CHUNK, start, stop, unit.next_keys)
+
+
+@inline_kernel
+def _weigh(unit, scratch, base, softcap, parts, at):
+    """Turn a head's scores at scratch[base:] into weights; parts[at] = their m, parts[at + 1] = their l."""
+    if softcap > 0:
+        cap_scores(scratch, base, unit.span.start, unit.span.stop, softcap)
+    top = largest_score(scratch, base, unit.span)
+    scales = unit.ki + (unit.keys.dim + VALUE_SCALE_ROW) * LANES
+    total = to_weights(scratch, base, unit.span, top, unit.keys.elements, scales, unit.keys.block)
+    parts[at] = top
+    parts[at + 1] = hsum(total)
 
 
 @inline_kernel

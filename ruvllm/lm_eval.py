@@ -34,7 +34,7 @@ class RuvllmLM(LM):
     Args:
         path, weights, threads: see ``ruvllm.load``.
         kv: precision of the KV cache.
-        memory_gb: for keys and values at the most; None: see ``LLM.answering``.
+        memory_gb: most gigabytes for keys and values; None: see ``LLM.answering``.
         batch_size: sequences computed together; "auto" for the default.
         max_length: tokens of one text; None: the model's context length. Longer ones lose their beginning.
         max_gen_toks: tokens of an answer, where a task does not say.

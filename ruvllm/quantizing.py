@@ -51,8 +51,8 @@ def quantize(
     """Write the model ``source`` as the GGUF file ``target`` with matrices of another type.
 
     Vectors (norms, biases) become float32. With the 4-bit types, embedding and head become Q8_0; a matrix whose row
-    length is no multiple of 32 becomes F16. A tensor that has the wanted type already is copied. The tokenizer and all
-    other metadata of a GGUF source are kept. The file appears under its name when it is complete.
+    length is not a multiple of 32 becomes F16. A tensor that has the wanted type already is copied. The tokenizer and
+    all other metadata of a GGUF source are kept. The file appears under its name when it is complete.
 
     Args:
         source: a name known to ``ruvllm pull``, a .gguf file, or a Hugging Face directory.
@@ -68,7 +68,7 @@ def quantize(
         ValueError: an unknown type, or weights that it cannot hold.
         FileNotFoundError: no such source, or no directory for the target.
         FileExistsError: ``target`` exists.
-        ModelFormatError: the source is no model that this library runs, or its tokenizer is of a kind unknown to GGUF.
+        ModelFormatError: this library does not run the source, or its tokenizer is of a kind unknown to GGUF.
         OSError: the disk has too little space.
     """
     if type not in TYPES:

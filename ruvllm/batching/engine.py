@@ -44,7 +44,7 @@ class Engine:
     Args:
         model: runs the sequences.
         kv: precision of keys and values: "f32", "f16" or "int8".
-        memory: bytes for keys and values at the most, or a size such as "2GB", used as sequences need them; None:
+        memory: most bytes for keys and values, or a size such as "2GB", used as sequences need them; None:
             enough for all sequences at the model's context length, but at most half of what is free.
         sequences: the most that are computed together; more wait.
 

@@ -36,7 +36,7 @@ class ManyTexts:
 
         Args:
             kv: precision of keys and values: "f32", "f16" or "int8"; "auto" as in ``new_cache``.
-            memory: bytes for keys and values at the most, or a size such as "2GB"; None: for all sequences at the
+            memory: most bytes for keys and values, or a size such as "2GB"; None: for all sequences at the
                 model's context length, but at most half of what is free.
             sequences: the most that are computed together; others wait.
 
@@ -123,7 +123,7 @@ class ManyTexts:
             progress: show a bar; None: where stderr is a terminal or a notebook.
 
         Raises:
-            TypeError: a continuation that is no text.
+            TypeError: a continuation that is not text.
             ValueError: an empty prompt or continuation.
             ContextFullError: the prompt with a continuation does not fit.
         """

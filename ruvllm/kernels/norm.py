@@ -220,17 +220,17 @@ def layer_norm_rows(x, weight, bias, with_bias, eps, out, lo, hi):
     for row in range(lo, hi):
         v, y = x[row], out[row]
         guess = sum_of_few(v[:first]) / np.float32(first)
-        error, variance = mean_and_variance(v, guess)
-        if error * error > variance:
-            guess = guess + error
-            error, variance = mean_and_variance(v, guess)
+        shift, variance = mean_and_variance(v, guess)
+        if shift * shift > variance:
+            guess = guess + shift
+            shift, variance = mean_and_variance(v, guess)
         scale = _ONE / np.sqrt(variance + np.float32(eps))
         if with_bias:
             for i in range(n):
-                y[i] = (v[i] - guess - error) * scale * weight[i] + bias[i]
+                y[i] = (v[i] - guess - shift) * scale * weight[i] + bias[i]
         else:
             for i in range(n):
-                y[i] = (v[i] - guess - error) * scale * weight[i]
+                y[i] = (v[i] - guess - shift) * scale * weight[i]
 
 
 layer_norm_parallel = over_rows(layer_norm_rows)

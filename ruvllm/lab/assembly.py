@@ -129,7 +129,7 @@ class _Callees:
                 self._ever.setdefault(_register(match), set()).add(_name(match))
 
     def of(self, text: str) -> str:
-        """The function that this instruction calls, "" if it is no call."""
+        """The function that this instruction calls, "" if it is not a call."""
         if match := _ADDRESS.match(text):
             self._held[_register(match)] = _name(match)
         elif match := _MOVE.match(text):  # to another register, or to the stack and back

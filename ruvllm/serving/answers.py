@@ -113,7 +113,7 @@ class Answers:
         return self.reply.whole(self._counted(results))
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answers in pieces, and their usage if it was asked for."""
+        """The answers in pieces, and their usage if the client wants it."""
         reply = self.reply
         for ticket in self._tickets:
             for choice in reply.first(ticket.number):

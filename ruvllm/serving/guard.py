@@ -70,7 +70,7 @@ class Guard:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request of JSON. Raises ApiError where it is no JSON, or has more than ``most`` bytes."""
+    """The body of a request of JSON. Raises ApiError where it is not JSON, or has more than ``most`` bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         shown = printable(kind, limit=80) or "none"

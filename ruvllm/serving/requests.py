@@ -29,7 +29,7 @@ _USUAL_COMPLETION_TOKENS = 16  # as OpenAI has it
 
 @dataclass
 class Call:
-    """What a client asks for.
+    """What a client wants.
 
     prompts: texts, token ids or messages. max_tokens: None: until the model ends. options: those of ``LLM.request``.
     top_logprobs: alternatives at each token; None: no log-probabilities.

@@ -47,7 +47,7 @@ class Inspection:
             limit: bytes that may be kept; None: as many as are free.
 
         Raises:
-            KeyError: no array has a name that is asked for.
+            KeyError: no array has one of the names.
             InsufficientMemoryError: what is to be kept has more bytes; nothing was computed then.
             ValueError: an empty prompt, or several sequences in one block.
         """

@@ -68,7 +68,7 @@ class Trace:
 
     @property
     def names(self) -> list[str]:
-        """The arrays that it has; of those that are computed from others, which were asked for."""
+        """The arrays that it has; of those that are computed from others, the chosen ones."""
         self.run()
         asked = [name for name in self.model.points if not self._globs or self._keeps(name)]
         return [name for name in asked if self._has(name)]
@@ -222,7 +222,7 @@ class Trace:
         return self._kept is not None and name in self._kept
 
     def _keeps_keys(self, point: Point) -> bool:
-        """Whether patterns will be computed: of all layers, or those asked for."""
+        """Whether patterns will be computed: of all layers, or of chosen ones."""
         if not point.name.endswith(_READ_KEYS):
             return False
         at = point.name.removesuffix(_READ_KEYS)

@@ -241,9 +241,9 @@ def _product_of(kind: int, dots: Any, column: Any, zero: Any) -> Any:
             while t < end:
                 inner = t % p.block_tokens  # index in its block of tokens
                 left, xi = min(p.block_tokens - inner, end - t), (t - inner) * p.groups + inner
-                if left >= 6 and left != 9:  # 9 as 4 + 4 + 1
+                if left >= TILE:
                     _tile(p, columns, at, ahead, t, xi, f32_zeros(_SIX), to)
-                    t += 6
+                    t += TILE
                 elif left >= 4:
                     _tile(p, columns, at, ahead, t, xi, f32_zeros(_FOUR), to)
                     t += 4

@@ -44,7 +44,7 @@ class Drift(Table):
     __repr__ = brief
 
     def heading(self) -> str:
-        """One line: the path, and what its error does to predictions."""
+        """One line: the name, and what the error does to predictions."""
         return (
             f"{self.name}, {self.tokens} tokens, against float64: logits within {self.logits:.2g}, "
             f"KL divergence {self.divergence:.2g}, same top token {self.agreement:.1%}"
@@ -161,7 +161,8 @@ def quantisation_error(
         progress: show a bar; None: where stderr is a terminal or a notebook.
 
     Returns:
-        Relative errors, from 512 rows of each matrix: 16 runs of adjacent rows, evenly spread.
+        Relative errors, from 512 rows of each matrix (16 runs of adjacent rows, evenly spread), or from all if it has
+        fewer.
 
     Raises:
         ValueError: an unknown layout.

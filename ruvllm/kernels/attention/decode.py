@@ -63,7 +63,7 @@ def partial_width(head_dim: int) -> int:
 
 
 def token_scratch_size(head_dim: int, group: int) -> int:
-    """Floats of scratch per thread: scores of the heads of a group; queries and sums of HEAD_TILE of them."""
+    """Floats of scratch per thread: a group's scores; rows to be transposed, queries and sums of HEAD_TILE heads."""
     wide = (head_dim + LANES - 1) // LANES * LANES
     return (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK + HEAD_TILE * LANES + 2 * HEAD_TILE * wide
 
@@ -114,7 +114,7 @@ def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
     stage = (group + HEAD_TILE - 1) // HEAD_TILE * HEAD_TILE * CHUNK
     queries = Queries(scratch, stage + HEAD_TILE * LANES, HEAD_TILE)
     sums = queries.start + HEAD_TILE * wide
-    for i in range(stage, queries.start, LANES):  # heads that a group lacks to a whole tile
+    for i in range(stage, queries.start, LANES):  # a group smaller than a tile leaves rows of it unwritten
         f32_store(scratch, i, f32_zero())
     for number in range(lo, hi):
         unit = _unit_at(cache, dim, max(0, position - scoring.window + 1), position + 1, number)

@@ -21,7 +21,7 @@ from ruvllm.model.weights import LAYOUTS, load_weights
 from ruvllm.progress import hidden, tqdm
 from ruvllm.prompt import Prompt
 
-_RUNS, _RUN = 16, 32  # runs of adjacent rows of a tensor, evenly spread, whose quantisation error is measured
+_RUNS, _RUN_ROWS = 16, 32  # a large matrix's error is measured in 16 runs, evenly spread, of 32 adjacent rows
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,10 @@ def quantisation_error(
 
 
 def _tensor_errors(tensor: Tensor, layouts: Sequence[str]) -> dict[str, float]:
-    """The relative error of each layout, in _RUNS runs of _RUN rows, or in all rows of a small matrix."""
+    """The relative error of each layout, in _RUNS runs of _RUN_ROWS rows, or in all rows of a small matrix."""
     rows = tensor.shape[0]
-    spread = np.linspace(0, rows - _RUN, _RUNS).astype(np.int64).tolist()
-    runs = [(0, rows)] if rows <= _RUNS * _RUN else [(lo, lo + _RUN) for lo in spread]
+    spread = np.linspace(0, rows - _RUN_ROWS, _RUNS).astype(np.int64).tolist()
+    runs = [(0, rows)] if rows <= _RUNS * _RUN_ROWS else [(lo, lo + _RUN_ROWS) for lo in spread]
     wanted = np.concatenate([tensor.float32(*run).reshape(-1, tensor.shape[1]) for run in runs]).astype(np.float64)
     chosen = np.concatenate([np.arange(*run) for run in runs])
     size = float(np.sum(wanted**2))

@@ -68,7 +68,7 @@ class Trace:
 
     @property
     def names(self) -> list[str]:
-        """The arrays that it has; of those that are computed from others, the chosen ones."""
+        """Names of the arrays that this trace has; computed ones only where they were chosen."""
         self.run()
         asked = [name for name in self.model.points if not self._globs or self._keeps(name)]
         return [name for name in asked if self._has(name)]

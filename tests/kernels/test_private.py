@@ -132,7 +132,7 @@ print(*doubled.inspect_asm().values())
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is of x86")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 has AVX-512")
 def test_loops_take_whole_registers() -> None:
     """Compiled, not run, for a processor for which LLVM prefers half of each."""
     features = "+avx2,+fma,+f16c,+avx512f,+avx512vl,+avx512bw,+avx512dq"

@@ -83,9 +83,10 @@ class ValueRows(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A unit of work: chunk ``c`` of a kv head, counted from the first that the token sees.
+    """A unit of work: one kv head, and its chunk number ``c``; chunk 0 is the first that the token sees.
 
-    keys.elements[ki]: the first block of keys; next_keys, next_values: indices of those of the next unit, to prefetch.
+    keys.elements[ki]: the first block of keys. next_keys, next_values: where the next unit's keys and values begin, as
+    indices into this one's arrays, to prefetch.
     """
 
     kv: Any
@@ -100,7 +101,7 @@ class Unit(NamedTuple):
 
 @kernel(strict=True)
 def attend_token(q, cache, position, scoring, partial, scratch, lo, hi):
-    """Units lo:hi of the token at ``position``: unit = kv head * chunks + chunk, counted from the first chunk it sees.
+    """Units lo:hi of the token at ``position``: unit = kv head * chunks + c; c = 0 is the first chunk it sees.
 
     q (H, D); cache: a ``Cache``; scoring: a ``Scoring``; partial (H, >= chunks, partial_width(D));
     scratch (token_scratch_size(D, H / KV),): scores, then rows to be transposed, queries and sums of HEAD_TILE heads.
@@ -167,7 +168,7 @@ def _score(unit, heads, factor, queries, stage):
 
 @inline_kernel
 def _weigh(unit, scratch, base, softcap, parts, at):
-    """Turn a head's scores at scratch[base:] into weights; parts[at] = their m, parts[at + 1] = their l."""
+    """Turn a head's scores at scratch[base:] into weights; parts[at] = m and parts[at + 1] = l, as above."""
     if softcap > 0:
         cap_scores(scratch, base, unit.span.start, unit.span.stop, softcap)
     top = largest_score(scratch, base, unit.span)
@@ -181,7 +182,7 @@ def _weigh(unit, scratch, base, softcap, parts, at):
 def add_weighted_rows(zeros, rows, ahead, wide, scratch, weights, sums):
     """scratch[sums + r wide + d] += sum_s scratch[weights + r CHUNK + s] rows[s, d], for d < wide.
 
-    Four vectors of each row at a time, so that memory is read in long runs. The rows that follow, at
+    Four vectors of each row at a time, so that memory is read in long runs. The next unit's rows, at
     elements[ahead:], are prefetched in memory order, which the hardware prefetcher then recognises.
     """
     values, vi, step = rows.elements, rows.start, rows.stride

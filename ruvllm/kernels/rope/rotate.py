@@ -1,8 +1,8 @@
 """Rotary position embedding (RoPE): the rotation, from tables or with angles computed on the fly.
 
-Pair i of a head is rotated by the angle ``position * inv_freq[i]``. The first R elements of a head of D are rotated, as
-a rule all of them. Two layouts of the pairs exist: *half-split* (i, i + R/2) as in Hugging Face's LLaMA, and
-*interleaved* (2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
+Pair i of a head is rotated by the angle ``position * inv_freq[i]``. Of a head's D elements the first R are rotated;
+usually R = D. Two layouts of the pairs exist: *half-split* (i, i + R/2) as in Hugging Face's LLaMA, and *interleaved*
+(2i, 2i + 1) as in the paper and in GGUF files of LLaMA.
 """
 
 from typing import Any
@@ -69,11 +69,11 @@ def rotate_rows(x, cos, sin, sign, interleaved, out, lo, hi):
     cos, sin (n, R/2): token t uses table row t % n, so that a batch of sequences shares one table.
     """
     heads, half = x.shape[1], cos.shape[1]
-    whole = half % LANES == 0 and 2 * half == x.shape[2]
+    vectors = half % LANES == 0 and 2 * half == x.shape[2]  # the whole head is rotated, in whole vectors
     t, h = lo // heads, lo % heads
     line = t % cos.shape[0]  # row of the tables
     for row in range(lo, hi):
-        if whole:
+        if vectors:
             rotate_vectors(flat(x), 2 * row * half, cos[line], sin[line], sign, interleaved, flat(out))
         else:
             rotate(x[t, h], cos[line], sin[line], sign, interleaved, out[t, h])
@@ -92,7 +92,7 @@ def rope_rows(x, cos, sin, sign, out, lo, hi):
 
 @kernel(strict=True)
 def rope_rows_interleaved(x, cos, sin, sign, out, lo, hi):
-    """rotate_rows for pairs (2i, 2i + 1)."""
+    """rotate_rows for the interleaved layout."""
     rotate_rows(x, cos, sin, sign, True, out, lo, hi)
 
 

@@ -8,7 +8,7 @@ from llvmlite import ir
 from ruvllm.kernels.jit.private.parts import part
 
 _WHOLE_REGISTERS = '"prefer-vector-width"="512"'
-_INTERLEAVE = 4  # vectors per iteration; LLVM takes one where the body is long, as exp is, at 0.8 times the speed
+_INTERLEAVE = 4  # vectors per iteration; by itself LLVM takes one where the body is long (exp), at 0.8 of the speed
 
 
 def mark_independent(module: ir.Module) -> None:
@@ -17,7 +17,8 @@ def mark_independent(module: ir.Module) -> None:
     LLVM vectorises a loop only if no iteration reads what another one writes. Compiled code tests that when the loop
     begins, by the addresses of the arrays. Where the output is an input, the test fails and a scalar loop runs. This
     metadata is what C compilers make of "#pragma ivdep": loads and stores belong to a group, and each loop says that
-    the accesses of the group are parallel. Without it such loops are correct, but slower.
+    the accesses of the group are parallel. Without it such loops are correct, but slower. Each iteration takes
+    _INTERLEAVE vectors.
     """
     if can_mark():
         _mark(module)
@@ -68,7 +69,7 @@ def _is_of_an_array(access: Any) -> bool:
 
 @part("loops", "kernels run several times slower where their output is one of their inputs")
 def can_mark() -> bool:
-    """Whether LLVM parses the metadata of a loop as it is meant."""
+    """Whether LLVM parses the metadata of a loop as intended."""
     module, word = ir.Module(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word.as_pointer(), word]), "f")
     pointer, count = function.args
@@ -92,7 +93,7 @@ def can_mark() -> bool:
 def take_whole_registers(module: ir.Module) -> None:
     """Let LLVM vectorise loops with all of an AVX-512 register.
 
-    For Intel's processors it takes half of it, because the first ones lowered their clock. SIMD vectors take all of it
+    For Intel's processors it takes half by default, because early ones lowered their clock. SIMD vectors take all of it
     anyway, and loops of exp run 1.3 times as fast (measured on an Emerald Rapids: silu_mul, gelu_mul, log_softmax).
     """
     if can_widen():
@@ -107,7 +108,7 @@ def _prefer(function: ir.Function) -> None:
 
 @part("width", "loops use half of each register on Intel's processors with AVX-512")
 def can_widen() -> bool:
-    """Whether LLVM parses the attribute of a function as it is meant."""
+    """Whether LLVM parses the attribute of a function as intended."""
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "f")
     ir.IRBuilder(function.append_basic_block()).ret_void()

@@ -197,4 +197,3 @@ def _tensor_errors(tensor: Tensor, layouts: Sequence[str]) -> dict[str, float]:
         kept = load_weights(tensor, layout).take(chosen, np.empty(wanted.shape, np.float32))
         found[layout] = float(np.sqrt(np.sum((kept - wanted) ** 2) / size)) if size else 0.0
     return found
-

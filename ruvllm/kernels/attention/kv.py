@@ -155,7 +155,7 @@ def kv_append(
     _require_cache(keys, values, k.shape[2])
     if k.shape != v.shape or k.shape[1] != keys.shape[0] or len(positions) != len(k):
         raise ValueError(f"k: {k.shape}, v {v.shape} and positions {positions.shape} do not fit keys {keys.shape}")
-    if len(positions) and positions.view(np.uint64).max() >= values.shape[1]:  # negative ones are huge without a sign
+    if len(positions) and positions.view(np.uint64).max() >= values.shape[1]:  # as unsigned, negative ones are huge
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions: expected 0 to {values.shape[1] - 1}, found {found}")
     append(k, v, plain_cache(keys, values), positions)
